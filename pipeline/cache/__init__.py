@@ -1,0 +1,8 @@
+"""The feature cache: format, codecs, writer and reader. docs/cache-format.md is the normative description."""
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.format import Manifest
+from pipeline.cache.reader import Cache
+from pipeline.cache.writer import CacheWriter
+
+__all__ = ["CODECS", "Cache", "CacheWriter", "Manifest"]

@@ -1,0 +1,218 @@
+"""The configuration: one frozen, validated tree, read at the edge and passed down in parts.
+
+Defaults, then a YAML file, then direct options and `--set section.key=value`. Unknown keys are refused.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.resources import resource
+
+Precision = Literal["no", "bf16", "fp16"]
+Positive = Annotated[int, Field(ge=1)]
+# A glob, a brace range or a list of these.
+ShardSpec = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(Section):
+    """A timm VisionTransformer: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
+
+    name: str = "vit_base_patch14_dinov2"
+    weights: Path | None = Field(None, description="local .safetensors/.pth file; without it timm fetches them")
+    image_size: Positive | None = Field(None, description="pixels; default: the teacher's own")
+
+
+class ViewsConfig(Section):
+    """Which crop of an image the teacher and the students see."""
+
+    count: Literal[1] = 1
+    kind: Literal["center"] = "center"
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of the short side that is kept")
+
+
+class CacheConfig(Section):
+    """Which features are stored, and how."""
+
+    blocks: tuple[int, ...] | None = Field(None, description="0-based; default: at 3/4 of the depth and the last")
+    codec: str = "float16"
+    batch_size: Positive = 64
+    precision: Precision = Field("no", description="autocast of the teacher's forward pass")
+    shard_mb: Positive = Field(128, description="target size of a Zarr shard of one block, MB")
+    workers: Positive = Field(2, description="image decoding threads")
+
+
+class RefineConfig(Section):
+    """The cleaner of artifacts, its fit on the cache, and the normalisation of the targets after it."""
+
+    cleaner: str = "adapter"
+    normaliser: str = "standardize"
+    rank: Positive = 16
+    threshold_k: Annotated[float, Field(gt=0)] = Field(
+        6.0, description="a patch token is an artifact above median + k sigma (robust) of its block's norms"
+    )
+    outlier_weight: Annotated[float, Field(ge=0)] = 1.0
+    info_weight: Annotated[float, Field(ge=0)] = 10.0
+    steps: Positive = 500
+    batch_size: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of records kept for the figures")
+    statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
+    seed: int = 0
+
+
+class StudentConfig(Section):
+    """Any timm VisionTransformer by name, or `vit` with the dimensions given here."""
+
+    name: str = "vit"
+    dim: Positive | None = None
+    depth: Positive | None = None
+    heads: Positive | None = None
+    patch_size: Positive | None = None
+    image_size: Positive | None = Field(None, description="pixels; default: the teacher's in the cache")
+    pretrained: bool = False
+
+
+class DistillConfig(Section):
+    """The training of a student."""
+
+    objective: str = "mse"
+    epochs: Positive = 100
+    batch_size: Positive = Field(256, description="records a step over all processes")
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    final_lr: Annotated[float, Field(ge=0, le=1)] = Field(1e-4, description="at the end, as a factor of lr")
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="linear; the paper's 100-epoch recipes take 5"
+    )
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    precision: Precision = "no"
+    workers: Positive = Field(2, description="image decoding and feature reading threads")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="a checkpoint at least this often, and after every epoch"
+    )
+    seed: int = 0
+
+
+class EvaluateConfig(Section):
+    """Probes of a frozen student."""
+
+    tokens: Literal["block", "norm"] = Field("block", description="raw output of the last block, or after the norm")
+    image_size: Positive | None = Field(None, description="pixels; default: the student's own")
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    batch_size: Positive = 128
+    workers: Positive = 2
+    neighbours: Positive = 20
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.01, 0.1, 1.0), description="inverse L2 penalties, chosen among on a split of the training shards"
+    )
+    seed: int = 0
+
+
+class PrepareConfig(Section):
+    """A folder of images -> WebDataset shards."""
+
+    shard_images: Positive = 1000
+    on_error: Literal["fail", "skip"] = "fail"
+    seed: int = 0
+
+
+class Config(Section):
+    """Everything; each stage reads its own sections."""
+
+    prepare: PrepareConfig = PrepareConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    views: ViewsConfig = ViewsConfig()
+    cache: CacheConfig = CacheConfig()
+    refine: RefineConfig = RefineConfig()
+    student: StudentConfig = StudentConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def load_config(
+    file: str | Path | None = None,
+    sets: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Config:
+    """The resolved configuration.
+
+    file: a YAML file, or the name of a bundled recipe. sets: `section.key=value` with a YAML value.
+    options: {"section.key": value} of direct options; None values are left out.
+    Raises ValueError naming the key, what is wrong and the nearest valid key.
+    """
+    tree = _read(file) if file is not None else {}
+    for name, value in (options or {}).items():
+        if value is not None:
+            _put(tree, name, value)
+    for item in sets:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set takes section.key=value, not {item!r}")
+        try:
+            _put(tree, name, yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {name}: {text!r} is no YAML value") from None
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"configuration: {_explain(first)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that load_config reads back to the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def recipes() -> list[str]:
+    return sorted(p.stem for p in resource("configs").glob("*.yaml"))
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        bundled = resource("configs") / f"{file}.yaml"
+        if not bundled.is_file():
+            raise ValueError(f"--config {file}: no such file, nor a recipe among {', '.join(recipes())}")
+        path = bundled
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(tree or {}, dict):
+        raise ValueError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
+    return tree or {}
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    section, dot, key = name.partition(".")
+    if not dot:
+        raise ValueError(f"--set {name}: give section.key, with a section among {', '.join(Config.model_fields)}")
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise ValueError(f"configuration: section {section} holds no keys")
+    branch[key] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
+    section, _, key = where.rpartition(".")
+    fields = Config.model_fields
+    if section in fields:
+        default: Section = getattr(Config(), section)
+        fields = type(default).model_fields
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+    return f"unknown key {where!r}; did you mean {'.'.join([*filter(None, [section]), *near])!r}?"

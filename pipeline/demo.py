@@ -1,0 +1,83 @@
+"""The whole chain on images that scikit-learn brings, offline: shards, cache, refiner, two students, a report.
+
+`singer demo --out demo-out`. The students have one size and one seed; one learns from raw features (FitNet), the
+other from refined ones. The teacher is bundled; data/demo_teacher/README.md says how it was made and that its
+artifacts are planted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.digits import SPLITS, digit_images
+from pipeline.distill import distill
+from pipeline.evaluate import Accuracies, evaluate
+from pipeline.models import LOCAL
+from pipeline.outputs import Mode, claim_output
+from pipeline.prepare import prepare
+from pipeline.progress import say
+from pipeline.refine import refine
+from pipeline.report import DemoReport, write_report
+from pipeline.resources import resource
+
+TEACHER = "data/demo_teacher"
+# Two drawings of each of 1,297 digits to learn from, one of each of 500 others to test on.
+COPIES = {"train": 2, "test": 1}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """report: the page to open; linear: {student: accuracies (%)}."""
+
+    report: Path
+    linear: dict[str, Accuracies]
+    max_over_median: dict[str, float]
+
+
+def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
+    """Run the chain below `out`. Raises ValueError if `out` may not be written."""
+    claim_output(out, mode, "demo", config, config.distill.seed)
+    teacher = resource(TEACHER)
+    config = config.model_copy(
+        update={"teacher": config.teacher.model_copy(update={"name": f"{LOCAL}{teacher}", "weights": None})}
+    )
+
+    say("1/6 drawing digits and packing them into WebDataset shards")
+    shards = {}
+    for split in SPLITS:
+        write_images(split, out / "images" / split)
+        prepare(config, out / "images" / split, out / "shards" / split)
+        shards[split] = str(out / "shards" / split / "*.tar")
+
+    say("2/6 caching the teacher's features")
+    cached = cache_teacher(config, shards["train"], out / "cache")
+    say("3/6 refining: fitting the adapters on the cache")
+    refined = refine(config, cached.cache, out / "adapters")
+    say("4/6 distilling a student from raw features (FitNet)")
+    fitnet = distill(config, cached.cache, out / "fitnet")
+    say("5/6 distilling the same student from refined features (SiNGER)")
+    singer = distill(config, cached.cache, out / "singer", adapters=refined.adapters)
+    say("6/6 probing the frozen students, and the teacher, on digits that none has seen")
+    students = {"FitNet": fitnet, "SiNGER": singer}
+    probes = {name: evaluate(config, run.run, shards["train"], shards["test"]) for name, run in students.items()}
+    probes["teacher"] = evaluate(config, teacher, shards["train"], shards["test"])
+
+    report = DemoReport(
+        cached=cached,
+        refined=refined,
+        students=students,
+        probes=probes,
+        note="The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a model this small, trained "
+        "for minutes, grows none by itself. Large pretrained ViTs do.",
+    )
+    figures = write_report(report, out / "report.html")
+    return DemoResult(out / "report.html", {name: probe.linear for name, probe in probes.items()}, figures)
+
+
+def write_images(split: str, folder: Path) -> None:
+    """The demo's images of a split as an ImageFolder of PNG files."""
+    for key, image, label in digit_images(split, COPIES[split]):
+        file = folder / str(label) / f"{key}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, compress_level=1)

@@ -1,0 +1,387 @@
+"""Stage 3: train a student on frozen refined targets, computed on the fly from the cached features.
+
+`singer distill --cache CACHE --adapters ADAPTERS --out RUN`, or `accelerate launch cli.py distill ...` on several
+processes. Without adapters the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.config import Config, DistillConfig
+from pipeline.models import Vit, new_student, save_vit
+from pipeline.outputs import (
+    INPUTS,
+    Mode,
+    check_inputs,
+    check_output,
+    check_resumable,
+    claim_output,
+    file_hash,
+    read_json,
+    write_atomic,
+    write_json,
+)
+from pipeline.prefetch import prefetch
+from pipeline.progress import Meter, meter, say
+from pipeline.readplan import Share, epoch_order, share, steps_per_epoch
+from pipeline.refine import REFINER, load_refiner
+from pipeline.shards import ImageFile, Images, expand_shards
+from pipeline.views import apply_view, normalise
+from singer.matching import match_blocks, resize_tokens
+from singer.objectives import OBJECTIVES
+from singer.refiner import Refiner
+from singer.vit import block_outputs, depth, freeze_unused, grid_size
+
+STUDENT = "student"
+PROJECTORS = "projectors.safetensors"
+CHECKPOINT = "checkpoint.pt"
+RUN = "run.json"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A trained student. loss: mean of the last epoch; matching: {teacher block: student block}."""
+
+    run: Path
+    student: Path
+    cache: str
+    adapters: str | None
+    matching: dict[int, int]
+    parameters: int
+    steps: int
+    loss: float
+    seconds: float
+    images_per_second: float
+    data_wait_percent: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one step: pixels (n, size, size, 3) uint8, stored features, weights (n,)."""
+
+    pixels: Tensor
+    encoded: Encoded
+    weights: Tensor
+
+
+class Distiller(nn.Module):
+    """A student with a linear projector to the teacher's width at every matched block."""
+
+    def __init__(self, student: Vit, matching: dict[int, int], teacher_width: int, keep_cls: bool) -> None:
+        super().__init__()
+        self.student = student.model
+        self.matching = matching
+        self.prefix = student.prefix
+        self.keep_cls = keep_cls
+        self.projectors = nn.ModuleDict({str(b): nn.Linear(student.width, teacher_width) for b in matching})
+        freeze_unused(self.student, max(matching.values()))
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """{teacher block: projected student tokens (B, [CLS +] patches, teacher width)}."""
+        outputs = block_outputs(self.student, images, sorted(self.matching.values()))
+        return {
+            teacher: self.projectors[str(teacher)](select_tokens(outputs[block], self.prefix, self.keep_cls))
+            for teacher, block in self.matching.items()
+        }
+
+
+def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
+    """CLS (if kept) and patches of tokens (B, N, d); registers never meet those of another model."""
+    patches = tokens[:, prefix:]
+    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+
+
+class Targets:
+    """Stored features -> what the student is to match, on its own token grid."""
+
+    def __init__(self, cache: Cache, refiner: Refiner | None, student: Vit, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        self.refiner = refiner.to(device) if refiner is not None else None
+        self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
+        self.student_grid = grid_size(student.model)
+
+    @torch.no_grad()
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        teacher = self.cache.manifest.teacher
+        features = self.cache.decode(encoded, self.device)
+        if self.refiner is not None:
+            features = self.refiner(features)
+        return {
+            block: resize_tokens(
+                select_tokens(x, teacher.prefix_tokens, self.keep_cls),
+                int(self.keep_cls),
+                teacher.grid,
+                self.student_grid,
+            )
+            for block, x in features.items()
+        }
+
+
+def distill(
+    config: Config,
+    cache_path: Path,
+    out: Path,
+    adapters: Path | None = None,
+    shards: str | Sequence[str] | None = None,
+    mode: Mode = "new",
+) -> DistillResult:
+    """Train a student and store it at `out`. Raises ValueError for whatever the user can mend.
+
+    shards: where the cached shards lie now, if they have moved since they were cached.
+    """
+    settings = config.distill
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"distill.objective: unknown {settings.objective!r}; known: {', '.join(OBJECTIVES)}")
+    check_output(out, mode)
+    cache = Cache(cache_path)
+    refiner = load_refiner(adapters, cache) if adapters is not None else None
+    images = check_shards(cache.index.images, shards)
+    set_seed(settings.seed)
+    student = new_student(config.student, cache.manifest.teacher.image_size)
+    matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
+    inputs = {"cache": cache.id, "adapters": file_hash(adapters / REFINER) if adapters is not None else None}
+    if mode == "resume" and (out / INPUTS).exists():
+        check_resumable(out, config, ("student", "distill"), ("workers", "checkpoint_minutes"))
+        check_inputs(out, inputs)
+        if (out / RUN).exists():
+            return load_result(out)
+
+    accelerator = Accelerator(mixed_precision=settings.precision)
+    main = accelerator.is_main_process
+    if main:
+        claim_output(out, mode, "distill", config, settings.seed)
+        write_json(out / INPUTS, inputs)
+        say("teacher block -> student block: " + ", ".join(f"{t} -> {s}" for t, s in matching.items()))
+    accelerator.wait_for_everyone()
+    targets = Targets(cache, refiner, student, accelerator.device)
+    distiller = Distiller(student, matching, cache.manifest.teacher.width, targets.keep_cls)
+    trainable = [p for p in distiller.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
+    checkpoint = Checkpoint(out / CHECKPOINT, distiller, optimiser, settings.checkpoint_minutes)
+    first_step = checkpoint.restore(accelerator.device) if mode == "resume" else 0
+    model, optimiser = accelerator.prepare(distiller, optimiser)
+
+    log = RunLog(out / LOG, first_step, main)
+    with ImageFile(images) as files:
+        load = BatchLoader(cache, files, student.image_size)
+        loss, m = train(settings, student, targets, load, model, optimiser, checkpoint, log, accelerator, first_step)
+    result = DistillResult(
+        run=out,
+        student=out / STUDENT,
+        cache=cache.id,
+        adapters=str(adapters) if adapters is not None else None,
+        matching=matching,
+        parameters=sum(p.numel() for p in student.model.parameters()),
+        steps=settings.epochs * steps_per_epoch(len(cache), settings.batch_size),
+        loss=loss,
+        seconds=m.seconds,
+        images_per_second=m.rate * settings.batch_size,
+        data_wait_percent=m.wait_percent,
+    )
+    if main:
+        save_vit(student, student.model.state_dict(), out / STUDENT)
+        state = {k: v.cpu().contiguous() for k, v in distiller.projectors.state_dict().items()}
+        write_atomic(out / PROJECTORS, safetensors.torch.save(state))
+        write_json(out / RUN, {**asdict(result), "run": None, "student": None})
+        checkpoint.path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def train(
+    settings: DistillConfig,
+    student: Vit,
+    targets: Targets,
+    load: "BatchLoader",
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    checkpoint: "Checkpoint",
+    log: "RunLog",
+    accelerator: Accelerator,
+    first_step: int,
+) -> tuple[float, Meter]:
+    """The steps from first_step to the end of the last epoch; the mean loss since the last log line, and the meter."""
+    objective = OBJECTIVES[settings.objective]
+    cache = targets.cache
+    per_epoch = steps_per_epoch(len(cache), settings.batch_size)
+    total = settings.epochs * per_epoch
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    log_every = min(50, max(1, per_epoch // 4))
+    model.train()
+    with meter("distill", total, "steps", quiet=not main, done=first_step) as m:
+        plan = shares(len(cache), settings, rank, world, first_step, total)
+        summed = dict.fromkeys(cache.blocks, torch.zeros((), device=accelerator.device))
+        since = mean_loss = 0.0
+        for step, batch in enumerate(prefetch(load, plan, settings.workers, m), start=first_step):
+            # Whatever a model draws (drop path, dropout) depends on the step alone, so that a resumed run repeats it.
+            torch.manual_seed(hash((settings.seed, step, rank)) & 0x7FFFFFFF)
+            rate = learning_rate(settings, step, per_epoch)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            tokens = model(normalise(batch.pixels, student.mean, student.std, accelerator.device))
+            wanted = targets(batch.encoded)
+            weights = batch.weights.to(accelerator.device)
+            losses = {b: (objective(tokens[b].float(), wanted[b]) * weights).sum() for b in wanted}
+            optimiser.zero_grad(set_to_none=True)
+            accelerator.backward(torch.stack(list(losses.values())).mean())
+            if settings.clip_grad is not None:
+                accelerator.clip_grad_norm_(model.parameters(), settings.clip_grad)
+            optimiser.step()
+            summed = {b: summed[b] + loss.detach() for b, loss in losses.items()}
+            since += 1
+            m.advance(1, f"loss {mean_loss:.4f}" if mean_loss else "")
+
+            epoch_ends = (step + 1) % per_epoch == 0
+            if (step + 1) % log_every == 0 or epoch_ends:
+                parts = {b: float(v) / since for b, v in accelerator.reduce(summed, "mean").items()}
+                mean_loss = sum(parts.values()) / len(parts)
+                if not math.isfinite(mean_loss):
+                    raise ValueError(
+                        f"the loss is {mean_loss} at step {step + 1}; lower distill.lr or use precision no"
+                    )
+                log.write(
+                    step=step + 1,
+                    epoch=(step + 1) / per_epoch,
+                    lr=rate,
+                    loss=mean_loss,
+                    blocks=parts,
+                    images_per_second=m.rate * settings.batch_size,
+                    data_wait_percent=m.wait_percent,
+                )
+                summed, since = {b: torch.zeros_like(v) for b, v in summed.items()}, 0.0
+                # Only here are all running sums empty, so that a checkpoint needs none of them.
+                if main and step + 1 < total:
+                    checkpoint.save(step + 1, force=epoch_ends)
+    return mean_loss, m
+
+
+def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Linear warm-up over warmup_epochs, then half a cosine down to final_lr · lr at the last step."""
+    warm = settings.warmup_epochs * per_epoch
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def shares(
+    records: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+) -> Iterator[Share]:
+    """This process's part of every global batch from first_step on."""
+    per_epoch = steps_per_epoch(records, settings.batch_size)
+    order: np.ndarray | None = None
+    for step in range(first_step, total):
+        epoch, within = divmod(step, per_epoch)
+        if order is None or within == 0:
+            order = epoch_order(records, settings.seed, epoch)
+        yield share(order, within, settings.batch_size, rank, world)
+
+
+class BatchLoader:
+    """Share -> Batch: the stored views, decoded anew at the student's resolution, and the stored features."""
+
+    def __init__(self, cache: Cache, files: ImageFile, image_size: int) -> None:
+        self.cache, self.files, self.image_size = cache, files, image_size
+
+    def __call__(self, share: Share) -> Batch:
+        index = self.cache.index
+        views = [
+            apply_view(self.files.read(int(index.image[r])), index.record_view(r), self.image_size)
+            for r in share.records
+        ]
+        return Batch(torch.from_numpy(np.stack(views)), self.cache.read(share.records), torch.from_numpy(share.weights))
+
+
+class Checkpoint:
+    """All that a run needs to go on: weights, optimiser and the number of steps done. Replaced atomically."""
+
+    def __init__(self, path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, minutes: float) -> None:
+        self.path, self._model, self._optimiser = path, model, optimiser
+        self._seconds = 60 * minutes
+        self._saved = time.monotonic()
+
+    def save(self, step: int, force: bool) -> None:
+        """Save if `force` or enough time has gone by. Called by the main process only."""
+        if not force and time.monotonic() - self._saved < self._seconds:
+            return
+        buffer = io.BytesIO()
+        torch.save({"step": step, "model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}, buffer)
+        write_atomic(self.path, buffer.getvalue())
+        self._saved = time.monotonic()
+
+    def restore(self, device: torch.device) -> int:
+        """Load the last checkpoint, if there is one, into model and optimiser; the number of steps it had done."""
+        if not self.path.is_file():
+            return 0
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            self._model.load_state_dict(saved["model"])
+            self._optimiser.load_state_dict(saved["optimiser"])
+        except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
+            raise ValueError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
+        return int(saved["step"])
+
+
+class RunLog:
+    """The run's JSON lines, cut back to the step from which it goes on."""
+
+    def __init__(self, path: Path, first_step: int, main: bool) -> None:
+        self._path, self._main = path, main
+        if main:
+            kept = [line for line in read_log(path) if line["step"] <= first_step]
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values: object) -> None:
+        if self._main:
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines log; one that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def check_shards(images: Images, shards: str | Sequence[str] | None) -> Images:
+    """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
+    paths = images.paths
+    if shards is not None:
+        found = {p.name: p for p in expand_shards(shards)}
+        missing = [p.name for p in paths if p.name not in found]
+        if missing:
+            raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
+        paths = tuple(found[p.name].resolve() for p in paths)
+    for path, size in zip(paths, images.shard_sizes, strict=True):
+        if not path.is_file():
+            raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
+        if path.stat().st_size != size:
+            raise ValueError(f"shard {path} has changed since it was cached; cache it again")
+    return replace(images, paths=paths)
+
+
+def load_result(run: Path) -> DistillResult:
+    """The result of a finished run. Raises ValueError if there is none at `run`."""
+    value = read_json(run / RUN, "finished run")
+    value |= {"run": run, "student": run / STUDENT, "matching": {int(t): s for t, s in value["matching"].items()}}
+    return DistillResult(**value)

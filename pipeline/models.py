@@ -1,0 +1,217 @@
+"""Loading timm Vision Transformers: teachers with their weights, new students, students that a run saved."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.outputs import read_json, write_json
+
+LOCAL = "local-dir:"
+# The architecture that a `vit` of given dimensions is built from; its own are all replaced.
+PLAIN_VIT = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True)
+class Vit:
+    """A timm VisionTransformer and what is needed to build it again."""
+
+    model: VisionTransformer
+    architecture: str
+    model_args: dict[str, Any]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def prefix(self) -> int:
+        """CLS and register tokens."""
+        return int(self.model.num_prefix_tokens)
+
+    @property
+    def has_cls(self) -> bool:
+        return bool(self.model.has_class_token)
+
+    @property
+    def width(self) -> int:
+        return int(self.model.embed_dim)
+
+
+def load_teacher(config: TeacherConfig) -> Vit:
+    """The teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
+    vit = _create(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher")
+    vit.model.requires_grad_(False).eval()
+    return vit
+
+
+def new_student(config: StudentConfig, image_size: int) -> Vit:
+    """A student to be trained, without a head. image_size: used where the config gives none."""
+    dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
+    given = {k: v for k, v in dims.items() if v is not None}
+    if config.name == "vit":
+        missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
+        if missing:
+            raise ValueError(f"student.name vit needs student.{missing[0]} too (or name a timm model)")
+        if given["embed_dim"] % given["num_heads"]:
+            raise ValueError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
+        if config.pretrained:
+            raise ValueError("student.pretrained needs the student.name of a timm model")
+    elif given:
+        raise ValueError(f"student.dim, depth and heads are for student.name vit; {config.name} has its own")
+    args = {**given, "patch_size": config.patch_size, "num_classes": 0}
+    name = PLAIN_VIT if config.name == "vit" else config.name
+    size = config.image_size or image_size
+    return _create(name, size, args, None, pretrained=config.pretrained, what="student")
+
+
+def load_saved(folder: Path, image_size: int | None = None) -> Vit:
+    """A model saved in timm's local-dir layout, by `save_vit` or by timm itself."""
+    vit = _create(f"{LOCAL}{folder}", image_size, {}, None, pretrained=True, what="evaluate")
+    vit.model.requires_grad_(False).eval()
+    return vit
+
+
+def save_vit(vit: Vit, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(
+        {k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors"
+    )
+    size = (3, vit.image_size, vit.image_size)
+    write_json(
+        folder / "config.json",
+        {
+            "architecture": vit.architecture,
+            "num_classes": vit.model.num_classes,
+            "num_features": vit.model.num_features,
+            "model_args": vit.model_args,
+            "pretrained_cfg": {
+                "num_classes": vit.model.num_classes,
+                "input_size": size,
+                "fixed_input_size": True,
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "mean": vit.mean,
+                "std": vit.std,
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+            },
+        },
+    )
+
+
+def weight_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of a state dict.
+
+    The position embedding is left out: it is interpolated to the image size, which is recorded by itself.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(set(state) - {"pos_embed"}):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor.item()).encode())
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or .pth file, never unpickling anything but tensors."""
+    if not path.is_file():
+        raise ValueError(f"weights {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every malformed file ends here: zip, pickle and header errors differ in type
+        raise ValueError(f"weights {path} cannot be read: {_first_line(error)}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise ValueError(f"weights {path}: expected a state dict of tensors")
+    return loaded
+
+
+def _create(
+    name: str,
+    image_size: int | None,
+    args: Mapping[str, Any],
+    weights: Path | None,
+    pretrained: bool,
+    what: str,
+) -> Vit:
+    kwargs = {k: v for k, v in args.items() if v is not None}
+    if image_size is not None:
+        kwargs["img_size"] = image_size
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL)).expanduser()
+        config = read_json(folder / "config.json", "timm model folder")
+        kwargs = {**config.get("model_args", {}), **kwargs}
+        weights = weights or folder / "model.safetensors"
+    elif ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"{what}.name: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if weights is not None:
+        state = read_weights(weights)
+        head = state.get("head.weight")
+        kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
+        # Through timm's own loader: it converts foreign layouts and interpolates the position embedding.
+        overlay = {"state_dict": state, "num_classes": kwargs["num_classes"], "custom_load": False}
+        kwargs["pretrained_cfg_overlay"] = overlay
+    model = _build(name, pretrained, kwargs, weights, what)
+    kwargs.pop("pretrained_cfg_overlay", None)
+    pretrained_cfg = model.pretrained_cfg
+    size = model.patch_embed.img_size
+    if size[0] != size[1]:
+        raise ValueError(f"{what}.name {name}: only square inputs are supported, not {size}")
+    return Vit(
+        model=model,
+        architecture=pretrained_cfg["architecture"],
+        model_args={**getattr(model, "_model_args", {}), **kwargs, "img_size": size[0]},
+        image_size=size[0],
+        mean=tuple(pretrained_cfg["mean"]),
+        std=tuple(pretrained_cfg["std"]),
+    )
+
+
+def _build(
+    name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str
+) -> VisionTransformer:
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:  # timm, the hub client and torch each raise their own
+        if weights is not None:
+            message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
+        elif pretrained:
+            message = f"{what}.name {name}: {_first_line(error)}; give a local file with {what}.weights"
+        else:
+            message = f"{what}.name {name}: {_first_line(error)}"
+        raise ValueError(message) from None
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{what}.name: {name} is a {type(model).__name__}, not a VisionTransformer of timm")
+    grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
+    size = model.patch_embed.img_size
+    if size[0] % patch[0]:
+        near = max(1, round(size[0] / patch[0])) * patch[0]
+        raise ValueError(
+            f"{what}.image_size {size[0]} is not a multiple of the patch size {patch[0]}; the nearest is {near}"
+        )
+    assert grid[0] * patch[0] == size[0]
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _first_mismatch(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return " ".join(lines[1:2] if len(lines) > 1 else lines)[:300] or type(error).__name__

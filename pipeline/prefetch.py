@@ -1,0 +1,40 @@
+"""Reading ahead in threads: decoding images and reading features release the interpreter lock."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from pipeline.progress import Meter
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+
+
+def prefetch(
+    load: Callable[[Item], Batch], items: Iterable[Item], workers: int, meter: Meter | None = None
+) -> Iterator[Batch]:
+    """load(item) for every item, in order, up to 2 · workers ahead. Time spent waiting goes to the meter.
+
+    An exception in `load` is raised where its batch would have come.
+    """
+    ahead: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(load, item))
+                if len(ahead) > 2 * workers:
+                    yield _take(ahead, meter)
+            while ahead:
+                yield _take(ahead, meter)
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _take(ahead: deque[Future[Batch]], meter: Meter | None) -> Batch:
+    future = ahead.popleft()
+    if meter is None:
+        return future.result()
+    with meter.waiting():
+        return future.result()

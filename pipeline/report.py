@@ -1,0 +1,136 @@
+"""The demo's report: one HTML page that shows what refinement did, with no other file."""
+
+import base64
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.cache.info import cache_info
+from pipeline.cache.reader import Cache
+from pipeline.cache_teacher import CacheResult
+from pipeline.distill import LOG, DistillResult, check_shards, read_log
+from pipeline.evaluate import EvaluateResult
+from pipeline.models import load_saved
+from pipeline.outputs import write_atomic
+from pipeline.refine import RefineResult, load_refiner
+from pipeline.shards import ImageFile
+from pipeline.views import apply_view, normalise
+from singer.artifacts import patch_norms
+from singer.vit import block_outputs, depth, grid_size
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_SHOWN = 6
+_MEASURED = 256
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the page tells: the results of every stage; probes also hold the teacher's. note: what to know first."""
+
+    cached: CacheResult
+    refined: RefineResult
+    students: dict[str, DistillResult]
+    probes: dict[str, EvaluateResult]
+    note: str
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Patch norms of some records. images (n, size, size, 3) uint8; maps: {title: (n, rows, columns)}."""
+
+    images: np.ndarray
+    maps: dict[str, Tensor]
+
+    def max_over_median(self) -> dict[str, float]:
+        """Mean over images of the largest norm over the median of all."""
+        return {k: float((m.flatten(1).amax(1) / m.median()).mean()) for k, m in self.maps.items()}
+
+
+def write_report(report: DemoReport, path: Path) -> dict[str, float]:
+    """Write the page; returns max / median of the patch norms it shows, by title."""
+    norms = measure_norms(report)
+    ratios = norms.max_over_median()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(_TEMPLATE.read_text()).render(
+        report=report,
+        info=cache_info(report.cached.cache),
+        ratios=ratios,
+        figures={"norm maps": draw_norm_maps(norms), "losses": draw_losses(report.students)},
+    )
+    write_atomic(path, page)
+    return ratios
+
+
+@torch.inference_mode()
+def measure_norms(report: DemoReport) -> Norms:
+    """Patch norms at the last cached block: teacher raw and refined (still in its units), and at the students' last."""
+    cache = Cache(report.cached.cache)
+    refiner = load_refiner(report.refined.adapters, cache)
+    records = np.linspace(0, len(cache) - 1, min(_MEASURED, len(cache))).astype(int)
+    block = cache.blocks[-1]
+    prefix, grid = cache.manifest.teacher.prefix_tokens, cache.manifest.teacher.grid
+    x = cache.features(records, torch.device("cpu"))[block]
+    maps = {
+        "teacher": patch_norms(x, prefix).unflatten(1, grid),
+        "refined teacher": patch_norms(refiner.clean(x, block), prefix).unflatten(1, grid),
+    }
+    with ImageFile(check_shards(cache.index.images, None)) as files:
+        for name, run in report.students.items():
+            student = load_saved(run.student)
+            images = np.stack(
+                [
+                    apply_view(files.read(int(cache.index.image[r])), cache.index.record_view(r), student.image_size)
+                    for r in records
+                ]
+            )
+            pixels = normalise(torch.from_numpy(images), student.mean, student.std, torch.device("cpu"))
+            last = depth(student.model) - 1
+            tokens = block_outputs(student.model, pixels, [last])[last]
+            maps[f"{name} student"] = patch_norms(tokens, student.prefix).unflatten(1, grid_size(student.model))
+    return Norms(images, maps)
+
+
+def draw_norm_maps(norms: Norms) -> str:
+    """Images beside the norm maps of every model, each map in units of its model's median."""
+    figure = Figure(figsize=(1.5 * _SHOWN, 1.55 * (1 + len(norms.maps))), layout="constrained")
+    axes = figure.subplots(1 + len(norms.maps), _SHOWN)
+    for column in range(_SHOWN):
+        axes[0, column].imshow(norms.images[column])
+        for row, values in enumerate(norms.maps.values(), start=1):
+            picture = axes[row, column].imshow(values[column] / values.median(), vmin=0, vmax=5, cmap="viridis")
+    for row, title in enumerate(["image", *norms.maps]):
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.colorbar(picture, ax=axes[1:, :], shrink=0.5, label="patch norm / median", extend="max")
+    return as_data_url(figure)
+
+
+def draw_losses(students: Mapping[str, DistillResult]) -> str:
+    """Training loss of every student, relative to its first value: the targets have different units."""
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axis: Axes = figure.subplots()
+    for name, run in students.items():
+        lines = read_log(run.run / LOG)
+        loss = np.array([line["loss"] for line in lines])
+        axis.plot([line["epoch"] for line in lines], loss / loss[0], label=name)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss / first loss")
+    axis.legend(frameon=False)
+    return as_data_url(figure)
+
+
+def as_data_url(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

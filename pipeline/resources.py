@@ -1,0 +1,10 @@
+"""Files that travel with the package: recipes and the demo's teacher."""
+
+from pathlib import Path
+
+
+def resource(name: str) -> Path:
+    """configs/ or data/... : inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    inside = here / name
+    return inside if inside.exists() else here.parent / name

@@ -1,0 +1,36 @@
+"""Which student block learns from which teacher block, and how token grids of different sizes meet."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_depth: int) -> dict[int, int]:
+    """{teacher block: student block}, each student block used once, in order, by relative depth.
+
+    Depth is counted at a block's OUTPUT, (l + 1) / depth, so that last meets last and equal depths give the
+    identity (counted at its input, as in the authors' code, the student's last block stays without a target).
+    Raises ValueError if there are more teacher blocks than student blocks.
+    """
+    if len(teacher_blocks) > student_depth:
+        raise ValueError(
+            f"{len(teacher_blocks)} teacher blocks cannot be matched to {student_depth} student blocks: "
+            "cache fewer blocks or take a deeper student"
+        )
+    teacher = (np.array(teacher_blocks) + 1) / teacher_depth
+    student = (np.arange(student_depth) + 1) / student_depth
+    rows, columns = linear_sum_assignment(np.square(teacher[:, None] - student[None]))
+    return {teacher_blocks[r]: int(c) for r, c in zip(rows, columns, strict=True)}
+
+
+def resize_tokens(tokens: Tensor, prefix: int, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Tokens (B, P + rows·columns, d) with their patch grid interpolated to the target (rows, columns)."""
+    if grid == target:
+        return tokens
+    patches = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    patches = F.interpolate(patches, size=target, mode="bilinear", antialias=True)
+    return torch.cat([tokens[:, :prefix], patches.flatten(2).transpose(1, 2)], dim=1)

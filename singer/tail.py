@@ -1,0 +1,72 @@
+"""The frozen tail of a teacher: what comes after the cached features, rebuilt without the rest of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+_FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos_drop", "patch_drop")
+
+
+def tail_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
+    """The part of a timm VisionTransformer state dict that belongs to the tail from first_block on."""
+    kept = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[0] in _FRONT or (parts[0] == "blocks" and int(parts[1]) < first_block):
+            continue
+        kept[name] = tensor
+    return kept
+
+
+class TeacherTail(nn.Module):
+    """Blocks first_block.. of a timm VisionTransformer with its final norm and head; frozen, in eval mode.
+
+    Holds the first cached block itself too: some readers of its output need the block's own weights.
+    architecture, model_args: what timm.create_model takes to build the teacher.
+    state: as `tail_state` gives it.
+    """
+
+    def __init__(
+        self, architecture: str, model_args: Mapping[str, Any], first_block: int, state: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, **model_args)
+        self.depth = len(model.blocks)
+        self.first_block = first_block
+        for block in range(first_block):
+            model.blocks[block] = nn.Identity()
+        for name in _FRONT:
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
+        model.load_state_dict(dict(state), strict=True, assign=True)
+        self.model = model.requires_grad_(False).eval()
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` of the teacher. index: first_block to depth - 1."""
+        assert self.first_block <= index < self.depth, f"the tail has blocks {self.first_block} to {self.depth - 1}"
+        module: nn.Module = self.model.blocks[index]
+        return module
+
+    def is_last(self, block: int) -> bool:
+        return block == self.depth - 1
+
+    def next_output(self, tokens: Tensor, block: int) -> Tensor:
+        """Output (B, N, d) of block + 1 for the tokens (B, N, d) that left `block`; they themselves if last."""
+        if self.is_last(block):
+            return tokens
+        output: Tensor = self.block(block + 1)(tokens)
+        return output
+
+    def logits(self, tokens: Tensor, block: int) -> Tensor:
+        """The teacher's own output (B, classes) for the tokens (B, N, d) that left `block`.
+
+        Pooled features (B, d) where the teacher has no head.
+        """
+        for index in range(block + 1, self.depth):
+            tokens = self.block(index)(tokens)
+        output: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return output
