@@ -172,6 +172,9 @@ class Extractor:
         records = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
         batches = np.array_split(records, -(-count // self._config.cache.batch_size))
         features = [self.features(self.pixels(files, index, batch)) for batch in batches]
+        for batch, outputs in zip(batches, features, strict=True):
+            for block, x in outputs.items():
+                _check_finite(x, block, batch, index)
         calibration = {}
         for block in self._blocks:
             x = torch.cat([f[block].cpu() for f in features])

@@ -62,9 +62,10 @@ class RefineConfig(Section):
     )
     outlier_weight: Annotated[float, Field(ge=0)] = 1.0
     info_weight: Annotated[float, Field(ge=0)] = 10.0
+    keep_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is the paper's loss")
     steps: Positive = 500
     batch_size: Positive = 32
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr: Annotated[float, Field(gt=0)] = 1e-2
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of records kept for the figures")
     statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
     seed: int = 0

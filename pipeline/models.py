@@ -186,7 +186,13 @@ def _build(
     name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str
 ) -> VisionTransformer:
     try:
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        with torch.device("meta"):
+            kind = type(timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}))
+        if not issubclass(kind, VisionTransformer):
+            raise TypeError(f"it is a {kind.__name__}, not a VisionTransformer of timm")
+        model: VisionTransformer = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:  # also an argument that the architecture does not take
+        raise ValueError(f"{what}.name {name}: {_first_line(error)}") from None
     except Exception as error:  # timm, the hub client and torch each raise their own
         if weights is not None:
             message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
@@ -195,8 +201,6 @@ def _build(
         else:
             message = f"{what}.name {name}: {_first_line(error)}"
         raise ValueError(message) from None
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{what}.name: {name} is a {type(model).__name__}, not a VisionTransformer of timm")
     grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
     size = model.patch_embed.img_size
     if size[0] % patch[0]:

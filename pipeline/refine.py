@@ -3,8 +3,9 @@
 `singer refine --cache CACHE --out ADAPTERS`. The teacher is not needed: its frozen tail lies in the cache.
 
 Two-stage SiNGER: adapters start in the directions that the next reader sees least, and minimise
-outlier_weight · L_outlier + info_weight · L_info on clean-token Grams behind the next block; there is no student yet.
-The block losses are independent, so each block's adapter has its own optimiser and schedule.
+outlier_weight · L_outlier + info_weight · L_info + keep_weight · L_keep, L_info on clean-token Grams behind the next
+block; there is no student yet. Blocks share no parameter and Adam scales each by itself, so that fitting them together
+is fitting each alone.
 """
 
 import json
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, RefineConfig
-from pipeline.outputs import Mode, check_output, claim_output, read_json, write_atomic, write_json
+from pipeline.outputs import Mode, check_output, check_resumable, claim_output, read_json, write_atomic, write_json
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from singer.artifacts import clean_mask, norm_summary, patch_norms, robust_threshold
-from singer.losses import info_loss, outlier_loss
+from singer.losses import info_loss, keep_loss, outlier_loss
 from singer.refiner import CLEANERS, NORMALISERS, Adapter, Clip, Refiner, Standardize
 from singer.subspaces import reader_weight, smallest_directions
 from singer.tail import TeacherTail
@@ -64,14 +65,15 @@ def refine(config: Config, cache_path: Path, out: Path, mode: Mode = "new") -> R
     cache = Cache(cache_path)
     if settings.cleaner == "adapter" and settings.rank > cache.manifest.teacher.width:
         raise ValueError(f"refine.rank {settings.rank} is larger than the feature width {cache.manifest.teacher.width}")
+    train, held_out = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
+        check_resumable(out, config, ("refine",), ())
         load_refiner(out, cache)
         return _result(out, read_json(out / METRICS, "refiner"))
     claim_output(out, mode, "refine", config, settings.seed)
 
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train, held_out = split_records(cache, settings)
     sample = train[np.linspace(0, len(train) - 1, min(len(train), settings.statistics_records)).astype(int)]
     scales = measure_scales(cache, sample, settings.threshold_k)
     refiner = empty_refiner(cache, settings).to(device)
@@ -161,7 +163,7 @@ def fit_adapters(
     log: Path,
     device: torch.device,
 ) -> None:
-    """Minimise L_outlier and L_info over the adapters, block by block within each step."""
+    """Minimise L_outlier, L_info and L_keep over the adapters of all blocks at once; they share no parameter."""
     tail = cache.tail().to(device)
     for block in cache.blocks:
         adapter = refiner.cleaners[str(block)]
@@ -171,6 +173,7 @@ def fit_adapters(
     optimiser = torch.optim.AdamW(refiner.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = batch_order(records, settings)
+    weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
     prefix = cache.manifest.teacher.prefix_tokens
     with meter("refine", settings.steps, "steps") as m, log.open("w") as file:
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m)):
@@ -178,9 +181,10 @@ def fit_adapters(
             losses: dict[str, float] = {}
             total = torch.zeros((), device=device)
             for block, x in features.items():
-                outlier, info = adapter_losses(refiner, tail, block, x, scales[block], prefix)
-                total = total + settings.outlier_weight * outlier + settings.info_weight * info
-                losses |= {f"outlier.{block}": float(outlier.detach()), f"info.{block}": float(info.detach())}
+                parts = adapter_losses(refiner, tail, block, x, scales[block], prefix)
+                for name, part in parts.items():
+                    total = total + weights[name] * part
+                    losses[f"{name}.{block}"] = float(part.detach())
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             optimiser.step()
@@ -193,15 +197,18 @@ def fit_adapters(
 
 def adapter_losses(
     refiner: Refiner, tail: TeacherTail, block: int, x: Tensor, scale: BlockScale, prefix: int
-) -> tuple[Tensor, Tensor]:
-    """(L_outlier, L_info) of one block for its features x (B, N, d)."""
+) -> dict[str, Tensor]:
+    """L_outlier, L_info and L_keep of one block for its features x (B, N, d)."""
     clean = clean_mask(patch_norms(x, prefix), scale.threshold)
     refined = refiner.clean(x, block)
     outlier = outlier_loss(patch_norms(refined, prefix), scale.threshold, scale.median)
     with torch.no_grad():
         seen = tail.next_output(x, block)
-    info = info_loss(tail.next_output(refined, block)[:, prefix:], seen[:, prefix:], clean)
-    return outlier, info
+    return {
+        "outlier": outlier,
+        "info": info_loss(tail.next_output(refined, block)[:, prefix:], seen[:, prefix:], clean),
+        "keep": keep_loss(refined[:, prefix:], x[:, prefix:], clean),
+    }
 
 
 def fit_standardisation(

@@ -27,3 +27,15 @@ def info_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     pairs = (clean.unsqueeze(1) & clean.unsqueeze(2)).to(refined.dtype)
     error = (cosine_gram(refined) - cosine_gram(original)).square() * pairs
     return error.sum() / pairs.sum().clamp_min(1)
+
+
+def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
+    """Share of the variance of clean tokens (B, n, d), clean (B, n), that refinement changes; 0 is none.
+
+    Not in the paper: the Gram of L_info is blind to rotations and to the length of tokens, so that adapters may
+    drift far while it stays small. A shift common to all tokens is free; it says nothing about an image.
+    """
+    x = original[clean]
+    change = refined[clean] - x
+    variance = (x - x.mean(0)).square().sum().clamp_min(1e-12)
+    return (change - change.mean(0)).square().sum() / variance

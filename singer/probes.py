@@ -16,7 +16,9 @@ def knn_scores(
     scores = []
     for chunk in test.split(1024):
         similarity, nearest = (chunk @ train.T).topk(min(neighbours, len(train)), dim=1)
-        votes = torch.zeros(len(chunk), classes).scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        votes = similarity.new_zeros(len(chunk), classes).scatter_add_(
+            1, labels[nearest], (similarity / temperature).exp()
+        )
         scores.append(votes)
     return torch.cat(scores)
 

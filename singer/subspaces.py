@@ -18,7 +18,8 @@ def reader_weight(tail: TeacherTail, block: int) -> Tensor:
     head, norm = tail.model.head, tail.model.norm
     if isinstance(head, torch.nn.Linear) and isinstance(norm, torch.nn.LayerNorm) and norm.weight is not None:
         folded = head.weight.double() * norm.weight.double()
-        return torch.sub(folded, folded.mean(1, keepdim=True)).float()
+        centred: Tensor = folded - folded.mean(1, keepdim=True)
+        return centred.float()
     return _mlp_product(tail, block)
 
 
@@ -36,4 +37,5 @@ def _mlp_product(tail: TeacherTail, block: int) -> Tensor:
     mlp = getattr(tail.block(block), "mlp", None)
     if mlp is None or not hasattr(mlp, "fc1") or mlp.fc1.weight.shape[0] != mlp.fc2.weight.shape[1]:
         raise ValueError(f"block {block} of this teacher has no plain fc1/fc2 MLP to take a null space from")
-    return torch.mm(mlp.fc2.weight.float(), mlp.fc1.weight.float())
+    product: Tensor = mlp.fc2.weight.float() @ mlp.fc1.weight.float()
+    return product

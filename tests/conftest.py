@@ -1,0 +1,115 @@
+"""A tiny world: images in shards, a random teacher with one planted artifact direction, and what the stages make."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config, load_config
+from pipeline.models import LOCAL, Vit, save_vit
+from pipeline.prepare import prepare
+from pipeline.refine import refine
+
+torch.set_num_threads(1)
+
+SIZE, PATCH, WIDTH, DEPTH = 32, 8, 24, 4
+SETTINGS = [
+    f"teacher.image_size={SIZE}",
+    "cache.blocks=[2,3]",
+    "cache.batch_size=7",
+    "cache.workers=1",
+    "refine.rank=4",
+    "refine.steps=150",
+    "refine.batch_size=16",
+    "refine.holdout=0.2",
+    "student.dim=12",
+    "student.depth=3",
+    "student.heads=2",
+    f"student.patch_size={PATCH}",
+    "distill.epochs=2",
+    "distill.batch_size=16",
+    "distill.workers=1",
+    "evaluate.workers=1",
+]
+
+
+def make_vit(architecture: str = "vit_tiny_patch16_224", seed: int = 0, **args: object) -> Vit:
+    """A small random model of a timm family."""
+    args = {
+        "embed_dim": WIDTH,
+        "depth": DEPTH,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "img_size": SIZE,
+        "num_classes": 5,
+    } | args
+    torch.manual_seed(seed)
+    model = timm.create_model(architecture, pretrained=False, **args).eval()
+    return Vit(model, architecture, dict(args), int(str(args["img_size"])), (0.5,) * 3, (0.5,) * 3)
+
+
+def plant_artifacts(vit: Vit, token: int = 5) -> None:
+    """One patch position gets a large value along one channel, from the first block on."""
+    with torch.no_grad():
+        vit.model.pos_embed[0, token, 3] += 60.0
+
+
+def draw_images(folder: Path, classes: int, each: int, seed: int = 0, start: int = 0) -> None:
+    """Random images whose class is their colour."""
+    rng = np.random.default_rng(seed)
+    for c in range(classes):
+        (folder / f"class{c}").mkdir(parents=True, exist_ok=True)
+        for i in range(start, start + each):
+            pixels = rng.integers(0, 90, (20 + i % 3 * 5, 24, 3), dtype=np.uint8)
+            pixels[..., c % 3] += 40 * (1 + c // 3)
+            Image.fromarray(pixels).save(folder / f"class{c}" / f"{i}.png")
+
+
+def config_with(*sets: str) -> Config:
+    return load_config(sets=[*SETTINGS, *sets])
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds train/ and test/ shards, teacher/, cache/ and adapters/; tests only read it."""
+    root = tmp_path_factory.mktemp("world")
+    teacher = make_vit()
+    plant_artifacts(teacher)
+    save_vit(teacher, teacher.model.state_dict(), root / "teacher")
+    for split, each in (("train", 25), ("test", 10)):
+        draw_images(root / "images" / split, 4, each, seed=each, start=each)
+        prepare(config_with("prepare.shard_images=30"), root / "images" / split, root / split)
+    config = world_config(root)
+    cache_teacher(config, str(root / "train" / "*.tar"), root / "cache")
+    refine(config, root / "cache", root / "adapters")
+    return root
+
+
+def world_config(root: Path, *sets: str) -> Config:
+    return config_with(f"teacher.name={LOCAL}{root / 'teacher'}", *sets)
+
+
+@pytest.fixture
+def config(world: Path) -> Config:
+    return world_config(world)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Results must not depend on what ran before."""
+    torch.manual_seed(0)
+    yield
+
+
+def tree_bytes(folder: Path, *leave_out: str) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name not in leave_out
+    }

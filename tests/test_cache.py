@@ -1,0 +1,263 @@
+"""The cache: format, codecs, exactness, crashes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import make_vit, tree_bytes, world_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.cache import CODECS, Cache
+from pipeline.cache.codecs import Calibration
+from pipeline.cache.format import JOURNAL, read_index, read_manifest
+from pipeline.cache.info import cache_info
+from pipeline.cache.writer import writer_lock
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.models import load_saved, load_teacher, save_vit
+from pipeline.shards import ImageFile
+from pipeline.views import View, apply_view, crop_view, normalise
+from singer.vit import block_outputs
+
+CPU = torch.device("cpu")
+GOLDEN = Path(__file__).with_name("golden") / "cache-v1.json"
+
+
+def fill(config: Config, world: Path, out: Path, mode: str = "new") -> Path:
+    return cache_teacher(config, str(world / "train" / "*.tar"), out, mode).cache  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 30)
+
+
+def test_features_are_the_teachers(world: Path, config: Config) -> None:
+    cache = Cache(world / "cache")
+    teacher = load_saved(world / "teacher")
+    records = np.array([3, 99, 0, 41])
+    stored = cache.features(records, CPU)
+    with ImageFile(cache.index.images) as files:
+        views = [apply_view(files.read(int(cache.index.image[r])), cache.index.record_view(r), 32) for r in records]
+    images = normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU)
+    live = block_outputs(teacher.model, images, [2, 3])
+    assert list(stored) == [2, 3]
+    for block, x in stored.items():
+        torch.testing.assert_close(x, live[block].half().float(), atol=2e-2, rtol=2e-3)
+    logits = cache.tail().logits(stored[3], 3)
+    torch.testing.assert_close(logits, teacher.model(images), atol=2e-2, rtol=2e-2)
+
+
+def test_scattered_reads_equal_a_whole_read(world: Path) -> None:
+    cache = Cache(world / "cache")
+    whole = cache.features(np.arange(len(cache)), CPU)
+    order = np.random.default_rng(0).permutation(len(cache))
+    scattered = cache.features(order, CPU)
+    for block in cache.blocks:
+        assert torch.equal(scattered[block], whole[block][torch.from_numpy(order)])
+
+
+def test_index(world: Path) -> None:
+    cache = Cache(world / "cache")
+    index = cache.index
+    assert len(index) == len(cache) == 100 and len(set(index.images.keys)) == 100
+    by_name = {key: label for key, label in zip(index.images.keys, index.labels(), strict=True)}
+    assert all(key.startswith(f"class{label}/") for key, label in by_name.items())
+
+
+def test_format_is_the_documented_one(world: Path) -> None:
+    """Golden file: whatever changes here needs a new format version, or is a bug."""
+    root = world / "cache"
+    index = read_index(root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    for path in ("teacher.name", "teacher.weights", "data.hash"):
+        section, key = path.split(".")
+        manifest[section][key] = "..."
+    arrays = {}
+    for name in ("2/values", "3/values"):
+        arrays[name] = json.loads((root / "features" / name / "zarr.json").read_text())
+    found = {
+        "files": sorted(tree_bytes(root, "provenance.json", "config.yaml", "lock")),
+        "manifest": manifest,
+        "arrays": arrays,
+        "journal": sorted(json.loads((root / JOURNAL / "000000.json").read_text())),
+        "keys": list(index.images.keys[:2]),
+        "box": index.box[0].tolist(),
+    }
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        pytest.fail(f"{GOLDEN} was missing and has been written: look at it and commit it")
+    assert found == json.loads(GOLDEN.read_text())
+
+
+def test_zarr_reads_it(world: Path) -> None:
+    group = zarr.open_group(world / "cache", mode="r")
+    array = group["features/3/values"]
+    assert isinstance(array, zarr.Array)
+    stored = Cache(world / "cache").read(np.arange(5))[3]["values"]
+    np.testing.assert_array_equal(np.asarray(array[:5]), stored.numpy())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(2, 33), st.floats(1e-3, 1e4), st.integers(0, 10**6))
+def test_int8_error_bound(n: int, tokens: int, d: int, scale: float, seed: int) -> None:
+    """Every channel is within half a step of its token, a step being the token's largest standardised value / 127."""
+    generator = torch.Generator().manual_seed(seed)
+    calibration = Calibration(
+        torch.randn(d, generator=generator) * scale, (torch.rand(d, generator=generator) + 0.1) * scale
+    )
+    x = torch.randn(n, tokens, d, generator=generator) * scale
+    x[0, 0] *= 30
+    codec = CODECS["int8"]
+    parts = codec.encode(x, calibration)
+    assert {k: (tuple(v.shape[1:]), str(v.dtype).removeprefix("torch.")) for k, v in parts.items()} == codec.parts(
+        tokens, d
+    )
+    step = ((x - calibration.mean) / calibration.std).abs().amax(-1, keepdim=True) / 127
+    error = ((codec.decode(parts, calibration) - x) / calibration.std).abs()
+    assert (error <= 0.51 * step + 2**-14 + 1e-4 * step * 127).all()
+
+
+def test_int8_of_constant_tokens() -> None:
+    calibration = Calibration(torch.full((4,), 3.0), torch.ones(4))
+    x = torch.full((1, 2, 4), 3.0)
+    codec = CODECS["int8"]
+    assert torch.equal(codec.decode(codec.encode(x, calibration), calibration), x)
+
+
+def test_float16_overflow_is_refused() -> None:
+    with pytest.raises(ValueError, match="beyond float16; use cache.codec int8"):
+        CODECS["float16"].encode(torch.full((1, 1, 2), 7e4), Calibration(torch.zeros(2), torch.ones(2)))
+
+
+def test_int8_cache(world: Path, tmp_path: Path) -> None:
+    exact = Cache(world / "cache")
+    small = Cache(fill(world_config(world, "cache.codec=int8"), world, tmp_path / "c"))
+    records = np.arange(len(exact))
+    for block, x in exact.features(records, CPU).items():
+        y = small.features(records, CPU)[block]
+        assert float((y - x).norm() / x.norm()) < 0.02
+    info = cache_info(tmp_path / "c")
+    assert info.ratio > 1.8 and info.codec == "int8" and info.missing == 0
+
+
+@pytest.mark.usefixtures("tiny_shards")
+def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_path: Path) -> None:
+    whole = fill(config, world, tmp_path / "whole")
+    assert read_manifest(whole).shards == 4
+    part = fill(config, world, tmp_path / "part")
+    kept = part / "features/2/values/c/0/0/0"
+    before = kept.stat().st_mtime_ns
+    for shard in (1, 3):
+        (part / JOURNAL / f"{shard:06d}.json").unlink()
+    (part / "features/2/values/c/1/0/0").write_bytes(b"torn")
+    (part / "features/3/values/c/3/0/0").unlink()
+    with pytest.raises(ValueError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
+        Cache(part)
+    fill(config, world, part, "resume")
+    assert kept.stat().st_mtime_ns == before
+    ignored = ("provenance.json",)
+    assert tree_bytes(part, *ignored) == tree_bytes(whole, *ignored)
+
+
+def test_resume_with_other_settings_names_both_sides(world: Path, config: Config, tmp_path: Path) -> None:
+    out = fill(config, world, tmp_path / "c")
+    with pytest.raises(ValueError, match=r'its codec is "float16", this run has "int8"'):
+        fill(world_config(world, "cache.codec=int8"), world, out, "resume")
+    other = make_vit(seed=9)
+    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    changed = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}")
+    with pytest.raises(ValueError, match=r"its teacher\.(name|weights) is"):
+        fill(changed, world, out, "resume")
+    assert len(Cache(out)) == 100
+
+
+def test_second_writer_is_refused(world: Path, config: Config, tmp_path: Path) -> None:
+    out = fill(config, world, tmp_path / "c")
+    code = f"import time; from pathlib import Path; from pipeline.cache.writer import writer_lock\n"
+    code += f"with writer_lock(Path({str(out)!r})): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is being written by another run"):
+            fill(config, world, out, "resume")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with writer_lock(out):
+        pass
+
+
+def test_kill_and_resume_gives_the_same_bytes(world: Path, config: Config, tmp_path: Path) -> None:
+    """SIGKILL in the middle of writing, at a moment that the journal shows, then --resume."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    sets = [f"--set=teacher.name=local-dir:{world / 'teacher'}", "--set=teacher.image_size=32"]
+    sets += ["--set=cache.blocks=[2,3]", "--set=cache.batch_size=7", "--set=cache.workers=1"]
+
+    def command(out: Path, delay: float, *extra: str) -> list[str]:
+        shards = f"--shards={world / 'train' / '*.tar'}"
+        program = (
+            "import time, torch, pipeline.cache_teacher as stage, cli\n"
+            "torch.set_num_threads(1); stage._MAX_SHARD_RECORDS = 10; write = stage.CacheWriter.write\n"
+            f"def slow(*a): write(*a); time.sleep({delay})\n"
+            "stage.CacheWriter.write = slow; cli.main()"
+        )
+        return [sys.executable, "-c", program, "cache-teacher", shards, "--out", str(out), *sets, *extra]
+
+    subprocess.run(command(whole, 0), check=True, capture_output=True)
+    process = subprocess.Popen(command(part, 0.5), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(part.glob(f"{JOURNAL}/*.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(list(part.glob(f"{JOURNAL}/*.json")))
+    assert 3 <= done < 10
+    subprocess.run(command(part, 0, "--resume"), check=True, capture_output=True)
+    assert tree_bytes(part, "provenance.json") == tree_bytes(whole, "provenance.json")
+
+
+def test_nan_names_the_key(world: Path, tmp_path: Path) -> None:
+    broken = load_teacher(world_config(world).teacher)
+    broken.model.blocks[3].mlp.fc2.bias[0] = float("nan")
+    save_vit(broken, broken.model.state_dict(), tmp_path / "teacher")
+    config = world_config(world, f"teacher.name=local-dir:{tmp_path / 'teacher'}")
+    with pytest.raises(ValueError, match="block 3 gives NaN or Inf for image 'class"):
+        fill(config, world, tmp_path / "c")
+
+
+def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="block 7 does not exist: this model has 4 blocks"):
+        fill(world_config(world, "cache.blocks=[7]"), world, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.05, 1.0))
+def test_centre_view(width: int, height: int, crop: float) -> None:
+    left, upper, right, lower = crop_view(crop, (width, height)).box
+    assert 0 <= left < right <= 1 and 0 <= upper < lower <= 1
+    assert (right - left) * width == pytest.approx((lower - upper) * height, rel=1e-6)
+    assert (left + right) / 2 == pytest.approx(0.5) and (upper + lower) / 2 == pytest.approx(0.5)
+
+
+def test_apply_view() -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    np.testing.assert_array_equal(apply_view(image, View((0, 0, 1, 1)), 8), pixels)
+    np.testing.assert_array_equal(apply_view(image, View((0, 0, 1, 1), flip=True), 8), pixels[:, ::-1])
+    np.testing.assert_array_equal(apply_view(image, View((0.25, 0.25, 0.75, 0.75)), 4), pixels[2:6, 2:6])
+    x = normalise(torch.from_numpy(pixels[None]), (0.5, 0.4, 0.3), (0.5, 0.2, 0.1), CPU)
+    expected = (pixels / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.5, 0.2, 0.1])
+    np.testing.assert_allclose(x[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)

@@ -1,0 +1,70 @@
+"""The configuration tree: layering, validation, recipes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, dump_config, load_config, recipes
+
+
+def test_layers(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("refine: {rank: 8, steps: 9}\ndistill: {lr: 0.5}\n")
+    config = load_config(file, ["refine.rank=32"], {"refine.steps": 7, "distill.epochs": None})
+    assert (config.refine.rank, config.refine.steps, config.distill.lr) == (32, 7, 0.5)
+    assert config.distill.epochs == Config().distill.epochs
+
+
+def test_dump_reads_back(tmp_path: Path) -> None:
+    config = load_config(sets=["cache.blocks=[8,11]", "teacher.weights=/a/b.pth", "evaluate.strengths=[1.0]"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_load(name: str) -> None:
+    load_config(name)
+
+
+def test_recipes_cover_the_paper() -> None:
+    wanted = {
+        "demo",
+        "tinyimagenet-ti-to-w96",
+        "vit-l-to-ti",
+        "vit-l-to-s",
+        "deit3-l-to-b",
+        "deit3-s-to-ti",
+        "dinov2-l-to-s",
+    }
+    assert wanted <= set(recipes())
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["refine.rnak=3"], "unknown key 'refine.rnak'; did you mean 'refine.rank'?"),
+        (["distil.lr=1"], "unknown key 'distil'; did you mean 'distill'?"),
+        (["refine.rank=0"], "refine.rank: input should be greater than or equal to 1, got 0"),
+        (["distill.lr=fast"], "distill.lr"),
+        (["rank=3"], "give section.key"),
+        (["refine.rank"], "--set takes section.key=value"),
+        (["refine.rank=[1"], "is no YAML value"),
+    ],
+)
+def test_mistakes_are_named(sets: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(sets=sets)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_file_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file, nor a recipe among"):
+        load_config(tmp_path / "none.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(ValueError, match="not YAML"):
+        load_config(bad)
+    bad.write_text("- 1\n")
+    with pytest.raises(ValueError, match="expected sections"):
+        load_config(bad)

@@ -1,0 +1,225 @@
+"""Stage 3: plan, targets, training, resuming."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import tree_bytes, world_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pipeline.distill as stage
+from pipeline.cache import Cache
+from pipeline.config import Config
+from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, read_log, select_tokens
+from pipeline.models import new_student
+from pipeline.readplan import epoch_order, share, steps_per_epoch
+from pipeline.refine import load_refiner
+
+CPU = torch.device("cpu")
+WEIGHTS = "student/model.safetensors"
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 5), st.integers(0, 9))
+def test_every_record_once_an_epoch(records: int, batch: int, world: int, epoch: int) -> None:
+    order = epoch_order(records, 3, epoch)
+    counted = np.zeros(records)
+    for step in range(steps_per_epoch(records, batch)):
+        parts = [share(order, step, batch, rank, world) for rank in range(world)]
+        assert len({len(p.records) for p in parts}) == 1
+        whole = order[step * batch : (step + 1) * batch]
+        for part in parts:
+            np.testing.assert_allclose(part.weights[part.weights > 0], world / len(whole), rtol=1e-6)
+            counted[part.records[part.weights > 0]] += 1
+        # The mean over processes of their weighted sums is the mean of the batch.
+        values = np.sin(np.arange(records))
+        mean = sum((values[p.records] * p.weights).sum() for p in parts) / world
+        assert mean == pytest.approx(values[whole].mean(), abs=1e-5)
+    assert (counted == 1).all()
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    assert (epoch_order(50, 0, 1) == epoch_order(50, 0, 1)).all()
+    assert (epoch_order(50, 0, 1) != epoch_order(50, 0, 2)).any()
+    assert (epoch_order(50, 0, 1) != epoch_order(50, 1, 1)).any()
+
+
+def test_learning_rate(config: Config) -> None:
+    settings = config.distill.model_copy(update={"lr": 1.0, "epochs": 10, "warmup_epochs": 1.0, "final_lr": 0.01})
+    rates = [learning_rate(settings, step, 20) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 21) and rates[20] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.01) and max(rates) == rates[20]
+    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    middle = (20 + 199) / 2
+    assert learning_rate(settings, round(middle), 20) == pytest.approx(0.505, abs=0.01)
+
+
+def test_targets_are_refined_features_on_the_students_grid(world: Path) -> None:
+    cache = Cache(world / "cache")
+    refiner = load_refiner(world / "adapters", cache)
+    encoded = cache.read([4, 7])
+    refined = refiner(cache.decode(encoded, CPU))
+    same = new_student(world_config(world).student, 32)
+    for block, t in Targets(cache, refiner, same, CPU)(encoded).items():
+        assert torch.equal(t, refined[block])
+    raw = Targets(cache, None, same, CPU)(encoded)
+    assert torch.equal(raw[3], cache.features([4, 7], CPU)[3])
+    fine = new_student(world_config(world, "student.patch_size=4").student, 32)
+    t = Targets(cache, refiner, fine, CPU)(encoded)[3]
+    assert t.shape == (2, 1 + 64, 24)
+    assert torch.equal(t[:, 0], refined[3][:, 0])
+
+
+def test_select_tokens() -> None:
+    tokens = torch.arange(6.0).view(1, 6, 1)  # CLS, two registers, three patches
+    assert select_tokens(tokens, 3, True).flatten().tolist() == [0, 3, 4, 5]
+    assert select_tokens(tokens, 3, False).flatten().tolist() == [3, 4, 5]
+
+
+def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
+    student = new_student(world_config(world, "student.depth=6").student, 32)
+    model = Distiller(student, {2: 3, 3: 4}, 24, keep_cls=True)
+    sum(t.square().mean() for t in model(torch.randn(2, 3, 32, 32)).values()).backward()  # type: ignore[union-attr]
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad or "bias" in name, name
+
+
+def test_run(world: Path, config: Config, tmp_path: Path) -> None:
+    result = distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    assert result.matching == {2: 1, 3: 2} and result.steps == 14
+    assert sorted(f for f in tree_bytes(tmp_path / "run")) == [
+        "config.yaml",
+        "inputs.json",
+        "log.jsonl",
+        "projectors.safetensors",
+        "provenance.json",
+        "run.json",
+        "student/config.json",
+        "student/model.safetensors",
+    ]
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["step"] == 14 and lines[-1]["loss"] < lines[0]["loss"]
+    assert load_result(tmp_path / "run") == result
+    student = timm.create_model(f"local-dir:{result.student}", pretrained=True)
+    assert sum(p.numel() for p in student.parameters()) == result.parameters
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert provenance["seed"] == 0 and provenance["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_seeds(world: Path, config: Config, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        distill(world_config(world, f"distill.seed={seed}"), world / "cache", tmp_path / name)
+    a, b, c = ((tmp_path / n / WEIGHTS).read_bytes() for n in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize("stop_after", [3, 9])
+def test_resume_is_exact(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """A run that dies in some step, and goes on from its last checkpoint, ends with the same bytes."""
+    config = world_config(world, "distill.checkpoint_minutes=1e-9")
+    distill(config, world / "cache", tmp_path / "whole", world / "adapters")
+
+    calls = 0
+    loader = stage.BatchLoader.__call__
+
+    def dying(self: stage.BatchLoader, part: stage.Share) -> stage.Batch:
+        nonlocal calls
+        calls += 1
+        if calls > stop_after:
+            raise KeyboardInterrupt
+        return loader(self, part)
+
+    monkeypatch.setattr(stage.BatchLoader, "__call__", dying)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, world / "cache", tmp_path / "part", world / "adapters")
+    monkeypatch.undo()
+    assert (tmp_path / "part" / "checkpoint.pt").exists() and not (tmp_path / "part" / "run.json").exists()
+    with (tmp_path / "part" / "log.jsonl").open("a") as log:
+        log.write('{"step": 99, "loss": 0, "torn')
+    distill(config, world / "cache", tmp_path / "part", world / "adapters", mode="resume")
+    for name in (WEIGHTS, "projectors.safetensors"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    logs = [[(line["step"], line["loss"]) for line in read_log(tmp_path / n / "log.jsonl")] for n in ("part", "whole")]
+    assert logs[0] == logs[1]
+    assert not (tmp_path / "part" / "checkpoint.pt").exists()
+
+
+def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = distill(config, world / "cache", run)
+    assert distill(config, world / "cache", run, mode="resume") == first
+    with pytest.raises(ValueError, match=r"started with distill\.lr 0\.001, not 0\.5"):
+        distill(world_config(world, "distill.lr=0.5"), world / "cache", run, mode="resume")
+    with pytest.raises(ValueError, match="started with another adapters"):
+        distill(config, world / "cache", run, world / "adapters", mode="resume")
+    with pytest.raises(ValueError, match="exists; continue it with --resume"):
+        distill(config, world / "cache", run)
+
+
+def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
+    cache = Cache(world / "cache")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in cache.index.images.paths:
+        (moved / path.name).write_bytes(path.read_bytes())
+    images = stage.check_shards(cache.index.images, str(moved / "*.tar"))
+    assert {p.parent for p in images.paths} == {moved}
+    first = moved / cache.index.images.paths[0].name
+    first.write_bytes(first.read_bytes() + b"\0" * 512)
+    with pytest.raises(ValueError, match="has changed since it was cached"):
+        stage.check_shards(cache.index.images, str(moved / "*.tar"))
+    first.unlink()
+    with pytest.raises(ValueError, match=f"--shards does not give {first.name}"):
+        stage.check_shards(cache.index.images, str(moved / "*.tar"))
+
+
+def test_other_resolution_patch_size_and_no_cls(world: Path, tmp_path: Path) -> None:
+    sets = ["student.image_size=48", "student.patch_size=16", "distill.epochs=1"]
+    result = distill(world_config(world, *sets), world / "cache", tmp_path / "a", world / "adapters")
+    config = json.loads((result.student / "config.json").read_text())
+    assert config["model_args"]["img_size"] == 48 and config["model_args"]["patch_size"] == 16
+    assert np.isfinite(result.loss)
+
+
+def test_diverging_run_stops(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the loss is (nan|inf) at step"):
+        distill(world_config(world, "distill.lr=1e30"), world / "cache", tmp_path / "a")
+
+
+def test_unknown_objective(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="distill.objective: unknown 'msse'; known: mse"):
+        distill(world_config(world, "distill.objective=msse"), world / "cache", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    checkpoint = stage.Checkpoint(tmp_path / "c.pt", model, optimiser, minutes=60)
+    checkpoint.save(7, force=False)
+    assert not checkpoint.path.exists()
+    checkpoint.save(7, force=True)
+    other = torch.nn.Linear(2, 2)
+    again = stage.Checkpoint(tmp_path / "c.pt", other, torch.optim.AdamW(other.parameters()), minutes=60)
+    assert again.restore(CPU) == 7 and torch.equal(other.weight, model.weight)
+    (tmp_path / "c.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
+        again.restore(CPU)
+    assert stage.Checkpoint(tmp_path / "none.pt", other, optimiser, 1).restore(CPU) == 0
+
+
+def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_path: Path) -> None:
+    distill(config, world / "cache", tmp_path / "run")
+    projectors = safetensors.torch.load_file(tmp_path / "run" / "projectors.safetensors")
+    assert {k: tuple(v.shape) for k, v in projectors.items()} == {
+        "2.weight": (24, 12),
+        "2.bias": (24,),
+        "3.weight": (24, 12),
+        "3.bias": (24,),
+    }

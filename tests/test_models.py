@@ -1,0 +1,177 @@
+"""Teachers of every family, students, and what is saved of them."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import make_vit
+
+from pipeline.config import load_config
+from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_vit, weight_hash
+from singer.tail import TeacherTail, tail_state
+from singer.vit import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
+
+# family: (architecture, its own arguments, prefix tokens)
+FAMILIES = {
+    "augreg": ("vit_tiny_patch16_224", {}, 1),
+    "deit": ("deit_tiny_distilled_patch16_224", {}, 2),
+    "deit3": ("deit3_small_patch16_224", {}, 1),
+    "dinov2": ("vit_small_patch14_dinov2", {"num_classes": 0}, 1),
+    "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"num_classes": 0}, 5),
+    "clip": ("vit_base_patch16_clip_224", {}, 1),
+    "siglip": ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0),
+    "parallel": ("vit_small_patch16_36x1_224", {}, 1),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    """Loads from a folder at another resolution; taps equal hooks; the tail ends where the model ends."""
+    architecture, args, prefix = FAMILIES[family]
+    vit = make_vit(architecture, **args)
+    save_vit(vit, vit.model.state_dict(), tmp_path)
+    config = load_config(sets=[f"teacher.name={LOCAL}{tmp_path}", "teacher.image_size=48"])
+    teacher = load_teacher(config.teacher)
+    assert teacher.prefix == prefix and grid_size(teacher.model) == (6, 6)
+    assert teacher.mean == (0.5, 0.5, 0.5)
+
+    images = torch.randn(2, 3, 48, 48)
+    hooked: dict[int, torch.Tensor] = {}
+    handles = [
+        teacher.model.blocks[b].register_forward_hook(lambda _m, _i, out, b=b: hooked.__setitem__(b, out))
+        for b in (1, 2)
+    ]
+    with torch.inference_mode():
+        logits = teacher.model(images)
+    for handle in handles:
+        handle.remove()
+    with torch.inference_mode():
+        tokens = block_outputs(teacher.model, images, [1, 2])
+    for block, x in tokens.items():
+        assert x.shape == (2, prefix + 36, 24)
+        torch.testing.assert_close(x, hooked[block])
+
+    tail = TeacherTail(
+        teacher.architecture, teacher.model_args, 1, tail_state(teacher.model.state_dict(), first_block=1)
+    )
+    with torch.inference_mode():
+        for block, x in tokens.items():
+            torch.testing.assert_close(tail.logits(x.clone(), block), logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tail.next_output(tokens[1].clone(), 1), tokens[2], atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_behind_the_last_block_is_computed() -> None:
+    vit = make_vit()
+    called = []
+    for b, block in enumerate(vit.model.blocks):
+        block.register_forward_hook(lambda *_, b=b: called.append(b))
+    block_outputs(vit.model, torch.randn(1, 3, 32, 32), [0, 2])
+    assert called == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_weight_file(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(1)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
+    file = tmp_path / f"w{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": model.state_dict()}, file)
+    else:
+        safetensors.torch.save_file(model.state_dict(), file)
+    sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={file}"]
+    teacher = load_teacher(load_config(sets=sets).teacher)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(teacher.model(images), model(images))
+    smaller = load_teacher(load_config(sets=[*sets, "teacher.image_size=128"]).teacher)
+    assert smaller.image_size == 128 and smaller.model.pos_embed.shape[1] == 65
+    assert weight_hash(smaller.model.state_dict()) == weight_hash(teacher.model.state_dict())
+    with pytest.raises(ValueError, match="weights .* do not fit vit_small_patch16_224"):
+        load_teacher(load_config(sets=["teacher.name=vit_small_patch16_224", sets[1]]).teacher)
+
+
+def test_weight_hash_sees_one_bit() -> None:
+    state = make_vit().model.state_dict()
+    before = weight_hash(state)
+    state["blocks.0.mlp.fc1.weight"][0, 0] += 1e-3
+    assert weight_hash(state) != before
+
+
+def test_pickled_weights_are_never_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"x": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match="trap.pth cannot be read"):
+        read_weights(tmp_path / "trap.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["teacher.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["teacher.name=resnet18", "teacher.weights=WEIGHTS"], "it is a ResNet, not a VisionTransformer"),
+        (["teacher.name=vit_tiny_patch16_224", "teacher.weights=/none.pth"], "weights /none.pth: no such file"),
+        (["teacher.name=local-dir:/none"], "/none is no timm model folder"),
+        (["teacher.name=TEACHER", "teacher.image_size=36"], "36 is not a multiple of the patch size 8"),
+    ],
+)
+def test_teacher_mistakes(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
+    safetensors.torch.save_file(timm.create_model("resnet18").state_dict(), tmp_path / "r.safetensors")
+    replaced = [
+        s.replace("WEIGHTS", str(tmp_path / "r.safetensors")).replace("TEACHER", f"{LOCAL}{world / 'teacher'}")
+        for s in sets
+    ]
+    with pytest.raises(ValueError) as error:
+        load_teacher(load_config(sets=replaced).teacher)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_student_round_trip(tmp_path: Path) -> None:
+    sets = ["student.dim=16", "student.depth=2", "student.heads=2", "student.patch_size=4"]
+    student = new_student(load_config(sets=sets).student, 32)
+    student.model.eval()
+    assert grid_size(student.model) == (8, 8) and depth(student.model) == 2 and student.width == 16
+    save_vit(student, student.model.state_dict(), tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    again = load_saved(tmp_path)
+    with torch.inference_mode():
+        expected = student.model.forward_features(images)
+        torch.testing.assert_close(plain.forward_features(images), expected)
+        torch.testing.assert_close(again.model.forward_features(images), expected)
+    named = new_student(load_config(sets=["student.name=vit_tiny_patch16_224"]).student, 64)
+    assert named.width == 192 and grid_size(named.model) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["student.dim=16"], "student.name vit needs student.depth too"),
+        (["student.dim=16", "student.depth=2", "student.heads=3"], "16 is not a multiple of student.heads 3"),
+        (["student.name=vit_tiny_patch16_224", "student.dim=3"], "are for student.name vit"),
+    ],
+)
+def test_student_mistakes(sets: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_student(load_config(sets=sets).student, 32)
+
+
+def test_frozen_parts_are_those_without_a_gradient() -> None:
+    vit = make_vit(num_classes=0)
+    freeze_unused(vit.model, 2)
+    block_outputs(vit.model, torch.randn(1, 3, 32, 32), [1, 2])[2].sum().backward()
+    for name, p in vit.model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+
+
+def test_resolve_blocks() -> None:
+    assert resolve_blocks(None, 12) == [8, 11] and resolve_blocks(None, 24) == [17, 23]
+    assert resolve_blocks([-1, 3], 12) == [3, 11] and resolve_blocks(None, 1) == [0]
+    for wrong, message in (([12], "block 12 does not exist: this model has 12"), ([3, 3], "different"), ([], "one or")):
+        with pytest.raises(ValueError, match=message):
+            resolve_blocks(wrong, 12)

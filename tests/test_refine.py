@@ -1,0 +1,162 @@
+"""Stage 2 on a cache with planted artifacts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tree_bytes, world_config
+
+from pipeline.cache import Cache
+from pipeline.config import Config
+from pipeline.distill import read_log
+from pipeline.outputs import read_json
+from pipeline.refine import Moments, batch_order, load_refiner, measure_scales, refine, split_records
+from singer.artifacts import patch_norms
+from singer.refiner import Standardize
+
+CPU = torch.device("cpu")
+
+
+def test_artifacts_vanish_and_information_stays(world: Path) -> None:
+    metrics = read_json(world / "adapters" / "metrics.json", "")
+    for block in metrics["blocks"].values():
+        assert block["before"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)  # one of 16 patches
+        assert block["before"]["max_over_median"] > 5
+        assert block["after"]["artifact_percent"] < 0.5
+        assert block["after"]["max_over_median"] < 3
+        assert block["clean_drift_percent"] < 30
+
+
+def test_losses_fall(world: Path) -> None:
+    lines = read_log(world / "adapters" / "log.jsonl")
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+    assert lines[-1]["step"] == 149
+
+
+def test_cls_is_untouched_and_targets_are_standardised(world: Path) -> None:
+    cache = Cache(world / "cache")
+    refiner = load_refiner(world / "adapters", cache)
+    features = cache.features(np.arange(len(cache)), CPU)
+    for block, x in features.items():
+        cleaned = refiner.clean(x, block)
+        assert torch.equal(cleaned[:, :1], x[:, :1])
+        assert not torch.equal(cleaned[:, 1:], x[:, 1:])
+    targets = refiner(features)
+    scales = read_json(world / "adapters" / "refiner.json", "")["scales"]
+    for block, t in targets.items():
+        clean = patch_norms(features[block], 1) <= scales[str(block)]["threshold"]
+        patches = t[:, 1:][clean]
+        assert patches.mean(0).abs().max() < 0.2 and (patches.std(0) - 1).abs().max() < 0.3
+        assert t[:, 0].mean(0).abs().max() < 0.5
+
+
+def test_same_seed_same_adapters(world: Path, config: Config, tmp_path: Path) -> None:
+    refine(config, world / "cache", tmp_path / "again")
+    name = "refiner.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (world / "adapters" / name).read_bytes()
+    refine(world_config(world, "refine.seed=1"), world / "cache", tmp_path / "other")
+    assert (tmp_path / "other" / name).read_bytes() != (world / "adapters" / name).read_bytes()
+
+
+@pytest.mark.parametrize("cleaner", ["none", "clip"])
+@pytest.mark.parametrize("normaliser", ["none", "layernorm", "standardize"])
+def test_other_refiners(world: Path, tmp_path: Path, cleaner: str, normaliser: str) -> None:
+    config = world_config(world, f"refine.cleaner={cleaner}", f"refine.normaliser={normaliser}")
+    result = refine(config, world / "cache", tmp_path / "a")
+    assert not (tmp_path / "a" / "log.jsonl").exists()
+    after = [float(b["after"]["artifact_percent"]) for b in result.blocks.values()]  # type: ignore[index]
+    assert all(a < 0.1 for a in after) if cleaner == "clip" else all(a > 5 for a in after)
+    cache = Cache(world / "cache")
+    x = cache.features([0, 1], CPU)
+    y = load_refiner(tmp_path / "a", cache)(x)
+    if cleaner == normaliser == "none":
+        assert torch.equal(y[3], x[3])
+    else:
+        assert not torch.equal(y[3], x[3])
+
+
+def test_adapters_of_another_cache_are_refused(world: Path, tmp_path: Path) -> None:
+    from pipeline.cache_teacher import cache_teacher
+
+    other = cache_teacher(world_config(world), str(world / "test" / "*.tar"), tmp_path / "other")
+    with pytest.raises(ValueError, match="was fitted to cache .*, but .* is .*; run singer refine on this cache"):
+        load_refiner(world / "adapters", Cache(other.cache))
+
+
+def test_damaged_refiner_is_named(world: Path, config: Config, tmp_path: Path) -> None:
+    refine(config, world / "cache", tmp_path / "a")
+    file = tmp_path / "a" / "refiner.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"refiner\.safetensors is damaged"):
+        load_refiner(tmp_path / "a", Cache(world / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["refine.cleaner=broom"], "refine.cleaner: unknown 'broom'; known: adapter, clip, none"),
+        (["refine.normaliser=phi"], "refine.normaliser: unknown 'phi'"),
+        (["refine.rank=25"], "refine.rank 25 is larger than the feature width 24"),
+        (["refine.batch_size=90"], "100 records are too few for refine.batch_size 90"),
+    ],
+)
+def test_mistakes_write_nothing(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        refine(world_config(world, *sets), world / "cache", tmp_path / "a")
+    assert message in str(error.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
+    refine(config, world / "cache", tmp_path / "a")
+    before = tree_bytes(tmp_path / "a")
+    with pytest.raises(ValueError, match="exists; continue it with --resume"):
+        refine(config, world / "cache", tmp_path / "a")
+    refine(config, world / "cache", tmp_path / "a", "resume")
+    assert tree_bytes(tmp_path / "a") == before
+    with pytest.raises(ValueError, match=r"started with refine\.rank 4, not 5"):
+        refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "resume")
+    refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "overwrite")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="was not written by singer and is left alone"):
+        refine(config, world / "cache", mine, "overwrite")
+    assert (mine / "thesis.txt").exists()
+
+
+def test_split_and_batches_are_disjoint_and_whole(world: Path, config: Config) -> None:
+    cache = Cache(world / "cache")
+    train, held_out = split_records(cache, config.refine)
+    assert sorted([*train, *held_out]) == list(range(100)) and len(held_out) == 20
+    batches = list(batch_order(train, config.refine))
+    assert len(batches) == 150 and all(len(set(b)) == 16 and not set(b) & set(held_out) for b in batches)
+    assert len(set(np.concatenate(batches[:5]))) == 80
+
+
+def test_scales_against_numpy(world: Path) -> None:
+    cache = Cache(world / "cache")
+    scale = measure_scales(cache, np.arange(100), 4.0)[3]
+    norms = np.linalg.norm(cache.features(np.arange(100), CPU)[3][:, 1:].numpy(), axis=-1).ravel()
+    median = np.sort(norms)[(len(norms) - 1) // 2]
+    assert scale.median == pytest.approx(median, rel=1e-5)
+    deviation = np.abs(norms - median)
+    mad = np.sort(deviation)[(len(norms) - 1) // 2]
+    assert scale.threshold == pytest.approx(median + 4 * 1.4826 * mad, rel=1e-5)
+
+
+def test_moments_against_numpy() -> None:
+    rng = np.random.default_rng(0)
+    patches, prefix = rng.normal(3, 2, (500, 6)).astype("f4"), rng.normal(-1, 5, (40, 2, 6)).astype("f4")
+    moments = Moments(6, 2)
+    for a, b in ((0, 200), (200, 500)):
+        moments.add(torch.from_numpy(prefix[a // 10 : b // 10]), torch.from_numpy(patches[a:b]))
+    moments.add(torch.from_numpy(prefix[50:]), torch.from_numpy(patches[:0]))
+    layer = Standardize(6, 2, 1)
+    moments.store(layer)
+    np.testing.assert_allclose(layer.mean, patches.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(layer.std, patches.std(0), rtol=1e-5)
+    np.testing.assert_allclose(layer.prefix_mean, prefix.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(layer.prefix_std, prefix.std(0), rtol=1e-4)
+    np.testing.assert_allclose(moments.variance(), patches.var(0), rtol=1e-5)
