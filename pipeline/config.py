@@ -61,7 +61,7 @@ class RefineConfig(Section):
         6.0, description="a patch token is an artifact above median + k sigma (robust) of its block's norms"
     )
     outlier_weight: Annotated[float, Field(ge=0)] = 1.0
-    info_weight: Annotated[float, Field(ge=0)] = 10.0
+    info_weight: Annotated[float, Field(ge=0)] = 1.0
     keep_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is the paper's loss")
     steps: Positive = 500
     batch_size: Positive = 32

@@ -157,14 +157,15 @@ def _create(
         kwargs = {**config.get("model_args", {}), **kwargs}
         weights = weights or folder / "model.safetensors"
     elif ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        near = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.4)
         raise ValueError(f"{what}.name: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if weights is not None:
         state = read_weights(weights)
         head = state.get("head.weight")
         kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
         # Through timm's own loader: it converts foreign layouts and interpolates the position embedding.
-        overlay = {"state_dict": state, "num_classes": kwargs["num_classes"], "custom_load": False}
+        # An empty source makes it take this state dict, whatever place the name stands for.
+        overlay = {"state_dict": state, "source": "", "num_classes": kwargs["num_classes"], "custom_load": False}
         kwargs["pretrained_cfg_overlay"] = overlay
     model = _build(name, pretrained, kwargs, weights, what)
     kwargs.pop("pretrained_cfg_overlay", None)

@@ -1,5 +1,6 @@
 """Artifact tokens: patch tokens of abnormally high norm on raw block outputs (Darcet et al., arXiv 2309.16588)."""
 
+import torch
 from torch import Tensor
 
 # The factor that makes the median absolute deviation estimate the standard deviation of a normal distribution.
@@ -19,7 +20,8 @@ def robust_threshold(norms: Tensor, k: float) -> float:
 
 def patch_norms(tokens: Tensor, prefix: int) -> Tensor:
     """L2 norms (B, patches) of the patch tokens of (B, N, d)."""
-    return tokens[:, prefix:].float().norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(tokens[:, prefix:].float(), dim=-1)
+    return norms
 
 
 def norm_summary(norms: Tensor, threshold: float) -> dict[str, float]:

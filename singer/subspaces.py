@@ -19,7 +19,7 @@ def reader_weight(tail: TeacherTail, block: int) -> Tensor:
     if isinstance(head, torch.nn.Linear) and isinstance(norm, torch.nn.LayerNorm) and norm.weight is not None:
         folded = head.weight.double() * norm.weight.double()
         centred: Tensor = folded - folded.mean(1, keepdim=True)
-        return centred.float()
+        return centred.to(torch.float32)
     return _mlp_product(tail, block)
 
 
@@ -30,7 +30,8 @@ def smallest_directions(weight: Tensor, rank: int) -> Tensor:
         raise ValueError(f"refine.rank {rank} is larger than the feature width {d}")
     gram = weight.double().T @ weight.double()
     _, vectors = torch.linalg.eigh(gram)  # ascending
-    return vectors[:, :rank].float().contiguous()
+    smallest: Tensor = vectors[:, :rank].float().contiguous()
+    return smallest
 
 
 def _mlp_product(tail: TeacherTail, block: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pipeline.cache_teacher import cache_teacher
-from pipeline.config import Config, load_config
+from pipeline.config import Config, dump_config, load_config
 from pipeline.models import LOCAL, Vit, save_vit
 from pipeline.prepare import prepare
 from pipeline.refine import refine
@@ -92,6 +92,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def world_config(root: Path, *sets: str) -> Config:
     return config_with(f"teacher.name={LOCAL}{root / 'teacher'}", *sets)
+
+
+@pytest.fixture(scope="session")
+def config_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's configuration as a file, for the command line."""
+    file = tmp_path_factory.mktemp("config") / "world.yaml"
+    file.write_text(dump_config(world_config(world)))
+    return file
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def test_index(world: Path) -> None:
     cache = Cache(world / "cache")
     index = cache.index
     assert len(index) == len(cache) == 100 and len(set(index.images.keys)) == 100
-    by_name = {key: label for key, label in zip(index.images.keys, index.labels(), strict=True)}
+    by_name = dict(zip(index.images.keys, index.labels(), strict=True))
     assert all(key.startswith(f"class{label}/") for key, label in by_name.items())
 
 
@@ -184,7 +184,7 @@ def test_resume_with_other_settings_names_both_sides(world: Path, config: Config
 
 def test_second_writer_is_refused(world: Path, config: Config, tmp_path: Path) -> None:
     out = fill(config, world, tmp_path / "c")
-    code = f"import time; from pathlib import Path; from pipeline.cache.writer import writer_lock\n"
+    code = "import time; from pathlib import Path; from pipeline.cache.writer import writer_lock\n"
     code += f"with writer_lock(Path({str(out)!r})): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,5 +1,6 @@
 """Stage 3: plan, targets, training, resuming."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_learning_rate(config: Config) -> None:
     rates = [learning_rate(settings, step, 20) for step in range(200)]
     assert rates[0] == pytest.approx(1 / 21) and rates[20] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01) and max(rates) == rates[20]
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     middle = (20 + 199) / 2
     assert learning_rate(settings, round(middle), 20) == pytest.approx(0.505, abs=0.01)
 

@@ -23,9 +23,9 @@ def test_artifacts_vanish_and_information_stays(world: Path) -> None:
     for block in metrics["blocks"].values():
         assert block["before"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)  # one of 16 patches
         assert block["before"]["max_over_median"] > 5
-        assert block["after"]["artifact_percent"] < 0.5
-        assert block["after"]["max_over_median"] < 3
-        assert block["clean_drift_percent"] < 30
+        assert block["after"]["artifact_percent"] < 2
+        assert block["after"]["max_over_median"] < 2
+        assert block["clean_drift_percent"] < 35
 
 
 def test_losses_fall(world: Path) -> None:

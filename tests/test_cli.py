@@ -1,0 +1,174 @@
+"""The command line: what it prints, and that every mistake is one line, exit code 2, and nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_vit, tree_bytes
+
+import cli
+from pipeline.models import save_vit
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_chain_with_json(
+    world: Path,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def result(*args: object) -> dict[str, object]:
+        assert run(monkeypatch, *args, "--config", config_file, "--json") == 0
+        value = json.loads(capfd.readouterr().out.splitlines()[-1])
+        assert isinstance(value, dict)
+        return value
+
+    images = world / "images" / "train"
+    made = result("prepare", images, "--out", tmp_path / "shards")
+    assert made["images"] == 100
+    shards = tmp_path / "shards" / "shards-{000000..000000}.tar"
+    cache = result("cache-teacher", "--shards", shards, "--out", tmp_path / "cache", "--blocks", "-2,-1")
+    assert cache["blocks"] == [2, 3] and cache["records"] == 100
+    assert result("cache", "info", tmp_path / "cache")["id"] == cache["id"]
+    adapters = result("refine", "--cache", tmp_path / "cache", "--out", tmp_path / "a", "--rank", 3, "--steps", 20)
+    assert adapters["cleaner"] == "adapter" and set(adapters["blocks"]) == {"2", "3"}  # type: ignore[call-overload]
+    trained = ["distill", "--cache", tmp_path / "cache", "--adapters", tmp_path / "a", "--out", tmp_path / "run"]
+    assert result(*trained, "--epochs", 1)["steps"] == 7
+    probed = result("evaluate", tmp_path / "run", "--train", shards, "--test", world / "test" / "*.tar")
+    for probe in ("linear", "knn"):
+        for tokens in ("cls", "mean_patch"):
+            assert 0 <= probed[probe][tokens]["top1"] <= 100  # type: ignore[index]
+
+
+# name: (arguments, a part of the message); {w} is the world, {o} a fresh output
+MISTAKES = {
+    "no images": ("prepare {w}/none --out {o}", "none is no folder of images"),
+    "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "no shard matches"),
+    "missing shard": ("cache-teacher --shards {w}/train/x.tar --out {o}", "x.tar does not exist"),
+    "unknown teacher": (
+        "cache-teacher --shards {w}/train/*.tar --out {o} --teacher vit_tinny",
+        "did you mean 'vit_tiny",
+    ),
+    "wrong layers": ("cache-teacher --shards {w}/train/*.tar --out {o} --blocks 2,9", "block 9 does not exist"),
+    "no layers": (
+        "cache-teacher --shards {w}/train/*.tar --out {o} --blocks a",
+        "cache.blocks.0: input should",
+    ),
+    "unknown codec": (
+        "cache-teacher --shards {w}/train/*.tar --out {o} --codec int7",
+        "no codec 'int7'; known",
+    ),
+    "no weights": ("cache-teacher --shards {w}/train/*.tar --out {o} --weights {w}/w.pth", "w.pth: no such file"),
+    "weights do not fit": (
+        "cache-teacher --shards {w}/train/*.tar --out {o} --weights {m}/model.safetensors",
+        "do not fit local-dir:",
+    ),
+    "existing output": ("cache-teacher --shards {w}/train/*.tar --out {w}/cache", "cache exists; continue it with"),
+    "both modes": ("cache-teacher --shards {w}/train/*.tar --out {o} --resume --overwrite", "exclude each other"),
+    "no cache": ("refine --cache {w}/none --out {o}", "none is no feature cache"),
+    "not a cache": ("refine --cache {w}/teacher --out {o}", "teacher is no feature cache"),
+    "rank": ("refine --cache {w}/cache --out {o} --rank 99", "refine.rank 99 is larger than the feature width 24"),
+    "adapters exist": ("refine --cache {w}/cache --out {w}/adapters", "adapters exists; continue it with"),
+    "other cache": ("distill --cache {c} --adapters {w}/adapters --out {o}", "was fitted to cache"),
+    "no adapters": ("distill --cache {w}/cache --adapters {w}/none --out {o}", "none is no finished refiner"),
+    "shallow student": (
+        "distill --cache {w}/cache --out {o} --set student.depth=1",
+        "2 teacher blocks cannot be",
+    ),
+    "no student": (
+        "distill --cache {w}/cache --out {o} --student vit_huge --config demo --set student.dim=null "
+        "--set student.depth=null --set student.heads=null",
+        "no model 'vit_huge'",
+    ),
+    "unknown key": ("distill --cache {w}/cache --out {o} --set distill.epoch=3", "did you mean 'distill.epochs'?"),
+    "no config": ("distill --cache {w}/cache --out {o} --config {w}/x.yaml", "no such file, nor a recipe among"),
+    "no run": (
+        "evaluate {w}/none --train {w}/train/*.tar --test {w}/test/*.tar",
+        "none does not exist",
+    ),
+    "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "is no timm model folder"),
+    "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
+    "no labels": (
+        "evaluate {w}/teacher --train {f}/*.tar --test {w}/test/*.tar",
+        "2 of 2 images have no .cls",
+    ),
+    "info of nothing": ("cache info {w}/none", "none is no feature cache"),
+}
+
+
+@pytest.fixture(scope="session")
+def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """m: a model of another width; c: another cache; f: shards without labels."""
+    from conftest import world_config
+    from PIL import Image
+
+    from pipeline.cache_teacher import cache_teacher
+    from pipeline.prepare import prepare
+
+    root = tmp_path_factory.mktemp("extras")
+    wide = make_vit(embed_dim=32)
+    save_vit(wide, wide.model.state_dict(), root / "m")
+    config = world_config(world)
+    cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
+    (root / "flat").mkdir()
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(root / "flat" / f"{name}.png")
+    prepare(config, root / "flat", root / "f")
+    return {"m": root / "m", "c": root / "c", "f": root / "f"}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(
+    name: str,
+    world: Path,
+    config_file: Path,
+    extras: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command, message = MISTAKES[name]
+    args = [part.format(w=world, o=tmp_path / "out", **extras) for part in command.split()]
+    if "--config" not in args:
+        args += ["--config", str(config_file)]
+    before = tree_bytes(world)
+    assert run(monkeypatch, *args) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: "), error
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+    assert tree_bytes(world) == before
+
+
+def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "refine") == 2
+    assert run(monkeypatch, "frobnicate") == 2
+
+
+def test_help_lists_every_command() -> None:
+    """Runs the installed console script."""
+    script = Path(sys.executable).with_name("singer")
+    text = subprocess.run([script, "--help"], check=True, capture_output=True, text=True, cwd="/").stdout
+    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "cache", "demo"):
+        assert command in text
+
+
+def test_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise OSError(28, "No space left on device", "/cache/x")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_with_messages(fails)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: No space left on device (/cache/x)\n"

@@ -1,0 +1,55 @@
+"""The whole chain on two gloo processes, through accelerate's launcher, against one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import tree_bytes
+
+from pipeline.cache import Cache
+from pipeline.distill import read_log
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(processes: int, *args: object) -> dict[str, object]:
+    """`accelerate launch cli.py ARGS --json` on the CPU; the JSON object that it prints."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    accelerate += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command = [*accelerate, str(ROOT / "cli.py"), *map(str, args), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, "only the first process speaks"
+    value = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.timeout(600)
+def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
+    options = ["--config", config_file]
+    shards = world / "train" / "*.tar"
+    made = launch(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
+    ignored = ("provenance.json", "config.yaml")
+    assert tree_bytes(tmp_path / "cache", *ignored) == tree_bytes(world / "cache", *ignored)
+    assert made["records"] == 100 and made["id"] == Cache(world / "cache").id
+
+    train = ["distill", "--cache", tmp_path / "cache", "--adapters", world / "adapters", *options]
+    runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
+    for processes, run in runs.items():
+        # 100 records in batches of 15: the last batch of an epoch is smaller and does not divide by two.
+        result = launch(processes, *train, "--batch-size", 15, "--out", run)
+        assert result["steps"] == 14
+    losses = [[line["loss"] for line in read_log(run / "log.jsonl")] for run in runs.values()]
+    assert len(losses[0]) >= 4
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+    for name in ("student/model.safetensors", "projectors.safetensors"):
+        one, two = (safetensors.torch.load_file(run / name) for run in runs.values())
+        for key, weight in one.items():
+            # Adam divides rounding differences by tiny second moments; weights agree to a fraction of a step.
+            torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)

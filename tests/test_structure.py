@@ -1,0 +1,77 @@
+"""The house: imports go one way, the method does no I/O, nothing is unpickled, the wheel is whole."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What arithmetic may use.
+PURE = {"collections", "dataclasses", "math", "numpy", "scipy", "singer", "timm", "torch", "typing"}
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield (node.module or "").split(".")[0]
+
+
+def test_singer_is_pure() -> None:
+    for file in (ROOT / "singer").rglob("*.py"):
+        assert set(imported(file)) <= PURE, file
+        calls = [
+            n.func.id
+            for n in ast.walk(ast.parse(file.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        ]
+        assert not {"open", "print", "input", "exec", "eval"} & set(calls), file
+
+
+def test_pipeline_does_not_know_the_command_line() -> None:
+    for file in (ROOT / "pipeline").rglob("*.py"):
+        assert not {"cli", "typer"} & set(imported(file)), file
+
+
+def test_singer_is_importable_alone(tmp_path: Path) -> None:
+    code = "import sys, singer; assert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_wheel_is_whole(tmp_path: Path) -> None:
+    """Built and unpacked elsewhere, it has every command, recipe and the demo's teacher."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT)]
+    subprocess.run([*build, "--wheel-dir", str(tmp_path)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "docs/", "data/"))]
+    code = (
+        "import sys, cli; from pipeline.config import recipes, load_config; from pipeline.resources import resource\n"
+        f"assert cli.__file__.startswith({str(site)!r}), cli.__file__\n"
+        "assert 'vit-l-to-ti' in recipes() and load_config('demo').student.dim\n"
+        "assert (resource('data/demo_teacher') / 'model.safetensors').is_file()\n"
+        "from pipeline.report import _TEMPLATE; assert _TEMPLATE.is_file()\n"
+        "sys.argv = ['singer', '--help']; cli.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "cache-teacher" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("forbidden", ["pickle.load", "allow_pickle=True", "weights_only=False"])
+def test_nothing_is_unpickled(forbidden: str) -> None:
+    for file in [
+        *ROOT.glob("*.py"),
+        *(f for d in ("singer", "pipeline", "benchmarks") for f in (ROOT / d).rglob("*.py")),
+    ]:
+        assert forbidden not in file.read_text(), file
