@@ -152,6 +152,32 @@ def test_int8_cache(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_shards")
+def test_lost_and_cut_files_are_noticed(world: Path, config: Config, tmp_path: Path) -> None:
+    out = fill(config, world, tmp_path / "c")
+    whole = tree_bytes(out)
+    (out / "features/2/values/c/1/0/0").unlink()
+    cut = out / "features/3/values/c/2/0/0"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="2 of 4 shards are missing"):
+        Cache(out)
+    fill(config, world, out, "resume")
+    assert tree_bytes(out) == whole
+
+
+def test_zeros_are_stored(world: Path, config: Config, tmp_path: Path) -> None:
+    """A teacher whose block outputs are all zero still gives whole shards."""
+    zero = make_vit()
+    with torch.no_grad():
+        for p in zero.model.parameters():
+            p.zero_()
+    save_vit(zero, zero.model.state_dict(), tmp_path / "zero")
+    silent = world_config(world, f"teacher.name=local-dir:{tmp_path / 'zero'}")
+    cache = Cache(fill(silent, world, tmp_path / "c"))
+    assert cache.features([5], CPU)[3].abs().max() == 0
+    assert (cache.path / "features/3/values/c/0/0/0").stat().st_size > 100 * 17 * 24 * 2
+
+
+@pytest.mark.usefixtures("tiny_shards")
 def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_path: Path) -> None:
     whole = fill(config, world, tmp_path / "whole")
     assert read_manifest(whole).shards == 4

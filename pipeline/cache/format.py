@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from pipeline.outputs import read_json
-from pipeline.shards import Images
-from pipeline.views import View
+from pipeline.shards import ImageFile, Images
+from pipeline.views import View, apply_view
 
 FORMAT = "singer-feature-cache"
 VERSION = 1
@@ -116,6 +119,11 @@ class Index:
     def record_view(self, record: int) -> View:
         left, upper, right, lower = (float(v) for v in self.box[record])
         return View((left, upper, right, lower), bool(self.flip[record]))
+
+    def pixels(self, files: ImageFile, records: Iterable[int] | np.ndarray, size: int) -> Tensor:
+        """The views of some records at a resolution, (n, size, size, 3) uint8."""
+        views = [apply_view(files.read(int(self.image[r])), self.record_view(int(r)), size) for r in records]
+        return torch.from_numpy(np.stack(views))
 
     def labels(self) -> np.ndarray:
         """Label of every record, (records,) int64."""

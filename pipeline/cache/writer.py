@@ -113,8 +113,9 @@ class CacheWriter:
         for block in self.manifest.blocks:
             for part, (shape, _) in self._parts.items():
                 name = shard_file(block, part, shard, 1 + len(shape))
-                files[name] = _sha256(self.path / name)
-        write_json(journal_entry(self.path, shard), {"shard": shard, "records": [start, stop], "sha256": files})
+                file = self.path / name
+                files[name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+        write_json(journal_entry(self.path, shard), {"shard": shard, "records": [start, stop], "files": files})
 
 
 def journal_entry(path: Path, shard: int) -> Path:
@@ -122,7 +123,7 @@ def journal_entry(path: Path, shard: int) -> Path:
 
 
 def pending_shards(path: Path, manifest: Manifest) -> list[int]:
-    """Shards without a journal entry that matches the manifest."""
+    """Shards without a journal entry that matches the manifest, or with a file missing or of the wrong size."""
     return [s for s in range(manifest.shards) if not _journalled(path, manifest, s)]
 
 
@@ -131,11 +132,23 @@ def _journalled(path: Path, manifest: Manifest, shard: int) -> bool:
     if not entry.is_file():
         return False
     value = read_json(entry, "journal")
-    return isinstance(value, dict) and value.get("records") == list(manifest.shard_range(shard))
+    if value["records"] != list(manifest.shard_range(shard)):
+        return False
+    # Zarr reads a missing file as zeros, so its absence must be noticed here.
+    return all(_size(path / name) == known["bytes"] for name, known in value["files"].items())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _open(path: Path) -> Any:
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        # A chunk of zeros is data like any other; left out, it could not be told from a missing one.
+        "store_data_equal_to_fill_value": True,
+    }
     return ts.open(spec, read=True, write=True).result()
 
 
