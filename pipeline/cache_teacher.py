@@ -26,7 +26,7 @@ from pipeline.outputs import Mode, check_output, claim_output
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
 from pipeline.shards import NO_LABEL, ImageFile, Images, index_shards
-from pipeline.views import apply_view, draw_view, normalise
+from pipeline.views import draw_view, normalise
 from singer.artifacts import clean_mask, patch_norms, robust_threshold
 from singer.tail import tail_state
 from singer.vit import block_outputs, depth, grid_size, resolve_blocks
@@ -152,11 +152,9 @@ class Extractor:
         self._config, self._teacher, self._blocks = config, teacher, blocks
         self._accelerator = accelerator
 
-    def pixels(self, files: ImageFile, index: Index, records: Sequence[int] | np.ndarray) -> Tensor:
-        """(n, size, size, 3) uint8: the views of some records."""
-        size = self._teacher.image_size
-        views = [apply_view(files.read(int(index.image[r])), index.record_view(r), size) for r in records]
-        return torch.from_numpy(np.stack(views))
+    def pixels(self, files: ImageFile, index: Index, records: np.ndarray) -> Tensor:
+        """(n, size, size, 3) uint8: the views of some records at the teacher's resolution."""
+        return index.pixels(files, records, self._teacher.image_size)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> dict[int, Tensor]:

@@ -40,7 +40,7 @@ from pipeline.progress import Meter, meter, say
 from pipeline.readplan import Share, epoch_order, share, steps_per_epoch
 from pipeline.refine import REFINER, load_refiner
 from pipeline.shards import ImageFile, Images, expand_shards
-from pipeline.views import apply_view, normalise
+from pipeline.views import normalise
 from singer.matching import match_blocks, resize_tokens
 from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner
@@ -299,12 +299,8 @@ class BatchLoader:
         self.cache, self.files, self.image_size = cache, files, image_size
 
     def __call__(self, share: Share) -> Batch:
-        index = self.cache.index
-        views = [
-            apply_view(self.files.read(int(index.image[r])), index.record_view(r), self.image_size)
-            for r in share.records
-        ]
-        return Batch(torch.from_numpy(np.stack(views)), self.cache.read(share.records), torch.from_numpy(share.weights))
+        pixels = self.cache.index.pixels(self.files, share.records, self.image_size)
+        return Batch(pixels, self.cache.read(share.records), torch.from_numpy(share.weights))
 
 
 class Checkpoint:

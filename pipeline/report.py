@@ -23,7 +23,7 @@ from pipeline.models import load_saved
 from pipeline.outputs import write_atomic
 from pipeline.refine import RefineResult, load_refiner
 from pipeline.shards import ImageFile
-from pipeline.views import apply_view, normalise
+from pipeline.views import normalise
 from singer.artifacts import patch_norms
 from singer.vit import block_outputs, depth, grid_size
 
@@ -86,17 +86,12 @@ def measure_norms(report: DemoReport) -> Norms:
     with ImageFile(check_shards(cache.index.images, None)) as files:
         for name, run in report.students.items():
             student = load_saved(run.student)
-            images = np.stack(
-                [
-                    apply_view(files.read(int(cache.index.image[r])), cache.index.record_view(r), student.image_size)
-                    for r in records
-                ]
-            )
-            pixels = normalise(torch.from_numpy(images), student.mean, student.std, torch.device("cpu"))
+            images = cache.index.pixels(files, records, student.image_size)
+            pixels = normalise(images, student.mean, student.std, torch.device("cpu"))
             last = depth(student.model) - 1
             tokens = block_outputs(student.model, pixels, [last])[last]
             maps[f"{name} student"] = patch_norms(tokens, student.prefix).unflatten(1, grid_size(student.model))
-    return Norms(images, maps)
+    return Norms(images.numpy(), maps)
 
 
 def draw_norm_maps(norms: Norms) -> str:
