@@ -47,8 +47,8 @@ def test_features_are_the_teachers(world: Path, config: Config) -> None:
     records = np.array([3, 99, 0, 41])
     stored = cache.features(records, CPU)
     with ImageFile(cache.index.images) as files:
-        views = [apply_view(files.read(int(cache.index.image[r])), cache.index.record_view(r), 32) for r in records]
-    images = normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU)
+        pixels = cache.index.pixels(files, records, 32)
+    images = normalise(pixels, teacher.mean, teacher.std, CPU)
     live = block_outputs(teacher.model, images, [2, 3])
     assert list(stored) == [2, 3]
     for block, x in stored.items():
