@@ -213,7 +213,7 @@ def run_with_messages(command: Callable[[], object]) -> None:
     try:
         command()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""

@@ -6,8 +6,8 @@ same bytes.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +19,23 @@ from torch import Tensor
 from pipeline.cache.codecs import CODECS, Calibration
 from pipeline.cache.format import MANIFEST, DataManifest, Index, Manifest, TeacherManifest, read_index
 from pipeline.cache.reader import Cache, Encoded, read_calibration
-from pipeline.cache.writer import CacheWriter, check_same, create_cache, pending_shards, writer_lock
+from pipeline.cache.writer import CacheWriter, check_same, create_cache, pending_shards
 from pipeline.config import Config, ViewsConfig
-from pipeline.models import Vit, load_teacher, weight_hash
-from pipeline.outputs import Mode, check_output, claim_output
+from pipeline.devices import make_accelerator
+from pipeline.models import Vit, load_teacher, local_folder, weight_hash
+from pipeline.outputs import Mode, check_output, claimed_output
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
 from pipeline.shards import NO_LABEL, ImageFile, Images, index_shards
 from pipeline.views import draw_view, normalise
 from singer.artifacts import clean_mask, patch_norms, robust_threshold
-from singer.tail import tail_state
+from singer.tail import TeacherTail, tail_state
 from singer.vit import block_outputs, depth, grid_size, resolve_blocks
 
+STAGE = "cache-teacher"
 _CALIBRATION_RECORDS = 256
+# Part of the format: were it an option, two caches of one id could differ.
+_CLEAN_SIGMAS = 6.0
 _MAX_SHARD_RECORDS = 4096
 
 
@@ -52,23 +56,27 @@ class CacheResult:
 def cache_teacher(config: Config, shards: str | Sequence[str], out: Path, mode: Mode = "new") -> CacheResult:
     """Fill a cache at `out` from the images in `shards`. Raises ValueError for whatever the user can mend."""
     check_codec(config.cache.codec)
-    check_output(out, mode)
     images = index_shards(shards)
+    inputs = [*images.paths, *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
+    check_output(out, mode, STAGE, config, inputs)
     teacher = load_teacher(config.teacher)
     blocks = resolve_blocks(config.cache.blocks, depth(teacher.model))
     manifest = describe(config, teacher, blocks, images)
-    accelerator = Accelerator(mixed_precision=config.cache.precision)
+    tail = tail_state(teacher.model.state_dict(), blocks[0])
+    # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
+    TeacherTail(teacher.architecture, teacher.model_args, blocks[0], tail)
+    accelerator = make_accelerator(config.cache.precision)
     teacher.model.to(accelerator.device)
     extract = Extractor(config, teacher, blocks, accelerator)
 
     start = time.perf_counter()
-    with ImageFile(images) as files, _locked_by_main(accelerator, out, mode, config):
+    claim = claimed_output(out, mode, STAGE, config, seed=None) if accelerator.is_main_process else nullcontext()
+    with ImageFile(images) as files, claim:
         if accelerator.is_main_process:
             if mode == "resume" and (out / MANIFEST).exists():
                 check_same(out, manifest)
             else:
                 index = draw_index(config.views, images, files, config.cache.workers)
-                tail = tail_state(teacher.model.state_dict(), blocks[0])
                 create_cache(out, manifest, index, tail, extract.calibrate(files, index))
         accelerator.wait_for_everyone()
         done = _fill(config, out, extract, files, accelerator)
@@ -177,8 +185,7 @@ class Extractor:
         for block in self._blocks:
             x = torch.cat([f[block].cpu() for f in features])
             norms = patch_norms(x, self._teacher.prefix)
-            k = self._config.refine.threshold_k
-            clean = x[:, self._teacher.prefix :][clean_mask(norms, robust_threshold(norms, k))].double()
+            clean = x[:, self._teacher.prefix :][clean_mask(norms, robust_threshold(norms, _CLEAN_SIGMAS))].double()
             std = clean.std(0, correction=0)
             # A channel that never varies would divide by zero.
             std = std.clamp_min(1e-3 * float(std.mean()) + 1e-12)
@@ -187,7 +194,7 @@ class Extractor:
 
 
 def _fill(config: Config, out: Path, extract: Extractor, files: ImageFile, accelerator: Accelerator) -> int:
-    """Compute and write this process's share of the missing shards; the number of records it did."""
+    """Compute and write this process's share of the missing shards; the number of records that all processes do."""
     writer = CacheWriter(out)
     manifest = writer.manifest
     index = _same_index(out, files.images)
@@ -223,7 +230,7 @@ def _fill(config: Config, out: Path, extract: Extractor, files: ImageFile, accel
                     for block, parts in buffer[0].items()
                 },
             )
-    return total
+    return sum(stop - start for start, stop in map(manifest.shard_range, pending))
 
 
 def _same_index(out: Path, images: Images) -> Index:
@@ -236,14 +243,3 @@ def _check_finite(x: Tensor, block: int, records: np.ndarray, index: Index) -> N
     if bad.any():
         key = index.images.keys[int(index.image[records[int(bad.nonzero()[0])]])]
         raise ValueError(f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no")
-
-
-@contextmanager
-def _locked_by_main(accelerator: Accelerator, out: Path, mode: Mode, config: Config) -> Iterator[None]:
-    """The main process claims the output and holds the lock; the others follow once it has."""
-    if not accelerator.is_main_process:
-        yield
-        return
-    claim_output(out, mode, "cache-teacher", config, seed=None)
-    with writer_lock(out):
-        yield

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.resources import resource
 
 Precision = Literal["no", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
-# A glob, a brace range or a list of these.
-ShardSpec = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -68,7 +67,7 @@ class RefineConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-2
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of records kept for the figures")
     statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
-    seed: int = 0
+    seed: Seed = 0
 
 
 class StudentConfig(Section):
@@ -101,7 +100,7 @@ class DistillConfig(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="a checkpoint at least this often, and after every epoch"
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvaluateConfig(Section):
@@ -115,17 +114,20 @@ class EvaluateConfig(Section):
     neighbours: Positive = 20
     temperature: Annotated[float, Field(gt=0)] = 0.07
     strengths: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.01, 0.1, 1.0), description="inverse L2 penalties, chosen among on a split of the training shards"
+        (0.01, 0.1, 1.0),
+        min_length=1,
+        description="inverse L2 penalties, chosen among on a split of the training shards",
     )
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PrepareConfig(Section):
     """A folder of images -> WebDataset shards."""
 
     shard_images: Positive = 1000
+    classes: Path | None = Field(None, description="classes.json of another split, to number classes as there")
     on_error: Literal["fail", "skip"] = "fail"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Config(Section):
@@ -193,7 +195,7 @@ def _read(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree or {}, dict):
         raise ValueError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
-    return tree or {}
+    return {section: keys if keys is not None else {} for section, keys in (tree or {}).items()}
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

@@ -5,6 +5,7 @@ other from refined ones. The teacher is bundled; data/demo_teacher/README.md say
 artifacts are planted.
 """
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipeline.digits import SPLITS, digit_images
 from pipeline.distill import distill
 from pipeline.evaluate import Accuracies, evaluate
 from pipeline.models import LOCAL
-from pipeline.outputs import Mode, claim_output
+from pipeline.outputs import Mode, check_output, claimed_output
 from pipeline.prepare import prepare
 from pipeline.progress import say
 from pipeline.refine import refine
@@ -37,7 +38,12 @@ class DemoResult:
 
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
     """Run the chain below `out`. Raises ValueError if `out` may not be written."""
-    claim_output(out, mode, "demo", config, config.distill.seed)
+    check_output(out, mode, "demo", config)
+    with claimed_output(out, mode, "demo", config, config.distill.seed):
+        return _demo(config, out)
+
+
+def _demo(config: Config, out: Path) -> DemoResult:
     teacher = resource(TEACHER)
     config = config.model_copy(
         update={"teacher": config.teacher.model_copy(update={"name": f"{LOCAL}{teacher}", "weights": None})}
@@ -48,7 +54,7 @@ def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
     for split in SPLITS:
         write_images(split, out / "images" / split)
         prepare(config, out / "images" / split, out / "shards" / split)
-        shards[split] = str(out / "shards" / split / "*.tar")
+        shards[split] = glob.escape(str(out / "shards" / split)) + "/*.tar"
 
     say("2/6 caching the teacher's features")
     cached = cache_teacher(config, shards["train"], out / "cache")

@@ -9,12 +9,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import Config, DistillConfig
+from pipeline.devices import make_accelerator
 from pipeline.models import Vit, new_student, save_vit
 from pipeline.outputs import (
     INPUTS,
     Mode,
     check_inputs,
     check_output,
-    check_resumable,
-    claim_output,
+    claimed_output,
     file_hash,
-    read_json,
+    read_as,
     write_atomic,
     write_json,
+    write_tensors,
 )
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter, say
@@ -46,6 +47,7 @@ from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner
 from singer.vit import block_outputs, depth, freeze_unused, grid_size
 
+STAGE = "distill"
 STUDENT = "student"
 PROJECTORS = "projectors.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -147,8 +149,8 @@ def distill(
     settings = config.distill
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"distill.objective: unknown {settings.objective!r}; known: {', '.join(OBJECTIVES)}")
-    check_output(out, mode)
     cache = Cache(cache_path)
+    check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters]), *cache.index.images.paths])
     refiner = load_refiner(adapters, cache) if adapters is not None else None
     images = check_shards(cache.index.images, shards)
     set_seed(settings.seed)
@@ -156,15 +158,32 @@ def distill(
     matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
     inputs = {"cache": cache.id, "adapters": file_hash(adapters / REFINER) if adapters is not None else None}
     if mode == "resume" and (out / INPUTS).exists():
-        check_resumable(out, config, ("student", "distill"), ("workers", "checkpoint_minutes"))
         check_inputs(out, inputs)
         if (out / RUN).exists():
             return load_result(out)
 
-    accelerator = Accelerator(mixed_precision=settings.precision)
+    accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
+    with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+        return _distill(config, cache, out, adapters, images, student, matching, refiner, inputs, mode, accelerator)
+
+
+def _distill(
+    config: Config,
+    cache: Cache,
+    out: Path,
+    adapters: Path | None,
+    images: Images,
+    student: Vit,
+    matching: dict[int, int],
+    refiner: Refiner | None,
+    inputs: dict[str, str | None],
+    mode: Mode,
+    accelerator: Accelerator,
+) -> DistillResult:
+    """Train and store, once everything has been checked and the output is ours."""
+    settings, main = config.distill, accelerator.is_main_process
     if main:
-        claim_output(out, mode, "distill", config, settings.seed)
         write_json(out / INPUTS, inputs)
         say("teacher block -> student block: " + ", ".join(f"{t} -> {s}" for t, s in matching.items()))
     accelerator.wait_for_everyone()
@@ -172,7 +191,7 @@ def distill(
     distiller = Distiller(student, matching, cache.manifest.teacher.width, targets.keep_cls)
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-    checkpoint = Checkpoint(out / CHECKPOINT, distiller, optimiser, settings.checkpoint_minutes)
+    checkpoint = Checkpoint(out / CHECKPOINT, distiller, optimiser, accelerator.scaler, settings.checkpoint_minutes)
     first_step = checkpoint.restore(accelerator.device) if mode == "resume" else 0
     model, optimiser = accelerator.prepare(distiller, optimiser)
 
@@ -190,14 +209,14 @@ def distill(
         steps=settings.epochs * steps_per_epoch(len(cache), settings.batch_size),
         loss=loss,
         seconds=m.seconds,
-        images_per_second=m.rate * settings.batch_size,
+        images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
     )
     if main:
         save_vit(student, student.model.state_dict(), out / STUDENT)
-        state = {k: v.cpu().contiguous() for k, v in distiller.projectors.state_dict().items()}
-        write_atomic(out / PROJECTORS, safetensors.torch.save(state))
-        write_json(out / RUN, {**asdict(result), "run": None, "student": None})
+        write_tensors(out / PROJECTORS, distiller.projectors.state_dict())
+        # Without the place where it was made: a run may move.
+        write_json(out / RUN, {**asdict(result), "run": ".", "student": STUDENT})
         checkpoint.path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return result
@@ -220,10 +239,16 @@ def train(
     cache = targets.cache
     per_epoch = steps_per_epoch(len(cache), settings.batch_size)
     total = settings.epochs * per_epoch
+
+    def seen(step: int) -> int:
+        """Records that all processes have trained on before `step`."""
+        epoch, within = divmod(step, per_epoch)
+        return epoch * len(cache) + min(len(cache), within * settings.batch_size)
+
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(50, max(1, per_epoch // 4))
     model.train()
-    with meter("distill", total, "steps", quiet=not main, done=first_step) as m:
+    with meter("distill", settings.epochs * len(cache), "images", quiet=not main, done=seen(first_step)) as m:
         plan = shares(len(cache), settings, rank, world, first_step, total)
         summed = dict.fromkeys(cache.blocks, torch.zeros((), device=accelerator.device))
         since = mean_loss = 0.0
@@ -244,7 +269,7 @@ def train(
             optimiser.step()
             summed = {b: summed[b] + loss.detach() for b, loss in losses.items()}
             since += 1
-            m.advance(1, f"loss {mean_loss:.4f}" if mean_loss else "")
+            m.advance(seen(step + 1) - seen(step), f"loss {mean_loss:.4f}" if mean_loss else "")
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
@@ -260,7 +285,7 @@ def train(
                     lr=rate,
                     loss=mean_loss,
                     blocks=parts,
-                    images_per_second=m.rate * settings.batch_size,
+                    images_per_second=m.rate,
                     data_wait_percent=m.wait_percent,
                 )
                 summed, since = {b: torch.zeros_like(v) for b, v in summed.items()}, 0.0
@@ -304,10 +329,20 @@ class BatchLoader:
 
 
 class Checkpoint:
-    """All that a run needs to go on: weights, optimiser and the number of steps done. Replaced atomically."""
+    """All that a run needs to go on: weights, optimiser, loss scale and steps done. Replaced atomically."""
 
-    def __init__(self, path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, minutes: float) -> None:
-        self.path, self._model, self._optimiser = path, model, optimiser
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        scaler: torch.cuda.amp.GradScaler | None,
+        minutes: float,
+    ) -> None:
+        self.path = path
+        self._parts: dict[str, Any] = {"model": model, "optimiser": optimiser}
+        if scaler is not None:
+            self._parts["scaler"] = scaler
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
 
@@ -316,7 +351,7 @@ class Checkpoint:
         if not force and time.monotonic() - self._saved < self._seconds:
             return
         buffer = io.BytesIO()
-        torch.save({"step": step, "model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}, buffer)
+        torch.save({"step": step, **{name: part.state_dict() for name, part in self._parts.items()}}, buffer)
         write_atomic(self.path, buffer.getvalue())
         self._saved = time.monotonic()
 
@@ -326,8 +361,8 @@ class Checkpoint:
             return 0
         try:
             saved = torch.load(self.path, map_location=device, weights_only=True)
-            self._model.load_state_dict(saved["model"])
-            self._optimiser.load_state_dict(saved["optimiser"])
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
         except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
             raise ValueError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
         return int(saved["step"])
@@ -363,11 +398,17 @@ def check_shards(images: Images, shards: str | Sequence[str] | None) -> Images:
     """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
     paths = images.paths
     if shards is not None:
-        found = {p.name: p for p in expand_shards(shards)}
-        missing = [p.name for p in paths if p.name not in found]
-        if missing:
-            raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
-        paths = tuple(found[p.name].resolve() for p in paths)
+        given = expand_shards(shards)
+        found = {p.name: p.resolve() for p in given}
+        if len(found) == len(given):
+            missing = [p.name for p in paths if p.name not in found]
+            if missing:
+                raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
+            paths = tuple(found[p.name] for p in paths)
+        elif len(given) == len(paths):  # names repeat: by order
+            paths = tuple(p.resolve() for p in given)
+        else:
+            raise ValueError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
     for path, size in zip(paths, images.shard_sizes, strict=True):
         if not path.is_file():
             raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
@@ -378,6 +419,4 @@ def check_shards(images: Images, shards: str | Sequence[str] | None) -> Images:
 
 def load_result(run: Path) -> DistillResult:
     """The result of a finished run. Raises ValueError if there is none at `run`."""
-    value = read_json(run / RUN, "finished run")
-    value |= {"run": run, "student": run / STUDENT, "matching": {int(t): s for t, s in value["matching"].items()}}
-    return DistillResult(**value)
+    return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)

@@ -26,6 +26,7 @@ from pipeline.distill import STUDENT
 from pipeline.models import Vit, load_saved
 from pipeline.outputs import write_json
 from pipeline.prefetch import prefetch
+from pipeline.prepare import CLASSES
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images, index_shards, require_labels
 from pipeline.views import apply_view, crop_view, normalise
@@ -63,6 +64,7 @@ def evaluate(config: Config, model: Path, train: str | Sequence[str], test: str 
     shards = {"--train": index_shards(train), "--test": index_shards(test)}
     for option, images in shards.items():
         require_labels(images, option)
+    check_classes(*shards.values())
     vit = load_saved(folder, settings.image_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
@@ -104,6 +106,16 @@ def evaluate(config: Config, model: Path, train: str | Sequence[str], test: str 
     return result
 
 
+def check_classes(train: Images, test: Images) -> None:
+    """Raise ValueError if both sets name their classes (in a classes.json beside the shards) and differ."""
+    files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
+    if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise ValueError(
+            f"{files[0]} and {files[1]} number classes differently; prepare the second with "
+            f"--set prepare.classes={files[0]}"
+        )
+
+
 @torch.inference_mode()
 def features(vit: Vit, images: Images, settings: EvaluateConfig, device: torch.device) -> dict[str, Tensor]:
     """{"cls": (n, d), "mean_patch": (n, d)} of the last block, on the CPU."""
@@ -124,7 +136,8 @@ def features(vit: Vit, images: Images, settings: EvaluateConfig, device: torch.d
         for pixels in prefetch(load, batches, settings.workers, m):
             x = block_outputs(vit.model, normalise(pixels, vit.mean, vit.std, device), [last])[last]
             if settings.tokens == "norm":
-                x = vit.model.norm(x)
+                # Models that pool before their norm have it as fc_norm.
+                x = vit.model.fc_norm(vit.model.norm(x))
             collected["mean_patch"].append(x[:, vit.prefix :].mean(1).float().cpu())
             if vit.has_cls:
                 collected["cls"].append(x[:, 0].float().cpu())

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
-from pipeline.outputs import read_json, write_json
+from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
 
 LOCAL = "local-dir:"
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.
@@ -44,6 +43,11 @@ class Vit:
     @property
     def width(self) -> int:
         return int(self.model.embed_dim)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a `local-dir:` name stands for; None for other names."""
+    return Path(name.removeprefix(LOCAL)).expanduser() if name.startswith(LOCAL) else None
 
 
 def load_teacher(config: TeacherConfig) -> Vit:
@@ -83,9 +87,7 @@ def load_saved(folder: Path, image_size: int | None = None) -> Vit:
 def save_vit(vit: Vit, state: Mapping[str, Tensor], folder: Path) -> None:
     """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(
-        {k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / "model.safetensors"
-    )
+    write_tensors(folder / "model.safetensors", state)
     size = (3, vit.image_size, vit.image_size)
     write_json(
         folder / "config.json",
@@ -126,11 +128,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pth file, never unpickling anything but tensors."""
     if not path.is_file():
         raise ValueError(f"weights {path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # every malformed file ends here: zip, pickle and header errors differ in type
+    except Exception as error:  # zip, pickle and header errors differ in type
         raise ValueError(f"weights {path} cannot be read: {_first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -151,10 +153,13 @@ def _create(
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
         kwargs["img_size"] = image_size
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL)).expanduser()
+    folder = local_folder(name)
+    if folder is not None:
         config = read_json(folder / "config.json", "timm model folder")
-        kwargs = {**config.get("model_args", {}), **kwargs}
+        model_args = config.get("model_args", {})
+        if not isinstance(model_args, dict):
+            raise ValueError(f"{folder / 'config.json'} is damaged: model_args is no object")
+        kwargs = {**model_args, **kwargs}
         weights = weights or folder / "model.safetensors"
     elif ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.4)
@@ -176,7 +181,14 @@ def _create(
     return Vit(
         model=model,
         architecture=pretrained_cfg["architecture"],
-        model_args={**getattr(model, "_model_args", {}), **kwargs, "img_size": size[0]},
+        # Hub tags change the head; the architecture alone would rebuild another one.
+        model_args={
+            **getattr(model, "_model_args", {}),
+            **kwargs,
+            "img_size": size[0],
+            "num_classes": model.num_classes,
+            "global_pool": model.global_pool,
+        },
         image_size=size[0],
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
@@ -187,10 +199,15 @@ def _build(
     name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str
 ) -> VisionTransformer:
     try:
+        plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
-            kind = type(timm.create_model(name, **{k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}))
-        if not issubclass(kind, VisionTransformer):
-            raise TypeError(f"it is a {kind.__name__}, not a VisionTransformer of timm")
+            outline = timm.create_model(name, **plain)
+        if not isinstance(outline, VisionTransformer):
+            raise TypeError(f"it is a {type(outline).__name__}, not a VisionTransformer of timm")
+        patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
+        if size is not None and size % patch:
+            near = max(1, round(size / patch)) * patch
+            raise TypeError(f"image_size {size} is not a multiple of the patch size {patch}; the nearest is {near}")
         model: VisionTransformer = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:  # also an argument that the architecture does not take
         raise ValueError(f"{what}.name {name}: {_first_line(error)}") from None
@@ -198,18 +215,11 @@ def _build(
         if weights is not None:
             message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
         elif pretrained:
-            message = f"{what}.name {name}: {_first_line(error)}; give a local file with {what}.weights"
+            remedy = "give a local file with teacher.weights" if what == "teacher" else "check the network or its cache"
+            message = f"weights of {what}.name {name} could not be had: {_first_line(error)}; {remedy}"
         else:
             message = f"{what}.name {name}: {_first_line(error)}"
         raise ValueError(message) from None
-    grid, patch = model.patch_embed.grid_size, model.patch_embed.patch_size
-    size = model.patch_embed.img_size
-    if size[0] % patch[0]:
-        near = max(1, round(size[0] / patch[0])) * patch[0]
-        raise ValueError(
-            f"{what}.image_size {size[0]} is not a multiple of the patch size {patch[0]}; the nearest is {near}"
-        )
-    assert grid[0] * patch[0] == size[0]
     return model
 
 

@@ -11,17 +11,27 @@ is fitting each alone.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, RefineConfig
-from pipeline.outputs import Mode, check_output, check_resumable, claim_output, read_json, write_atomic, write_json
+from pipeline.outputs import (
+    Mode,
+    check_output,
+    claimed_output,
+    read_as,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from singer.artifacts import clean_mask, norm_summary, patch_norms, robust_threshold
@@ -30,6 +40,7 @@ from singer.refiner import CLEANERS, NORMALISERS, Adapter, Clip, Refiner, Standa
 from singer.subspaces import reader_weight, smallest_directions
 from singer.tail import TeacherTail
 
+STAGE = "refine"
 REFINER = "refiner.safetensors"
 MANIFEST = "refiner.json"
 METRICS = "metrics.json"
@@ -43,6 +54,17 @@ class BlockScale:
 
     median: float
     threshold: float
+
+
+@dataclass(frozen=True)
+class RefinerManifest:
+    """What a stored refiner is, and the id of the cache that it was fitted to."""
+
+    cache: str
+    cleaner: str
+    normaliser: str
+    rank: Annotated[int, Field(ge=1)]
+    scales: dict[int, BlockScale]
 
 
 @dataclass(frozen=True)
@@ -61,51 +83,59 @@ def refine(config: Config, cache_path: Path, out: Path, mode: Mode = "new") -> R
     """Fit a refiner to the cache and store it at `out`. Raises ValueError for whatever the user can mend."""
     settings = config.refine
     _check_names(settings)
-    check_output(out, mode)
     cache = Cache(cache_path)
-    if settings.cleaner == "adapter" and settings.rank > cache.manifest.teacher.width:
-        raise ValueError(f"refine.rank {settings.rank} is larger than the feature width {cache.manifest.teacher.width}")
+    check_output(out, mode, STAGE, config, [cache_path])
     train, held_out = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
-        check_resumable(out, config, ("refine",), ())
         load_refiner(out, cache)
-        return _result(out, read_json(out / METRICS, "refiner"))
-    claim_output(out, mode, "refine", config, settings.seed)
+        return _result(out)
+    starts = start_directions(cache, settings) if settings.cleaner == "adapter" else {}
+    with claimed_output(out, mode, STAGE, config, settings.seed):
+        _fit(cache, settings, out, train, held_out, starts)
+    return _result(out)
 
+
+def _fit(
+    cache: Cache,
+    settings: RefineConfig,
+    out: Path,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    starts: dict[int, Tensor],
+) -> None:
+    """Fit, measure and store; the manifest comes last."""
     start = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = train[np.linspace(0, len(train) - 1, min(len(train), settings.statistics_records)).astype(int)]
     scales = measure_scales(cache, sample, settings.threshold_k)
     refiner = empty_refiner(cache, settings).to(device)
     if settings.cleaner == "adapter":
-        fit_adapters(cache, refiner, scales, train, settings, out / LOG, device)
+        fit_adapters(cache, refiner, starts, scales, train, settings, out / LOG, device)
     elif settings.cleaner == "clip":
         for block in cache.blocks:
             cleaner = refiner.cleaners[str(block)]
             assert isinstance(cleaner, Clip)
             cleaner.threshold.fill_(scales[block].threshold)
     refiner.requires_grad_(False)
+    if not all(torch.isfinite(v).all() for v in refiner.parameters()):
+        raise ValueError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
     if settings.normaliser == "standardize":
         fit_standardisation(cache, refiner, scales, sample, device)
     seconds = time.perf_counter() - start
 
     blocks = {b: measure_block(cache, refiner, b, scales[b], held_out, device) for b in cache.blocks}
-    state = {k: v.cpu().contiguous() for k, v in refiner.state_dict().items()}
-    write_atomic(out / REFINER, safetensors.torch.save(state))
+    write_tensors(out / REFINER, refiner.state_dict())
     metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(held_out)}
     write_json(out / METRICS, metrics)
     # The manifest comes last: a refiner without one was interrupted.
-    write_json(
-        out / MANIFEST,
-        {
-            "cache": cache.id,
-            "cleaner": settings.cleaner,
-            "normaliser": settings.normaliser,
-            "rank": settings.rank,
-            "scales": {b: vars(s) for b, s in scales.items()},
-        },
-    )
-    return _result(out, read_json(out / METRICS, "refiner"))
+    manifest = RefinerManifest(cache.id, settings.cleaner, settings.normaliser, settings.rank, scales)
+    write_json(out / MANIFEST, asdict(manifest))
+
+
+def start_directions(cache: Cache, settings: RefineConfig) -> dict[int, Tensor]:
+    """{block: (d, rank)}: where the adapters start."""
+    tail = cache.tail()
+    return {b: smallest_directions(reader_weight(tail, b), settings.rank) for b in cache.blocks}
 
 
 def empty_refiner(cache: Cache, settings: RefineConfig) -> Refiner:
@@ -116,17 +146,18 @@ def empty_refiner(cache: Cache, settings: RefineConfig) -> Refiner:
 
 def load_refiner(path: Path, cache: Cache) -> Refiner:
     """The refiner stored at `path`, frozen. Raises ValueError if it was fitted to another cache."""
-    manifest = read_json(path / MANIFEST, "finished refiner")
-    if manifest["cache"] != cache.id:
+    manifest = read_as(path / MANIFEST, RefinerManifest, "finished refiner")
+    if manifest.cache != cache.id:
         raise ValueError(
-            f"{path} was fitted to cache {manifest['cache'][:12]}, but {cache.path} is {cache.id[:12]}; "
+            f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.path} is {cache.id[:12]}; "
             "run singer refine on this cache"
         )
-    settings = RefineConfig(cleaner=manifest["cleaner"], normaliser=manifest["normaliser"], rank=manifest["rank"])
+    settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser, rank=manifest.rank)
+    _check_names(settings)
     refiner = empty_refiner(cache, settings)
     try:
-        refiner.load_state_dict(safetensors.torch.load_file(path / REFINER))
-    except (RuntimeError, safetensors.SafetensorError, OSError) as error:
+        refiner.load_state_dict(read_tensors(path / REFINER))
+    except RuntimeError as error:
         raise ValueError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
     return refiner.requires_grad_(False)
 
@@ -157,6 +188,7 @@ def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, Blo
 def fit_adapters(
     cache: Cache,
     refiner: Refiner,
+    starts: dict[int, Tensor],
     scales: dict[int, BlockScale],
     records: np.ndarray,
     settings: RefineConfig,
@@ -168,8 +200,7 @@ def fit_adapters(
     for block in cache.blocks:
         adapter = refiner.cleaners[str(block)]
         assert isinstance(adapter, Adapter)
-        directions = smallest_directions(reader_weight(tail, block), settings.rank)
-        adapter.start(directions.to(device))
+        adapter.start(starts[block].to(device))
     optimiser = torch.optim.AdamW(refiner.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
     order = batch_order(records, settings)
@@ -309,16 +340,11 @@ def _check_names(settings: RefineConfig) -> None:
             raise ValueError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(known)}")
 
 
-def _result(out: Path, metrics: dict[str, object]) -> RefineResult:
-    manifest = read_json(out / MANIFEST, "finished refiner")
-    blocks = metrics["blocks"]
-    seconds = metrics["seconds"]
-    assert isinstance(blocks, dict) and isinstance(seconds, float)
-    return RefineResult(
-        adapters=out,
-        cache=manifest["cache"],
-        cleaner=manifest["cleaner"],
-        normaliser=manifest["normaliser"],
-        seconds=seconds,
-        blocks={int(b): v for b, v in blocks.items()},
-    )
+def _result(out: Path) -> RefineResult:
+    manifest = read_as(out / MANIFEST, RefinerManifest, "finished refiner")
+    metrics = read_json(out / METRICS, "finished refiner")
+    try:
+        blocks = {int(b): v for b, v in metrics["blocks"].items()}
+        return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, metrics["seconds"], blocks)
+    except (KeyError, AttributeError, ValueError):
+        raise ValueError(f"{out / METRICS} is damaged") from None

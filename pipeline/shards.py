@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import os
+import resource
 import tarfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 NO_LABEL = -1
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
 MAX_PIXELS = 100_000_000
+# Enough for the size of nearly every image.
+_HEADER_BYTES = 1 << 16
+_OTHER_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
     paths: list[Path] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
         for name in expand_urls(os.fspath(pattern)):
-            if glob.has_magic(name):
+            if glob.has_magic(name) and not Path(name).is_file():
                 found = sorted(Path(p) for p in glob.glob(name))  # noqa: PTH207 (absolute patterns too)
                 if not found:
                     raise ValueError(f"no shard matches {name!r}")
@@ -123,6 +127,7 @@ class ImageFile:
 
     def __init__(self, images: Images) -> None:
         self.images = images
+        _allow_open_files(len(images.paths))
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
 
@@ -134,14 +139,19 @@ class ImageFile:
 
     def dimensions(self, number: int) -> tuple[int, int]:
         """(width, height) of image `number`, from its header."""
-        data, where = self._encoded(number)
-        with _decoding(where):
+        try:
+            data, where = self._encoded(number, _HEADER_BYTES)
             return open_image(data, where).size
+        except (OSError, SyntaxError):  # a long header, or no image at all
+            data, where = self._encoded(number)
+            with _decoding(where):
+                return open_image(data, where).size
 
-    def _encoded(self, number: int) -> tuple[bytes, str]:
+    def _encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
         shard = int(self.images.shard[number])
         where = f"image {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
+        size = size if most is None else min(size, most)
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) < size:
             raise ValueError(f"{where}: the shard ends {size - len(data)} bytes too early")
@@ -168,9 +178,9 @@ class ImageFile:
         self.close()
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
+def open_image(data: bytes, where: str, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> Image.Image:
     """An image of a known kind and sane size, not yet decoded."""
-    image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    image = Image.open(io.BytesIO(data), formats=formats)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{where}: {image.width} x {image.height} pixels are too many")
     return image
@@ -222,7 +232,7 @@ def _label(file: io.BufferedReader, sample: _Sample, path: Path) -> int:
         label = int(text)
     except ValueError:
         label = NO_LABEL
-    if label < 0:
+    if not 0 <= label < 2**31:
         raise ValueError(f"{path}: label of {sample.key!r} is no class number: {text[:20]!r}")
     return label
 
@@ -234,3 +244,13 @@ def require_labels(images: Images, what: str) -> None:
             f"{what}: {len(missing)} of {len(images)} images have no .cls label, the first is "
             f"{images.keys[int(missing[0])]!r}"
         )
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files to what `count` shards need, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise ValueError(f"{count} shards are more than the {hard} files that this system lets a process open")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -40,12 +40,6 @@ def norm_summary(norms: Tensor, threshold: float) -> dict[str, float]:
     }
 
 
-def masked_mean_std(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation (d,) of the tokens (B, N, d) where mask (B, N) holds."""
-    chosen = tokens[mask].double()
-    return chosen.mean(0).float(), chosen.std(0, correction=0).float()
-
-
 def clean_mask(norms: Tensor, threshold: float) -> Tensor:
     """True (B, N) where a token is no artifact."""
     clean: Tensor = norms <= threshold

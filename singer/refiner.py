@@ -1,7 +1,7 @@
 """Refiners: {block: features (B, N, d)} -> {block: targets (B, N, d)}; a cleaner of artifacts, then a normaliser.
 
-Both parts come from a registry; a new one is a class with `shapes` (its tensors for d channels and P prefix tokens)
-and one line. All state is buffers and parameters, so a refiner is a state dict and the two names.
+Both parts come from a registry; a new one is a class that takes (d, prefix tokens, rank) and one line. All state is
+buffers and parameters, so a refiner is a state dict and the two names.
 """
 
 from collections.abc import Mapping
@@ -113,7 +113,6 @@ class Refiner(nn.Module):
 
     def __init__(self, widths: Mapping[int, int], prefix: int, cleaner: str, normaliser: str, rank: int) -> None:
         super().__init__()
-        self.blocks = list(widths)
         self.cleaners = nn.ModuleDict({str(b): CLEANERS[cleaner](d, prefix, rank) for b, d in widths.items()})
         self.normalisers = nn.ModuleDict({str(b): NORMALISERS[normaliser](d, prefix, rank) for b, d in widths.items()})
 

@@ -1,7 +1,7 @@
 """Subspaces that the next reader of a block's output hardly sees: where adapters start."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singer.tail import TeacherTail
 
@@ -35,8 +35,18 @@ def smallest_directions(weight: Tensor, rank: int) -> Tensor:
 
 
 def _mlp_product(tail: TeacherTail, block: int) -> Tensor:
-    mlp = getattr(tail.block(block), "mlp", None)
-    if mlp is None or not hasattr(mlp, "fc1") or mlp.fc1.weight.shape[0] != mlp.fc2.weight.shape[1]:
-        raise ValueError(f"block {block} of this teacher has no plain fc1/fc2 MLP to take a null space from")
-    product: Tensor = mlp.fc2.weight.float() @ mlp.fc1.weight.float()
-    return product
+    """fc2·fc1 of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
+    module = tail.block(block)
+    mlp = getattr(module, "mlp", None)
+    fc1, fc2 = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
+    if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features:
+        product: Tensor = fc2.weight.float() @ fc1.weight.float()
+        return product
+    readers = [
+        part.weight.float()
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "fc1", "fc1_g", "fc1_x", "w12")
+    ]
+    if not readers:
+        raise ValueError(f"block {block} of this teacher has no linear layer known to read its input")
+    return torch.cat(readers)

@@ -175,6 +175,13 @@ def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has changed since it was cached"):
         stage.check_shards(cache.index.images, str(moved / "*.tar"))
     first.unlink()
+    twins = []
+    for i, path in enumerate(sorted(moved.glob("*.tar"))):
+        (moved / f"{i}").mkdir()
+        twins.append(path.rename(moved / f"{i}" / "x.tar"))
+    with pytest.raises(ValueError, match="gives 3 shards with repeated names; the cache has 4"):
+        stage.check_shards(cache.index.images, [str(p) for p in twins])
+    (moved / "other.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=f"--shards does not give {first.name}"):
         stage.check_shards(cache.index.images, str(moved / "*.tar"))
 
@@ -203,17 +210,17 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     optimiser = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimiser.step()
-    checkpoint = stage.Checkpoint(tmp_path / "c.pt", model, optimiser, minutes=60)
+    checkpoint = stage.Checkpoint(tmp_path / "c.pt", model, optimiser, None, minutes=60)
     checkpoint.save(7, force=False)
     assert not checkpoint.path.exists()
     checkpoint.save(7, force=True)
     other = torch.nn.Linear(2, 2)
-    again = stage.Checkpoint(tmp_path / "c.pt", other, torch.optim.AdamW(other.parameters()), minutes=60)
+    again = stage.Checkpoint(tmp_path / "c.pt", other, torch.optim.AdamW(other.parameters()), None, minutes=60)
     assert again.restore(CPU) == 7 and torch.equal(other.weight, model.weight)
     (tmp_path / "c.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
         again.restore(CPU)
-    assert stage.Checkpoint(tmp_path / "none.pt", other, optimiser, 1).restore(CPU) == 0
+    assert stage.Checkpoint(tmp_path / "none.pt", other, optimiser, None, 1).restore(CPU) == 0
 
 
 def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_path: Path) -> None:

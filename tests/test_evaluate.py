@@ -91,5 +91,9 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
 
     draw_images(tmp_path / "in", 2, 5)
     prepare(config, tmp_path / "in", tmp_path / "two")
+    shards = str(tmp_path / "two" / "*.tar"), str(world / "test" / "*.tar")
+    with pytest.raises(ValueError, match=r"classes\.json number classes differently; prepare the second with"):
+        evaluate(config, world / "teacher", *shards)
+    (tmp_path / "two" / "classes.json").unlink()
     with pytest.raises(ValueError, match="--test has label 3, but --train only 0 to 1"):
-        evaluate(config, world / "teacher", str(tmp_path / "two" / "*.tar"), str(world / "test" / "*.tar"))
+        evaluate(config, world / "teacher", *shards)

@@ -10,6 +10,7 @@ from conftest import make_vit
 
 from pipeline.config import load_config
 from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_vit, weight_hash
+from singer.subspaces import reader_weight
 from singer.tail import TeacherTail, tail_state
 from singer.vit import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
 
@@ -22,7 +23,8 @@ FAMILIES = {
     "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"num_classes": 0}, 5),
     "clip": ("vit_base_patch16_clip_224", {}, 1),
     "siglip": ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0),
-    "parallel": ("vit_small_patch16_36x1_224", {}, 1),
+    "parallel": ("vit_small_patch16_18x2_224", {}, 1),
+    "gated": ("vit_giant_patch14_dinov2", {"num_classes": 0}, 1),
 }
 
 
@@ -60,6 +62,8 @@ def test_family(family: str, tmp_path: Path) -> None:
         for block, x in tokens.items():
             torch.testing.assert_close(tail.logits(x.clone(), block), logits, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(tail.next_output(tokens[1].clone(), 1), tokens[2], atol=1e-5, rtol=1e-4)
+    for block in (1, 3):
+        assert reader_weight(tail, block).shape[1] == 24
 
 
 def test_nothing_behind_the_last_block_is_computed() -> None:

@@ -84,6 +84,21 @@ def test_adapters_of_another_cache_are_refused(world: Path, tmp_path: Path) -> N
         load_refiner(world / "adapters", Cache(other.cache))
 
 
+def test_divergence_is_an_error(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the adapters diverged; lower refine\.lr"):
+        refine(world_config(world, "refine.lr=1e30"), world / "cache", tmp_path / "a")
+    assert not (tmp_path / "a" / "refiner.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "x", '{"cache": 1}'])
+def test_damaged_manifest_is_named(world: Path, config: Config, tmp_path: Path, content: str) -> None:
+    refine(config, world / "cache", tmp_path / "a")
+    (tmp_path / "a" / "refiner.json").write_text(content)
+    with pytest.raises(ValueError, match=r"refiner\.json is damaged") as error:
+        load_refiner(tmp_path / "a", Cache(world / "cache"))
+    assert "\n" not in str(error.value)
+
+
 def test_damaged_refiner_is_named(world: Path, config: Config, tmp_path: Path) -> None:
     refine(config, world / "cache", tmp_path / "a")
     file = tmp_path / "a" / "refiner.safetensors"

@@ -1,6 +1,7 @@
 """Shards: expansion, index, images, and what prepare writes."""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,6 @@ from conftest import config_with, draw_images, tree_bytes
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.outputs import read_json
 from pipeline.prepare import prepare
 from pipeline.shards import NO_LABEL, ImageFile, expand_shards, index_shards, to_rgb
 
@@ -128,7 +128,7 @@ def test_prepare_image_folder(tmp_path: Path) -> None:
     Image.new("L", (5, 5)).save(tmp_path / "in" / "class1" / "0.seg.png")
     result = prepare(config_with("prepare.shard_images=5"), tmp_path / "in", tmp_path / "out")
     assert (result.images, result.classes, len(result.shards)) == (14, ["class0", "class1", "class2"], 3)
-    assert read_json(tmp_path / "out" / "classes.json", "") == result.classes
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == result.classes
     images = index_shards(str(tmp_path / "out" / "*.tar"))
     labels = dict(zip(images.keys, images.labels.tolist(), strict=True))
     assert labels["class0/a_b"] == 0 and labels["class2/3"] == 2 and labels["class1/bitmap"] == 1
@@ -148,6 +148,45 @@ def test_prepare_flat_and_skipping(tmp_path: Path) -> None:
     assert (result.images, result.classes, [p.name for p in result.skipped]) == (1, [], ["bad.png"])
 
 
+def test_prepare_numbers_classes_alike(tmp_path: Path) -> None:
+    draw_images(tmp_path / "train", 3, 2)
+    prepare(config_with(), tmp_path / "train", tmp_path / "out" / "train")
+    draw_images(tmp_path / "val", 3, 2)
+    for file in (tmp_path / "val" / "class1").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="class folder .*class1 holds no images"):
+        prepare(config_with(), tmp_path / "val", tmp_path / "out" / "val")
+    (tmp_path / "val" / "class1").rmdir()
+    (tmp_path / "val" / ".cache").mkdir()
+    Image.new("RGB", (5, 5)).save(tmp_path / "val" / ".cache" / "x.png")
+    config = config_with(f"prepare.classes={tmp_path / 'out' / 'train' / 'classes.json'}")
+    result = prepare(config, tmp_path / "val", tmp_path / "out" / "val")
+    assert result.classes == ["class0", "class1", "class2"] and result.images == 4
+    assert sorted(index_shards(str(tmp_path / "out" / "val" / "*.tar")).labels) == [0, 0, 2, 2]
+    (tmp_path / "val" / "class9").mkdir()
+    Image.new("RGB", (5, 5)).save(tmp_path / "val" / "class9" / "x.png")
+    with pytest.raises(ValueError, match="has no class 'class9'"):
+        prepare(config, tmp_path / "val", tmp_path / "out" / "val2")
+
+
+def test_prepare_drops_nothing_silently(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("mountain_depth", "boxseg"):
+        Image.new("RGB", (5, 5)).save(tmp_path / "in" / f"{name}.png")
+    assert prepare(config_with(), tmp_path / "in", tmp_path / "out").images == 2
+    Image.new("L", (5, 5)).save(tmp_path / "in" / "lost.seg.png")
+    with pytest.raises(ValueError, match=r"lost\.seg\.png has no image beside it"):
+        prepare(config_with(), tmp_path / "in", tmp_path / "out2")
+
+
+def test_prepare_opens_no_other_format(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify image file"):
+        prepare(config_with(), tmp_path / "in", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
 def test_prepare_refusals(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").mkdir(parents=True)
     config = config_with()
@@ -161,6 +200,6 @@ def test_prepare_refusals(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "c" / "a.png")
     with pytest.raises(ValueError, match="would have the same key 'c/a'"):
         prepare(config, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(ValueError, match="lies within the images"):
+    with pytest.raises(ValueError, match="is or touches the input"):
         prepare(config, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "out").exists()

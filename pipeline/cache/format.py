@@ -10,10 +10,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from pipeline.outputs import read_json
+from pipeline.cache.codecs import CODECS
+from pipeline.outputs import read_as, read_json
 from pipeline.shards import ImageFile, Images
 from pipeline.views import View, apply_view
 
@@ -87,24 +88,29 @@ class Manifest(_Part):
         """First record of a shard and the one behind its last."""
         return shard * self.shard_records, min(self.records, (shard + 1) * self.shard_records)
 
+    def identity(self) -> dict[str, Any]:
+        """All but the teacher's name, which may be a path: its weights say which one it is."""
+        value = self.model_dump(mode="json")
+        del value["teacher"]["name"]
+        return value
+
     def id(self) -> str:
-        """SHA-256 of the manifest: the name by which refiners and runs refer to the cache."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the identity: the name by which refiners and runs refer to the cache."""
+        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
     """Raises ValueError if there is no cache of this version at `path`."""
     value = read_json(path / MANIFEST, "feature cache")
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+    if value.get("format") != FORMAT:
         raise ValueError(f"{path / MANIFEST} does not describe a singer feature cache")
     if value.get("version") != VERSION:
         raise ValueError(f"{path} has cache format version {value.get('version')}; this singer reads {VERSION}")
-    try:
-        return Manifest.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    manifest = read_as(path / MANIFEST, Manifest, "feature cache")
+    if manifest.codec not in CODECS:
+        raise ValueError(f"{path} uses codec {manifest.codec!r}; known: {', '.join(CODECS)}")
+    return manifest
 
 
 class Index:
@@ -124,10 +130,6 @@ class Index:
         """The views of some records at a resolution, (n, size, size, 3) uint8."""
         views = [apply_view(files.read(int(self.image[r])), self.record_view(int(r)), size) for r in records]
         return torch.from_numpy(np.stack(views))
-
-    def labels(self) -> np.ndarray:
-        """Label of every record, (records,) int64."""
-        return np.asarray(self.images.labels[self.image])
 
     def to_bytes(self) -> bytes:
         keys = [k.encode() for k in self.images.keys]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import tensorstore as ts
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from pipeline.cache.format import (
     read_manifest,
 )
 from pipeline.cache.writer import pending_shards
+from pipeline.outputs import read_tensors
 from singer.tail import TeacherTail
 
 Encoded = dict[int, dict[str, Tensor]]
@@ -36,8 +36,6 @@ class Cache:
         self.path = path
         self.manifest = read_manifest(path)
         self.id = self.manifest.id()
-        if self.manifest.codec not in CODECS:
-            raise ValueError(f"{path} uses codec {self.manifest.codec!r}; known: {', '.join(CODECS)}")
         missing = pending_shards(path, self.manifest)
         if missing:
             raise ValueError(
@@ -92,8 +90,11 @@ class Cache:
     def tail(self) -> TeacherTail:
         """The frozen end of the teacher, on the CPU."""
         teacher = self.manifest.teacher
-        state = safetensors.torch.load_file(self.path / TAIL)
-        return TeacherTail(teacher.architecture, teacher.model_args, self.manifest.tail_first_block, state)
+        state = read_tensors(self.path / TAIL)
+        try:
+            return TeacherTail(teacher.architecture, teacher.model_args, self.manifest.tail_first_block, state)
+        except RuntimeError as error:
+            raise ValueError(f"{self.path / TAIL} is damaged: {str(error).splitlines()[0]}") from None
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
         if device not in self._calibration:
@@ -102,8 +103,11 @@ class Cache:
 
 
 def read_calibration(path: Path, blocks: Sequence[int], device: torch.device) -> dict[int, Calibration]:
-    tensors = safetensors.torch.load_file(path / CALIBRATION, device=str(device))
-    return {b: Calibration(tensors[f"{b}.mean"], tensors[f"{b}.std"]) for b in blocks}
+    tensors = read_tensors(path / CALIBRATION, str(device))
+    try:
+        return {b: Calibration(tensors[f"{b}.mean"], tensors[f"{b}.std"]) for b in blocks}
+    except KeyError as error:
+        raise ValueError(f"{path / CALIBRATION} is damaged: it has no {error}") from None
 
 
 def _open(path: Path) -> Any:

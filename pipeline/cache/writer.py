@@ -1,16 +1,13 @@
 """Writing a cache: whole Zarr shards, each by one process, each done once its journal entry is durable."""
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import tensorstore as ts
 import zarr
 from torch import Tensor
@@ -28,7 +25,7 @@ from pipeline.cache.format import (
     read_manifest,
     shard_file,
 )
-from pipeline.outputs import read_json, write_atomic, write_json
+from pipeline.outputs import read_json, write_atomic, write_json, write_tensors
 
 
 def create_cache(
@@ -40,11 +37,11 @@ def create_cache(
 ) -> None:
     """Everything but the features. The manifest comes last: without it, there is no cache yet."""
     write_atomic(path / INDEX, index.to_bytes())
-    write_atomic(path / TAIL, safetensors.torch.save({k: v.cpu().contiguous() for k, v in tail.items()}))
+    write_tensors(path / TAIL, tail)
     statistics = {
         f"{block}.{name}": getattr(c, name).cpu() for block, c in calibration.items() for name in ("mean", "std")
     }
-    write_atomic(path / CALIBRATION, safetensors.torch.save(statistics))
+    write_tensors(path / CALIBRATION, statistics)
     group = zarr.open_group(path, mode="a", zarr_format=3)
     parts = CODECS[manifest.codec].parts(manifest.tokens, manifest.teacher.width)
     for block in manifest.blocks:
@@ -65,24 +62,13 @@ def create_cache(
 
 def check_same(path: Path, manifest: Manifest) -> None:
     """Raise ValueError naming both sides if the cache at `path` is not the one that `manifest` describes."""
-    difference = _first_difference(read_manifest(path).model_dump(mode="json"), manifest.model_dump(mode="json"), "")
+    difference = _first_difference(read_manifest(path).identity(), manifest.identity(), "")
     if difference:
         name, there, here = difference
         raise ValueError(
             f"{path} cannot be continued: its {name} is {_short(there)}, this run has {_short(here)}; "
             "use the first run's settings or --overwrite"
         )
-
-
-@contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Held by a run while it writes; a second run on the same cache is refused. Freed by the system at any death."""
-    with (path / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path} is being written by another run") from None
-        yield
 
 
 class CacheWriter:
@@ -115,7 +101,10 @@ class CacheWriter:
                 name = shard_file(block, part, shard, 1 + len(shape))
                 file = self.path / name
                 files[name] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
-        write_json(journal_entry(self.path, shard), {"shard": shard, "records": [start, stop], "files": files})
+        write_json(
+            journal_entry(self.path, shard),
+            {"cache": self.manifest.id(), "shard": shard, "records": [start, stop], "files": files},
+        )
 
 
 def journal_entry(path: Path, shard: int) -> Path:
@@ -132,10 +121,15 @@ def _journalled(path: Path, manifest: Manifest, shard: int) -> bool:
     if not entry.is_file():
         return False
     value = read_json(entry, "journal")
-    if value["records"] != list(manifest.shard_range(shard)):
-        return False
-    # Zarr reads a missing file as zeros, so its absence must be noticed here.
-    return all(_size(path / name) == known["bytes"] for name, known in value["files"].items())
+    try:
+        # Zarr reads a missing file as zeros, so its absence must be noticed here.
+        return (
+            value["cache"] == manifest.id()
+            and value["records"] == list(manifest.shard_range(shard))
+            and all(_size(path / name) == known["bytes"] for name, known in value["files"].items())
+        )
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"{entry} is damaged; delete it and resume") from None
 
 
 def _size(path: Path) -> int:
