@@ -1,8 +1,10 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both install into .venv first.
 PYTHON ?= python3.11
 # Threads that wait by spinning make a step eight times slower where another program wants the same cores; sleeping
-# ones cost a third on an idle machine. The demo should be quick anywhere (docs/log.md has the figures).
+# ones cost a third on an idle machine. The demo should be quick anywhere (docs/log.md has the figures). The same goes
+# for the threads of scikit-learn's BLAS on matrices this small.
 export OMP_WAIT_POLICY ?= PASSIVE
+export OPENBLAS_NUM_THREADS ?= 1
 BIN := .venv/bin
 
 .PHONY: setup demo test lint types check slow clean

@@ -74,8 +74,8 @@ def _demo(config: Config, out: Path) -> DemoResult:
         refined=refined,
         students=students,
         probes=probes,
-        note="The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a model this small, trained "
-        "for minutes, grows none by itself. Large pretrained ViTs do.",
+        note="The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a term of its training loss "
+        "put them there, since none had grown by itself in short runs. Large ViTs do grow them.",
     )
     figures = write_report(report, out / "report.html")
     return DemoResult(out / "report.html", {name: probe.linear for name, probe in probes.items()}, figures)

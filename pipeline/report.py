@@ -101,7 +101,8 @@ def draw_norm_maps(norms: Norms) -> str:
     for column in range(_SHOWN):
         axes[0, column].imshow(norms.images[column])
         for row, values in enumerate(norms.maps.values(), start=1):
-            picture = axes[row, column].imshow(values[column] / values.median(), vmin=0, vmax=5, cmap="viridis")
+            relative = (values[column] / values.median()).numpy()
+            picture = axes[row, column].imshow(relative, vmin=0, vmax=5, cmap="viridis")
     for row, title in enumerate(["image", *norms.maps]):
         axes[row, 0].set_ylabel(title, fontsize=9)
     for axis in axes.flat:
