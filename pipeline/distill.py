@@ -4,15 +4,11 @@
 processes. Without adapters the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
 """
 
-import io
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from pipeline.cache.reader import Cache, Encoded
+from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config, DistillConfig
 from pipeline.devices import make_accelerator
 from pipeline.models import Vit, new_student, save_vit
@@ -32,7 +29,6 @@ from pipeline.outputs import (
     claimed_output,
     file_hash,
     read_as,
-    write_atomic,
     write_json,
     write_tensors,
 )
@@ -229,8 +225,8 @@ def train(
     load: "BatchLoader",
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
-    checkpoint: "Checkpoint",
-    log: "RunLog",
+    checkpoint: Checkpoint,
+    log: RunLog,
     accelerator: Accelerator,
     first_step: int,
 ) -> tuple[float, Meter]:
@@ -326,72 +322,6 @@ class BatchLoader:
     def __call__(self, share: Share) -> Batch:
         pixels = self.cache.index.pixels(self.files, share.records, self.image_size)
         return Batch(pixels, self.cache.read(share.records), torch.from_numpy(share.weights))
-
-
-class Checkpoint:
-    """All that a run needs to go on: weights, optimiser, loss scale and steps done. Replaced atomically."""
-
-    def __init__(
-        self,
-        path: Path,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        scaler: torch.cuda.amp.GradScaler | None,
-        minutes: float,
-    ) -> None:
-        self.path = path
-        self._parts: dict[str, Any] = {"model": model, "optimiser": optimiser}
-        if scaler is not None:
-            self._parts["scaler"] = scaler
-        self._seconds = 60 * minutes
-        self._saved = time.monotonic()
-
-    def save(self, step: int, force: bool) -> None:
-        """Save if `force` or enough time has gone by. Called by the main process only."""
-        if not force and time.monotonic() - self._saved < self._seconds:
-            return
-        buffer = io.BytesIO()
-        torch.save({"step": step, **{name: part.state_dict() for name, part in self._parts.items()}}, buffer)
-        write_atomic(self.path, buffer.getvalue())
-        self._saved = time.monotonic()
-
-    def restore(self, device: torch.device) -> int:
-        """Load the last checkpoint, if there is one, into model and optimiser; the number of steps it had done."""
-        if not self.path.is_file():
-            return 0
-        try:
-            saved = torch.load(self.path, map_location=device, weights_only=True)
-            for name, part in self._parts.items():
-                part.load_state_dict(saved[name])
-        except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
-            raise ValueError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
-        return int(saved["step"])
-
-
-class RunLog:
-    """The run's JSON lines, cut back to the step from which it goes on."""
-
-    def __init__(self, path: Path, first_step: int, main: bool) -> None:
-        self._path, self._main = path, main
-        if main:
-            kept = [line for line in read_log(path) if line["step"] <= first_step]
-            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def write(self, **values: object) -> None:
-        if self._main:
-            with self._path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines log; one that a crash cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def check_shards(images: Images, shards: str | Sequence[str] | None) -> Images:

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.cache_teacher import CacheResult
-from pipeline.distill import LOG, DistillResult, check_shards, read_log
+from pipeline.checkpoint import read_log
+from pipeline.distill import LOG, DistillResult, check_shards
 from pipeline.evaluate import EvaluateResult
 from pipeline.models import load_saved
 from pipeline.outputs import write_atomic

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import pipeline.distill as stage
 from pipeline.cache import Cache
+from pipeline.checkpoint import read_log
 from pipeline.config import Config
-from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, read_log, select_tokens
+from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, select_tokens
 from pipeline.models import new_student
 from pipeline.readplan import epoch_order, share, steps_per_epoch
 from pipeline.refine import load_refiner

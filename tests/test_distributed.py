@@ -11,7 +11,7 @@ import torch
 from conftest import tree_bytes
 
 from pipeline.cache import Cache
-from pipeline.distill import read_log
+from pipeline.checkpoint import read_log
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,8 +8,8 @@ import torch
 from conftest import tree_bytes, world_config
 
 from pipeline.cache import Cache
+from pipeline.checkpoint import read_log
 from pipeline.config import Config
-from pipeline.distill import read_log
 from pipeline.outputs import read_json
 from pipeline.refine import Moments, batch_order, load_refiner, measure_scales, refine, split_records
 from singer.artifacts import patch_norms

@@ -1,0 +1,78 @@
+"""What a run keeps while it goes on: its last checkpoint and its log. Both survive a crash at any moment."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.outputs import write_atomic
+
+
+class Checkpoint:
+    """All that a run needs to go on: weights, optimiser, loss scale and steps done. Replaced atomically."""
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        scaler: torch.cuda.amp.GradScaler | None,
+        minutes: float,
+    ) -> None:
+        self.path = path
+        self._parts: dict[str, Any] = {"model": model, "optimiser": optimiser}
+        if scaler is not None:
+            self._parts["scaler"] = scaler
+        self._seconds = 60 * minutes
+        self._saved = time.monotonic()
+
+    def save(self, step: int, force: bool) -> None:
+        """Save if `force` or enough time has gone by. Called by the main process only."""
+        if not force and time.monotonic() - self._saved < self._seconds:
+            return
+        buffer = io.BytesIO()
+        torch.save({"step": step, **{name: part.state_dict() for name, part in self._parts.items()}}, buffer)
+        write_atomic(self.path, buffer.getvalue())
+        self._saved = time.monotonic()
+
+    def restore(self, device: torch.device) -> int:
+        """Load the last checkpoint, if there is one, into model and optimiser; the number of steps it had done."""
+        if not self.path.is_file():
+            return 0
+        try:
+            saved = torch.load(self.path, map_location=device, weights_only=True)
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
+            raise ValueError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
+        return int(saved["step"])
+
+
+class RunLog:
+    """The run's JSON lines, cut back to the step from which it goes on."""
+
+    def __init__(self, path: Path, first_step: int, main: bool) -> None:
+        self._path, self._main = path, main
+        if main:
+            kept = [line for line in read_log(path) if line["step"] <= first_step]
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, **values: object) -> None:
+        if self._main:
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines log; one that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
