@@ -57,6 +57,7 @@ def cache_teacher(
     image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     codec: Annotated[str | None, typer.Option(help="float16 or int8.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the teacher: no (float32), bf16 or fp16.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
@@ -74,6 +75,7 @@ def cache_teacher(
         "teacher.image_size": image_size,
         "cache.blocks": None if blocks is None else blocks.split(","),
         "cache.codec": codec,
+        "cache.precision": precision,
     }
     mode = output_mode(resume, overwrite)
     _report(run(load_config(config, sets or (), options), shards, out, mode), as_json)
@@ -112,6 +114,7 @@ def distill(
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -129,6 +132,7 @@ def distill(
         "distill.epochs": epochs,
         "distill.batch_size": batch_size,
         "distill.lr": lr,
+        "distill.precision": precision,
         "distill.seed": seed,
     }
     mode = output_mode(resume, overwrite)

@@ -15,6 +15,12 @@ def test_layers(tmp_path: Path) -> None:
     assert config.distill.epochs == Config().distill.epochs
 
 
+def test_yaml_quirks(tmp_path: Path) -> None:
+    assert load_config(sets=["cache.precision=no"]).cache.precision == "no"
+    (tmp_path / "c.yaml").write_text("refine:\ndistill: {lr: 1e-3}\n")
+    assert load_config(tmp_path / "c.yaml").distill.lr == 1e-3
+
+
 def test_dump_reads_back(tmp_path: Path) -> None:
     config = load_config(sets=["cache.blocks=[8,11]", "teacher.weights=/a/b.pth", "evaluate.strengths=[1.0]"])
     (tmp_path / "c.yaml").write_text(dump_config(config))

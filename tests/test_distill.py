@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import pipeline.distill as stage
 from pipeline.cache import Cache
+from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import read_log
 from pipeline.config import Config
 from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, select_tokens
@@ -193,6 +194,18 @@ def test_other_resolution_patch_size_and_no_cls(world: Path, tmp_path: Path) -> 
     config = json.loads((result.student / "config.json").read_text())
     assert config["model_args"]["img_size"] == 48 and config["model_args"]["patch_size"] == 16
     assert np.isfinite(result.loss)
+
+
+def test_mixed_precision_in_one_process_with_full_precision(world: Path, tmp_path: Path) -> None:
+    """bfloat16 in both stages that compute with a model; close to float32, and not equal to it."""
+    config = world_config(world, "cache.precision=bf16", "distill.precision=bf16")
+    cache = cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache")
+    exact, rough = (Cache(path).features([1, 2], CPU)[3] for path in (world / "cache", cache.cache))
+    assert not torch.equal(exact, rough)
+    assert float((exact - rough).norm() / exact.norm()) < 0.02
+    half = distill(config, cache.cache, tmp_path / "half")
+    full = distill(world_config(world), world / "cache", tmp_path / "full")
+    assert half.loss == pytest.approx(full.loss, rel=0.05) and half.loss != full.loss
 
 
 def test_diverging_run_stops(world: Path, tmp_path: Path) -> None:
