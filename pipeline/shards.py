@@ -1,61 +1,165 @@
 """WebDataset shards: which files, what is in them, and one member by its offset.
 
 The order of training is singer's own, so members are read by position, not streamed. Only the members named here
-are ever read, and none is unpickled.
+are ever read, and none is unpickled. Archives are taken for hostile: a defect is named or listed, never passed over.
 """
 
 import glob
 import hashlib
 import io
 import os
+import re
 import resource
 import tarfile
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from pipeline.prefetch import prefetch
+from pipeline.progress import meter
+
+OnError = Literal["fail", "skip"]
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSION = "cls"
 NO_LABEL = -1
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
 MAX_PIXELS = 100_000_000
 # Enough for the size of nearly every image.
 _HEADER_BYTES = 1 << 16
 _OTHER_FILES = 256
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_SURVEY_BATCH = 64
+_LABEL_BYTES = 32
+_BLOCK = tarfile.BLOCKSIZE
+# Headers that describe the member behind them.
+_GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# They hold names; a larger one is not honest.
+_EXTENDED_BYTES = 1 << 20
+# Empty, absolute, with `..`, backslash or control character, or not UTF-8 (which tarfile turns into surrogates).
+_UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Keys(Sequence[str]):
+    """Names of images, decoded when asked for: a million take little more than their letters.
+
+    text: uint8, the UTF-8 bytes of all keys one after the other; ends: int64, where each key ends in text.
+    Raises ValueError if these do not fit each other.
+    """
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        if np.any(np.diff(ends, prepend=0) < 0) or (int(ends[-1]) if len(ends) else 0) != len(text):
+            raise ValueError(f"the ends of {len(ends)} keys do not divide their {len(text)} bytes")
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, keys: Iterable[str]) -> "Keys":
+        text, ends = bytearray(), array("q")
+        for key in keys:
+            text += key.encode()
+            ends.append(len(text))
+        return cls(np.frombuffer(bytes(text), dtype=np.uint8), np.array(ends, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, item: int | slice) -> str | tuple[str, ...]:
+        numbers = range(len(self))[item]  # settles negative numbers, steps and IndexError
+        if isinstance(numbers, range):
+            return tuple(self[number] for number in numbers)
+        start = int(self.ends[numbers - 1]) if numbers else 0
+        return self.text[start : int(self.ends[numbers])].tobytes().decode()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, or (key "") the unreadable rest of a shard. shard: file name."""
+
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample '{self.key}' {self.reason}" if self.key else f"{self.shard} {self.reason}"
 
 
 @dataclass(frozen=True)
 class Images:
     """Where every image of some shards is: parallel columns in the order of shards and members.
 
-    paths, shard_sizes: the shards and their sizes in bytes; keys: names; labels: int64, NO_LABEL where there is none;
-    shard: index into paths; offset, size: of the encoded image within its shard, in bytes.
+    paths, shard_sizes: the shards and their sizes in bytes; keys: names; labels: int32, NO_LABEL where there is none;
+    shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes; skipped:
+    what the shards hold besides and was left out.
     """
 
     paths: tuple[Path, ...]
     shard_sizes: tuple[int, ...]
-    keys: tuple[str, ...]
+    keys: Keys
     labels: np.ndarray
     shard: np.ndarray
     offset: np.ndarray
     size: np.ndarray
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def content_hash(self) -> str:
-        """SHA-256 over keys, labels and places of all images; the bytes of pixels are not read."""
+    def select(self, rows: np.ndarray) -> "Images":
+        """Some of the images, in the order of `rows`."""
+        columns = {name: getattr(self, name)[rows] for name in ("labels", "shard", "offset", "size")}
+        return replace(self, keys=Keys.of(self.keys[i] for i in rows.tolist()), **columns)
+
+    def place_hash(self) -> str:
+        """SHA-256 over keys, labels and places of all images; the bytes of pixels are not read.
+
+        Version 1 of the cache format names its images by it.
+        """
         digest = hashlib.sha256()
-        digest.update("\0".join([p.name for p in self.paths] + list(self.keys)).encode())
+        digest.update("\0".join([*(p.name for p in self.paths), *self.keys]).encode())
         for column in (self.labels, self.shard, self.offset, self.size):
-            digest.update(np.ascontiguousarray(column, dtype="<i8").tobytes())
+            digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What reading all images tells. digest: uint64, see content_hash; width, height: int32, pixels."""
+
+    images: Images
+    digest: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+
+    def select(self, rows: np.ndarray) -> "Survey":
+        """Some of the images, in the order of `rows`."""
+        return Survey(self.images.select(rows), self.digest[rows], self.width[rows], self.height[rows])
+
+
+def content_hash(images: Images, digest: np.ndarray) -> str:
+    """SHA-256 over keys, labels and digests of all images: the same wherever they lie, whatever shards they are in.
+
+    digest: (n,) uint64, the first 8 bytes (little-endian) of the SHA-256 of every encoded image.
+    """
+    assert len(digest) == len(images)
+    whole = hashlib.sha256("\0".join(images.keys).encode())
+    whole.update(images.labels.astype("<i4").tobytes())
+    whole.update(digest.astype("<u8").tobytes())
+    return whole.hexdigest()
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[Path]:
@@ -86,40 +190,119 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
 
 
 @dataclass
-class _Sample:
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+class _Defects:
+    """Raises the first defect, or lists all."""
+
+    on_error: OnError
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def add(self, path: Path, key: str, reason: str) -> None:
+        # What is raised or listed gets printed and stored.
+        key = key.encode("unicode_escape").decode() if _UNSAFE.search(key) else key
+        if self.on_error == "fail":
+            where = Skipped(str(path), key, reason)
+            raise ValueError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
+        self.skipped.append(Skipped(path.name, key, reason))
 
 
-def index_shards(spec: str | Sequence[str]) -> Images:
+def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Images:
     """List the images of shards from the tar headers.
 
-    Raises ValueError naming the shard for broken tars, duplicate keys, and samples without an image or with a label
-    that is no integer.
+    A defect is a damaged archive or an unusable sample: without an image, an empty image, a label that is no class
+    number, a link in place of a file, a key that occurs twice (the first one counts) or is unsafe as a path. Of a
+    damaged shard the samples before the damage stay, without the last, which may have lost members. As in the
+    webdataset library, files whose names have no extension or begin with a dot belong to no sample.
+
+    Raises ValueError for a shard that is missing, if there are no images at all, and, unless on_error is "skip", for
+    the first defect; else defects are listed in `skipped`.
     """
     paths = expand_shards(spec)
+    defects = _Defects(on_error)
     keys: list[str] = []
-    rows: list[tuple[int, int, int, int]] = []
+    labels, shard, offset, size = array("i"), array("i"), array("q"), array("q")
     seen: set[str] = set()
     for number, path in enumerate(paths):
-        try:
-            with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-                for sample in _samples(tar):
-                    image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
-                    if image is None:
-                        raise ValueError(f"{path}: sample {sample.key!r} has no {'/'.join(IMAGE_EXTENSIONS)}")
-                    if sample.key in seen:
-                        raise ValueError(f"{path}: key {sample.key!r} occurs twice")
-                    seen.add(sample.key)
-                    keys.append(sample.key)
-                    rows.append((_label(file, sample, path), number, *image))
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is no readable tar: {error}") from None
-    if not rows:
-        raise ValueError(f"no images in {len(paths)} shards, the first of them {paths[0]}")
-    labels, shard, offset, size = np.ascontiguousarray(np.array(rows, dtype=np.int64).T)
-    sizes = tuple(p.stat().st_size for p in paths)
-    return Images(tuple(p.resolve() for p in paths), sizes, tuple(keys), labels, shard, offset, size)
+        samples, damage = _read_shard(path)
+        if damage is not None:
+            defects.add(path, "", damage)
+        for sample in samples:
+            for extension in sample.repeated:
+                defects.add(path, sample.key, f"has two members .{extension}")
+            try:
+                label, image = _contents(sample)
+                if sample.key in seen:
+                    raise _Defect("occurs twice")
+            except _Defect as defect:
+                defects.add(path, sample.key, str(defect))
+            else:
+                keys.append(sample.key)
+                labels.append(label)
+                shard.append(number)
+                offset.append(image.offset)
+                size.append(image.size)
+            seen.add(sample.key)
+    if not keys:
+        also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
+        raise ValueError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
+    return Images(
+        tuple(p.resolve() for p in paths),
+        tuple(p.stat().st_size for p in paths),
+        Keys.of(keys),
+        np.array(labels, dtype=np.int32),
+        np.array(shard, dtype=np.int32),
+        np.array(offset, dtype=np.int64),
+        np.array(size, dtype=np.int64),
+        tuple(defects.skipped),
+    )
+
+
+def survey(images: Images, workers: int, on_error: OnError) -> Survey:
+    """Read every image once, in threads: its digest and size, and whether it can be decoded.
+
+    Raises ValueError for the first defective image, or, if on_error is "skip", leaves the defective ones out of the
+    images and lists them in their `skipped`; raises ValueError if none is left.
+    """
+    defects = _Defects(on_error)
+    columns = np.zeros(len(images), dtype=[("digest", np.uint64), ("width", np.int32), ("height", np.int32)])
+    good = np.ones(len(images), dtype=np.bool_)
+    batches = [range(i, min(i + _SURVEY_BATCH, len(images))) for i in range(0, len(images), _SURVEY_BATCH)]
+    # The filters belong to the process, so they are set here and not in the threads. What PIL grumbles about is of no
+    # use to the user, except that it finds an image suspiciously large.
+    with ImageFile(images) as files, meter("index", len(images), "images") as m, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        inspected = prefetch(lambda numbers: [_inspect(files, i) for i in numbers], batches, workers, m)
+        for numbers, batch in zip(batches, inspected, strict=True):
+            for number, facts in zip(numbers, batch, strict=True):
+                if isinstance(facts, str):
+                    good[number] = False
+                    defects.add(images.paths[int(images.shard[number])], images.keys[number], facts)
+                else:
+                    columns[number] = facts
+            m.advance(len(numbers))
+    if not good.any():
+        raise ValueError(f"none of {len(images)} images can be decoded; the first: {defects.skipped[0]}")
+    images = replace(images, skipped=(*images.skipped, *defects.skipped))
+    found = Survey(images, *(np.ascontiguousarray(columns[name]) for name in ("digest", "width", "height")))
+    return found if good.all() else found.select(np.flatnonzero(good))
+
+
+def _inspect(files: "ImageFile", number: int) -> tuple[int, int, int] | str:
+    """(digest, width, height) of an image, or why it is defective."""
+    try:
+        data, _ = files.encoded(number)
+        image = _open(data)
+        width, height = image.size
+        # libjpeg then reads all of the data, but computes few pixels; the other formats are decoded in full.
+        image.draft("RGB", (1, 1))
+        image.load()
+    except Exception as error:  # decoders raise whatever broken data makes them stumble over
+        return f"cannot be decoded: {_line(error)}"
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little"), width, height
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class ImageFile:
@@ -133,21 +316,24 @@ class ImageFile:
 
     def read(self, number: int) -> Image.Image:
         """Image `number`, RGB. Raises ValueError naming key and shard if it cannot be decoded."""
-        data, where = self._encoded(number)
+        data, where = self.encoded(number)
         with _decoding(where):
-            return to_rgb(open_image(data, where))
+            return to_rgb(_open(data))
 
     def dimensions(self, number: int) -> tuple[int, int]:
         """(width, height) of image `number`, from its header."""
         try:
-            data, where = self._encoded(number, _HEADER_BYTES)
-            return open_image(data, where).size
-        except (OSError, SyntaxError):  # a long header, or no image at all
-            data, where = self._encoded(number)
+            return _open(self.encoded(number, _HEADER_BYTES)[0]).size
+        except Exception:  # a long header, or no image at all
+            data, where = self.encoded(number)
             with _decoding(where):
-                return open_image(data, where).size
+                return _open(data).size
 
-    def _encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
+    def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
+        """The bytes of image `number` (the first `most`), and its key and shard for messages.
+
+        Raises ValueError if they cannot be read.
+        """
         shard = int(self.images.shard[number])
         where = f"image {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
@@ -178,11 +364,25 @@ class ImageFile:
         self.close()
 
 
-def open_image(data: bytes, where: str, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> Image.Image:
-    """An image of a known kind and sane size, not yet decoded."""
-    image = Image.open(io.BytesIO(data), formats=formats)
+def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """An image of a known kind and sane size, not yet decoded.
+
+    Raises ValueError if it is too large, OSError or SyntaxError if it is no such image.
+    """
+    try:
+        return _open(data, formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _open(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        # PIL's own message names an address in memory: other words in every run.
+        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}") from None
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{where}: {image.width} x {image.height} pixels are too many")
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
     return image
 
 
@@ -190,8 +390,8 @@ def open_image(data: bytes, where: str, formats: tuple[str, ...] = ("JPEG", "PNG
 def _decoding(where: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} cannot be decoded: {error}") from None
+    except Exception as error:  # decoders raise whatever broken data makes them stumble over
+        raise ValueError(f"{where} cannot be decoded: {_line(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -206,35 +406,196 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[_Sample]:
-    """Consecutive members with one key form a sample, as in the webdataset library."""
-    current: _Sample | None = None
-    for member in tar:
-        key, extension = base_plus_ext(member.name)
-        if not member.isreg() or key is None:
-            continue
-        if current is None or current.key != key:
-            if current is not None:
-                yield current
-            current = _Sample(key)
-        current.members[extension.lower()] = (member.offset_data, member.size)
-    if current is not None:
-        yield current
+class _Defect(Exception):
+    """What is wrong with a sample, or with a shard from some byte on: the rest of a sentence about it."""
 
 
-def _label(file: io.BufferedReader, sample: _Sample, path: Path) -> int:
-    if "cls" not in sample.members:
-        return NO_LABEL
-    offset, size = sample.members["cls"]
-    file.seek(offset)
-    text = file.read(min(size, 32))
+@dataclass(frozen=True)
+class _Member:
+    """An entry of a tar. regular: an ordinary file; offset, size: of its data, in bytes."""
+
+    name: str
+    regular: bool
+    offset: int
+    size: int
+
+
+@dataclass
+class _Sample:
+    """Consecutive members with one key, by extension. label: the text of .cls; repeated: extensions met again."""
+
+    key: str
+    members: dict[str, _Member] = field(default_factory=dict)
+    label: bytes | None = None
+    repeated: list[str] = field(default_factory=list)
+    defect: str | None = None
+
+
+def _read_shard(path: Path) -> tuple[list[_Sample], str | None]:
+    """The samples of a shard, and what is wrong with it as a whole."""
+    samples: list[_Sample] = []
     try:
-        label = int(text)
-    except ValueError:
-        label = NO_LABEL
-    if not 0 <= label < 2**31:
-        raise ValueError(f"{path}: label of {sample.key!r} is no class number: {text[:20]!r}")
-    return label
+        with path.open("rb", buffering=0) as file:
+            for member in _members(file.fileno()):
+                _add_member(samples, member, file.fileno())
+    except (_Defect, OSError) as error:
+        if samples:
+            samples[-1].defect = "may have lost members: the shard is damaged behind it"
+        return samples, str(error) if isinstance(error, _Defect) else f"cannot be read: {error.strerror}"
+    return samples, None
+
+
+def _add_member(samples: list[_Sample], member: _Member, file: int) -> None:
+    unsafe = _UNSAFE.search(member.name) is not None
+    key, extension = base_plus_ext(member.name)
+    if key is None and unsafe:
+        key, extension = member.name, ""
+    if key is None:
+        return
+    if not samples or samples[-1].key != key:
+        samples.append(_Sample(key))
+    sample, extension = samples[-1], extension.lower()
+    if unsafe:
+        sample.defect = f"has the unsafe name {member.name!r}"
+    elif extension in sample.members:
+        sample.repeated.append(extension)
+    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS):
+        sample.members[extension] = member
+        if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
+            sample.label = os.pread(file, member.size, member.offset)
+
+
+def _contents(sample: _Sample) -> tuple[int, _Member]:
+    """Label and image of a sample. Raises _Defect."""
+    if sample.defect is not None:
+        raise _Defect(sample.defect)
+    image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
+    if image is None:
+        raise _Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
+    if not image.regular:
+        raise _Defect("has an image that is no regular file")
+    if not image.size:
+        raise _Defect("has an empty image")
+    if LABEL_EXTENSION not in sample.members:
+        return NO_LABEL, image
+    text = (sample.label or b"").strip()
+    if not text.isdigit() or int(text) >= 2**31:
+        raise _Defect(f"has a label that is no class number: {text[:20]!r}")
+    return int(text), image
+
+
+def _members(file: int) -> Iterator[_Member]:
+    """The members of a tar, and that it is whole: each header and file lies within it, and zeros end it.
+
+    tarfile itself takes a broken header for the end of the archive, and believes the sizes that headers claim.
+    Here the position only ever grows, and nothing is read but headers. Raises _Defect.
+    """
+    end = os.fstat(file).st_size
+    position = 0
+    common: dict[str, str] = {}
+    own: dict[str, str] = {}
+    extended = False  # the last header belongs to a member that is still to come
+    while True:
+        block = os.pread(file, _BLOCK, position)
+        if len(block) < _BLOCK:
+            raise _Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
+        if not any(block):
+            break
+        broken = _Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError):
+            raise broken from None
+        position += _BLOCK
+        kind, size = header.type, header.size
+        extended = kind in _EXTENDED
+        # An extended header that passes for a file, or the other way round, would hide the member behind it.
+        reserved = header.name.startswith("././@") and not extended
+        if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
+            raise broken
+        if kind == tarfile.GNUTYPE_SPARSE:  # more headers may follow in the place of its data
+            raise broken
+        attributes = {} if extended else common | own
+        if "linkpath" in attributes and header.isreg():
+            raise broken
+        if "size" in attributes:
+            size = int(attributes["size"])
+        if not (extended or header.isreg() or kind not in tarfile.SUPPORTED_TYPES):
+            size = 0  # links, folders and devices have no data, whatever they claim
+        if size < 0 or (extended and size > _EXTENDED_BYTES):
+            raise broken
+        if position + size > end:
+            raise _Defect("ends in the middle of a member")
+        if extended:
+            try:
+                told = _extension(kind, os.pread(file, size, position))
+            except ValueError:
+                raise broken from None
+            if kind == tarfile.XGLTYPE:
+                common |= told
+            elif own.keys() & told.keys():  # the member that the first was about is missing
+                raise broken
+            else:
+                own |= told
+        else:
+            name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
+            yield _Member(name.rstrip("/"), header.isreg() and "GNU.sparse" not in attributes, position, size)
+            own = {}
+        position += -(-size // _BLOCK) * _BLOCK
+    if extended:
+        raise _Defect(f"is unreadable from byte {position}")
+    while rest := os.pread(file, 1 << 20, position):
+        if any(rest):
+            raise _Defect(f"holds more than zeros from byte {position} on, behind its end-of-archive marker")
+        position += len(rest)
+
+
+def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
+    """What matters here of an extended header: path, size, whether a file is sparse. Raises ValueError."""
+    if kind in _GNU_LONG:
+        name = payload.removesuffix(b"\0")
+        if not name or b"\0" in name:
+            raise ValueError
+        return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name.decode("utf-8", "surrogateescape")}
+    told: dict[str, str] = {}
+    at = 0
+    while at < len(payload):  # records of pax: LENGTH KEYWORD=VALUE and a line break
+        length = payload[at : at + 8].partition(b" ")[0]
+        stop = at + int(length)
+        keyword, _, value = payload[at + len(length) + 1 : stop].partition(b"=")
+        if not (at < stop <= len(payload) and value.endswith(b"\n")):
+            raise ValueError
+        if keyword in (b"path", b"GNU.sparse.name"):
+            told[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
+        elif keyword == b"size":
+            told["size"] = str(int(value))
+        if keyword.startswith(b"GNU.sparse."):
+            told["GNU.sparse"] = ""
+        at = stop
+    return told
+
+
+def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
+    """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
+    paths = images.paths
+    if shards is not None:
+        given = expand_shards(shards)
+        found = {p.name: p.resolve() for p in given}
+        if len(found) == len(given):
+            missing = [p.name for p in paths if p.name not in found]
+            if missing:
+                raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
+            paths = tuple(found[p.name] for p in paths)
+        elif len(given) == len(paths):  # names repeat: by order
+            paths = tuple(p.resolve() for p in given)
+        else:
+            raise ValueError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
+    for path, size in zip(paths, images.shard_sizes, strict=True):
+        if not path.is_file():
+            raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
+        if path.stat().st_size != size:
+            raise ValueError(f"shard {path} has changed since it was cached; cache it again")
+    return replace(images, paths=paths)
 
 
 def require_labels(images: Images, what: str) -> None:

@@ -1,26 +1,52 @@
-"""Views: which part of an image teacher and students see. Stored in the index, replayed exactly."""
+"""Views: which part of an image teacher and students see, mirrored or recoloured. Stored, and replayed exactly."""
 
+import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
+
+Box = tuple[float, float, float, float]
+_TRIES = 10
 
 
 @dataclass(frozen=True)
 class View:
-    """A crop box as shares of width and height (left, upper, right, lower), and whether it is mirrored."""
+    """A crop box as shares of width and height (left, upper, right, lower), and whether it is mirrored.
 
-    box: tuple[float, float, float, float]
+    color: factors of brightness, contrast and saturation (1: unchanged) and shift of hue in turns (-0.5 to 0.5, 0:
+    unchanged), applied in this order; None where the configuration changes no colours.
+    """
+
+    box: Box
     flip: bool = False
+    color: tuple[float, float, float, float] | None = None
 
 
 def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int]) -> View:
-    """View `number` of the image `key` of size (width, height): a pure function of its arguments."""
-    assert config.kind == "center" and number == 0
-    return crop_view(config.crop, size)
+    """View `number` of the image `key` of size (width, height): a pure function of its arguments.
+
+    27 uniform numbers are drawn whatever the configuration, so that no option changes what another one does: area and
+    ratio of ten tries, x, y, flip, brightness, contrast, saturation, hue. Boxes and colours are float32 numbers, as
+    the index stores them.
+    """
+    uniform = _generator(config.seed, key, number, 0).random(2 * _TRIES + 7).tolist()
+    tries, (x, y, flip), shifts = uniform[:-7], uniform[-7:-4], uniform[-4:]
+    if config.kind == "center":
+        box = crop_view(config.crop, size).box
+    else:
+        box = _random_box(config, size, list(zip(tries[::2], tries[1::2], strict=True)), x, y)
+    color = None
+    if any(config.color):
+        *factors, hue = (most * (2 * shift - 1) for most, shift in zip(config.color, shifts, strict=True))
+        brightness, contrast, saturation = (max(0.0, 1 + f) for f in factors)
+        color = _float32(brightness, contrast, saturation, hue)
+    return View(_float32(*box), flip < config.flip, color)
 
 
 def crop_view(crop: float, size: tuple[int, int]) -> View:
@@ -29,8 +55,33 @@ def crop_view(crop: float, size: tuple[int, int]) -> View:
     return View(((1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2))
 
 
+def _random_box(
+    config: ViewsConfig, size: tuple[int, int], tries: list[tuple[float, float]], x: float, y: float
+) -> Box:
+    """RandomResizedCrop of torchvision, not rounded to pixels. tries (of area and ratio), x, y: uniform numbers."""
+    width, height = size
+    (small, large), (narrow, wide) = config.scale, config.ratio
+    for a, r in tries:
+        area = width * height * (small + (large - small) * a)
+        ratio = narrow * (wide / narrow) ** r
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if 1 <= w <= width and 1 <= h <= height:
+            break
+    else:  # the largest centred box of a ratio that is allowed
+        x = y = 0.5
+        w = min(width, max(1.0, height * wide))
+        h = min(height, max(1.0, width / narrow))
+    left, upper = x * (width - w), y * (height - h)
+    return left / width, upper / height, min(1.0, (left + w) / width), min(1.0, (upper + h) / height)
+
+
+def _float32(*values: float) -> tuple[float, float, float, float]:
+    a, b, c, d = (float(np.float32(v)) for v in values)
+    return a, b, c, d
+
+
 def apply_view(image: Image.Image, view: View, size: int) -> np.ndarray:
-    """The view as (size, size, 3) uint8; crop and bicubic antialiased resize are one step."""
+    """The view of an RGB image as (size, size, 3) uint8; crop and bicubic antialiased resize are one step."""
     left, upper, right, lower = view.box
     box = (left * image.width, upper * image.height, right * image.width, lower * image.height)
     # Rounding of the stored shares must not leave the image.
@@ -38,7 +89,30 @@ def apply_view(image: Image.Image, view: View, size: int) -> np.ndarray:
     pixels = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if view.flip:
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if view.color is not None:
+        brightness, contrast, saturation, hue = view.color
+        if brightness != 1:
+            pixels = functional.adjust_brightness(pixels, brightness)
+        if contrast != 1:
+            pixels = functional.adjust_contrast(pixels, contrast)
+        if saturation != 1:
+            pixels = functional.adjust_saturation(pixels, saturation)
+        if hue != 0:
+            pixels = functional.adjust_hue(pixels, hue)
     return np.asarray(pixels)
+
+
+def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -> np.ndarray:
+    """Which patches of a view are stored, (count,) int16, ascending: a pure function of its arguments."""
+    order = np.argsort(_generator(seed, key, number, 1).random(patches), kind="stable")
+    return np.sort(order[:count]).astype(np.int16)
+
+
+def _generator(seed: int, key: str, number: int, purpose: int) -> np.random.Generator:
+    words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
+    entropy = np.concatenate([np.array([seed, number, purpose], dtype=np.uint32), words])
+    # NumPy promises the numbers of a named bit generator, not those of its default one.
+    return np.random.Generator(np.random.PCG64(entropy))
 
 
 def normalise(
