@@ -51,15 +51,17 @@ def prepare(
 @app.command("cache-teacher")
 def cache_teacher(
     shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="Folder for the cache.")],
+    out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
     teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
-    codec: Annotated[str | None, typer.Option(help="float16 or int8.")] = None,
+    views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
+    codec: Annotated[str | None, typer.Option(help="float16, bfloat16, int8, int4, int3 or int2.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of the teacher: no (float32), bf16 or fp16.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
+    append: Annotated[bool, typer.Option("--append", help="Add what the cache in --out lacks of all this.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -74,16 +76,17 @@ def cache_teacher(
         "teacher.weights": weights,
         "teacher.image_size": image_size,
         "cache.blocks": None if blocks is None else blocks.split(","),
+        "views.count": views,
         "cache.codec": codec,
         "cache.precision": precision,
     }
-    mode = output_mode(resume, overwrite)
+    mode = output_mode(resume, overwrite, append)
     _report(run(load_config(config, sets or (), options), shards, out, mode), as_json)
 
 
 @app.command()
 def refine(
-    cache: Annotated[Path, typer.Option(help="A cache of stage 1.")],
+    cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the refiner.")],
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
@@ -106,7 +109,7 @@ def refine(
 
 @app.command()
 def distill(
-    cache: Annotated[Path, typer.Option(help="A cache of stage 1.")],
+    cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     adapters: Annotated[Path | None, typer.Option(help="A refiner of stage 2; without it: raw targets.")] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
@@ -159,7 +162,7 @@ def evaluate(
 
 @cache_app.command("info")
 def cache_info(
-    cache: Annotated[Path, typer.Argument(help="A cache, complete or not.")],
+    cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import TeacherConfig, load_config
-from pipeline.distill import BatchLoader, Distiller, Targets, check_shards
+from pipeline.distill import BatchLoader, Distiller, Targets
 from pipeline.models import load_teacher, new_student
 from pipeline.prefetch import prefetch
-from pipeline.readplan import Share, epoch_order, share
+from pipeline.readplan import EpochOrder, Share, share
 from pipeline.refine import load_refiner
-from pipeline.shards import ImageFile
+from pipeline.shards import ImageFile, relocate
 from pipeline.views import normalise
 from singer.matching import match_blocks
 from singer.objectives import mse
@@ -54,8 +54,8 @@ def main() -> None:
     model = Distiller(student, matching, described.width, targets.keep_cls).to(device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = config.distill.batch_size
-    order = epoch_order(len(cache), 0, 0)
-    files = ImageFile(check_shards(cache.index.images, None))
+    order = EpochOrder(len(cache), 0, 0)
+    files = ImageFile(relocate(cache.index.images, None))
     load = BatchLoader(cache, files, student.image_size)
     plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
@@ -73,7 +73,7 @@ def main() -> None:
         return targets.refiner(features) if targets.refiner is not None else features
 
     def load_images(part: Share) -> Tensor:
-        return cache.index.pixels(files, part.records, student.image_size)
+        return cache.pixels(part.records, student.image_size, files)
 
     fixed = load(plan[0])
     fixed_targets = targets(fixed.encoded)

@@ -2,94 +2,113 @@
 
 `singer cache-teacher --teacher vit_large_patch16_224 --shards 'train-*.tar' --out CACHE`. Works on any number of
 processes; a run that was killed goes on with --resume, also with another number of processes, and ends with the
-same bytes.
+same bytes. --append adds blocks, images, views or another teacher to a cache.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration
-from pipeline.cache.format import MANIFEST, DataManifest, Index, Manifest, TeacherManifest, read_index
-from pipeline.cache.reader import Cache, Encoded, read_calibration
-from pipeline.cache.writer import CacheWriter, check_same, create_cache, pending_shards
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
+from pipeline.cache.fidelity import fidelity
+from pipeline.cache.format import (
+    FEATURES,
+    FIDELITY,
+    PIXELS,
+    POSITIONS,
+    DataManifest,
+    Index,
+    Manifest,
+    PixelsManifest,
+    TeacherManifest,
+    read_index,
+)
+from pipeline.cache.growth import Addition, Rows, plan_additions
+from pipeline.cache.parts import Part, part_name, read_parts
+from pipeline.cache.pixels import encode_jpegs
+from pipeline.cache.reader import joint_id, read_calibration
+from pipeline.cache.writer import check_same, create_part, small_files, write_shard
 from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
 from pipeline.models import Vit, load_teacher, local_folder, weight_hash
-from pipeline.outputs import Mode, check_output, claimed_output
+from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
-from pipeline.shards import NO_LABEL, ImageFile, Images, index_shards
-from pipeline.views import draw_view, normalise
-from singer.artifacts import clean_mask, patch_norms, robust_threshold
+from pipeline.shards import NO_LABEL, ImageFile, Survey, content_hash, index_shards, survey
+from pipeline.stores import Place, open_store
+from pipeline.views import apply_view, draw_positions, draw_view, normalise
+from singer.matching import take_patches
 from singer.tail import TeacherTail, tail_state
 from singer.vit import block_outputs, depth, grid_size, resolve_blocks
 
 STAGE = "cache-teacher"
 _CALIBRATION_RECORDS = 256
-# Part of the format: were it an option, two caches of one id could differ.
-_CLEAN_SIGMAS = 6.0
 _MAX_SHARD_RECORDS = 4096
+Values = dict[str, Tensor | Ragged]
 
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What a run of stage 1 did. bytes: of the whole cache; seconds, images_per_second: of this run."""
+    """What a run of stage 1 did. records, blocks, bytes: of the whole cache; seconds, images_per_second: of this run.
 
-    cache: Path
+    skipped: images and shards left out for their defects, listed in skipped.json.
+    """
+
+    cache: Place
     id: str
     records: int
     blocks: tuple[int, ...]
     codec: str
     bytes: int
+    skipped: int
     seconds: float
     images_per_second: float
 
 
-def cache_teacher(config: Config, shards: str | Sequence[str], out: Path, mode: Mode = "new") -> CacheResult:
+def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode: Mode = "new") -> CacheResult:
     """Fill a cache at `out` from the images in `shards`. Raises ValueError for whatever the user can mend."""
     check_codec(config.cache.codec)
-    images = index_shards(shards)
+    images = index_shards(shards, config.cache.on_error)
     inputs = [*images.paths, *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     teacher = load_teacher(config.teacher)
-    blocks = resolve_blocks(config.cache.blocks, depth(teacher.model))
-    manifest = describe(config, teacher, blocks, images)
-    tail = tail_state(teacher.model.state_dict(), blocks[0])
-    # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
-    TeacherTail(teacher.architecture, teacher.model_args, blocks[0], tail)
     accelerator = make_accelerator(config.cache.precision)
     teacher.model.to(accelerator.device)
-    extract = Extractor(config, teacher, blocks, accelerator)
+    extract = Extractor(config, teacher, accelerator)
+    resolve_blocks(config.cache.blocks, extract.teacher.depth)
+    found = survey(images, config.cache.workers, config.cache.on_error) if accelerator.is_main_process else None
 
     start = time.perf_counter()
     claim = claimed_output(out, mode, STAGE, config, seed=None) if accelerator.is_main_process else nullcontext()
-    with ImageFile(images) as files, claim:
-        if accelerator.is_main_process:
-            if mode == "resume" and (out / MANIFEST).exists():
-                check_same(out, manifest)
-            else:
-                index = draw_index(config.views, images, files, config.cache.workers)
-                create_cache(out, manifest, index, tail, extract.calibrate(files, index))
+    with claim:
+        if found is not None:
+            create_parts(config, found, out, mode, extract)
         accelerator.wait_for_everyone()
-        done = _fill(config, out, extract, files, accelerator)
-        accelerator.wait_for_everyone()
-    cache = Cache(out)
+        done = 0
+        for part in mine(read_parts(open_store(out)), extract.teacher):
+            # One list for all processes: a quick one may have finished a shard before a slow one looks.
+            (pending,) = broadcast_object_list([part.pending()])
+            done += fill(part, pending, extract)
+            accelerator.wait_for_everyone()
+    parts = mine(read_parts(open_store(out)), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
-        id=cache.id,
-        records=len(cache),
-        blocks=cache.blocks,
-        codec=manifest.codec,
-        bytes=sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
+        id=joint_id(parts),
+        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
+        blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
+        codec=config.cache.codec,
+        bytes=sum(open_store(out).sizes().values()),
+        skipped=len(found.images.skipped) if found is not None else 0,
         seconds=seconds,
         images_per_second=done / seconds,
     )
@@ -100,146 +119,308 @@ def check_codec(codec: str) -> None:
         raise ValueError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
 
 
-def describe(config: Config, teacher: Vit, blocks: list[int], images: Images) -> Manifest:
-    """The manifest: all that the features depend on, known before any is computed."""
-    parts = CODECS[config.cache.codec].parts(teacher.prefix + int(np.prod(grid_size(teacher.model))), teacher.width)
-    record_bytes = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts.values())
-    shard_records = min(_MAX_SHARD_RECORDS, max(1, config.cache.shard_mb * 2**20 // record_bytes))
-    records = len(images) * config.views.count
-    return Manifest(
-        teacher=TeacherManifest(
-            name=config.teacher.name,
-            architecture=teacher.architecture,
-            model_args=teacher.model_args,
-            weights=weight_hash(teacher.model.state_dict()),
-            depth=depth(teacher.model),
-            width=teacher.width,
-            prefix_tokens=teacher.prefix,
-            class_token=teacher.has_cls,
-            grid=grid_size(teacher.model),
-            image_size=teacher.image_size,
-            mean=teacher.mean,
-            std=teacher.std,
-            precision=config.cache.precision,
-        ),
+def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract: "Extractor") -> None:
+    """Create the parts that lack: the whole cache, what --append adds, or none. Numbers all records."""
+    store = open_store(out)
+    for skipped in found.images.skipped:
+        say(f"skipped: {skipped.shard} {skipped.key}: {skipped.reason}")
+    parts = read_parts(store) if "manifest.json" in store.sizes() else []
+    known = mine(parts, extract.teacher)
+    wanted = config.cache.blocks
+    if wanted is None and mode == "append" and known:
+        wanted = known[0].manifest.blocks
+    blocks = tuple(resolve_blocks(wanted, extract.teacher.depth))
+    whole = Addition(blocks, Rows(found, 0, config.views.count))
+    if mode == "append":
+        check_growth(parts, describe(config, whole, extract.teacher), out)
+        additions = plan_additions(parts, known, found, config.views.count, blocks)
+        if not additions:
+            say("everything is there already")
+    elif parts:
+        check_same(parts[0].manifest, describe(config, whole, extract.teacher), str(out))
+        additions = []
+    else:
+        additions = [whole]
+    for addition in additions:
+        name = part_name(len(parts))
+        child = store.child(name) if name else store
+        manifest, files = build_part(config, addition, extract, mine(parts, extract.teacher), found)
+        if name:
+            write_provenance(child, STAGE, config, seed=None)
+        create_part(child, manifest, files)
+        parts.append(Part(name, child, manifest))
+
+
+def build_part(
+    config: Config, addition: Addition, extract: "Extractor", known: Sequence[Part], found: Survey
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Manifest and small files of a part. known: the teacher's earlier parts, whose calibration holds on."""
+    manifest = describe(config, addition, extract.teacher)
+    earlier = [p.manifest.tail_first_block for p in known]
+    tail = None
+    if not earlier or manifest.blocks[0] < min(earlier):
+        tail = tail_state(extract.vit.model.state_dict(), manifest.blocks[0])
+        # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
+        TeacherTail(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], tail)
+    else:
+        manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
+    calibration: dict[int, Calibration] = {}
+    measured: dict[int, Any] = {}
+    for part in known:
+        figures = read_json(part.store, FIDELITY, "part of a cache")
+        calibration |= read_calibration(part)
+        measured |= {b: figures[str(b)] for b in part.manifest.blocks}
+    images = addition.rows.images.images if addition.rows else addition.index.images  # type: ignore[union-attr]
+    with ImageFile(images) as files:
+        index = addition.index or draw_index(config.views, addition.rows)  # type: ignore[arg-type]
+        unknown = [b for b in manifest.blocks if b not in calibration]
+        for block, x in extract.sample(files, index, unknown).items():
+            calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
+            measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
+    ours = {b: calibration[b] for b in manifest.blocks}
+    return manifest, small_files(
+        manifest, index, tail, ours, {b: measured[b] for b in manifest.blocks}, found.images.skipped
+    )
+
+
+def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
+    """The parts that hold features of this very teacher."""
+    return [p for p in parts if p.manifest.teacher.identity() == teacher.identity()]
+
+
+def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
+    """Raise ValueError if what is to be added does not go together with what is there."""
+    there = parts[0].manifest
+    if there.version == 1:
+        raise ValueError(f"{place} was written by format version 1 and cannot grow; make a new cache")
+    same = [p.manifest for p in parts if p.manifest.teacher.identity() == here.teacher.identity()]
+
+    def compared(m: Manifest) -> dict[str, Any]:
+        views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
+        own = (
+            {"codec": m.codec, "stored_patches": m.stored_patches, "lossless": m.lossless} if m in [*same, here] else {}
+        )
+        return views | own
+
+    for before in [there, *same[:1]]:
+        for name, value in compared(before).items():
+            now = compared(here).get(name, value)
+            if now != value:
+                raise ValueError(f"{place} cannot grow: its {name} is {value}, this run has {now}")
+
+
+def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
+    """The manifest of a part: all that its features depend on, known before any is computed."""
+    rows, views = addition.rows, addition.views
+    if rows is not None:
+        images, digest = rows.images.images, rows.images.digest
+        views = drawing(config.views) | {"first": rows.first_view, "count": rows.views}
+        records = len(images) * rows.views
+    else:
+        assert addition.index is not None and addition.index.digest is not None and views is not None
+        images, digest, records = addition.index.images, addition.index.digest, len(addition.index)
+    pixels = None
+    if rows is not None and config.views.pixels != "none":
+        quality = config.views.jpeg_quality if config.views.pixels == "jpeg" else None
+        pixels = PixelsManifest(
+            kind=config.views.pixels, size=config.views.pixel_size or teacher.image_size, quality=quality
+        )
+    manifest = Manifest(
+        teacher=teacher,
         data=DataManifest(
             shards=tuple(p.name for p in images.paths),
             images=len(images),
             labelled=int((images.labels != NO_LABEL).sum()),
-            hash=images.content_hash(),
+            hash=content_hash(images, digest),
         ),
-        views=config.views.model_dump(mode="json"),
-        blocks=tuple(blocks),
+        views=views,
+        blocks=addition.blocks,
         codec=config.cache.codec,
+        stored_patches=max(1, round(config.cache.token_share * teacher.patches)),
+        lossless=config.cache.lossless,
+        pixels=pixels,
         records=records,
-        shard_records=min(shard_records, records),
-        tail_first_block=blocks[0],
+        shard_records=1,
+        tail_first_block=addition.blocks[0],
     )
+    forms = [form for form in manifest.arrays().values() if form is not None]
+    record_bytes = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in forms)
+    fitting = max(1, config.cache.shard_mb * 2**20 // record_bytes)
+    return manifest.model_copy(update={"shard_records": min(_MAX_SHARD_RECORDS, fitting, records)})
 
 
-def draw_index(views: ViewsConfig, images: Images, files: ImageFile, workers: int) -> Index:
+def drawing(views: ViewsConfig) -> dict[str, Any]:
+    """The settings on which the drawn views depend."""
+    unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
+    return views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", *unused})
+
+
+def draw_index(views: ViewsConfig, rows: Rows) -> Index:
     """Number the records and fix every one's view. Record = image · views + view."""
-    image = np.repeat(np.arange(len(images)), views.count)
-    view = np.tile(np.arange(views.count), len(images))
-
-    def draw(record: int) -> tuple[tuple[float, float, float, float], bool]:
-        number = int(image[record])
-        drawn = draw_view(views, images.keys[number], int(view[record]), files.dimensions(number))
-        return drawn.box, drawn.flip
-
-    drawn = list(prefetch(draw, range(len(image)), workers))
-    box = np.array([b for b, _ in drawn], dtype=np.float64)
-    flip = np.array([f for _, f in drawn], dtype=np.bool_)
-    return Index(images, image, view, box, flip)
+    images, count = rows.images.images, len(rows.images.images)
+    image = np.repeat(np.arange(count, dtype=np.int32), rows.views)
+    view = np.tile(np.arange(rows.first_view, rows.first_view + rows.views, dtype=np.int32), count)
+    sizes = list(zip(rows.images.width.tolist(), rows.images.height.tolist(), strict=True))
+    drawn = [draw_view(views, images.keys[i], v, sizes[i]) for i, v in zip(image.tolist(), view.tolist(), strict=True)]
+    box = np.array([d.box for d in drawn], dtype=np.float32)
+    flip = np.array([d.flip for d in drawn], dtype=np.bool_)
+    color = np.array([d.color for d in drawn], dtype=np.float32) if any(views.color) else None
+    return Index(images, rows.images.digest, image, view, box, flip, color)
 
 
 class Extractor:
-    """Images of records -> features of the wanted blocks."""
+    """Images of records -> features of blocks, and what is stored of them."""
 
-    def __init__(self, config: Config, teacher: Vit, blocks: list[int], accelerator: Accelerator) -> None:
-        self._config, self._teacher, self._blocks = config, teacher, blocks
-        self._accelerator = accelerator
+    def __init__(self, config: Config, vit: Vit, accelerator: Accelerator) -> None:
+        self.config, self.vit, self.accelerator = config, vit, accelerator
+        self.teacher = TeacherManifest(
+            name=config.teacher.name,
+            architecture=vit.architecture,
+            model_args=vit.model_args,
+            weights=weight_hash(vit.model.state_dict()),
+            depth=depth(vit.model),
+            width=vit.width,
+            prefix_tokens=vit.prefix,
+            class_token=vit.has_cls,
+            grid=grid_size(vit.model),
+            image_size=vit.image_size,
+            mean=vit.mean,
+            std=vit.std,
+            precision=config.cache.precision,
+        )
 
-    def pixels(self, files: ImageFile, index: Index, records: np.ndarray) -> Tensor:
-        """(n, size, size, 3) uint8: the views of some records at the teacher's resolution."""
-        return index.pixels(files, records, self._teacher.image_size)
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
 
     @torch.inference_mode()
-    def features(self, pixels: Tensor) -> dict[int, Tensor]:
-        """{block: (n, N, d) float32}."""
-        images = normalise(pixels, self._teacher.mean, self._teacher.std, self._accelerator.device)
-        with self._accelerator.autocast():
-            outputs = block_outputs(self._teacher.model, images, self._blocks)
+    def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """(n, size, size, 3) uint8 -> {block: (n, N, d) float32}."""
+        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+        with self.accelerator.autocast():
+            outputs = block_outputs(self.vit.model, images, blocks)
         return {block: x.float() for block, x in outputs.items()}
 
-    def calibrate(self, files: ImageFile, index: Index) -> dict[int, Calibration]:
-        """Statistics of clean patch tokens on a fixed sample that is spread over all records."""
+    def sample(self, files: ImageFile, index: Index, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """{block: features} of a fixed sample that is spread over all records, on the CPU."""
+        if not blocks:
+            return {}
         count = min(_CALIBRATION_RECORDS, len(index))
         records = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-        batches = np.array_split(records, -(-count // self._config.cache.batch_size))
-        features = [self.features(self.pixels(files, index, batch)) for batch in batches]
-        for batch, outputs in zip(batches, features, strict=True):
-            for block, x in outputs.items():
-                _check_finite(x, block, batch, index)
-        calibration = {}
-        for block in self._blocks:
-            x = torch.cat([f[block].cpu() for f in features])
-            norms = patch_norms(x, self._teacher.prefix)
-            clean = x[:, self._teacher.prefix :][clean_mask(norms, robust_threshold(norms, _CLEAN_SIGMAS))].double()
-            std = clean.std(0, correction=0)
-            # A channel that never varies would divide by zero.
-            std = std.clamp_min(1e-3 * float(std.mean()) + 1e-12)
-            calibration[block] = Calibration(clean.mean(0).float(), std.float())
-        return calibration
+        outputs = []
+        for batch in np.array_split(records, -(-count // self.config.cache.batch_size)):
+            views = views_of(files, index, batch, self.teacher.image_size)
+            outputs.append({b: x.cpu() for b, x in self.features(torch.from_numpy(views), blocks).items()})
+            check_finite(outputs[-1], batch, index)
+        return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 
 
-def _fill(config: Config, out: Path, extract: Extractor, files: ImageFile, accelerator: Accelerator) -> int:
-    """Compute and write this process's share of the missing shards; the number of records that all processes do."""
-    writer = CacheWriter(out)
-    manifest = writer.manifest
-    index = _same_index(out, files.images)
-    codec = CODECS[manifest.codec]
-    calibration = read_calibration(out, manifest.blocks, accelerator.device)
-    pending = pending_shards(out, manifest)
-    mine = pending[accelerator.process_index :: accelerator.num_processes]
+def fill(part: Part, pending: Sequence[int], extract: Extractor) -> int:
+    """Compute and write this process's share of the pending shards; the number of records that all processes do."""
+    manifest, index = part.manifest, read_index(part.store)
+    config, accelerator = extract.config, extract.accelerator
+    encode = Encoder(part, index, extract)
+    own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
-    ranges = [manifest.shard_range(s) for s in mine]
+    ranges = [manifest.shard_range(s) for s in own]
     batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
     total = sum(stop - start for start, stop in ranges)
-    if accelerator.is_main_process and len(pending) < manifest.shards:
+    if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
         say(f"{manifest.shards - len(pending)} of {manifest.shards} shards are done already")
 
-    with meter("cache", total, "images", quiet=not accelerator.is_main_process) as m:
-        loaded = prefetch(lambda r: (r, extract.pixels(files, index, r)), batches, config.cache.workers, m)
-        for shard, (_, stop) in zip(mine, ranges, strict=True):
-            buffer: list[Encoded] = []
-            for records, pixels in loaded:
-                encoded: Encoded = {}
-                for block, x in extract.features(pixels).items():
-                    _check_finite(x, block, records, index)
-                    parts = codec.encode(x, calibration[block])
-                    encoded[block] = {name: part.cpu() for name, part in parts.items()}
-                buffer.append(encoded)
-                m.advance(len(records))
-                if records[-1] == stop - 1:
+    written: Future[None] | None = None
+    with (
+        ImageFile(index.images) as files,
+        # One shard is written while the teacher computes the next.
+        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
+    ):
+        loaded = prefetch(lambda records: encode.load(files, records), batches, config.cache.workers, m)
+        for shard, (_, stop) in zip(own, ranges, strict=True):
+            rows: list[Values] = []
+            for batch in loaded:
+                features = extract.features(batch.pixels, manifest.blocks)
+                check_finite(features, batch.records, index)
+                rows.append(encode(features, batch))
+                m.advance(len(batch.records))
+                if batch.records[-1] == stop - 1:
                     break
-            writer.write(
-                shard,
-                {
-                    block: {name: torch.cat([e[block][name] for e in buffer]).numpy() for name in parts}
-                    for block, parts in buffer[0].items()
-                },
-            )
+            if written is not None:
+                written.result()
+            written = writer.submit(write_shard, part.store, manifest, shard, join_rows(rows))
+        if written is not None:
+            written.result()
     return sum(stop - start for start, stop in map(manifest.shard_range, pending))
 
 
-def _same_index(out: Path, images: Images) -> Index:
-    index = read_index(out)
-    return Index(images, index.image, index.view, index.box, index.flip)
+@dataclass(frozen=True)
+class Batch:
+    """What the teacher sees of some records, (n, size, size, 3) uint8, and what is stored beside its features."""
+
+    records: np.ndarray
+    pixels: Tensor
+    extra: Values
 
 
-def _check_finite(x: Tensor, block: int, records: np.ndarray, index: Index) -> None:
-    bad = ~torch.isfinite(x).flatten(1).all(1)
-    if bad.any():
-        key = index.images.keys[int(index.image[records[int(bad.nonzero()[0])]])]
-        raise ValueError(f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no")
+class Encoder:
+    """Features and views of a batch -> the values of a part's arrays, on the CPU."""
+
+    def __init__(self, part: Part, index: Index, extract: Extractor) -> None:
+        self._manifest, self._index = part.manifest, index
+        self._codec = CODECS[part.manifest.codec]
+        self._calibration = {b: c.to(extract.device) for b, c in read_calibration(part).items()}
+
+    def load(self, files: ImageFile, records: np.ndarray) -> Batch:
+        """Decode the views, once for the teacher and, at the size of stored pixels, once for the students."""
+        teacher, pixels = self._manifest.teacher, self._manifest.pixels
+        views = views_of(files, self._index, records, teacher.image_size)
+        extra: Values = {}
+        if pixels is not None:
+            same = pixels.size == teacher.image_size
+            small = views if same else views_of(files, self._index, records, pixels.size)
+            extra[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
+        if self._manifest.sampled:
+            seed, count = self._manifest.views["seed"], self._manifest.stored_patches
+            drawn = [
+                draw_positions(seed, self._index.key(r), int(self._index.view[r]), teacher.patches, count)
+                for r in records
+            ]
+            extra[POSITIONS] = torch.from_numpy(np.stack(drawn))
+        return Batch(records, torch.from_numpy(views), extra)
+
+    def __call__(self, features: dict[int, Tensor], batch: Batch) -> Values:
+        values = dict(batch.extra)
+        for block, x in features.items():
+            positions = values.get(POSITIONS)
+            if isinstance(positions, Tensor):
+                x = take_patches(x, self._manifest.teacher.prefix_tokens, positions)
+            for name, stored in self._codec.encode(x, self._calibration[block]).items():
+                values[f"{FEATURES}/{block}/{name}"] = stored.to("cpu")
+        return values
+
+
+def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:
+    """The views of some records, (n, size, size, 3) uint8."""
+    return np.stack([apply_view(files.read(int(index.image[r])), index.record_view(int(r)), size) for r in records])
+
+
+def join_rows(rows: Sequence[Values]) -> dict[str, np.ndarray | Ragged]:
+    """The values of several batches, one behind the other."""
+    joined: dict[str, np.ndarray | Ragged] = {}
+    for name, first in rows[0].items():
+        if isinstance(first, Ragged):
+            joined[name] = Ragged.cat([r for row in rows if isinstance(r := row[name], Ragged)])
+        else:
+            joined[name] = torch.cat([t for row in rows if isinstance(t := row[name], Tensor)]).numpy()
+    return joined
+
+
+def check_finite(features: dict[int, Tensor], records: np.ndarray, index: Index) -> None:
+    for block, x in features.items():
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bad.any():
+            key = index.key(int(records[int(bad.nonzero()[0])]))
+            raise ValueError(
+                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
+            )

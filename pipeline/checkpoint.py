@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.outputs import write_atomic
+from pipeline.stores import write_atomic
 
 
 class Checkpoint:
@@ -59,7 +59,7 @@ class RunLog:
         self._path, self._main = path, main
         if main:
             kept = [line for line in read_log(path) if line["step"] <= first_step]
-            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, **values: object) -> None:
         if self._main:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from pipeline.resources import resource
@@ -18,6 +18,10 @@ from pipeline.resources import resource
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+Jitter = Annotated[float, Field(ge=0, le=1)]
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Section(BaseModel):
@@ -33,11 +37,34 @@ class TeacherConfig(Section):
 
 
 class ViewsConfig(Section):
-    """Which crop of an image the teacher and the students see."""
+    """Which crops of an image the teacher and the students see.
 
-    count: Literal[1] = 1
-    kind: Literal["center"] = "center"
-    crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="share of the short side that is kept")
+    Everything drawn is a pure function of (seed, key of the image, number of the view) and is stored in the index.
+    """
+
+    count: Positive = Field(1, description="views an image")
+    kind: Literal["center", "random-resized-crop"] = "center"
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="center: share of the short side that is kept")
+    scale: tuple[Share, Share] = Field((0.08, 1.0), description="random-resized-crop: least and largest share of area")
+    ratio: tuple[Ratio, Ratio] = Field((3 / 4, 4 / 3), description="random-resized-crop: width / height")
+    flip: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of a mirrored view")
+    color: tuple[Jitter, Jitter, Jitter, Hue] = Field(
+        (0.0, 0.0, 0.0, 0.0), description="largest change of brightness, contrast, saturation; shift of hue in turns"
+    )
+    seed: Seed = 0
+    pixels: Literal["none", "jpeg", "uint8"] = Field("none", description="store the views too, for students")
+    pixel_size: Positive | None = Field(None, description="side of the stored views; default: the teacher's input")
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = 90
+
+    @model_validator(mode="after")
+    def _check(self) -> "ViewsConfig":
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is larger than {high}")
+        if self.count > 1 and self.kind == "center" and not self.flip and not any(self.color):
+            raise ValueError("count: center views are all alike; choose kind random-resized-crop, flip or color")
+        return self
 
 
 class CacheConfig(Section):
@@ -45,6 +72,13 @@ class CacheConfig(Section):
 
     blocks: tuple[int, ...] | None = Field(None, description="0-based; default: at 3/4 of the depth and the last")
     codec: str = "float16"
+    token_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the patch tokens that is stored, a fixed random set for every record"
+    )
+    lossless: Literal["none", "zstd", "blosc"] = Field(
+        "none", description="compression of every record behind the codec"
+    )
+    on_error: Literal["fail", "skip"] = Field("fail", description="what to do with broken images and shards")
     batch_size: Positive = 64
     precision: Precision = Field("no", description="autocast of the teacher's forward pass")
     shard_mb: Positive = Field(128, description="target size of a Zarr shard of one block, MB")
@@ -69,6 +103,9 @@ class RefineConfig(Section):
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of records kept for the figures")
     statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
     seed: Seed = 0
+    teacher: str | None = Field(None, description="which of a cache's teachers; default: the first")
+    blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: all")
+    local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
 
 
 class StudentConfig(Section):
@@ -101,7 +138,14 @@ class DistillConfig(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
         10.0, description="a checkpoint at least this often, and after every epoch"
     )
+    read_block: Positive = Field(
+        1, description="neighbouring records read in one place of the epoch; more for disks that seek slowly"
+    )
+    shuffle_window: Positive = Field(16384, description="records within which such blocks are mixed")
     seed: Seed = 0
+    teacher: str | None = Field(None, description="which of a cache's teachers; default: the adapters', or the first")
+    blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: the adapters', or all")
+    local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
 
 
 class EvaluateConfig(Section):

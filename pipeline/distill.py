@@ -6,11 +6,10 @@ processes. Without adapters the targets are the raw features: the FitNet baselin
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -34,11 +33,12 @@ from pipeline.outputs import (
 )
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter, say
-from pipeline.readplan import Share, epoch_order, share, steps_per_epoch
-from pipeline.refine import REFINER, load_refiner
-from pipeline.shards import ImageFile, Images, expand_shards
+from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
+from pipeline.refine import REFINER, load_refiner, read_refiner
+from pipeline.shards import ImageFile, relocate
+from pipeline.stores import Place
 from pipeline.views import normalise
-from singer.matching import match_blocks, resize_tokens
+from singer.matching import match_blocks, resize_tokens, take_patches
 from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner
 from singer.vit import block_outputs, depth, freeze_unused, grid_size
@@ -119,20 +119,25 @@ class Targets:
         features = self.cache.decode(encoded, self.device)
         if self.refiner is not None:
             features = self.refiner(features)
+        targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
+        if encoded.positions is not None:
+            return targets
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.student_grid) for b, x in targets.items()}
+
+    def meet(self, tokens: dict[int, Tensor], encoded: Encoded) -> dict[int, Tensor]:
+        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions."""
+        if encoded.positions is None:
+            return tokens
+        prefix, grid = int(self.keep_cls), self.cache.manifest.teacher.grid
         return {
-            block: resize_tokens(
-                select_tokens(x, teacher.prefix_tokens, self.keep_cls),
-                int(self.keep_cls),
-                teacher.grid,
-                self.student_grid,
-            )
-            for block, x in features.items()
+            b: take_patches(resize_tokens(x, prefix, self.student_grid, grid), prefix, encoded.positions)
+            for b, x in tokens.items()
         }
 
 
 def distill(
     config: Config,
-    cache_path: Path,
+    cache_path: Place,
     out: Path,
     adapters: Path | None = None,
     shards: str | Sequence[str] | None = None,
@@ -145,10 +150,14 @@ def distill(
     settings = config.distill
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"distill.objective: unknown {settings.objective!r}; known: {', '.join(OBJECTIVES)}")
-    cache = Cache(cache_path)
+    blocks, teacher = settings.blocks, settings.teacher
+    if adapters is not None:
+        fitted = read_refiner(adapters)
+        blocks, teacher = blocks or tuple(fitted.scales), teacher or fitted.teacher
+    cache = Cache(cache_path, teacher, blocks, settings.local_copy)
     check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters]), *cache.index.images.paths])
     refiner = load_refiner(adapters, cache) if adapters is not None else None
-    images = check_shards(cache.index.images, shards)
+    images = open_images(cache, shards)
     set_seed(settings.seed)
     student = new_student(config.student, cache.manifest.teacher.image_size)
     matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
@@ -169,7 +178,7 @@ def _distill(
     cache: Cache,
     out: Path,
     adapters: Path | None,
-    images: Images,
+    images: AbstractContextManager[ImageFile | None],
     student: Vit,
     matching: dict[int, int],
     refiner: Refiner | None,
@@ -192,7 +201,7 @@ def _distill(
     model, optimiser = accelerator.prepare(distiller, optimiser)
 
     log = RunLog(out / LOG, first_step, main)
-    with ImageFile(images) as files:
+    with images as files:
         load = BatchLoader(cache, files, student.image_size)
         loss, m = train(settings, student, targets, load, model, optimiser, checkpoint, log, accelerator, first_step)
     result = DistillResult(
@@ -256,6 +265,7 @@ def train(
                 group["lr"] = rate
             tokens = model(normalise(batch.pixels, student.mean, student.std, accelerator.device))
             wanted = targets(batch.encoded)
+            tokens = targets.meet(tokens, batch.encoded)
             weights = batch.weights.to(accelerator.device)
             losses = {b: (objective(tokens[b].float(), wanted[b]) * weights).sum() for b in wanted}
             optimiser.zero_grad(set_to_none=True)
@@ -305,46 +315,28 @@ def shares(
 ) -> Iterator[Share]:
     """This process's part of every global batch from first_step on."""
     per_epoch = steps_per_epoch(records, settings.batch_size)
-    order: np.ndarray | None = None
+    order: EpochOrder | None = None
     for step in range(first_step, total):
         epoch, within = divmod(step, per_epoch)
         if order is None or within == 0:
-            order = epoch_order(records, settings.seed, epoch)
+            order = EpochOrder(records, settings.seed, epoch, settings.read_block, settings.shuffle_window)
         yield share(order, within, settings.batch_size, rank, world)
 
 
 class BatchLoader:
     """Share -> Batch: the stored views, decoded anew at the student's resolution, and the stored features."""
 
-    def __init__(self, cache: Cache, files: ImageFile, image_size: int) -> None:
+    def __init__(self, cache: Cache, files: ImageFile | None, image_size: int) -> None:
         self.cache, self.files, self.image_size = cache, files, image_size
 
     def __call__(self, share: Share) -> Batch:
-        pixels = self.cache.index.pixels(self.files, share.records, self.image_size)
+        pixels = self.cache.pixels(share.records, self.image_size, self.files)
         return Batch(pixels, self.cache.read(share.records), torch.from_numpy(share.weights))
 
 
-def check_shards(images: Images, shards: str | Sequence[str] | None) -> Images:
-    """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
-    paths = images.paths
-    if shards is not None:
-        given = expand_shards(shards)
-        found = {p.name: p.resolve() for p in given}
-        if len(found) == len(given):
-            missing = [p.name for p in paths if p.name not in found]
-            if missing:
-                raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
-            paths = tuple(found[p.name] for p in paths)
-        elif len(given) == len(paths):  # names repeat: by order
-            paths = tuple(p.resolve() for p in given)
-        else:
-            raise ValueError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
-    for path, size in zip(paths, images.shard_sizes, strict=True):
-        if not path.is_file():
-            raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
-        if path.stat().st_size != size:
-            raise ValueError(f"shard {path} has changed since it was cached; cache it again")
-    return replace(images, paths=paths)
+def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
+    """The cached images where they lie now; None if the cache holds the views. Raises ValueError as relocate."""
+    return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))
 
 
 def load_result(run: Path) -> DistillResult:

@@ -181,6 +181,6 @@ def _accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _result_file(model: Path, shards: dict[str, Images], config: Config) -> Path:
     """evaluate-<hash>.json: one for each pair of shard sets and settings; repeating a command replaces its own."""
-    what: list[Any] = [images.content_hash() for images in shards.values()]
+    what: list[Any] = [images.place_hash() for images in shards.values()]
     digest = hashlib.sha256(repr([what, config.evaluate.model_dump_json()]).encode()).hexdigest()
     return model / f"evaluate-{digest[:8]}.json"

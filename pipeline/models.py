@@ -155,7 +155,7 @@ def _create(
         kwargs["img_size"] = image_size
     folder = local_folder(name)
     if folder is not None:
-        config = read_json(folder / "config.json", "timm model folder")
+        config = read_json(folder, "config.json", "timm model folder")
         model_args = config.get("model_args", {})
         if not isinstance(model_args, dict):
             raise ValueError(f"{folder / 'config.json'} is damaged: model_args is no object")

@@ -1,13 +1,10 @@
 """Output folders: claimed before work starts, never overwritten by accident, with the provenance of what they hold."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline.config import Config, dump_config
+from pipeline.stores import LOCK, Place, Store, is_remote, open_store, write_atomic
 
 # Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
 PROVENANCE = "provenance.json"
 CONFIG = "config.yaml"
 # What a run was started on, by hash.
 INPUTS = "inputs.json"
-_PACKAGES = ("singer", "torch", "timm", "zarr", "tensorstore", "webdataset", "accelerate", "numpy", "pillow")
+_PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accelerate", "numpy", "pillow")
 # The sections of the configuration that each stage's result depends on; empty: the stage does not resume.
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -37,79 +35,77 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "demo": (),
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.
-_FREE = ("workers", "checkpoint_minutes", "weights", "name")
-Mode = Literal["new", "resume", "overwrite"]
+_FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error")
+Mode = Literal["new", "resume", "overwrite", "append"]
 Value = TypeVar("Value")
 
 
-def output_mode(resume: bool, overwrite: bool) -> Mode:
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    return "resume" if resume else "overwrite" if overwrite else "new"
+def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
+    modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
+    chosen = [mode for mode, given in modes.items() if given]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    return chosen[0] if chosen else "new"
 
 
-def check_output(path: Path, mode: Mode, stage: str, config: Config, inputs: Sequence[Path] = ()) -> None:
-    """Raise ValueError if `stage` may not write to `path`; changes nothing.
+def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: Sequence[Place] = ()) -> None:
+    """Raise ValueError if `stage` may not write to `place`; changes nothing.
 
     inputs: what the stage reads. They may neither lie in the output nor hold it.
     """
-    here = path.resolve()
-    for source in inputs:
-        there = source.resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise ValueError(f"--out {path} is or touches the input {source}; give another --out")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not is_remote(place):
+        here = Path(place).resolve()
+        for source in (i for i in inputs if not is_remote(i)):
+            there = Path(source).resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise ValueError(f"--out {place} is or touches the input {source}; give another --out")
+        if here.exists() and not here.is_dir():
+            raise ValueError(f"{place} exists and is no folder; give another --out")
+    store = open_store(place)
+    if not set(store.sizes()) - {LOCK}:
+        if mode == "append":
+            raise ValueError(f"{place} does not exist; there is nothing to append to")
         return
-    if not path.is_dir():
-        raise ValueError(f"{path} exists and is no folder; give another --out")
     can_resume = bool(_SECTIONS[stage])
     if mode == "new":
-        remedy = (
-            "continue it with --resume, replace it with --overwrite" if can_resume else "replace it with --overwrite"
-        )
-        raise ValueError(f"{path} exists; {remedy}, or give another --out")
-    if not (path / PROVENANCE).is_file():
-        raise ValueError(f"{path} was not written by singer and is left alone; give another --out")
-    written = read_json(path / PROVENANCE, "output of singer").get("stage")
+        remedies = ["continue it with --resume"] * can_resume + ["replace it with --overwrite"]
+        raise ValueError(f"{place} exists; {', '.join(remedies)}, or give another --out")
+    if PROVENANCE not in store.sizes():
+        raise ValueError(f"{place} was not written by singer and is left alone; give another --out")
+    written = read_json(store, PROVENANCE, "output of singer").get("stage")
     if written != stage:
-        raise ValueError(f"{path} was written by singer {written}, not by {stage}; give another --out")
+        raise ValueError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
         assert can_resume
-        _check_same_config(path, config, _SECTIONS[stage])
+        _check_same_config(store, config, _SECTIONS[stage])
 
 
 @contextmanager
-def claimed_output(path: Path, mode: Mode, stage: str, config: Config, seed: int | None) -> Iterator[None]:
-    """The output folder for as long as the stage runs, emptied if overwriting, with its provenance and config.
+def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: int | None) -> Iterator[None]:
+    """The output for as long as the stage runs, emptied if overwriting, with its provenance and config.
 
-    A second run on the same folder is refused meanwhile; the system frees the lock at any kind of death.
+    A second run on the same output is refused meanwhile.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder removes the file: a lock on a removed one keeps nobody out.
-            held = lock.exists() and os.fstat(file.fileno()).st_ino == lock.stat().st_ino
-        except BlockingIOError:
-            held = False
-        if not held:
-            raise ValueError(f"{path} is being written by another run")
-        try:
-            check_output(path, mode, stage, config)
-            if mode == "overwrite" and path.exists():
-                # Away in one step: a half-removed folder could not be told from a stranger's.
-                removed = path.parent / f".{path.name}.removed.{os.getpid()}"
-                path.rename(removed)
-                shutil.rmtree(removed)
-            path.mkdir(exist_ok=True)
-            if not (path / PROVENANCE).is_file():
-                _write_provenance(path, stage, seed)
-            if not (path / CONFIG).is_file():
-                write_atomic(path / CONFIG, dump_config(config))
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    store = open_store(place)
+    with store.lock():
+        check_output(place, mode, stage, config)
+        if mode == "overwrite":
+            store.clear()
+        if mode != "append":
+            write_provenance(store, stage, config, seed)
+        yield
+
+
+def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:
+    """The resolved configuration, and what made it, unless they are there already."""
+    if not {CONFIG, PROVENANCE} <= set(store.sizes()):
+        text = dump_config(config).encode()
+        versions = {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
+        value = {"stage": stage, "command": shlex.join(sys.argv), "seed": seed, "versions": versions}
+        value["config_sha256"] = hashlib.sha256(text).hexdigest()
+        # First: a folder with a configuration alone would pass for somebody else's.
+        store.write(PROVENANCE, json_bytes(sealed(value)))
+        store.write(CONFIG, text)
 
 
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
@@ -126,30 +122,36 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Durable and all or nothing: a reader sees the old file or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json_bytes(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value with its own checksum, so that a flipped bit in the file is noticed."""
+    return {**value, "sha256": _digest(value)}
+
+
+def is_sealed(value: dict[str, Any]) -> bool:
+    rest = {k: v for k, v in value.items() if k != "sha256"}
+    return bool(value.get("sha256") == _digest(rest))
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    write_atomic(path, safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+    write_atomic(path, tensor_bytes(tensors))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -162,36 +164,42 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file of singer's. Raises ValueError naming the file if it is missing or broken."""
+def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file's bytes. Raises ValueError naming the file if it is damaged."""
     try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path.parent} is no {what}: it has no {path.name}") from None
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
+    """The JSON object in a file of singer's. Raises ValueError naming the file if it is missing or broken."""
+    store = open_store(place) if isinstance(place, Path) else place
+    file = f"{store.url}/{name}"
+    try:
+        value = json.loads(store.read(name))
+    except FileNotFoundError:
+        raise ValueError(f"{store.url} is no {what}: it has no {name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is damaged: it holds no JSON") from None
+        raise ValueError(f"{file} is damaged: it holds no JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise ValueError(f"{file} is damaged: it holds no JSON object")
     return value
 
 
-def read_as(path: Path, kind: type[Value], what: str) -> Value:
-    """The JSON in a file of singer's as a validated model or dataclass. Raises ValueError naming the file."""
-    value = read_json(path, what)
+def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
+    """A JSON object as a validated model or dataclass. Raises ValueError naming the file."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{path} is damaged: {place}: {first['msg'].lower()}") from None
+        raise ValueError(f"{file} is damaged: {place}: {first['msg'].lower()}") from None
 
 
-def _write_provenance(path: Path, stage: str, seed: int | None) -> None:
-    versions = {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
-    write_json(
-        path / PROVENANCE,
-        {"stage": stage, "command": shlex.join(sys.argv), "seed": seed, "versions": versions},
-    )
+def read_as(path: Path, kind: type[Value], what: str) -> Value:
+    """The JSON in a file of singer's as a validated model or dataclass. Raises ValueError naming the file."""
+    return validated(read_json(path.parent, path.name, what), kind, str(path))
 
 
 def _version(package: str) -> str:
@@ -201,18 +209,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _check_same_config(path: Path, config: Config, sections: Sequence[str]) -> None:
-    """Raise ValueError naming both sides if the run at `path` had other settings in these sections."""
-    if not (path / CONFIG).is_file():
-        return  # it died before it wrote anything
+def _check_same_config(store: Store, config: Config, sections: Sequence[str]) -> None:
+    """Raise ValueError naming both sides if the run in `store` had other settings in these sections."""
     try:
-        before = yaml.safe_load((path / CONFIG).read_text())
-        pairs = [(s, k, before[s][k], v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise ValueError(f"{path} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
+        before = yaml.safe_load(store.read(CONFIG))
+        pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
+    except FileNotFoundError:
+        return  # it died before it wrote anything
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise ValueError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
         if there != here and (key not in _FREE or (section, key) == ("student", "name")):
             raise ValueError(
-                f"{path} cannot be continued: it was started with {section}.{key} {there}, not {here}; "
+                f"{store.url} cannot be continued: it was started with {section}.{key} {there}, not {here}; "
                 "repeat its command or use --overwrite"
             )

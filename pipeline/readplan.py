@@ -21,18 +21,54 @@ def steps_per_epoch(records: int, batch: int) -> int:
     return -(-records // batch)
 
 
-def epoch_order(records: int, seed: int, epoch: int) -> np.ndarray:
-    """All records once, shuffled; the same on every process."""
-    return np.random.default_rng([seed, epoch]).permutation(records)
+class EpochOrder:
+    """The order of an epoch: every record once, the same on every process, any stretch of it at once.
+
+    block: neighbouring records that are read in one place; 1 is a plain shuffle. With more, the order of the blocks is
+    shuffled, and then the records within each `window` of the result; memory is that of the blocks' order.
+    """
+
+    def __init__(self, records: int, seed: int, epoch: int, block: int = 1, window: int = 1 << 14) -> None:
+        self._records, self._seed = records, [seed, epoch]
+        self._block, self._window = block, window
+        blocks = np.arange(-(-records // block), dtype=np.int64)
+        self._blocks = np.random.default_rng(self._seed).permutation(blocks)
+        lengths = np.minimum(block, records - self._blocks * block)
+        self._ends = np.cumsum(lengths)
+        self._mixed: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self._records
+
+    def stretch(self, start: int, stop: int) -> np.ndarray:
+        """Records number start to stop of the epoch, int64."""
+        stop = min(stop, self._records)
+        if self._block == 1:
+            return self._blocks[start:stop]
+        numbers = range(start // self._window, -(-stop // self._window))
+        whole = np.concatenate([self._mix(n) for n in numbers]) if numbers else self._blocks[:0]
+        first = numbers.start * self._window
+        return whole[start - first : stop - first]
+
+    def _mix(self, number: int) -> np.ndarray:
+        if self._mixed is None or self._mixed[0] != number:
+            start, stop = number * self._window, min((number + 1) * self._window, self._records)
+            places = np.arange(start, stop)
+            block = np.searchsorted(self._ends, places, side="right")
+            records = (self._blocks[block] + 1) * self._block - (self._ends[block] - places)
+            # The last block may be shorter than the others: its end is that of the records.
+            records -= np.maximum(0, (self._blocks[block] + 1) * self._block - self._records)
+            self._mixed = number, np.random.default_rng([*self._seed, number]).permutation(records)
+        return self._mixed[1]
 
 
-def share(order: np.ndarray, step: int, batch: int, rank: int, world: int) -> Share:
+def share(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> Share:
     """The part of global batch `step` that process `rank` of `world` computes.
 
     The global batch does not depend on `world`. The last one of an epoch may be smaller; nothing is dropped or
     counted twice.
     """
-    whole = order[step * batch : (step + 1) * batch]
+    whole = order.stretch(step * batch, (step + 1) * batch)
     size = -(-len(whole) // world)
     mine = whole[rank * size : (rank + 1) * size]
     filling = np.repeat(whole[:1], size - len(mine))

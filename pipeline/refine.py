@@ -34,6 +34,7 @@ from pipeline.outputs import (
 )
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter
+from pipeline.stores import Place
 from singer.artifacts import clean_mask, norm_summary, patch_norms, robust_threshold
 from singer.losses import info_loss, keep_loss, outlier_loss
 from singer.refiner import CLEANERS, NORMALISERS, Adapter, Clip, Refiner, Standardize
@@ -58,13 +59,14 @@ class BlockScale:
 
 @dataclass(frozen=True)
 class RefinerManifest:
-    """What a stored refiner is, and the id of the cache that it was fitted to."""
+    """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to."""
 
     cache: str
     cleaner: str
     normaliser: str
     rank: Annotated[int, Field(ge=1)]
     scales: dict[int, BlockScale]
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class RefineResult:
     blocks: dict[int, dict[str, object]]
 
 
-def refine(config: Config, cache_path: Path, out: Path, mode: Mode = "new") -> RefineResult:
+def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> RefineResult:
     """Fit a refiner to the cache and store it at `out`. Raises ValueError for whatever the user can mend."""
     settings = config.refine
     _check_names(settings)
-    cache = Cache(cache_path)
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy)
     check_output(out, mode, STAGE, config, [cache_path])
     train, held_out = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
@@ -128,7 +130,9 @@ def _fit(
     metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(held_out)}
     write_json(out / METRICS, metrics)
     # The manifest comes last: a refiner without one was interrupted.
-    manifest = RefinerManifest(cache.id, settings.cleaner, settings.normaliser, settings.rank, scales)
+    manifest = RefinerManifest(
+        cache.id, settings.cleaner, settings.normaliser, settings.rank, scales, cache.manifest.teacher.weights
+    )
     write_json(out / MANIFEST, asdict(manifest))
 
 
@@ -145,21 +149,33 @@ def empty_refiner(cache: Cache, settings: RefineConfig) -> Refiner:
 
 
 def load_refiner(path: Path, cache: Cache) -> Refiner:
-    """The refiner stored at `path`, frozen. Raises ValueError if it was fitted to another cache."""
-    manifest = read_as(path / MANIFEST, RefinerManifest, "finished refiner")
-    if manifest.cache != cache.id:
+    """The refiner stored at `path`, frozen. Raises ValueError if it was fitted to another cache.
+
+    A cache that has grown since is still the same: what was there has not changed.
+    """
+    manifest = read_refiner(path)
+    if manifest.cache not in cache.ids:
         raise ValueError(
-            f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.path} is {cache.id[:12]}; "
+            f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "
             "run singer refine on this cache"
         )
+    if not set(cache.blocks) <= set(manifest.scales):
+        raise ValueError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
     settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser, rank=manifest.rank)
     _check_names(settings)
     refiner = empty_refiner(cache, settings)
     try:
-        refiner.load_state_dict(read_tensors(path / REFINER))
+        state = read_tensors(path / REFINER)
+        unused = tuple(f".{b}." for b in manifest.scales if b not in cache.blocks)
+        refiner.load_state_dict({n: t for n, t in state.items() if not any(u in n for u in unused)})
     except RuntimeError as error:
         raise ValueError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
     return refiner.requires_grad_(False)
+
+
+def read_refiner(path: Path) -> RefinerManifest:
+    """Raises ValueError if there is no finished refiner at `path`."""
+    return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
 
 
 def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -342,7 +358,7 @@ def _check_names(settings: RefineConfig) -> None:
 
 def _result(out: Path) -> RefineResult:
     manifest = read_as(out / MANIFEST, RefinerManifest, "finished refiner")
-    metrics = read_json(out / METRICS, "finished refiner")
+    metrics = read_json(out, METRICS, "finished refiner")
     try:
         blocks = {int(b): v for b, v in metrics["blocks"].items()}
         return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, metrics["seconds"], blocks)

@@ -18,12 +18,11 @@ from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.cache_teacher import CacheResult
 from pipeline.checkpoint import read_log
-from pipeline.distill import LOG, DistillResult, check_shards
+from pipeline.distill import LOG, DistillResult, open_images
 from pipeline.evaluate import EvaluateResult
 from pipeline.models import load_saved
-from pipeline.outputs import write_atomic
 from pipeline.refine import RefineResult, load_refiner
-from pipeline.shards import ImageFile
+from pipeline.stores import write_atomic
 from pipeline.views import normalise
 from singer.artifacts import patch_norms
 from singer.vit import block_outputs, depth, grid_size
@@ -67,7 +66,7 @@ def write_report(report: DemoReport, path: Path) -> dict[str, float]:
         ratios=ratios,
         figures={"norm maps": draw_norm_maps(norms), "losses": draw_losses(report.students)},
     )
-    write_atomic(path, page)
+    write_atomic(path, page.encode())
     return ratios
 
 
@@ -84,10 +83,10 @@ def measure_norms(report: DemoReport) -> Norms:
         "teacher": patch_norms(x, prefix).unflatten(1, grid),
         "refined teacher": patch_norms(refiner.clean(x, block), prefix).unflatten(1, grid),
     }
-    with ImageFile(check_shards(cache.index.images, None)) as files:
+    with open_images(cache) as files:
         for name, run in report.students.items():
             student = load_saved(run.student)
-            images = cache.index.pixels(files, records, student.image_size)
+            images = cache.pixels(records, student.image_size, files)
             pixels = normalise(images, student.mean, student.std, torch.device("cpu"))
             last = depth(student.model) - 1
             tokens = block_outputs(student.model, pixels, [last])[last]

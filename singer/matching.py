@@ -27,6 +27,12 @@ def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_dept
     return {teacher_blocks[r]: int(c) for r, c in zip(rows, columns, strict=True)}
 
 
+def take_patches(tokens: Tensor, prefix: int, positions: Tensor) -> Tensor:
+    """Prefix tokens and, of the patches, those at positions (B, k): (B, P + patches, d) -> (B, P + k, d)."""
+    rows = positions.to(tokens.device).long().unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, rows)], dim=1)
+
+
 def resize_tokens(tokens: Tensor, prefix: int, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Tokens (B, P + rows·columns, d) with their patch grid interpolated to the target (rows, columns)."""
     if grid == target:

@@ -10,8 +10,6 @@ import safetensors.torch
 import timm
 import torch
 from conftest import tree_bytes, world_config
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pipeline.distill as stage
 from pipeline.cache import Cache
@@ -20,35 +18,11 @@ from pipeline.checkpoint import read_log
 from pipeline.config import Config
 from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, select_tokens
 from pipeline.models import new_student
-from pipeline.readplan import epoch_order, share, steps_per_epoch
 from pipeline.refine import load_refiner
+from pipeline.shards import relocate
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
-
-
-@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 5), st.integers(0, 9))
-def test_every_record_once_an_epoch(records: int, batch: int, world: int, epoch: int) -> None:
-    order = epoch_order(records, 3, epoch)
-    counted = np.zeros(records)
-    for step in range(steps_per_epoch(records, batch)):
-        parts = [share(order, step, batch, rank, world) for rank in range(world)]
-        assert len({len(p.records) for p in parts}) == 1
-        whole = order[step * batch : (step + 1) * batch]
-        for part in parts:
-            np.testing.assert_allclose(part.weights[part.weights > 0], world / len(whole), rtol=1e-6)
-            counted[part.records[part.weights > 0]] += 1
-        # The mean over processes of their weighted sums is the mean of the batch.
-        values = np.sin(np.arange(records))
-        mean = sum((values[p.records] * p.weights).sum() for p in parts) / world
-        assert mean == pytest.approx(values[whole].mean(), abs=1e-5)
-    assert (counted == 1).all()
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    assert (epoch_order(50, 0, 1) == epoch_order(50, 0, 1)).all()
-    assert (epoch_order(50, 0, 1) != epoch_order(50, 0, 2)).any()
-    assert (epoch_order(50, 0, 1) != epoch_order(50, 1, 1)).any()
 
 
 def test_learning_rate(config: Config) -> None:
@@ -170,22 +144,22 @@ def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
     moved.mkdir()
     for path in cache.index.images.paths:
         (moved / path.name).write_bytes(path.read_bytes())
-    images = stage.check_shards(cache.index.images, str(moved / "*.tar"))
+    images = relocate(cache.index.images, str(moved / "*.tar"))
     assert {p.parent for p in images.paths} == {moved}
     first = moved / cache.index.images.paths[0].name
     first.write_bytes(first.read_bytes() + b"\0" * 512)
     with pytest.raises(ValueError, match="has changed since it was cached"):
-        stage.check_shards(cache.index.images, str(moved / "*.tar"))
+        relocate(cache.index.images, str(moved / "*.tar"))
     first.unlink()
     twins = []
     for i, path in enumerate(sorted(moved.glob("*.tar"))):
         (moved / f"{i}").mkdir()
         twins.append(path.rename(moved / f"{i}" / "x.tar"))
     with pytest.raises(ValueError, match="gives 3 shards with repeated names; the cache has 4"):
-        stage.check_shards(cache.index.images, [str(p) for p in twins])
+        relocate(cache.index.images, [str(p) for p in twins])
     (moved / "other.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=f"--shards does not give {first.name}"):
-        stage.check_shards(cache.index.images, str(moved / "*.tar"))
+        relocate(cache.index.images, str(moved / "*.tar"))
 
 
 def test_other_resolution_patch_size_and_no_cls(world: Path, tmp_path: Path) -> None:

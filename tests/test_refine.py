@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_artifacts_vanish_and_information_stays(world: Path) -> None:
-    metrics = read_json(world / "adapters" / "metrics.json", "")
+    metrics = read_json(world / "adapters", "metrics.json", "")
     for block in metrics["blocks"].values():
         assert block["before"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)  # one of 16 patches
         assert block["before"]["max_over_median"] > 5
@@ -43,7 +43,7 @@ def test_cls_is_untouched_and_targets_are_standardised(world: Path) -> None:
         assert torch.equal(cleaned[:, :1], x[:, :1])
         assert not torch.equal(cleaned[:, 1:], x[:, 1:])
     targets = refiner(features)
-    scales = read_json(world / "adapters" / "refiner.json", "")["scales"]
+    scales = read_json(world / "adapters", "refiner.json", "")["scales"]
     for block, t in targets.items():
         clean = patch_norms(features[block], 1) <= scales[str(block)]["threshold"]
         patches = t[:, 1:][clean]

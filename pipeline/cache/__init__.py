@@ -3,6 +3,5 @@
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.format import Manifest
 from pipeline.cache.reader import Cache
-from pipeline.cache.writer import CacheWriter
 
-__all__ = ["CODECS", "Cache", "CacheWriter", "Manifest"]
+__all__ = ["CODECS", "Cache", "Manifest"]

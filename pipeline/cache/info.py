@@ -1,60 +1,115 @@
-"""What a cache holds, read from its manifest and journal."""
+"""What a cache holds, read from its manifests and journals."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline.cache.codecs import CODECS
-from pipeline.cache.format import read_manifest
-from pipeline.cache.writer import pending_shards
+from pipeline.cache.format import FIDELITY, Manifest
+from pipeline.cache.parts import Part, read_parts
+from pipeline.cache.reader import joint_id
+from pipeline.outputs import read_json
+from pipeline.stores import Place, open_store
 
 
 @dataclass(frozen=True)
-class CacheInfo:
-    """bytes: of all files; ratio: stored size of a record's features against float16; missing: shards still to do."""
+class TeacherInfo:
+    """One teacher's features in a cache. records: views of images; missing: shards still to do.
 
-    cache: Path
+    bytes: of its stored features; ratio: against float16 of all tokens; fidelity: {block: errors and norms} as measured
+    when the cache was begun, on a sample of its records.
+    """
+
+    name: str
+    weights: str
     id: str
-    teacher: str
     image_size: int
     precision: str
     blocks: tuple[int, ...]
     tokens: int
     width: int
     codec: str
-    images: int
-    labelled: int
+    lossless: str
     records: int
     shards: int
     missing: int
     bytes: int
-    bytes_per_record: int
     ratio: float
+    fidelity: dict[int, Any]
 
 
-def cache_info(path: Path) -> CacheInfo:
-    """Raises ValueError if there is no cache at `path`; an incomplete one is described too."""
-    manifest = read_manifest(path)
-    teacher = manifest.teacher
-    parts = CODECS[manifest.codec].parts(manifest.tokens, teacher.width)
-    record = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in parts.values())
+@dataclass(frozen=True)
+class CacheInfo:
+    """images, labelled: of all parts; views: settings by which they were drawn; bytes: of everything."""
+
+    cache: Place
+    version: int
+    images: int
+    labelled: int
+    views: dict[str, Any]
+    pixels: str
+    parts: int
+    bytes: int
+    teachers: list[TeacherInfo]
+
+
+def cache_info(place: Place) -> CacheInfo:
+    """Raises ValueError if there is no cache at `place`; an incomplete one is described too."""
+    store = open_store(place)
+    parts = read_parts(store)
+    manifests = [p.manifest for p in parts]
+    by_images = {m.data.hash: m.data for m in manifests}
+    teachers: dict[str, list[Part]] = {}
+    for part in parts:
+        teachers.setdefault(str(part.manifest.teacher.identity()), []).append(part)
     return CacheInfo(
-        cache=path,
-        id=manifest.id(),
-        teacher=teacher.name,
-        image_size=teacher.image_size,
-        precision=teacher.precision,
-        blocks=manifest.blocks,
-        tokens=manifest.tokens,
-        width=teacher.width,
-        codec=manifest.codec,
-        images=manifest.data.images,
-        labelled=manifest.data.labelled,
-        records=manifest.records,
-        shards=manifest.shards,
-        missing=len(pending_shards(path, manifest)),
-        bytes=sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
-        bytes_per_record=record * len(manifest.blocks),
-        ratio=2 * manifest.tokens * teacher.width / record,
+        cache=place,
+        version=manifests[0].version,
+        images=sum(d.images for d in by_images.values()),
+        labelled=sum(d.labelled for d in by_images.values()),
+        views=manifests[0].views,
+        pixels=next((m.pixels.kind for m in manifests if m.pixels), "none"),
+        parts=len(parts),
+        bytes=sum(store.sizes().values()),
+        teachers=[_teacher_info(p) for p in teachers.values()],
     )
+
+
+def _teacher_info(parts: list[Part]) -> TeacherInfo:
+    first = parts[0].manifest
+    stored = exact = missing = 0
+    fidelity: dict[int, Any] = {}
+    for part in parts:
+        m, entries = part.manifest, part.entries()
+        pending = set(part.pending(entries))
+        missing += len(pending)
+        for shard, entry in entries.items():
+            if shard not in pending:
+                stored += sum(f["bytes"] for n, f in entry["files"].items() if n.startswith("features/"))
+                exact += float16_bytes(m) * int(np.subtract(*m.shard_range(shard)[::-1]))
+        if FIDELITY in m.files:
+            figures = read_json(part.store, FIDELITY, "part of a cache")
+            fidelity |= {b: figures[str(b)] for b in m.blocks}
+    return TeacherInfo(
+        name=first.teacher.name,
+        weights=first.teacher.weights,
+        id=joint_id(parts),
+        image_size=first.teacher.image_size,
+        precision=first.teacher.precision,
+        blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
+        tokens=first.tokens,
+        width=first.teacher.width,
+        codec=first.codec,
+        lossless=first.lossless,
+        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
+        shards=sum(p.manifest.shards for p in parts),
+        missing=missing,
+        bytes=stored,
+        ratio=exact / stored if stored else 0.0,
+        fidelity=fidelity,
+    )
+
+
+def float16_bytes(m: Manifest) -> int:
+    """Bytes of a record if all its tokens were stored as float16."""
+    return 2 * (m.teacher.prefix_tokens + m.teacher.patches) * m.teacher.width * len(m.blocks)

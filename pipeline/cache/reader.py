@@ -1,85 +1,169 @@
 """Reading a cache: batches of records in any order, decoded on the training device."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration
-from pipeline.cache.format import (
-    CALIBRATION,
-    TAIL,
-    Index,
-    array_path,
-    read_index,
-    read_manifest,
-)
-from pipeline.cache.writer import pending_shards
-from pipeline.outputs import read_tensors
+from pipeline.buffers import empty
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
+from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, Manifest, join, read_index
+from pipeline.cache.parts import Part, read_parts
+from pipeline.cache.pixels import resize, stored_views
+from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
+from pipeline.outputs import parse_tensors
+from pipeline.progress import say
+from pipeline.shards import ImageFile, content_hash
+from pipeline.stores import Place, ReadThrough, open_store
+from pipeline.views import apply_view
 from singer.tail import TeacherTail
 
-Encoded = dict[int, dict[str, Tensor]]
+
+@dataclass(frozen=True)
+class Encoded:
+    """Some records as they are stored. blocks: {block: parts}; positions: (n, k) int16 patch numbers, if sampled."""
+
+    blocks: dict[int, Stored]
+    positions: Tensor | None = None
+
+
+class PartReader:
+    """The arrays of a part. entries: its journal, which it must be complete by."""
+
+    def __init__(self, part: Part, entries: Mapping[int, dict[str, Any]], local_copy: Path | None = None) -> None:
+        self.part = part
+        files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
+        self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
+        self._source: ByteRanges = part.store
+        if local_copy is not None:
+            folder = local_copy / part.manifest.id()[:16]
+            self._source = ReadThrough(part.store, folder, {n: f["sha256"] for n, f in files.items()})
+        self._arrays: dict[str, ShardedArray] = {}
+
+    def array(self, name: str) -> ShardedArray:
+        if name not in self._arrays:
+            m = self.part.manifest
+            self._arrays[name] = ShardedArray(
+                self._source, name, m.arrays()[name], m.compression(name), m.shard_records, self._sizes
+            )
+        return self._arrays[name]
+
+    def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
+        """Some records of an array, in the order asked for."""
+        return read_arrays([(self.array(name), records, np.arange(len(records)))], len(records))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Records that were added together: the parts that hold each block and, if they are stored, the views."""
+
+    blocks: dict[int, Part]
+    pixels: Part | None
+
+    @property
+    def main(self) -> Part:
+        return next(iter(self.blocks.values()))
 
 
 class Cache:
     """A complete cache, opened for reading. Safe to share between threads.
 
-    Raises ValueError if there is none at `path`, or if shards are still missing.
+    place: a folder or a URL. teacher: which one, by name, architecture or the beginning of its weights' hash, where the
+    cache has several; default: the first. blocks: default: all. local_copy: a folder to which shards are copied when
+    they are first read. Raises ValueError if there is no cache, if shards are missing, or if records lack a block.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = read_manifest(path)
-        self.id = self.manifest.id()
-        missing = pending_shards(path, self.manifest)
-        if missing:
-            raise ValueError(
-                f"{path} is incomplete: {len(missing)} of {self.manifest.shards} shards are missing; "
-                "repeat its cache-teacher command with --resume"
-            )
+    def __init__(
+        self,
+        place: Place,
+        teacher: str | None = None,
+        blocks: Sequence[int] | None = None,
+        local_copy: Path | None = None,
+    ) -> None:
+        self.place = place
+        self._readers: dict[str, PartReader] = {}
+        parts = self._complete(read_parts(open_store(place)), local_copy)
+        self._parts = [p for p in parts if is_teacher(p.manifest, teacher or parts[0].manifest.teacher.weights)]
+        if not self._parts:
+            known = ", ".join(sorted({p.manifest.teacher.name for p in parts}))
+            raise ValueError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
+        self.manifest = self._parts[0].manifest
+        held = sorted({b for p in self._parts for b in p.manifest.blocks})
+        self.blocks = tuple(held if blocks is None else sorted(blocks))
+        self._spans = self._find_spans(parts)
+        counts = [s.main.manifest.records for s in self._spans]
+        self._starts, self._count = np.cumsum([0, *counts])[:-1], sum(counts)
         self._codec = CODECS[self.manifest.codec]
-        self._parts = list(self._codec.parts(self.manifest.tokens, self.manifest.teacher.width))
         self._calibration: dict[torch.device, dict[int, Calibration]] = {}
 
-    def __len__(self) -> int:
-        return self.manifest.records
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The cache's id now and, before that, at each time since it began to grow."""
+        return tuple(joint_id(self._parts[:n]) for n in range(len(self._parts), 0, -1))
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        return self.manifest.blocks
+    def id(self) -> str:
+        return self.ids[0]
+
+    def __len__(self) -> int:
+        return self._count
 
     @cached_property
     def index(self) -> Index:
-        index = read_index(self.path)
-        if len(index) != len(self) or index.images.content_hash() != self.manifest.data.hash:
-            raise ValueError(f"the index of {self.path} does not belong to its manifest")
-        return index
+        return join(self._read_index(span.main) for span in self._spans)
 
     @cached_property
-    def _arrays(self) -> dict[tuple[int, str], Any]:
-        # Opened on first use: tensorstore's threads do not survive a fork.
-        return {(b, p): _open(self.path / array_path(b, p)) for b in self.blocks for p in self._parts}
+    def has_pixels(self) -> bool:
+        """Whether the views themselves are stored, so that students need no images."""
+        return all(span.pixels is not None for span in self._spans)
 
     def read(self, records: Sequence[int] | np.ndarray) -> Encoded:
-        """The stored form of some records, {block: {part: (n, ...)}}, on the CPU, in the order asked for."""
+        """The stored form of some records on the CPU, in the order asked for."""
         chosen = np.asarray(records, dtype=np.int64)
-        futures = {key: array[chosen].read() for key, array in self._arrays.items()}
-        encoded: Encoded = {block: {} for block in self.blocks}
-        for (block, part), future in futures.items():
-            encoded[block][part] = torch.from_numpy(future.result())
-        return encoded
+        blocks: dict[int, Stored] = {
+            block: {
+                part: self._read(chosen, f"{FEATURES}/{block}/{part}", [s.blocks[block] for s in self._spans])
+                for part in self.manifest.layout(block)
+            }
+            for block in self.blocks
+        }
+        if not self.manifest.sampled:
+            return Encoded(blocks)
+        positions = self._read(chosen, POSITIONS, [s.main for s in self._spans])
+        assert isinstance(positions, Tensor)
+        return Encoded(blocks, positions)
 
-    def decode(self, encoded: Mapping[int, Mapping[str, Tensor]], device: torch.device) -> dict[int, Tensor]:
-        """{block: features (n, N, d) float32} on the device, moved there in their stored form."""
+    def pixels(self, records: Sequence[int] | np.ndarray, size: int, files: ImageFile | None = None) -> Tensor:
+        """The views of some records at a resolution, (n, size, size, 3) uint8.
+
+        files: where the images of `index` lie now; not needed if the cache holds the views.
+        """
+        chosen = np.asarray(records, dtype=np.int64)
+        if self.has_pixels:
+            stored = self._read(chosen, PIXELS, [s.pixels for s in self._spans if s.pixels is not None])
+            return torch.from_numpy(np.stack([resize(view, size) for view in stored_views(stored)]))
+        assert files is not None
+        views = [apply_view(files.read(int(self.index.image[r])), self.index.record_view(int(r)), size) for r in chosen]
+        return torch.from_numpy(np.stack(views))
+
+    def decode(self, encoded: Encoded, device: torch.device) -> dict[int, Tensor]:
+        """{block: features (n, N, d) float32} on the device, moved there in their stored form.
+
+        Of a cache with sampled tokens, N counts the prefix tokens and the stored patches of each record.
+        """
         calibration = self._calibration_on(device)
         features = {}
-        for block, parts in encoded.items():
-            moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        for block, parts in encoded.blocks.items():
+            moved = {
+                name: part.to(device) if isinstance(part, Ragged) else part.to(device, non_blocking=True)
+                for name, part in parts.items()
+            }
             features[block] = self._codec.decode(moved, calibration[block])
         return features
 
@@ -89,27 +173,112 @@ class Cache:
 
     def tail(self) -> TeacherTail:
         """The frozen end of the teacher, on the CPU."""
-        teacher = self.manifest.teacher
-        state = read_tensors(self.path / TAIL)
+        part = min(
+            (p for p in self._parts if TAIL in p.manifest.files or p.manifest.version == 1),
+            key=lambda p: p.manifest.tail_first_block,
+        )
+        teacher, file = part.manifest.teacher, f"{part.store.url}/{TAIL}"
+        state = parse_tensors(part.store.read(TAIL), file)
         try:
-            return TeacherTail(teacher.architecture, teacher.model_args, self.manifest.tail_first_block, state)
+            return TeacherTail(teacher.architecture, teacher.model_args, part.manifest.tail_first_block, state)
         except RuntimeError as error:
-            raise ValueError(f"{self.path / TAIL} is damaged: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+
+    def _complete(self, parts: list[Part], local_copy: Path | None) -> list[Part]:
+        """The parts without those that are still being added."""
+        complete = []
+        for part in parts:
+            entries = part.entries()
+            pending = part.pending(entries)
+            if not pending:
+                complete.append(part)
+                self._readers[part.name] = PartReader(part, entries, local_copy)
+            elif part.name:
+                say(f"{part.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
+            else:
+                raise ValueError(
+                    f"{self.place} is incomplete: {len(pending)} of {part.manifest.shards} shards are missing; "
+                    "repeat its cache-teacher command with --resume"
+                )
+        return complete
+
+    def _find_spans(self, everything: list[Part]) -> list[_Span]:
+        spans: dict[str, dict[int, Part]] = {}
+        for part in self._parts:
+            spans.setdefault(part.manifest.rows(), {}).update(dict.fromkeys(part.manifest.blocks, part))
+        pixels = {p.manifest.rows(): p for p in everything if p.manifest.pixels is not None}
+        for blocks in spans.values():
+            missing = [b for b in self.blocks if b not in blocks]
+            if missing:
+                part = next(iter(blocks.values()))
+                raise ValueError(
+                    f"{part.store.url} has no block {missing[0]}; add it with cache-teacher --append, or choose blocks"
+                )
+        return [_Span(blocks, pixels.get(rows)) for rows, blocks in spans.items()]
+
+    def _read(self, records: np.ndarray, array: str, parts: list[Part]) -> Tensor | Ragged:
+        """Some records of an array that lies in one part of every span."""
+        arrays = [self._readers[part.name].array(array) for part in parts]
+        spans = np.searchsorted(self._starts, records, side="right") - 1
+        groups = [(s, np.flatnonzero(spans == s)) for s in np.unique(spans).tolist()]
+        return read_arrays([(arrays[s], records[slots] - self._starts[s], slots) for s, slots in groups], len(records))
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
         if device not in self._calibration:
-            self._calibration[device] = read_calibration(self.path, self.blocks, device)
+            self._calibration[device] = {
+                block: read_calibration(self._spans[0].blocks[block])[block].to(device) for block in self.blocks
+            }
         return self._calibration[device]
 
+    def _read_index(self, part: Part) -> Index:
+        index = read_index(part.store)
+        known = part.manifest.data.hash
+        same = index.images.place_hash() if index.digest is None else content_hash(index.images, index.digest)
+        if len(index) != part.manifest.records or same != known:
+            raise ValueError(f"the index of {part.store.url} does not belong to its manifest; run singer cache verify")
+        return index
 
-def read_calibration(path: Path, blocks: Sequence[int], device: torch.device) -> dict[int, Calibration]:
-    tensors = read_tensors(path / CALIBRATION, str(device))
+
+def is_teacher(manifest: Manifest, name: str) -> bool:
+    """Whether `name` is the name or architecture of the manifest's teacher, or the beginning of its weights' hash."""
+    teacher = manifest.teacher
+    return name in (teacher.name, teacher.architecture) or (len(name) >= 6 and teacher.weights.startswith(name))
+
+
+def joint_id(parts: Sequence[Part]) -> str:
+    """The id of a cache of these parts; of a single one, its own."""
+    ids = [p.manifest.id() for p in parts]
+    return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
+    """Records of several arrays of one form: [(array, its records, their places among `count`)]."""
+    form = groups[0][0].form if groups else None
+    if form is not None:
+        out = empty((count, *form.shape), form.dtype)
+        for array, records, places in groups:
+            array.read_into(records, out.numpy(), places)
+        return out
+    pieces: list[np.ndarray] = [np.empty(0, np.uint8)] * count
+    for array, records, places in groups:
+        data, lengths = array.read_strings(records)
+        if len(groups) == 1 and (places == np.arange(count)).all():
+            return Ragged(torch.from_numpy(data), torch.from_numpy(lengths))
+        for place, piece in zip(places.tolist(), np.split(data, np.cumsum(lengths)[:-1]), strict=True):
+            pieces[place] = piece
+    return Ragged(torch.from_numpy(np.concatenate(pieces)), torch.tensor([len(p) for p in pieces]))
+
+
+def read_calibration(part: Part) -> dict[int, Calibration]:
+    """{block: calibration} of a part. Raises ValueError if it is damaged."""
+    file = f"{part.store.url}/{CALIBRATION}"
+    tensors = parse_tensors(part.store.read(CALIBRATION), file)
     try:
-        return {b: Calibration(tensors[f"{b}.mean"], tensors[f"{b}.std"]) for b in blocks}
+        return {
+            block: Calibration.from_tensors(
+                {n.removeprefix(f"{block}."): t for n, t in tensors.items() if n.startswith(f"{block}.")}
+            )
+            for block in part.manifest.blocks
+        }
     except KeyError as error:
-        raise ValueError(f"{path / CALIBRATION} is damaged: it has no {error}") from None
-
-
-def _open(path: Path) -> Any:
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
-    return ts.open(spec, read=True).result()
+        raise ValueError(f"{file} is damaged: it has no {error}") from None

@@ -1,0 +1,91 @@
+"""What the student notices of a codec: the real chain from caches that differ in codec and sampling alone.
+
+    python benchmarks/codec_quality.py --teacher FILE --data FOLDER --out runs/codecs [--seeds 0 1 2]
+
+FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar. For every kind of cache the
+default refiner is fitted anew (seed 0) and a student is trained for each seed. Repeating the command goes on where it
+stopped. Nothing is selected on the val shards.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.info import cache_info
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import load_config
+from pipeline.distill import distill
+from pipeline.evaluate import EvaluateResult, evaluate
+from pipeline.outputs import Mode
+from pipeline.refine import refine
+
+RECIPE = "tinyimagenet-ti-to-w96"
+# name: (codec, share of the patch tokens)
+KINDS = {
+    "float16": ("float16", 1.0),
+    "int8": ("int8", 1.0),
+    "int4": ("int4", 1.0),
+    "int3": ("int3", 1.0),
+    "int2": ("int2", 1.0),
+    "int1": ("int1", 1.0),
+    "int4, half the tokens": ("int4", 0.5),
+    "float16, half the tokens": ("float16", 0.5),
+    "int4-plain (no outliers)": ("int4-plain", 1.0),
+}
+COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
+
+
+def mode(path: Path) -> Mode:
+    return "resume" if path.exists() else "new"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    options = parser.parse_args()
+    train, val = (str(options.data / f"tinyimagenet50-{split}-*.tar") for split in ("train", "val"))
+
+    lines: dict[str, str] = {}
+    for kind in options.kinds:
+        codec, share = KINDS[kind]
+        sets = [f"teacher.weights={options.teacher}", f"cache.codec={codec}", f"cache.token_share={share}"]
+        folder = options.out / f"{codec}-{share}"
+        cache, adapters = folder / "cache", folder / "adapters"
+        cache_teacher(load_config(RECIPE, sets), train, cache, mode(cache))
+        fitted = refine(load_config(RECIPE), cache, adapters, mode(adapters))
+        results = []
+        for seed in options.seeds:
+            config = load_config(RECIPE, [f"distill.seed={seed}"])
+            run = folder / f"run-{seed}"
+            distill(config, cache, run, adapters, mode=mode(run))
+            results.append(evaluate(config, run, train, val))
+            lines[kind] = table_line(kind, cache, fitted.blocks, results)
+            print_table(lines)
+
+
+def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], results: list[EvaluateResult]) -> str:
+    info = cache_info(cache).teachers[0]
+    left = [figures["after"]["artifact_percent"] for figures in blocks.values()]  # type: ignore[index]
+    cells = [kind, f"{info.bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
+    cells.append(" / ".join(f"{share:.2f}" for share in left))
+    for probe, tokens in COLUMNS:
+        values = [getattr(r, probe)[tokens]["top1"] for r in results]
+        cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}")
+    return "| " + " | ".join([*cells, str(len(results))]) + " |"
+
+
+def print_table(lines: dict[str, str]) -> None:
+    head = ["cache", "kB a record", "float16 / size", "artifacts left, %"]
+    head += [f"{probe}, {tokens}" for probe, tokens in COLUMNS]
+    print("\n| " + " | ".join([*head, "seeds"]) + " |")
+    print("|---" * (len(head) + 1) + "|")
+    print("\n".join(lines.values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

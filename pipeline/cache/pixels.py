@@ -1,0 +1,37 @@
+"""Stored views: JPEG or plain pixels beside the features, so that students need no images."""
+
+import io
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.cache.codecs import Ragged
+
+
+def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:
+    """JPEG of every view (size, size, 3) uint8, colours at full resolution."""
+    strings = []
+    for view in views:
+        buffer = io.BytesIO()
+        Image.fromarray(view).save(buffer, "JPEG", quality=quality, subsampling=0)
+        strings.append(buffer.getvalue())
+    data = np.frombuffer(bytearray().join(strings), dtype=np.uint8)
+    return Ragged(torch.from_numpy(data), torch.tensor([len(s) for s in strings]))
+
+
+def stored_views(stored: Tensor | Ragged) -> list[Image.Image]:
+    """Stored views of some records, not yet decoded if they are JPEG."""
+    if isinstance(stored, Tensor):
+        return [Image.fromarray(view) for view in stored.numpy()]
+    pieces = np.split(stored.data.numpy(), np.cumsum(stored.lengths.numpy())[:-1])
+    return [Image.open(io.BytesIO(piece.tobytes()), formats=("JPEG",)) for piece in pieces]
+
+
+def resize(view: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8, as stored if it has that size."""
+    if view.size != (size, size):
+        view = view.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(view)
