@@ -1,0 +1,180 @@
+"""Growing a cache: blocks, images, views and teachers are added, and nothing that is there is computed again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_images, make_vit, tree_bytes, world_config
+
+from pipeline.cache import Cache
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.distill import distill
+from pipeline.models import save_vit
+from pipeline.prepare import prepare
+from pipeline.refine import refine
+
+CPU = torch.device("cpu")
+RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")
+
+
+def shards(world: Path) -> str:
+    return str(world / "train" / "*.tar")
+
+
+def make(config: Config, shards: str | list[str], out: Path, mode: str = "new") -> Cache:
+    cache_teacher(config, shards, out, mode)  # type: ignore[arg-type]
+    return Cache(out)
+
+
+def same_features(one: Cache, other: Cache, records: np.ndarray | None = None) -> None:
+    """The features of the same records by key and view are equal, whatever their order."""
+    assert one.blocks == other.blocks
+    places = {(other.index.key(r), int(other.index.view[r])): r for r in range(len(other))}
+    chosen = np.arange(len(one)) if records is None else records
+    theirs = np.array([places[one.index.key(r), int(one.index.view[r])] for r in chosen])
+    for block, x in one.features(chosen, CPU).items():
+        torch.testing.assert_close(x, other.features(theirs, CPU)[block], atol=2e-3, rtol=2e-3)
+
+
+def test_blocks(world: Path, tmp_path: Path) -> None:
+    small = make(world_config(world, "cache.blocks=[2]"), shards(world), tmp_path / "c")
+    before = tree_bytes(tmp_path / "c")
+    grown = make(world_config(world, "cache.blocks=[1,3]"), shards(world), tmp_path / "c", "append")
+    assert grown.blocks == (1, 2, 3) and len(grown) == len(small) == 100
+    same_features(grown, make(world_config(world, "cache.blocks=[1,2,3]"), shards(world), tmp_path / "whole"))
+    after = tree_bytes(tmp_path / "c")
+    assert {name: after[name] for name in before} == before
+    assert grown.id != small.id and small.id in grown.ids
+    # The tail now begins at the earlier block.
+    logits = grown.tail().logits(grown.features([5], CPU)[1], 1)
+    torch.testing.assert_close(logits, grown.tail().logits(grown.features([5], CPU)[3], 3), atol=2e-2, rtol=2e-2)
+    assert Cache(tmp_path / "c", blocks=[2]).blocks == (2,)
+
+
+def test_appending_again_adds_nothing(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = world_config(world, "cache.blocks=[2,3]")
+    make(config, shards(world), tmp_path / "c")
+    before = tree_bytes(tmp_path / "c")
+    make(config, shards(world), tmp_path / "c", "append")
+    assert tree_bytes(tmp_path / "c") == before
+    assert "everything is there already" in capfd.readouterr().err
+
+
+def test_images(world: Path, config: Config, tmp_path: Path) -> None:
+    first, rest = str(world / "train" / "*000000.tar"), str(world / "train" / "*00000[123].tar")
+    small = make(config, first, tmp_path / "c")
+    grown = make(config, rest, tmp_path / "c", "append")
+    assert (len(small), len(grown)) == (30, 100)
+    whole = Cache(world / "cache")
+    # Same teacher, same images; the codec's statistics do not matter to float16.
+    same_features(grown, whole)
+    assert sorted(grown.index.images.keys) == sorted(whole.index.images.keys)
+    order = np.random.default_rng(0).permutation(100)
+    shuffled = grown.features(order, CPU)[3]
+    assert torch.equal(shuffled, grown.features(np.arange(100), CPU)[3][torch.from_numpy(order)])
+
+
+def test_all_at_once_and_a_codec_with_outliers(world: Path, tmp_path: Path) -> None:
+    """Images, views and blocks in one command; byte strings are put together from several parts."""
+    sets = [*RANDOM_VIEWS, "cache.codec=int4"]
+    first = str(world / "train" / "*000000.tar")
+    make(world_config(world, "cache.blocks=[3]", *sets), first, tmp_path / "c")
+    config = world_config(world, "cache.blocks=[2,3]", "views.count=2", *sets)
+    grown = make(config, shards(world), tmp_path / "c", "append")
+    assert len(grown) == 200 and grown.blocks == (2, 3)
+    whole = make(config, shards(world), tmp_path / "whole")
+    seen = {(grown.index.key(r), int(grown.index.view[r])) for r in range(200)}
+    assert seen == {(whole.index.key(r), int(whole.index.view[r])) for r in range(200)}
+    order = np.random.default_rng(0).permutation(200)
+    for block, x in grown.features(order, CPU).items():
+        assert torch.equal(x, grown.features(np.arange(200), CPU)[block][torch.from_numpy(order)])
+        exact = {(whole.index.key(r), int(whole.index.view[r])): r for r in range(200)}
+        y = whole.features([exact[grown.index.key(r), int(grown.index.view[r])] for r in order.tolist()], CPU)[block]
+        assert torch.nn.functional.cosine_similarity(x, y, dim=-1).mean() > 0.97
+
+
+def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
+    other = make_vit(seed=5, embed_dim=12, patch_size=16)
+    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    make(config, shards(world), tmp_path / "c")
+    second = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}", "cache.blocks=[3]")
+    cache_teacher(second, shards(world), tmp_path / "c", "append")
+    first = Cache(tmp_path / "c")
+    assert first.manifest.teacher.width == 24 and first.id == Cache(world / "cache").id
+    small = Cache(tmp_path / "c", teacher=second.teacher.name)
+    assert (small.blocks, small.features([7], CPU)[3].shape) == ((3,), (1, 5, 12))
+    alone = make(second, shards(world), tmp_path / "alone")
+    same_features(small, alone)
+    with pytest.raises(ValueError, match="has no features of a teacher 'x'; it has: local-dir"):
+        Cache(tmp_path / "c", teacher="x")
+    refine(
+        second.model_copy(update={"refine": second.refine.model_copy(update={"teacher": second.teacher.name})}),
+        tmp_path / "c",
+        tmp_path / "adapters",
+    )
+    # The adapters know their teacher.
+    run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
+    assert list(run.matching) == [3] and run.cache == small.id
+
+
+def test_adapters_outlive_growth(world: Path, config: Config, tmp_path: Path) -> None:
+    make(config, shards(world), tmp_path / "c")
+    refine(config, tmp_path / "c", tmp_path / "adapters")
+    make(world_config(world, "cache.blocks=[1]"), shards(world), tmp_path / "c", "append")
+    run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
+    assert list(run.matching) == [2, 3]
+    asked = config.distill.model_copy(update={"blocks": (1, 2)})
+    with pytest.raises(ValueError, match=r"was fitted to blocks \[2, 3\], not to \[1, 2\]"):
+        distill(config.model_copy(update={"distill": asked}), tmp_path / "c", tmp_path / "r2", tmp_path / "adapters")
+
+
+def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) -> None:
+    first, rest = str(world / "train" / "*000000.tar"), str(world / "train" / "*00000[123].tar")
+    out = tmp_path / "c"
+    with pytest.raises(ValueError, match="does not exist; there is nothing to append to"):
+        make(config, first, out, "append")
+    make(config, first, out)
+    before = tree_bytes(out)
+    with pytest.raises(ValueError, match="cannot grow: its codec is float16, this run has int8"):
+        make(world_config(world, "cache.codec=int8"), rest, out, "append")
+    with pytest.raises(ValueError, match=r"cannot grow: its views\.crop is 1\.0, this run has 0\.5"):
+        make(world_config(world, "views.crop=0.5"), rest, out, "append")
+    with pytest.raises(ValueError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
+        make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
+    assert tree_bytes(out) == before
+    golden = Path(__file__).parent / "golden" / "cache-v1-float16"
+    with pytest.raises(ValueError, match="was written by format version 1 and cannot grow"):
+        make(config, rest, golden, "append")
+
+
+def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_path: Path) -> None:
+    draw_images(tmp_path / "in", 2, 3)
+    one = tmp_path / "in" / "class1" / "2.png"
+    prepare(config, tmp_path / "in", tmp_path / "a")
+    make(config, str(tmp_path / "a" / "*.tar"), tmp_path / "c")
+    blocks = world_config(world, "cache.blocks=[1]")
+    one.write_bytes((tmp_path / "in" / "class0" / "2.png").read_bytes())
+    prepare(config, tmp_path / "in", tmp_path / "b")
+    with pytest.raises(ValueError, match="image 'class1/2' has changed since it was cached"):
+        make(blocks, str(tmp_path / "b" / "*.tar"), tmp_path / "c", "append")
+    one.unlink()
+    prepare(config, tmp_path / "in", tmp_path / "d")
+    with pytest.raises(ValueError, match="gives some of the images of .* but not 'class1/2'"):
+        make(blocks, str(tmp_path / "d" / "*.tar"), tmp_path / "c", "append")
+
+
+def test_interrupted_growth(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old cache stays readable, and the same command goes on."""
+    monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 30)
+    old = make(config, shards(world), tmp_path / "c")
+    more = world_config(world, "cache.blocks=[1]")
+    grown = make(more, shards(world), tmp_path / "c", "append")
+    whole = tree_bytes(tmp_path / "c")
+    journal = tmp_path / "c" / "parts" / "001" / "journal"
+    for shard in (1, 3):
+        (journal / f"{shard:06d}.json").unlink()
+    assert Cache(tmp_path / "c").id == old.id
+    assert make(more, shards(world), tmp_path / "c", "append").id == grown.id
+    assert tree_bytes(tmp_path / "c") == whole

@@ -1,0 +1,153 @@
+"""What a record is: a view of an image replayed exactly, its stored pixels, and the patches that were sampled."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import world_config
+
+from pipeline.cache import Cache
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.distill import Targets, distill
+from pipeline.models import load_saved, new_student
+from pipeline.refine import load_refiner, refine
+from pipeline.shards import ImageFile
+from pipeline.views import apply_view, normalise
+from singer.matching import take_patches
+from singer.vit import block_outputs
+
+CPU = torch.device("cpu")
+RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.count=3", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")
+
+
+def make(config: Config, world: Path, out: Path) -> Cache:
+    cache_teacher(config, str(world / "train" / "*.tar"), out)
+    return Cache(out)
+
+
+@pytest.fixture(scope="module")
+def views(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    out = tmp_path_factory.mktemp("views") / "cache"
+    return make(world_config(world, *RANDOM_VIEWS, "views.pixels=uint8"), world, out)
+
+
+def live(world: Path, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
+    teacher = load_saved(world / "teacher")
+    return block_outputs(teacher.model, normalise(pixels, teacher.mean, teacher.std, CPU), [2, 3])
+
+
+def test_views_are_replayed_exactly(world: Path, views: Cache) -> None:
+    """The teacher's features are those of the very views that the student gets, flipped and coloured ones too."""
+    assert len(views) == 300 and [views.index.view[r] for r in range(4)] == [0, 1, 2, 0]
+    flipped = np.flatnonzero(views.index.flip)
+    assert 100 < len(flipped) < 200
+    records = np.concatenate([flipped[:3], np.flatnonzero(~views.index.flip)[:3]])
+    with ImageFile(views.index.images) as files:
+        drawn = torch.from_numpy(np.stack([replay(files, views, int(r)) for r in records]))
+    assert torch.equal(drawn, views.pixels(records, 32))
+    for block, x in live(world, drawn).items():
+        torch.testing.assert_close(views.features(records, CPU)[block], x, atol=2e-2, rtol=2e-3)
+    # A mirrored grid of tokens is something else than the features of the mirrored image.
+    mirrored = live(world, drawn[:3].flip(2))[3][:, 1:].unflatten(1, (4, 4)).flip(2).flatten(1, 2)
+    assert (mirrored - views.features(records[:3], CPU)[3][:, 1:]).abs().mean() > 0.05
+
+
+def replay(files: ImageFile, cache: Cache, record: int) -> np.ndarray:
+    index = cache.index
+    return apply_view(files.read(int(index.image[record])), index.record_view(record), 32)
+
+
+def test_three_views_of_an_image_differ(views: Cache) -> None:
+    pixels = views.pixels(np.arange(3), 32).float()
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert (pixels[a] - pixels[b]).abs().mean() > 1
+    assert len({tuple(b) for b in views.index.box.tolist()}) == 300
+
+
+@pytest.mark.parametrize("kind", ["uint8", "jpeg"])
+def test_students_need_no_images(world: Path, tmp_path: Path, kind: str) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in (world / "train").glob("*.tar"):
+        (shards / shard.name).write_bytes(shard.read_bytes())
+    config = world_config(world, *RANDOM_VIEWS, f"views.pixels={kind}", "views.pixel_size=48", "distill.epochs=1")
+    cache_teacher(config, str(shards / "*.tar"), tmp_path / "c")
+    cache = Cache(tmp_path / "c")
+    with ImageFile(cache.index.images) as files:
+        exact = apply_view(files.read(7), cache.index.record_view(21), 48).astype(int)
+    for shard in shards.glob("*.tar"):
+        shard.unlink()
+    stored = cache.pixels([21], 48)[0].numpy().astype(int)
+    assert np.abs(stored - exact).mean() <= (0 if kind == "uint8" else 6)
+    assert cache.pixels([3, 1], 32).shape == (2, 32, 32, 3)
+    assert distill(config, tmp_path / "c", tmp_path / "run").steps == 19
+
+
+def test_sampled_tokens(world: Path, tmp_path: Path) -> None:
+    whole = Cache(world / "cache")
+    config = world_config(world, "cache.token_share=0.5", "cache.codec=int8", "distill.epochs=1")
+    half = make(config, world, tmp_path / "c")
+    records = np.array([5, 99, 0])
+    encoded = half.read(records)
+    assert encoded.positions is not None and encoded.positions.shape == (3, 8)
+    for row in encoded.positions.tolist():
+        assert row == sorted(set(row)) and row[0] >= 0 and row[-1] < 16
+    assert len({tuple(row) for row in half.read(np.arange(100)).positions.tolist()}) > 90  # type: ignore[union-attr]
+    for block, x in half.decode(encoded, CPU).items():
+        expected = take_patches(whole.features(records, CPU)[block], 1, encoded.positions)
+        assert x.shape == (3, 9, 24)
+        assert (x - expected).norm() / expected.norm() < 0.01
+    refine(config, tmp_path / "c", tmp_path / "a")
+    assert distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "a").steps == 7
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_targets_of_sampled_tokens_meet_the_right_student_tokens(world: Path, tmp_path: Path, patch_size: int) -> None:
+    """A student that outputs the teacher's features, on its grid or a coarser one, meets its targets."""
+    config = world_config(world, "cache.token_share=0.4", f"student.patch_size={patch_size}")
+    cache = make(config, world, tmp_path / "c")
+    student = new_student(config.student, 32)
+    targets = Targets(cache, None, student, CPU)
+    encoded = cache.read([4, 8])
+    grid = (32 // patch_size,) * 2
+    # A ramp over the grid, resized to the teacher's: its value at a patch tells which one it is.
+    rows = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, -1, 1).expand(2, -1, 24)
+    met = targets.meet({3: torch.cat([torch.full((2, 1, 24), -1.0), rows], 1)}, encoded)[3]
+    assert met.shape == targets(encoded)[3].shape == (2, 1 + 6, 24)
+    assert (met[:, 0] == -1).all()
+    assert encoded.positions is not None
+    if grid == (4, 4):
+        assert torch.equal(met[:, 1:, 0].to(torch.int16), encoded.positions)
+    else:
+        upper = encoded.positions < 8
+        assert met[:, 1:, 0][upper].mean() < met[:, 1:, 0][~upper].mean()
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int4"])
+@pytest.mark.parametrize("lossless", ["zstd", "blosc"])
+def test_lossless_stage(world: Path, tmp_path: Path, codec: str, lossless: str) -> None:
+    plain = make(world_config(world, f"cache.codec={codec}"), world, tmp_path / "plain")
+    small = make(world_config(world, f"cache.codec={codec}", f"cache.lossless={lossless}"), world, tmp_path / "small")
+    order = np.random.default_rng(0).permutation(100)
+    for block, x in small.features(order, CPU).items():
+        assert torch.equal(x, plain.features(order, CPU)[block])
+    sizes = {
+        c: sum(f.stat().st_size for f in (tmp_path / c / "features").rglob("[0-9]*") if f.is_file())
+        for c in ("plain", "small")
+    }
+    if codec == "bfloat16":
+        assert sizes["small"] < 0.95 * sizes["plain"]
+
+
+def test_views_settings_are_checked(world: Path) -> None:
+    with pytest.raises(ValueError, match="center views are all alike"):
+        world_config(world, "views.count=2")
+    with pytest.raises(ValueError, match=r"scale: 0\.9 is larger than 0\.1"):
+        world_config(world, "views.scale=[0.9,0.1]")
+
+
+def test_refiner_knows_its_cache(world: Path, views: Cache) -> None:
+    with pytest.raises(ValueError, match="was fitted to cache .* run singer refine on this cache"):
+        load_refiner(world / "adapters", views)
