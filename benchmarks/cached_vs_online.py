@@ -86,6 +86,10 @@ def main() -> None:
         for _ in plan:
             update(fixed.pixels, fixed_targets)
 
+    def decoding_alone() -> None:
+        for _ in plan:
+            cache.decode(fixed.encoded, device)
+
     def student_with_images() -> None:
         for pixels in prefetch(load_images, plan, config.distill.workers):
             update(pixels, fixed_targets)
@@ -98,7 +102,14 @@ def main() -> None:
         for loaded in prefetch(load, plan, config.distill.workers):
             update(loaded.pixels, targets(loaded.encoded))
 
-    kinds: list[Callable[[], None]] = [teacher_alone, student_alone, student_with_images, online, cached]
+    kinds: list[Callable[[], None]] = [
+        teacher_alone,
+        student_alone,
+        decoding_alone,
+        student_with_images,
+        online,
+        cached,
+    ]
     times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
     for round_ in range(options.rounds + 1):
         for kind in kinds:
@@ -116,6 +127,7 @@ def main() -> None:
     for name, value in median.items():
         print(f"{name}: {1000 * value:.1f} ms a step")
     print(f"online / cached: {speedup:.2f}; limit 1 + teacher / student: {limit:.2f}; reached {speedup / limit:.2f}")
+    print(f"decoding / the student's step: {median['decoding_alone'] / median['student_alone']:.3f}")
     share_of_images = median["cached"] / median["student_with_images"]
     print(f"cached / the same student on the same images, no targets read: {share_of_images:.3f}")
 

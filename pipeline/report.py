@@ -62,7 +62,7 @@ def write_report(report: DemoReport, path: Path) -> dict[str, float]:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(_TEMPLATE.read_text()).render(
         report=report,
-        info=cache_info(report.cached.cache),
+        info=cache_info(report.cached.cache).teachers[0],
         ratios=ratios,
         figures={"norm maps": draw_norm_maps(norms), "losses": draw_losses(report.students)},
     )
