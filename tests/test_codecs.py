@@ -336,3 +336,12 @@ def test_ragged_cat() -> None:
     b = Ragged(torch.arange(4, dtype=torch.uint8), torch.tensor([0, 4]))
     both = Ragged.cat([a, b])
     assert both.data.tolist() == [0, 1, 2, 0, 1, 2, 3] and both.lengths.tolist() == [1, 2, 0, 4]
+
+
+def test_no_outliers_from_a_file() -> None:
+    """NumPy's empty arrays have other strides than PyTorch's."""
+    x = torch.randn(2, 5, 8)
+    codec, calibration = CODECS["int4"], calibrate(x, 1)
+    stored = codec.encode(x.clamp(-1, 1), calibration)
+    none = Ragged(torch.from_numpy(np.empty(0, np.uint8)), torch.zeros(2, dtype=torch.int64))
+    assert codec.decode({"codes": stored["codes"], "outliers": none}, calibration).shape == x.shape

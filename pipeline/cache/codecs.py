@@ -376,6 +376,8 @@ def _pack_outliers(x: Tensor, far: Tensor) -> Ragged:
 
 def _put_outliers(x: Tensor, outliers: Ragged) -> None:
     """Overwrite the outlier tokens of x."""
+    if not outliers.data.numel():  # nothing has no strides to be viewed by
+        return
     words = outliers.data.view(torch.int16).view(-1, 1 + x.shape[-1])
     records = torch.arange(len(x), device=x.device)
     record = records.repeat_interleave(outliers.lengths // (2 * words.shape[1]), output_size=len(words))
