@@ -8,9 +8,6 @@ import glob
 import hashlib
 import io
 import os
-import re
-import resource
-import tarfile
 import threading
 import warnings
 from array import array
@@ -23,32 +20,20 @@ from typing import Literal, overload
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter
+from pipeline.stores import allow_open_files
+from pipeline.tars import NO_LABEL, UNSAFE, Defect, contents, read_samples
 
 OnError = Literal["fail", "skip"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-LABEL_EXTENSION = "cls"
-NO_LABEL = -1
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
 MAX_PIXELS = 100_000_000
 # Enough for the size of nearly every image.
 _HEADER_BYTES = 1 << 16
-_OTHER_FILES = 256
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _SURVEY_BATCH = 64
-_LABEL_BYTES = 32
-_BLOCK = tarfile.BLOCKSIZE
-# Headers that describe the member behind them.
-_GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-# They hold names; a larger one is not honest.
-_EXTENDED_BYTES = 1 << 20
-# Empty, absolute, with `..`, backslash or control character, or not UTF-8 (which tarfile turns into surrogates).
-_UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Keys(Sequence[str]):
@@ -198,7 +183,7 @@ class _Defects:
 
     def add(self, path: Path, key: str, reason: str) -> None:
         # What is raised or listed gets printed and stored.
-        key = key.encode("unicode_escape").decode() if _UNSAFE.search(key) else key
+        key = key.encode("unicode_escape").decode() if UNSAFE.search(key) else key
         if self.on_error == "fail":
             where = Skipped(str(path), key, reason)
             raise ValueError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
@@ -222,17 +207,17 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     labels, shard, offset, size = array("i"), array("i"), array("q"), array("q")
     seen: set[str] = set()
     for number, path in enumerate(paths):
-        samples, damage = _read_shard(path)
+        samples, damage = read_samples(path)
         if damage is not None:
             defects.add(path, "", damage)
         for sample in samples:
             for extension in sample.repeated:
                 defects.add(path, sample.key, f"has two members .{extension}")
             try:
-                label, image = _contents(sample)
+                label, image = contents(sample)
                 if sample.key in seen:
-                    raise _Defect("occurs twice")
-            except _Defect as defect:
+                    raise Defect("occurs twice")
+            except Defect as defect:
                 defects.add(path, sample.key, str(defect))
             else:
                 keys.append(sample.key)
@@ -310,7 +295,7 @@ class ImageFile:
 
     def __init__(self, images: Images) -> None:
         self.images = images
-        _allow_open_files(len(images.paths))
+        allow_open_files(len(images.paths))
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
 
@@ -406,175 +391,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class _Defect(Exception):
-    """What is wrong with a sample, or with a shard from some byte on: the rest of a sentence about it."""
-
-
-@dataclass(frozen=True)
-class _Member:
-    """An entry of a tar. regular: an ordinary file; offset, size: of its data, in bytes."""
-
-    name: str
-    regular: bool
-    offset: int
-    size: int
-
-
-@dataclass
-class _Sample:
-    """Consecutive members with one key, by extension. label: the text of .cls; repeated: extensions met again."""
-
-    key: str
-    members: dict[str, _Member] = field(default_factory=dict)
-    label: bytes | None = None
-    repeated: list[str] = field(default_factory=list)
-    defect: str | None = None
-
-
-def _read_shard(path: Path) -> tuple[list[_Sample], str | None]:
-    """The samples of a shard, and what is wrong with it as a whole."""
-    samples: list[_Sample] = []
-    try:
-        with path.open("rb", buffering=0) as file:
-            for member in _members(file.fileno()):
-                _add_member(samples, member, file.fileno())
-    except (_Defect, OSError) as error:
-        if samples:
-            samples[-1].defect = "may have lost members: the shard is damaged behind it"
-        return samples, str(error) if isinstance(error, _Defect) else f"cannot be read: {error.strerror}"
-    return samples, None
-
-
-def _add_member(samples: list[_Sample], member: _Member, file: int) -> None:
-    unsafe = _UNSAFE.search(member.name) is not None
-    key, extension = base_plus_ext(member.name)
-    if key is None and unsafe:
-        key, extension = member.name, ""
-    if key is None:
-        return
-    if not samples or samples[-1].key != key:
-        samples.append(_Sample(key))
-    sample, extension = samples[-1], extension.lower()
-    if unsafe:
-        sample.defect = f"has the unsafe name {member.name!r}"
-    elif extension in sample.members:
-        sample.repeated.append(extension)
-    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS):
-        sample.members[extension] = member
-        if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
-            sample.label = os.pread(file, member.size, member.offset)
-
-
-def _contents(sample: _Sample) -> tuple[int, _Member]:
-    """Label and image of a sample. Raises _Defect."""
-    if sample.defect is not None:
-        raise _Defect(sample.defect)
-    image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
-    if image is None:
-        raise _Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
-    if not image.regular:
-        raise _Defect("has an image that is no regular file")
-    if not image.size:
-        raise _Defect("has an empty image")
-    if LABEL_EXTENSION not in sample.members:
-        return NO_LABEL, image
-    text = (sample.label or b"").strip()
-    if not text.isdigit() or int(text) >= 2**31:
-        raise _Defect(f"has a label that is no class number: {text[:20]!r}")
-    return int(text), image
-
-
-def _members(file: int) -> Iterator[_Member]:
-    """The members of a tar, and that it is whole: each header and file lies within it, and zeros end it.
-
-    tarfile itself takes a broken header for the end of the archive, and believes the sizes that headers claim.
-    Here the position only ever grows, and nothing is read but headers. Raises _Defect.
-    """
-    end = os.fstat(file).st_size
-    position = 0
-    common: dict[str, str] = {}
-    own: dict[str, str] = {}
-    extended = False  # the last header belongs to a member that is still to come
-    while True:
-        block = os.pread(file, _BLOCK, position)
-        if len(block) < _BLOCK:
-            raise _Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
-        if not any(block):
-            break
-        broken = _Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError):
-            raise broken from None
-        position += _BLOCK
-        kind, size = header.type, header.size
-        extended = kind in _EXTENDED
-        # An extended header that passes for a file, or the other way round, would hide the member behind it.
-        reserved = header.name.startswith("././@") and not extended
-        if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
-            raise broken
-        if kind == tarfile.GNUTYPE_SPARSE:  # more headers may follow in the place of its data
-            raise broken
-        attributes = {} if extended else common | own
-        if "linkpath" in attributes and header.isreg():
-            raise broken
-        if "size" in attributes:
-            size = int(attributes["size"])
-        if not (extended or header.isreg() or kind not in tarfile.SUPPORTED_TYPES):
-            size = 0  # links, folders and devices have no data, whatever they claim
-        if size < 0 or (extended and size > _EXTENDED_BYTES):
-            raise broken
-        if position + size > end:
-            raise _Defect("ends in the middle of a member")
-        if extended:
-            try:
-                told = _extension(kind, os.pread(file, size, position))
-            except ValueError:
-                raise broken from None
-            if kind == tarfile.XGLTYPE:
-                common |= told
-            elif own.keys() & told.keys():  # the member that the first was about is missing
-                raise broken
-            else:
-                own |= told
-        else:
-            name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
-            yield _Member(name.rstrip("/"), header.isreg() and "GNU.sparse" not in attributes, position, size)
-            own = {}
-        position += -(-size // _BLOCK) * _BLOCK
-    if extended:
-        raise _Defect(f"is unreadable from byte {position}")
-    while rest := os.pread(file, 1 << 20, position):
-        if any(rest):
-            raise _Defect(f"holds more than zeros from byte {position} on, behind its end-of-archive marker")
-        position += len(rest)
-
-
-def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
-    """What matters here of an extended header: path, size, whether a file is sparse. Raises ValueError."""
-    if kind in _GNU_LONG:
-        name = payload.removesuffix(b"\0")
-        if not name or b"\0" in name:
-            raise ValueError
-        return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name.decode("utf-8", "surrogateescape")}
-    told: dict[str, str] = {}
-    at = 0
-    while at < len(payload):  # records of pax: LENGTH KEYWORD=VALUE and a line break
-        length = payload[at : at + 8].partition(b" ")[0]
-        stop = at + int(length)
-        keyword, _, value = payload[at + len(length) + 1 : stop].partition(b"=")
-        if not (at < stop <= len(payload) and value.endswith(b"\n")):
-            raise ValueError
-        if keyword in (b"path", b"GNU.sparse.name"):
-            told[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
-        elif keyword == b"size":
-            told["size"] = str(int(value))
-        if keyword.startswith(b"GNU.sparse."):
-            told["GNU.sparse"] = ""
-        at = stop
-    return told
-
-
 def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
     """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
     paths = images.paths
@@ -605,13 +421,3 @@ def require_labels(images: Images, what: str) -> None:
             f"{what}: {len(missing)} of {len(images)} images have no .cls label, the first is "
             f"{images.keys[int(missing[0])]!r}"
         )
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files to what `count` shards need, as far as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"{count} shards are more than the {hard} files that this system lets a process open")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -24,7 +24,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.prepare import prepare
 from pipeline.shards import (
-    NO_LABEL,
     ImageFile,
     Keys,
     Skipped,
@@ -34,6 +33,7 @@ from pipeline.shards import (
     survey,
     to_rgb,
 )
+from pipeline.tars import NO_LABEL
 
 Members = dict[str, bytes] | list[tuple[str, bytes]]
 
@@ -364,7 +364,8 @@ def pax_member(payload: bytes, kind: bytes = tarfile.XHDTYPE) -> bytes:
         b"9" * 5000 + b" size=1\n",
         b"5020 size=" + b"9" * 5009 + b"\n",
         b"30 size=99999999999999999999999\n"[:32].replace(b"30", b"32"),
-        b"6 a=b\n" * 3 + b"7",
+        b"7 a.=b\n" * 3 + b"7",
+        b"11 qath=xy\n",
         bytes(600),
     ],
 )
@@ -376,6 +377,51 @@ def test_hostile_pax_headers(tmp_path: Path, payload: bytes, kind: bytes) -> Non
     images = index_shards(str(path), "skip")
     assert list(images.keys) == ["a"]
     assert images.skipped[0].key == "" and images.skipped[1].key == "b"
+
+
+def test_forged_extended_headers(tmp_path: Path) -> None:
+    """One that passes for a file, or the other way round, would leave the member behind it with a cut-off name."""
+    name = "folder-" * 20
+    path = tmp_path / "t.tar"
+    for number, kind, form in (
+        (4, b"0", tarfile.GNU_FORMAT),  # a long name is a file
+        (4, b"K", tarfile.GNU_FORMAT),  # a long name is the target of a link that is no link
+        (4, b"7", tarfile.PAX_FORMAT),  # an extended header is a file
+        (3, b"L", tarfile.USTAR_FORMAT),  # a file is a long name
+        (3, b"K", tarfile.USTAR_FORMAT),
+    ):
+        last = "c" if form == tarfile.USTAR_FORMAT else name
+        write_tar(path, {"a.jpg": b"1", "a.cls": b"1", "b.jpg": b"2", "b.cls": b"2", f"{last}.jpg": b"3"}, form)
+        assert list(index_shards(str(path)).keys) == ["a", "b", last]
+        images = index_shards(str(patch_header(path, number, 156, kind)), "skip")
+        assert list(images.keys) == ["a"]
+        assert images.skipped[0].key == "" and images.skipped[0].reason.startswith("is unreadable from byte")
+    write_tar(path, {"a.jpg": b"1", "b.jpg": b"1", f"{name}.jpg": b"3"}, tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[data.find(name.encode()) + 1] = 0  # the name ends before its header says
+    path.write_bytes(data)
+    assert list(index_shards(str(path), "skip").keys) == ["a"]
+
+
+def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
+    """Of GNU: the first header has room for four holes, each further block for 21; only images must not be sparse."""
+    path = tmp_path / "t.tar"
+    whole = sound_tar(path)
+    for name, reason in (("a.npy", None), ("x.png", "has an image that is no regular file")):
+        header = tarfile.TarInfo(name)
+        header.type, header.size = tarfile.GNUTYPE_SPARSE, 3
+        block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+        block[482] = 1
+        block[148:156] = b"        "
+        block[148:156] = b"%06o\0 " % sum(block)
+        holes = bytes(504) + b"\1" + bytes(7) + bytes(512)
+        path.write_bytes(bytes(block) + holes + b"abc".ljust(512, b"\0") + whole)
+        images = index_shards(str(path), "skip")
+        assert list(images.keys) == ["a", "b", "c"]
+        assert [s.reason for s in images.skipped] == ([reason] if reason else [])
+    path.write_bytes(bytes(block) + holes[:700])
+    with pytest.raises(ValueError, match="ends in the middle of a member"):
+        index_shards(str(path))
 
 
 def test_odd_but_honest_headers(tmp_path: Path) -> None:
@@ -481,6 +527,9 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
+    reason = found.images.skipped[1].reason
+    too_large = any(words in reason for words in ("pixels are too many", "exceeds limit"))
+    assert too_large == (key in ("suspicious", "many", "bomb", "line")), reason
     assert list(found.images.keys) == ["first", "last"] and found.images.size.tolist() == [len(png()), len(png((5, 6)))]
     assert found.width.tolist() == [4, 5] and found.height.tolist() == [4, 6] and len(found.digest) == 2
     assert [(s.shard, s.key) for s in found.images.skipped] == [("t.tar", "a"), ("t.tar", key)]
@@ -575,7 +624,8 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
         names = bytearray(damaged)
         with tarfile.open(path) as tar:
             for member in tar:
-                names[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+                padded = -(-member.size // 512) * 512
+                names[member.offset_data : member.offset_data + padded] = bytes(padded)
         renamed = {got[key] for key in new}
         lost = [key for key in original.keys() - got.keys() if original[key] not in renamed]
         assert not [key for key in lost if f"{key}.".encode() in names], what

@@ -1,0 +1,205 @@
+"""What is in a tar, taken for hostile: a defect is named, never passed over; only headers and labels are read.
+
+tarfile ends an iteration silently at a broken header and believes what headers claim; its parser of single headers is
+used, and the walk from one to the next is done here.
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from webdataset.tariterators import base_plus_ext
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSION = "cls"
+NO_LABEL = -1
+_LABEL_BYTES = 32
+_BLOCK = tarfile.BLOCKSIZE
+# Headers that describe the member behind them.
+_GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# The keywords of POSIX; those of vendors have a dot. Another one may be `path`, damaged.
+_PAX_KEYWORDS = frozenset(
+    b"atime charset comment ctime gid gname hdrcharset linkpath mtime path size uid uname".split()
+)
+# Extended headers hold names; a larger one is not honest.
+_EXTENDED_BYTES = 1 << 20
+# Empty, absolute, with `..`, backslash or control character, or not UTF-8 (which tarfile turns into surrogates).
+UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Defect(Exception):
+    """What is wrong with a sample, or with a shard from some byte on: the rest of a sentence about it."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An entry of a tar. regular: an ordinary file; offset, size: of its data, in bytes."""
+
+    name: str
+    regular: bool
+    offset: int
+    size: int
+
+
+@dataclass
+class Sample:
+    """Consecutive members with one key, by extension. label: the text of .cls; repeated: extensions met again."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    label: bytes | None = None
+    repeated: list[str] = field(default_factory=list)
+    defect: str | None = None
+
+
+def read_samples(path: Path) -> tuple[list[Sample], str | None]:
+    """The samples of a shard, and what is wrong with it as a whole."""
+    samples: list[Sample] = []
+    try:
+        with path.open("rb", buffering=0) as file:
+            for member in members_of(file.fileno()):
+                _add_member(samples, member, file.fileno())
+    except (Defect, OSError) as error:
+        if samples:
+            samples[-1].defect = "may have lost members: the shard is damaged behind it"
+        return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
+    return samples, None
+
+
+def _add_member(samples: list[Sample], member: Member, file: int) -> None:
+    unsafe = UNSAFE.search(member.name) is not None
+    key, extension = base_plus_ext(member.name)
+    if key is None and unsafe:
+        key, extension = member.name, ""
+    if key is None:
+        return
+    if not samples or samples[-1].key != key:
+        samples.append(Sample(key))
+    sample, extension = samples[-1], extension.lower()
+    if unsafe:
+        sample.defect = f"has the unsafe name {member.name!r}"
+    elif extension in sample.members:
+        sample.repeated.append(extension)
+    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS):
+        sample.members[extension] = member
+        if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
+            sample.label = os.pread(file, member.size, member.offset)
+
+
+def contents(sample: Sample) -> tuple[int, Member]:
+    """Label and image of a sample. Raises Defect."""
+    if sample.defect is not None:
+        raise Defect(sample.defect)
+    image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
+    if image is None:
+        raise Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
+    if not image.regular:
+        raise Defect("has an image that is no regular file")
+    if not image.size:
+        raise Defect("has an empty image")
+    if LABEL_EXTENSION not in sample.members:
+        return NO_LABEL, image
+    text = (sample.label or b"").strip()
+    if not text.isdigit() or int(text) >= 2**31:
+        raise Defect(f"has a label that is no class number: {text[:20]!r}")
+    return int(text), image
+
+
+def members_of(file: int) -> Iterator[Member]:
+    """The members of a tar, and that it is whole: each header and file lies within it, and zeros end it.
+
+    tarfile itself takes a broken header for the end of the archive, and believes the sizes that headers claim.
+    Here the position only ever grows, and nothing is read but headers. Raises Defect.
+    """
+    end = os.fstat(file).st_size
+    position = 0
+    common: dict[str, str] = {}
+    own: dict[str, str] = {}
+    extended = False  # the last header belongs to a member that is still to come
+    while True:
+        block = os.pread(file, _BLOCK, position)
+        if len(block) < _BLOCK:
+            raise Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
+        if not any(block):
+            break
+        broken = Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError):
+            raise broken from None
+        position += _BLOCK
+        kind, size = header.type, header.size
+        extended = kind in _EXTENDED
+        # An extended header that passes for a file, or the other way round, would hide the member behind it.
+        reserved = header.name.startswith("././@") and not extended
+        if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
+            raise broken
+        more = kind == tarfile.GNUTYPE_SPARSE and block[482]
+        while more:  # a sparse file with many holes: further blocks list them
+            block = os.pread(file, _BLOCK, position)
+            position += _BLOCK
+            more = len(block) == _BLOCK and block[504]
+        attributes = {} if extended else common | own
+        if "linkpath" in attributes and header.isreg():
+            raise broken
+        if "size" in attributes:
+            size = int(attributes["size"])
+        if not (extended or header.isreg() or kind not in tarfile.SUPPORTED_TYPES):
+            size = 0  # links, folders and devices have no data, whatever they claim
+        if size < 0 or (extended and size > _EXTENDED_BYTES):
+            raise broken
+        if position + size > end:
+            raise Defect("ends in the middle of a member")
+        if extended:
+            try:
+                told = _extension(kind, os.pread(file, size, position))
+            except ValueError:
+                raise broken from None
+            if kind == tarfile.XGLTYPE:
+                common |= told
+            elif own.keys() & told.keys():  # the member that the first was about is missing
+                raise broken
+            else:
+                own |= told
+        else:
+            name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
+            regular = header.isreg() and kind != tarfile.GNUTYPE_SPARSE and "GNU.sparse" not in attributes
+            yield Member(name.rstrip("/"), regular, position, size)
+            own = {}
+        position += -(-size // _BLOCK) * _BLOCK
+    if extended:
+        raise Defect(f"is unreadable from byte {position}")
+    while rest := os.pread(file, 1 << 20, position):
+        if any(rest):
+            raise Defect(f"holds more than zeros from byte {position} on, behind its end-of-archive marker")
+        position += len(rest)
+
+
+def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
+    """What matters here of an extended header: path, size, whether a file is sparse. Raises ValueError."""
+    if kind in _GNU_LONG:
+        name = payload.removesuffix(b"\0")
+        if not name or b"\0" in name:
+            raise ValueError
+        return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name.decode("utf-8", "surrogateescape")}
+    told: dict[str, str] = {}
+    at = 0
+    while at < len(payload):  # records of pax: LENGTH KEYWORD=VALUE and a line break
+        length = payload[at : at + 8].partition(b" ")[0]
+        stop = at + int(length)
+        keyword, _, value = payload[at + len(length) + 1 : stop].partition(b"=")
+        known = keyword in _PAX_KEYWORDS or b"." in keyword
+        if not (known and at < stop <= len(payload) and value.endswith(b"\n")):
+            raise ValueError
+        if keyword in (b"path", b"GNU.sparse.name"):
+            told[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
+        elif keyword == b"size":
+            told["size"] = str(int(value))
+        if keyword.startswith(b"GNU.sparse."):
+            told["GNU.sparse"] = ""
+        at = stop
+    return told
