@@ -1,0 +1,266 @@
+"""The fault campaign: kills at random moments, mutated archives, flipped bytes. Nothing lost, nothing twice, all found.
+
+    python benchmarks/faults.py [--kills 100] [--mutations 200] [--flips 50] [--seed 0]
+
+Builds a small world of its own (random images, a random teacher) in a temporary folder; needs no weights. Kills are
+SIGKILL to all processes of a caching run, or to one of its ranks, at random moments; the next run, with another number
+of processes, goes on with --resume. Every finished cache must equal an uninterrupted one byte for byte.
+"""
+
+import argparse
+import collections
+import io
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+import cli
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import load_config
+from pipeline.models import Vit, save_vit
+from pipeline.prepare import prepare
+from pipeline.shards import index_shards, survey
+from pipeline.verify import verify
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from mutate import mutations
+
+IMAGES = 192
+WORLDS = (1, 2, 3)
+# Files that tell of the run, not of its result.
+_OF_THE_RUN = ("provenance.json",)
+SETS = (
+    "teacher.image_size=64",
+    "cache.blocks=[1,3]",
+    "cache.codec=int4",
+    "cache.batch_size=4",
+    "cache.workers=1",
+    "cache.shard_mb=1",
+    "views.kind=random-resized-crop",
+    "views.pixels=jpeg",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--mutations", type=int, default=200)
+    parser.add_argument("--flips", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        build_world(root)
+        print(f"seed {options.seed}", flush=True)
+        kill_campaign(root, options.kills, random.Random(options.seed))
+        mutation_campaign(root, options.mutations, options.seed)
+        flip_campaign(root, options.flips, random.Random(options.seed))
+
+
+def build_world(root: Path) -> None:
+    """Images in shards, and a teacher whose forward pass takes long enough to be killed in."""
+    args = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "img_size": 64, "num_classes": 5}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **args).eval()
+    vit = Vit(model, "vit_tiny_patch16_224", args, 64, (0.5,) * 3, (0.5,) * 3)
+    save_vit(vit, model.state_dict(), root / "teacher")
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        place = root / "images" / f"class{number % 4}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)).save(place)
+    prepare(load_config(sets=["prepare.shard_images=50"]), root / "images", root / "train")
+
+
+def settings(root: Path) -> list[str]:
+    return [f"teacher.name=local-dir:{root / 'teacher'}", *SETS]
+
+
+def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
+    import pipeline.cache_teacher as stage
+
+    stage._MAX_SHARD_RECORDS = 4
+    whole = root / "whole"
+    start = time.monotonic()
+    run_processes(root, whole, 1, [])
+    alone = time.monotonic() - start
+    expected = contents(whole)
+    fell: collections.Counter[str] = collections.Counter()
+    finished, done, caches = 0, 0, 0
+    while done < kills:
+        out = root / f"killed-{caches}"
+        caches += 1
+        while not finished_at(out) and done < kills:
+            world = rng.choice(WORLDS)
+            extra = ["--resume"] if out.exists() else []
+            before = shards_done(out)
+            # A rank of several starts slower, and a share of the runs should be hit before their first shard.
+            delay = rng.uniform(0, alone * rng.choice((0.3, 1.0, 1.5)))
+            killed = run_processes(root, out, world, extra, delay, one=world > 1 and rng.random() < 0.3, rng=rng)
+            if not killed:
+                fell["after the end (not counted)"] += 1
+                continue
+            done += 1
+            after = shards_done(out)
+            if not (out / "manifest.json").exists():
+                fell["before the manifest"] += 1
+            else:
+                fell["while shards were written" if after > before else "before another shard was done"] += 1
+        run_processes(root, out, rng.choice(WORLDS), ["--resume"])
+        found = contents(out)
+        different = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
+        assert not different, f"cache {out} differs from an uninterrupted one in {different[:5]}"
+        finished += 1
+    print(f"kills: {done}, on {caches} caches; each of the {finished} finished ones equals the uninterrupted one")
+    for where, count in fell.most_common():
+        print(f"  {where}: {count}")
+    sys.stdout.flush()
+
+
+def run_processes(
+    root: Path,
+    out: Path,
+    world: int,
+    extra: list[str],
+    delay: float | None = None,
+    one: bool = False,
+    rng: random.Random | None = None,
+) -> bool:
+    """A caching run of `world` processes; killed after `delay` seconds. Whether it was killed before its end.
+
+    The processes are forked from this one, which has imported everything: the time goes to the work, not to imports.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [fork(rank, world, port, root, out, extra) for rank in range(world)]
+    victims = [rng.choice(processes)] if one and rng is not None else processes
+    deadline = None if delay is None else time.monotonic() + delay
+    running = set(processes)
+    failed = False
+    while running:
+        for process in list(running):
+            pid, status = os.waitpid(process, os.WNOHANG)
+            if pid:
+                running.discard(process)
+                failed |= status != 0
+        if deadline is not None and time.monotonic() > deadline and running:
+            for process in running & set(victims):
+                os.kill(process, signal.SIGKILL)
+            # The ranks that are left wait for the lost one, or fail; a launcher would stop them too.
+            deadline, victims = time.monotonic() + 1, processes
+            failed = True
+        time.sleep(0.005)
+    if delay is None:
+        assert not failed, f"a run into {out} failed"
+    return failed
+
+
+def fork(rank: int, world: int, port: int, root: Path, out: Path, extra: list[str]) -> int:
+    process = os.fork()
+    if process:
+        return process
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    if extra != ["--loud"]:
+        os.dup2(quiet, 2)
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    sets = [f"--set={s}" for s in settings(root)]
+    sys.argv = ["singer", "cache-teacher", f"--shards={root / 'train' / '*.tar'}", f"--out={out}", *sets, *extra]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        code = 1
+    os._exit(code)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in _OF_THE_RUN)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def shards_done(out: Path) -> int:
+    return len(list((out / "journal").glob("*.json")))
+
+
+def finished_at(out: Path) -> bool:
+    return shards_done(out) == IMAGES // 4
+
+
+def mutation_campaign(root: Path, count: int, seed: int) -> None:
+    shard = sorted((root / "train").glob("*.tar"))[0]
+    images = index_shards(str(shard))
+    original = dict(zip(images.keys, survey(images, 1, "skip").digest.tolist(), strict=True))
+    results: collections.Counter[str] = collections.Counter()
+    for what, data in mutations(shard.read_bytes(), count, seed):
+        mutated = root / "mutated.tar"
+        mutated.write_bytes(data)
+        try:
+            found = survey(index_shards(str(mutated), "skip"), 1, "skip")
+        except ValueError:
+            results["refused as a whole, by name"] += 1
+            continue
+        kept = dict(zip(found.images.keys, found.digest.tolist(), strict=True))
+        lost = original.keys() - kept.keys()
+        named = lost and not found.images.skipped and any(key.encode() in data for key in lost)
+        # A name that is in no header any more cannot be missed: the image is gone with it, or renamed.
+        assert not named, f"{what}: {sorted(lost)[:3]} lost, and nothing listed"
+        if found.images.skipped:
+            results["defects listed, the rest kept"] += 1
+        else:
+            results["whole" if not lost else "no trace of a name left in the archive"] += 1
+    print(f"mutated archives: {count}; no other exception, nothing lost unnoticed")
+    for where, number in results.most_common():
+        print(f"  {where}: {number}")
+    sys.stdout.flush()
+
+
+def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
+    config = load_config(sets=settings(root))
+    cache = root / "flipped"
+    cache_teacher(config, str(root / "train" / "*.tar"), cache)
+    more = load_config(sets=[*settings(root), "cache.blocks=[0]"])
+    cache_teacher(more, str(root / "train" / "*.tar"), cache, "append")
+    files = [f for f in sorted(cache.rglob("*")) if f.is_file()]
+    weights = [f.stat().st_size for f in files]
+    missed = []
+    sys.stderr = io.StringIO()
+    for number in range(count):
+        # Half of them anywhere by bytes, half in any file: most bytes are features.
+        file = rng.choices(files, weights)[0] if number % 2 else rng.choice(files)
+        exact = file.read_bytes()
+        place, bit = rng.randrange(len(exact)), rng.randrange(8)
+        file.write_bytes(exact[:place] + bytes([exact[place] ^ 1 << bit]) + exact[place + 1 :])
+        try:
+            found = not verify(config, cache).whole
+        except ValueError:
+            found = True
+        if not found:
+            missed.append(f"{file.relative_to(cache)} byte {place} bit {bit}")
+        file.write_bytes(exact)
+    sys.stderr = sys.__stderr__
+    assert verify(config, cache).whole
+    print(f"flipped bits: {count}, found: {count - len(missed)}")
+    for place_of in missed:
+        print(f"  missed: {place_of}")
+    assert not missed
+
+
+if __name__ == "__main__":
+    main()
