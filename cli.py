@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-cache_app = typer.Typer(help="Look at feature caches.", no_args_is_help=True)
+cache_app = typer.Typer(help="Plan, look at and verify feature caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe.")]
@@ -27,6 +27,9 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+# Numbers that are printed of a list; JSON has all.
+_MOST = 24
+CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
 @app.command()
@@ -57,7 +60,7 @@ def cache_teacher(
     image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
-    codec: Annotated[str | None, typer.Option(help="float16, bfloat16, int8, int4, int3 or int2.")] = None,
+    codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
     precision: Annotated[str | None, typer.Option(help="Of the teacher: no (float32), bf16 or fp16.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -163,16 +166,65 @@ def evaluate(
 @cache_app.command("info")
 def cache_info(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a cache holds: teachers, data, blocks, codec and its errors, size."""
+    from pipeline.cache.info import cache_info as run
+
+    _report(run(cache), as_json)
+
+
+@cache_app.command("plan")
+def cache_plan(
+    shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
+    teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
+    codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
+    views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the cache would lie: whose free disk counts.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long the teacher runs.")] = 20.0,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache holds: teacher, data, blocks, codec, size."""
-    from pipeline.cache.info import cache_info as run
+    """What a cache would cost: bytes, hours, and which codec, blocks and views fit the disk. Writes nothing."""
     from pipeline.config import load_config
+    from pipeline.plan import plan as run
 
-    load_config(config, sets or ())
-    _report(run(cache), as_json)
+    options = {
+        "teacher.name": teacher,
+        "teacher.weights": weights,
+        "teacher.image_size": image_size,
+        "cache.blocks": None if blocks is None else blocks.split(","),
+        "cache.codec": codec,
+        "views.count": views,
+    }
+    _report(run(load_config(config, sets or (), options), shards, out, seconds), as_json)
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
+    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher; default: the cache's first.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Records that the teacher computes again.")] = 64,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing shards again.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every file with its checksum and, given the teacher, a sample with what it computes now."""
+    from pipeline.config import load_config
+    from pipeline.verify import verify as run
+
+    tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
+    live = teacher is not None or weights is not None
+    result = run(tree, cache, live=live, shards=shards, sample=sample, repair=repair)
+    _report(result, as_json)
+    result.check()
 
 
 @app.command()
@@ -192,27 +244,66 @@ def demo(
 
 
 def _report(result: Any, as_json: bool) -> None:
-    """Print a stage's result: one JSON object, or a line a figure. Only the first process speaks."""
+    """Print a stage's result: one JSON object, or lines of figures. Only the first process speaks."""
     if os.environ.get("RANK", "0") != "0":
         return
     value = dataclasses.asdict(result)
-    if as_json:
-        print(json.dumps(value, default=str), flush=True)
-        return
+    print(json.dumps(value, default=str) if as_json else "\n".join(_lines(value)), flush=True)
+
+
+def _lines(value: dict[Any, Any]) -> Iterator[str]:
+    """A line a figure; what is nested deeper is indented, and a list of flat rows is a table."""
     for name, field in value.items():
-        print(f"{name}: {_text(field)}")
+        inner: Iterable[str] = ()
+        kinds = {type(v) for v in field.values()} if isinstance(field, dict) else set()
+        if dict in kinds or kinds == {str}:
+            inner = _lines(field)
+        elif isinstance(field, list) and field and isinstance(field[0], dict):
+            flat = not any(isinstance(cell, dict | list) for row in field for cell in row.values())
+            inner = _table(field) if flat else _items(field)
+        if inner:
+            yield f"{name}:"
+            yield from (f"  {line}" for line in inner)
+        else:
+            yield f"{name}: {_text(field, name)}"
 
 
-def _text(value: Any) -> str:
+def _items(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        first, *others = _lines(row)
+        yield f"- {first}"
+        yield from (f"  {line}" for line in others)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    cells = [list(rows[0]), *([_text(v, name) for name, v in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+
+
+def _text(value: Any, name: object = "") -> str:
+    if value is None or value in ([], (), {}):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and "bytes" in str(name):
+        return _size(value)
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(
-            f"{k} {_text(v)}" if not isinstance(v, dict) else f"{k} ({_text(v)})" for k, v in value.items()
-        )
+        return ", ".join(f"{k} ({_text(v)})" if isinstance(v, dict) else f"{k} {_text(v, k)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "none" if value is None else str(value)
+        more = f" ... ({len(value)} in all)" if len(value) > _MOST else ""
+        return ", ".join(map(_text, value[:_MOST])) + more
+    return str(value)
+
+
+def _size(count: int) -> str:
+    """1234567 -> 1.23 MB."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 def run_with_messages(command: Callable[[], object]) -> None:

@@ -6,7 +6,7 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -43,8 +43,9 @@ from pipeline.models import Vit, load_teacher, local_folder, weight_hash
 from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
-from pipeline.shards import NO_LABEL, ImageFile, Survey, content_hash, index_shards, survey
+from pipeline.shards import ImageFile, Survey, content_hash, index_shards, relocate, survey
 from pipeline.stores import Place, open_store
+from pipeline.tars import NO_LABEL
 from pipeline.views import apply_view, draw_positions, draw_view, normalise
 from singer.matching import take_patches
 from singer.tail import TeacherTail, tail_state
@@ -316,11 +317,16 @@ class Extractor:
         return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 
 
-def fill(part: Part, pending: Sequence[int], extract: Extractor) -> int:
-    """Compute and write this process's share of the pending shards; the number of records that all processes do."""
+def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
+    """Compute and write this process's share of the pending shards; the number of records that all processes do.
+
+    shards: where the images lie now, if they have moved. Raises ValueError if they are gone or have changed.
+    """
+    if not pending:
+        return 0
     manifest, index = part.manifest, read_index(part.store)
     config, accelerator = extract.config, extract.accelerator
-    encode = Encoder(part, index, extract)
+    encode = Encoder(manifest, index, calibration_on(part, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
     ranges = [manifest.shard_range(s) for s in own]
@@ -331,7 +337,7 @@ def fill(part: Part, pending: Sequence[int], extract: Extractor) -> int:
 
     written: Future[None] | None = None
     with (
-        ImageFile(index.images) as files,
+        ImageFile(relocate(index.images, shards)) as files,
         # One shard is written while the teacher computes the next.
         ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
@@ -363,13 +369,19 @@ class Batch:
     extra: Values
 
 
-class Encoder:
-    """Features and views of a batch -> the values of a part's arrays, on the CPU."""
+def calibration_on(part: Part, device: torch.device) -> dict[int, Calibration]:
+    return {block: calibration.to(device) for block, calibration in read_calibration(part).items()}
 
-    def __init__(self, part: Part, index: Index, extract: Extractor) -> None:
-        self._manifest, self._index = part.manifest, index
-        self._codec = CODECS[part.manifest.codec]
-        self._calibration = {b: c.to(extract.device) for b, c in read_calibration(part).items()}
+
+class Encoder:
+    """Features and views of a batch -> the values of a part's arrays, on the CPU.
+
+    calibration: of every block, on the device of the features.
+    """
+
+    def __init__(self, manifest: Manifest, index: Index, calibration: Mapping[int, Calibration]) -> None:
+        self._manifest, self._index = manifest, index
+        self._codec, self._calibration = CODECS[manifest.codec], calibration
 
     def load(self, files: ImageFile, records: np.ndarray) -> Batch:
         """Decode the views, once for the teacher and, at the size of stored pixels, once for the students."""
@@ -380,14 +392,18 @@ class Encoder:
             same = pixels.size == teacher.image_size
             small = views if same else views_of(files, self._index, records, pixels.size)
             extra[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
-        if self._manifest.sampled:
-            seed, count = self._manifest.views["seed"], self._manifest.stored_patches
-            drawn = [
-                draw_positions(seed, self._index.key(r), int(self._index.view[r]), teacher.patches, count)
-                for r in records
-            ]
-            extra[POSITIONS] = torch.from_numpy(np.stack(drawn))
-        return Batch(records, torch.from_numpy(views), extra)
+        return Batch(records, torch.from_numpy(views), extra | self.positions(records))
+
+    def positions(self, records: np.ndarray) -> Values:
+        """Which patches of some records are stored; nothing if all are."""
+        if not self._manifest.sampled:
+            return {}
+        seed, patches = self._manifest.views["seed"], self._manifest.teacher.patches
+        drawn = [
+            draw_positions(seed, self._index.key(r), int(self._index.view[r]), patches, self._manifest.stored_patches)
+            for r in records
+        ]
+        return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
     def __call__(self, features: dict[int, Tensor], batch: Batch) -> Values:
         values = dict(batch.extra)

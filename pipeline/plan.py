@@ -5,139 +5,271 @@ The teacher runs for some seconds on images from all over the shards, and every 
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
+from pipeline.cache.fidelity import fidelity
+from pipeline.cache.format import FEATURES, PIXELS, Index, Manifest
 from pipeline.cache.growth import Addition, Rows
-from pipeline.cache_teacher import Extractor, describe, draw_index, views_of
+from pipeline.cache.zarr_shards import array_metadata, pack_shard
+from pipeline.cache_teacher import (
+    Batch,
+    Encoder,
+    Extractor,
+    Values,
+    check_codec,
+    check_finite,
+    describe,
+    draw_index,
+    join_rows,
+    views_of,
+)
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
 from pipeline.models import load_teacher
 from pipeline.prefetch import prefetch
-from pipeline.progress import meter
+from pipeline.progress import say
 from pipeline.shards import ImageFile, index_shards, survey
 from pipeline.stores import Place, is_remote
-from singer.matching import take_patches
+from singer.tail import tail_state
 from singer.vit import resolve_blocks
 
-_SAMPLE = 64
+# Images that are drawn; records of which features are kept, at most so many bytes of them.
+_IMAGES = 1024
+_RECORDS = 32
+_FEATURE_BYTES = 2**30
 _SHARES = (1.0, 0.5)
 # Of the free disk; the rest is for what else grows there.
 _USABLE = 0.95
+_END_OF_SHARD = 4
 
 
 @dataclass(frozen=True)
 class PlanOption:
-    """A way to store the features. bytes_per_image: of all blocks and views; total: of all images."""
+    """A way to store the features. bytes: of the whole cache; bytes_per_image: of all its blocks and views.
+
+    error: relative error of clean patch tokens, at the worst block; fits: on the free disk; max_views, max_blocks: how
+    many views of these blocks, and how many blocks of these views, would fit at most. None where the disk is not known.
+    """
 
     codec: str
     token_share: float
+    error: float
     bytes_per_image: int
-    total: int
-    fits: bool
+    bytes: int
+    fits: bool | None
+    max_views: int | None
+    max_blocks: int | None
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """images_per_second: of the teacher with decoding and codec `chosen`; hours: for all views on this one device.
+    """images_per_second: views that the teacher sees, with decoding and encoding; hours: for all views, on this device.
 
-    chosen: the configured codec and share; best_fit: the most exact option that fits the free disk, or None;
-    teacher_passes: how often the teacher sees an image, from the cache (`views`) and online (`epochs` a student);
-    break_even_students: from how many students on the cache costs less of the teacher than running it online.
+    online_hours: of the teacher for the `epochs` of one student that runs it anew for every image; the cache pays off
+    from break_even_students on. chosen: as configured; best_fit: of the options that fit, the one with the smallest
+    error, all tokens before fewer; free_bytes: where the cache would lie.
     """
 
     images: int
     views: int
     blocks: tuple[int, ...]
+    pixels: str
     images_per_second: float
     hours: float
+    epochs: int
+    online_hours: float
+    break_even_students: int
     free_bytes: int | None
     chosen: PlanOption
     best_fit: PlanOption | None
-    epochs: int
-    break_even_students: int
     options: list[PlanOption]
 
 
 def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
-    """Raises ValueError for whatever the user can mend."""
+    """Run the teacher for some seconds; nothing is written. out: where the cache would lie.
+
+    Images are read from memory after the first time, so a slow disk can make the real run slower. Raises ValueError for
+    whatever the user can mend.
+    """
+    check_codec(config.cache.codec)
     images = index_shards(shards, config.cache.on_error)
-    count = len(images)
     rng = np.random.default_rng(0)
-    chosen = np.sort(rng.choice(count, min(count, 16 * _SAMPLE), replace=False))
+    chosen = np.sort(rng.choice(len(images), min(len(images), _IMAGES), replace=False))
     found = survey(images.select(chosen), config.cache.workers, config.cache.on_error)
-    teacher = load_teacher(config.teacher)
+    vit = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    teacher.model.to(accelerator.device)
-    extract = Extractor(config, teacher, accelerator)
+    vit.model.to(accelerator.device)
+    extract = Extractor(config, vit, accelerator)
     blocks = tuple(resolve_blocks(config.cache.blocks, extract.teacher.depth))
     rows = Rows(found, 0, config.views.count)
-    describe(config, Addition(blocks, rows), extract.teacher)
     index = draw_index(config.views, rows)
-    records = rng.permutation(len(index))
+    manifest = describe(config, Addition(blocks, rows), extract.teacher)
 
-    features: dict[int, list[Tensor]] = {b: [] for b in blocks}
-    size, done, start = config.cache.batch_size, 0, 0.0
-    with ImageFile(found.images) as files, meter("probe", int(seconds), "seconds") as m:
-        batches = (np.resize(records, size + i)[i:] for i in range(0, 10**9, size))
-        for views in prefetch(lambda r: views_of(files, index, r, teacher.image_size), batches, config.cache.workers):
-            outputs = {b: x.cpu() for b, x in extract.features(torch.from_numpy(views), blocks).items()}
-            if start == 0.0:  # the first batch warms up
-                start = time.perf_counter()
-                continue
-            done += len(views)
-            if sum(len(x) for x in features[blocks[0]]) < _SAMPLE:
-                for block, x in outputs.items():
-                    features[block].append(x[:_SAMPLE])
-            m.advance(0)
-            if time.perf_counter() - start > seconds:
-                break
-    rate = done / (time.perf_counter() - start)
-    free = None if out is None or is_remote(out) else free_bytes(Path(out))
-    sample = {b: torch.cat(x) for b, x in features.items()}
-    options = [
-        PlanOption(codec, share, each, each * count, free is None or each * count <= _USABLE * free)
-        for codec in CODECS
-        if not codec.endswith("-plain")
-        for share in sorted({*_SHARES, config.cache.token_share}, reverse=True)
-        for each in [config.views.count * record_bytes(sample, codec, share, extract.teacher.prefix_tokens)]
-    ]
+    records = rng.permutation(len(index))
+    with ImageFile(found.images) as files:
+        features = sample_features(extract, files, index, records, blocks)
+        calibration = {b: calibrate(x, extract.teacher.prefix_tokens) for b, x in features.items()}
+        encode = Encoder(manifest, index, calibration)
+        say(f"the teacher runs for {seconds:g} s")
+        rate = measure_rate(extract, encode, files, records, blocks, seconds)
+        sample = records[: len(features[blocks[0]])]
+        pixels = encode.load(files, sample).extra.get(PIXELS)
+    probe = Probe(
+        config=config,
+        extract=extract,
+        rows=rows,
+        index=index,
+        images=len(images),
+        sample=sample,
+        features=features,
+        calibration=calibration,
+        pixel_bytes=0.0 if pixels is None else sum(packed({PIXELS: pixels}, manifest).values()),
+        free=None if out is None or is_remote(out) else free_bytes(Path(out)),
+    )
+    codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
+    shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
+    options = [option for codec in codecs for option in probe.options(codec, shares)]
     own = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
+    fitting = [o for o in options if o.fits]
+    epochs, views = config.distill.epochs, config.views.count
     return PlanResult(
-        images=count,
-        views=config.views.count,
+        images=len(images),
+        views=views,
         blocks=blocks,
+        pixels=config.views.pixels,
         images_per_second=rate,
-        hours=count * config.views.count / rate / 3600,
-        free_bytes=free,
+        hours=len(images) * views / rate / 3600,
+        epochs=epochs,
+        online_hours=len(images) * epochs / rate / 3600,
+        break_even_students=-(-views // epochs),
+        free_bytes=probe.free,
         chosen=own,
-        best_fit=next((o for o in sorted(options, key=lambda o: -o.token_share) if o.fits), None),
-        epochs=config.distill.epochs,
-        break_even_students=-(-config.views.count // config.distill.epochs),
+        best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
         options=options,
     )
 
 
-def record_bytes(sample: dict[int, Tensor], codec: str, share: float, prefix: int) -> int:
-    """Mean stored bytes of a record, all blocks together; measured, since outliers differ from teacher to teacher."""
-    total = 0.0
-    for x in sample.values():
-        calibration = calibrate(x, prefix)
-        patches = x.shape[1] - prefix
-        kept = max(1, round(share * patches))
-        positions = torch.rand(len(x), patches, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :kept]
-        total += sum(map(_bytes, _values(CODECS[codec].encode(take_patches(x, prefix, positions), calibration)))) / len(
-            x
+def sample_features(
+    extract: Extractor, files: ImageFile, index: Index, records: np.ndarray, blocks: Sequence[int]
+) -> dict[int, Tensor]:
+    """{block: features (n, N, d)} of the first of some records, on the teacher's device."""
+    teacher, size = extract.teacher, extract.config.cache.batch_size
+    record_bytes = 4 * len(blocks) * (teacher.prefix_tokens + teacher.patches) * teacher.width
+    count = min(len(records), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+    outputs = []
+    for batch in np.split(records[:count], range(size, count, size)):
+        views = views_of(files, index, batch, teacher.image_size)
+        outputs.append(extract.features(torch.from_numpy(views), blocks))
+        check_finite(outputs[-1], batch, index)
+    return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
+
+
+def measure_rate(
+    extract: Extractor,
+    encode: Encoder,
+    files: ImageFile,
+    records: np.ndarray,
+    blocks: Sequence[int],
+    seconds: float,
+) -> float:
+    """Records a second that are decoded, run through the teacher and encoded."""
+    size = extract.config.cache.batch_size
+    batches = np.split(records, range(size, len(records), size))
+    done, start = 0, time.perf_counter()
+    for batch in prefetch(lambda r: encode.load(files, r), cycle(batches), extract.config.cache.workers):
+        encode(extract.features(batch.pixels, blocks), batch)
+        done += len(batch.records)
+        if time.perf_counter() - start >= seconds:
+            break
+    return done / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is measured once for all options. rows: the images drawn; sample: the records that `features` are of."""
+
+    config: Config
+    extract: Extractor
+    rows: Rows
+    index: Index
+    images: int
+    sample: np.ndarray
+    features: Mapping[int, Tensor]
+    calibration: Mapping[int, Calibration]
+    pixel_bytes: float
+    free: int | None
+
+    def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
+        """One for every share of tokens; none if a codec that is not the chosen one cannot hold these features."""
+        try:
+            measured = [fidelity(CODECS[codec], x, self.calibration[b]) for b, x in self.features.items()]
+            error = max(m["clean"]["relative_error"] for m in measured)
+            return [self.option(codec, share, error) for share in shares]
+        except ValueError:  # beyond its range
+            if codec == self.config.cache.codec:
+                raise
+            return []
+
+    def option(self, codec: str, share: float, error: float) -> PlanOption:
+        cache = self.config.cache.model_copy(update={"codec": codec, "token_share": share})
+        teacher, views = self.extract.teacher, self.config.views.count
+        manifest = describe(
+            self.config.model_copy(update={"cache": cache}), Addition(tuple(self.features), self.rows), teacher
         )
-    # Per record: the places of its chunks in the shard, and its patches' positions.
-    parts = sum(len(CODECS[codec].parts(x.shape[1], x.shape[2])) for x in sample.values())
-    return round(total + 16 * parts + (2 * kept if share < 1 else 0))
+        encode = Encoder(manifest, self.index, self.calibration)
+        batch = Batch(self.sample, torch.empty(0), encode.positions(self.sample))
+        arrays = packed(encode(dict(self.features), batch), manifest)
+        of_features = sum(size for name, size in arrays.items() if name.startswith(FEATURES))
+        beside = sum(arrays.values()) - of_features + self.pixel_bytes
+        # The images drawn stand for all.
+        indexed = len(self.index.to_bytes()) / len(self.index)
+        fixed = self.fixed_bytes(manifest)
+
+        def total(views: float, blocks: float) -> float:
+            return self.images * views * (of_features * blocks / len(manifest.blocks) + beside + indexed) + fixed
+
+        whole = round(total(views, len(manifest.blocks)))
+        if self.free is None:
+            return PlanOption(codec, share, error, round(whole / self.images), whole, None, None, None)
+        room = _USABLE * self.free
+        a_view = total(1, len(manifest.blocks)) - fixed
+        a_block = total(views, 1) - total(views, 0)
+        return PlanOption(
+            codec=codec,
+            token_share=share,
+            error=error,
+            bytes_per_image=round(whole / self.images),
+            bytes=whole,
+            fits=whole <= room,
+            max_views=max(0, int((room - fixed) / a_view)),
+            max_blocks=max(0, min(teacher.depth, int((room - total(views, 0)) / a_block))),
+        )
+
+    def fixed_bytes(self, manifest: Manifest) -> int:
+        """Of what does not grow with the images: mostly the end of the teacher."""
+        tail = tail_state(self.extract.vit.model.state_dict(), manifest.blocks[0])
+        calibration = [t for c in self.calibration.values() for t in c.tensors().values()]
+        compression = {name: manifest.compression(name) for name in manifest.arrays()}
+        small = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
+        return sum(t.numel() * t.element_size() for t in [*tail.values(), *calibration]) + sum(map(len, small.values()))
+
+
+def packed(values: Values, manifest: Manifest) -> dict[str, float]:
+    """{array: stored bytes a record} of the values of some records."""
+    sizes = {}
+    for name, stored in join_rows([values]).items():
+        count = len(stored.lengths) if isinstance(stored, Ragged) else len(stored)
+        pieces = pack_shard(stored, count, manifest.compression(name))
+        sizes[name] = (sum(map(len, pieces)) - _END_OF_SHARD) / count
+    return sizes
 
 
 def free_bytes(folder: Path) -> int:
@@ -146,11 +278,3 @@ def free_bytes(folder: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def _values(stored: Stored) -> list[Tensor]:
-    return [part.data if isinstance(part, Ragged) else part for part in stored.values()]
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

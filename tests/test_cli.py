@@ -1,9 +1,11 @@
 """The command line: what it prints, and that every mistake is one line, exit code 2, and nothing written."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_vit, tree_bytes
@@ -28,8 +30,9 @@ def test_chain_with_json(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def result(*args: object) -> dict[str, object]:
-        assert run(monkeypatch, *args, "--config", config_file, "--json") == 0
+    def result(*args: object) -> dict[str, Any]:
+        config = [] if args[:2] == ("cache", "info") else ["--config", config_file]
+        assert run(monkeypatch, *args, *config, "--json") == 0
         value = json.loads(capfd.readouterr().out.splitlines()[-1])
         assert isinstance(value, dict)
         return value
@@ -38,17 +41,25 @@ def test_chain_with_json(
     made = result("prepare", images, "--out", tmp_path / "shards")
     assert made["images"] == 100
     shards = tmp_path / "shards" / "shards-{000000..000000}.tar"
+    planned = result("cache", "plan", "--shards", shards, "--codec", "int8", "--seconds", 0.05, "--out", tmp_path)
+    assert planned["chosen"]["codec"] == "int8" and planned["best_fit"]["codec"] == "float16"
+    assert not (tmp_path / "cache").exists()
     cache = result("cache-teacher", "--shards", shards, "--out", tmp_path / "cache", "--blocks", "-2,-1")
     assert cache["blocks"] == [2, 3] and cache["records"] == 100
-    assert result("cache", "info", tmp_path / "cache")["id"] == cache["id"]
+    info = result("cache", "info", tmp_path / "cache")
+    assert info["teachers"][0]["id"] == cache["id"] and info["bytes"] == cache["bytes"]
+    assert info["teachers"][0]["fidelity"]["2"]["clean"]["cosine"] > 0.999
+    weights = world / "teacher" / "model.safetensors"
+    verified = result("cache", "verify", tmp_path / "cache", "--weights", weights, "--sample", 9)
+    assert verified["whole"] is True and verified["parts"][0]["live"]["records"] == 9
     adapters = result("refine", "--cache", tmp_path / "cache", "--out", tmp_path / "a", "--rank", 3, "--steps", 20)
-    assert adapters["cleaner"] == "adapter" and set(adapters["blocks"]) == {"2", "3"}  # type: ignore[call-overload]
+    assert adapters["cleaner"] == "adapter" and set(adapters["blocks"]) == {"2", "3"}
     trained = ["distill", "--cache", tmp_path / "cache", "--adapters", tmp_path / "a", "--out", tmp_path / "run"]
     assert result(*trained, "--epochs", 1)["steps"] == 7
     probed = result("evaluate", tmp_path / "run", "--train", shards, "--test", world / "test" / "*.tar")
     for probe in ("linear", "knn"):
         for tokens in ("cls", "mean_patch"):
-            assert 0 <= probed[probe][tokens]["top1"] <= 100  # type: ignore[index]
+            assert 0 <= probed[probe][tokens]["top1"] <= 100
 
 
 # name: (arguments, a part of the message); {w} is the world, {o} a fresh output
@@ -112,12 +123,30 @@ MISTAKES = {
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),
     "info of nothing": ("cache info {w}/none", "none is no feature cache"),
+    "verify nothing": ("cache verify {w}/none", "none is no feature cache"),
+    "verify no weights": ("cache verify {w}/cache --weights {w}/w.pth", "w.pth: no such file"),
+    "verify another teacher": (
+        "cache verify {w}/cache --teacher local-dir:{m}",
+        "the cache's teacher.model_args.embed_",
+    ),
+    "repair with other weights": (
+        "cache verify {w}/cache --repair --weights {m}/model.safetensors",
+        "do not fit local",
+    ),
+    "verify without its shards": ("cache verify {w}/cache --repair --shards {w}/test/*.tar", "--shards does not give"),
+    "damaged cache": (
+        "cache verify {d}",
+        "2 of 4 shards of {d} are damaged or missing: 1, 3; repair with singer cache",
+    ),
+    "plan without shards": ("cache plan --shards {w}/x-*.tar", "no shard matches"),
+    "plan with no codec": ("cache plan --shards {w}/train/*.tar --codec int7", "no codec 'int7'; known"),
+    "plan beyond the teacher": ("cache plan --shards {w}/train/*.tar --blocks 2,9", "block 9 does not exist"),
 }
 
 
 @pytest.fixture(scope="session")
 def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """m: a model of another width; c: another cache; f: shards without labels."""
+    """m: a model of another width; c: another cache; d: a damaged one; f: shards without labels."""
     from conftest import world_config
     from PIL import Image
 
@@ -129,11 +158,16 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     save_vit(wide, wide.model.state_dict(), root / "m")
     config = world_config(world)
     cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 10)
+        cache_teacher(config, str(world / "test" / "*.tar"), root / "d")
+    (root / "d" / "features/2/values/c/1/0/0").unlink()
+    (root / "d" / "features/3/values/c/3/0/0").write_bytes(b"")
     (root / "flat").mkdir()
     for name in "ab":
         Image.new("RGB", (9, 9)).save(root / "flat" / f"{name}.png")
     prepare(config, root / "flat", root / "f")
-    return {"m": root / "m", "c": root / "c", "f": root / "f"}
+    return {name: root / name for name in "mcdf"}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -148,15 +182,61 @@ def test_mistake(
 ) -> None:
     command, message = MISTAKES[name]
     args = [part.format(w=world, o=tmp_path / "out", **extras) for part in command.split()]
-    if "--config" not in args:
+    if "--config" not in args and not command.startswith("cache info"):
         args += ["--config", str(config_file)]
     before = tree_bytes(world)
     assert run(monkeypatch, *args) == 2
     error = capfd.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: "), error
-    assert message in error[0]
+    assert message.format(**extras) in error[0]
     assert not (tmp_path / "out").exists()
     assert tree_bytes(world) == before
+
+
+def test_a_damaged_cache_is_reported_before_the_error(
+    extras: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "cache", "verify", extras["d"], "--json") == 2
+    value = json.loads(capsys.readouterr().out)
+    (part,) = value["parts"]
+    assert value["whole"] is False and part["damaged"] == [1, 3] and part["live"] is None
+    assert part["files"]["features/2/values/c/1/0/0"] == "missing"
+    assert run(monkeypatch, "cache", "verify", extras["d"]) == 2
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"whole: no", "damaged: 1, 3", "missing: none", "features/2/values/c/1/0/0: missing"} < set(lines)
+
+
+def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclasses.dataclass
+    class Result:
+        bytes: int
+        numbers: list[int]
+        nothing: None
+        options: list[dict[str, object]]
+        parts: list[dict[str, object]]
+        blocks: dict[int, dict[str, dict[str, float]]]
+
+    rows: list[dict[str, object]] = [{"codec": "int8", "fits": True}, {"codec": "float16", "fits": None}]
+    parts: list[dict[str, object]] = [{"part": ".", "files": {"a/b": "missing"}, "damaged": []}]
+    result = Result(1_234_567, list(range(30)), None, rows, parts, {2: {"clean": {"error": 0.12345, "cosine": 1.0}}})
+    cli._report(result, as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "bytes: 1.23 MB",
+        f"numbers: {', '.join(map(str, range(24)))} ... (30 in all)",
+        "nothing: none",
+        "options:",
+        "    codec  fits",
+        "     int8   yes",
+        "  float16  none",
+        "parts:",
+        "  - part: .",
+        "    files:",
+        "      a/b: missing",
+        "    damaged: none",
+        "blocks:",
+        "  2:",
+        "    clean: error 0.1235, cosine 1",
+    ]
 
 
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from pipeline.stores import Place, open_store
 class TeacherInfo:
     """One teacher's features in a cache. records: views of images; missing: shards still to do.
 
-    bytes: of its stored features; ratio: against float16 of all tokens; fidelity: {block: errors and norms} as measured
-    when the cache was begun, on a sample of its records.
+    bytes: of its stored features; ratio: how many times smaller than float16 of all tokens; fidelity: {block: norms of
+    patch tokens, errors of the codec on prefix, clean and artifact tokens} as measured when the block was first cached,
+    on a sample of its records.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """images, labelled: of all parts; views: settings by which they were drawn; bytes: of everything."""
+    """images, labelled: of all parts; views: how they were drawn, and the largest number of an image; bytes: of all."""
 
     cache: Place
     version: int
@@ -67,12 +68,17 @@ def cache_info(place: Place) -> CacheInfo:
         version=manifests[0].version,
         images=sum(d.images for d in by_images.values()),
         labelled=sum(d.labelled for d in by_images.values()),
-        views=manifests[0].views,
+        views=_views(manifests),
         pixels=next((m.pixels.kind for m in manifests if m.pixels), "none"),
         parts=len(parts),
         bytes=sum(store.sizes().values()),
         teachers=[_teacher_info(p) for p in teachers.values()],
     )
+
+
+def _views(manifests: list[Manifest]) -> dict[str, Any]:
+    settings = {k: v for k, v in manifests[0].views.items() if k != "first"}
+    return settings | {"count": max(m.views.get("first", 0) + m.views["count"] for m in manifests)}
 
 
 def _teacher_info(parts: list[Part]) -> TeacherInfo:
@@ -89,7 +95,7 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
                 exact += float16_bytes(m) * int(np.subtract(*m.shard_range(shard)[::-1]))
         if FIDELITY in m.files:
             figures = read_json(part.store, FIDELITY, "part of a cache")
-            fidelity |= {b: figures[str(b)] for b in m.blocks}
+            fidelity |= {b: figures.get(str(b)) for b in m.blocks}
     return TeacherInfo(
         name=first.teacher.name,
         weights=first.teacher.weights,
@@ -106,7 +112,7 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
         missing=missing,
         bytes=stored,
         ratio=exact / stored if stored else 0.0,
-        fidelity=fidelity,
+        fidelity=dict(sorted(fidelity.items())),
     )
 
 

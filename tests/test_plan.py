@@ -1,0 +1,146 @@
+"""Planning a cache: its figures are those of the cache that is then made."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import world_config
+
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.outputs import CONFIG, PROVENANCE
+from pipeline.plan import PlanResult, free_bytes, plan
+
+VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")
+QUICK = 0.05
+
+
+def shards(world: Path) -> str:
+    return str(world / "train" / "*.tar")
+
+
+def quick(world: Path, config: Config, **options: Any) -> PlanResult:
+    return plan(config, shards(world), seconds=QUICK, **options)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        (),
+        ("cache.codec=int8",),
+        ("cache.codec=int4", *VIEWS),
+        ("cache.codec=int4-plain", "cache.blocks=[0,1,2,3]"),
+        ("cache.token_share=0.5", "cache.codec=int8"),
+        ("cache.token_share=0.3", *VIEWS),
+        ("cache.lossless=zstd",),
+        ("views.pixels=uint8", "cache.codec=int2"),
+        ("views.pixels=jpeg", *VIEWS, "views.pixel_size=48", "cache.codec=int2"),
+    ],
+    ids=lambda sets: " ".join(sets),
+)
+def test_bytes_are_those_of_the_cache(sets: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+    config = world_config(world, *sets)
+    planned = quick(world, config)
+    cache_teacher(config, shards(world), tmp_path / "c")
+    # What else there is weighs a few kilobytes, whatever the number of images.
+    beside = {"manifest.json", "fidelity.json", CONFIG, PROVENANCE}
+    made = [f for f in (tmp_path / "c").rglob("*") if f.is_file() and f.parent.name != "journal"]
+    real = sum(f.stat().st_size for f in made if f.name not in beside)
+    assert planned.chosen.bytes == pytest.approx(real, rel=0.03)
+    assert planned.chosen.bytes_per_image == pytest.approx(real / 100, rel=0.03)
+    assert planned.chosen.codec == config.cache.codec and planned.chosen.token_share == config.cache.token_share
+
+
+def test_figures_fit_each_other(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.plan.free_bytes", lambda _: 400_000)
+    result = quick(world, world_config(world, *VIEWS, "distill.epochs=3"), out="somewhere")
+    assert (result.images, result.views, result.blocks) == (100, 2, (2, 3))
+    assert result.hours == pytest.approx(200 / result.images_per_second / 3600)
+    assert result.online_hours == pytest.approx(300 / result.images_per_second / 3600)
+    assert result.break_even_students == 1
+    options = {(o.codec, o.token_share): o for o in result.options}
+    assert len(options) == len(result.options) == 7 * 2
+    assert result.chosen == options["float16", 1.0]
+    # By bytes and by error, codecs stand in their order.
+    ordered = [options[c, 1.0] for c in ("float16", "int8", "int4", "int3", "int2", "int1")]
+    assert [o.bytes for o in ordered] == sorted((o.bytes for o in ordered), reverse=True)
+    assert [o.error for o in ordered] == sorted(o.error for o in ordered) and 0 < ordered[0].error < 1e-3
+    assert all(options[c, 0.5].bytes < options[c, 1.0].bytes for c, _ in options)
+    assert [o.fits for o in ordered] == [o.bytes <= 380_000 for o in ordered]
+    assert result.best_fit == next(o for o in ordered if o.fits) and not ordered[0].fits
+
+
+def test_what_fits_is_what_is_said(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One view or block more than said does not fit; as many as said do."""
+    monkeypatch.setattr("pipeline.plan.free_bytes", lambda _: 500_000)
+
+    def fits(*sets: str) -> bool | None:
+        return quick(world, world_config(world, "cache.codec=int8", "views.flip=0.5", *sets), out="x").chosen.fits
+
+    option = quick(world, world_config(world, "cache.codec=int8", "views.flip=0.5"), out="x").chosen
+    assert option.max_views is not None and option.max_views > 1
+    assert fits(f"views.count={option.max_views}") and not fits(f"views.count={option.max_views + 1}")
+    views = "views.count=3"
+    option = quick(world, world_config(world, "cache.codec=int8", "views.flip=0.5", views), out="x").chosen
+    assert option.max_blocks == 2
+    # These begin at the same block, so that the tail is the same.
+    assert fits(views, "cache.blocks=[2,3]")
+    assert not fits(views, "cache.blocks=[1,2,3]")
+
+
+def test_more_views_than_epochs_need_more_students(world: Path) -> None:
+    result = quick(world, world_config(world, "views.flip=0.5", "views.count=7", "distill.epochs=2"))
+    assert result.break_even_students == 4
+
+
+def test_rate_is_that_of_the_teacher(world: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slowed down to 7 images in at least 0.1 s; the sample is smaller than what is run, and serves again."""
+    from time import sleep
+
+    from pipeline.cache_teacher import Extractor
+
+    features = Extractor.features
+
+    def slow(self: Extractor, *args: Any) -> Any:
+        sleep(0.1)
+        return features(self, *args)
+
+    monkeypatch.setattr(Extractor, "features", slow)
+    monkeypatch.setattr("pipeline.plan._IMAGES", 14)
+    result = plan(config, shards(world), seconds=0.5)
+    assert 10 < result.images_per_second < 70 and result.images == 100
+
+
+def test_without_a_disk_nothing_is_said_to_fit(world: Path, config: Config, tmp_path: Path) -> None:
+    for out in (None, "s3://bucket/cache"):
+        result = quick(world, config, out=out)
+        assert result.free_bytes is None and result.best_fit is None
+        assert {(o.fits, o.max_views, o.max_blocks) for o in result.options} == {(None, None, None)}
+    assert free_bytes(tmp_path) > 0
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+    assert not (tmp_path / "a").exists()
+
+
+def test_mistakes(world: Path) -> None:
+    with pytest.raises(ValueError, match="no codec 'int7'; known"):
+        quick(world, world_config(world, "cache.codec=int7"))
+    with pytest.raises(ValueError, match="block 7 does not exist"):
+        quick(world, world_config(world, "cache.blocks=[7]"))
+
+
+def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
+    import torch
+    from conftest import make_vit
+
+    from pipeline.models import save_vit
+
+    loud = make_vit()
+    with torch.no_grad():
+        loud.model.pos_embed[0, 5, 3] += 1e5
+    save_vit(loud, loud.model.state_dict(), tmp_path / "loud")
+    sets = [f"teacher.name=local-dir:{tmp_path / 'loud'}"]
+    with pytest.raises(ValueError, match="beyond float16; use cache.codec bfloat16"):
+        quick(world, world_config(world, *sets))
+    result = quick(world, world_config(world, *sets, "cache.codec=bfloat16"))
+    assert {o.codec for o in result.options} == {"bfloat16"} and not dataclasses.asdict(result)["best_fit"]
