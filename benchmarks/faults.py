@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,7 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
     start = time.monotonic()
     run_processes(root, whole, 1, [])
     alone = time.monotonic() - start
+    a_shard = alone / (IMAGES // 4)
     expected = contents(whole)
     fell: collections.Counter[str] = collections.Counter()
     finished, done, caches = 0, 0, 0
@@ -105,9 +107,12 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
             world = rng.choice(WORLDS)
             extra = ["--resume"] if out.exists() else []
             before = shards_done(out)
-            # A rank of several starts slower, and a share of the runs should be hit before their first shard.
-            delay = rng.uniform(0, alone * rng.choice((0.3, 1.0, 1.5)))
-            killed = run_processes(root, out, world, extra, delay, one=world > 1 and rng.random() < 0.3, rng=rng)
+            # Some while they start and number their records, most when so many shards more are done.
+            early = rng.random() < 0.15
+            more = 0 if early else rng.randrange(1, 12)
+            delay = rng.uniform(0, alone if early else 2 * a_shard)
+            victim = rng.randrange(world) if rng.random() < 0.3 else None
+            killed = run_processes(root, out, world, extra, Kill(before + more, delay, victim))
             if not killed:
                 fell["after the end (not counted)"] += 1
                 continue
@@ -128,16 +133,17 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
     sys.stdout.flush()
 
 
-def run_processes(
-    root: Path,
-    out: Path,
-    world: int,
-    extra: list[str],
-    delay: float | None = None,
-    one: bool = False,
-    rng: random.Random | None = None,
-) -> bool:
-    """A caching run of `world` processes; killed after `delay` seconds. Whether it was killed before its end.
+@dataclass(frozen=True)
+class Kill:
+    """When: `delay` seconds after the journal has `shards` entries. Whom: a rank, or all."""
+
+    shards: int
+    delay: float
+    rank: int | None
+
+
+def run_processes(root: Path, out: Path, world: int, extra: list[str], kill: Kill | None = None) -> bool:
+    """A caching run of `world` processes, killed or to its end. Whether it was killed before its end.
 
     The processes are forked from this one, which has imported everything: the time goes to the work, not to imports.
     """
@@ -145,8 +151,8 @@ def run_processes(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [fork(rank, world, port, root, out, extra) for rank in range(world)]
-    victims = [rng.choice(processes)] if one and rng is not None else processes
-    deadline = None if delay is None else time.monotonic() + delay
+    victims = processes if kill is None or kill.rank is None else [processes[kill.rank]]
+    deadline: float | None = None
     running = set(processes)
     failed = False
     while running:
@@ -155,6 +161,8 @@ def run_processes(
             if pid:
                 running.discard(process)
                 failed |= status != 0
+        if kill is not None and deadline is None and shards_done(out) >= kill.shards:
+            deadline = time.monotonic() + kill.delay
         if deadline is not None and time.monotonic() > deadline and running:
             for process in running & set(victims):
                 os.kill(process, signal.SIGKILL)
@@ -162,7 +170,7 @@ def run_processes(
             deadline, victims = time.monotonic() + 1, processes
             failed = True
         time.sleep(0.005)
-    if delay is None:
+    if kill is None:
         assert not failed, f"a run into {out} failed"
     return failed
 

@@ -6,25 +6,20 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
+from pipeline.cache.codecs import CODECS, Calibration, calibrate
+from pipeline.cache.encoder import Encoder, Values, calibration_on, join_rows
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.format import (
-    FEATURES,
     FIDELITY,
-    PIXELS,
-    POSITIONS,
     DataManifest,
     Index,
     Manifest,
@@ -34,27 +29,24 @@ from pipeline.cache.format import (
 )
 from pipeline.cache.growth import Addition, Rows, plan_additions
 from pipeline.cache.parts import Part, part_name, read_parts
-from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.reader import joint_id, read_calibration
 from pipeline.cache.writer import check_same, create_part, small_files, write_shard
 from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
-from pipeline.models import Vit, load_teacher, local_folder, weight_hash
+from pipeline.extract import Extractor, check_finite
+from pipeline.models import load_teacher, local_folder
 from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
 from pipeline.shards import ImageFile, Survey, content_hash, index_shards, relocate, survey
 from pipeline.stores import Place, open_store
 from pipeline.tars import NO_LABEL
-from pipeline.views import apply_view, draw_positions, draw_view, normalise
-from singer.matching import take_patches
+from pipeline.views import draw_view
 from singer.tail import TeacherTail, tail_state
-from singer.vit import block_outputs, depth, grid_size, resolve_blocks
+from singer.vit import resolve_blocks
 
 STAGE = "cache-teacher"
-_CALIBRATION_RECORDS = 256
 _MAX_SHARD_RECORDS = 4096
-Values = dict[str, Tensor | Ragged]
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,8 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
         for part in mine(read_parts(open_store(out)), extract.teacher):
             # One list for all processes: a quick one may have finished a shard before a slow one looks.
             (pending,) = broadcast_object_list([part.pending()])
-            done += fill(part, pending, extract)
+            # Shards that have moved are given again; what --append is given may be others.
+            done += fill(part, pending, extract, shards if mode == "resume" and not part.name else None)
             accelerator.wait_for_everyone()
     parts = mine(read_parts(open_store(out)), extract.teacher)
     seconds = time.perf_counter() - start
@@ -120,7 +113,7 @@ def check_codec(codec: str) -> None:
         raise ValueError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
 
 
-def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract: "Extractor") -> None:
+def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract: Extractor) -> None:
     """Create the parts that lack: the whole cache, what --append adds, or none. Numbers all records."""
     store = open_store(out)
     for skipped in found.images.skipped:
@@ -153,7 +146,7 @@ def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract:
 
 
 def build_part(
-    config: Config, addition: Addition, extract: "Extractor", known: Sequence[Part], found: Survey
+    config: Config, addition: Addition, extract: Extractor, known: Sequence[Part], found: Survey
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and small files of a part. known: the teacher's earlier parts, whose calibration holds on."""
     manifest = describe(config, addition, extract.teacher)
@@ -269,54 +262,6 @@ def draw_index(views: ViewsConfig, rows: Rows) -> Index:
     return Index(images, rows.images.digest, image, view, box, flip, color)
 
 
-class Extractor:
-    """Images of records -> features of blocks, and what is stored of them."""
-
-    def __init__(self, config: Config, vit: Vit, accelerator: Accelerator) -> None:
-        self.config, self.vit, self.accelerator = config, vit, accelerator
-        self.teacher = TeacherManifest(
-            name=config.teacher.name,
-            architecture=vit.architecture,
-            model_args=vit.model_args,
-            weights=weight_hash(vit.model.state_dict()),
-            depth=depth(vit.model),
-            width=vit.width,
-            prefix_tokens=vit.prefix,
-            class_token=vit.has_cls,
-            grid=grid_size(vit.model),
-            image_size=vit.image_size,
-            mean=vit.mean,
-            std=vit.std,
-            precision=config.cache.precision,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
-
-    @torch.inference_mode()
-    def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """(n, size, size, 3) uint8 -> {block: (n, N, d) float32}."""
-        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
-        with self.accelerator.autocast():
-            outputs = block_outputs(self.vit.model, images, blocks)
-        return {block: x.float() for block, x in outputs.items()}
-
-    def sample(self, files: ImageFile, index: Index, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """{block: features} of a fixed sample that is spread over all records, on the CPU."""
-        if not blocks:
-            return {}
-        count = min(_CALIBRATION_RECORDS, len(index))
-        records = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-        outputs = []
-        for batch in np.array_split(records, -(-count // self.config.cache.batch_size)):
-            views = views_of(files, index, batch, self.teacher.image_size)
-            outputs.append({b: x.cpu() for b, x in self.features(torch.from_numpy(views), blocks).items()})
-            check_finite(outputs[-1], batch, index)
-        return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
-
-
 def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
     """Compute and write this process's share of the pending shards; the number of records that all processes do.
 
@@ -358,85 +303,3 @@ def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | S
         if written is not None:
             written.result()
     return sum(stop - start for start, stop in map(manifest.shard_range, pending))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the teacher sees of some records, (n, size, size, 3) uint8, and what is stored beside its features."""
-
-    records: np.ndarray
-    pixels: Tensor
-    extra: Values
-
-
-def calibration_on(part: Part, device: torch.device) -> dict[int, Calibration]:
-    return {block: calibration.to(device) for block, calibration in read_calibration(part).items()}
-
-
-class Encoder:
-    """Features and views of a batch -> the values of a part's arrays, on the CPU.
-
-    calibration: of every block, on the device of the features.
-    """
-
-    def __init__(self, manifest: Manifest, index: Index, calibration: Mapping[int, Calibration]) -> None:
-        self._manifest, self._index = manifest, index
-        self._codec, self._calibration = CODECS[manifest.codec], calibration
-
-    def load(self, files: ImageFile, records: np.ndarray) -> Batch:
-        """Decode the views, once for the teacher and, at the size of stored pixels, once for the students."""
-        teacher, pixels = self._manifest.teacher, self._manifest.pixels
-        views = views_of(files, self._index, records, teacher.image_size)
-        extra: Values = {}
-        if pixels is not None:
-            same = pixels.size == teacher.image_size
-            small = views if same else views_of(files, self._index, records, pixels.size)
-            extra[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
-        return Batch(records, torch.from_numpy(views), extra | self.positions(records))
-
-    def positions(self, records: np.ndarray) -> Values:
-        """Which patches of some records are stored; nothing if all are."""
-        if not self._manifest.sampled:
-            return {}
-        seed, patches = self._manifest.views["seed"], self._manifest.teacher.patches
-        drawn = [
-            draw_positions(seed, self._index.key(r), int(self._index.view[r]), patches, self._manifest.stored_patches)
-            for r in records
-        ]
-        return {POSITIONS: torch.from_numpy(np.stack(drawn))}
-
-    def __call__(self, features: dict[int, Tensor], batch: Batch) -> Values:
-        values = dict(batch.extra)
-        for block, x in features.items():
-            positions = values.get(POSITIONS)
-            if isinstance(positions, Tensor):
-                x = take_patches(x, self._manifest.teacher.prefix_tokens, positions)
-            for name, stored in self._codec.encode(x, self._calibration[block]).items():
-                values[f"{FEATURES}/{block}/{name}"] = stored.to("cpu")
-        return values
-
-
-def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:
-    """The views of some records, (n, size, size, 3) uint8."""
-    return np.stack([apply_view(files.read(int(index.image[r])), index.record_view(int(r)), size) for r in records])
-
-
-def join_rows(rows: Sequence[Values]) -> dict[str, np.ndarray | Ragged]:
-    """The values of several batches, one behind the other."""
-    joined: dict[str, np.ndarray | Ragged] = {}
-    for name, first in rows[0].items():
-        if isinstance(first, Ragged):
-            joined[name] = Ragged.cat([r for row in rows if isinstance(r := row[name], Ragged)])
-        else:
-            joined[name] = torch.cat([t for row in rows if isinstance(t := row[name], Tensor)]).numpy()
-    return joined
-
-
-def check_finite(features: dict[int, Tensor], records: np.ndarray, index: Index) -> None:
-    for block, x in features.items():
-        bad = ~torch.isfinite(x).flatten(1).all(1)
-        if bad.any():
-            key = index.key(int(records[int(bad.nonzero()[0])]))
-            raise ValueError(
-                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
-            )

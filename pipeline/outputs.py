@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline.config import Config, dump_config
-from pipeline.stores import LOCK, Place, Store, is_remote, open_store, write_atomic
+from pipeline.stores import Place, Store, is_remote, open_store, write_atomic
 
 # Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
 PROVENANCE = "provenance.json"
@@ -53,6 +54,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
 
     inputs: what the stage reads. They may neither lie in the output nor hold it.
     """
+    if isinstance(place, Path) and re.match("[a-z0-9]{2,}:/", str(place)):
+        raise ValueError(f"--out {place}: only a cache can lie at a URL; give a folder")
     if not is_remote(place):
         here = Path(place).resolve()
         for source in (i for i in inputs if not is_remote(i)):
@@ -62,7 +65,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         if here.exists() and not here.is_dir():
             raise ValueError(f"{place} exists and is no folder; give another --out")
     store = open_store(place)
-    if not set(store.sizes()) - {LOCK}:
+    present = store.sizes()
+    if not present:
         if mode == "append":
             raise ValueError(f"{place} does not exist; there is nothing to append to")
         return
@@ -70,7 +74,7 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
     if mode == "new":
         remedies = ["continue it with --resume"] * can_resume + ["replace it with --overwrite"]
         raise ValueError(f"{place} exists; {', '.join(remedies)}, or give another --out")
-    if PROVENANCE not in store.sizes():
+    if PROVENANCE not in present:
         raise ValueError(f"{place} was not written by singer and is left alone; give another --out")
     written = read_json(store, PROVENANCE, "output of singer").get("stage")
     if written != stage:
@@ -90,7 +94,7 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
     with store.lock():
         check_output(place, mode, stage, config)
         if mode == "overwrite":
-            store.clear()
+            store.clear(last=PROVENANCE)
         if mode != "append":
             write_provenance(store, stage, config, seed)
         yield
@@ -216,7 +220,7 @@ def _check_same_config(store: Store, config: Config, sections: Sequence[str]) ->
         pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
     except FileNotFoundError:
         return  # it died before it wrote anything
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise ValueError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
         if there != here and (key not in _FREE or (section, key) == ("student", "name")):

@@ -15,24 +15,16 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
+from pipeline.cache.encoder import Batch, Encoder, Values, join_rows
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.format import FEATURES, PIXELS, Index, Manifest
 from pipeline.cache.growth import Addition, Rows
+from pipeline.cache.pixels import views_of
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
-from pipeline.cache_teacher import (
-    Batch,
-    Encoder,
-    Extractor,
-    Values,
-    check_codec,
-    check_finite,
-    describe,
-    draw_index,
-    join_rows,
-    views_of,
-)
+from pipeline.cache_teacher import check_codec, describe, draw_index
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
+from pipeline.extract import Extractor, check_finite
 from pipeline.models import load_teacher
 from pipeline.prefetch import prefetch
 from pipeline.progress import say

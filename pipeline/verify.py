@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.encoder import calibration_on
 from pipeline.cache.fidelity import error_sums, errors, token_cosines
 from pipeline.cache.format import (
     CALIBRATION,
@@ -36,12 +37,14 @@ from pipeline.cache.format import (
     shard_file,
 )
 from pipeline.cache.parts import Part, read_parts
+from pipeline.cache.pixels import views_of
 from pipeline.cache.reader import PartReader
 from pipeline.cache.writer import first_difference
 from pipeline.cache.zarr_shards import array_metadata
-from pipeline.cache_teacher import Extractor, calibration_on, check_finite, fill, mine, views_of
+from pipeline.cache_teacher import fill, mine
 from pipeline.config import CacheConfig, Config
 from pipeline.devices import make_accelerator
+from pipeline.extract import Extractor, check_finite
 from pipeline.models import load_teacher
 from pipeline.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes, parse_tensors, tensor_bytes
 from pipeline.progress import meter, say

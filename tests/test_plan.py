@@ -98,7 +98,7 @@ def test_rate_is_that_of_the_teacher(world: Path, config: Config, monkeypatch: p
     """Slowed down to 7 images in at least 0.1 s; the sample is smaller than what is run, and serves again."""
     from time import sleep
 
-    from pipeline.cache_teacher import Extractor
+    from pipeline.extract import Extractor
 
     features = Extractor.features
 

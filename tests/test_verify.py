@@ -11,8 +11,9 @@ import torch
 from conftest import make_vit, plant_artifacts, tree_bytes, world_config
 
 from pipeline.cache.format import CALIBRATION, INDEX, MANIFEST, TAIL, read_index
-from pipeline.cache_teacher import Extractor, cache_teacher
+from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
+from pipeline.extract import Extractor
 from pipeline.models import save_vit
 from pipeline.stores import LocalStore
 from pipeline.verify import PartReport, VerifyResult, verify

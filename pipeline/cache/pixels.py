@@ -1,4 +1,4 @@
-"""Stored views: JPEG or plain pixels beside the features, so that students need no images."""
+"""The views of records: drawn from their images, or stored beside the features, so that students need no images."""
 
 import io
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cache.codecs import Ragged
+from pipeline.cache.format import Index
+from pipeline.shards import ImageFile
+from pipeline.views import apply_view
+
+
+def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:
+    """The views of some records, (n, size, size, 3) uint8."""
+    return np.stack([apply_view(files.read(int(index.image[r])), index.record_view(int(r)), size) for r in records])
 
 
 def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:

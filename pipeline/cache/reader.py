@@ -15,13 +15,12 @@ from pipeline.buffers import empty
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
 from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, Manifest, join, read_index
 from pipeline.cache.parts import Part, read_parts
-from pipeline.cache.pixels import resize, stored_views
+from pipeline.cache.pixels import resize, stored_views, views_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.outputs import parse_tensors
 from pipeline.progress import say
 from pipeline.shards import ImageFile, content_hash
 from pipeline.stores import Place, ReadThrough, open_store
-from pipeline.views import apply_view
 from singer.tail import TeacherTail
 
 
@@ -149,8 +148,7 @@ class Cache:
             stored = self._read(chosen, PIXELS, [s.pixels for s in self._spans if s.pixels is not None])
             return torch.from_numpy(np.stack([resize(view, size) for view in stored_views(stored)]))
         assert files is not None
-        views = [apply_view(files.read(int(self.index.image[r])), self.index.record_view(int(r)), size) for r in chosen]
-        return torch.from_numpy(np.stack(views))
+        return torch.from_numpy(views_of(files, self.index, chosen, size))
 
     def decode(self, encoded: Encoded, device: torch.device) -> dict[int, Tensor]:
         """{block: features (n, N, d) float32} on the device, moved there in their stored form.
