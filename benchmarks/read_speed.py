@@ -1,0 +1,274 @@
+"""Reading a cache in shuffled batches against copying a memory map of as many bytes from end to end.
+
+    python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 1] [--rounds 7] [--widths 192 384 1024]
+
+Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages, and deletes them.
+Prints a markdown table: GB/s of stored bytes, and the ratio to the memory map; medians over interleaved rounds. float16
+shards are plain Zarr, so other engines read them too, a part of the epoch each; zarrs in a process of its own.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from importlib.util import find_spec
+from math import isqrt
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+
+from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
+from pipeline.cache.format import (
+    FEATURES,
+    PIXELS,
+    DataManifest,
+    Index,
+    Manifest,
+    PixelsManifest,
+    TeacherManifest,
+    shard_file,
+)
+from pipeline.cache.reader import Cache
+from pipeline.cache.writer import create_part, small_files, write_shard
+from pipeline.prefetch import prefetch
+from pipeline.readplan import EpochOrder
+from pipeline.shards import Images, Keys, content_hash
+from pipeline.stores import LocalStore
+
+BLOCK, TOKENS, BATCH = 0, 197, 64
+ARRAY = f"{FEATURES}/{BLOCK}/values"
+ARTIFACTS = 0.01
+# Of engines that take seconds for one.
+SLOW_BATCHES = 4
+MEMORY_MAP = "memory map, copied in order"
+Engine = Callable[[], int]
+"""Reads some batches; the number of their bytes."""
+
+
+def synthetic_manifest(
+    codec: str, tokens: int, width: int, records: int, pixel_size: int = 0, shard_bytes: int = 128 << 20
+) -> Manifest:
+    """A cache of one block whose teacher has a class token and no other existence; with views if they have a size."""
+    side = isqrt(tokens - 1)
+    teacher = TeacherManifest(
+        name="synthetic", architecture="none", model_args={}, weights="0" * 64, depth=1, width=width, prefix_tokens=1,
+        class_token=True, grid=(side, side), image_size=pixel_size or 16 * side, mean=(0.5,) * 3, std=(0.5,) * 3,
+        precision="no",
+    )  # fmt: skip
+    forms = [form for form in CODECS[codec].parts(tokens, width).values() if form is not None]
+    fitting = shard_bytes // max(int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize for f in forms)
+    return Manifest(
+        teacher=teacher,
+        data=DataManifest(shards=(), images=records, labelled=0, hash=content_hash(*synthetic_images(records))),
+        views={"first": 0, "count": 1},
+        blocks=(BLOCK,),
+        codec=codec,
+        stored_patches=side * side,
+        lossless="none",
+        pixels=PixelsManifest(kind="uint8", size=pixel_size, quality=None) if pixel_size else None,
+        records=records,
+        shard_records=min(records, fitting, 4096),
+        tail_first_block=BLOCK,
+    )
+
+
+def synthetic_images(count: int) -> tuple[Images, np.ndarray]:
+    """Images that lie nowhere, and their digests."""
+    zeros = np.zeros(count, np.int64)
+    keys = Keys.of(f"{n:07d}" for n in range(count))
+    images = Images((), (), keys, zeros.astype(np.int32) - 1, zeros.astype(np.int32), zeros, zeros)
+    return images, np.arange(count, dtype=np.uint64)
+
+
+def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> Tensor:
+    """(n, N, d) float32, standard normal, with artifact tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(records, tokens, width, generator=generator)
+    x[torch.rand(records, tokens, generator=generator) < ARTIFACTS] *= 10
+    return x
+
+
+def create_synthetic(store: LocalStore, manifest: Manifest) -> None:
+    """Everything but the shards."""
+    images, digest = synthetic_images(manifest.records)
+    records = np.arange(manifest.records, dtype=np.int32)
+    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (len(records), 1))
+    index = Index(images, digest, records, 0 * records, boxes, np.zeros(len(records), np.bool_))
+    calibration = calibrate(synthetic_features(BATCH, manifest.tokens, manifest.teacher.width), 1)
+    create_part(store, manifest, small_files(manifest, index, {}, {BLOCK: calibration}, {}, ()))
+
+
+def write_synthetic(folder: Path, manifest: Manifest) -> None:
+    """A whole cache. Its shards all hold the same features: nothing but their values would be different."""
+    store = LocalStore(folder)
+    create_synthetic(store, manifest)
+    shape = manifest.tokens, manifest.teacher.width
+    calibration = calibrate(synthetic_features(BATCH, *shape), 1)
+    stored: list[Stored] = []
+    for first in range(0, manifest.shard_records, BATCH):
+        x = synthetic_features(min(BATCH, manifest.shard_records - first), *shape, seed=first)
+        stored.append(CODECS[manifest.codec].encode(x, calibration))
+    for shard in range(manifest.shards):
+        start, stop = manifest.shard_range(shard)
+        values = {
+            f"{FEATURES}/{BLOCK}/{name}": first_rows([s[name] for s in stored], stop - start) for name in stored[0]
+        }
+        if manifest.pixels is not None:
+            size = manifest.pixels.size
+            values[PIXELS] = np.full((stop - start, size, size, 3), shard % 256, np.uint8)
+        write_shard(store, manifest, shard, values)
+
+
+def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> np.ndarray | Ragged:
+    ragged = [p for p in parts if isinstance(p, Ragged)]
+    if not ragged:
+        return torch.cat([p for p in parts if isinstance(p, Tensor)])[:count].numpy()
+    whole = Ragged.cat(ragged)
+    lengths = whole.lengths[:count]
+    return Ragged(whole.data[: int(lengths.sum())], lengths)
+
+
+def payload_bytes(cache: Cache) -> int:
+    """Of all shards, without their indices."""
+    manifest = cache.manifest
+    root = Path(str(cache.place))
+    files = [root / shard_file(n, f, s) for n, f in manifest.arrays().items() for s in range(manifest.shards)]
+    return sum(f.stat().st_size - 16 * manifest.shard_records - 4 for f in files)
+
+
+def engines(folder: Path, slow_batches: int) -> Iterator[tuple[str, Engine]]:
+    """(name, engine) of singer and, for float16, of all others that are installed."""
+    cache = Cache(folder)
+    count, total = len(cache) // BATCH, payload_bytes(cache)
+
+    def singer(workers: int, block: int = 1, window: int = 1 << 14) -> int:
+        order = EpochOrder(len(cache), 0, 0, block, window)
+        plan = (order.stretch(step * BATCH, (step + 1) * BATCH) for step in range(count))
+        for _ in prefetch(cache.read, plan, workers):
+            pass
+        return total * count * BATCH // len(cache)
+
+    yield MEMORY_MAP, memory_map(folder)
+    yield "singer, 1 worker", partial(singer, 1)
+    yield "singer, 2 workers", partial(singer, 2)
+    yield "singer, 1 worker, read_block 64, shuffle_window 1024", partial(singer, 1, 64, 1024)
+    if cache.manifest.codec != "float16":
+        return
+    yield from zarr_engines(folder, slow_batches, "zarr-python")
+    if find_spec("tensorstore") is None:
+        print("tensorstore is not installed")
+        return
+    import tensorstore
+
+    place = {"driver": "file", "path": str(folder / ARRAY)}
+    array = tensorstore.open({"driver": "zarr3", "kvstore": place}).result()
+    plan = some_batches(len(cache), slow_batches)
+    yield "tensorstore, scattered", lambda: sum(array[records].read().result().nbytes for records in plan)
+
+
+def zarr_engines(folder: Path, batches: int, name: str) -> Iterator[tuple[str, Engine]]:
+    array = zarr.open_array(folder / ARRAY, mode="r")
+    plan = some_batches(array.shape[0], batches)
+    yield f"{name}, scattered", lambda: sum(np.asarray(array.oindex[records]).nbytes for records in plan)
+    starts = range(0, batches * BATCH, BATCH)
+    yield f"{name}, in order", lambda: sum(np.asarray(array[n : n + BATCH]).nbytes for n in starts)
+
+
+def zarrs_engines(folder: Path, batches: int) -> Iterator[tuple[str, Engine]]:
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    yield MEMORY_MAP, memory_map(folder)
+    yield from zarr_engines(folder, batches, "zarrs")
+
+
+def some_batches(records: int, batches: int) -> list[np.ndarray]:
+    return np.split(np.random.default_rng(0).permutation(records)[: batches * BATCH], batches)
+
+
+def memory_map(folder: Path) -> Engine:
+    """Copies as many bytes as the cache holds, in as many pieces."""
+    cache = Cache(folder)
+    count = len(cache) // BATCH
+    size = payload_bytes(cache) // count
+    flat = folder.with_suffix(".bin")
+    if not flat.exists():
+        np.ones(count * size, np.uint8).tofile(flat)
+
+    def copy() -> int:
+        for row in np.memmap(flat, mode="r", dtype=np.uint8, shape=(count, size)):
+            batch = np.array(row)  # held while the next one is read, as a training loop does
+        return count * batch.nbytes
+
+    return copy
+
+
+def rates(
+    folder: Path, kinds: Callable[[Path, int], Iterator[tuple[str, Engine]]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """{engine: (GB/s, ratio to the memory map in the same round)}, medians over interleaved rounds."""
+    found = dict(kinds(folder, SLOW_BATCHES))
+    measured: dict[str, list[float]] = {name: [] for name in found}
+    for round_ in range(rounds + 1):
+        for name, engine in found.items():
+            start = time.perf_counter()
+            size = engine()
+            if round_:  # the first warms up
+                measured[name].append(size / (time.perf_counter() - start) / 1e9)
+    truth = measured[MEMORY_MAP]
+    ratios = {name: [a / b for a, b in zip(values, truth, strict=True)] for name, values in measured.items()}
+    return {name: (statistics.median(measured[name]), statistics.median(ratios[name])) for name in found}
+
+
+def print_rows(payload: str, measured: dict[str, tuple[float, float]]) -> None:
+    for name, (rate, ratio) in measured.items():
+        print(f"| {payload} | {name} | {rate:.2f} | {ratio:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of each cache")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--widths", type=int, nargs="+", default=[192, 384, 1024])
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int4"])
+    options = parser.parse_args()
+
+    print(f"batches of {BATCH}, medians of {options.rounds} rounds\n")
+    print("| stored | engine | GB/s | of the memory map |\n|---|---|---|---|")
+    for codec in options.codecs:
+        for width in options.widths:
+            with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+                folder = Path(scratch) / "cache"
+                record = record_bytes(codec, width)
+                write_synthetic(folder, synthetic_manifest(codec, TOKENS, width, int(options.gigabytes * 1e9 / record)))
+                payload = f"{TOKENS} x {width} {codec}, {record / 1e3:.0f} kB a record"
+                print_rows(payload, rates(folder, engines, options.rounds))
+                if codec == "float16":
+                    measure_zarrs(payload, folder, options.rounds)
+
+
+def record_bytes(codec: str, width: int) -> int:
+    stored = CODECS[codec].encode(x := synthetic_features(BATCH, TOKENS, width), calibrate(x, 1))
+    return sum(p.data.nbytes if isinstance(p, Ragged) else p.nbytes for p in stored.values()) // BATCH
+
+
+def measure_zarrs(payload: str, folder: Path, rounds: int) -> None:
+    if find_spec("zarrs") is None:
+        print("zarrs is not installed")
+        return
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            print_rows(f"{payload}; own process", pool.submit(rates, folder, zarrs_engines, rounds).result())
+    except (BrokenProcessPool, RuntimeError, ValueError) as error:
+        print(f"zarrs fails: {str(error).splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What caching adds to the teacher's forward pass, and how fast features that are there already become a cache.
+
+    python benchmarks/write_speed.py [--teacher FILE --shards 'train-*.tar'] [--codecs float16 int8 int4]
+        [--model vit_tiny_patch16_224] [--images 256] [--rounds 8] [--width 384] [--gigabytes 1] [--folder FOLDER]
+
+Prints two markdown tables. With a teacher: `fill`, the loop of cache-teacher, against the bare forward pass of the same
+decoded batches, in turns of --images images; the speed is the median ratio of neighbouring turns. Survey and
+calibration, which come before, are left out. In any case: GB/s of features, counted as float16, that are encoded and
+durably written as the same loop does it, and the ratio to writing and syncing as many float16 bytes plainly.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_features, synthetic_manifest
+from torch import Tensor
+
+from pipeline import cache_teacher as stage
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.encoder import Batch, Encoder, calibration_on, join_rows
+from pipeline.cache.format import read_index
+from pipeline.cache.parts import read_parts
+from pipeline.cache.writer import write_shard
+from pipeline.config import load_config
+from pipeline.devices import make_accelerator
+from pipeline.extract import Extractor, check_finite
+from pipeline.models import load_teacher
+from pipeline.prefetch import prefetch
+from pipeline.shards import ImageFile, index_shards, survey
+from pipeline.stores import LocalStore
+
+# Small ones, so that every turn also writes; larger ones are synced less often.
+SHARD_RECORDS = 64
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> list[tuple[float, float]]:
+    """[(images/s of the teacher alone, images/s of fill)] of every turn."""
+    sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
+    config = load_config(sets=sets)
+    vit = load_teacher(config.teacher)
+    accelerator = make_accelerator(config.cache.precision)
+    vit.model.to(accelerator.device)
+    extract = Extractor(config, vit, accelerator)
+    found = survey(index_shards(options.shards), config.cache.workers, "fail")
+    stage.create_parts(config, found, scratch, "new", extract)
+    (part,) = read_parts(LocalStore(scratch))
+    manifest, index = part.manifest, read_index(part.store)
+    encode = Encoder(manifest, index, calibration_on(part, extract.device))
+    turn = max(1, options.images // manifest.shard_records)
+    groups = [range(n, n + turn) for n in range(0, manifest.shards - turn + 1, turn)]
+
+    def bare(group: Sequence[int]) -> None:
+        with ImageFile(index.images) as files:
+            batches = [np.arange(*manifest.shard_range(shard)) for shard in group]
+            for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers):
+                extract.features(batch.pixels, manifest.blocks)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    def fill(group: Sequence[int]) -> None:
+        stage.fill(part, group, extract)
+
+    rates, order = [], [bare, fill]
+    for number in range(options.rounds + 1):
+        group = groups[number % len(groups)]
+        images = sum(stop - start for start, stop in map(manifest.shard_range, group))
+        rate = {run: images / seconds(partial(run, group)) for run in order}
+        order.reverse()
+        if number:  # the first warms up
+            rates.append((rate[bare], rate[fill]))
+    return rates
+
+
+def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path, shards: int) -> float:
+    """Seconds for storing the batches again and again, as fill does it, one shard each time."""
+    records = sum(map(len, features))
+    manifest = synthetic_manifest(codec, TOKENS, width, shards * records)
+    manifest = manifest.model_copy(update={"shard_records": records})
+    store = LocalStore(folder)
+    create_synthetic(store, manifest)
+    (part,) = read_parts(store)
+    index = read_index(store)
+    encode = Encoder(manifest, index, calibration_on(part, torch.device("cpu")))
+    nothing = Batch(np.arange(BATCH), torch.empty(0), {})
+
+    def store_all() -> None:
+        written: Future[None] | None = None
+        with ThreadPoolExecutor(1) as writer:
+            for shard in range(shards):
+                rows = []
+                for x in features:
+                    check_finite({BLOCK: x}, nothing.records, index)
+                    rows.append(encode({BLOCK: x}, nothing))
+                if written is not None:
+                    written.result()
+                written = writer.submit(write_shard, part.store, manifest, shard, join_rows(rows))
+            if written is not None:
+                written.result()
+
+    return seconds(store_all)
+
+
+def plainly(values: np.ndarray, folder: Path, shards: int) -> float:
+    """Seconds for writing and syncing float16 features that are at hand, a file a shard."""
+
+    def write_all() -> None:
+        for shard in range(shards):
+            with (folder / str(shard)).open("wb") as file:
+                file.write(values.data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    return seconds(write_all)
+
+
+def print_teacher(options: argparse.Namespace) -> None:
+    print(f"{options.model}, turns of {options.images} images, medians of {options.rounds} turns each\n")
+    print("| codec | teacher alone, images/s | cache-teacher, images/s | ratio |\n|---|---|---|---|")
+    for codec in options.codecs:
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+            rates = against_teacher(options, codec, Path(scratch) / "cache")
+        alone, caching = (statistics.median(r) for r in zip(*rates, strict=True))
+        ratio = statistics.median(b / a for a, b in rates)
+        print(f"| {codec} | {alone:.1f} | {caching:.1f} | {ratio:.3f} |", flush=True)
+
+
+def print_memory(options: argparse.Namespace) -> None:
+    """Each codec in turn, a round at a time."""
+    fitting = (128 << 20) // (2 * TOKENS * options.width) // BATCH
+    features = [synthetic_features(BATCH, TOKENS, options.width, seed) for seed in range(fitting)]
+    values = torch.cat(features).half().numpy()
+    shards = max(1, round(options.gigabytes * 1e9 / values.nbytes))
+    times: dict[str, list[float]] = {name: [] for name in ("plain file", *options.codecs)}
+    for round_ in range(options.memory_rounds + 1):
+        for name, measured in times.items():
+            with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+                folder = Path(scratch)
+                taken = (
+                    plainly(values, folder, shards)
+                    if name == "plain file"
+                    else from_memory(name, options.width, features, folder, shards)
+                )
+            if round_:
+                measured.append(taken)
+    print(
+        f"\n{shards} shards of {len(values)} x {TOKENS} x {options.width}, medians of {options.memory_rounds} rounds\n"
+    )
+    print("| stored as | GB/s of features in float16 | of the plain file |\n|---|---|---|")
+    for name, measured in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times["plain file"], measured, strict=True))
+        print(f"| {name} | {shards * values.nbytes / statistics.median(measured) / 1e9:.2f} | {ratio:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--shards")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int8", "int4"])
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="of float16 features from memory")
+    parser.add_argument("--memory-rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
+    options = parser.parse_args()
+    if options.teacher is not None:
+        stage._MAX_SHARD_RECORDS = SHARD_RECORDS
+        print_teacher(options)
+    print_memory(options)
+
+
+if __name__ == "__main__":
+    main()
