@@ -20,6 +20,9 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Plan, look at and verify feature caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
+LocalCopyOption = Annotated[
+    Path | None, typer.Option(help="Folder to which shards are copied when they are first read.")
+]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be repeated.")
@@ -62,6 +65,7 @@ def cache_teacher(
     views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
     precision: Annotated[str | None, typer.Option(help="Of the teacher: no (float32), bf16 or fp16.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="fail or skip: what to do with broken images.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     append: Annotated[bool, typer.Option("--append", help="Add what the cache in --out lacks of all this.")] = False,
@@ -82,6 +86,7 @@ def cache_teacher(
         "views.count": views,
         "cache.codec": codec,
         "cache.precision": precision,
+        "cache.on_error": on_error,
     }
     mode = output_mode(resume, overwrite, append)
     _report(run(load_config(config, sets or (), options), shards, out, mode), as_json)
@@ -94,6 +99,7 @@ def refine(
     rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    local_copy: LocalCopyOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
@@ -105,7 +111,7 @@ def refine(
     from pipeline.outputs import output_mode
     from pipeline.refine import refine as run
 
-    options = {"refine.rank": rank, "refine.steps": steps, "refine.seed": seed}
+    options = {"refine.rank": rank, "refine.steps": steps, "refine.seed": seed, "refine.local_copy": local_copy}
     mode = output_mode(resume, overwrite)
     _report(run(load_config(config, sets or (), options), cache, out, mode), as_json)
 
@@ -122,6 +128,7 @@ def distill(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    local_copy: LocalCopyOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
@@ -140,6 +147,7 @@ def distill(
         "distill.lr": lr,
         "distill.precision": precision,
         "distill.seed": seed,
+        "distill.local_copy": local_copy,
     }
     mode = output_mode(resume, overwrite)
     _report(run(load_config(config, sets or (), options), cache, out, adapters, shards, mode), as_json)

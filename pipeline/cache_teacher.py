@@ -299,7 +299,9 @@ def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | S
                     break
             if written is not None:
                 written.result()
-            written = writer.submit(write_shard, part.store, manifest, shard, join_rows(rows))
+            written = writer.submit(
+                lambda shard, rows: write_shard(part.store, manifest, shard, join_rows(rows)), shard, rows
+            )
         if written is not None:
             written.result()
     return sum(stop - start for start, stop in map(manifest.shard_range, pending))

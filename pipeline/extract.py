@@ -68,6 +68,8 @@ class Extractor:
 
 def check_finite(features: dict[int, Tensor], records: np.ndarray, index: Index) -> None:
     for block, x in features.items():
+        if torch.isfinite(x.sum()):  # thirty times as fast as looking at every number
+            continue
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             key = index.key(int(records[int(bad.nonzero()[0])]))

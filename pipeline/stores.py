@@ -138,11 +138,12 @@ class LocalStore:
     def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
         file = self._open(name)
         for offset, buffer in zip(offsets, buffers, strict=True):
-            while len(buffer):
-                count = os.preadv(file.number, (buffer,), offset)
-                if not count:
+            count = os.preadv(file.number, (buffer,), offset)
+            while count < len(buffer):
+                more = os.preadv(file.number, (buffer[count:],), offset + count)
+                if not more:
                     raise _too_short(self.path / name)
-                offset, buffer = offset + count, buffer[count:]
+                count += more
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         path = self.path / name

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,21 @@ def write_shard(store: Store, manifest: Manifest, shard: int, values: Mapping[st
         stored = values[name]
         assert (len(stored.lengths) if isinstance(stored, Ragged) else len(stored)) == stop - start
         pieces = pack_shard(stored, manifest.shard_records, manifest.compression(name))
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
         file = shard_file(name, form, shard)
-        store.write(file, *pieces)
-        files[file] = {"sha256": digest.hexdigest(), "bytes": sum(len(piece) for piece in pieces)}
+        # Hashing takes about as long as writing, and both release the interpreter lock.
+        with ThreadPoolExecutor(1) as hasher:
+            digest = hasher.submit(_sha256, pieces)
+            store.write(file, *pieces)
+        files[file] = {"sha256": digest.result(), "bytes": sum(len(piece) for piece in pieces)}
     entry = {"cache": manifest.id(), "shard": shard, "records": [start, stop], "files": files}
     store.write(journal_file(shard), json_bytes(sealed(entry)))
+
+
+def _sha256(pieces: Sequence[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> tuple[str, str, str] | None:

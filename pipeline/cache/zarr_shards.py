@@ -9,6 +9,7 @@ import math
 import struct
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import google_crc32c
@@ -128,7 +129,7 @@ class ShardedArray:
         row = out[0].nbytes
         flat = out.reshape(-1).view(np.uint8).data
         for shard, slots, within in self._by_shard(records):
-            rows = [flat[i * row : (i + 1) * row] for i in places[slots].tolist()]
+            rows = [flat[i : i + row] for i in (places[slots] * row).tolist()]
             file, index = shard_file(self._name, self.form, shard), self._index(shard)
             if self._compressor is None:
                 offsets = (within * row if index is None else index[within, 0]).tolist()
@@ -143,7 +144,7 @@ class ShardedArray:
     def read_strings(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(bytes of all records one behind the other, their lengths)."""
         assert self.form is None
-        groups = list(self._by_shard(records))
+        groups = self._by_shard(records)
         offsets, lengths = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
         for shard, slots, within in groups:
             index = self._index(shard)
@@ -151,20 +152,22 @@ class ShardedArray:
             offsets[slots] = index[within, 0] + _STRING.size
             lengths[slots] = index[within, 1] - _STRING.size
         ends = np.cumsum(lengths)
-        data = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+        starts = ends - lengths
+        data = np.empty(int(lengths.sum()), dtype=np.uint8)
         flat = data.data
         for shard, slots, _ in groups:
-            wanted = [i for i in slots.tolist() if lengths[i]]
-            buffers = [flat[int(ends[i] - lengths[i]) : int(ends[i])] for i in wanted]
-            self._store.read_ranges(shard_file(self._name, None, shard), offsets[wanted].tolist(), buffers)
+            filled = slots[lengths[slots] > 0]
+            places = zip(starts[filled].tolist(), ends[filled].tolist(), strict=True)
+            buffers = [flat[start:end] for start, end in places]
+            self._store.read_ranges(shard_file(self._name, None, shard), offsets[filled].tolist(), buffers)
         return data, lengths
 
     def _by_shard(self, records: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """[(shard, positions in `records`, records within the shard)]."""
-        shards, within = np.divmod(records, self._shard_records)
-        order = np.argsort(shards, kind="stable")
-        cuts = np.flatnonzero(np.diff(shards[order])) + 1
-        return [(int(shards[slots[0]]), slots, within[slots]) for slots in np.split(order, cuts) if len(slots)]
+        """[(shard, positions in `records`, records within the shard)], in the order in which they are stored."""
+        order = np.argsort(records)
+        shards, within = np.divmod(records[order], self._shard_records)
+        cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(records)]
+        return [(int(shards[a]), order[a:b], within[a:b]) for a, b in pairwise(cuts) if b > a]
 
     def _index(self, shard: int) -> np.ndarray | None:
         """(offset, bytes) of every record of a shard; None where they follow each other at one size."""
