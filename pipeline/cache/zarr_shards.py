@@ -2,7 +2,7 @@
 
 zarr-python writes the metadata. Shards are packed and read here: every record is one inner chunk, so that a shard is
 one write of bytes at hand and a record is one read at a known place, which no Zarr library does as fast
-(docs/cache-format.md has the measurements).
+(docs/results.md has the measurements).
 """
 
 import math
