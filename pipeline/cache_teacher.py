@@ -20,6 +20,7 @@ from pipeline.cache.encoder import Encoder, Values, calibration_on, join_rows
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.format import (
     FIDELITY,
+    MANIFEST,
     DataManifest,
     Index,
     Manifest,
@@ -118,7 +119,7 @@ def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract:
     store = open_store(out)
     for skipped in found.images.skipped:
         say(f"skipped: {skipped.shard} {skipped.key}: {skipped.reason}")
-    parts = read_parts(store) if "manifest.json" in store.sizes() else []
+    parts = read_parts(store) if MANIFEST in store.sizes() else []
     known = mine(parts, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:

@@ -1,10 +1,12 @@
 """The cache: format, codecs, exactness, crashes."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from pipeline.views import normalise
 from singer.vit import block_outputs
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).with_name("golden") / "cache-v2.json"
 
 
@@ -263,3 +266,26 @@ def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="block 7 does not exist: this model has 4 blocks"):
         fill(world_config(world, "cache.blocks=[7]"), world, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_broken_images_are_refused_or_listed(world: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "broken.tar"
+    whole = (world / "train").glob("*000000.tar")
+    with tarfile.open(next(whole)) as good, tarfile.open(shard, "w") as tar:
+        for number, member in enumerate(m for m in good if m.isfile()):
+            data = good.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith(".png") and number < 4:
+                data, broken = data[: len(data) // 2], member.name.removesuffix(".png")
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    command = [sys.executable, "-m", "cli", "cache-teacher", "--shards", str(shard), "--out", str(tmp_path / "c")]
+    command += [f"--set=teacher.name=local-dir:{world / 'teacher'}", "--set=teacher.image_size=32"]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2 and "cannot be decoded" in refused.stderr and not (tmp_path / "c").exists()
+    done = subprocess.run([*command, "--on-error", "skip", "--json"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    listed = json.loads((tmp_path / "c" / "skipped.json").read_text())
+    assert broken in [entry["key"] for entry in listed]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["skipped"] == len(listed) and result["records"] == 30 - len(listed)
+    assert broken not in set(Cache(tmp_path / "c").index.images.keys)
