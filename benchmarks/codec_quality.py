@@ -11,16 +11,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from quality import RECIPE, mode
 
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
 from pipeline.distill import distill
 from pipeline.evaluate import EvaluateResult, evaluate
-from pipeline.outputs import Mode
 from pipeline.refine import refine
 
-RECIPE = "tinyimagenet-ti-to-w96"
 # name: (codec, share of the patch tokens)
 KINDS = {
     "float16": ("float16", 1.0),
@@ -34,10 +33,6 @@ KINDS = {
     "int4-plain (no outliers)": ("int4-plain", 1.0),
 }
 COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
-
-
-def mode(path: Path) -> Mode:
-    return "resume" if path.exists() else "new"
 
 
 def main() -> None:

@@ -135,6 +135,11 @@ class Survey:
         return Survey(self.images.select(rows), self.digest[rows], self.width[rows], self.height[rows])
 
 
+def image_digest(data: bytes) -> int:
+    """The first 8 bytes (little-endian) of the SHA-256 of an encoded image."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
 def content_hash(images: Images, digest: np.ndarray) -> str:
     """SHA-256 over keys, labels and digests of all images: the same wherever they lie, whatever shards they are in.
 
@@ -283,7 +288,7 @@ def _inspect(files: "ImageFile", number: int) -> tuple[int, int, int] | str:
         image.load()
     except Exception as error:  # decoders raise whatever broken data makes them stumble over
         return f"cannot be decoded: {_line(error)}"
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little"), width, height
+    return image_digest(data), width, height
 
 
 def _line(error: Exception) -> str:

@@ -48,7 +48,7 @@ from pipeline.extract import Extractor, check_finite
 from pipeline.models import load_teacher
 from pipeline.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes, parse_tensors, tensor_bytes
 from pipeline.progress import meter, say
-from pipeline.shards import ImageFile, content_hash, relocate
+from pipeline.shards import ImageFile, content_hash, image_digest, relocate
 from pipeline.stores import Place, Store, open_store
 from singer.matching import take_patches
 from singer.tail import tail_state
@@ -383,7 +383,7 @@ def check_images(index: Index, records: np.ndarray, shards: str | Sequence[str] 
     with ImageFile(relocate(index.images, shards)) as files:
         for image in np.unique(index.image[records]).tolist():
             data, where = files.encoded(image)
-            if int.from_bytes(hashlib.sha256(data).digest()[:8], "little") != int(index.digest[image]):
+            if image_digest(data) != int(index.digest[image]):
                 raise ValueError(f"{where} is not the one that was cached; give its shards with --shards")
 
 
