@@ -25,7 +25,6 @@ from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.views import normalise
 from singer.matching import match_blocks
-from singer.objectives import mse
 from singer.vit import block_outputs, depth
 
 
@@ -51,7 +50,7 @@ def main() -> None:
     student = new_student(config.student, described.image_size)
     targets = Targets(cache, load_refiner(options.adapters, cache) if options.adapters else None, student, device)
     matching = match_blocks(cache.blocks, described.depth, depth(student.model))
-    model = Distiller(student, matching, described.width, targets.keep_cls).to(device)
+    model = Distiller(student, matching, targets, config.distill.objective).to(device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = config.distill.batch_size
     order = EpochOrder(len(cache), 0, 0)
@@ -59,24 +58,25 @@ def main() -> None:
     load = BatchLoader(cache, files, student.image_size)
     plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
+    weights = torch.full((batch,), 1 / batch, device=device)
+
     def update(pixels: Tensor, wanted: dict[int, Tensor]) -> None:
-        tokens = model(normalise(pixels, student.mean, student.std, device))
-        loss = torch.stack([mse(tokens[b], t).mean() for b, t in wanted.items()]).mean()
+        losses = model(normalise(pixels, student.mean, student.std, device), wanted, None, weights)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
 
     @torch.no_grad()
     def teach(pixels: Tensor) -> dict[int, Tensor]:
         images = normalise(pixels, teacher.mean, teacher.std, device)
         features = {b: x.float() for b, x in block_outputs(teacher.model, images, cache.blocks).items()}
-        return targets.refiner(features) if targets.refiner is not None else features
+        return targets.refine(features)
 
     def load_images(part: Share) -> Tensor:
         return cache.pixels(part.records, student.image_size, files)
 
     fixed = load(plan[0])
-    fixed_targets = targets(fixed.encoded)
+    fixed_targets = targets.refine(targets.features(fixed.encoded))
 
     def teacher_alone() -> None:
         for _ in plan:
@@ -100,7 +100,7 @@ def main() -> None:
 
     def cached() -> None:
         for loaded in prefetch(load, plan, config.distill.workers):
-            update(loaded.pixels, targets(loaded.encoded))
+            update(loaded.pixels, targets.refine(targets.features(loaded.encoded)))
 
     kinds: list[Callable[[], None]] = [
         teacher_alone,

@@ -3,30 +3,29 @@
 import io
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from pipeline.stores import write_atomic
 
 
-class Checkpoint:
-    """All that a run needs to go on: weights, optimiser, loss scale and steps done. Replaced atomically."""
+class Stateful(Protocol):
+    """What can be kept and restored: a model, an optimiser, a loss scale ..."""
 
-    def __init__(
-        self,
-        path: Path,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        scaler: torch.cuda.amp.GradScaler | None,
-        minutes: float,
-    ) -> None:
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+class Checkpoint:
+    """All that a run needs to go on: the state of its parts, and the steps done. Replaced atomically."""
+
+    def __init__(self, path: Path, parts: Mapping[str, Stateful | None], minutes: float) -> None:
         self.path = path
-        self._parts: dict[str, Any] = {"model": model, "optimiser": optimiser}
-        if scaler is not None:
-            self._parts["scaler"] = scaler
+        self._parts = {name: part for name, part in parts.items() if part is not None}
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
 
@@ -40,7 +39,7 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def restore(self, device: torch.device) -> int:
-        """Load the last checkpoint, if there is one, into model and optimiser; the number of steps it had done."""
+        """Load the last checkpoint, if there is one, into the parts; the number of steps it had done."""
         if not self.path.is_file():
             return 0
         try:

@@ -85,27 +85,63 @@ class CacheConfig(Section):
     workers: Positive = Field(2, description="image decoding threads")
 
 
+# What the paper and its authors' code do, where it differs from this project's own way. Keys given beside it win.
+_PAPER = {
+    "cleaner": "adapter", "normaliser": "none", "rank": 64, "start": "doubled", "quantile": 0.97,
+    "outlier_weight": 0.01, "info_weight": 1.0, "keep_weight": 0.0, "weight_decay": 1e-4,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "singer": {},
+    "paper": {**_PAPER, "basis": "weights", "outlier_form": "paper", "info_form": "paper"},
+    "official": {**_PAPER, "basis": "weights-official", "outlier_form": "official", "info_form": "official"},
+}
+
+
 class RefineConfig(Section):
     """The cleaner of artifacts, its fit on the cache, and the normalisation of the targets after it."""
 
+    variant: Literal["singer", "paper", "official"] = Field(
+        "singer", description="sets the keys below as this project, the paper or its authors' code has them"
+    )
     cleaner: str = "adapter"
     normaliser: str = "standardize"
-    rank: Positive = 16
+    rank: Positive | Literal["auto"] = Field(
+        16, description="of the adapters; auto: where artifact energy removed is farthest above drift, for each block"
+    )
+    basis: str = Field("weights", description="the subspace in which adapters start")
+    start: Literal["identity", "doubled"] = Field("identity", description="up = 0, or the paper's up = down transposed")
+    softness: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="projector: what a change costs where the final norm sees it; 0 is the neighbours' mean"
+    )
     threshold_k: Annotated[float, Field(gt=0)] = Field(
         6.0, description="a patch token is an artifact above median + k sigma (robust) of its block's norms"
     )
+    quantile: Annotated[float, Field(gt=0, lt=1)] = Field(0.97, description="γ of the paper's outlier forms")
+    outlier_form: str = "robust"
+    info_form: str = "clean"
     outlier_weight: Annotated[float, Field(ge=0)] = 1.0
     info_weight: Annotated[float, Field(ge=0)] = 1.0
-    keep_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="0 is the paper's loss")
-    steps: Positive = 500
+    keep_weight: Annotated[float, Field(ge=0)] = 1.0
+    steps: Positive = Field(2000, description="at most; fitting ends when it has converged")
+    tolerance: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="of the loss: less gain than this in 50 steps lowers the rate, and then ends the fit"
+    )
     batch_size: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 1e-2
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     holdout: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of records kept for the figures")
     statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
+    sample_records: Positive = Field(512, description="records from which subspaces and curvature come")
     seed: Seed = 0
     teacher: str | None = Field(None, description="which of a cache's teachers; default: the first")
     blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: all")
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_variant(cls, given: Any) -> Any:
+        variant = given.get("variant") if isinstance(given, dict) else None
+        return {**VARIANTS[variant], **given} if isinstance(variant, str) and variant in VARIANTS else given
 
 
 class StudentConfig(Section):
@@ -124,6 +160,10 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str = "mse"
+    joint: bool = Field(False, description="train fresh adapters (section refine) with the student, as the paper does")
+    kd_weight: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="joint: of the objective beside the adapters' losses"
+    )
     epochs: Positive = 100
     batch_size: Positive = Field(256, description="records a step over all processes")
     lr: Annotated[float, Field(gt=0)] = 1e-3

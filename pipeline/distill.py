@@ -5,11 +5,12 @@ processes. Without adapters the targets are the raw features: the FitNet baselin
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.checkpoint import Checkpoint, RunLog
-from pipeline.config import Config, DistillConfig
+from pipeline.config import Config, DistillConfig, RefineConfig
 from pipeline.devices import make_accelerator
 from pipeline.models import Vit, new_student, save_vit
 from pipeline.outputs import (
@@ -34,18 +35,24 @@ from pipeline.outputs import (
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter, say
 from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
-from pipeline.refine import REFINER, load_refiner, read_refiner
+from pipeline.refine import REFINER, Fit, load_refiner, read_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
 from pipeline.views import normalise
+from singer.artifacts import BlockScale
+from singer.cleaners import Adapter
+from singer.losses import Exchange, adapter_losses
 from singer.matching import match_blocks, resize_tokens, take_patches
-from singer.objectives import OBJECTIVES
+from singer.objectives import OBJECTIVES, Setting
 from singer.refiner import Refiner
+from singer.tail import TeacherTail
 from singer.vit import block_outputs, depth, freeze_unused, grid_size
 
 STAGE = "distill"
 STUDENT = "student"
 PROJECTORS = "projectors.safetensors"
+# Of joint training.
+ADAPTERS = "adapters.safetensors"
 CHECKPOINT = "checkpoint.pt"
 RUN = "run.json"
 LOG = "log.jsonl"
@@ -77,25 +84,86 @@ class Batch:
     weights: Tensor
 
 
-class Distiller(nn.Module):
-    """A student with a linear projector to the teacher's width at every matched block."""
+@dataclass(frozen=True)
+class Joint:
+    """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
 
-    def __init__(self, student: Vit, matching: dict[int, int], teacher_width: int, keep_cls: bool) -> None:
+    tail: TeacherTail
+    scales: dict[int, BlockScale]
+    settings: RefineConfig
+    prefix: int
+
+    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
+        s = self.settings
+        weights = {"outlier": s.outlier_weight, "info": s.info_weight, "keep": s.keep_weight}
+        found = adapter_losses(
+            Exchange(original, refined, self.tail, self.scales, self.prefix),
+            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
+        )  # fmt: skip
+        return {name: weights[name] * torch.stack(list(of.values())).mean() for name, of in found.items()}
+
+
+class Distiller(nn.Module):
+    """All that is trained, and its losses: a student, a projector to the teacher's width at every matched block, an
+    objective and, in joint training, the adapters that refine its targets.
+    """
+
+    def __init__(
+        self,
+        student: Vit,
+        matching: dict[int, int],
+        targets: "Targets",
+        objective: str,
+        adapters: Refiner | None = None,
+        joint: Joint | None = None,
+        kd_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         self.student = student.model
-        self.matching = matching
-        self.prefix = student.prefix
-        self.keep_cls = keep_cls
-        self.projectors = nn.ModuleDict({str(b): nn.Linear(student.width, teacher_width) for b in matching})
+        self.matching, self.prefix, self.kd_weight = matching, student.prefix, kd_weight
+        # Frozen, and so none of this module's.
+        self._targets, self._joint = [targets], joint
+        width = targets.cache.manifest.teacher.width
+        self.projectors = nn.ModuleDict({str(b): nn.Linear(student.width, width) for b in matching})
+        self.objective = OBJECTIVES[objective](
+            Setting(tuple(matching), width, int(targets.keep_cls), targets.meeting_grid)
+        )
+        self.adapters = adapters
         freeze_unused(self.student, max(matching.values()))
 
-    def forward(self, images: Tensor) -> dict[int, Tensor]:
+    def tokens(self, images: Tensor) -> dict[int, Tensor]:
         """{teacher block: projected student tokens (B, [CLS +] patches, teacher width)}."""
         outputs = block_outputs(self.student, images, sorted(self.matching.values()))
+        keep_cls = self._targets[0].keep_cls
         return {
-            teacher: self.projectors[str(teacher)](select_tokens(outputs[block], self.prefix, self.keep_cls))
+            teacher: self.projectors[str(teacher)](select_tokens(outputs[block], self.prefix, keep_cls))
             for teacher, block in self.matching.items()
         }
+
+    def forward(
+        self, images: Tensor, features: dict[int, Tensor], positions: Tensor | None, weights: Tensor
+    ) -> dict[str, Tensor]:
+        """Named scalar losses, whose sum is to be minimised, for images (B, 3, H, W).
+
+        features: {block: (B, N, d)}, refined unless training is joint; weights (B,): of each record in the mean.
+        """
+        (targets,) = self._targets
+        losses: dict[str, Tensor] = {}
+        if self._joint is not None:
+            assert self.adapters is not None
+            real = weights > 0  # the last batch of an epoch may be filled up
+            with torch.autocast(images.device.type, enabled=False):
+                refined = self.adapters(features)
+                losses = self._joint.losses(
+                    {b: x[real] for b, x in features.items()}, {b: x[real] for b, x in refined.items()}
+                )
+            features = refined
+        tokens = targets.meet(self.tokens(images), positions)
+        wanted = targets.arrange(features, positions)
+        found = self.objective({b: x.float() for b, x in tokens.items()}, wanted)
+        each = {f"{b}": (loss * weights).sum() * self.kd_weight / len(found) for b, loss in found.items()}
+        return each | losses
 
 
 def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
@@ -113,24 +181,38 @@ class Targets:
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
         self.student_grid = grid_size(student.model)
 
+    @property
+    def meeting_grid(self) -> tuple[int, int] | None:
+        """The grid on which tokens are compared; None where the cache holds a share of the patches."""
+        return None if self.cache.manifest.sampled else self.student_grid
+
+    def features(self, encoded: Encoded) -> dict[int, Tensor]:
+        """The teacher's features {block: (B, N, d)} on the device."""
+        return self.cache.decode(encoded, self.device)
+
     @torch.no_grad()
-    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+    def refine(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """By the frozen refiner, if there is one."""
+        return self.refiner(features) if self.refiner is not None else features
+
+    def arrange(self, features: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+        """The tokens that students have counterparts of, on the student's grid unless they were sampled."""
         teacher = self.cache.manifest.teacher
-        features = self.cache.decode(encoded, self.device)
-        if self.refiner is not None:
-            features = self.refiner(features)
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
-        if encoded.positions is not None:
+        if positions is not None:
             return targets
         return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.student_grid) for b, x in targets.items()}
 
-    def meet(self, tokens: dict[int, Tensor], encoded: Encoded) -> dict[int, Tensor]:
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        return self.arrange(self.refine(self.features(encoded)), encoded.positions)
+
+    def meet(self, tokens: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
         """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions."""
-        if encoded.positions is None:
+        if positions is None:
             return tokens
         prefix, grid = int(self.keep_cls), self.cache.manifest.teacher.grid
         return {
-            b: take_patches(resize_tokens(x, prefix, self.student_grid, grid), prefix, encoded.positions)
+            b: take_patches(resize_tokens(x, prefix, self.student_grid, grid), prefix, positions)
             for b, x in tokens.items()
         }
 
@@ -150,6 +232,8 @@ def distill(
     settings = config.distill
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"distill.objective: unknown {settings.objective!r}; known: {', '.join(OBJECTIVES)}")
+    if settings.joint and adapters is not None:
+        raise ValueError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
     blocks, teacher = settings.blocks, settings.teacher
     if adapters is not None:
         fitted = read_refiner(adapters)
@@ -193,10 +277,13 @@ def _distill(
         say("teacher block -> student block: " + ", ".join(f"{t} -> {s}" for t, s in matching.items()))
     accelerator.wait_for_everyone()
     targets = Targets(cache, refiner, student, accelerator.device)
-    distiller = Distiller(student, matching, cache.manifest.teacher.width, targets.keep_cls)
+    joint, fresh = new_joint(cache, config.refine, accelerator.device) if settings.joint else (None, None)
+    distiller = Distiller(student, matching, targets, settings.objective, fresh, joint, settings.kd_weight)
+    distiller.to(accelerator.device)
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-    checkpoint = Checkpoint(out / CHECKPOINT, distiller, optimiser, accelerator.scaler, settings.checkpoint_minutes)
+    parts = {"model": distiller, "optimiser": optimiser, "scaler": accelerator.scaler}
+    checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
     first_step = checkpoint.restore(accelerator.device) if mode == "resume" else 0
     model, optimiser = accelerator.prepare(distiller, optimiser)
 
@@ -220,6 +307,8 @@ def _distill(
     if main:
         save_vit(student, student.model.state_dict(), out / STUDENT)
         write_tensors(out / PROJECTORS, distiller.projectors.state_dict())
+        if fresh is not None:
+            write_tensors(out / ADAPTERS, fresh.state_dict())
         # Without the place where it was made: a run may move.
         write_json(out / RUN, {**asdict(result), "run": ".", "student": STUDENT})
         checkpoint.path.unlink(missing_ok=True)
@@ -240,7 +329,6 @@ def train(
     first_step: int,
 ) -> tuple[float, Meter]:
     """The steps from first_step to the end of the last epoch; the mean loss since the last log line, and the meter."""
-    objective = OBJECTIVES[settings.objective]
     cache = targets.cache
     per_epoch = steps_per_epoch(len(cache), settings.batch_size)
     total = settings.epochs * per_epoch
@@ -255,7 +343,7 @@ def train(
     model.train()
     with meter("distill", settings.epochs * len(cache), "images", quiet=not main, done=seen(first_step)) as m:
         plan = shares(len(cache), settings, rank, world, first_step, total)
-        summed = dict.fromkeys(cache.blocks, torch.zeros((), device=accelerator.device))
+        summed: dict[str, Tensor] = {}
         since = mean_loss = 0.0
         for step, batch in enumerate(prefetch(load, plan, settings.workers, m), start=first_step):
             # Whatever a model draws (drop path, dropout) depends on the step alone, so that a resumed run repeats it.
@@ -263,24 +351,23 @@ def train(
             rate = learning_rate(settings, step, per_epoch)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            tokens = model(normalise(batch.pixels, student.mean, student.std, accelerator.device))
-            wanted = targets(batch.encoded)
-            tokens = targets.meet(tokens, batch.encoded)
+            images = normalise(batch.pixels, student.mean, student.std, accelerator.device)
             weights = batch.weights.to(accelerator.device)
-            losses = {b: (objective(tokens[b].float(), wanted[b]) * weights).sum() for b in wanted}
+            features = targets.refine(targets.features(batch.encoded))
+            losses = model(images, features, batch.encoded.positions, weights)
             optimiser.zero_grad(set_to_none=True)
-            accelerator.backward(torch.stack(list(losses.values())).mean())
+            accelerator.backward(torch.stack(list(losses.values())).sum())
             if settings.clip_grad is not None:
                 accelerator.clip_grad_norm_(model.parameters(), settings.clip_grad)
             optimiser.step()
-            summed = {b: summed[b] + loss.detach() for b, loss in losses.items()}
+            summed = {name: summed.get(name, 0) + loss.detach() for name, loss in losses.items()}
             since += 1
             m.advance(seen(step + 1) - seen(step), f"loss {mean_loss:.4f}" if mean_loss else "")
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
-                parts = {b: float(v) / since for b, v in accelerator.reduce(summed, "mean").items()}
-                mean_loss = sum(parts.values()) / len(parts)
+                parts = {name: float(v) / since for name, v in accelerator.reduce(summed, "mean").items()}
+                mean_loss = sum(parts.values())
                 if not math.isfinite(mean_loss):
                     raise ValueError(
                         f"the loss is {mean_loss} at step {step + 1}; lower distill.lr or use precision no"
@@ -290,15 +377,26 @@ def train(
                     epoch=(step + 1) / per_epoch,
                     lr=rate,
                     loss=mean_loss,
-                    blocks=parts,
+                    parts=parts,
                     images_per_second=m.rate,
                     data_wait_percent=m.wait_percent,
                 )
-                summed, since = {b: torch.zeros_like(v) for b, v in summed.items()}, 0.0
+                summed, since = {}, 0.0
                 # Only here are all running sums empty, so that a checkpoint needs none of them.
                 if main and step + 1 < total:
                     checkpoint.save(step + 1, force=epoch_ends)
     return mean_loss, m
+
+
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[Joint, Refiner]:
+    """Fresh adapters for joint training, in their starting subspace, and what their losses need."""
+    settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
+    fit = Fit(cache, settings, np.arange(len(cache)), device)
+    for block, start in fit.starts.items():
+        adapter = fit.refiner.cleaner(block)
+        assert isinstance(adapter, Adapter)
+        adapter.start(start, settings.start == "doubled")
+    return Joint(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
 
 
 def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:

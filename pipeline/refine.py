@@ -2,26 +2,29 @@
 
 `singer refine --cache CACHE --out ADAPTERS`. The teacher is not needed: its frozen tail lies in the cache.
 
-Two-stage SiNGER: adapters start in the directions that the next reader sees least, and minimise
-outlier_weight · L_outlier + info_weight · L_info + keep_weight · L_keep, L_info on clean-token Grams behind the next
-block; there is no student yet. Blocks share no parameter and Adam scales each by itself, so that fitting them together
-is fitting each alone.
+A refiner is a cleaner and a normaliser. Closed forms take a sample; adapters (SiNGER, in its two-stage form) start in a
+subspace that the next reader hardly sees and minimise outlier_weight · L_outlier + info_weight · L_info +
+keep_weight · L_keep; there is no student yet. The normaliser's statistics come from refined clean tokens, at the end.
 """
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, RefineConfig
+from pipeline.devices import make_accelerator
+from pipeline.fit import fit_adapters, fitted_file, groups, load_fitted
+from pipeline.measure import clean_moments, gather_evidence, measure_block, measure_scales, shape_of, spread
 from pipeline.outputs import (
     Mode,
     check_output,
@@ -32,41 +35,35 @@ from pipeline.outputs import (
     write_json,
     write_tensors,
 )
-from pipeline.prefetch import prefetch
-from pipeline.progress import meter
+from pipeline.progress import say
 from pipeline.stores import Place
-from singer.artifacts import clean_mask, norm_summary, patch_norms, robust_threshold
-from singer.losses import info_loss, keep_loss, outlier_loss
-from singer.refiner import CLEANERS, NORMALISERS, Adapter, Clip, Refiner, Standardize
-from singer.subspaces import reader_weight, smallest_directions
+from singer.artifacts import BlockScale
+from singer.cleaners import CLEANERS
+from singer.losses import INFO_FORMS, OUTLIER_FORMS
+from singer.normalisers import NORMALISERS
+from singer.refiner import Refiner
+from singer.subspaces import BASES, best_rank
 from singer.tail import TeacherTail
 
 STAGE = "refine"
 REFINER = "refiner.safetensors"
 MANIFEST = "refiner.json"
 METRICS = "metrics.json"
-LOG = "log.jsonl"
-_LOG_EVERY = 10
-
-
-@dataclass(frozen=True)
-class BlockScale:
-    """What is normal for the patch tokens of a block: median norm, and the threshold above which one is an artifact."""
-
-    median: float
-    threshold: float
 
 
 @dataclass(frozen=True)
 class RefinerManifest:
-    """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to."""
+    """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
+
+    ranks: {block: rank of its adapter}.
+    """
 
     cache: str
     cleaner: str
     normaliser: str
-    rank: Annotated[int, Field(ge=1)]
+    ranks: dict[int, Annotated[int, Field(ge=1)]]
     scales: dict[int, BlockScale]
-    teacher: str | None = None
+    teacher: str
 
 
 @dataclass(frozen=True)
@@ -87,65 +84,106 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     _check_names(settings)
     cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy)
     check_output(out, mode, STAGE, config, [cache_path])
-    train, held_out = split_records(cache, settings)
+    split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
         return _result(out)
-    starts = start_directions(cache, settings) if settings.cleaner == "adapter" else {}
-    with claimed_output(out, mode, STAGE, config, settings.seed):
-        _fit(cache, settings, out, train, held_out, starts)
+    accelerator = make_accelerator("no")
+    start = time.perf_counter()
+    fit = Fit(cache, settings, split[0], accelerator.device)
+    main = accelerator.is_main_process
+    with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+        accelerator.wait_for_everyone()
+        _fit(fit, out, accelerator)
+        if main:
+            _store(fit, out, split[1], start)
+        accelerator.wait_for_everyone()
     return _result(out)
 
 
-def _fit(
-    cache: Cache,
-    settings: RefineConfig,
-    out: Path,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    starts: dict[int, Tensor],
-) -> None:
-    """Fit, measure and store; the manifest comes last."""
-    start = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sample = train[np.linspace(0, len(train) - 1, min(len(train), settings.statistics_records)).astype(int)]
-    scales = measure_scales(cache, sample, settings.threshold_k)
-    refiner = empty_refiner(cache, settings).to(device)
-    if settings.cleaner == "adapter":
-        fit_adapters(cache, refiner, starts, scales, train, settings, out / LOG, device)
-    elif settings.cleaner == "clip":
-        for block in cache.blocks:
-            cleaner = refiner.cleaners[str(block)]
-            assert isinstance(cleaner, Clip)
-            cleaner.threshold.fill_(scales[block].threshold)
-    refiner.requires_grad_(False)
-    if not all(torch.isfinite(v).all() for v in refiner.parameters()):
-        raise ValueError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
-    if settings.normaliser == "standardize":
-        fit_standardisation(cache, refiner, scales, sample, device)
-    seconds = time.perf_counter() - start
+class Fit:
+    """A refiner in the making: what is known of the cache's blocks before anything is trained."""
 
-    blocks = {b: measure_block(cache, refiner, b, scales[b], held_out, device) for b in cache.blocks}
-    write_tensors(out / REFINER, refiner.state_dict())
+    def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
+        self.cache, self.settings, self.records, self.device = cache, settings, records, device
+        self.statistics = spread(records, settings.statistics_records)
+        self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
+        self.tail = cache.tail().to(device)
+        self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
+        if CLEANERS[settings.cleaner].trained:
+            self.starts = start_directions(cache, self.tail, self.scales, self.statistics, settings, device)
+            self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
+        self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
+
+    def close(self) -> None:
+        """Everything with a closed form, once the adapters are there: cleaners, then normalisers behind them."""
+        cache, settings = self.cache, self.settings
+        self.refiner.requires_grad_(False)
+        sample = spread(self.statistics, settings.sample_records)
+        for block in cache.blocks:
+            evidence = gather_evidence(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
+            self.refiner.cleaner(block).fit(evidence)
+        moments = clean_moments(cache, self.refiner, self.scales, self.statistics, self.device)
+        for block in cache.blocks:
+            self.refiner.normaliser(block).fit(moments[block])
+
+
+def start_directions(
+    cache: Cache,
+    tail: TeacherTail,
+    scales: dict[int, BlockScale],
+    records: np.ndarray,
+    settings: RefineConfig,
+    device: torch.device,
+) -> dict[int, Tensor]:
+    """{block: (d, rank)}: where the adapters start."""
+    starts = {}
+    for block in cache.blocks:
+        sample = spread(records, settings.sample_records)
+        evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
+        rank = settings.rank
+        if rank == "auto":
+            rank, curve = best_rank(evidence, settings.basis)
+            removed, drift = curve[rank - 1]
+            say(f"block {block}: rank {rank} takes {removed:.1%} of the artifact energy and {drift:.1%} of the drift")
+        starts[block] = BASES[settings.basis](evidence, rank)
+    return starts
+
+
+def _fit(fit: Fit, out: Path, accelerator: Accelerator) -> None:
+    """Train this process's share of the adapters; return when all processes have done theirs."""
+    cache, settings = fit.cache, fit.settings
+    if not fit.starts:
+        return
+    together = groups(cache.blocks, settings.info_form)
+    for group in together[accelerator.process_index :: accelerator.num_processes]:
+        part = Cache(cache.place, settings.teacher, group, settings.local_copy)
+        fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
+    accelerator.wait_for_everyone()
+    for group in together:
+        load_fitted(fit.refiner, group, out)
+
+
+def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
+    """Finish, measure and store; the manifest comes last: a refiner without one was interrupted."""
+    cache, settings = fit.cache, fit.settings
+    fit.close()
+    seconds = time.perf_counter() - start
+    blocks = {b: measure_block(cache, fit.refiner, b, fit.scales[b], held_out, fit.device) for b in cache.blocks}
+    write_tensors(out / REFINER, fit.refiner.state_dict())
     metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(held_out)}
     write_json(out / METRICS, metrics)
-    # The manifest comes last: a refiner without one was interrupted.
     manifest = RefinerManifest(
-        cache.id, settings.cleaner, settings.normaliser, settings.rank, scales, cache.manifest.teacher.weights
+        cache.id, settings.cleaner, settings.normaliser, fit.ranks, fit.scales, cache.manifest.teacher.weights
     )
     write_json(out / MANIFEST, asdict(manifest))
+    for group in groups(cache.blocks, settings.info_form):
+        fitted_file(out, group).unlink(missing_ok=True)
 
 
-def start_directions(cache: Cache, settings: RefineConfig) -> dict[int, Tensor]:
-    """{block: (d, rank)}: where the adapters start."""
-    tail = cache.tail()
-    return {b: smallest_directions(reader_weight(tail, b), settings.rank) for b in cache.blocks}
-
-
-def empty_refiner(cache: Cache, settings: RefineConfig) -> Refiner:
-    teacher = cache.manifest.teacher
-    widths = dict.fromkeys(cache.blocks, teacher.width)
-    return Refiner(widths, teacher.prefix_tokens, settings.cleaner, settings.normaliser, settings.rank)
+def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
+    shapes = {b: shape_of(cache, ranks[b], settings.softness) for b in cache.blocks}
+    return Refiner(shapes, settings.cleaner, settings.normaliser)
 
 
 def load_refiner(path: Path, cache: Cache) -> Refiner:
@@ -161,14 +199,14 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
         )
     if not set(cache.blocks) <= set(manifest.scales):
         raise ValueError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
-    settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser, rank=manifest.rank)
+    settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)
     _check_names(settings)
-    refiner = empty_refiner(cache, settings)
     try:
+        refiner = empty_refiner(cache, settings, manifest.ranks)
         state = read_tensors(path / REFINER)
         unused = tuple(f".{b}." for b in manifest.scales if b not in cache.blocks)
         refiner.load_state_dict({n: t for n, t in state.items() if not any(u in n for u in unused)})
-    except RuntimeError as error:
+    except (KeyError, RuntimeError) as error:
         raise ValueError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
     return refiner.requires_grad_(False)
 
@@ -189,171 +227,17 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
-    """Median norm and artifact threshold of every block, from the ORIGINAL features."""
-    norms: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
-    for features in _batches(cache, records):
-        for block, x in features.items():
-            norms[block].append(patch_norms(x, cache.manifest.teacher.prefix_tokens))
-    return {
-        b: BlockScale(median=float(torch.cat(n).median()), threshold=robust_threshold(torch.cat(n), k))
-        for b, n in norms.items()
-    }
-
-
-def fit_adapters(
-    cache: Cache,
-    refiner: Refiner,
-    starts: dict[int, Tensor],
-    scales: dict[int, BlockScale],
-    records: np.ndarray,
-    settings: RefineConfig,
-    log: Path,
-    device: torch.device,
-) -> None:
-    """Minimise L_outlier, L_info and L_keep over the adapters of all blocks at once; they share no parameter."""
-    tail = cache.tail().to(device)
-    for block in cache.blocks:
-        adapter = refiner.cleaners[str(block)]
-        assert isinstance(adapter, Adapter)
-        adapter.start(starts[block].to(device))
-    optimiser = torch.optim.AdamW(refiner.parameters(), lr=settings.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
-    order = batch_order(records, settings)
-    weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
-    prefix = cache.manifest.teacher.prefix_tokens
-    with meter("refine", settings.steps, "steps") as m, log.open("w") as file:
-        for step, encoded in enumerate(prefetch(cache.read, order, 1, m)):
-            features = cache.decode(encoded, device)
-            losses: dict[str, float] = {}
-            total = torch.zeros((), device=device)
-            for block, x in features.items():
-                parts = adapter_losses(refiner, tail, block, x, scales[block], prefix)
-                for name, part in parts.items():
-                    total = total + weights[name] * part
-                    losses[f"{name}.{block}"] = float(part.detach())
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()
-            optimiser.step()
-            schedule.step()
-            loss = float(total.detach())
-            if step % _LOG_EVERY == 0 or step == settings.steps - 1:
-                print(json.dumps({"step": step, "loss": loss, **losses}), file=file, flush=True)
-            m.advance(1, f"loss {loss:.4f}")
-
-
-def adapter_losses(
-    refiner: Refiner, tail: TeacherTail, block: int, x: Tensor, scale: BlockScale, prefix: int
-) -> dict[str, Tensor]:
-    """L_outlier, L_info and L_keep of one block for its features x (B, N, d)."""
-    clean = clean_mask(patch_norms(x, prefix), scale.threshold)
-    refined = refiner.clean(x, block)
-    outlier = outlier_loss(patch_norms(refined, prefix), scale.threshold, scale.median)
-    with torch.no_grad():
-        seen = tail.next_output(x, block)
-    return {
-        "outlier": outlier,
-        "info": info_loss(tail.next_output(refined, block)[:, prefix:], seen[:, prefix:], clean),
-        "keep": keep_loss(refined[:, prefix:], x[:, prefix:], clean),
-    }
-
-
-def fit_standardisation(
-    cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
-) -> None:
-    """Set the channel statistics of every block from refined tokens: patches that are no artifacts, and each prefix."""
-    prefix = cache.manifest.teacher.prefix_tokens
-    sums = {b: Moments(cache.manifest.teacher.width, prefix) for b in cache.blocks}
-    for features in _batches(cache, records):
-        for block, x in features.items():
-            refined = refiner.clean(x.to(device), block).cpu()
-            clean = clean_mask(patch_norms(x, prefix), scales[block].threshold)
-            sums[block].add(refined[:, :prefix], refined[:, prefix:][clean])
-    for block, moments in sums.items():
-        normaliser = refiner.normalisers[str(block)]
-        assert isinstance(normaliser, Standardize)
-        moments.store(normaliser)
-
-
-class Moments:
-    """Running per-channel mean and deviation, in float64, of patch tokens and of each prefix position."""
-
-    def __init__(self, d: int, prefix: int) -> None:
-        self.patch = torch.zeros(3, d, dtype=torch.float64)
-        self.prefix = torch.zeros(3, prefix, d, dtype=torch.float64)
-
-    def add(self, prefix: Tensor, patches: Tensor) -> None:
-        """prefix (B, P, d), patches (n, d)."""
-        for sums, x in ((self.prefix, prefix.double()), (self.patch, patches.double())):
-            sums += torch.stack([torch.ones_like(x).sum(0), x.sum(0), x.square().sum(0)])
-
-    def variance(self) -> Tensor:
-        """Of patch tokens, per channel, (d,) float64."""
-        count = self.patch[0].clamp_min(1)
-        return (self.patch[2] / count - (self.patch[1] / count).square()).clamp_min(0)
-
-    def store(self, into: Standardize) -> None:
-        for sums, mean, std in (
-            (self.patch, into.mean, into.std),
-            (self.prefix, into.prefix_mean, into.prefix_std),
-        ):
-            if not sums.numel():
-                continue
-            average = sums[1] / sums[0].clamp_min(1)
-            deviation = (sums[2] / sums[0].clamp_min(1) - average.square()).clamp_min(0).sqrt()
-            mean.copy_(average)
-            # A channel that hardly varies carries rounding noise, which must not be blown up to unit variance.
-            std.copy_(deviation.clamp_min(1e-2 * float(deviation.mean()) + 1e-12))
-
-
-def measure_block(
-    cache: Cache, refiner: Refiner, block: int, scale: BlockScale, records: np.ndarray, device: torch.device
-) -> dict[str, object]:
-    """Norms before and after cleaning, and how far clean and artifact tokens moved, on some records."""
-    prefix = cache.manifest.teacher.prefix_tokens
-    before, after = [], []
-    drift = Moments(cache.manifest.teacher.width, 0)
-    spread = Moments(cache.manifest.teacher.width, 0)
-    for features in _batches(cache, records):
-        x = features[block].to(device)
-        refined = refiner.clean(x, block)
-        norms = patch_norms(x, prefix)
-        clean = clean_mask(norms, scale.threshold)
-        before.append(norms)
-        after.append(patch_norms(refined, prefix))
-        drift.add(x[:, :0], (refined - x)[:, prefix:][clean])
-        spread.add(x[:, :0], x[:, prefix:][clean])
-    return {
-        "threshold": scale.threshold,
-        "before": norm_summary(torch.cat(before), scale.threshold),
-        "after": norm_summary(torch.cat(after), scale.threshold),
-        # Shares of the clean tokens' variance around their mean: a shift common to all tokens is no loss.
-        "clean_drift_percent": 100 * float((drift.variance().sum() / spread.variance().sum()).sqrt()),
-    }
-
-
-def batch_order(records: np.ndarray, settings: RefineConfig) -> Iterator[np.ndarray]:
-    """`steps` batches of records, epoch after epoch; a pure function of the seed."""
-    step = 0
-    for epoch in range(settings.steps):
-        shuffled = np.random.default_rng([settings.seed, 1, epoch]).permutation(records)
-        for start in range(0, len(shuffled) - settings.batch_size + 1, settings.batch_size):
-            if step == settings.steps:
-                return
-            yield shuffled[start : start + settings.batch_size]
-            step += 1
-
-
-def _batches(cache: Cache, records: np.ndarray, size: int = 64) -> Iterator[dict[int, Tensor]]:
-    parts = [records[i : i + size] for i in range(0, len(records), size)]
-    for encoded in prefetch(cache.read, parts, 1):
-        yield cache.decode(encoded, torch.device("cpu"))
-
-
 def _check_names(settings: RefineConfig) -> None:
-    for key, known in (("cleaner", CLEANERS), ("normaliser", NORMALISERS)):
-        if getattr(settings, key) not in known:
-            raise ValueError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(known)}")
+    known: dict[str, Iterable[str]] = {
+        "cleaner": CLEANERS,
+        "normaliser": NORMALISERS,
+        "basis": BASES,
+        "outlier_form": OUTLIER_FORMS,
+        "info_form": INFO_FORMS,
+    }
+    for key, names in known.items():
+        if getattr(settings, key) not in names:
+            raise ValueError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
 
 
 def _result(out: Path) -> RefineResult:

@@ -1,10 +1,26 @@
 """Artifact tokens: patch tokens of abnormally high norm on raw block outputs (Darcet et al., arXiv 2309.16588)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # The factor that makes the median absolute deviation estimate the standard deviation of a normal distribution.
 MAD_TO_SIGMA = 1.4826
+
+
+@dataclass(frozen=True)
+class BlockScale:
+    """What is normal for the patch tokens of a block: median norm, and the threshold above which one is an artifact."""
+
+    median: float
+    threshold: float
+
+
+def block_scale(norms: Tensor, k: float) -> BlockScale:
+    """The scale of a block from the patch norms of its ORIGINAL features (any shape)."""
+    return BlockScale(float(norms.float().median()), robust_threshold(norms, k))
 
 
 def robust_threshold(norms: Tensor, k: float) -> float:
@@ -44,3 +60,25 @@ def clean_mask(norms: Tensor, threshold: float) -> Tensor:
     """True (B, N) where a token is no artifact."""
     clean: Tensor = norms <= threshold
     return clean
+
+
+def clip_norms(patches: Tensor, threshold: Tensor | float) -> Tensor:
+    """Patch tokens (B, n, d), those above the threshold scaled down to it."""
+    norms = patches.norm(dim=-1, keepdim=True)
+    clipped: Tensor = patches * (threshold / norms).clamp_max(1)
+    return clipped
+
+
+def neighbour_mean(patches: Tensor, clean: Tensor, grid: tuple[int, int]) -> Tensor:
+    """x̃ of SINDER (arXiv 2407.16826): the mean of the clean patches in the 3x3 neighbourhood, (B, n, d).
+
+    patches (B, rows · columns, d); clean (B, n). Where no neighbour is clean, the mean of the image's clean patches;
+    where none is clean in the image, zero.
+    """
+    weight = clean.to(patches.dtype).unsqueeze(-1)
+    maps = torch.cat([patches * weight, weight], dim=-1).transpose(1, 2).unflatten(2, grid)
+    # divisor_override: sums, so that the border needs no case of its own
+    sums = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1).flatten(2).transpose(1, 2)
+    near, count = sums[..., :-1], sums[..., -1:]
+    whole = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(count > 0.5, near / count.clamp_min(1), whole)

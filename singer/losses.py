@@ -1,15 +1,65 @@
-"""The losses that fit the adapters on cached features (SiNGER, arXiv 2509.20986; two-stage form)."""
+"""The losses that fit adapters (SiNGER, arXiv 2509.20986), in this project's, the paper's and the authors' forms.
 
+L_outlier has forms (norms of refined patches (B, patches), scale of the block, γ) -> scalar; L_info has forms of an
+`Exchange` and a block. A new form is a function and a registry line.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.artifacts import BlockScale, clean_mask, patch_norms
+from singer.tail import TeacherTail
 
-def outlier_loss(norms: Tensor, threshold: float, scale: float) -> Tensor:
-    """L_outlier: mean squared excess of patch norms (B, patches) over a fixed threshold.
 
-    scale: the median clean norm; it makes the loss, and so its weight, independent of the teacher's units.
-    """
-    return ((norms - threshold).clamp_min(0) / scale).square().mean()
+@dataclass(frozen=True)
+class Exchange:
+    """Features of some records before and after refining, {block: (B, N, d)}, and what reads them."""
+
+    original: Mapping[int, Tensor]
+    refined: Mapping[int, Tensor]
+    tail: TeacherTail
+    scales: Mapping[int, BlockScale]
+    prefix: int
+
+    def clean(self, block: int) -> Tensor:
+        """True (B, patches) where the ORIGINAL token is no artifact."""
+        return clean_mask(patch_norms(self.original[block], self.prefix), self.scales[block].threshold)
+
+    def seen(self, block: int) -> tuple[Tensor, Tensor]:
+        """Outputs (B, N, d) of the next block for refined and original tokens; of the last block, they themselves."""
+        with torch.no_grad():
+            original = self.tail.next_output(self.original[block], block)
+        return self.tail.next_output(self.refined[block], block), original
+
+
+OutlierForm = Callable[[Tensor, BlockScale, float], Tensor]
+InfoForm = Callable[[Exchange, int], Tensor]
+
+
+def robust_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
+    """Mean squared excess over a fixed robust threshold, in units of the median norm: no clean image is punished."""
+    return ((norms - scale.threshold).clamp_min(0) / scale.median).square().mean()
+
+
+def paper_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
+    """Mean excess of the tokens above the γ-quantile of their image's refined norms (un-squared, as in the paper)."""
+    return _excess(norms, quantile).mean()
+
+
+def official_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
+    """The authors' code: mean SQUARED excess of the tokens above their image's γ-quantile, pooled over the batch."""
+    return _excess(norms, quantile).square().mean()
+
+
+def _excess(norms: Tensor, quantile: float) -> Tensor:
+    """Excess of the norms (B, n) that lie above their row's quantile, in one dimension; the quantile is detached."""
+    limit = torch.quantile(norms.detach(), quantile, dim=1, keepdim=True)
+    excess = (norms - limit)[norms > limit]
+    return excess if len(excess) else norms.new_zeros(1)
 
 
 def cosine_gram(tokens: Tensor) -> Tensor:
@@ -18,15 +68,48 @@ def cosine_gram(tokens: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
-def info_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
-    """L_info: mean squared difference of the cosine Grams of refined and original tokens (B, n, d).
-
-    clean: (B, n), True where the ORIGINAL token is no artifact. Only pairs of clean tokens count: an artifact's
-    similarities are what refinement is to change.
-    """
+def gram_error(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared difference of the cosine Grams of tokens (B, n, d), over pairs of clean tokens, clean (B, n)."""
     pairs = (clean.unsqueeze(1) & clean.unsqueeze(2)).to(refined.dtype)
     error = (cosine_gram(refined) - cosine_gram(original)).square() * pairs
     return error.sum() / pairs.sum().clamp_min(1)
+
+
+def clean_info(exchange: Exchange, block: int) -> Tensor:
+    """Cosine Grams behind the next block, of clean tokens only: an artifact's similarities are what is to change."""
+    refined, original = exchange.seen(block)
+    return gram_error(refined[:, exchange.prefix :], original[:, exchange.prefix :], exchange.clean(block))
+
+
+def paper_info(exchange: Exchange, block: int) -> Tensor:
+    """Cosine Grams of all patches behind the next block, of the last block its own (the paper)."""
+    refined, original = (x[:, exchange.prefix :] for x in exchange.seen(block))
+    return F.mse_loss(cosine_gram(refined), cosine_gram(original))
+
+
+def official_info(exchange: Exchange, block: int) -> Tensor:
+    """The authors' code: MSE of the next block's raw outputs (all tokens).
+
+    Of the last block, the cosine Gram of its refined patches against that of the last intermediate block's refined
+    patches. Raises ValueError if there is no intermediate block.
+    """
+    if not exchange.tail.is_last(block):
+        return F.mse_loss(*exchange.seen(block))
+    others = [b for b in exchange.refined if b != block]
+    if not others:
+        raise ValueError("refine.info_form official needs an intermediate block beside the last; cache another block")
+    last, before = (exchange.refined[b][:, exchange.prefix :] for b in (block, max(others)))
+    return F.mse_loss(cosine_gram(last), cosine_gram(before))
+
+
+OUTLIER_FORMS: dict[str, OutlierForm] = {
+    "robust": robust_outlier,
+    "paper": paper_outlier,
+    "official": official_outlier,
+}
+INFO_FORMS: dict[str, InfoForm] = {"clean": clean_info, "paper": paper_info, "official": official_info}
+# Those in which a block's loss depends on another block's adapter.
+COUPLED = {"official"}
 
 
 def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
@@ -39,3 +122,23 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     change = refined[clean] - x
     variance = (x - x.mean(0)).square().sum().clamp_min(1e-12)
     return (change - change.mean(0)).square().sum() / variance
+
+
+def adapter_losses(
+    exchange: Exchange, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
+) -> dict[str, dict[int, Tensor]]:
+    """{"outlier": {block: loss}, "info": ..., "keep": ...}; keep only if asked for."""
+    prefix = exchange.prefix
+    losses = {
+        "outlier": {
+            b: OUTLIER_FORMS[outlier_form](patch_norms(exchange.refined[b], prefix), exchange.scales[b], quantile)
+            for b in blocks
+        },
+        "info": {b: INFO_FORMS[info_form](exchange, b) for b in blocks},
+    }
+    if keep:
+        losses["keep"] = {
+            b: keep_loss(exchange.refined[b][:, prefix:], exchange.original[b][:, prefix:], exchange.clean(b))
+            for b in blocks
+        }
+    return losses

@@ -1,9 +1,115 @@
-"""Subspaces that the next reader of a block's output hardly sees: where adapters start."""
+"""Subspaces of a block's output in which a refiner may move tokens: where adapters start.
+
+A basis takes the evidence of a block and a rank r and gives (d, r) orthonormal columns, best first. A new one is a
+function and a registry line.
+"""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from singer.curvature import curvature
+from singer.evidence import Evidence
 from singer.tail import TeacherTail
+
+Basis = Callable[[Evidence, int], Tensor]
+# Below it the authors' code calls a singular value zero.
+OFFICIAL_THRESHOLD = 0.05
+# Of the curvature's mean, added before artifact energy is divided by it.
+_FLOOR = 1e-2
+_WIDEST = 64
+
+
+def weights(evidence: Evidence, rank: int) -> Tensor:
+    """Smallest singular directions of the linearised reader W̃ = fc2·fc1 of the next block (the paper's choice)."""
+    return smallest_directions(reader_weight(evidence.tail, evidence.block), rank)
+
+
+def weights_official(evidence: Evidence, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
+    """As the authors' code has it: of the singular directions below a threshold the r LARGEST, in descending order.
+
+    The last block uses its own W̃. Random unit vectors fill up what is missing (they are not orthogonal to the rest).
+    """
+    tail, block = evidence.tail, evidence.block
+    product = mlp_product(tail, block if tail.is_last(block) else block + 1)
+    u, values, _ = torch.linalg.svd(product.T)
+    found = u[:, values < threshold][:, :rank]
+    drawn = torch.randn(len(u), rank - found.shape[1], generator=evidence.generator()).to(u)
+    filled: Tensor = torch.cat([found, drawn / drawn.norm(dim=0)], dim=1).contiguous()
+    return filled
+
+
+def ln_folded(evidence: Evidence, rank: int) -> Tensor:
+    """Smallest directions of the next block's branches with its norms folded in; of the last block, of the final norm.
+
+    Stacked: E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d) and the value path of attention,
+    E[1/σ]·ls1·proj·V·diag(γ1)(I - 11ᵀ/d).
+    """
+    tail, block = evidence.tail, evidence.block
+    if tail.is_last(block):
+        return smallest_directions(reader_weight(tail, block), rank)
+    return smallest_directions(_folded_branches(evidence, tail.block(block + 1)), rank)
+
+
+def least_curvature(evidence: Evidence, rank: int, reader: str) -> Tensor:
+    """Bottom eigenvectors of the curvature sketch at a reader."""
+    _, vectors = torch.linalg.eigh(curvature(evidence, reader))
+    flattest: Tensor = vectors[:, : _checked(rank, len(vectors))].float().contiguous()
+    return flattest
+
+
+def artifact_aware(evidence: Evidence, rank: int, reader: str = "final-norm") -> Tensor:
+    """Most artifact energy for the curvature it costs: the top of A v = λ (C + εI) v, orthonormalised in order."""
+    seen = curvature(evidence, reader)
+    d = len(seen)
+    floor = _FLOOR * seen.diagonal().mean()
+    lower = torch.linalg.cholesky(seen + floor * torch.eye(d, dtype=seen.dtype, device=seen.device))
+    half = torch.linalg.solve_triangular(lower, evidence.artifact_energy(), upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
+    _, vectors = torch.linalg.eigh(whitened)  # ascending
+    solved = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, : _checked(rank, d)], upper=True)
+    directions: Tensor = torch.linalg.qr(solved).Q.float().contiguous()
+    return directions
+
+
+def random(evidence: Evidence, rank: int) -> Tensor:
+    """The control: a random subspace."""
+    d = evidence.tokens.shape[-1]
+    drawn = torch.randn(d, _checked(rank, d), generator=evidence.generator())
+    directions: Tensor = torch.linalg.qr(drawn).Q.contiguous().to(evidence.tokens.device)
+    return directions
+
+
+BASES: dict[str, Basis] = {
+    "weights": weights,
+    "weights-official": weights_official,
+    "ln-folded": ln_folded,
+    "curvature": partial(least_curvature, reader="final-norm"),
+    "curvature-next-norm": partial(least_curvature, reader="next-norm"),
+    "curvature-branch": partial(least_curvature, reader="branch"),
+    "artifact-aware": artifact_aware,
+    "random": random,
+}
+
+
+def best_rank(evidence: Evidence, basis: str) -> tuple[int, list[tuple[float, float]]]:
+    """(r, curve) where the curve's [(artifact energy removed, drift)] at r directions, both as shares, is best.
+
+    Removed: of tr A in the span of the first r directions; drift: of tr C at the final norm. r is where the first is
+    farthest above the second; 1 where there is no artifact.
+    """
+    d = evidence.tokens.shape[-1]
+    directions = BASES[basis](evidence, min(d, _WIDEST)).double()
+    energy, seen = evidence.artifact_energy(), curvature(evidence, "final-norm")
+    shares = [
+        ((directions * (m @ directions)).sum(0).cumsum(0) / m.diagonal().sum().clamp_min(1e-30)).tolist()
+        for m in (energy, seen)
+    ]
+    curve = list(zip(*shares, strict=True))
+    gains = [removed - drift for removed, drift in curve]
+    return (1 + max(range(len(gains)), key=gains.__getitem__) if float(energy.diagonal().sum()) > 0 else 1), curve
 
 
 def reader_weight(tail: TeacherTail, block: int) -> Tensor:
@@ -14,39 +120,89 @@ def reader_weight(tail: TeacherTail, block: int) -> Tensor:
     authors' code.
     """
     if not tail.is_last(block):
-        return _mlp_product(tail, block + 1)
+        return mlp_product(tail, block + 1)
     head, norm = tail.model.head, tail.model.norm
-    if isinstance(head, torch.nn.Linear) and isinstance(norm, torch.nn.LayerNorm) and norm.weight is not None:
-        folded = head.weight.double() * norm.weight.double()
-        centred: Tensor = folded - folded.mean(1, keepdim=True)
-        return centred.to(torch.float32)
-    return _mlp_product(tail, block)
+    if isinstance(head, nn.Linear) and isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+        return _centred(head.weight.double() * norm.weight.double()).float()
+    return mlp_product(tail, block)
 
 
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
     """Orthonormal input directions (d, rank) with the smallest singular values of weight (outputs, d)."""
-    d = weight.shape[1]
-    if rank > d:
-        raise ValueError(f"refine.rank {rank} is larger than the feature width {d}")
     gram = weight.double().T @ weight.double()
     _, vectors = torch.linalg.eigh(gram)  # ascending
-    smallest: Tensor = vectors[:, :rank].float().contiguous()
+    smallest: Tensor = vectors[:, : _checked(rank, len(gram))].float().contiguous()
     return smallest
 
 
-def _mlp_product(tail: TeacherTail, block: int) -> Tensor:
-    """fc2·fc1 of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
+def mlp_product(tail: TeacherTail, block: int) -> Tensor:
+    """fc2·fc1 (d, d) of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
     module = tail.block(block)
     mlp = getattr(module, "mlp", None)
     fc1, fc2 = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
     if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features:
         product: Tensor = fc2.weight.float() @ fc1.weight.float()
         return product
+    return torch.cat(_first_readers(module, block))
+
+
+def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
     readers = [
         part.weight.float()
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "fc1", "fc1_g", "fc1_x", "w12")
+        if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj")
     ]
     if not readers:
         raise ValueError(f"block {block} of this teacher has no linear layer known to read its input")
-    return torch.cat(readers)
+    return readers
+
+
+@torch.no_grad()
+def _folded_branches(evidence: Evidence, module: nn.Module) -> Tensor:
+    """Linearised branches (outputs, d) of a block; of blocks that are not plain, its first readers behind the norm."""
+    norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
+    fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))
+    plain = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm) and hasattr(attention, "qkv")
+    if not (plain and isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and act is not None):
+        readers = torch.cat(_first_readers(module, evidence.block + 1)).double()
+        norm = next((m for m in module.modules() if isinstance(m, nn.LayerNorm)), None)
+        return _centred(readers * norm.weight.double()) if norm is not None else readers
+    assert isinstance(attention, nn.Module) and isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        norm1.register_forward_pre_hook(lambda _, args: inputs.update(norm1=args[0])),
+        norm2.register_forward_pre_hook(lambda _, args: inputs.update(norm2=args[0])),
+        fc1.register_forward_hook(lambda _, __, output: inputs.update(hidden=output)),
+    ]
+    module(evidence.tokens)
+    for hook in hooks:
+        hook.remove()
+    hidden = inputs["hidden"][:, evidence.prefix :].flatten(0, 1)
+    with torch.enable_grad():
+        probe = hidden.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(act(probe).sum(), probe)
+    d = evidence.tokens.shape[-1]
+    qkv, proj = (attention.get_parameter(f"{name}.weight").double() for name in ("qkv", "proj"))
+    paths = [
+        (fc2.weight.double() * slope.double().mean(0)) @ fc1.weight.double() * norm2.weight.double(),
+        proj @ qkv[2 * d :] * norm1.weight.double(),
+    ]
+    scales = [getattr(getattr(module, n, None), "gamma", None) for n in ("ls2", "ls1")]
+    folded = []
+    for path, gamma, x in zip(paths, scales, (inputs["norm2"], inputs["norm1"]), strict=True):
+        spread = x[:, evidence.prefix :].double().std(-1, correction=0)
+        layer_scale = gamma.double().unsqueeze(1) if isinstance(gamma, Tensor) else 1.0
+        folded.append((1 / spread).mean() * layer_scale * _centred(path))
+    return torch.cat(folded)
+
+
+def _centred(weight: Tensor) -> Tensor:
+    """W·(I - 11ᵀ/d): LayerNorm takes the mean of a token's channels away."""
+    centred: Tensor = weight - weight.mean(1, keepdim=True)
+    return centred
+
+
+def _checked(rank: int, d: int) -> int:
+    if rank > d:
+        raise ValueError(f"refine.rank {rank} is larger than the feature width {d}")
+    return rank

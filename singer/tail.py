@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 _FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos_drop", "patch_drop")
@@ -61,12 +62,42 @@ class TeacherTail(nn.Module):
         output: Tensor = self.block(block + 1)(tokens)
         return output
 
+    def next_norm(self, tokens: Tensor, block: int) -> Tensor:
+        """Output (B, N, d) of the norm that first reads the tokens (B, N, d) that left `block`."""
+        module = self.model.norm if self.is_last(block) else _first_norm(self.block(block + 1))
+        output: Tensor = module(tokens)
+        return output
+
+    def last_output(self, tokens: Tensor, block: int) -> Tensor:
+        """Output (B, N, d) of the last block for the tokens (B, N, d) that left `block`."""
+        for index in range(block + 1, self.depth):
+            tokens = self.block(index)(tokens)
+        return tokens
+
+    def normed(self, tokens: Tensor, block: int) -> Tensor:
+        """The final normed tokens (B, N, d) for the tokens (B, N, d) that left `block`.
+
+        Models that pool before their norm have it as fc_norm.
+        """
+        output: Tensor = self.model.fc_norm(self.model.norm(self.last_output(tokens, block)))
+        return output
+
     def logits(self, tokens: Tensor, block: int) -> Tensor:
         """The teacher's own output (B, classes) for the tokens (B, N, d) that left `block`.
 
         Pooled features (B, d) where the teacher has no head.
         """
-        for index in range(block + 1, self.depth):
-            tokens = self.block(index)(tokens)
-        output: Tensor = self.model.forward_head(self.model.norm(tokens))
+        output: Tensor = self.model.forward_head(self.model.norm(self.last_output(tokens, block)))
         return output
+
+
+def _first_norm(block: nn.Module) -> nn.Module:
+    """The norm ahead of a block's first branch. Raises ValueError for a block that has none there (res-post-norm)."""
+    for name in ("norm1", "in_norm"):
+        norm = getattr(block, name, None)
+        if isinstance(norm, nn.Module) and not isinstance(block, ResPostBlock):
+            return norm
+    branches = getattr(block, "attns", None)
+    if isinstance(branches, nn.ModuleList):  # parallel branches, each with a norm of its own
+        return next(m for n, m in branches[0].named_children() if n == "norm")
+    raise ValueError("this teacher's blocks have no norm at their input; take the reader branch or final-norm")

@@ -59,8 +59,10 @@ def test_select_tokens() -> None:
 
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
-    model = Distiller(student, {2: 3, 3: 4}, 24, keep_cls=True)
-    sum(t.square().mean() for t in model(torch.randn(2, 3, 32, 32)).values()).backward()  # type: ignore[union-attr]
+    cache = Cache(world / "cache")
+    model = Distiller(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), "mse")
+    losses = model(torch.randn(2, 3, 32, 32), cache.features([0, 1], CPU), None, torch.full((2,), 0.5))
+    torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad or "bias" in name, name
 
@@ -198,17 +200,20 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     optimiser = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimiser.step()
-    checkpoint = stage.Checkpoint(tmp_path / "c.pt", model, optimiser, None, minutes=60)
+    checkpoint = stage.Checkpoint(
+        tmp_path / "c.pt", {"model": model, "optimiser": optimiser, "scaler": None}, minutes=60
+    )
     checkpoint.save(7, force=False)
     assert not checkpoint.path.exists()
     checkpoint.save(7, force=True)
     other = torch.nn.Linear(2, 2)
-    again = stage.Checkpoint(tmp_path / "c.pt", other, torch.optim.AdamW(other.parameters()), None, minutes=60)
+    fresh = {"model": other, "optimiser": torch.optim.AdamW(other.parameters())}
+    again = stage.Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
     assert again.restore(CPU) == 7 and torch.equal(other.weight, model.weight)
     (tmp_path / "c.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
         again.restore(CPU)
-    assert stage.Checkpoint(tmp_path / "none.pt", other, optimiser, None, 1).restore(CPU) == 0
+    assert stage.Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore(CPU) == 0
 
 
 def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from singer.artifacts import norm_summary, robust_threshold
-from singer.losses import cosine_gram, info_loss, keep_loss, outlier_loss
+from singer.artifacts import BlockScale, norm_summary, robust_threshold
+from singer.cleaners import Adapter, Clip, Shape
+from singer.losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.matching import match_blocks, resize_tokens
-from singer.objectives import OBJECTIVES
+from singer.normalisers import Standardize
+from singer.objectives import OBJECTIVES, Setting
 from singer.probes import knn_scores, topk_percent
-from singer.refiner import Adapter, Clip, Refiner, Standardize
+from singer.refiner import Refiner
 from singer.subspaces import reader_weight, smallest_directions
 from singer.tail import TeacherTail, tail_state
 
@@ -67,7 +69,7 @@ def test_reader_weights() -> None:
 
 def test_outlier_loss_by_hand() -> None:
     norms = torch.tensor([[1.0, 5.0, 9.0], [2.0, 3.0, 4.0]], requires_grad=True)
-    loss = outlier_loss(norms, threshold=4.0, scale=2.0)
+    loss = robust_outlier(norms, BlockScale(median=2.0, threshold=4.0), 0.97)
     assert loss.item() == pytest.approx((0.5**2 + 2.5**2) / 6)
     loss.backward()
     assert norms.grad is not None
@@ -85,8 +87,8 @@ def test_info_loss_by_hand() -> None:
                     cosines = [float(torch.cosine_similarity(x[i, p], x[i, q], dim=0)) for x in (a, b)]
                     total += (cosines[0] - cosines[1]) ** 2
                     pairs += 1
-    assert info_loss(a, b, clean).item() == pytest.approx(total / pairs, rel=1e-5)
-    assert info_loss(a, a * 3, clean).item() == pytest.approx(0, abs=1e-10)
+    assert gram_error(a, b, clean).item() == pytest.approx(total / pairs, rel=1e-5)
+    assert gram_error(a, a * 3, clean).item() == pytest.approx(0, abs=1e-10)
     assert cosine_gram(a).diagonal(dim1=1, dim2=2).sub(1).abs().max() < 1e-6
 
 
@@ -101,7 +103,7 @@ def test_keep_loss_by_hand() -> None:
 
 
 def test_adapter_starts_as_identity_and_spares_prefix_tokens() -> None:
-    adapter = Adapter(d=8, prefix=1, rank=3)
+    adapter = Adapter(Shape(8, 1, (2, 2), rank=3))
     x = torch.randn(2, 5, 8)
     directions = torch.linalg.qr(torch.randn(8, 3)).Q
     adapter.start(directions)
@@ -115,7 +117,7 @@ def test_adapter_starts_as_identity_and_spares_prefix_tokens() -> None:
 
 
 def test_clip() -> None:
-    clip = Clip(d=4, prefix=1, rank=1)
+    clip = Clip(Shape(4, 1, None))
     clip.threshold.fill_(2.0)
     x = torch.randn(3, 6, 4) * 3
     y = clip(x)
@@ -125,7 +127,7 @@ def test_clip() -> None:
 
 
 def test_standardize_treats_prefix_tokens_apart() -> None:
-    layer = Standardize(d=3, prefix=1, rank=1)
+    layer = Standardize(Shape(3, 1, None))
     layer.mean.fill_(2.0)
     layer.std.fill_(4.0)
     layer.prefix_mean.fill_(-1.0)
@@ -134,10 +136,10 @@ def test_standardize_treats_prefix_tokens_apart() -> None:
 
 
 def test_refiner_of_nothing_is_the_identity() -> None:
-    refiner = Refiner({1: 4, 3: 4}, prefix=1, cleaner="none", normaliser="none", rank=2)
+    refiner = Refiner({1: Shape(4, 1, None), 3: Shape(4, 1, None)}, "none", "none")
     x = {1: torch.randn(2, 3, 4), 3: torch.randn(2, 3, 4)}
     assert all(torch.equal(y, x[b]) for b, y in refiner(x).items())
-    normal = Refiner({1: 4}, prefix=1, cleaner="none", normaliser="layernorm", rank=2)({1: x[1]})[1]
+    normal = Refiner({1: Shape(4, 1, None)}, "none", "layernorm")({1: x[1]})[1]
     torch.testing.assert_close(normal.mean(-1), torch.zeros(2, 3), atol=1e-5, rtol=0)
 
 
@@ -193,7 +195,17 @@ def test_resize_keeps_orientation() -> None:
 def test_mse_is_a_mean_over_tokens_and_channels() -> None:
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     expected = ((a.numpy() - b.numpy()) ** 2).reshape(3, -1).mean(1)
-    np.testing.assert_allclose(OBJECTIVES["mse"](a, b).numpy(), expected, rtol=1e-5)
+    found = OBJECTIVES["mse"](Setting((2,), 5, 0, (2, 2)))({2: a}, {2: b})
+    np.testing.assert_allclose(found[2].numpy(), expected, rtol=1e-5)
+
+
+def test_cosine_is_blind_to_length() -> None:
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    x, y = a.numpy(), b.numpy()
+    cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+    loss = OBJECTIVES["cosine"](Setting((2,), 5, 0, (2, 2)))
+    np.testing.assert_allclose(loss({2: a}, {2: b})[2].numpy(), 1 - cosines.mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss({2: a}, {2: 7 * b}), loss({2: a}, {2: b}))
 
 
 def test_knn_against_scikit_learn() -> None:

@@ -1,0 +1,141 @@
+"""The table of methods: from one cache a list of (refiner, objective, student, seed), each probed; docs/results.md.
+
+    python benchmarks/results.py --teacher FILE --data FOLDER --out runs/results [--seeds 0 1 2] [--methods NAME ...]
+        [--write docs/results.md] [--dev]
+
+FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar and camvid-{train,test}-*.tar.
+Repeating the command skips what is done and goes on where it stopped; several may run at once with different methods.
+--dev chooses: probes are tested on a fifth of the training images, and the val and test shards are not opened. A new
+method is a line in METHODS; figures that are missing so far are left blank.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config, load_config
+from pipeline.distill import RUN, distill
+from pipeline.evaluate import evaluate
+from pipeline.outputs import Mode
+from pipeline.refine import refine
+
+RECIPE = "tinyimagenet-ti-to-w96"
+START, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What differs from the recipe: keys of the refiner (None: raw targets) and of the student's training.
+
+    main: of the main table, with every seed; the others are ablations, with the first.
+    """
+
+    refiner: tuple[str, ...] | None = None
+    distill: tuple[str, ...] = ()
+    main: bool = True
+
+
+def closed(cleaner: str, normaliser: str = "none", *more: str) -> tuple[str, ...]:
+    return (f"refine.cleaner={cleaner}", f"refine.normaliser={normaliser}", *more)
+
+
+PAPER = ("refine.variant=paper", "refine.rank=16", "refine.lr=1e-3")
+JOINT = ("distill.joint=true", "refine.variant=official", "refine.rank=16")
+METHODS = {
+    "raw (FitNet)": Method(),
+    "cosine": Method(None, ("distill.objective=cosine",)),
+    "layernorm": Method(closed("none", "layernorm")),
+    "standardize": Method(closed("none", "standardize")),
+    "phi-s": Method(closed("none", "phi-s")),
+    "clip": Method(closed("clip")),
+    "neighbour": Method(closed("neighbour")),
+    "official joint": Method(None, JOINT),
+    "paper two-stage": Method(PAPER),
+    "clip + standardize": Method(closed("clip", "standardize")),
+    "neighbour + standardize": Method(closed("neighbour", "standardize")),
+    "adapter + standardize": Method(closed("adapter", "standardize")),
+    "projector + standardize": Method(closed("projector", "standardize")),
+}
+
+
+def mode(path: Path) -> Mode:
+    return "resume" if path.exists() else "new"
+
+
+def slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Where the chain's data and results lie."""
+
+    teacher: Path
+    data: Path
+    out: Path
+    dev: bool
+
+    @property
+    def cache(self) -> Path:
+        return self.out / "cache"
+
+    def shards(self, name: str) -> str:
+        return str(self.data / f"{name}-*.tar")
+
+    def make_cache(self) -> None:
+        config = load_config(RECIPE, [f"teacher.weights={self.teacher}"])
+        cache_teacher(config, self.shards("tinyimagenet50-train"), self.cache, mode(self.cache))
+
+    def run(self, name: str, seed: int) -> Path:
+        return self.out / f"run-{slug(name)}-{seed}"
+
+    def adapters(self, name: str, seed: int) -> Path:
+        return self.out / f"refiner-{slug(name)}-{seed}"
+
+    def train(self, name: str, seed: int) -> None:
+        """The refiner, the student and its probes, as far as they are not there."""
+        method = METHODS[name]
+        config = load_config(
+            RECIPE, [f"distill.seed={seed}", f"refine.seed={seed}", *(method.refiner or ()), *method.distill]
+        )
+        run, adapters = self.run(name, seed), None
+        if not (run / RUN).exists():
+            if method.refiner is not None:
+                adapters = self.adapters(name, seed)
+                refine(config, self.cache, adapters, mode(adapters))
+            distill(config, self.cache, run, adapters, mode=mode(run))
+        if not list(run.glob("evaluate-*.json")):
+            self.probe(config, run)
+
+    def probe(self, config: Config, run: Path) -> None:
+        train, test = self.shards("tinyimagenet50-train"), self.shards("tinyimagenet50-val")
+        if self.dev:
+            *most, last = sorted(str(p) for p in self.data.glob("tinyimagenet50-train-*.tar"))
+            result = evaluate(config, run, most, last)
+        else:
+            result = evaluate(config, run, train, test)
+        print(run.name, {t: a["top1"] for t, a in result.linear.items()}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dev", action="store_true", help="choose on the training images alone")
+    options = parser.parse_args()
+    chain = Chain(options.teacher, options.data, options.out, options.dev)
+    chain.make_cache()
+    for number, seed in enumerate(options.seeds):
+        for name in options.methods:
+            if METHODS[name].main or not number:
+                chain.train(name, seed)
+
+
+if __name__ == "__main__":
+    main()

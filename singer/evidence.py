@@ -1,0 +1,52 @@
+"""What a refiner of a block may be computed from: the cache alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from singer.artifacts import BlockScale, clean_mask, neighbour_mean, patch_norms
+from singer.tail import TeacherTail
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A sample of a block's features, what is normal there, and the frozen end of the teacher that reads them.
+
+    tokens: (n, N, d) float32, prefix tokens first. grid: (rows, columns) of the patches; None where only some patches
+    of each image are stored. seed: for whatever is drawn.
+    """
+
+    tail: TeacherTail
+    block: int
+    tokens: Tensor
+    scale: BlockScale
+    prefix: int
+    grid: tuple[int, int] | None
+    seed: int = 0
+
+    @property
+    def patches(self) -> Tensor:
+        return self.tokens[:, self.prefix :]
+
+    @property
+    def clean(self) -> Tensor:
+        """True (n, patches) where a token is no artifact."""
+        return clean_mask(patch_norms(self.tokens, self.prefix), self.scale.threshold)
+
+    def generator(self) -> torch.Generator:
+        """On the CPU, so that every device draws alike."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def artifact_energy(self) -> Tensor:
+        """A = E over artifact tokens of (x - x̃)(x - x̃)ᵀ, (d, d) float64; zero where there are none.
+
+        x̃ is the mean of the clean neighbours, or of all clean tokens where the grid is not whole.
+        """
+        patches, clean = self.patches, self.clean
+        if self.grid is not None:
+            expected = neighbour_mean(patches, clean, self.grid)
+        else:
+            expected = patches[clean].mean(0).expand_as(patches)
+        excess = (patches - expected)[~clean].double()
+        return excess.T @ excess / max(1, len(excess))

@@ -1,0 +1,189 @@
+"""Normalisers of clean targets: tokens (B, N, d) of a block -> tokens on a scale that suits a student.
+
+A new one is a class that takes a Shape and a registry line. `fit` gets the channel moments of clean tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from singer.cleaners import Shape
+
+
+class Moments:
+    """Running mean and covariance, in float64, of clean patch tokens, and mean and variance of each prefix position."""
+
+    def __init__(self, shape: Shape) -> None:
+        d = shape.width
+        self.patch_sum = torch.zeros(d, dtype=torch.float64)
+        self.patch_products = torch.zeros(d, d, dtype=torch.float64)
+        self.prefix_sums = torch.zeros(2, shape.prefix, d, dtype=torch.float64)
+        self.patches = self.images = 0
+
+    def add(self, prefix: Tensor, patches: Tensor) -> None:
+        """prefix (B, P, d), clean patches (n, d)."""
+        x, p = patches.double().cpu(), prefix.double().cpu()
+        self.patch_sum += x.sum(0)
+        self.patch_products += x.T @ x
+        self.prefix_sums += torch.stack([p.sum(0), p.square().sum(0)])
+        self.patches += len(x)
+        self.images += len(p)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.patch_sum / max(1, self.patches)
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.patch_products / max(1, self.patches) - torch.outer(self.mean, self.mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of patch tokens, per channel, (d,)."""
+        return self.covariance.diagonal().clamp_min(0)
+
+    @property
+    def prefix_mean(self) -> Tensor:
+        return self.prefix_sums[0] / max(1, self.images)
+
+    @property
+    def prefix_variance(self) -> Tensor:
+        return (self.prefix_sums[1] / max(1, self.images) - self.prefix_mean.square()).clamp_min(0)
+
+
+class Normaliser(nn.Module):
+    """`none`: targets as they are."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+
+    def fit(self, moments: Moments) -> None:
+        """Set buffers from the moments of clean tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+class TokenNorm(Normaliser):
+    """`layernorm`: affine-free LayerNorm of every token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+
+class Standardize(Normaliser):
+    """`standardize`: per-channel zero mean and unit variance by the statistics of clean tokens.
+
+    Every prefix token position has statistics of its own: CLS lives in another part of the space.
+    """
+
+    mean: Tensor
+    std: Tensor
+    prefix_mean: Tensor
+    prefix_std: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.register_buffer("mean", torch.zeros(shape.width))
+        self.register_buffer("std", torch.ones(shape.width))
+        self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
+        self.register_buffer("prefix_std", torch.ones(shape.prefix, shape.width))
+
+    def fit(self, moments: Moments) -> None:
+        self.mean.copy_(moments.mean)
+        self.std.copy_(_deviation(moments.variance))
+        self.prefix_mean.copy_(moments.prefix_mean)
+        if len(self.prefix_std):
+            self.prefix_std.copy_(_deviation(moments.prefix_variance))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        prefix = len(self.prefix_mean)
+        return torch.cat(
+            [
+                (tokens[:, :prefix] - self.prefix_mean) / self.prefix_std,
+                (tokens[:, prefix:] - self.mean) / self.std,
+            ],
+            dim=1,
+        )
+
+
+class PhiS(Normaliser):
+    """`phi-s`: H·Uᵀ(x - mean) / φ: all channels get one variance by a rotation, errors stay isotropic.
+
+    U are the eigenvectors of the covariance, H is a Hadamard matrix, φ is the root of the mean eigenvalue (PHI-S,
+    arXiv 2410.01680). Prefix tokens are turned alike, each position with its own mean and scale.
+    """
+
+    mean: Tensor
+    turn: Tensor
+    prefix_mean: Tensor
+    prefix_scale: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.register_buffer("mean", torch.zeros(shape.width))
+        self.register_buffer("turn", torch.eye(shape.width))
+        self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
+        self.register_buffer("prefix_scale", torch.ones(shape.prefix, 1))
+
+    def fit(self, moments: Moments) -> None:
+        values, vectors = torch.linalg.eigh(moments.covariance)
+        scale = values.clamp_min(0).mean().sqrt().clamp_min(1e-12)
+        self.mean.copy_(moments.mean)
+        self.turn.copy_(vectors @ hadamard(len(values)).T / scale)
+        self.prefix_mean.copy_(moments.prefix_mean)
+        prefix_scale = moments.prefix_variance.mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+        self.prefix_scale.copy_(prefix_scale / scale)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        prefix = len(self.prefix_mean)
+        centred = torch.cat(
+            [(tokens[:, :prefix] - self.prefix_mean) / self.prefix_scale, tokens[:, prefix:] - self.mean], dim=1
+        )
+        return centred @ self.turn
+
+
+def hadamard(d: int) -> Tensor:
+    """An orthogonal matrix (d, d) float64 all of whose entries are ± 1/√d: Paley's, doubled as often as needed.
+
+    Raises ValueError for a width for which none is built here.
+    """
+    core, doublings = d, 0
+    while core > 1 and not _is_paley(core) and core % 2 == 0:
+        core, doublings = core // 2, doublings + 1
+    if core != 1 and not _is_paley(core):
+        raise ValueError(f"refine.normaliser phi-s needs a Hadamard matrix, and none is known here of {d} channels")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    if core > 1:
+        q = core - 1
+        squares = {n * n % q for n in range(1, q)}
+        signs = torch.tensor([0.0] + [1.0 if n in squares else -1.0 for n in range(1, q)], dtype=torch.float64)
+        skew = torch.zeros(core, core, dtype=torch.float64)
+        skew[0, 1:], skew[1:, 0] = 1, -1
+        skew[1:, 1:] = signs[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+        matrix = torch.eye(core, dtype=torch.float64) + skew
+    for _ in range(doublings):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    orthogonal: Tensor = matrix / d**0.5
+    return orthogonal
+
+
+def _is_paley(order: int) -> bool:
+    """Whether order - 1 is a prime of the form 4k + 3."""
+    q = order - 1
+    return q % 4 == 3 and all(q % n for n in range(2, int(q**0.5) + 1))
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    """Of channels (..., d). One that hardly varies carries rounding noise, not to be blown up to unit variance."""
+    deviation = variance.sqrt()
+    floored: Tensor = deviation.clamp_min(1e-2 * float(deviation.mean()) + 1e-12)
+    return floored
+
+
+NORMALISERS: dict[str, type[Normaliser]] = {
+    "standardize": Standardize,
+    "phi-s": PhiS,
+    "layernorm": TokenNorm,
+    "none": Normaliser,
+}

@@ -1,0 +1,225 @@
+"""The `official` variant against what the authors' released code computes (fixtures; skipped where they are absent).
+
+SINGER_PARITY_FIXTURES names their folder. Every fixture holds a small teacher and student, all intermediate values of
+one step, and the losses and adapters of 25 steps of joint training.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.config import RefineConfig
+from pipeline.distill import Distiller, Joint, Targets
+from pipeline.models import Vit
+from singer.artifacts import BlockScale
+from singer.cleaners import Adapter, Shape
+from singer.evidence import Evidence
+from singer.objectives import Setting
+from singer.objectives.mse import Mse
+from singer.objectives.vitkd import VitKd
+from singer.refiner import Refiner
+from singer.subspaces import BASES, weights_official
+from singer.tail import TeacherTail, tail_state
+from singer.vit import block_outputs
+
+FOLDER = Path(os.environ.get("SINGER_PARITY_FIXTURES", Path(__file__).parents[2] / "shared" / "parity"))
+NAMES = sorted(f.stem for f in FOLDER.glob("*.json"))
+pytestmark = pytest.mark.skipif(not NAMES, reason=f"no parity fixtures in {FOLDER}")
+ARCHITECTURE = "vit_tiny_patch16_224"
+NO_SCALE = BlockScale(1.0, float("inf"))
+
+
+@dataclass
+class Fixture:
+    """A fixture's settings and tensors, with teacher tail and student built from them."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def model_args(self, whose: str) -> dict[str, Any]:
+        s = self.settings
+        size = {"img_size": s["img"], "patch_size": s["patch"], "num_classes": 0}
+        if whose == "teacher":
+            return {**size, "embed_dim": s["dt"], "depth": s["Lt"], "num_heads": s["ht"]}
+        return {**size, "embed_dim": s["ds"], "depth": s["Ls"], "num_heads": s["hs"]}
+
+    def state(self, whose: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{whose}."): t for n, t in self.tensors.items() if n.startswith(f"{whose}.")}
+
+    def tail(self) -> TeacherTail:
+        first = min(self.settings["layers"])
+        return TeacherTail(ARCHITECTURE, self.model_args("teacher"), first, tail_state(self.state("teacher"), first))
+
+    def student(self) -> Vit:
+        args = self.model_args("student")
+        model = timm.create_model(ARCHITECTURE, **args)
+        model.load_state_dict(self.state("student"))
+        return Vit(model, ARCHITECTURE, args, self.settings["img"], (0.5,) * 3, (0.5,) * 3)
+
+    @property
+    def matching(self) -> dict[int, int]:
+        return dict(zip(self.settings["layers"], self.settings["student_layers"], strict=True))
+
+    @property
+    def features(self) -> dict[int, Tensor]:
+        return {b: self.tensors[f"teacher_block_output.{b}"] for b in self.settings["layers"]}
+
+    def projected(self) -> dict[int, Tensor]:
+        """Student tokens, projected, by teacher block."""
+        t = self.tensors
+        return {
+            teacher: F.linear(t[f"student_block_output.{b}"], t[f"projector.{b}.weight"], t[f"projector.{b}.bias"])
+            for teacher, b in self.matching.items()
+        }
+
+    def distiller(self) -> Distiller:
+        """Joint training as `distill` sets it up, from the stored start."""
+        s, student = self.settings, self.student()
+        grid = (s["img"] // s["patch"],) * 2
+        teacher = SimpleNamespace(width=s["dt"], prefix_tokens=1, grid=grid, class_token=True)
+        cache = SimpleNamespace(manifest=SimpleNamespace(teacher=teacher, sampled=False))
+        targets = Targets(cast(Any, cache), None, student, torch.device("cpu"))
+        config = RefineConfig(
+            variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
+        )
+        refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
+        distiller = Distiller(
+            student, self.matching, targets, "mse", refiner,
+            Joint(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1), kd_weight=s["wk"],
+        )  # fmt: skip
+        with torch.no_grad():
+            for teacher_block, b in self.matching.items():
+                for part in ("weight", "bias"):
+                    getattr(distiller.projectors[str(teacher_block)], part).copy_(self.tensors[f"projector.{b}.{part}"])
+                for part in ("down", "up"):
+                    stored = self.tensors[f"adapter_init.{teacher_block}.{part}"]
+                    getattr(refiner.cleaner(teacher_block), part).copy_(stored)
+        return distiller
+
+    def losses(self, distiller: Distiller) -> dict[str, Tensor]:
+        """By the fixture's names."""
+        batch = self.settings["B"]
+        found = distiller(self.tensors["images"], self.features, None, torch.full((batch,), 1 / batch))
+        kd = torch.stack([found[f"{b}"] for b in self.settings["layers"]]).sum()
+        return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
+
+
+@pytest.fixture(params=NAMES)
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    settings = json.loads((FOLDER / f"{request.param}.json").read_text())
+    return Fixture(settings, load_file(FOLDER / f"{request.param}.safetensors"))
+
+
+def assert_close(found: Tensor, expected: Tensor, relative: float) -> None:
+    """The norm of the difference over the norm of what is expected."""
+    assert float((found.detach() - expected).norm()) <= relative * float(expected.norm())
+
+
+def test_blocks_are_numbered_alike(fixture: Fixture) -> None:
+    model = timm.create_model(ARCHITECTURE, **fixture.model_args("teacher")).eval()
+    model.load_state_dict(fixture.state("teacher"))
+    with torch.no_grad():
+        outputs = block_outputs(model, fixture.tensors["images"], fixture.settings["layers"])
+    for block, x in outputs.items():
+        assert_close(x, fixture.features[block], 1e-5)
+
+
+def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
+    """The singular vectors are nearly degenerate: theirs and ours span parts of one space."""
+    tail, rank, limit = fixture.tail(), fixture.settings["rank"], fixture.settings["thres"]
+    for block, x in fixture.features.items():
+        evidence = Evidence(tail, block, x, NO_SCALE, 1, None)
+        mlp = tail.block(block if block == fixture.settings["Lt"] - 1 else block + 1).mlp
+        _, values, right = np.linalg.svd((mlp.fc2.weight @ mlp.fc1.weight).double().numpy())
+        space = torch.from_numpy(right[values < limit].T).float()
+        assert space.shape[1] >= rank
+        for directions in (weights_official(evidence, rank, limit), fixture.tensors[f"adapter_init.{block}.down"]):
+            assert_close(directions.T @ directions, torch.eye(rank), 1e-5)
+            assert_close((space.T @ directions).norm(dim=0), torch.ones(rank), 1e-4)
+        assert limit == 0.05  # the registry's
+        directions = BASES["weights-official"](evidence, rank)
+        adapter = Adapter(Shape(x.shape[-1], 1, None, rank))
+        adapter.start(directions, doubled=True)
+        assert torch.equal(adapter.up, adapter.down.T)
+
+
+def test_refined_features_losses_and_gradients(fixture: Fixture) -> None:
+    distiller = fixture.distiller()
+    assert distiller.adapters is not None
+    refined = distiller.adapters(fixture.features)
+    for block, x in refined.items():
+        assert_close(x, fixture.tensors[f"refined_init.{block}"], 1e-5)
+    losses = fixture.losses(distiller)
+    for name, expected in fixture.settings["losses"].items():
+        assert float(losses[name].detach()) == pytest.approx(expected, rel=1e-4)
+    torch.stack(list(losses.values())).sum().backward()
+    gradients = {"student.patch_embed.proj.weight": distiller.student.patch_embed.proj.weight.grad}
+    for block, b in fixture.matching.items():
+        gradients[f"projector.{b}.weight"] = distiller.projectors[str(block)].get_parameter("weight").grad
+        for part in ("down", "up"):
+            gradients[f"adapter.{block}.{part}"] = distiller.adapters.cleaner(block).get_parameter(part).grad
+    stored = {n.removeprefix("grad."): t for n, t in fixture.tensors.items() if n.startswith("grad.")}
+    assert set(stored) == set(gradients)
+    for name, expected in stored.items():
+        gradient = gradients[name]
+        assert gradient is not None
+        assert_close(gradient, expected, 1e-4)
+
+
+def test_25_steps_of_joint_training(fixture: Fixture) -> None:
+    distiller = fixture.distiller()
+    assert distiller.adapters is not None
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
+    trajectory: list[Mapping[str, float]] = fixture.settings["trajectory_adamw_lr1e-3_wd1e-4"]
+    assert len(trajectory) == 25
+    for expected in trajectory:
+        losses = fixture.losses(distiller)
+        for name, value in expected.items():
+            assert float(losses[name].detach()) == pytest.approx(value, rel=1e-3)
+        optimiser.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimiser.step()
+    for block in fixture.settings["layers"]:
+        for part in ("down", "up"):
+            parameter = distiller.adapters.cleaner(block).get_parameter(part).detach()
+            assert_close(parameter, fixture.tensors[f"adapter_after25.{block}.{part}"], 1e-2)
+
+
+def setting(fixture: Fixture) -> Setting:
+    side = fixture.settings["img"] // fixture.settings["patch"]
+    return Setting(tuple(fixture.settings["layers"]), fixture.settings["dt"], 1, (side, side))
+
+
+def test_fitnet(fixture: Fixture) -> None:
+    """Their sum over layers is not averaged."""
+    losses = Mse(setting(fixture))(fixture.projected(), fixture.features)
+    total = sum(float(loss.mean()) for loss in losses.values())
+    assert total == pytest.approx(fixture.settings["fitnet_loss"], rel=1e-5)
+
+
+def test_vitkd(fixture: Fixture) -> None:
+    """Every layer by masked generation, with the stored generators and masks; a sum over layers times `wk`."""
+    objective = VitKd(setting(fixture), generate_all=True)
+    total, student = 0.0, fixture.projected()
+    with torch.no_grad():
+        objective.mask_token.copy_(fixture.tensors["vitkd.mask_token"])
+        for block, b in fixture.matching.items():
+            names = ("conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias")
+            state = {n: fixture.tensors[f"vitkd.generator.{b}.{n}"] for n in names}
+            objective.generators[str(block)].load_state_dict(state)
+            noise = fixture.tensors[f"vitkd.mask_noise.{b}"]
+            total += float(objective.generation_loss(student[block], fixture.features[block], block, noise).mean())
+    assert total * fixture.settings["wk"] == pytest.approx(fixture.settings["vitkd_loss"], rel=1e-5)
