@@ -117,6 +117,25 @@ def refine(
 
 
 @app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
+    adapters: Annotated[Path | None, typer.Option(help="A refiner of stage 2 to judge.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Norms and artifacts of a cache's features, and what a refiner does to them."""
+    from pipeline.config import load_config
+    from pipeline.inspection import inspect as run
+    from pipeline.outputs import output_mode
+
+    tree = load_config(config, sets or ())
+    _report(run(tree, cache, adapters, out, output_mode(False, overwrite)), as_json)
+
+
+@app.command()
 def distill(
     cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from quality import RECIPE, mode
+from results import RECIPE, mode
 
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher

@@ -13,8 +13,6 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
 from pipeline.distill import RUN, distill

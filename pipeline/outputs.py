@@ -33,6 +33,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "cache-teacher": ("teacher", "views", "cache"),
     "refine": ("refine",),
     "distill": ("student", "distill"),
+    "inspect": (),
     "demo": (),
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.

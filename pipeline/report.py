@@ -1,13 +1,9 @@
 """The demo's report: one HTML page that shows what refinement did, with no other file."""
 
-import base64
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -20,6 +16,7 @@ from pipeline.cache_teacher import CacheResult
 from pipeline.checkpoint import read_log
 from pipeline.distill import LOG, DistillResult, open_images
 from pipeline.evaluate import EvaluateResult
+from pipeline.figures import as_data_url, render, without_ticks
 from pipeline.models import load_saved
 from pipeline.refine import RefineResult, load_refiner
 from pipeline.stores import write_atomic
@@ -27,7 +24,6 @@ from pipeline.views import normalise
 from singer.artifacts import patch_norms
 from singer.vit import block_outputs, depth, grid_size
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _SHOWN = 6
 _MEASURED = 256
 
@@ -59,8 +55,8 @@ def write_report(report: DemoReport, path: Path) -> dict[str, float]:
     """Write the page; returns max / median of the patch norms it shows, by title."""
     norms = measure_norms(report)
     ratios = norms.max_over_median()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(_TEMPLATE.read_text()).render(
+    page = render(
+        "report.html.j2",
         report=report,
         info=cache_info(report.cached.cache).teachers[0],
         ratios=ratios,
@@ -106,8 +102,7 @@ def draw_norm_maps(norms: Norms) -> str:
     for row, title in enumerate(["image", *norms.maps]):
         axes[row, 0].set_ylabel(title, fontsize=9)
     for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
+        without_ticks(axis)
     figure.colorbar(picture, ax=axes[1:, :], shrink=0.5, label="patch norm / median", extend="max")
     return as_data_url(figure)
 
@@ -124,9 +119,3 @@ def draw_losses(students: Mapping[str, DistillResult]) -> str:
     axis.set_ylabel("loss / first loss")
     axis.legend(frameon=False)
     return as_data_url(figure)
-
-
-def as_data_url(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

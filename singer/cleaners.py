@@ -72,7 +72,8 @@ class Neighbour(Clip):
         super().__init__(shape)
         if shape.grid is None:
             raise ValueError(
-                "refine.cleaner neighbour needs all patches of an image, but the cache holds a share of them"
+                f"refine.cleaner {type(self).__name__.lower()} needs all patches of an image, but the cache holds a "
+                "share of them; choose clip or adapter"
             )
 
     def patches(self, patches: Tensor) -> Tensor:

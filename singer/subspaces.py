@@ -163,11 +163,13 @@ def _folded_branches(evidence: Evidence, module: nn.Module) -> Tensor:
     norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
     fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))
     plain = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm) and hasattr(attention, "qkv")
-    if not (plain and isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and act is not None):
+    linear = isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features
+    if not (plain and linear and act is not None):
         readers = torch.cat(_first_readers(module, evidence.block + 1)).double()
         norm = next((m for m in module.modules() if isinstance(m, nn.LayerNorm)), None)
         return _centred(readers * norm.weight.double()) if norm is not None else readers
     assert isinstance(attention, nn.Module) and isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
+    assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
     inputs: dict[str, Tensor] = {}
     hooks = [
         norm1.register_forward_pre_hook(lambda _, args: inputs.update(norm1=args[0])),

@@ -3,8 +3,19 @@
 from singer.objectives.base import Objective, Setting
 from singer.objectives.cosine import Cosine
 from singer.objectives.mse import Mse
+from singer.objectives.smooth_l1 import SmoothL1
+from singer.objectives.theia import Theia
+from singer.objectives.unic import Balanced, Unic
 from singer.objectives.vitkd import VitKd
 
-OBJECTIVES: dict[str, type[Objective]] = {"mse": Mse, "cosine": Cosine, "vitkd": VitKd}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "mse": Mse,
+    "balanced": Balanced,
+    "cosine": Cosine,
+    "smooth-l1": SmoothL1,
+    "theia": Theia,
+    "unic": Unic,
+    "vitkd": VitKd,
+}
 
 __all__ = ["OBJECTIVES", "Objective", "Setting"]

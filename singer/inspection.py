@@ -1,0 +1,122 @@
+"""Figures about artifacts, and about what a refiner does to them and to everything else."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from singer.artifacts import clean_mask, patch_norms
+from singer.curvature import READERS
+from singer.evidence import Evidence
+from singer.losses import gram_error
+
+Clean = Callable[[Tensor], Tensor]
+_BATCH = 32
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+
+
+def norm_quantiles(norms: Tensor) -> dict[str, float]:
+    """Of patch norms of any shape: {"1 %": ..., "100 %": ...}."""
+    ordered = norms.flatten().sort().values
+    return {f"{100 * q:g} %": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES}
+
+
+def artifact_map(evidence: Evidence) -> Tensor:
+    """Share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
+    assert evidence.grid is not None
+    share: Tensor = 100 * (~evidence.clean).float().mean(0)
+    return share.unflatten(0, evidence.grid)
+
+
+def artifact_direction(evidence: Evidence) -> dict[str, float]:
+    """What the artifact tokens have in common, apart from their length; empty if there are fewer than two.
+
+    cosine: mean over all pairs; rank: exp of the entropy of the spectrum of their unit vectors; first_share (%): of
+    the first singular direction; channel and channel_share (%): the one that carries most of it.
+    """
+    artifacts = F.normalize(evidence.patches[~evidence.clean].double(), dim=1)
+    count = len(artifacts)
+    if count < 2:
+        return {}
+    pairs = (artifacts.sum(0).square().sum() - count) / (count * (count - 1))
+    values, vectors = torch.linalg.eigh(artifacts.T @ artifacts / count)
+    spectrum = (values.clamp_min(0) / values.clamp_min(0).sum()).clamp_min(1e-30)
+    first = vectors[:, -1].square()
+    return {
+        "cosine": float(pairs),
+        "rank": float((-(spectrum * spectrum.log()).sum()).exp()),
+        "first_share": 100 * float(spectrum[-1]),
+        "channel": int(first.argmax()),
+        "channel_share": 100 * float(first.max()),
+    }
+
+
+def loss_share(evidence: Evidence, clean: Clean | None = None) -> dict[str, float]:
+    """Share (%) of the artifact tokens in L_KD (mse), and in its gradient, of a student that knows the clean mean.
+
+    That is where students stand after their first steps; a token's gradient grows with its error (the paper's bias
+    analysis). clean: a refiner; the tokens counted stay those that are artifacts in the original.
+    """
+    artifact = ~evidence.clean
+    tokens = evidence.tokens if clean is None else clean(evidence.tokens)
+    patches = tokens[:, evidence.prefix :]
+    errors = (patches - patches[~artifact].mean(0)).norm(dim=-1)
+    return {
+        "tokens": 100 * float(artifact.float().mean()),
+        "loss": 100 * float(errors[artifact].square().sum() / errors.square().sum()),
+        "gradient": 100 * float(errors[artifact].sum() / errors.sum()),
+    }
+
+
+@torch.no_grad()
+def reader_drift(evidence: Evidence, clean: Clean) -> dict[str, dict[str, float]]:
+    """{reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}: how the readers' outputs change.
+
+    l2 (%): of the change over that of the original output; patch tokens that are clean and artifacts apart.
+    """
+    found: dict[str, dict[str, float]] = {}
+    kinds = {"clean": evidence.clean, "artifact": ~evidence.clean}
+    for name, read in READERS.items():
+        sums = dict.fromkeys(kinds, (0.0, 0.0, 0.0, 0))
+        for start in range(0, len(evidence.tokens), _BATCH):
+            x = evidence.tokens[start : start + _BATCH]
+            before, after = (read(evidence.tail, t, evidence.block)[:, evidence.prefix :] for t in (x, clean(x)))
+            for kind, mask in kinds.items():
+                a, b = before[mask[start : start + _BATCH]], after[mask[start : start + _BATCH]]
+                change, size, cosine, count = sums[kind]
+                sums[kind] = (
+                    change + float((b - a).square().sum()),
+                    size + float(a.square().sum()),
+                    cosine + float(F.cosine_similarity(a, b, dim=-1).sum()),
+                    count + len(a),
+                )
+        figures: dict[str, float] = {}
+        for kind, (change, size, cosine, count) in sums.items():
+            if count:
+                figures |= {f"{kind}_l2": 100 * (change / size) ** 0.5, f"{kind}_cosine": cosine / count}
+        found[name] = figures
+    return found
+
+
+@torch.no_grad()
+def splice(evidence: Evidence, clean: Clean) -> dict[str, float]:
+    """The teacher's own verdict with refined features in place of the block's output: agreement and divergence.
+
+    top1 (%): images whose first class stays; kl: mean Kullback-Leibler divergence of the refined from the original
+    prediction, nats; gram: mean squared error of the cosine Gram of clean patches. A teacher without a head has
+    only gram.
+    """
+    same, divergence, gram = 0, 0.0, 0.0
+    classes = getattr(evidence.tail.model, "num_classes", 0) > 0
+    for x in evidence.tokens.split(_BATCH):
+        refined = clean(x)
+        kept = clean_mask(patch_norms(x, evidence.prefix), evidence.scale.threshold)
+        gram += float(gram_error(refined[:, evidence.prefix :], x[:, evidence.prefix :], kept)) * len(x)
+        if classes:
+            before, after = (evidence.tail.logits(t, evidence.block).log_softmax(-1) for t in (x, refined))
+            same += int((before.argmax(-1) == after.argmax(-1)).sum())
+            divergence += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+    count = len(evidence.tokens)
+    figures = {"top1": 100 * same / count, "kl": divergence / count} if classes else {}
+    return figures | {"gram": gram / count}

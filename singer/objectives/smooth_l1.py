@@ -1,0 +1,13 @@
+"""Matching that large errors do not dominate."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from singer.objectives.base import Objective
+
+
+class SmoothL1(Objective):
+    """Smooth L1 (Huber's, β = 1) over tokens and channels."""
+
+    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        return F.smooth_l1_loss(student, target, reduction="none").mean(dim=(1, 2))

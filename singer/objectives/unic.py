@@ -1,0 +1,29 @@
+"""CLS and patches at equal weight (UNIC, arXiv 2408.05088): among hundreds of tokens CLS would hardly count."""
+
+import torch
+from torch import Tensor
+
+from singer.objectives.base import Objective
+from singer.objectives.theia import mixture
+
+
+def halves(losses: Tensor, prefix: int) -> Tensor:
+    """Token losses (B, N) -> (B,): half the mean over prefix tokens and half that over patches."""
+    if not prefix:
+        return losses.mean(1)
+    return 0.5 * (losses[:, :prefix].mean(1) + losses[:, prefix:].mean(1))
+
+
+class Unic(Objective):
+    """Cosine + smooth L1, half on CLS and half on the patches."""
+
+    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        return halves(mixture(student, target, 1.0, 1.0), self.setting.prefix)
+
+
+class Balanced(Objective):
+    """Mean squared error, half on CLS and half on the patches."""
+
+    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        errors: Tensor = torch.square(student - target).mean(-1)
+        return halves(errors, self.setting.prefix)
