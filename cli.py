@@ -190,6 +190,26 @@ def evaluate(
     _report(run(tree, model, train, test), as_json)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A finished run of stage 3.")],
+    to: Annotated[str, typer.Option(help="timm, hf, onnx or torch-export.")],
+    out: Annotated[Path, typer.Option(help="Folder for the export.")],
+    output: Annotated[str | None, typer.Option(help="pooled, or tokens: raw last block (onnx, torch-export).")] = None,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the student alone, with a model card, in a format that others load."""
+    from pipeline.config import load_config
+    from pipeline.export import export as write
+    from pipeline.outputs import output_mode
+
+    tree = load_config(config, sets or (), {"export.output": output})
+    _report(write(tree, run, out, to, output_mode(False, overwrite)), as_json)
+
+
 @cache_app.command("info")
 def cache_info(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],

@@ -206,6 +206,17 @@ class EvaluateConfig(Section):
     seed: Seed = 0
 
 
+class ExportConfig(Section):
+    """What a student's export gives."""
+
+    output: Literal["pooled", "tokens"] = Field(
+        "pooled", description="timm's forward, or raw output of the last block (onnx and torch-export only)"
+    )
+    tolerance: Annotated[float, Field(gt=0)] = Field(
+        1e-4, description="largest difference from the student; times the largest output where that is above 1"
+    )
+
+
 class PrepareConfig(Section):
     """A folder of images -> WebDataset shards."""
 
@@ -226,6 +237,7 @@ class Config(Section):
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
 
 
 def load_config(

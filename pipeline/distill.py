@@ -59,8 +59,30 @@ LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
+class TeacherNote:
+    """Whose features a student learned from. weights: SHA-256, as in the cache's manifest."""
+
+    name: str
+    architecture: str
+    weights: str
+    image_size: int
+    class_token: bool
+
+
+@dataclass(frozen=True)
+class RefinerNote:
+    """What refined them; the hash of its file is among the inputs."""
+
+    cleaner: str
+    normaliser: str
+
+
+@dataclass(frozen=True)
 class DistillResult:
-    """A trained student. loss: mean of the last epoch; matching: {teacher block: student block}."""
+    """A trained student. loss: mean of the last epoch; matching: {teacher block: student block}.
+
+    refiner: None without adapters. Runs from before there were notes have None for both.
+    """
 
     run: Path
     student: Path
@@ -73,6 +95,8 @@ class DistillResult:
     seconds: float
     images_per_second: float
     data_wait_percent: float
+    teacher: TeacherNote | None = None
+    refiner: RefinerNote | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +296,9 @@ def _distill(
 ) -> DistillResult:
     """Train and store, once everything has been checked and the output is ours."""
     settings, main = config.distill, accelerator.is_main_process
+    teacher = cache.manifest.teacher
+    # Now, since adapters may be gone when a long run ends.
+    fitted = read_refiner(adapters) if adapters is not None else None
     if main:
         write_json(out / INPUTS, inputs)
         say("teacher block -> student block: " + ", ".join(f"{t} -> {s}" for t, s in matching.items()))
@@ -303,6 +330,10 @@ def _distill(
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
+        teacher=TeacherNote(
+            teacher.name, teacher.architecture, teacher.weights, teacher.image_size, teacher.class_token
+        ),
+        refiner=RefinerNote(fitted.cleaner, fitted.normaliser) if fitted is not None else None,
     )
     if main:
         save_vit(student, student.model.state_dict(), out / STUDENT)

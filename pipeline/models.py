@@ -18,6 +18,8 @@ from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
 LOCAL = "local-dir:"
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.
 PLAIN_VIT = "vit_tiny_patch16_224"
+# How every image is brought to the models' size (views.apply_view).
+INTERPOLATION = "bicubic"
 
 
 @dataclass(frozen=True)
@@ -88,27 +90,28 @@ def save_vit(vit: Vit, state: Mapping[str, Tensor], folder: Path) -> None:
     """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
-    size = (3, vit.image_size, vit.image_size)
-    write_json(
-        folder / "config.json",
-        {
-            "architecture": vit.architecture,
+    write_json(folder / "config.json", timm_config(vit))
+
+
+def timm_config(vit: Vit) -> dict[str, Any]:
+    """What timm stores as config.json beside the weights."""
+    return {
+        "architecture": vit.architecture,
+        "num_classes": vit.model.num_classes,
+        "num_features": vit.model.num_features,
+        "model_args": vit.model_args,
+        "pretrained_cfg": {
             "num_classes": vit.model.num_classes,
-            "num_features": vit.model.num_features,
-            "model_args": vit.model_args,
-            "pretrained_cfg": {
-                "num_classes": vit.model.num_classes,
-                "input_size": size,
-                "fixed_input_size": True,
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-                "mean": vit.mean,
-                "std": vit.std,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
-            },
+            "input_size": (3, vit.image_size, vit.image_size),
+            "fixed_input_size": True,
+            "interpolation": INTERPOLATION,
+            "crop_pct": 1.0,
+            "mean": vit.mean,
+            "std": vit.std,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
         },
-    )
+    }
 
 
 def weight_hash(state: Mapping[str, Tensor]) -> str:

@@ -34,6 +34,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "refine": ("refine",),
     "distill": ("student", "distill"),
     "inspect": (),
+    "export": (),
     "demo": (),
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.
@@ -105,8 +106,7 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None)
     """The resolved configuration, and what made it, unless they are there already."""
     if not {CONFIG, PROVENANCE} <= set(store.sizes()):
         text = dump_config(config).encode()
-        versions = {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
-        value = {"stage": stage, "command": shlex.join(sys.argv), "seed": seed, "versions": versions}
+        value = {"stage": stage, "command": shlex.join(sys.argv), "seed": seed, "versions": versions()}
         value["config_sha256"] = hashlib.sha256(text).hexdigest()
         # First: a folder with a configuration alone would pass for somebody else's.
         store.write(PROVENANCE, json_bytes(sealed(value)))
@@ -205,6 +205,11 @@ def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
 def read_as(path: Path, kind: type[Value], what: str) -> Value:
     """The JSON in a file of singer's as a validated model or dataclass. Raises ValueError naming the file."""
     return validated(read_json(path.parent, path.name, what), kind, str(path))
+
+
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """{name: version} of Python and the installed packages."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in packages}
 
 
 def _version(package: str) -> str:

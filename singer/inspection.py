@@ -25,8 +25,8 @@ def norm_quantiles(norms: Tensor) -> dict[str, float]:
 def artifact_map(evidence: Evidence) -> Tensor:
     """Share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
     assert evidence.grid is not None
-    share: Tensor = 100 * (~evidence.clean).float().mean(0)
-    return share.unflatten(0, evidence.grid)
+    share: Tensor = 100 * (~evidence.clean).float().mean(0).unflatten(0, evidence.grid)
+    return share
 
 
 def artifact_direction(evidence: Evidence) -> dict[str, float]:

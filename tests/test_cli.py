@@ -60,6 +60,8 @@ def test_chain_with_json(
     for probe in ("linear", "knn"):
         for tokens in ("cls", "mean_patch"):
             assert 0 <= probed[probe][tokens]["top1"] <= 100
+    exported = result("export", tmp_path / "run", "--to", "torch-export", "--out", tmp_path / "e", "--output", "tokens")
+    assert exported["output"] == "tokens" and exported["max_difference"] < 1e-4
 
 
 # name: (arguments, a part of the message); {w} is the world, {o} a fresh output
@@ -122,6 +124,9 @@ MISTAKES = {
     ),
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),
+    "unknown format": ("export {w}/none --to onxx --out {o}", "unknown format 'onxx'; known: timm, hf, onnx, torch-"),
+    "export of no run": ("export {w}/cache --to timm --out {o}", "cache is no finished run: it has no run.json"),
+    "unknown output": ("export {w}/none --to onnx --out {o} --output cls", "export.output: input should be 'pooled'"),
     "info of nothing": ("cache info {w}/none", "none is no feature cache"),
     "verify nothing": ("cache verify {w}/none", "none is no feature cache"),
     "verify no weights": ("cache verify {w}/cache --weights {w}/w.pth", "w.pth: no such file"),
@@ -248,7 +253,7 @@ def test_help_lists_every_command() -> None:
     """Runs the installed console script."""
     script = Path(sys.executable).with_name("singer")
     text = subprocess.run([script, "--help"], check=True, capture_output=True, text=True, cwd="/").stdout
-    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "cache", "demo"):
+    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "export", "cache", "demo"):
         assert command in text
 
 

@@ -16,7 +16,7 @@ from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import read_log
 from pipeline.config import Config
-from pipeline.distill import Distiller, Targets, distill, learning_rate, load_result, select_tokens
+from pipeline.distill import Distiller, RefinerNote, Targets, distill, learning_rate, load_result, select_tokens
 from pipeline.models import new_student
 from pipeline.refine import load_refiner
 from pipeline.shards import relocate
@@ -71,6 +71,8 @@ def test_run(world: Path, tmp_path: Path) -> None:
     config = world_config(world, "distill.lr=3e-3", "distill.epochs=4")
     result = distill(config, world / "cache", tmp_path / "run", world / "adapters")
     assert result.matching == {2: 1, 3: 2} and result.steps == 28
+    assert result.teacher is not None and result.teacher.weights == Cache(world / "cache").manifest.teacher.weights
+    assert result.refiner == RefinerNote("adapter", "standardize", 4)
     assert sorted(f for f in tree_bytes(tmp_path / "run")) == [
         "config.yaml",
         "inputs.json",

@@ -61,6 +61,7 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
         "assert 'vit-l-to-ti' in recipes() and load_config('demo').student.dim\n"
         "assert (resource('data/demo_teacher') / 'model.safetensors').is_file()\n"
         "from pipeline.report import _TEMPLATE; assert _TEMPLATE.is_file()\n"
+        "from pipeline.model_card import _TEMPLATE; assert _TEMPLATE.is_file()\n"
         "sys.argv = ['singer', '--help']; cli.main()"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

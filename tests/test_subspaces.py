@@ -122,7 +122,7 @@ def test_generalised_eigenproblem_against_scipy() -> None:
 
 
 def test_ln_folding_against_the_jacobian_of_a_linear_mlp() -> None:
-    """With a linear activation and no attention, what is folded is the Jacobian but for 1/σ and the token's own part."""
+    """With a linear activation and no attention the fold is the Jacobian, but for 1/σ and the token's own part."""
     evidence = make_evidence()
     block = evidence.tail.block(3)
     nn.init.normal_(block.norm2.weight)

@@ -1,0 +1,125 @@
+"""The model card of an exported student: what it is, where it comes from, how to load it, what to beware of."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.distill import DistillResult
+from pipeline.evaluate import Accuracies
+from pipeline.models import LOCAL, Vit
+from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
+from singer.vit import depth, grid_size
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells of. format: as given to --to; difference: of the export from the student.
+
+    snippet: Python that loads it; packages: those beside torch and timm that wrote it.
+    """
+
+    format: str
+    output: str
+    run: Path
+    trained: DistillResult
+    recipe: Config
+    vit: Vit
+    difference: float
+    snippet: str
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Of an evaluate-*.json, what a card shows. config: the section evaluate that it was made with."""
+
+    linear: Accuracies
+    knn: Accuracies
+    classes: int
+    train_images: int
+    test_images: int
+    config: dict[str, object]
+
+
+def write_card(card: Card) -> str:
+    """The card as Markdown. Raises ValueError naming a file of the run that is missing or damaged."""
+    run, model = card.run, card.vit.model
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(_TEMPLATE.read_text()).render(
+        card=card,
+        vit=card.vit,
+        trained=card.trained,
+        settings=card.recipe.distill,
+        teacher=describe_teacher(card.trained),
+        refiner=describe_refiner(card.trained, read_as(run / INPUTS, dict[str, str | None], "finished run")),
+        depth=depth(model),
+        heads=model.blocks[0].attn.num_heads,
+        patch=model.patch_embed.patch_size[0],
+        tokens=card.vit.prefix + grid_size(model)[0] * grid_size(model)[1],
+        pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}"),
+        norm=describe_norm(model),
+        caveats=caveats(card.vit, card.trained),
+        probes=[read_as(file, Probe, "result of evaluate") for file in sorted(run.glob("evaluate-*.json"))],
+        made_with=read_json(run, PROVENANCE, "output of singer").get("versions", {}),
+        exported_with=versions(("singer", "torch", "timm", *card.packages)),
+    )
+
+
+def describe_teacher(trained: DistillResult) -> str:
+    """Its name, or its architecture if the name is a path of the machine where it was cached."""
+    if trained.teacher is None:
+        return "a teacher that the run does not name (the cache's manifest does)"
+    return trained.teacher.architecture if trained.teacher.name.startswith(LOCAL) else trained.teacher.name
+
+
+def describe_refiner(trained: DistillResult, inputs: dict[str, str | None]) -> str:
+    if trained.adapters is None:
+        return "none: raw features (FitNet)"
+    what = "kind not recorded"
+    if trained.refiner is not None:
+        what = ", ".join(f"{name} {value}" for name, value in asdict(trained.refiner).items())
+    return f"{what}; SHA-256 `{inputs.get('adapters')}`"
+
+
+def describe_norm(model: VisionTransformer) -> str:
+    """What the final norm is: training looks at raw block outputs only, and leaves the norm as it was."""
+    norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    if isinstance(norm, nn.Identity):
+        return "The model has no final norm."
+    plain = all(torch.equal(p, torch.full_like(p, float(n == "weight"))) for n, p in norm.named_parameters())
+    if plain:
+        return (
+            "The final norm was not trained and is still at its initial values (weight 1, bias 0): it standardises "
+            "each token over its channels and does nothing else. It is kept, so that the model is an ordinary one of "
+            "timm."
+        )
+    return (
+        "The final norm was not trained: its weights are those of the pretrained model that the student began as, "
+        "and were not made for the features that it now gets."
+    )
+
+
+def caveats(vit: Vit, trained: DistillResult) -> list[str]:
+    """What was never trained and makes outputs worthless, in sentences."""
+    found = []
+    last, supervised = depth(vit.model) - 1, max(trained.matching.values())
+    if supervised < last:
+        found.append(
+            f"no target reached the blocks behind block {supervised} (of 0 to {last}): they are untrained, and so is "
+            f"whatever the last one gives; take the output of block {supervised}"
+        )
+    if trained.teacher is not None and not trained.teacher.class_token and vit.model.global_pool == "token":
+        found.append("the teacher has no CLS token, so that the student's had no target; use the patch tokens")
+    if getattr(vit.model, "attn_pool", None) is not None:
+        found.append("the attention pooling is untrained, and so is the pooled output; use tokens")
+    return found
