@@ -14,8 +14,9 @@ import numpy as np
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
 from pipeline.distill import distill
-from pipeline.evaluate import EvaluateResult, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.outputs import Mode
+from pipeline.probes.classification import Classification
 from pipeline.refine import refine
 
 RECIPE = "tinyimagenet-ti-to-w96"
@@ -46,7 +47,7 @@ def main() -> None:
     config = load_config(RECIPE, [f"teacher.weights={options.teacher}"])
     cache = options.out / "cache"
     cache_teacher(config, train, cache, mode(cache))
-    table: dict[str, list[EvaluateResult]] = {name: [] for name in options.refiners}
+    table: dict[str, list[Classification]] = {name: [] for name in options.refiners}
     for seed in options.seeds:
         for name in options.refiners:
             refiner = REFINERS[name]
@@ -65,7 +66,7 @@ def main() -> None:
             print_table(table, options.seeds)
 
 
-def print_table(table: dict[str, list[EvaluateResult]], seeds: list[int]) -> None:
+def print_table(table: dict[str, list[Classification]], seeds: list[int]) -> None:
     columns = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
     print(f"\n| targets (seeds {', '.join(map(str, seeds))}) | " + " | ".join(f"{p}, {t}" for p, t in columns) + " |")
     print("|---" * (1 + len(columns)) + "|")

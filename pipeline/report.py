@@ -19,8 +19,8 @@ from pipeline.cache.reader import Cache
 from pipeline.cache_teacher import CacheResult
 from pipeline.checkpoint import read_log
 from pipeline.distill import LOG, DistillResult, open_images
-from pipeline.evaluate import EvaluateResult
 from pipeline.models import load_saved
+from pipeline.probes.classification import Classification
 from pipeline.refine import RefineResult, load_refiner
 from pipeline.stores import write_atomic
 from pipeline.views import normalise
@@ -39,7 +39,7 @@ class DemoReport:
     cached: CacheResult
     refined: RefineResult
     students: dict[str, DistillResult]
-    probes: dict[str, EvaluateResult]
+    probes: dict[str, Classification]
     note: str
 
 

@@ -108,6 +108,10 @@ MISTAKES = {
         "evaluate {w}/none --train {w}/train/*.tar --test {w}/test/*.tar",
         "none does not exist",
     ),
+    "no such task": (
+        "evaluate {w}/teacher --task flow --train {w}/train/*.tar --test {w}/test/*.tar",
+        "--task: no task 'flow'; known: classification",
+    ),
     "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "is no timm model folder"),
     "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
     "no labels": (
