@@ -158,7 +158,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
     train: Annotated[list[str], typer.Option(help="Labelled shards that the probes learn from.")],
     test: Annotated[list[str], typer.Option(help="Labelled shards that they are tested on.")],
-    task: Annotated[str, typer.Option(help="classification.")] = "classification",
+    task: Annotated[str, typer.Option(help="classification or segmentation.")] = "classification",
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
