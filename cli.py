@@ -177,17 +177,18 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
     train: Annotated[list[str], typer.Option(help="Labelled shards that the probes learn from.")],
     test: Annotated[list[str], typer.Option(help="Labelled shards that they are tested on.")],
+    task: Annotated[str, typer.Option(help="classification or segmentation.")] = "classification",
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe a frozen student: linear and k-NN classification."""
+    """Probe a frozen student."""
     from pipeline.config import load_config
     from pipeline.evaluate import evaluate as run
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
-    _report(run(tree, model, train, test), as_json)
+    _report(run(tree, model, train, test, task), as_json)
 
 
 @app.command()

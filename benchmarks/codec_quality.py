@@ -17,7 +17,8 @@ from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
 from pipeline.distill import distill
-from pipeline.evaluate import EvaluateResult, evaluate
+from pipeline.evaluate import evaluate
+from pipeline.probes.classification import Classification
 from pipeline.refine import refine
 
 # name: (codec, share of the patch tokens)
@@ -63,7 +64,7 @@ def main() -> None:
             print_table(lines)
 
 
-def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], results: list[EvaluateResult]) -> str:
+def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], results: list[Classification]) -> str:
     info = cache_info(cache).teachers[0]
     left = [figures["after"]["artifact_percent"] for figures in blocks.values()]  # type: ignore[index]
     cells = [kind, f"{info.bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]

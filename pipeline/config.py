@@ -193,7 +193,7 @@ class EvaluateConfig(Section):
 
     tokens: Literal["block", "norm"] = Field("block", description="raw output of the last block, or after the norm")
     image_size: Positive | None = Field(None, description="pixels; default: the student's own")
-    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="classification: share of the short side kept")
     batch_size: Positive = 128
     workers: Positive = 2
     neighbours: Positive = 20
@@ -203,6 +203,16 @@ class EvaluateConfig(Section):
         min_length=1,
         description="inverse L2 penalties, chosen among on a split of the training shards",
     )
+    seg_classes: Annotated[int, Field(ge=2, le=256)] | None = Field(
+        None, description="classes of the masks, labels from 0 on; segmentation needs it"
+    )
+    seg_ignore: Annotated[int, Field(ge=0, le=255)] = Field(255, description="label of pixels that do not count")
+    seg_lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        min_length=1,
+        description="learning rates, chosen among on a split of the training shards",
+    )
+    seg_passes: Positive = Field(50, description="passes over the training images")
     seed: Seed = 0
 
 

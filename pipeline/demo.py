@@ -13,10 +13,11 @@ from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.digits import SPLITS, digit_images
 from pipeline.distill import distill
-from pipeline.evaluate import Accuracies, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.models import LOCAL
 from pipeline.outputs import Mode, check_output, claimed_output
 from pipeline.prepare import prepare
+from pipeline.probes.classification import Accuracies
 from pipeline.progress import say
 from pipeline.refine import refine
 from pipeline.report import DemoReport, write_report

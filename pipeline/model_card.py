@@ -10,9 +10,9 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.distill import DistillResult
-from pipeline.evaluate import Accuracies
 from pipeline.models import LOCAL, Vit
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
+from pipeline.probes.classification import Accuracies
 from singer.vit import depth, grid_size
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -69,10 +69,17 @@ def write_card(card: Card) -> str:
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}"),
         norm=describe_norm(model),
         caveats=caveats(card.vit, card.trained),
-        probes=[read_as(file, Probe, "result of evaluate") for file in sorted(run.glob("evaluate-*.json"))],
+        probes=read_probes(run),
         made_with=read_json(run, PROVENANCE, "output of singer").get("versions", {}),
         exported_with=versions(("singer", "torch", "timm", *card.packages)),
     )
+
+
+def read_probes(run: Path) -> list[Probe]:
+    """The run's classification figures."""
+    files = sorted(run.glob("evaluate-*.json"))
+    tasks = {f: read_json(run, f.name, "result of evaluate").get("task", "classification") for f in files}
+    return [read_as(f, Probe, "result of evaluate") for f, task in tasks.items() if task == "classification"]
 
 
 def describe_teacher(trained: DistillResult) -> str:

@@ -15,9 +15,9 @@ from pipeline.cache.reader import Cache
 from pipeline.cache_teacher import CacheResult
 from pipeline.checkpoint import read_log
 from pipeline.distill import LOG, DistillResult, open_images
-from pipeline.evaluate import EvaluateResult
 from pipeline.figures import as_data_url, render, without_ticks
 from pipeline.models import load_saved
+from pipeline.probes.classification import Classification
 from pipeline.refine import RefineResult, load_refiner
 from pipeline.stores import write_atomic
 from pipeline.views import normalise
@@ -35,7 +35,7 @@ class DemoReport:
     cached: CacheResult
     refined: RefineResult
     students: dict[str, DistillResult]
-    probes: dict[str, EvaluateResult]
+    probes: dict[str, Classification]
     note: str
 
 

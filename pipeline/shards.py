@@ -246,6 +246,30 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     )
 
 
+def index_beside(images: Images, extension: str) -> Images:
+    """The members .{extension} beside the images: the same rows, with the places and sizes of these members.
+
+    Raises ValueError naming shard and key where one is missing, empty, no regular file or there twice.
+    """
+    offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
+    for number, path in enumerate(images.paths):
+        samples = {sample.key: sample for sample in read_samples(path, extension)[0]}
+        for row in np.flatnonzero(images.shard == number).tolist():
+            sample = samples.get(images.keys[row])
+            member = None if sample is None else sample.members.get(extension)
+            if sample is None or member is None:
+                reason = f"has no .{extension}; every image needs one here"
+            elif extension in sample.repeated:
+                reason = f"has two members .{extension}; remove one"
+            elif not member.regular or not member.size:
+                reason = f"has a .{extension} that is {'empty' if member.regular else 'no regular file'}; replace it"
+            else:
+                offset[row], size[row] = member.offset, member.size
+                continue
+            raise ValueError(str(Skipped(str(path), images.keys[row], reason)))
+    return replace(images, offset=offset, size=size)
+
+
 def survey(images: Images, workers: int, on_error: OnError) -> Survey:
     """Read every image once, in threads: its digest and size, and whether it can be decoded.
 
@@ -296,10 +320,13 @@ def _line(error: Exception) -> str:
 
 
 class ImageFile:
-    """Reads images of `Images` by number; safe to share between threads, opens a shard once."""
+    """Reads images of `Images` by number; safe to share between threads, opens a shard once.
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    what: the word for them in messages.
+    """
+
+    def __init__(self, images: Images, what: str = "image") -> None:
+        self.images, self.what = images, what
         allow_open_files(len(images.paths))
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
@@ -325,7 +352,7 @@ class ImageFile:
         Raises ValueError if they cannot be read.
         """
         shard = int(self.images.shard[number])
-        where = f"image {self.images.keys[number]!r} in {self.images.paths[shard]}"
+        where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
         size = size if most is None else min(size, most)
         data = os.pread(self._descriptor(shard), size, offset)
@@ -363,6 +390,14 @@ def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> 
         return _open(data, formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """An image as it is stored, in whatever mode. Raises ValueError beginning with `where` if it cannot be decoded."""
+    with _decoding(where):
+        image = _open(data, formats)
+        image.load()
+        return image
 
 
 def _open(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:

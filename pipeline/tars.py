@@ -56,13 +56,13 @@ class Sample:
     defect: str | None = None
 
 
-def read_samples(path: Path) -> tuple[list[Sample], str | None]:
-    """The samples of a shard, and what is wrong with it as a whole."""
+def read_samples(path: Path, *also: str) -> tuple[list[Sample], str | None]:
+    """The samples of a shard, and what is wrong with it as a whole. also: extensions that matter besides images."""
     samples: list[Sample] = []
     try:
         with path.open("rb", buffering=0) as file:
             for member in members_of(file.fileno()):
-                _add_member(samples, member, file.fileno())
+                _add_member(samples, member, file.fileno(), also)
     except (Defect, OSError) as error:
         if samples:
             samples[-1].defect = "may have lost members: the shard is damaged behind it"
@@ -70,7 +70,7 @@ def read_samples(path: Path) -> tuple[list[Sample], str | None]:
     return samples, None
 
 
-def _add_member(samples: list[Sample], member: Member, file: int) -> None:
+def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[str, ...]) -> None:
     unsafe = UNSAFE.search(member.name) is not None
     key, extension = base_plus_ext(member.name)
     if key is None and unsafe:
@@ -84,7 +84,7 @@ def _add_member(samples: list[Sample], member: Member, file: int) -> None:
         sample.defect = f"has the unsafe name {member.name!r}"
     elif extension in sample.members:
         sample.repeated.append(extension)
-    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS):
+    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS, *also):
         sample.members[extension] = member
         if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
             sample.label = os.pread(file, member.size, member.offset)

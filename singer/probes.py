@@ -1,4 +1,4 @@
-"""Training-free probes of frozen features."""
+"""Training-free probes of frozen features, and the figures of probes."""
 
 import torch
 from torch import Tensor
@@ -27,3 +27,19 @@ def topk_percent(scores: Tensor, labels: Tensor, k: int) -> float:
     """Share (%) of rows of scores (m, classes) whose label is among the k highest."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100.0 * float((best == labels[:, None]).any(1).float().mean())
+
+
+def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Counts (classes, classes) of elements by label (row) and prediction (column).
+
+    predicted, labels: integers of one shape; elements with a negative label are left out.
+    """
+    seen = labels >= 0
+    pairs = labels[seen].long() * classes + predicted[seen]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def class_iou(counts: Tensor) -> Tensor:
+    """Intersection over union (classes,) of a confusion matrix; NaN for classes that neither side has."""
+    both = counts.diagonal()
+    return both / (counts.sum(0) + counts.sum(1) - both)

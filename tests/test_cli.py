@@ -110,6 +110,15 @@ MISTAKES = {
         "evaluate {w}/none --train {w}/train/*.tar --test {w}/test/*.tar",
         "none does not exist",
     ),
+    "no such task": (
+        "evaluate {w}/teacher --task flow --train {w}/train/*.tar --test {w}/test/*.tar",
+        "--task: no task 'flow'; known: classification, segmentation",
+    ),
+    "no masks": (
+        "evaluate {w}/teacher --task segmentation --set evaluate.seg_classes=3 --train {w}/train/*.tar "
+        "--test {w}/test/*.tar",
+        "has no .seg.png; every image needs one",
+    ),
     "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "is no timm model folder"),
     "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
     "no labels": (

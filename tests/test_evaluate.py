@@ -11,8 +11,9 @@ from sklearn.datasets import make_classification
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
-from pipeline.evaluate import evaluate, features, linear_scores
+from pipeline.evaluate import evaluate
 from pipeline.models import save_vit
+from pipeline.probes.classification import features, linear_scores
 from pipeline.shards import index_shards
 from singer.probes import knn_scores, topk_percent
 

@@ -1,0 +1,6 @@
+"""The tasks of `singer evaluate`: a new one is a file here and a registry line."""
+
+from pipeline.probes import classification, segmentation
+from pipeline.probes.trial import Task
+
+TASKS: dict[str, Task] = {"classification": classification.probe, "segmentation": segmentation.probe}

@@ -1,0 +1,130 @@
+"""Linear and k-NN classification, on CLS and on the mean patch: shards with NAME.cls beside NAME.jpg.
+
+Nothing is selected on the test shards: the linear probe's penalty is chosen on a split of the training shards.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from pipeline.config import EvaluateConfig
+from pipeline.models import Vit
+from pipeline.prepare import CLASSES
+from pipeline.probes.trial import EvaluateResult, Trial, tokens
+from pipeline.shards import Images, require_labels
+from pipeline.views import View, crop_view
+from singer.probes import knn_scores, topk_percent
+
+_FIT_SHARE = 0.8
+_ITERATIONS = 1000
+
+# {"cls": {"top1": .., "top5": ..}, "mean_patch": {..}}, in percent
+Accuracies = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(EvaluateResult):
+    """Accuracies (%) of both probes; a model without CLS has only mean_patch."""
+
+    linear: Accuracies
+    knn: Accuracies
+    classes: int
+
+
+def probe(trial: Trial) -> Classification:
+    """Raises ValueError for images without labels, and labels that only --test has."""
+    settings = trial.settings
+    require_labels(trial.train, "--train")
+    require_labels(trial.test, "--test")
+    check_classes(trial.train, trial.test)
+    train_features = features(trial.vit, trial.train, settings, trial.device)
+    test_features = features(trial.vit, trial.test, settings, trial.device)
+    train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
+    classes = int(train_labels.max()) + 1
+    if int(test_labels.max()) >= classes:
+        raise ValueError(f"--test has label {int(test_labels.max())}, but --train only 0 to {classes - 1}")
+
+    linear: Accuracies = {}
+    knn: Accuracies = {}
+    for name, x in train_features.items():
+        scores = linear_scores(x, train_labels, test_features[name], classes, settings)
+        linear[name] = _accuracy(scores, test_labels)
+        scores = knn_scores(x, train_labels, test_features[name], classes, settings.neighbours, settings.temperature)
+        knn[name] = _accuracy(scores, test_labels)
+    return Classification(
+        model=trial.model,
+        train_images=len(train_labels),
+        test_images=len(test_labels),
+        seconds=trial.seconds,
+        written=trial.file,
+        linear=linear,
+        knn=knn,
+        classes=classes,
+    )
+
+
+def check_classes(train: Images, test: Images) -> None:
+    """Raise ValueError if both sets name their classes (in a classes.json beside the shards) and differ."""
+    files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
+    if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise ValueError(
+            f"{files[0]} and {files[1]} number classes differently; prepare the second with "
+            f"--set prepare.classes={files[0]}"
+        )
+
+
+def features(vit: Vit, images: Images, settings: EvaluateConfig, device: torch.device) -> dict[str, Tensor]:
+    """{"cls": (n, d), "mean_patch": (n, d)} of the last block, on the CPU."""
+
+    def view(image: Image.Image) -> View:
+        return crop_view(settings.crop, image.size)
+
+    collected: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} if vit.has_cls else {"mean_patch": []}
+    for x in tokens(vit, images, settings, device, view):
+        collected["mean_patch"].append(x[:, vit.prefix :].mean(1).float().cpu())
+        if vit.has_cls:
+            collected["cls"].append(x[:, 0].float().cpu())
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> Tensor:
+    """Class scores (m, classes) of a logistic regression on standardised features (n, d), (m, d).
+
+    Its penalty is the one of settings.strengths that is best on a held-out fifth of the training images.
+    """
+    x, y = train.numpy(), labels.numpy()
+    strength = settings.strengths[0]
+    if len(settings.strengths) > 1:
+        fit, held_out = train_test_split(np.arange(len(y)), train_size=_FIT_SHARE, random_state=settings.seed)
+        right = [_logistic(x[fit], y[fit], c).score(x[held_out], y[held_out]) for c in settings.strengths]
+        strength = settings.strengths[int(np.argmax(right))]
+    probe = _logistic(x, y, strength)
+    decision = probe.decision_function(test.numpy())
+    if decision.ndim == 1:  # two classes: one score, for the second
+        decision = np.stack([-decision, decision], axis=1)
+    # Label numbers that no training image has score lowest.
+    scores = torch.full((len(test), classes), -torch.inf)
+    scores[:, torch.from_numpy(probe.classes_)] = torch.from_numpy(decision).float()
+    return scores
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
+    if len(np.unique(y)) < 2:
+        raise ValueError("--train has images of one class only; a classifier needs two")
+    with warnings.catch_warnings():
+        # Out of iterations is good enough: accuracy has settled long before the gradient has.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS)).fit(x, y)
+
+
+def _accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    return {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
