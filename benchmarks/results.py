@@ -10,17 +10,29 @@ method is a line in METHODS; figures that are missing so far are left blank.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline.cache_teacher import cache_teacher
-from pipeline.config import Config, load_config
+from pipeline.config import load_config
 from pipeline.distill import RUN, distill
 from pipeline.evaluate import evaluate
 from pipeline.outputs import Mode
 from pipeline.refine import refine
 
 RECIPE = "tinyimagenet-ti-to-w96"
+SEGMENTATION = ["evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
+# {column: (task, place in its result ...)}
+COLUMNS = {
+    "linear, CLS": ("classification", "linear", "cls", "top1"),
+    "linear, mean patch": ("classification", "linear", "mean_patch", "top1"),
+    "k-NN, CLS": ("classification", "knn", "cls", "top1"),
+    "CamVid mIoU": ("segmentation", "miou"),
+}
 START, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -105,17 +117,63 @@ class Chain:
                 adapters = self.adapters(name, seed)
                 refine(config, self.cache, adapters, mode(adapters))
             distill(config, self.cache, run, adapters, mode=mode(run))
-        if not list(run.glob("evaluate-*.json")):
-            self.probe(config, run)
+        self.probe(run)
 
-    def probe(self, config: Config, run: Path) -> None:
-        train, test = self.shards("tinyimagenet50-train"), self.shards("tinyimagenet50-val")
-        if self.dev:
-            *most, last = sorted(str(p) for p in self.data.glob("tinyimagenet50-train-*.tar"))
-            result = evaluate(config, run, most, last)
-        else:
-            result = evaluate(config, run, train, test)
-        print(run.name, {t: a["top1"] for t, a in result.linear.items()}, flush=True)
+    def probe(self, run: Path) -> None:
+        """Every probe that the run has no figures of yet."""
+        config, found = load_config(RECIPE, SEGMENTATION), self.figures(run)
+        if "classification" not in found:
+            if self.dev:
+                *most, last = sorted(str(p) for p in self.data.glob("tinyimagenet50-train-*.tar"))
+                evaluate(config, run, most, last)
+            else:
+                evaluate(config, run, self.shards("tinyimagenet50-train"), self.shards("tinyimagenet50-val"))
+        if "segmentation" not in found and not self.dev:
+            evaluate(config, run, self.shards("camvid-train"), self.shards("camvid-test"), "segmentation")
+
+    def figures(self, run: Path) -> dict[str, Any]:
+        """{task: the stored result}"""
+        results = [json.loads(f.read_text()) for f in sorted(run.glob("evaluate-*.json"))]
+        return {r.get("task", "classification"): r for r in results}
+
+    def line(self, name: str, seeds: list[int]) -> str | None:
+        """The method's row, of the seeds that are there."""
+        runs = [self.run(name, seed) for seed in seeds if (self.run(name, seed) / RUN).exists()]
+        if not runs:
+            return None
+        figures = [self.figures(run) for run in runs]
+        cells = [name]
+        for task, *path in COLUMNS.values():
+            values = [_at(f[task], path) for f in figures if task in f]
+            cells.append(f"{np.mean(values):.1f}" if values else "")
+            if len(values) > 1:
+                cells[-1] += f" ± {np.std(values, ddof=1):.1f}"
+        file = self.adapters(name, seeds[0]) / "metrics.json"
+        blocks = json.loads(file.read_text())["blocks"].values() if file.exists() else []
+        cells.append(" / ".join(f"{b['after']['artifact_percent']:.2f}" for b in blocks))
+        cells.append(" / ".join(f"{b['clean_drift_percent']:.1f}" for b in blocks))
+        return "| " + " | ".join([*cells, str(len(runs))]) + " |"
+
+    def table(self, seeds: list[int]) -> str:
+        """Main rows, then ablations."""
+        head = ["targets", *COLUMNS, "artifacts left, %", "drift of clean tokens, %", "seeds"]
+        rows = [line for name in METHODS if (line := self.line(name, seeds)) is not None]
+        return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+
+
+def _at(tree: Any, path: list[str]) -> float:
+    for key in path:
+        tree = tree[key]
+    return float(tree)
+
+
+def write_between(file: Path, text: str) -> None:
+    """Replace what stands between the marks in a document."""
+    before, start, rest = file.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise SystemExit(f"{file} has no lines {START} and {END}")
+    file.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 def main() -> None:
@@ -125,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--write", type=Path, help="a document with the marks between which the table goes")
     parser.add_argument("--dev", action="store_true", help="choose on the training images alone")
     options = parser.parse_args()
     chain = Chain(options.teacher, options.data, options.out, options.dev)
@@ -133,6 +192,9 @@ def main() -> None:
         for name in options.methods:
             if METHODS[name].main or not number:
                 chain.train(name, seed)
+    print(chain.table(options.seeds))
+    if options.write:
+        write_between(options.write, chain.table(options.seeds))
 
 
 if __name__ == "__main__":

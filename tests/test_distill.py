@@ -20,6 +20,7 @@ from pipeline.distill import Distiller, RefinerNote, Targets, distill, learning_
 from pipeline.models import new_student
 from pipeline.refine import load_refiner
 from pipeline.shards import relocate
+from singer.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
@@ -72,7 +73,7 @@ def test_run(world: Path, tmp_path: Path) -> None:
     result = distill(config, world / "cache", tmp_path / "run", world / "adapters")
     assert result.matching == {2: 1, 3: 2} and result.steps == 28
     assert result.teacher is not None and result.teacher.weights == Cache(world / "cache").manifest.teacher.weights
-    assert result.refiner == RefinerNote("adapter", "standardize", 4)
+    assert result.refiner == RefinerNote("adapter", "standardize")
     assert sorted(f for f in tree_bytes(tmp_path / "run")) == [
         "config.yaml",
         "inputs.json",
@@ -227,3 +228,31 @@ def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_pa
         "3.weight": (24, 12),
         "3.bias": (24,),
     }
+
+
+@pytest.mark.parametrize("variant", ["official", "paper", "singer"])
+def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
+    """Adapters and student together, as the paper has it; the adapters leave their start and are kept."""
+    sets = ["distill.joint=true", f"refine.variant={variant}", "distill.epochs=3", "distill.lr=3e-3"]
+    distill(world_config(world, *sets), world / "cache", tmp_path / "run")
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    parts = {"2", "3", "outlier", "info"} | ({"keep"} if variant == "singer" else set())
+    assert set(lines[0]["parts"]) == parts
+    state = safetensors.torch.load_file(tmp_path / "run" / "adapters.safetensors")
+    moved = [float((state[f"cleaners.{b}.down"] - state[f"cleaners.{b}.up"].T).norm()) for b in (2, 3)]
+    assert min(moved) > 1e-3  # at the start they were equal, or up was zero
+
+
+def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"distill\.joint trains adapters of its own; leave --adapters out"):
+        distill(world_config(world, "distill.joint=true"), world / "cache", tmp_path / "run", world / "adapters")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "mse"])
+def test_objectives_train(world: Path, tmp_path: Path, objective: str) -> None:
+    config = world_config(world, f"distill.objective={objective}", "distill.epochs=3", "distill.lr=3e-3")
+    distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]

@@ -39,6 +39,11 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
     assert tree_bytes(tmp_path / "cache", *ignored) == tree_bytes(world / "cache", *ignored)
     assert made["records"] == 100 and made["id"] == Cache(world / "cache").id
 
+    # Two processes share the blocks out, and fit the same adapters.
+    launch(2, "refine", "--cache", tmp_path / "cache", "--out", tmp_path / "adapters", *options)
+    name = "refiner.safetensors"
+    assert (tmp_path / "adapters" / name).read_bytes() == (world / "adapters" / name).read_bytes()
+
     train = ["distill", "--cache", tmp_path / "cache", "--adapters", world / "adapters", *options]
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     for processes, run in runs.items():

@@ -1,12 +1,14 @@
 """Stage 2 on a cache with planted artifacts."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import tree_bytes, world_config
 
+from pipeline import fit
 from pipeline.cache import Cache
 from pipeline.checkpoint import read_log
 from pipeline.config import Config
@@ -143,6 +145,74 @@ def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was not written by singer and is left alone"):
         refine(config, world / "cache", mine, "overwrite")
     assert (mine / "thesis.txt").exists()
+
+
+def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that dies within its second block goes on from its last checkpoint and ends with the same bytes."""
+    monkeypatch.setattr(fit, "_SAVE_MINUTES", 1e-9)
+    steps, losses = 0, fit.adapter_losses
+
+    def dying(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 230:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    monkeypatch.setattr(fit, "adapter_losses", dying)
+    with pytest.raises(KeyboardInterrupt):
+        refine(config, world / "cache", tmp_path / "a")
+    monkeypatch.setattr(fit, "adapter_losses", losses)
+    left = {f.name for f in (tmp_path / "a").iterdir()}
+    assert {"fitted-2.safetensors", "checkpoint-3.pt"} <= left and "refiner.json" not in left
+    refine(config, world / "cache", tmp_path / "a", "resume")
+    ignored = ("provenance.json", "metrics.json")
+    assert tree_bytes(tmp_path / "a", *ignored) == tree_bytes(world / "adapters", *ignored)
+
+
+def test_plateau_lowers_the_rate_and_ends() -> None:
+    plateau = fit.Plateau(tolerance=0.1)
+    factors = []
+    for step in range(600):
+        if plateau.over:
+            break
+        plateau.add(max(1.0, 4 - step / 50))
+        factors.append(plateau.factor)
+    assert factors[199] == 1.0 and min(factors) == pytest.approx(fit._FACTOR**4) and step < 599
+    assert sorted(factors, reverse=True) == factors
+    again = fit.Plateau(tolerance=0.1)
+    again.load_state_dict(plateau.state_dict())
+    assert again == plateau
+
+
+def test_fits_end_by_themselves(world: Path, tmp_path: Path) -> None:
+    refine(world_config(world, "refine.steps=5000", "refine.tolerance=0.2"), world / "cache", tmp_path / "a")
+    for block in (2, 3):
+        lines = read_log(tmp_path / "a" / f"log-{block}.jsonl")
+        assert lines[-1]["step"] < 2000 and lines[-1]["lr"] < 0.01 * lines[0]["lr"]
+
+
+@pytest.mark.parametrize("basis", ["artifact-aware", "random"])
+def test_automatic_rank(world: Path, tmp_path: Path, basis: str) -> None:
+    config = world_config(world, "refine.rank=auto", f"refine.basis={basis}", "refine.steps=10")
+    refine(config, world / "cache", tmp_path / "a")
+    ranks = read_json(tmp_path / "a", "refiner.json", "")["ranks"]
+    assert set(ranks) == {"2", "3"} and all(1 <= r <= 24 for r in ranks.values())
+    if basis == "artifact-aware":  # one direction is planted
+        assert max(ranks.values()) < 12
+    cache = Cache(world / "cache")
+    assert load_refiner(tmp_path / "a", cache).cleaner(2).shape.rank == ranks["2"]
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_variants_in_two_stages(world: Path, tmp_path: Path, variant: str) -> None:
+    settings = world_config(world, f"refine.variant={variant}", "refine.steps=60").refine
+    assert (settings.info_form, settings.start, settings.keep_weight) == (variant, "doubled", 0)
+    assert settings.rank == 4  # given beside the variant
+    refine(world_config(world, f"refine.variant={variant}", "refine.steps=60"), world / "cache", tmp_path / "a")
+    name = "log-2-3.jsonl" if variant == "official" else "log-2.jsonl"
+    lines = read_log(tmp_path / "a" / name)
+    assert lines[-1]["step"] == 60 and lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_split_and_batches_are_disjoint_and_whole(world: Path, config: Config) -> None:

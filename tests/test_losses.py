@@ -1,0 +1,87 @@
+"""The forms of L_outlier and L_info against closed forms in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIDTH, make_vit
+from torch import Tensor
+
+from singer.artifacts import BlockScale
+from singer.losses import INFO_FORMS, OUTLIER_FORMS, Exchange, adapter_losses
+from singer.tail import TeacherTail, tail_state
+
+SCALE = BlockScale(median=2.0, threshold=4.0)
+
+
+def make_exchange() -> Exchange:
+    vit = make_vit()
+    tail = TeacherTail(vit.architecture, vit.model_args, 2, tail_state(vit.model.state_dict(), 2))
+    original = {b: torch.randn(3, 17, WIDTH) for b in (2, 3)}
+    refined = {b: x + 0.3 * torch.randn_like(x) for b, x in original.items()}
+    return Exchange(original, refined, tail, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
+
+
+def gram(tokens: Tensor) -> np.ndarray:
+    x = tokens.double().numpy()
+    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return unit @ unit.transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize(("form", "power"), [("paper", 1), ("official", 2)])
+def test_quantile_outliers(form: str, power: int) -> None:
+    norms = torch.rand(4, 50, requires_grad=True)
+    x = norms.detach().numpy()
+    limit = np.quantile(x, 0.9, axis=1, keepdims=True)
+    excess = (x - limit)[x > limit]
+    assert len(excess) == 4 * 5
+    loss = OUTLIER_FORMS[form](norms, SCALE, 0.9)
+    assert loss.item() == pytest.approx((excess**power).mean(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, norms)
+    # The quantile is no path for the gradient: only the tokens above it are pushed.
+    assert torch.equal(gradient > 0, norms > torch.from_numpy(limit).float())
+
+
+def test_equal_norms_are_no_outliers() -> None:
+    for form in ("paper", "official"):
+        assert OUTLIER_FORMS[form](torch.ones(2, 9), SCALE, 0.9).item() == 0
+
+
+def test_paper_info_is_the_gram_behind_the_next_block() -> None:
+    exchange = make_exchange()
+    with torch.no_grad():
+        seen = [gram(exchange.tail.block(3)(x[2])[:, 1:]) for x in (exchange.refined, exchange.original)]
+    expected = np.square(seen[0] - seen[1]).mean()
+    assert INFO_FORMS["paper"](exchange, 2).item() == pytest.approx(expected, rel=1e-3)
+    last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.original[3][:, 1:])).mean()
+    assert INFO_FORMS["paper"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
+
+
+def test_official_info() -> None:
+    exchange = make_exchange()
+    with torch.no_grad():
+        a, b = (exchange.tail.block(3)(x[2]).numpy() for x in (exchange.refined, exchange.original))
+    assert INFO_FORMS["official"](exchange, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
+    last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.refined[2][:, 1:])).mean()
+    assert INFO_FORMS["official"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
+    alone = Exchange({3: exchange.original[3]}, {3: exchange.refined[3]}, exchange.tail, exchange.scales, 1)
+    with pytest.raises(ValueError, match="needs an intermediate block beside the last; cache another block"):
+        INFO_FORMS["official"](alone, 3)
+
+
+def test_clean_info_leaves_artifacts_out() -> None:
+    exchange = make_exchange()
+    exchange.original[3][:, 4] *= 20
+    exchange.refined[3][:, 4] = 0
+    same = Exchange(exchange.original, exchange.original, exchange.tail, exchange.scales, 1)
+    spoiled = {3: exchange.original[3].clone()}
+    spoiled[3][:, 4] = torch.randn(3, WIDTH)
+    changed = Exchange(exchange.original, spoiled, exchange.tail, exchange.scales, 1)
+    assert INFO_FORMS["clean"](same, 3).item() == pytest.approx(0, abs=1e-10)
+    assert INFO_FORMS["clean"](changed, 3).item() == pytest.approx(0, abs=1e-10)
+    assert INFO_FORMS["paper"](changed, 3).item() > 1e-3
+
+
+def test_parts_are_named_by_loss_and_block() -> None:
+    losses = adapter_losses(make_exchange(), [2, 3], "robust", "clean", 0.9, keep=True)
+    assert {n: [*of] for n, of in losses.items()} == {n: [2, 3] for n in ("outlier", "info", "keep")}
+    assert "keep" not in adapter_losses(make_exchange(), [2], "paper", "paper", 0.9, keep=False)
