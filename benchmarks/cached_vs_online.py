@@ -17,12 +17,13 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import TeacherConfig, load_config
-from pipeline.distill import BatchLoader, Distiller, Targets
+from pipeline.distiller import Distiller, Lesson, Targets
 from pipeline.models import load_teacher, new_student
 from pipeline.prefetch import prefetch
 from pipeline.readplan import EpochOrder, Share, share
 from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile, relocate
+from pipeline.train import BatchLoader
 from pipeline.views import normalise
 from singer.matching import match_blocks
 from singer.vit import block_outputs, depth
@@ -50,18 +51,19 @@ def main() -> None:
     student = new_student(config.student, described.image_size)
     targets = Targets(cache, load_refiner(options.adapters, cache) if options.adapters else None, student, device)
     matching = match_blocks(cache.blocks, described.depth, depth(student.model))
-    model = Distiller(student, matching, targets, config.distill.objective).to(device)
+    model = Distiller(student, matching, targets, config.distill.objectives).to(device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = config.distill.batch_size
     order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
-    load = BatchLoader(cache, files, student.image_size)
+    load = BatchLoader(cache, files, [student.image_size])
     plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
-    weights = torch.full((batch,), 1 / batch, device=device)
+    weights, no_labels = torch.full((batch,), 1 / batch, device=device), torch.full((batch,), -1, device=device)
 
-    def update(pixels: Tensor, wanted: dict[int, Tensor]) -> None:
-        losses = model(normalise(pixels, student.mean, student.std, device), wanted, None, weights)
+    def update(pixels: Tensor, features: dict[int, Tensor]) -> None:
+        images = normalise(pixels, student.mean, student.std, device)
+        losses = model(Lesson(images, features, weights, no_labels))
         optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
@@ -69,22 +71,21 @@ def main() -> None:
     @torch.no_grad()
     def teach(pixels: Tensor) -> dict[int, Tensor]:
         images = normalise(pixels, teacher.mean, teacher.std, device)
-        features = {b: x.float() for b, x in block_outputs(teacher.model, images, cache.blocks).items()}
-        return targets.refine(features)
+        return {b: x.float() for b, x in block_outputs(teacher.model, images, cache.blocks).items()}
 
     def load_images(part: Share) -> Tensor:
         return cache.pixels(part.records, student.image_size, files)
 
     fixed = load(plan[0])
-    fixed_targets = targets.refine(targets.features(fixed.encoded))
+    fixed_pixels, fixed_features = fixed.pixels[student.image_size], targets.features(fixed.encoded)
 
     def teacher_alone() -> None:
         for _ in plan:
-            teach(fixed.pixels)
+            teach(fixed_pixels)
 
     def student_alone() -> None:
         for _ in plan:
-            update(fixed.pixels, fixed_targets)
+            update(fixed_pixels, fixed_features)
 
     def decoding_alone() -> None:
         for _ in plan:
@@ -92,7 +93,7 @@ def main() -> None:
 
     def student_with_images() -> None:
         for pixels in prefetch(load_images, plan, config.distill.workers):
-            update(pixels, fixed_targets)
+            update(pixels, fixed_features)
 
     def online() -> None:
         for pixels in prefetch(load_images, plan, config.distill.workers):
@@ -100,7 +101,7 @@ def main() -> None:
 
     def cached() -> None:
         for loaded in prefetch(load, plan, config.distill.workers):
-            update(loaded.pixels, targets.refine(targets.features(loaded.encoded)))
+            update(loaded.pixels[student.image_size], targets.features(loaded.encoded))
 
     kinds: list[Callable[[], None]] = [
         teacher_alone,

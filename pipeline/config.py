@@ -154,12 +154,17 @@ class StudentConfig(Section):
     patch_size: Positive | None = None
     image_size: Positive | None = Field(None, description="pixels; default: the teacher's in the cache")
     pretrained: bool = False
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, rate of the last block")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass, to save memory")
 
 
 class DistillConfig(Section):
     """The training of a student."""
 
-    objective: str = "mse"
+    objective: str | dict[str, Annotated[float, Field(gt=0)]] = Field(
+        "mse", description="a name, or names with weights: {mse: 1, logits: 0.5}"
+    )
+    projector: Literal["linear", "mlp"] = Field("linear", description="from student to teacher width, at each block")
     joint: bool = Field(False, description="train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Annotated[float, Field(gt=0)] = Field(
         1.0, description="joint: of the objective beside the adapters' losses"
@@ -173,6 +178,11 @@ class DistillConfig(Section):
         0.5, description="linear; the paper's 100-epoch recipes take 5"
     )
     clip_grad: Annotated[float, Field(gt=0)] | None = None
+    accumulate: Positive = Field(1, description="parts in which a batch goes through the model, to save memory")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay a step of a moving average of the student, which is then what is kept"
+    )
+    compile: bool = Field(False, description="torch.compile")
     precision: Precision = "no"
     workers: Positive = Field(2, description="image decoding and feature reading threads")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(
@@ -186,6 +196,11 @@ class DistillConfig(Section):
     teacher: str | None = Field(None, description="which of a cache's teachers; default: the adapters', or the first")
     blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: the adapters', or all")
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """{name: weight}"""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
 
 
 class EvaluateConfig(Section):

@@ -73,7 +73,9 @@ def new_student(config: StudentConfig, image_size: int) -> Vit:
             raise ValueError("student.pretrained needs the student.name of a timm model")
     elif given:
         raise ValueError(f"student.dim, depth and heads are for student.name vit; {config.name} has its own")
-    args = {**given, "patch_size": config.patch_size, "num_classes": 0}
+    args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
+    if config.drop_path:
+        args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
     size = config.image_size or image_size
     return _create(name, size, args, None, pretrained=config.pretrained, what="student")

@@ -11,15 +11,17 @@ import timm
 import torch
 from conftest import tree_bytes, world_config
 
-import pipeline.distill as stage
+import pipeline.train as stage
 from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
-from pipeline.checkpoint import read_log
+from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
-from pipeline.distill import Distiller, RefinerNote, Targets, distill, learning_rate, load_result, select_tokens
+from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
+from pipeline.distiller import Distiller, Lesson, Targets, select_tokens
 from pipeline.models import new_student
 from pipeline.refine import load_refiner
 from pipeline.shards import relocate
+from pipeline.train import learning_rate
 from singer.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")
@@ -61,8 +63,9 @@ def test_select_tokens() -> None:
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
     cache = Cache(world / "cache")
-    model = Distiller(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), "mse")
-    losses = model(torch.randn(2, 3, 32, 32), cache.features([0, 1], CPU), None, torch.full((2,), 0.5))
+    model = Distiller(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})
+    lesson = Lesson(torch.randn(2, 3, 32, 32), cache.features([0, 1], CPU), torch.full((2,), 0.5), torch.zeros(2))
+    losses = model(lesson)
     torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad or "bias" in name, name
@@ -203,20 +206,18 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     optimiser = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimiser.step()
-    checkpoint = stage.Checkpoint(
-        tmp_path / "c.pt", {"model": model, "optimiser": optimiser, "scaler": None}, minutes=60
-    )
+    checkpoint = Checkpoint(tmp_path / "c.pt", {"model": model, "optimiser": optimiser, "scaler": None}, minutes=60)
     checkpoint.save(7, force=False)
     assert not checkpoint.path.exists()
     checkpoint.save(7, force=True)
     other = torch.nn.Linear(2, 2)
     fresh = {"model": other, "optimiser": torch.optim.AdamW(other.parameters())}
-    again = stage.Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
+    again = Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
     assert again.restore(CPU) == 7 and torch.equal(other.weight, model.weight)
     (tmp_path / "c.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
         again.restore(CPU)
-    assert stage.Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore(CPU) == 0
+    assert Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore(CPU) == 0
 
 
 def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
     distill(world_config(world, *sets), world / "cache", tmp_path / "run")
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
-    parts = {"2", "3", "outlier", "info"} | ({"keep"} if variant == "singer" else set())
+    parts = {"mse.2", "mse.3", "outlier", "info"} | ({"keep"} if variant == "singer" else set())
     assert set(lines[0]["parts"]) == parts
     state = safetensors.torch.load_file(tmp_path / "run" / "adapters.safetensors")
     moved = [float((state[f"cleaners.{b}.down"] - state[f"cleaners.{b}.up"].T).norm()) for b in (2, 3)]
@@ -256,3 +257,83 @@ def test_objectives_train(world: Path, tmp_path: Path, objective: str) -> None:
     distill(config, world / "cache", tmp_path / "run", world / "adapters")
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(part.startswith(f"{objective}.") for part in lines[0]["parts"])
+
+
+def test_mixtures_weigh_their_parts(world: Path, tmp_path: Path) -> None:
+    losses = {}
+    for name, objective in (("one", "mse"), ("three", "{mse: 3}"), ("both", "{mse: 1, labels: 0.5}")):
+        config = world_config(world, f"distill.objective={objective}", "distill.epochs=1", "distill.lr=1e-9")
+        distill(config, world / "cache", tmp_path / name, world / "adapters")
+        losses[name] = read_log(tmp_path / name / "log.jsonl")[0]
+    assert losses["three"]["loss"] == pytest.approx(3 * losses["one"]["loss"], rel=1e-4)
+    assert set(losses["both"]["parts"]) == {"mse.2", "mse.3", "labels.ce"}
+    assert losses["both"]["loss"] == pytest.approx(sum(losses["both"]["parts"].values()), rel=1e-5)
+    assert losses["both"]["parts"]["labels.ce"] == pytest.approx(0.5 * np.log(4), rel=0.3)
+
+
+FAN = {
+    "plain": [],
+    "other size and seed of nothing": ["student.dim=16", "student.patch_size=16"],
+    "drops paths": ["student.drop_path=0.3", "distill.objective=vitkd", "distill.lr=3e-3"],
+    "keeps an average": ["distill.ema=0.9", "distill.projector=mlp", "distill.accumulate=2"],
+}
+
+
+def test_fan_out_is_as_training_alone(world: Path, tmp_path: Path) -> None:
+    jobs = [
+        Job(world_config(world, *sets), tmp_path / "many" / name, None if name == "plain" else world / "adapters")
+        for name, sets in FAN.items()
+    ]
+    together = fan_out(jobs, world / "cache")
+    for job, result in zip(jobs, together, strict=True):
+        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name, job.adapters)
+        assert alone.loss == result.loss
+        for name in (WEIGHTS, "projectors.safetensors"):
+            assert (alone.run / name).read_bytes() == (result.run / name).read_bytes(), job.out.name
+    assert fan_out(jobs, world / "cache", mode="resume") == together
+
+
+def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two checkpoints, one student is an epoch ahead of the other."""
+    jobs = [Job(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
+    saves, save = 0, Checkpoint.save
+
+    def dying(self: Checkpoint, step: int, force: bool) -> None:
+        nonlocal saves
+        saves += force
+        if saves > 1:
+            raise KeyboardInterrupt
+        save(self, step, force)
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fan_out(jobs, world / "cache")
+    monkeypatch.undo()
+    assert [(job.out / "checkpoint.pt").exists() for job in jobs] == [True, False]
+    for job, result in zip(jobs, fan_out(jobs, world / "cache", mode="resume"), strict=True):
+        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name)
+        assert (alone.run / WEIGHTS).read_bytes() == (result.run / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["distill.seed=1"], r"a and .*b cannot train on one pass: distill\.seed is 0 and 1"),
+        (["distill.epochs=3"], r"distill\.epochs is 2 and 3"),
+    ],
+)
+def test_what_cannot_share_a_pass(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
+    jobs = [Job(world_config(world), tmp_path / "a"), Job(world_config(world, *sets), tmp_path / "b")]
+    with pytest.raises(ValueError, match=message):
+        fan_out(jobs, world / "cache")
+    with pytest.raises(ValueError, match="cannot have the same output folder"):
+        fan_out([jobs[0], jobs[0]], world / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpointing_and_accumulation_change_nothing_but_memory(world: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, sets in (("a", []), ("b", ["student.checkpointing=true"]), ("c", ["distill.accumulate=3"])):
+        losses.append(distill(world_config(world, *sets), world / "cache", tmp_path / name).loss)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)

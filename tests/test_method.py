@@ -196,7 +196,7 @@ def test_mse_is_a_mean_over_tokens_and_channels() -> None:
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     expected = ((a.numpy() - b.numpy()) ** 2).reshape(3, -1).mean(1)
     found = OBJECTIVES["mse"](Setting((2,), 5, 0, (2, 2)))({2: a}, {2: b})
-    np.testing.assert_allclose(found[2].numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(found["2"].numpy(), expected, rtol=1e-5)
 
 
 def test_cosine_is_blind_to_length() -> None:
@@ -204,7 +204,7 @@ def test_cosine_is_blind_to_length() -> None:
     x, y = a.numpy(), b.numpy()
     cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
     loss = OBJECTIVES["cosine"](Setting((2,), 5, 0, (2, 2)))
-    np.testing.assert_allclose(loss({2: a}, {2: b})[2].numpy(), 1 - cosines.mean(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss({2: a}, {2: b})["2"].numpy(), 1 - cosines.mean(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss({2: a}, {2: 7 * b}), loss({2: a}, {2: b}))
 
 

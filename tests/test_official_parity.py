@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.distill import Distiller, Joint, Targets
+from pipeline.distiller import Distiller, Joint, Lesson, Targets
 from pipeline.models import Vit
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter, Shape
@@ -89,20 +89,23 @@ class Fixture:
         s, student = self.settings, self.student()
         grid = (s["img"] // s["patch"],) * 2
         teacher = SimpleNamespace(width=s["dt"], prefix_tokens=1, grid=grid, class_token=True)
-        cache = SimpleNamespace(manifest=SimpleNamespace(teacher=teacher, sampled=False))
+        index = SimpleNamespace(images=SimpleNamespace(labels=np.empty(0, np.int32)))
+        cache = SimpleNamespace(manifest=SimpleNamespace(teacher=teacher, sampled=False), index=index)
         targets = Targets(cast(Any, cache), None, student, torch.device("cpu"))
         config = RefineConfig(
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         distiller = Distiller(
-            student, self.matching, targets, "mse", refiner,
+            student, self.matching, targets, {"mse": 1.0}, "linear", refiner,
             Joint(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1), kd_weight=s["wk"],
         )  # fmt: skip
         with torch.no_grad():
             for teacher_block, b in self.matching.items():
                 for part in ("weight", "bias"):
-                    getattr(distiller.projectors[str(teacher_block)], part).copy_(self.tensors[f"projector.{b}.{part}"])
+                    distiller.get_parameter(f"projectors.{teacher_block}.{part}").copy_(
+                        self.tensors[f"projector.{b}.{part}"]
+                    )
                 for part in ("down", "up"):
                     stored = self.tensors[f"adapter_init.{teacher_block}.{part}"]
                     getattr(refiner.cleaner(teacher_block), part).copy_(stored)
@@ -111,8 +114,9 @@ class Fixture:
     def losses(self, distiller: Distiller) -> dict[str, Tensor]:
         """By the fixture's names."""
         batch = self.settings["B"]
-        found = distiller(self.tensors["images"], self.features, None, torch.full((batch,), 1 / batch))
-        kd = torch.stack([found[f"{b}"] for b in self.settings["layers"]]).sum()
+        weights, labels = torch.full((batch,), 1 / batch), torch.full((batch,), -1)
+        found = distiller(Lesson(self.tensors["images"], self.features, weights, labels))
+        kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 
 
@@ -167,7 +171,7 @@ def test_refined_features_losses_and_gradients(fixture: Fixture) -> None:
     torch.stack(list(losses.values())).sum().backward()
     gradients = {"student.patch_embed.proj.weight": distiller.student.patch_embed.proj.weight.grad}
     for block, b in fixture.matching.items():
-        gradients[f"projector.{b}.weight"] = distiller.projectors[str(block)].get_parameter("weight").grad
+        gradients[f"projector.{b}.weight"] = distiller.get_parameter(f"projectors.{block}.weight").grad
         for part in ("down", "up"):
             gradients[f"adapter.{block}.{part}"] = distiller.adapters.cleaner(block).get_parameter(part).grad
     stored = {n.removeprefix("grad."): t for n, t in fixture.tensors.items() if n.startswith("grad.")}

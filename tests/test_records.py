@@ -10,7 +10,8 @@ from conftest import world_config
 from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.distill import Targets, distill
+from pipeline.distill import distill
+from pipeline.distiller import Targets
 from pipeline.models import load_saved, new_student
 from pipeline.refine import load_refiner, refine
 from pipeline.shards import ImageFile

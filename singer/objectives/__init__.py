@@ -2,7 +2,12 @@
 
 from singer.objectives.base import Objective, Setting
 from singer.objectives.cosine import Cosine
+from singer.objectives.gram import Gram
+from singer.objectives.labels import Labels
+from singer.objectives.logits import Logits
+from singer.objectives.mixture import Mixture
 from singer.objectives.mse import Mse
+from singer.objectives.relation import Relation, RelationQk
 from singer.objectives.smooth_l1 import SmoothL1
 from singer.objectives.theia import Theia
 from singer.objectives.unic import Balanced, Unic
@@ -12,10 +17,15 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "mse": Mse,
     "balanced": Balanced,
     "cosine": Cosine,
+    "gram": Gram,
+    "labels": Labels,
+    "logits": Logits,
+    "relation": Relation,
+    "relation-qk": RelationQk,
     "smooth-l1": SmoothL1,
     "theia": Theia,
     "unic": Unic,
     "vitkd": VitKd,
 }
 
-__all__ = ["OBJECTIVES", "Objective", "Setting"]
+__all__ = ["OBJECTIVES", "Mixture", "Objective", "Setting"]

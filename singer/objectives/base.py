@@ -5,33 +5,55 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from singer.tail import TeacherTail
+
 
 @dataclass(frozen=True)
 class Setting:
     """Where student and teacher tokens meet: the matched teacher blocks, their width, prefix tokens (0 or CLS), grid.
 
-    grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored.
+    grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. tail: the frozen
+    end of the teacher; teacher_prefix: its CLS and register tokens. classes: of the labels, None without labels.
     """
 
     blocks: tuple[int, ...]
     width: int
     prefix: int
     grid: tuple[int, int] | None
+    tail: TeacherTail | None = None
+    teacher_prefix: int = 1
+    classes: int | None = None
 
 
 class Objective(nn.Module):
-    """(student tokens, targets), both {teacher block: (B, N, d)} -> {block: losses (B,)}, one a record.
+    """(student tokens, targets), both {teacher block: (B, N, d)}, labels (B,) -> {part: losses (B,)}, one a record.
 
-    The student's tokens are already projected to the teacher's width. Parameters of an objective are trained with the
-    student; whatever it draws comes from torch's global generator, as dropout's.
+    The student's tokens are projected to the teacher's width. Targets are refined and normalised; of an objective with
+    in_teacher_units they are refined only, and the student has projectors of its own for it, so that frozen parts of
+    the teacher can read both. Parameters of an objective are trained with the student; whatever it draws comes from
+    torch's global generator, as dropout's.
     """
+
+    in_teacher_units = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.setting = setting
+        # Frozen, and so none of this module's: neither trained nor stored with it.
+        self._setting = [setting]
 
-    def forward(self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        return {b: self.block_loss(student[b], target, b) for b, target in targets.items()}
+    @property
+    def setting(self) -> Setting:
+        return self._setting[0]
+
+    @property
+    def tail(self) -> TeacherTail:
+        assert self.setting.tail is not None
+        return self.setting.tail
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {str(b): self.block_loss(student[b], target, b) for b, target in targets.items()}
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Losses (B,) of one block's tokens (B, N, d)."""

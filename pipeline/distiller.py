@@ -1,0 +1,225 @@
+"""What stage 3 trains, and on what: a student with its projectors and objective, targets from stored features."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.config import RefineConfig
+from pipeline.models import Vit
+from pipeline.refine import Fit
+from singer.artifacts import BlockScale
+from singer.cleaners import Adapter
+from singer.losses import Exchange, adapter_losses
+from singer.matching import resize_tokens, take_patches
+from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
+from singer.refiner import Refiner
+from singer.tail import TeacherTail
+from singer.vit import block_outputs, freeze_unused, grid_size
+
+# {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
+Kinds = dict[bool, dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch on the device. images (B, 3, H, W); features {block: (B, N, d)} as the teacher left them; weights (B,):
+
+    of each record in the mean; labels (B,), negative where there is none; positions (B, k): of sampled patches.
+    """
+
+    images: Tensor
+    features: dict[int, Tensor]
+    weights: Tensor
+    labels: Tensor
+    positions: Tensor | None = None
+
+    def split(self, parts: int) -> Iterator["Lesson"]:
+        """In as many parts, or fewer if there are not enough records."""
+        size = -(-len(self.weights) // parts)
+        for start in range(0, len(self.weights), size):
+            rows = slice(start, start + size)
+            yield Lesson(
+                self.images[rows],
+                {b: x[rows] for b, x in self.features.items()},
+                self.weights[rows],
+                self.labels[rows],
+                self.positions[rows] if self.positions is not None else None,
+            )
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
+
+    tail: TeacherTail
+    scales: dict[int, BlockScale]
+    settings: RefineConfig
+    prefix: int
+
+    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
+        s = self.settings
+        weights = {"outlier": s.outlier_weight, "info": s.info_weight, "keep": s.keep_weight}
+        found = adapter_losses(
+            Exchange(original, refined, self.tail, self.scales, self.prefix),
+            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
+        )  # fmt: skip
+        return {name: weights[name] * torch.stack(list(of.values())).mean() for name, of in found.items()}
+
+
+class Distiller(nn.Module):
+    """All that is trained, and its losses: a student, a projector to the teacher's width at every matched block, an
+    objective and, in joint training, the adapters that refine its targets.
+    """
+
+    def __init__(
+        self,
+        student: Vit,
+        matching: dict[int, int],
+        targets: "Targets",
+        objectives: Mapping[str, float],
+        projector: str = "linear",
+        adapters: Refiner | None = None,
+        joint: Joint | None = None,
+        kd_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.student = student.model
+        self.matching, self.prefix, self.kd_weight = matching, student.prefix, kd_weight
+        # Frozen, and so none of this module's.
+        self._targets, self._joint = [targets], joint
+        setting = targets.setting(tuple(matching), [OBJECTIVES[name] for name in objectives])
+        self.objective = Mixture({name: OBJECTIVES[name](setting) for name in objectives}, objectives)
+        kinds = {False: "projectors", True: "unit_projectors"}
+        for kind in sorted(self.objective.units):
+            made = {str(b): new_projector(projector, student.width, setting.width) for b in matching}
+            self.add_module(kinds[kind], nn.ModuleDict(made))
+        self._kinds = {kind: name for kind, name in kinds.items() if kind in self.objective.units}
+        self.adapters = adapters
+        freeze_unused(self.student, max(matching.values()))
+
+    def tokens(self, images: Tensor) -> Kinds:
+        """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block."""
+        outputs = block_outputs(self.student, images, sorted(self.matching.values()))
+        keep_cls = self._targets[0].keep_cls
+        kept = {block: select_tokens(x, self.prefix, keep_cls) for block, x in outputs.items()}
+        return {
+            kind: {t: self.get_submodule(f"{name}.{t}")(kept[block]).float() for t, block in self.matching.items()}
+            for kind, name in self._kinds.items()
+        }
+
+    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Named scalar losses, whose sum is to be minimised."""
+        (targets,) = self._targets
+        losses: dict[str, Tensor] = {}
+        if self._joint is None:
+            wanted = targets.refine(lesson.features)
+        else:
+            assert self.adapters is not None
+            real = lesson.weights > 0  # the last batch of an epoch may be filled up
+            with torch.autocast(lesson.images.device.type, enabled=False):
+                refined = self.adapters(lesson.features)
+                losses = self._joint.losses(
+                    {b: x[real] for b, x in lesson.features.items()}, {b: x[real] for b, x in refined.items()}
+                )
+            wanted = {True: refined, False: refined}
+        positions = lesson.positions
+        tokens = {kind: targets.meet(x, positions) for kind, x in self.tokens(lesson.images).items()}
+        wanted = {kind: targets.arrange(wanted[kind], positions) for kind in tokens}
+        found = self.objective(tokens, wanted, lesson.labels)
+        return {name: (loss * lesson.weights).sum() * self.kd_weight for name, loss in found.items()} | losses
+
+
+def new_projector(kind: str, width: int, target: int) -> nn.Module:
+    """From student to teacher width: `linear`, or `mlp` with one hidden layer as wide as the wider of both."""
+    if kind == "linear":
+        return nn.Linear(width, target)
+    hidden = max(width, target)
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
+
+
+def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
+    """CLS (if kept) and patches of tokens (B, N, d); registers never meet those of another model."""
+    patches = tokens[:, prefix:]
+    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+
+
+class Targets:
+    """Stored features -> what the student is to match, on its own token grid."""
+
+    def __init__(self, cache: Cache, refiner: Refiner | None, student: Vit, device: torch.device) -> None:
+        self.cache, self.device = cache, device
+        self.refiner = refiner.to(device) if refiner is not None else None
+        self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
+        self.student_grid = grid_size(student.model)
+
+    @property
+    def meeting_grid(self) -> tuple[int, int] | None:
+        """The grid on which tokens are compared; None where the cache holds a share of the patches."""
+        return None if self.cache.manifest.sampled else self.student_grid
+
+    def features(self, encoded: Encoded) -> dict[int, Tensor]:
+        """The teacher's features {block: (B, N, d)} on the device."""
+        return self.cache.decode(encoded, self.device)
+
+    def setting(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> Setting:
+        """What these objectives may know; the end of the teacher only if one reads with it."""
+        teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
+        classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
+        return Setting(
+            blocks,
+            teacher.width,
+            int(self.keep_cls),
+            self.meeting_grid,
+            self.cache.tail().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
+            teacher.prefix_tokens,
+            classes,
+        )
+
+    @torch.no_grad()
+    def refine(self, features: dict[int, Tensor]) -> Kinds:
+        """Cleaned and normalised by the frozen refiner, if there is one. In full precision: refinement takes small
+
+        differences of large values.
+        """
+        if self.refiner is None:
+            return {True: features, False: features}
+        with torch.autocast(self.device.type, enabled=False):
+            cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
+            return {True: cleaned, False: {b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}}
+
+    def arrange(self, features: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+        """The tokens that students have counterparts of, on the student's grid unless they were sampled."""
+        teacher = self.cache.manifest.teacher
+        targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
+        if positions is not None:
+            return targets
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.student_grid) for b, x in targets.items()}
+
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        return self.arrange(self.refine(self.features(encoded))[False], encoded.positions)
+
+    def meet(self, tokens: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions."""
+        if positions is None:
+            return tokens
+        prefix, grid = int(self.keep_cls), self.cache.manifest.teacher.grid
+        return {
+            b: take_patches(resize_tokens(x, prefix, self.student_grid, grid), prefix, positions)
+            for b, x in tokens.items()
+        }
+
+
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[Joint, Refiner]:
+    """Fresh adapters for joint training, in their starting subspace, and what their losses need."""
+    settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
+    fit = Fit(cache, settings, np.arange(len(cache)), device)
+    for block, start in fit.starts.items():
+        adapter = fit.refiner.cleaner(block)
+        assert isinstance(adapter, Adapter)
+        adapter.start(start, settings.start == "doubled")
+    return Joint(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -1,0 +1,194 @@
+"""The loop of stage 3: students that share the data, each with its own optimiser, on one pass over a cache."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.checkpoint import Checkpoint, RunLog
+from pipeline.config import DistillConfig
+from pipeline.distiller import Lesson
+from pipeline.models import Vit
+from pipeline.prefetch import prefetch
+from pipeline.progress import Meter, meter
+from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
+from pipeline.shards import ImageFile
+from pipeline.views import normalise
+
+_LOG_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one step. pixels {side: (n, side, side, 3) uint8}, stored features, weights (n,),
+    labels (n,), negative where there is none.
+    """
+
+    pixels: dict[int, Tensor]
+    encoded: Encoded
+    weights: Tensor
+    labels: Tensor
+
+
+class BatchLoader:
+    """Share -> Batch: the stored views, decoded anew at the students' resolutions, and the stored features."""
+
+    def __init__(self, cache: Cache, files: ImageFile | None, sides: Sequence[int]) -> None:
+        self.cache, self.files, self.sides = cache, files, sorted(set(sides))
+        self.labels = torch.from_numpy(cache.index.images.labels[cache.index.image])
+
+    def __call__(self, share: Share) -> Batch:
+        pixels = {side: self.cache.pixels(share.records, side, self.files) for side in self.sides}
+        weights, labels = torch.from_numpy(share.weights), self.labels[torch.from_numpy(share.records)]
+        return Batch(pixels, self.cache.read(share.records), weights, labels)
+
+
+class Trainee:
+    """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
+
+    first_step: the step from which it goes on.
+    """
+
+    def __init__(
+        self,
+        settings: DistillConfig,
+        student: Vit,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        checkpoint: Checkpoint,
+        log: RunLog,
+        first_step: int,
+        ema: ModelEmaV3 | None,
+    ) -> None:
+        self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
+        self.checkpoint, self.log, self.first_step, self.ema = checkpoint, log, first_step, ema
+        self.loss = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._since = 0
+
+    def update(self, step: int, per_epoch: int, lesson: Lesson, accelerator: Accelerator) -> None:
+        """One step of the optimiser."""
+        # Whatever a model draws (drop path, dropout, masks) depends on the step alone, so that a resumed run repeats
+        # it, and a student among others draws as it would alone.
+        torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.settings, step, per_epoch)
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = list(lesson.split(self.settings.accumulate))
+        for number, part in enumerate(parts, start=1):
+            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
+                losses = self.model(part)
+                accelerator.backward(torch.stack(list(losses.values())).sum())
+            for name, loss in losses.items():
+                self._sums[name] = self._sums.get(name, 0) + loss.detach()
+        if self.settings.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.update(self.student.model, step)
+        self._since += 1
+
+    def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
+        """A log line of the mean losses since the last. Raises ValueError if they are not finite."""
+        parts = {name: float(v) / self._since for name, v in accelerator.reduce(self._sums, "mean").items()}
+        self.loss = sum(parts.values())
+        if not math.isfinite(self.loss):
+            raise ValueError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
+        self.log.write(
+            step=step + 1,
+            epoch=(step + 1) / per_epoch,
+            lr=learning_rate(self.settings, step, per_epoch),
+            loss=self.loss,
+            parts=parts,
+            images_per_second=m.rate,
+            data_wait_percent=m.wait_percent,
+        )
+        self._sums, self._since = {}, 0
+
+
+def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerator) -> Meter:
+    """From where the furthest behind goes on to the end of the last epoch. All have one order of the data."""
+    cache, settings = load.cache, trainees[0].settings
+    per_epoch = steps_per_epoch(len(cache), settings.batch_size)
+    total = settings.epochs * per_epoch
+    first = min(t.first_step for t in trainees)
+
+    def seen(step: int) -> int:
+        """Records that all processes have trained on before `step`."""
+        epoch, within = divmod(step, per_epoch)
+        return epoch * len(cache) + min(len(cache), within * settings.batch_size)
+
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
+    for trainee in trainees:
+        trainee.model.train()
+    with meter("distill", settings.epochs * len(cache), "images", quiet=not main, done=seen(first)) as m:
+        plan = shares(len(cache), settings, rank, world, first, total)
+        for step, batch in enumerate(prefetch(load, plan, settings.workers, m), start=first):
+            going = [t for t in trainees if t.first_step <= step]
+            lessons = prepare(batch, going, accelerator.device, cache)
+            for trainee, lesson in zip(going, lessons, strict=True):
+                trainee.update(step, per_epoch, lesson, accelerator)
+            m.advance(seen(step + 1) - seen(step), _note(going))
+
+            epoch_ends = (step + 1) % per_epoch == 0
+            if (step + 1) % log_every == 0 or epoch_ends:
+                for trainee in going:
+                    trainee.report(step, per_epoch, m, accelerator)
+                    # Only here are all running sums empty, so that a checkpoint needs none of them.
+                    if main and step + 1 < total:
+                        trainee.checkpoint.save(step + 1, force=epoch_ends)
+    return m
+
+
+def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, cache: Cache) -> list[Lesson]:
+    """A lesson for each: features are moved and decoded once, images once for each size and normalisation."""
+    features = cache.decode(batch.encoded, device)
+    weights, labels = batch.weights.to(device), batch.labels.to(device).long()
+    images: dict[tuple[object, ...], Tensor] = {}
+    for student in (t.student for t in trainees):
+        key = student.image_size, student.mean, student.std
+        if key not in images:
+            images[key] = normalise(batch.pixels[student.image_size], student.mean, student.std, device)
+    return [
+        Lesson(images[s.image_size, s.mean, s.std], features, weights, labels, batch.encoded.positions)
+        for s in (t.student for t in trainees)
+    ]
+
+
+def _note(trainees: Sequence[Trainee]) -> str:
+    losses = [f"{t.loss:.4f}" for t in trainees if t.loss]
+    return f"loss {', '.join(losses)}" if losses else ""
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
+
+
+def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Linear warm-up over warmup_epochs, then half a cosine down to final_lr · lr at the last step."""
+    warm = settings.warmup_epochs * per_epoch
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def shares(
+    records: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+) -> Iterator[Share]:
+    """This process's part of every global batch from first_step on."""
+    per_epoch = steps_per_epoch(records, settings.batch_size)
+    order: EpochOrder | None = None
+    for step in range(first_step, total):
+        epoch, within = divmod(step, per_epoch)
+        if order is None or within == 0:
+            order = EpochOrder(records, settings.seed, epoch, settings.read_block, settings.shuffle_window)
+        yield share(order, within, settings.batch_size, rank, world)

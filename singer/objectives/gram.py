@@ -1,0 +1,14 @@
+"""Gram anchoring (DINOv3, arXiv 2508.10104): similarities between patches, whatever the tokens are themselves."""
+
+from torch import Tensor
+
+from singer.losses import cosine_gram
+from singer.objectives.base import Objective
+
+
+class Gram(Objective):
+    """Mean squared error of the cosine Grams of the patches."""
+
+    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        prefix = self.setting.prefix
+        return (cosine_gram(student[:, prefix:]) - cosine_gram(target[:, prefix:])).square().mean(dim=(1, 2))

@@ -1,0 +1,30 @@
+"""Cross-entropy on labels, where images have them."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from singer.objectives.base import Objective, Setting
+
+
+class Labels(Objective):
+    """Cross-entropy of a linear head on CLS (without one, on the mean patch) of the last matched block.
+
+    The head is trained with the student. Images without a label (negative) have no loss.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        if setting.classes is None:
+            raise ValueError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
+        self.head = nn.Linear(setting.width, setting.classes)
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        assert labels is not None
+        tokens = student[self.setting.blocks[-1]]
+        pooled = tokens[:, 0] if self.setting.prefix else tokens.mean(1)
+        losses = F.cross_entropy(self.head(pooled), labels.clamp_min(0), reduction="none")
+        return {"ce": losses * (labels >= 0)}

@@ -1,0 +1,41 @@
+"""The teacher's own verdict, recomputed from the cached last block through its frozen norm and head.
+
+Without labels (SSLD, arXiv 2103.05959; MEAL V2, arXiv 2009.08453; TinyViT, arXiv 2207.10666).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from singer.objectives.base import Objective, Setting
+
+
+class Logits(Objective):
+    """KL of the class probabilities that the teacher's head gives for student tokens, from those for the teacher's."""
+
+    in_teacher_units = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.block = setting.blocks[-1]
+        model = self.tail.model
+        if not self.tail.is_last(self.block) or not getattr(model, "num_classes", 0):
+            raise ValueError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
+        if not setting.prefix and model.global_pool == "token":
+            raise ValueError("distill.objective logits needs a student with a class token: the teacher's head reads it")
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        ours, theirs = (self.verdict(x[self.block]) for x in (student, targets))
+        return {"kl": F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)}
+
+    def verdict(self, tokens: Tensor) -> Tensor:
+        """Log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
+        # Heads that pool patches skip the teacher's prefix tokens; what stands there does not matter.
+        missing = self.setting.teacher_prefix - self.setting.prefix
+        cls, patches = tokens[:, : self.setting.prefix], tokens[:, self.setting.prefix :]
+        whole = torch.cat([cls, patches.new_zeros(len(tokens), missing, tokens.shape[-1]), patches], dim=1)
+        return self.tail.logits(whole, self.block).log_softmax(-1)

@@ -1,0 +1,65 @@
+"""Relations between tokens as a frozen block of the teacher sees them (MiniLM, arXiv 2012.15828; TinyMIM, 2301.01296).
+
+The block behind a cached one reads the cached features and, through the same frozen norm and qkv, the student's
+projected tokens: any student will do, also one without attention.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from singer.objectives.base import Objective, Setting
+
+
+class Relation(Objective):
+    """KL of softmax(A·Bᵀ / √(d / heads)) of the student from the teacher's, mean over pairs, heads and queries.
+
+    Pairs of Q, K and V: QQ, KK and VV, as in MiniLMv2.
+    """
+
+    in_teacher_units = True
+    pairs: tuple[str, ...] = ("qq", "kk", "vv")
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.blocks = [b for b in setting.blocks if not self.tail.is_last(b)]
+        if not self.blocks:
+            raise ValueError(
+                "distill.objective relation reads cached features with the block behind them, and only the last block "
+                "is cached; cache an intermediate one"
+            )
+        for block in self.blocks:
+            attention = getattr(self.tail.block(block + 1), "attn", None)
+            if not hasattr(attention, "qkv"):
+                raise ValueError("distill.objective relation needs a teacher whose blocks have attn.qkv")
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return {str(b): self.block_loss(student[b], targets[b], b) for b in self.blocks}
+
+    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        seen, wanted = self.heads(student, block), self.heads(target, block)
+        losses = []
+        for pair in self.pairs:
+            first, second = pair[0], pair[1]
+            ours, theirs = (
+                (x[first] @ x[second].transpose(-1, -2) / x[first].shape[-1] ** 0.5).log_softmax(-1)
+                for x in (seen, wanted)
+            )
+            losses.append((theirs.exp() * (theirs - ours)).sum(-1).mean(dim=(1, 2)))
+        total: Tensor = sum(losses[1:], losses[0]) / len(losses)
+        return total
+
+    def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
+        """{"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
+        attention = self.tail.block(block + 1).attn
+        mixed = attention.qkv(self.tail.next_norm(tokens, block))  # type: ignore[operator, union-attr]
+        parts = mixed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[union-attr]
+        return {"q": parts[0], "k": parts[1], "v": parts[2]}
+
+
+class RelationQk(Relation):
+    """The attention itself and VV, as in the first MiniLM (arXiv 2002.10957) and TinyMIM."""
+
+    pairs = ("qk", "vv")
