@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/singer demo --out demo-out --overwrite
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: setup
 	$(BIN)/pytest -m slow
