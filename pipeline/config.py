@@ -331,7 +331,8 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _explain(error: ErrorDetails) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    # Behind section and key come places in lists, and names of types that a value might also have.
+    where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
     section, _, key = where.rpartition(".")
