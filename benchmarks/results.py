@@ -66,6 +66,8 @@ METHODS = {
     "paper two-stage": Method(PAPER),
     "clip + standardize": Method(closed("clip", "standardize")),
     "neighbour + standardize": Method(closed("neighbour", "standardize")),
+    "layernorm-standardize": Method(closed("none", "layernorm-standardize")),
+    "neighbour + layernorm-standardize": Method(closed("neighbour", "layernorm-standardize")),
     "adapter + standardize": Method(closed("adapter", "standardize")),
     "projector + standardize": Method(closed("projector", "standardize")),
 }

@@ -59,13 +59,16 @@ def gather_evidence(
 def clean_moments(
     cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
 ) -> dict[int, Moments]:
-    """{block: moments of refined tokens}: of patches that were no artifacts, and of each prefix position."""
+    """{block: moments of refined tokens}: of patches that were no artifacts, and of each prefix position.
+
+    As the block's normaliser wants them prepared.
+    """
     shape = shape_of(cache)
     prefix = shape.prefix
     moments = {b: Moments(shape) for b in cache.blocks}
     for features in batches(cache, records, device):
         for block, x in features.items():
-            refined = refiner.clean(x, block)
+            refined = refiner.normaliser(block).prepare(refiner.clean(x, block))
             clean = clean_mask(patch_norms(x, prefix), scales[block].threshold)
             moments[block].add(refined[:, :prefix], refined[:, prefix:][clean])
     return moments

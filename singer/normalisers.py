@@ -57,17 +57,21 @@ class Normaliser(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
 
+    def prepare(self, tokens: Tensor) -> Tensor:
+        """Tokens as their moments are to be taken."""
+        return tokens
+
     def fit(self, moments: Moments) -> None:
-        """Set buffers from the moments of clean tokens."""
+        """Set buffers from the moments of clean, prepared tokens."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens
+        return self.prepare(tokens)
 
 
 class TokenNorm(Normaliser):
     """`layernorm`: affine-free LayerNorm of every token."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def prepare(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:])
 
 
@@ -105,6 +109,16 @@ class Standardize(Normaliser):
             ],
             dim=1,
         )
+
+
+class TokenStandardize(Standardize):
+    """`layernorm-standardize`: affine-free LayerNorm of every token, then as `standardize`."""
+
+    def prepare(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(self.prepare(tokens))
 
 
 class PhiS(Normaliser):
@@ -183,6 +197,7 @@ def _deviation(variance: Tensor) -> Tensor:
 
 NORMALISERS: dict[str, type[Normaliser]] = {
     "standardize": Standardize,
+    "layernorm-standardize": TokenStandardize,
     "phi-s": PhiS,
     "layernorm": TokenNorm,
     "none": Normaliser,

@@ -66,7 +66,7 @@ def test_same_seed_same_adapters(world: Path, config: Config, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("cleaner", ["none", "clip", "neighbour", "projector"])
-@pytest.mark.parametrize("normaliser", ["none", "layernorm", "standardize", "phi-s"])
+@pytest.mark.parametrize("normaliser", ["none", "layernorm", "standardize", "phi-s", "layernorm-standardize"])
 def test_other_refiners(world: Path, tmp_path: Path, cleaner: str, normaliser: str) -> None:
     config = world_config(world, f"refine.cleaner={cleaner}", f"refine.normaliser={normaliser}")
     result = refine(config, world / "cache", tmp_path / "a")

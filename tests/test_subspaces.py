@@ -229,6 +229,23 @@ def test_phi_s_gives_every_channel_one_variance_by_a_rotation() -> None:
     torch.testing.assert_close(after / before, (after / before).mean().expand_as(after), atol=1e-4, rtol=1e-3)
 
 
+def test_layernorm_before_standardising() -> None:
+    x = torch.randn(2000, 1 + 3, WIDTH) * torch.rand(2000, 4, 1) * 9
+    shape = Shape(WIDTH, 1, None)
+    layer, plain, moments = (
+        NORMALISERS["layernorm-standardize"](shape),
+        NORMALISERS["standardize"](shape),
+        Moments(shape),
+    )
+    normed = torch.nn.functional.layer_norm(x, (WIDTH,))
+    moments.add(normed[:, :1], normed[:, 1:].flatten(0, 1))
+    for made in (layer, plain):
+        made.fit(moments)
+    torch.testing.assert_close(layer(x), plain(normed))
+    torch.testing.assert_close(layer(5 * x), layer(x), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(layer(x)[:, 1:].flatten(0, 1).std(0), torch.ones(WIDTH), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("cleaner", ["clip", "neighbour", "projector"])
 def test_a_clean_teacher_is_left_alone(cleaner: str) -> None:
     evidence = make_evidence(artifacts=False)
