@@ -230,13 +230,10 @@ def test_phi_s_gives_every_channel_one_variance_by_a_rotation() -> None:
 
 
 def test_layernorm_before_standardising() -> None:
-    x = torch.randn(2000, 1 + 3, WIDTH) * torch.rand(2000, 4, 1) * 9
+    x = torch.randn(2000, 1 + 3, WIDTH) * (1 + 9 * torch.rand(2000, 4, 1))
     shape = Shape(WIDTH, 1, None)
-    layer, plain, moments = (
-        NORMALISERS["layernorm-standardize"](shape),
-        NORMALISERS["standardize"](shape),
-        Moments(shape),
-    )
+    layer, plain = (NORMALISERS[name](shape) for name in ("layernorm-standardize", "standardize"))
+    moments = Moments(shape)
     normed = torch.nn.functional.layer_norm(x, (WIDTH,))
     moments.add(normed[:, :1], normed[:, 1:].flatten(0, 1))
     for made in (layer, plain):
