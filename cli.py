@@ -96,7 +96,10 @@ def cache_teacher(
 def refine(
     cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the refiner.")],
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapters.")] = None,
+    variant: Annotated[str | None, typer.Option(help="singer, paper or official: sets the section's keys.")] = None,
+    cleaner: Annotated[str | None, typer.Option(help="clip, neighbour, projector, adapter or none.")] = None,
+    normaliser: Annotated[str | None, typer.Option(help="standardize, layernorm, phi-s ... or none.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Rank of the adapters, or auto.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     local_copy: LocalCopyOption = None,
@@ -106,12 +109,20 @@ def refine(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: fit adapters that remove artifacts and keep information, on the cache alone."""
+    """Stage 2: fit a refiner that removes artifacts and keeps information, on the cache alone."""
     from pipeline.config import load_config
     from pipeline.outputs import output_mode
     from pipeline.refine import refine as run
 
-    options = {"refine.rank": rank, "refine.steps": steps, "refine.seed": seed, "refine.local_copy": local_copy}
+    options = {
+        "refine.variant": variant,
+        "refine.cleaner": cleaner,
+        "refine.normaliser": normaliser,
+        "refine.rank": int(rank) if rank is not None and rank.isdigit() else rank,
+        "refine.steps": steps,
+        "refine.seed": seed,
+        "refine.local_copy": local_copy,
+    }
     mode = output_mode(resume, overwrite)
     _report(run(load_config(config, sets or (), options), cache, out, mode), as_json)
 

@@ -103,10 +103,10 @@ class RefineConfig(Section):
     variant: Literal["singer", "paper", "official"] = Field(
         "singer", description="sets the keys below as this project, the paper or its authors' code has them"
     )
-    cleaner: str = "adapter"
+    cleaner: str = "clip"
     normaliser: str = "standardize"
     rank: Positive | Literal["auto"] = Field(
-        16, description="of the adapters; auto: where artifact energy removed is farthest above drift, for each block"
+        16, description="adapter: its rank; auto: where artifact energy removed is farthest above drift, for each block"
     )
     basis: str = Field("weights", description="the subspace in which adapters start")
     start: Literal["identity", "doubled"] = Field("identity", description="up = 0, or the paper's up = down transposed")

@@ -59,7 +59,7 @@ def _demo(config: Config, out: Path) -> DemoResult:
 
     say("2/6 caching the teacher's features")
     cached = cache_teacher(config, shards["train"], out / "cache")
-    say("3/6 refining: fitting the adapters on the cache")
+    say("3/6 refining: fitting a refiner to the cache")
     refined = refine(config, cached.cache, out / "adapters")
     say("4/6 distilling a student from raw features (FitNet)")
     fitnet = distill(config, cached.cache, out / "fitnet")

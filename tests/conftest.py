@@ -23,6 +23,7 @@ SETTINGS = [
     "cache.blocks=[2,3]",
     "cache.batch_size=7",
     "cache.workers=1",
+    "refine.cleaner=adapter",
     "refine.rank=4",
     "refine.steps=150",
     "refine.batch_size=16",
