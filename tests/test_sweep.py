@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pipeline.cache import Cache
 from pipeline.config import recipes
 from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
+from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import FIGURES, find_sweep, make_plan, read_plan
 from pipeline.sweep.run import gpus
 
@@ -190,7 +192,6 @@ def test_leaderboard(whole: Path) -> None:
     assert by == "classification.linear.mean_patch.top1" and board["failed"] == {}
     assert sorted(tuple(row["names"]) for row in board["rows"]) == [("cosine",), ("mse",), ("raw0", "raw1")]
     means = [row["figures"][by]["mean"] for row in board["rows"]]
-    assert means == sorted(means, reverse=True) and board["rows"][0]["rank"] == 1
     (raw,) = (row for row in board["rows"] if row["name"] == "raw0")
     tops = []
     for name in ("raw0", "raw1"):
@@ -206,6 +207,39 @@ def test_leaderboard(whole: Path) -> None:
     cells = {row["run"]: (row["refiner"], row["distill.objective"], row["seeds"]) for row in rows}
     assert cells == {"mse": ("fit", "mse", "1"), "cosine": ("fit", "cosine", "1"), "raw0": ("none", "mse", "2")}
     assert all(int(row["parameters"]) > 0 and float(row["loss"]) > 0 for row in rows)
+
+
+def test_ranks(whole: Path, tmp_path: Path) -> None:
+    """By the figure that was asked for and no other; equals share a rank, and who lacks it has none."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    tops = {"mse": (90, 50), "cosine": (60, 60), "raw0": (None, 70), "raw1": (None, 40)}
+    files = {}
+    for name, (cls, patches) in tops.items():
+        (file,) = (out / "runs" / name).glob("evaluate-*.json")
+        files[name] = {"classification": file}
+        result = json.loads(file.read_text())
+        result["linear"] = {"mean_patch": {"top1": patches}} | ({"cls": {"top1": cls}} if cls else {})
+        result["knn"] = {"cls": {"top1": 12.5}}
+        file.write_text(json.dumps(result))
+    tree = yaml.safe_load((out / "sweep.yaml").read_text())
+
+    def ranks(figure: str) -> list[tuple[int | None, str]]:
+        plan = make_plan(tree | {"rank_by": figure})
+        return [(row.rank, row.name) for row in Leaderboard(plan, out, files, ranked=True).rows()]
+
+    assert ranks("classification.linear.mean_patch.top1") == [(1, "cosine"), (2, "raw0"), (3, "mse")]
+    assert ranks("classification.linear.cls.top1") == [(1, "mse"), (2, "cosine"), (None, "raw0")]
+    assert ranks("classification.knn.cls.top1") == [(1, "mse"), (1, "cosine"), (1, "raw0")]
+    board = Leaderboard(make_plan(tree), out, files, ranked=True)
+    assert board.summary()[1] | {"seconds": 0, "loss": 0, "images/s": 0, "parameters": 0} == {
+        "rank": 2, "run": "raw0", "seeds": 2, "linear.cls.top1": None, "linear.mean_patch.top1": 55.0,
+        "knn.cls.top1": 12.5, "knn.mean_patch.top1": None, "std": pytest.approx(30 / 2**0.5),
+        "parameters": 0, "images/s": 0, "seconds": 0, "loss": 0,
+    }  # fmt: skip
+    board.write({})
+    page = (out / "leaderboard.html").read_text()
+    assert ">55.0 ± 21.2<" in page and "knn<br>mean patch" not in page
 
 
 def test_page_needs_no_other_file(whole: Path) -> None:

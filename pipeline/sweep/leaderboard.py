@@ -86,11 +86,13 @@ class Leaderboard:
         write_atomic(self.page, page.encode())
 
     def summary(self) -> list[dict[str, Any]]:
-        """Flat rows of the means."""
+        """Flat rows of the means. Figures go without their task where there is only one."""
+        first = 0 if len(self._plan.probes) > 1 else 1
+        short = {f: ".".join(f.split(".")[first:]) for f in self._figures}
         lines = []
         for row in self.rows():
             ranked: dict[str, Any] = {"rank": row.rank} if self.rank_by is not None else {}
-            means = {f: row.figures[f].mean if f in row.figures else None for f in self._figures}
+            means = {short[f]: row.figures[f].mean if f in row.figures else None for f in self._figures}
             if self.rank_by is not None:
                 means["std"] = row.figures[self.rank_by].std if self.rank_by in row.figures else None
             lines.append({
