@@ -203,6 +203,29 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
+    cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
+    out: Annotated[Path, typer.Option(help="Folder for refiners, runs and the leaderboard.")],
+    train: Annotated[list[str] | None, typer.Option(help="Labelled shards that the probes learn from.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Labelled shards that they are tested on.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a GPU.")] = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, probe and rank many students from one cache."""
+    from pipeline.outputs import output_mode
+    from pipeline.sweep import sweep as run
+
+    mode = output_mode(resume, overwrite)
+    result = run(file, cache, out, mode, train=train, test=test, shards=shards, workers=workers)
+    _report(result, as_json)
+    result.check()
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run of stage 3.")],
     to: Annotated[str, typer.Option(help="timm, hf, onnx or torch-export.")],

@@ -45,7 +45,7 @@ def evaluate(config: Config, model: Path, train: Shards, test: Shards, task: str
     vit = load_saved(folder, config.evaluate.image_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
-    file = _result_file(model, task, shards, config) if folder != model else None
+    file = result_file(model, task, shards, config) if folder != model else None
     result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
     if file is not None:
         train_names, test_names = ([p.name for p in images.paths] for images in shards)
@@ -54,7 +54,7 @@ def evaluate(config: Config, model: Path, train: Shards, test: Shards, task: str
     return result
 
 
-def _result_file(model: Path, task: str, shards: tuple[Images, Images], config: Config) -> Path:
+def result_file(model: Path, task: str, shards: tuple[Images, Images], config: Config) -> Path:
     """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own."""
     what: list[Any] = [task, [images.place_hash() for images in shards], config.evaluate.model_dump_json()]
     return model / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"

@@ -27,15 +27,16 @@ CONFIG = "config.yaml"
 # What a run was started on, by hash.
 INPUTS = "inputs.json"
 _PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accelerate", "numpy", "pillow")
-# The sections of the configuration that each stage's result depends on; empty: the stage does not resume.
-_SECTIONS: dict[str, tuple[str, ...]] = {
-    "prepare": (),
+# The sections of the configuration that each stage's result depends on; None: the stage does not resume.
+_SECTIONS: dict[str, tuple[str, ...] | None] = {
+    "prepare": None,
     "cache-teacher": ("teacher", "views", "cache"),
     "refine": ("refine",),
     "distill": ("student", "distill"),
-    "inspect": (),
-    "export": (),
-    "demo": (),
+    "inspect": None,
+    "export": None,
+    "demo": None,
+    "sweep": (),  # each of its runs is checked by itself, and more may come
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.
 _FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error")
@@ -72,9 +73,9 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         if mode == "append":
             raise ValueError(f"{place} does not exist; there is nothing to append to")
         return
-    can_resume = bool(_SECTIONS[stage])
+    sections = _SECTIONS[stage]
     if mode == "new":
-        remedies = ["continue it with --resume"] * can_resume + ["replace it with --overwrite"]
+        remedies = ["continue it with --resume"] * (sections is not None) + ["replace it with --overwrite"]
         raise ValueError(f"{place} exists; {', '.join(remedies)}, or give another --out")
     if PROVENANCE not in present:
         raise ValueError(f"{place} was not written by singer and is left alone; give another --out")
@@ -82,8 +83,12 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
     if written != stage:
         raise ValueError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
-        assert can_resume
-        _check_same_config(store, config, _SECTIONS[stage])
+        assert sections is not None
+        change = config_change(store, config, sections)
+        if change is not None:
+            raise ValueError(
+                f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
+            )
 
 
 @contextmanager
@@ -219,18 +224,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _check_same_config(store: Store, config: Config, sections: Sequence[str]) -> None:
-    """Raise ValueError naming both sides if the run in `store` had other settings in these sections."""
+def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
+    """What was otherwise in these sections when the run in `store` began: "distill.lr 0.1, not 0.2"; None if nothing.
+
+    Raises ValueError if its configuration is damaged.
+    """
     try:
         before = yaml.safe_load(store.read(CONFIG))
         pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
     except FileNotFoundError:
-        return  # it died before it wrote anything
+        return None  # it died before it wrote anything
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise ValueError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
         if there != here and (key not in _FREE or (section, key) == ("student", "name")):
-            raise ValueError(
-                f"{store.url} cannot be continued: it was started with {section}.{key} {there}, not {here}; "
-                "repeat its command or use --overwrite"
-            )
+            return f"{section}.{key} {there}, not {here}"
+    return None

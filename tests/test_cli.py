@@ -262,7 +262,7 @@ def test_help_lists_every_command() -> None:
     """Runs the installed console script."""
     script = Path(sys.executable).with_name("singer")
     text = subprocess.run([script, "--help"], check=True, capture_output=True, text=True, cwd="/").stdout
-    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "export", "cache", "demo"):
+    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "sweep", "export", "cache", "demo"):
         assert command in text
 
 

@@ -1,0 +1,95 @@
+"""Who does what: every job of a sweep goes to one worker, runs after the refiner that they need."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from pipeline.progress import say
+from pipeline.sweep.work import Job
+
+
+class Board:
+    """The jobs that wait, shared by the threads that serve the workers.
+
+    done: runs that need nothing more; failed: {run: what went wrong}. changed: called after every run that ends, by one
+    thread at a time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, str]], None]) -> None:
+        self._waiting = list(jobs)
+        self._unfitted = {job.name for job in jobs if job.kind == "refiner"}
+        self._changed = changed
+        self._condition = threading.Condition()
+        self._stopped = False
+        self._started = time.monotonic()
+        self._first = self.done = done
+        self._runs = done + sum(job.kind == "run" for job in jobs)
+        self.failed: dict[str, str] = {}
+
+    def serve(self, do: Callable[[Job], str | None], where: str) -> None:
+        """Do jobs at one place until none is left. Whatever is raised here ends the sweep."""
+        try:
+            while (job := self._take()) is not None:
+                what = job.name if job.kind == "run" else f"refiner {job.name}"
+                say(f"{what}: on {where}")
+                started = time.monotonic()
+                error = do(job)
+                self._finish(job, what, error, time.monotonic() - started)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Hand out no more jobs, and take no notice of how those under way end."""
+        with self._condition:
+            self._stopped = True
+            self._waiting.clear()
+            self._condition.notify_all()
+
+    def _take(self) -> Job | None:
+        """The first job that can begin, as soon as there is one."""
+        with self._condition:
+            while self._waiting:
+                for job in self._waiting:
+                    if job.needs not in self._unfitted:
+                        self._waiting.remove(job)
+                        return job
+                self._condition.wait()
+            return None
+
+    def _finish(self, job: Job, what: str, error: str | None, seconds: float) -> None:
+        with self._condition:
+            if self._stopped:
+                return
+            if job.kind == "refiner":
+                self._unfitted.discard(job.name)
+                if error is not None:
+                    for run in [run for run in self._waiting if run.needs == job.name]:
+                        self._waiting.remove(run)
+                        self.failed[run.name] = f"refiner {job.name}: {error}"
+            elif error is not None:
+                self.failed[job.name] = error
+            else:
+                self.done += 1
+            say(f"{what}: {f'failed: {error}' if error is not None else f'{seconds:.0f} s'}; {self._progress()}")
+            self._changed(self.failed)
+            self._condition.notify_all()
+
+    def _progress(self) -> str:
+        text = f"{self.done} of {self._runs} runs are done"
+        left = self._runs - self.done - len(self.failed)
+        if self.failed:
+            text += f", {len(self.failed)} failed"
+        if left and self.done > self._first:
+            # Of all that has been spent so far, refiners and failures too, over what has come of it.
+            each = (time.monotonic() - self._started) / (self.done - self._first)
+            text += f", about {_duration(each * left)} left"
+        return text
+
+
+def _duration(seconds: float) -> str:
+    """5000 -> 1 h 23 min"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

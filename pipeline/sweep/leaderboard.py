@@ -1,0 +1,169 @@
+"""What a sweep has found: a row for every group of runs that differ in nothing but seeds, ranked as was asked."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.distill import load_result
+from pipeline.figures import render
+from pipeline.outputs import read_json, write_json
+from pipeline.stores import write_atomic
+from pipeline.sweep.plan import REFINER, Plan, Run, figures_of
+from pipeline.sweep.work import RUNS, is_done
+
+NAME = "leaderboard"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over the seeds. std: of the sample; None of a single run."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean":
+        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+    def text(self, form: str) -> str:
+        return form % self.mean + (f" ± {form % self.std}" if self.std is not None else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in seeds only. rank: None where the figure that ranks is missing, or none was asked for.
+
+    names: of those that are done; planned: how many there will be. changes: {key: value} of what the file sets, seeds
+    apart. figures in percent; seconds of training, since it was last resumed; loss: of the last epoch.
+    """
+
+    rank: int | None
+    name: str
+    names: list[str]
+    planned: int
+    changes: dict[str, Any]
+    parameters: int
+    figures: dict[str, Mean]
+    images_per_second: Mean
+    seconds: Mean
+    loss: Mean
+
+
+class Leaderboard:
+    """files: {run: {task: its figures, once it is probed}}; ranked: whether there are probes."""
+
+    def __init__(self, plan: Plan, out: Path, files: dict[str, dict[str, Path]], ranked: bool) -> None:
+        self.page = out / f"{NAME}.html"
+        self.rank_by = plan.rank_by if ranked else None
+        self._figures = figures_of(plan.probes) if ranked else []
+        self._plan, self._out, self._files = plan, out, files
+        # What any run sets, which every row of the CSV tells.
+        self._keys = list(dict.fromkeys(k for run in plan.runs for k in run.changes if not k.endswith(".seed")))
+
+    def write(self, failed: dict[str, str]) -> None:
+        """leaderboard.csv, .json and .html of what is done by now."""
+        rows = self.rows()
+        write_atomic(self.page.with_suffix(".csv"), self._csv(rows).encode())
+        value = {"rank_by": self.rank_by, "rows": [asdict(row) for row in rows], "failed": failed}
+        write_json(self.page.with_suffix(".json"), value)
+        # Of those that some student has: one without CLS has no figures of it.
+        figures = [f for f in self._figures if any(f in row.figures for row in rows)]
+        page = render(
+            f"{NAME}.html.j2",
+            rows=rows,
+            figures=figures,
+            several_tasks=len(self._plan.probes) > 1,
+            rank_by=self.rank_by,
+            failed=failed,
+            planned=len(self._plan.runs),
+            done=sum(len(row.names) for row in rows),
+        )
+        write_atomic(self.page, page.encode())
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Flat rows of the means. Figures go without their task where there is only one."""
+        first = 0 if len(self._plan.probes) > 1 else 1
+        short = {f: ".".join(f.split(".")[first:]) for f in self._figures}
+        lines = []
+        for row in self.rows():
+            ranked: dict[str, Any] = {"rank": row.rank} if self.rank_by is not None else {}
+            means = {short[f]: row.figures[f].mean if f in row.figures else None for f in self._figures}
+            if self.rank_by is not None:
+                means["std"] = row.figures[self.rank_by].std if self.rank_by in row.figures else None
+            lines.append({
+                **ranked, "run": row.name, "seeds": len(row.names), **means, "parameters": row.parameters,
+                "images/s": row.images_per_second.mean, "seconds": row.seconds.mean, "loss": row.loss.mean,
+            })  # fmt: skip
+        return lines
+
+    def rows(self) -> list[Row]:
+        """Best first; those without a rank behind, in the order of the file."""
+        groups: dict[str, list[Run]] = {}
+        for run in self._plan.runs:
+            groups.setdefault(repr(_seedless(run.settings())), []).append(run)
+        found = [row for runs in groups.values() if (row := self._row(runs)) is not None]
+        if self.rank_by is None:
+            return found
+        by = self.rank_by
+        ranked = sorted((row for row in found if by in row.figures), key=lambda row: -row.figures[by].mean)
+        values = [row.figures[by].mean for row in ranked]
+        # Equal figures have equal ranks.
+        ranked = [Row(**{**vars(row), "rank": 1 + values.index(row.figures[by].mean)}) for row in ranked]
+        return ranked + [row for row in found if by not in row.figures]
+
+    def _row(self, runs: list[Run]) -> Row | None:
+        done = [run for run in runs if is_done(self._out / RUNS / run.name, self._files[run.name])]
+        if not done:
+            return None
+        results = [load_result(self._out / RUNS / run.name) for run in done]
+        probed = [self._read(run) for run in done]
+        figures = {f: Mean.of([p[f] for p in probed]) for f in self._figures if all(f in p for p in probed)}
+        return Row(
+            rank=None,
+            name=runs[0].name if len(runs) == 1 else runs[0].label,
+            names=[run.name for run in done],
+            planned=len(runs),
+            changes=_seedless(runs[0].changes),
+            parameters=results[0].parameters,
+            figures=figures,
+            images_per_second=Mean.of([r.images_per_second for r in results]),
+            seconds=Mean.of([r.seconds for r in results]),
+            loss=Mean.of([r.loss for r in results]),
+        )
+
+    def _read(self, run: Run) -> dict[str, float]:
+        """The figures of a run. A student without CLS has none of it."""
+        found: dict[str, float] = {}
+        for task, file in self._files[run.name].items():
+            result = read_json(file.parent, file.name, "run")
+            for figure in figures_of([task]):
+                value: Any = result
+                for key in figure.split(".")[1:]:
+                    value = value.get(key) if isinstance(value, dict) else None
+                if value is not None:
+                    found[figure] = float(value)
+        return found
+
+    def _csv(self, rows: list[Row]) -> str:
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        numbers = [*self._figures, "images_per_second", "seconds", "loss"]
+        spreads = [name for number in numbers for name in (number, f"{number} std")]
+        table.writerow(["rank", "run", "seeds", *self._keys, "parameters", *spreads])
+        settings = {run.name: run.settings() for run in self._plan.runs}
+        for row in rows:
+            here = {REFINER: "none", **settings[row.names[0]]}
+            means = [row.figures.get(f) for f in self._figures] + [row.images_per_second, row.seconds, row.loss]
+            cells = [cell for m in means for cell in ((m.mean, m.std) if m is not None else (None, None))]
+            keys = [here.get(key) for key in self._keys]
+            table.writerow([row.rank, row.name, len(row.names), *keys, row.parameters, *cells])
+        return text.getvalue()
+
+
+def _seedless(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not key.endswith(".seed")}

@@ -1,0 +1,222 @@
+"""Train, probe and compare the students of a sweep's file, on all GPUs at hand.
+
+A refiner that several runs ask for is fitted once. Every run is a folder as `singer distill` makes it, so that what is
+done is skipped and what was interrupted goes on, after whatever kind of death.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.cache.reader import Cache
+from pipeline.distill import RUN
+from pipeline.evaluate import result_file
+from pipeline.outputs import (
+    INPUTS,
+    Mode,
+    check_inputs,
+    check_output,
+    claimed_output,
+    config_change,
+    read_json,
+    write_json,
+)
+from pipeline.progress import say
+from pipeline.refine import MANIFEST
+from pipeline.shards import Images, index_shards
+from pipeline.stores import Place, open_store, write_atomic
+from pipeline.sweep.board import Board
+from pipeline.sweep.leaderboard import Leaderboard
+from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
+from pipeline.sweep.work import REFINERS, RUNS, Job, Setting, as_list, attempt, is_done
+from pipeline.sweep.worker import Worker
+
+STAGE = "sweep"
+STATE = "sweep.json"
+FILE = "sweep.yaml"
+Shards = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """failed: {run: what went wrong, in one line}; rank_by: None without probes.
+
+    leaderboard: a row for every group of runs that differ in seeds only, best first, with means; std is that of the
+    figure that ranks. leaderboard.json in `out` has everything.
+    """
+
+    out: Path
+    page: Path
+    runs: int
+    done: int
+    failed: dict[str, str]
+    rank_by: str | None
+    leaderboard: list[dict[str, Any]]
+
+    def check(self) -> None:
+        """Raise ValueError naming the runs that failed, if any did."""
+        if self.failed:
+            each = "; ".join(f"{name} ({error})" for name, error in self.failed.items())
+            raise ValueError(f"{len(self.failed)} of {self.runs} runs failed: {each}")
+
+
+def sweep(
+    file: str | Path,
+    cache_path: Place,
+    out: Path,
+    mode: Mode = "new",
+    *,
+    train: Shards | None = None,
+    test: Shards | None = None,
+    shards: Shards | None = None,
+    workers: int | None = None,
+) -> SweepResult:
+    """Do all runs of a sweep's file, or of a bundled one by its name, below `out`.
+
+    train, test: labelled shards for the probes; without them students are trained and not compared. shards: where the
+    cached shards lie now, if they have moved. workers: processes; default: one a GPU. One works in this very process.
+
+    Raises ValueError for whatever the user can mend before anything starts. What fails later is in the result.
+    """
+    if (train is None) != (test is None):
+        raise ValueError("probes need both --train and --test")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("singer sweep spreads its runs by itself; start it without accelerate launch")
+    path = find_sweep(file)
+    plan, content = read_plan(path), path.read_bytes()
+    cache = Cache(cache_path)
+    check_output(out, mode, STAGE, plan.base, [cache_path, *cache.index.images.paths])
+    images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
+    inputs = {"cache": cache.id}
+    if mode == "resume":
+        if (out / INPUTS).exists():
+            check_inputs(out, inputs)
+        _check_unchanged(plan, out)
+
+    setting = Setting(cache_path, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
+    with claimed_output(out, mode, STAGE, plan.base, None):
+        write_json(out / INPUTS, inputs)
+        write_atomic(out / FILE, content)
+        for name in (REFINERS, RUNS):
+            (out / name).mkdir(exist_ok=True)
+        return _sweep(plan, setting, images, workers)
+
+
+def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, workers: int | None) -> SweepResult:
+    out = setting.out
+    files = {run.name: _result_files(plan, run, out, images) for run in plan.runs}
+    leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
+
+    def write(failed: dict[str, str]) -> None:
+        states = {}
+        for run in plan.runs:
+            done = is_done(out / RUNS / run.name, files[run.name])
+            state = "failed" if run.name in failed else "done" if done else "waiting"
+            states[run.name] = {"state": state, "error": failed.get(run.name), "refiner": run.refiner}
+        write_json(out / STATE, {"runs": states})
+        leaderboard.write(failed)
+
+    jobs = list(_jobs(plan, out, files))
+    done = len(plan.runs) - sum(job.kind == "run" for job in jobs)
+    say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
+    board = Board(jobs, done, write)
+    _serve(board, setting, jobs, workers)
+    write(board.failed)
+    return SweepResult(
+        out=out,
+        page=leaderboard.page,
+        runs=len(plan.runs),
+        done=board.done,
+        failed=board.failed,
+        rank_by=leaderboard.rank_by,
+        leaderboard=leaderboard.summary(),
+    )
+
+
+def _check_unchanged(plan: Plan, out: Path) -> None:
+    """Raise ValueError naming a refiner or a run that was started with other settings.
+
+    Those of evaluate may change: figures are kept apart by the settings that they come from.
+    """
+    for name, config in plan.refiners.items():
+        _refuse(f"refiner {name}", out, config_change(open_store(out / REFINERS / name), config, ["refine"]))
+    for run in plan.runs:
+        folder = out / RUNS / run.name
+        if not (folder / INPUTS).exists():
+            continue
+        fitted, joint = run.refiner is not None, run.config.distill.joint
+        if (read_json(folder, INPUTS, "run").get("adapters") is not None) != fitted:
+            _refuse(f"run {run.name}", out, "refiner none, not fit" if fitted else "refiner fit, not none")
+        sections = ["student", "distill", *(["refine"] if fitted or joint else [])]
+        _refuse(f"run {run.name}", out, config_change(open_store(folder), run.config, sections))
+
+
+def _refuse(what: str, out: Path, change: str | None) -> None:
+    if change is not None:
+        raise ValueError(
+            f"{what} in {out} was started with {change}; put that back, name it anew, or use another --out"
+        )
+
+
+def _result_files(plan: Plan, run: Run, out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
+    """{task: where a run's figures lie once it is probed}; empty without labelled shards."""
+    if images is None:
+        return {}
+    return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in plan.probes}
+
+
+def _jobs(plan: Plan, out: Path, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
+    """All that is left to do, every refiner ahead of the first run that needs it."""
+    fitted = {name for name in plan.refiners if (out / REFINERS / name / MANIFEST).exists()}
+    for run in plan.runs:
+        folder = out / RUNS / run.name
+        if is_done(folder, files[run.name]):
+            continue
+        needs = None if (folder / RUN).exists() else run.refiner
+        if needs is not None and needs not in fitted:
+            fitted.add(needs)
+            yield Job("refiner", needs, plan.refiners[needs])
+        probes = tuple(task for task, file in files[run.name].items() if not file.exists())
+        yield Job("run", run.name, run.config, needs, probes)
+
+
+def _serve(board: Board, setting: Setting, jobs: Sequence[Job], workers: int | None) -> None:
+    """Have the jobs done by as many workers as were asked for, or else by one a GPU."""
+    devices = gpus()
+    count = min(workers or max(1, len(devices)), max(1, len(jobs)))
+    if count == 1:
+        board.serve(partial(attempt, setting), f"GPU {devices[0]}" if devices else "the CPU")
+        return
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    staff: dict[str, Worker] = {}
+    for number in range(count):
+        gpu = devices[number % len(devices)] if devices else None
+        name = f"worker {number}" + (f" (GPU {gpu})" if gpu is not None else "")
+        staff[name] = Worker(setting, gpu, threads, setting.out / f"worker-{number}.log")
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                for future in [pool.submit(board.serve, worker.do, name) for name, worker in staff.items()]:
+                    future.result()
+            except BaseException:
+                board.stop()
+                for worker in staff.values():
+                    worker.kill()
+                raise
+    finally:
+        for worker in staff.values():
+            worker.close()
+
+
+def gpus() -> list[str]:
+    """The visible GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]

@@ -1,0 +1,109 @@
+"""A process that does the jobs of a sweep, one after the other: JSON lines in, JSON lines out. Its log is stderr."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO
+
+from pydantic import TypeAdapter
+
+from pipeline.sweep.work import Job, Setting, attempt
+
+_SETTING, _JOB = TypeAdapter(Setting), TypeAdapter(Job)
+
+
+class Worker:
+    """The sweep's end of such a process, which starts with its first job, and again where it has died.
+
+    device: its CUDA_VISIBLE_DEVICES, None: as they are. log: file to which its messages are added.
+    """
+
+    def __init__(self, setting: Setting, device: str | None, threads: int, log: Path) -> None:
+        self._setting, self._log = setting, log
+        # As many threads as there are cores for: otherwise each process starts one for every core of the machine.
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if device is not None:
+            self._environment["CUDA_VISIBLE_DEVICES"] = device
+        self._process: subprocess.Popen[str] | None = None
+
+    def do(self, job: Job) -> str | None:
+        """As attempt(); that the process died is an error of the job too."""
+        if self._process is None:
+            self._process = self._start()
+        _send(self._process, _JOB.dump_json(job))
+        assert self._process.stdout is not None
+        answer = self._process.stdout.readline()
+        if answer:
+            error: str | None = json.loads(answer)
+            return error
+        code = self._end(self._process)
+        return f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
+
+    def kill(self) -> None:
+        """End the process, whatever it is at; another thread may be waiting for its answer."""
+        if (process := self._process) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process, and free what it took. No other thread may be using it."""
+        self.kill()
+        if self._process is not None:
+            self._end(self._process)
+
+    def _end(self, process: subprocess.Popen[str]) -> int:
+        process.communicate()
+        self._process = None
+        return process.returncode
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: a folder "pipeline" of the user's, where the command was given, is not ours.
+        command = [sys.executable, "-P", "-m", __name__]
+        with self._log.open("a") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+            )
+        _send(process, _SETTING.dump_json(self._setting))
+        return process
+
+
+def _send(process: subprocess.Popen[str], line: bytes) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has died; that it gives no answer says so
+        process.stdin.write(line.decode() + "\n")
+        process.stdin.flush()
+
+
+def main() -> None:
+    """Work until stdin ends, which it also does when the sweep is killed: nobody is to hold its folders then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep gets it too, and ends us
+    answers: IO[str] = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    setting = _SETTING.validate_json(lines.get())
+    sys.argv = setting.command
+    while True:
+        error = attempt(setting, _JOB.validate_json(lines.get()))
+        answers.write(json.dumps(error) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

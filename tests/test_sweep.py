@@ -1,0 +1,418 @@
+"""Sweeps: the file, shared refiners, skipping and resuming, several workers, what is recorded and ranked."""
+
+import csv
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tree_bytes, world_config
+
+import cli
+import pipeline.sweep.work as work
+from pipeline.cache import Cache
+from pipeline.config import recipes
+from pipeline.probes import TASKS
+from pipeline.sweep import SweepResult, sweep
+from pipeline.sweep.leaderboard import Leaderboard
+from pipeline.sweep.plan import FIGURES, find_sweep, make_plan, read_plan
+from pipeline.sweep.run import gpus
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "student/model.safetensors"
+# Two methods that share a refiner, and raw targets with two seeds.
+RUNS: list[dict[str, Any]] = [
+    {"name": "mse"},
+    {"name": "cosine", "set": {"distill.objective": "cosine"}},
+    {"name": "raw0", "set": {"refiner": "none"}},
+    {"name": "raw1", "set": {"refiner": "none", "distill.seed": 1}},
+]
+
+
+def write(world: Path, file: Path, *sets: str, **tree: Any) -> Path:
+    base = world_config(
+        world, "refine.cleaner=clip", "distill.checkpoint_minutes=1e-9", "evaluate.strengths=[0.1]", *sets
+    ).model_dump(mode="json")
+    file.write_text(yaml.safe_dump({"base": base, **tree}))
+    return file
+
+
+def run(world: Path, file: Path, out: Path, *args: Any, probed: bool = False, **options: Any) -> SweepResult:
+    if probed:
+        options |= {"train": str(world / "train" / "*.tar"), "test": str(world / "test" / "*.tar")}
+    return sweep(file, world / "cache", out, *args, **options)
+
+
+def students(out: Path) -> dict[str, bytes]:
+    return {path.parent.parent.name: path.read_bytes() for path in sorted((out / "runs").glob(f"*/{WEIGHTS}"))}
+
+
+@pytest.fixture(scope="module")
+def file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(world, tmp_path_factory.mktemp("file") / "s.yaml", runs=RUNS)
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted sweep in this process; tests only read it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    result = run(world, file, out, probed=True)
+    assert (result.runs, result.done, result.failed) == (4, 4, {})
+    return out
+
+
+def names(**tree: Any) -> list[str]:
+    return [run.name for run in make_plan(tree).runs]
+
+
+def test_grid() -> None:
+    plan = make_plan({
+        "base": "tinyimagenet-ti-to-w96",
+        "grid": {"refiner": ["none", "fit"], "distill.lr": ["1e-3", 0.01], "distill.seed": [0, 1]},
+    })  # fmt: skip
+    assert [run.name for run in plan.runs][:3] == [
+        "refiner-none_lr-0.001_seed-0",
+        "refiner-none_lr-0.001_seed-1",
+        "refiner-none_lr-0.01_seed-0",
+    ]
+    first, *_, last = plan.runs
+    assert len(plan.runs) == 8 and first.label == "refiner-none_lr-0.001"
+    assert (first.config.student.dim, first.config.distill.lr, first.refiner) == (96, 0.001, None)
+    assert (last.config.distill.lr, last.config.distill.seed) == (0.01, 1)
+    assert last.refiner == "adapter-standardize" and [*plan.refiners] == ["adapter-standardize"]
+    assert last.changes == {"refiner": "fit", "distill.lr": 0.01, "distill.seed": 1}
+
+
+def test_list_and_grid() -> None:
+    tree: dict[str, Any] = {
+        "runs": [{"name": "raw", "set": {"refiner": "none"}}, {"set": {"refine.cleaner": "clip", "refine.rank": 8}}],
+        "grid": {"distill.seed": [0, 1]},
+    }
+    listed = ["raw_seed-0", "raw_seed-1", "cleaner-clip_rank-8_seed-0", "cleaner-clip_rank-8_seed-1"]
+    assert names(**tree) == listed
+    plan = make_plan(tree)
+    assert [run.label for run in plan.runs] == ["raw", "raw", "cleaner-clip_rank-8", "cleaner-clip_rank-8"]
+    assert [*plan.refiners] == ["clip-standardize_rank-8"]
+    # More values and more runs give no run another name.
+    tree["grid"]["distill.seed"].append(2)
+    tree["runs"].append({"name": "more"})
+    assert set(listed) < set(names(**tree))
+
+
+def test_names_that_need_more() -> None:
+    assert names(grid={"refine.seed": [1], "distill.seed": [2]}) == ["refine.seed-1_distill.seed-2"]
+    assert names(grid={"distill.blocks": [[8, 11], None]}) == ["blocks-8-11", "blocks-none"]
+    same = names(grid={"student.name": ["a/b", "a_b"]})
+    assert all(re.fullmatch("name-a-b-[0-9a-f]{6}", name) for name in same) and len(set(same)) == 2
+    (long,) = names(grid={"student.name": ["x" * 200]})
+    assert len(long) == 80
+
+
+def test_joint_training_fits_no_refiner() -> None:
+    (run,) = make_plan({"runs": [{"name": "j", "set": {"distill.joint": True}}]}).runs
+    assert run.refiner is None and "refine.rank" in run.settings()
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "it has neither grid nor runs"),
+        ([], "it has neither grid nor runs"),
+        ("x", "it: input should be"),
+        ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
+        ({"runs": [{"nmae": "a"}]}, "unknown key 'runs.0.nmae'; did you mean 'name'?"),
+        ({"runs": [{"name": "a/b"}]}, "runs.0.name: string should match"),
+        ({"runs": [{"name": "a"}, {"name": "a"}]}, "two runs are called a"),
+        ({"base": "demmo", "runs": [{}]}, "base: no file demmo, nor a recipe among"),
+        ({"base": [1], "runs": [{}]}, "base takes a recipe's name, or sections"),
+        ({"base": {"distill": {"epoch": 1}}, "runs": [{}]}, "did you mean 'distill.epochs'?"),
+        ({"grid": {"distill.lrr": [1]}}, "unknown key 'distill.lrr'; did you mean 'distill.lr'?"),
+        ({"grid": {"distil.lr": [1]}}, "unknown key 'distil'; did you mean 'distill'?"),
+        ({"grid": {"objectiv": ["mse"]}}, "unknown key 'objectiv'; did you mean 'distill.objective'?"),
+        ({"grid": {"refner": ["none"]}}, "did you mean 'refiner'?"),
+        ({"grid": {"refiner": ["clip"]}}, "refiner is none or fit, not 'clip'"),
+        ({"grid": {"teacher.name": ["a"]}}, "teacher.name belongs to the cache"),
+        ({"grid": {"distill.lr": 0.1}}, "grid.distill.lr: input should be a valid list"),
+        ({"grid": {"distill.lr": []}}, "grid.distill.lr: list should have at least 1 item"),
+        ({"grid": {"distill.lr": [-1]}}, "distill.lr: input should be greater than 0"),
+        ({"grid": {"distill.seed": [0, 0]}}, "seed-0 have one and the same configuration"),
+        ({"grid": {"refiner": ["none"], "refine.rank": [4, 8]}}, "have one and the same configuration"),
+        ({"grid": {"distill.seed": [0]}, "runs": [{"set": {"distill.seed": 1}}]}, "set by grid and by a run"),
+        ({"runs": [{}], "probes": ["flow"]}, "probes.0: input should be 'classification' or 'segmentation'"),
+        ({"runs": [{}], "rank_by": "miou"}, "rank_by: no figure 'miou' among those of its probes"),
+    ],
+)
+def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError) as error:
+        read_plan(file)
+    assert message in str(error.value) and str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_bundled_sweep() -> None:
+    plan = read_plan(find_sweep("tinyimagenet-methods"))
+    assert len(plan.runs) == 24 and len(plan.refiners) == 5
+    assert "tinyimagenet-methods" not in recipes()
+    with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-methods"):
+        find_sweep("none")
+
+
+def test_every_task_has_figures() -> None:
+    assert set(FIGURES) == set(TASKS)
+    plan = make_plan({"runs": [{}], "probes": ["segmentation", "classification"]})
+    assert plan.rank_by == "classification.linear.mean_patch.top1"
+    assert make_plan({"runs": [{}], "probes": ["segmentation"]}).rank_by == "segmentation.miou"
+
+
+def test_refiner_is_shared_and_folders_are_whole(world: Path, whole: Path) -> None:
+    assert [p.name for p in (whole / "refiners").iterdir()] == ["clip-standardize"]
+    assert len(set(students(whole).values())) == 4
+    for name in ("mse", "cosine"):
+        assert json.loads((whole / "runs" / name / "inputs.json").read_text())["adapters"] is not None
+    assert json.loads((whole / "runs" / "raw0" / "inputs.json").read_text())["adapters"] is None
+    assert json.loads((whole / "provenance.json").read_text())["stage"] == "sweep"
+    assert json.loads((whole / "inputs.json").read_text()) == {"cache": Cache(world / "cache").id}
+    states = json.loads((whole / "sweep.json").read_text())["runs"]
+    assert states["cosine"] == {"state": "done", "error": None, "refiner": "clip-standardize"}
+
+
+def test_leaderboard(whole: Path) -> None:
+    board = json.loads((whole / "leaderboard.json").read_text())
+    by = board["rank_by"]
+    assert by == "classification.linear.mean_patch.top1" and board["failed"] == {}
+    assert sorted(tuple(row["names"]) for row in board["rows"]) == [("cosine",), ("mse",), ("raw0", "raw1")]
+    means = [row["figures"][by]["mean"] for row in board["rows"]]
+    (raw,) = (row for row in board["rows"] if row["name"] == "raw0")
+    tops = []
+    for name in ("raw0", "raw1"):
+        (stored,) = (whole / "runs" / name).glob("evaluate-*.json")
+        tops.append(json.loads(stored.read_text())["linear"]["mean_patch"]["top1"])
+    assert raw["figures"][by]["mean"] == pytest.approx(sum(tops) / 2)
+    assert raw["figures"][by]["std"] == pytest.approx(abs(tops[0] - tops[1]) / 2**0.5)
+    assert raw["changes"] == {"refiner": "none"} and raw["planned"] == 2
+
+    with (whole / "leaderboard.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [float(row[by]) for row in rows] == pytest.approx(means)
+    cells = {row["run"]: (row["refiner"], row["distill.objective"], row["seeds"]) for row in rows}
+    assert cells == {"mse": ("fit", "mse", "1"), "cosine": ("fit", "cosine", "1"), "raw0": ("none", "mse", "2")}
+    assert all(int(row["parameters"]) > 0 and float(row["loss"]) > 0 for row in rows)
+
+
+def test_ranks(whole: Path, tmp_path: Path) -> None:
+    """By the figure that was asked for and no other; equals share a rank, and who lacks it has none."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    tops = {"mse": (90, 50), "cosine": (60, 60), "raw0": (None, 70), "raw1": (None, 40)}
+    files = {}
+    for name, (cls, patches) in tops.items():
+        (file,) = (out / "runs" / name).glob("evaluate-*.json")
+        files[name] = {"classification": file}
+        result = json.loads(file.read_text())
+        result["linear"] = {"mean_patch": {"top1": patches}} | ({"cls": {"top1": cls}} if cls else {})
+        result["knn"] = {"cls": {"top1": 12.5}}
+        file.write_text(json.dumps(result))
+    tree = yaml.safe_load((out / "sweep.yaml").read_text())
+
+    def ranks(figure: str) -> list[tuple[int | None, str]]:
+        plan = make_plan(tree | {"rank_by": figure})
+        return [(row.rank, row.name) for row in Leaderboard(plan, out, files, ranked=True).rows()]
+
+    assert ranks("classification.linear.mean_patch.top1") == [(1, "cosine"), (2, "raw0"), (3, "mse")]
+    assert ranks("classification.linear.cls.top1") == [(1, "mse"), (2, "cosine"), (None, "raw0")]
+    assert ranks("classification.knn.cls.top1") == [(1, "mse"), (1, "cosine"), (1, "raw0")]
+    board = Leaderboard(make_plan(tree), out, files, ranked=True)
+    assert board.summary()[1] | {"seconds": 0, "loss": 0, "images/s": 0, "parameters": 0} == {
+        "rank": 2, "run": "raw0", "seeds": 2, "linear.cls.top1": None, "linear.mean_patch.top1": 55.0,
+        "knn.cls.top1": 12.5, "knn.mean_patch.top1": None, "std": pytest.approx(30 / 2**0.5),
+        "parameters": 0, "images/s": 0, "seconds": 0, "loss": 0,
+    }  # fmt: skip
+    board.write({})
+    page = (out / "leaderboard.html").read_text()
+    assert ">55.0 ± 21.2<" in page and "knn<br>mean patch" not in page
+
+
+def test_page_needs_no_other_file(whole: Path) -> None:
+    page = (whole / "leaderboard.html").read_text()
+    assert "Ranked by classification linear mean patch top1" in page and "4 of 4 runs are done" in page
+    assert page.count("<tr>") == 1 + 3 and " ± " in page and 'name="viewport"' in page and "color-scheme" in page
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)|@import""", page)
+    assert links == [("data:,", "")]
+
+
+def test_done_runs_are_skipped_and_changed_ones_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "s.yaml"
+    first = run(world, write(world, file, "distill.epochs=1", runs=RUNS[1:3]), out)
+    assert first.rank_by is None and "rank" not in first.leaderboard[0]
+    before = tree_bytes(out / "runs")
+    with pytest.raises(ValueError, match="exists; continue it with --resume, replace it with --overwrite"):
+        run(world, file, out)
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "distill", never)
+        patch.setattr(work, "refine", never)
+        assert run(world, file, out, "resume").done == 2
+    assert tree_bytes(out / "runs") == before
+
+    # A new run, and labelled shards: the others are not trained again, but probed.
+    write(world, file, "distill.epochs=1", runs=RUNS[:3])
+    assert len(run(world, file, out, "resume", probed=True).leaderboard) == 3
+    after = tree_bytes(out / "runs")
+    assert {k: v for k, v in after.items() if not (k.startswith("mse") or "evaluate-" in k)} == before
+
+    changed = [dict(RUNS[1], set={"distill.objective": "mse"}), dict(RUNS[2], name="new")]
+    messages = {
+        "run cosine in .*out was started with distill.objective cosine, not mse": changed,
+        "run raw0 in .* was started with refiner none, not fit": [dict(RUNS[2], set={})],
+        "run cosine in .* was started with refine.cleaner clip, not none": [
+            {"name": "cosine", "set": {"distill.objective": "cosine", "refine.cleaner": "none"}}
+        ],
+    }
+    for message, runs in messages.items():
+        with pytest.raises(ValueError, match=message):
+            run(world, write(world, file, "distill.epochs=1", runs=runs), out, "resume")
+    write(world, file, "distill.epochs=1", "refine.threshold_k=5", runs=RUNS[:2])
+    with pytest.raises(ValueError, match="refiner clip-standardize in .* was started with refine.threshold_k 6.0"):
+        run(world, file, out, "resume")
+    assert tree_bytes(out / "runs") == after
+
+
+def test_a_failing_run_stops_no_other(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        {"name": "bad", "set": {"distill.objective": "msee"}},
+        {"name": "worse", "set": {"refine.normaliser": "nrom"}},
+        {"name": "good", "set": {"refiner": "none", "distill.epochs": 1}},
+    ]
+    file, out = write(world, tmp_path / "s.yaml", runs=runs), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["singer", *f"sweep {file} --cache {world}/cache --out {out}".split(), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    told = capsys.readouterr()
+    result = json.loads(told.out.splitlines()[-1])
+    assert result["done"] == 1 and result["failed"]["bad"].startswith("distill.objective: unknown 'msee'")
+    assert result["failed"]["worse"].startswith("refiner clip-nrom: refine.normaliser: unknown 'nrom'")
+    assert told.err.splitlines()[-1].startswith("error: 2 of 3 runs failed: bad (distill.objective: unknown")
+    states = json.loads((out / "sweep.json").read_text())["runs"]
+    assert [states[name]["state"] for name in ("bad", "worse", "good")] == ["failed", "failed", "done"]
+    assert "<li>bad: distill.objective: unknown &#39;msee&#39;" in (out / "leaderboard.html").read_text()
+
+    def bursts(*args: Any, **options: Any) -> None:
+        raise RuntimeError("out of\nmemory")
+
+    # Put right, only what failed is done again; and no exception at all gets past its run.
+    runs[0]["set"] = {"refiner": "none", "distill.seed": 3}
+    monkeypatch.setattr(work, "distill", bursts)
+    again = run(world, write(world, file, runs=[runs[0], runs[2]]), out, "resume")
+    assert again.done == 1 and again.failed == {"bad": "RuntimeError: out of memory"}
+
+
+def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="probes need both --train and --test"):
+        run(world, file, tmp_path / "out", train=str(world / "train" / "*.tar"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_workers_killed_and_resumed_give_the_same_students(
+    world: Path, file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of the sweep takes its workers along; what they were at goes on, in this process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "cli.py", "sweep", file, "--cache", world / "cache", "--out", out]
+    process = subprocess.Popen([*map(str, command), "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    runs = out / "runs"
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    _, told = process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert "on worker 0" in told and "on worker 1" in told
+    assert students(out).keys() < students(whole).keys(), "it was killed too late"
+    # The locks of its workers are free as soon as they are gone.
+    while any(is_held(lock) for lock in runs.glob(".*.lock")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    result = run(world, file, out, "resume")
+    assert result.done == 4 and students(out) == students(whole)
+
+
+def is_held(lock: Path) -> bool:
+    try:
+        with lock.open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def test_two_workers(
+    world: Path,
+    file: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same bytes as one, and every job done once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    result = run(world, file, out, workers=2, probed=True)
+    assert result.done == 4 and students(out) == students(whole)
+    refiner = "refiners/clip-standardize/refiner.safetensors"
+    assert (out / refiner).read_bytes() == (whole / refiner).read_bytes()
+    for name in ("mse", "raw1"):
+        (mine,), (theirs,) = ((o / "runs" / name).glob("evaluate-*.json") for o in (out, whole))
+        mine_value, theirs_value = (json.loads(f.read_text()) | {"seconds": 0} for f in (mine, theirs))
+        assert mine.name == theirs.name and mine_value == theirs_value
+    jobs = [line for line in capsys.readouterr().err.splitlines() if ": on worker " in line]
+    assert sorted(line.split(": on worker ")[0] for line in jobs) == [
+        "cosine", "mse", "raw0", "raw1", "refiner clip-standardize",
+    ]  # fmt: skip
+    assert {line[-1] for line in jobs} == {"0", "1"}
+
+
+def test_a_worker_that_dies_fails_its_run(
+    world: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    result = run(world, file, tmp_path / "out", workers=2)
+    died = r"its process died \(exit code 1\); see worker-\d.log"
+    assert result.done == 0 and all(re.search(died, error) for error in result.failed.values())
+    assert set(result.failed) == {"mse", "cosine", "raw0", "raw1"}
+
+
+def test_one_worker_a_gpu(world: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each child sees its own GPU alone, as the parent's CUDA_VISIBLE_DEVICES calls it."""
+    seen: list[str] = []
+
+    def popen(*args: Any, env: dict[str, str], **options: Any) -> None:
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-ab")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, file, tmp_path / "out")
+    assert seen and set(seen) <= {"3", "GPU-ab"}
+    assert gpus() == ["3", "GPU-ab"]
