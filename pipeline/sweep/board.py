@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pipeline.progress import say
 from pipeline.sweep.work import Job
@@ -17,24 +18,24 @@ class Board:
 
     def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, str]], None]) -> None:
         self._waiting = list(jobs)
-        self._unfitted = {job.name for job in jobs if job.kind == "refiner"}
+        self._unfitted = {job.names for job in jobs if job.kind == "refiner"}
         self._changed = changed
         self._condition = threading.Condition()
         self._stopped = False
         self._started = time.monotonic()
         self._first = self.done = done
-        self._runs = done + sum(job.kind == "run" for job in jobs)
+        self._runs = done + sum(len(job.members) for job in jobs if job.kind == "run")
         self.failed: dict[str, str] = {}
 
-    def serve(self, do: Callable[[Job], str | None], where: str) -> None:
+    def serve(self, do: Callable[[Job], dict[str, str]], where: str) -> None:
         """Do jobs at one place until none is left. Whatever is raised here ends the sweep."""
         try:
             while (job := self._take()) is not None:
-                what = job.name if job.kind == "run" else f"refiner {job.name}"
+                what = job.names if job.kind == "run" else f"refiner {job.names}"
                 say(f"{what}: on {where}")
                 started = time.monotonic()
-                error = do(job)
-                self._finish(job, what, error, time.monotonic() - started)
+                failed = do(job)
+                self._finish(job, what, failed, time.monotonic() - started)
         except BaseException:
             self.stop()
             raise
@@ -51,29 +52,37 @@ class Board:
         with self._condition:
             while self._waiting:
                 for job in self._waiting:
-                    if job.needs not in self._unfitted:
+                    if not {m.needs for m in job.members} & self._unfitted:
                         self._waiting.remove(job)
                         return job
                 self._condition.wait()
             return None
 
-    def _finish(self, job: Job, what: str, error: str | None, seconds: float) -> None:
+    def _finish(self, job: Job, what: str, failed: dict[str, str], seconds: float) -> None:
         with self._condition:
             if self._stopped:
                 return
             if job.kind == "refiner":
-                self._unfitted.discard(job.name)
-                if error is not None:
-                    for run in [run for run in self._waiting if run.needs == job.name]:
-                        self._waiting.remove(run)
-                        self.failed[run.name] = f"refiner {job.name}: {error}"
-            elif error is not None:
-                self.failed[job.name] = error
+                self._unfitted.discard(job.names)
+                for name, error in failed.items():
+                    self._drop(name, error)
             else:
-                self.done += 1
-            say(f"{what}: {f'failed: {error}' if error is not None else f'{seconds:.0f} s'}; {self._progress()}")
+                self.failed |= failed
+                self.done += len(job.members) - len(failed)
+            told = "; ".join(f"{name} failed: {error}" for name, error in failed.items()) or f"{seconds:.0f} s"
+            say(f"{what}: {told}; {self._progress()}")
             self._changed(self.failed)
             self._condition.notify_all()
+
+    def _drop(self, refiner: str, error: str) -> None:
+        """The runs that wait for a refiner that cannot be fitted."""
+        waiting = []
+        for job in self._waiting:
+            kept = tuple(m for m in job.members if m.needs != refiner)
+            self.failed |= {m.name: f"refiner {refiner}: {error}" for m in job.members if m.needs == refiner}
+            if kept:
+                waiting.append(replace(job, members=kept))
+        self._waiting = waiting
 
     def _progress(self) -> str:
         text = f"{self.done} of {self._runs} runs are done"

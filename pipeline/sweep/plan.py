@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config import Config, Section, load_config, recipes
+from pipeline.config import Config, Positive, Section, load_config, recipes
 from pipeline.resources import resource
 
 # What may vary while the cache stays the same.
@@ -52,6 +52,8 @@ class SweepFile(Section):
     runs: tuple[RunEntry, ...] = ()
     probes: Annotated[tuple[Known, ...], Field(min_length=1)] = ("classification",)
     rank_by: str | None = None
+    # Students that train on one pass over the data, where seeds, batches and epochs let them.
+    together: Positive = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Plan:
     refiners: dict[str, Config]
     probes: tuple[str, ...]
     rank_by: str
+    together: int = 1
 
 
 def figures_of(probes: Iterable[str]) -> list[str]:
@@ -121,7 +124,14 @@ def make_plan(tree: Any) -> Plan:
     runs, refiners = _named(drafts)
     _check_different(file.runs, runs)
     probes = tuple(dict.fromkeys(file.probes))
-    return Plan(load_config(base, given), tuple(runs), refiners, probes, _rank_by(file.rank_by, figures_of(probes)))
+    return Plan(
+        load_config(base, given),
+        tuple(runs),
+        refiners,
+        probes,
+        _rank_by(file.rank_by, figures_of(probes)),
+        file.together,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.distill import RUN
+from pipeline.distill import RUN, SHARED
 from pipeline.evaluate import result_file
 from pipeline.outputs import (
     INPUTS,
@@ -35,7 +35,7 @@ from pipeline.stores import Place, open_store, write_atomic
 from pipeline.sweep.board import Board
 from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
-from pipeline.sweep.work import REFINERS, RUNS, Job, Setting, as_list, attempt, is_done
+from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done
 from pipeline.sweep.worker import Worker
 
 STAGE = "sweep"
@@ -124,7 +124,7 @@ def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, w
         leaderboard.write(failed)
 
     jobs = list(_jobs(plan, out, files))
-    done = len(plan.runs) - sum(job.kind == "run" for job in jobs)
+    done = len(plan.runs) - sum(len(job.members) for job in jobs if job.kind == "run")
     say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
     board = Board(jobs, done, write)
     _serve(board, setting, jobs, workers)
@@ -175,16 +175,34 @@ def _result_files(plan: Plan, run: Run, out: Path, images: tuple[Images, Images]
 def _jobs(plan: Plan, out: Path, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
     """All that is left to do, every refiner ahead of the first run that needs it."""
     fitted = {name for name in plan.refiners if (out / REFINERS / name / MANIFEST).exists()}
+    left = []
     for run in plan.runs:
         folder = out / RUNS / run.name
         if is_done(folder, files[run.name]):
             continue
         needs = None if (folder / RUN).exists() else run.refiner
-        if needs is not None and needs not in fitted:
-            fitted.add(needs)
-            yield Job("refiner", needs, plan.refiners[needs])
         probes = tuple(task for task, file in files[run.name].items() if not file.exists())
-        yield Job("run", run.name, run.config, needs, probes)
+        left.append(Member(run.name, run.config, needs, probes))
+    for members in _passes(left, plan.together):
+        for needs in dict.fromkeys(m.needs for m in members):
+            if needs is not None and needs not in fitted:
+                fitted.add(needs)
+                yield Job("refiner", (Member(needs, plan.refiners[needs]),))
+        yield Job("run", members)
+
+
+def _passes(members: Sequence[Member], together: int) -> list[tuple[Member, ...]]:
+    """Runs that may share a pass over the data, at most `together` of them; in the order of the first of each."""
+    open_: dict[str, list[Member]] = {}
+    passes: list[list[Member]] = []
+    for member in members:
+        settings = member.config.distill
+        key = repr([getattr(settings, name) for name in SHARED])
+        if key not in open_ or len(open_[key]) == together or settings.precision == "fp16":
+            open_[key] = []
+            passes.append(open_[key])
+        open_[key].append(member)
+    return [tuple(p) for p in passes]
 
 
 def _serve(board: Board, setting: Setting, jobs: Sequence[Job], workers: int | None) -> None:

@@ -1,16 +1,19 @@
-"""One piece of a sweep: a refiner to fit, or a student to train and to probe. Knows nothing of the others."""
+"""One piece of a sweep: a refiner to fit, or students to train on one pass and to probe. Knows nothing of the others."""
 
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Config
-from pipeline.distill import RUN, distill
+from pipeline.distill import RUN, fan_out
+from pipeline.distill import Job as Student
 from pipeline.evaluate import evaluate
 from pipeline.outputs import Mode
+from pipeline.progress import say
 from pipeline.refine import refine
 from pipeline.stores import Place
 
@@ -31,39 +34,69 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Job:
-    """needs: the refiner of a run; probes: the tasks that it has no figures of yet."""
+class Member:
+    """A refiner or a run. needs: the refiner of a run; probes: the tasks that it has no figures of yet."""
 
-    kind: Literal["refiner", "run"]
     name: str
     config: Config
     needs: str | None = None
     probes: tuple[str, ...] = ()
 
 
-def attempt(setting: Setting, job: Job) -> str | None:
-    """Do the job as far as it is not done; what went wrong, in one line, or None."""
+@dataclass(frozen=True)
+class Job:
+    """A refiner, or runs that train on one pass over the data."""
+
+    kind: Literal["refiner", "run"]
+    members: tuple[Member, ...]
+
+    @property
+    def names(self) -> str:
+        return ", ".join(m.name for m in self.members)
+
+
+def attempt(setting: Setting, job: Job) -> dict[str, str]:
+    """Do the job as far as it is not done; {member: what went wrong, in one line}."""
+    if job.kind == "refiner":
+        (member,) = job.members
+        out = setting.out / REFINERS / member.name
+        return _failures(member, lambda: refine(member.config, setting.cache, out, _mode(out)))
+    untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN).exists()]
+    # Where one of several cannot be trained, each is left to its own pass, so that none takes the others along.
+    if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
+        say("these runs do not train together; now one by one")
+    failed: dict[str, str] = {}
+    for member in job.members:
+        failed |= _failures(member, partial(_finish, setting, member))
+    return failed
+
+
+def _failures(member: Member, do: Callable[[], object]) -> dict[str, str]:
     try:
-        if job.kind == "refiner":
-            out = setting.out / REFINERS / job.name
-            refine(job.config, setting.cache, out, _mode(out))
-        else:
-            _train(setting, job)
+        do()
     except (ValueError, OSError) as error:
-        return one_line(error)
+        return {member.name: one_line(error)}
     except Exception as error:  # no run may take the others along, whatever its model or its GPU does
         traceback.print_exc(file=sys.stderr)
-        return f"{type(error).__name__}: {one_line(error)}"
-    return None
+        return {member.name: f"{type(error).__name__}: {one_line(error)}"}
+    return {}
 
 
-def _train(setting: Setting, job: Job) -> None:
-    run = setting.out / RUNS / job.name
+def _train(setting: Setting, members: Sequence[Member]) -> None:
+    jobs = []
+    for member in members:
+        adapters = setting.out / REFINERS / member.needs if member.needs is not None else None
+        jobs.append(Student(member.config, setting.out / RUNS / member.name, adapters))
+    # A folder that is there is continued, and one that is not is begun.
+    fan_out(jobs, setting.cache, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
+
+
+def _finish(setting: Setting, member: Member) -> None:
+    run = setting.out / RUNS / member.name
     if not (run / RUN).exists():
-        adapters = setting.out / REFINERS / job.needs if job.needs is not None else None
-        distill(job.config, setting.cache, run, adapters, setting.shards, _mode(run))
-    for task in job.probes:
-        evaluate(job.config, run, setting.train, setting.test, task)
+        _train(setting, [member])
+    for task in member.probes:
+        evaluate(member.config, run, setting.train, setting.test, task)
 
 
 def is_done(run: Path, figures: Mapping[str, Path]) -> bool:

@@ -32,18 +32,19 @@ class Worker:
             self._environment["CUDA_VISIBLE_DEVICES"] = device
         self._process: subprocess.Popen[str] | None = None
 
-    def do(self, job: Job) -> str | None:
-        """As attempt(); that the process died is an error of the job too."""
+    def do(self, job: Job) -> dict[str, str]:
+        """As attempt(); that the process died is an error of all members."""
         if self._process is None:
             self._process = self._start()
         _send(self._process, _JOB.dump_json(job))
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if answer:
-            error: str | None = json.loads(answer)
-            return error
+            failed: dict[str, str] = json.loads(answer)
+            return failed
         code = self._end(self._process)
-        return f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
+        error = f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
+        return {member.name: error for member in job.members}
 
     def kill(self) -> None:
         """End the process, whatever it is at; another thread may be waiting for its answer."""
@@ -100,8 +101,8 @@ def main() -> None:
     setting = _SETTING.validate_json(lines.get())
     sys.argv = setting.command
     while True:
-        error = attempt(setting, _JOB.validate_json(lines.get()))
-        answers.write(json.dumps(error) + "\n")
+        failed = attempt(setting, _JOB.validate_json(lines.get()))
+        answers.write(json.dumps(failed) + "\n")
         answers.flush()
 
 
