@@ -32,6 +32,7 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interr
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
+TASK_HELP = "classification, segmentation, depth, retrieval or domain-shift."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
@@ -175,9 +176,9 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
-    train: Annotated[list[str], typer.Option(help="Labelled shards that the probes learn from.")],
-    test: Annotated[list[str], typer.Option(help="Labelled shards that they are tested on.")],
-    task: Annotated[str, typer.Option(help="classification or segmentation.")] = "classification",
+    test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
+    train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
+    task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
