@@ -253,6 +253,8 @@ class ExportConfig(Section):
 class PrepareConfig(Section):
     """A folder of images -> WebDataset shards."""
 
+    layout: str = Field("folder", description="how the images lie on disk: a name among pipeline/layouts/")
+    split: str | None = Field(None, description="which split of a layout that has several")
     shard_images: Positive = 1000
     classes: Path | None = Field(None, description="classes.json of another split, to number classes as there")
     on_error: Literal["fail", "skip"] = "fail"
