@@ -8,13 +8,15 @@ import pytest
 import torch
 from conftest import world_config
 from PIL import Image
-from test_segmentation import packed, png
+from test_segmentation import SHARED, WEIGHTS, packed, png
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
+from pipeline.models import load_teacher, save_vit
 from pipeline.prepare import prepare
-from pipeline.probes.depth import Depth, fit_heads
+from pipeline.probes.depth import Depth, fit_heads, read_depths
+from pipeline.shards import index_beside, index_shards
 from singer.probes import depth_figures, depth_sums
 
 CPU = torch.device("cpu")
@@ -113,6 +115,16 @@ def test_run_is_probed_and_the_result_kept(world: Path, rooms: Path, tmp_path: P
     assert (again.bins, again.regression, again.written) == (result.bins, result.regression, result.written)
 
 
+def test_range_and_units(tmp_path: Path) -> None:
+    """Millimeters become meters; both ends of the range count."""
+    depth = np.full((8, 8), 2500, np.uint16)
+    depth[0, :5] = [0, 1, 10000, 10001, 65535]
+    images = index_shards(str(packed(tmp_path / "x", {"depth_png": png(depth)}, depth_png=png(depth)) / "*.tar"))
+    maps = list(read_depths(images, index_beside(images, "depth.png"), load_config().evaluate))
+    assert len(maps) == 3 and maps[0].dtype == np.float32
+    assert maps[0][0].tolist() == [0, np.float32(0.001), 10, 0, 0, 2.5, 2.5, 2.5]
+
+
 METERS = np.full((8, 8), 3000, np.uint16)
 BAD: dict[str, tuple[dict[str, bytes], str]] = {
     "missing": ({}, r"x\.tar: sample 'odd' has no \.depth\.png; every image needs one"),
@@ -146,3 +158,18 @@ def test_settings_that_cannot_be(world: Path, rooms: Path) -> None:
         fit_heads(x, depth, load_config().evaluate, CPU)
     with pytest.raises(ValueError, match="this task learns from images; give --train"):
         evaluate(world_config(world), world / "teacher", None, str(rooms / "test" / "*.tar"), "depth")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEIGHTS.exists(), reason=f"no real teacher at {WEIGHTS}")
+def test_real_frames(tmp_path: Path) -> None:
+    """12 frames, which are also those that it learns from: too few for a figure, enough to see that depth is learnt."""
+    sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=128"]
+    config = load_config(sets=sets)
+    teacher = load_teacher(config.teacher)
+    save_vit(teacher, teacher.model.state_dict(), tmp_path / "teacher")
+    shards = SHARED / "datasets" / "rgbd-sample-0000.tar"
+    result = evaluate(config, tmp_path / "teacher", str(shards), str(shards), "depth")
+    assert isinstance(result, Depth) and result.test_images == 12 and 0 < result.pixels < 12 * 640 * 480
+    for head in (result.bins, result.regression):
+        assert 0 < head["rmse"] < 3 and 0.2 < head["delta1"] < 1

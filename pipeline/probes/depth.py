@@ -21,7 +21,7 @@ from pipeline.shards import Images, index_beside
 from singer.probes import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
 
 MAP = "depth.png"
-_MILLIMETER = 1e-3
+_MILLIMETERS = np.float32(1000)
 # Standard deviation of the initial weights of the bins: from 0 on, relu would pass no gradient.
 _SPREAD = 0.01
 
@@ -85,7 +85,7 @@ def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Itera
         # PIL opens greys of 16 bits, and no others, in this mode.
         if image.mode != "I;16":
             raise ValueError(f"{where} holds no millimeters; store it as a PNG of 16-bit grey")
-        depth = np.asarray(image).astype(np.float32) * np.float32(_MILLIMETER)
+        depth = np.asarray(image) / _MILLIMETERS
         depth[(depth < settings.depth_min) | (depth > settings.depth_max)] = 0
         return depth
 
