@@ -32,6 +32,8 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interr
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
+LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
+TASK_HELP = "classification, segmentation, depth, retrieval or domain-shift."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
@@ -39,6 +41,8 @@ CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 def prepare(
     images: Annotated[Path, typer.Argument(help="A folder of images; sub-folders are classes.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of a layout that has several.")] = None,
     on_error: Annotated[str | None, typer.Option(help="fail or skip: what to do with unreadable images.")] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
@@ -50,7 +54,8 @@ def prepare(
     from pipeline.outputs import output_mode
     from pipeline.prepare import prepare as run
 
-    tree = load_config(config, sets or (), {"prepare.on_error": on_error})
+    options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
+    tree = load_config(config, sets or (), options)
     _report(run(tree, images, out, output_mode(False, overwrite)), as_json)
 
 
@@ -186,9 +191,9 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
-    train: Annotated[list[str], typer.Option(help="Labelled shards that the probes learn from.")],
-    test: Annotated[list[str], typer.Option(help="Labelled shards that they are tested on.")],
-    task: Annotated[str, typer.Option(help="classification or segmentation.")] = "classification",
+    test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
+    train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
+    task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,

@@ -228,7 +228,30 @@ class EvaluateConfig(Section):
         description="learning rates, chosen among on a split of the training shards",
     )
     seg_passes: Positive = Field(50, description="passes over the training images")
+    depth_min: Annotated[float, Field(gt=0)] = Field(0.001, description="meters; pixels outside do not count")
+    depth_max: Annotated[float, Field(gt=0)] = Field(10.0, description="meters; pixels outside do not count")
+    depth_bins: Annotated[int, Field(ge=2)] = Field(256, description="spread evenly over depth_min to depth_max")
+    depth_lrs: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        min_length=1,
+        description="learning rates, chosen among on a split of the training shards",
+    )
+    depth_passes: Positive = Field(50, description="passes over the training images")
+    shots: tuple[Positive, Positive] | None = Field(
+        (20, 100), description="classification: few-shot classes have fewer training images, many-shot ones more"
+    )
+    class_map: Path | None = Field(
+        None, description='domain-shift: JSON {"test label": train label}, or a list of train labels'
+    )
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if self.depth_min >= self.depth_max:
+            raise ValueError(f"depth_min: {self.depth_min} is not below depth_max, {self.depth_max}")
+        if self.shots is not None and self.shots[0] > self.shots[1]:
+            raise ValueError(f"shots: {self.shots[0]} is larger than {self.shots[1]}")
+        return self
 
 
 class ExportConfig(Section):
@@ -245,6 +268,8 @@ class ExportConfig(Section):
 class PrepareConfig(Section):
     """A folder of images -> WebDataset shards."""
 
+    layout: str = Field("folder", description="how the images lie on disk: a name among pipeline/layouts/")
+    split: str | None = Field(None, description="which split of a layout that has several")
     shard_images: Positive = 1000
     classes: Path | None = Field(None, description="classes.json of another split, to number classes as there")
     on_error: Literal["fail", "skip"] = "fail"

@@ -26,14 +26,16 @@ Shards = str | Sequence[str]
 
 @overload
 def evaluate(
-    config: Config, model: Path, train: Shards, test: Shards, task: Literal["classification"] = "classification"
+    config: Config, model: Path, train: Shards | None, test: Shards, task: Literal["classification"] = "classification"
 ) -> Classification: ...
 @overload
-def evaluate(config: Config, model: Path, train: Shards, test: Shards, task: str) -> EvaluateResult: ...
-def evaluate(config: Config, model: Path, train: Shards, test: Shards, task: str = "classification") -> EvaluateResult:
+def evaluate(config: Config, model: Path, train: Shards | None, test: Shards, task: str) -> EvaluateResult: ...
+def evaluate(
+    config: Config, model: Path, train: Shards | None, test: Shards, task: str = "classification"
+) -> EvaluateResult:
     """Probe a run (its student) or a folder in timm's layout. For a run the figures are also stored in it.
 
-    Raises ValueError for what the user can mend.
+    train: None for tasks that learn nothing. Raises ValueError for what the user can mend.
     """
     started = time.perf_counter()
     if task not in TASKS:
@@ -41,20 +43,24 @@ def evaluate(config: Config, model: Path, train: Shards, test: Shards, task: str
     folder = model / STUDENT if (model / STUDENT).is_dir() else model
     if not folder.exists():
         raise ValueError(f"{model} does not exist; evaluate takes a run of singer distill or a timm model folder")
-    shards = index_shards(train), index_shards(test)
+    shards = None if train is None else index_shards(train), index_shards(test)
     vit = load_saved(folder, config.evaluate.image_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     file = result_file(model, task, shards, config) if folder != model else None
     result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
     if file is not None:
-        train_names, test_names = ([p.name for p in images.paths] for images in shards)
+        train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
         about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
         write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
     return result
 
 
-def result_file(model: Path, task: str, shards: tuple[Images, Images], config: Config) -> Path:
+def result_file(model: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:
     """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own."""
-    what: list[Any] = [task, [images.place_hash() for images in shards], config.evaluate.model_dump_json()]
+    what: list[Any] = [
+        task,
+        [images.place_hash() if images else None for images in shards],
+        config.evaluate.model_dump_json(),
+    ]
     return model / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"

@@ -1,8 +1,15 @@
 """Training-free probes of frozen features, and the figures of probes."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# The normal distribution has 95 % of its mass within this many standard deviations.
+_Z95 = 1.959964
+# Rows that are compared with all others at once.
+_CHUNK = 256
 
 
 def knn_scores(
@@ -43,3 +50,98 @@ def class_iou(counts: Tensor) -> Tensor:
     """Intersection over union (classes,) of a confusion matrix; NaN for classes that neither side has."""
     both = counts.diagonal()
     return both / (counts.sum(0) + counts.sum(1) - both)
+
+
+def wilson_percent(right: int, total: int) -> tuple[float, float]:
+    """The 95 % confidence interval (%) of a share right / total, by Wilson's score (1927).
+
+    Unlike the normal approximation it stays within 0 to 100 and is right near both ends.
+    """
+    share, z2 = right / total, _Z95**2
+    middle = share + z2 / (2 * total)
+    half = _Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    low, high = ((middle + sign * half) / (1 + z2 / total) for sign in (-1, 1))
+    return 100 * max(0.0, low), 100 * min(1.0, high)
+
+
+def shot_groups(counts: Tensor, thresholds: tuple[int, int]) -> dict[str, Tensor]:
+    """Masks (classes,) of the classes with many, medium and few training images (Liu et al. 2019).
+
+    counts: (classes,), training images of each class; thresholds (low, high): few is below low, many above high.
+    """
+    low, high = thresholds
+    return {"many": counts > high, "medium": (counts >= low) & (counts <= high), "few": counts < low}
+
+
+def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Each row of x (n, d) looks for others of its label (n,) by cosine similarity; figures in percent.
+
+    map: the mean over queries of average precision, taken over the full ranking; recall1, recall5: the share of queries
+    with one of its label among the nearest 1 and 5. The query itself is no candidate, and a row that is alone with its
+    label is none of the queries. Raises ValueError if there are no queries.
+    """
+    if len(labels.unique()) == len(labels):
+        raise ValueError("no label occurs twice")
+    x = F.normalize(x, dim=1)
+    precisions, firsts = [], []
+    for rows in torch.arange(len(x)).split(_CHUNK):
+        similarity = x[rows] @ x.T
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # comes last, and is cut off
+        order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        hits = labels[order] == labels[rows, None]
+        hits = hits[hits.any(1)]
+        ranks = torch.arange(1, len(x), dtype=torch.float64)
+        precisions.append(((hits.cumsum(1) / ranks) * hits).sum(1) / hits.sum(1))
+        firsts.append(hits.int().argmax(1))
+    precision, first = torch.cat(precisions), torch.cat(firsts)
+    return {
+        "map": 100 * float(precision.mean()),
+        **{f"recall{k}": 100 * float((first < k).double().mean()) for k in (1, 5)},
+    }
+
+
+def expected_depth(logits: Tensor, low: float, high: float) -> Tensor:
+    """Depth (B, h, w) in meters: the mean of bins spread evenly over low to high, weighted by logits (B, bins, h, w).
+
+    Weights are relu(logit) + 0.1, divided by their sum, as in the linear depth heads of DINOv2 (Oquab et al. 2023)
+    after AdaBins (Bhat et al. 2021).
+    """
+    weights = logits.relu() + 0.1
+    bins = torch.linspace(low, high, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), bins)
+
+
+def silog_loss(predicted: Tensor, true: Tensor) -> Tensor:
+    """The scale-invariant logarithmic loss of depth (Eigen et al. 2014), in the form of AdaBins.
+
+    The root of var(g) + 0.15 mean(g)^2 with g = log(predicted / true). predicted, true: one shape, meters, predicted
+    above 0; where true is 0 it is missing and does not count. 0 if all are missing.
+    """
+    seen = true > 0
+    count = seen.sum().clamp(min=1)
+    g = torch.where(seen, predicted.log() - torch.where(seen, true, 1.0).log(), 0.0)
+    # The gradient of a root is infinite at 0.
+    return (g.square().sum() / count - 0.85 * (g.sum() / count).square()).clamp(min=1e-12).sqrt()
+
+
+def l1_loss(predicted: Tensor, true: Tensor) -> Tensor:
+    """The mean absolute error of depth. predicted, true: one shape; where true is 0 it does not count."""
+    seen = true > 0
+    return torch.where(seen, (predicted - true).abs(), 0.0).sum() / seen.sum().clamp(min=1)
+
+
+def depth_sums(predicted: Tensor, true: Tensor) -> Tensor:
+    """What depth_figures needs of some pixels; add up those of all images.
+
+    predicted, true: one shape, meters, predicted above 0; where true is 0 it is missing and does not count. Returns
+    (4,) float64: pixels, and sums of squared errors, relative errors and errors below a factor of 1.25.
+    """
+    p, t = predicted[true > 0].double(), true[true > 0].double()
+    within = torch.maximum(p / t, t / p) < 1.25
+    return torch.stack([torch.ones_like(t).sum(), (p - t).square().sum(), ((p - t).abs() / t).sum(), within.sum()])
+
+
+def depth_figures(sums: Tensor) -> dict[str, float]:
+    """RMSE (meters), AbsRel and delta1 (shares) over all pixels in the sums of depth_sums."""
+    square, relative, within = (sums[1:] / sums[0]).tolist()
+    return {"rmse": math.sqrt(square), "abs_rel": relative, "delta1": within}

@@ -67,6 +67,8 @@ def test_chain_with_json(
 # name: (arguments, a part of the message); {w} is the world, {o} a fresh output
 MISTAKES = {
     "no images": ("prepare {w}/none --out {o}", "none is no folder of images"),
+    "unknown layout": ("prepare {w}/images/train --out {o} --layout coco", "--layout: no layout 'coco'; known: folder"),
+    "no split": ("prepare {w}/images/train --out {o} --layout ade20k", "the layout ade20k has train, val; give one of"),
     "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "no shard matches"),
     "missing shard": ("cache-teacher --shards {w}/train/x.tar --out {o}", "x.tar does not exist"),
     "unknown teacher": (
@@ -120,6 +122,7 @@ MISTAKES = {
         "has no .seg.png; every image needs one",
     ),
     "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "is no timm model folder"),
+    "no training shards": ("evaluate {w}/teacher --test {w}/test/*.tar", "this task learns from images; give --train"),
     "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
     "no labels": (
         "evaluate {w}/teacher --train {f}/*.tar --test {w}/test/*.tar",

@@ -1,23 +1,31 @@
 """Probes: right on features with known answers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_vit, world_config
+from conftest import draw_images, make_vit, world_config
 from sklearn.datasets import make_classification
+from sklearn.linear_model import LogisticRegression
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import save_vit
-from pipeline.probes.classification import features, linear_scores
+from pipeline.models import load_saved, save_vit
+from pipeline.prepare import prepare
+from pipeline.probes.classification import Classification, features, linear_scores
+from pipeline.probes.classification import probe as probe_classification
+from pipeline.probes.domain_shift import DomainShift
+from pipeline.probes.retrieval import Retrieval
+from pipeline.probes.trial import Trial
 from pipeline.shards import index_shards
-from singer.probes import knn_scores, topk_percent
+from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
+QUICK = "evaluate.strengths=[0.1]"
 
 
 def blobs(noise: float, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,10 +94,6 @@ def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -
 
 
 def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Path) -> None:
-    from conftest import draw_images
-
-    from pipeline.prepare import prepare
-
     draw_images(tmp_path / "in", 2, 5)
     prepare(config, tmp_path / "in", tmp_path / "two")
     shards = str(tmp_path / "two" / "*.tar"), str(world / "test" / "*.tar")
@@ -98,3 +102,114 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
     (tmp_path / "two" / "classes.json").unlink()
     with pytest.raises(ValueError, match="--test has label 3, but --train only 0 to 1"):
         evaluate(config, world / "teacher", *shards)
+
+
+def test_linear_probe_is_logistic_regression() -> None:
+    """Within half a point of scikit-learn as anyone would use it, on features that are neither easy nor hopeless."""
+    x, y = make_classification(3000, 20, n_informative=10, n_classes=5, random_state=1)
+    train, test = slice(0, 1000), slice(1000, None)
+    plain = LogisticRegression(max_iter=5000).fit(x[train], y[train]).score(x[test], y[test])
+    features_, labels = torch.from_numpy(x.astype("f4")), torch.from_numpy(y)
+    scores = linear_scores(features_[train], labels[train], features_[test], 5, load_config().evaluate)
+    assert 50 < 100 * plain < 95
+    assert topk_percent(scores, labels[test], 1) == pytest.approx(100 * plain, abs=0.5)
+
+
+def test_intervals_and_shots(world: Path) -> None:
+    """12, 3, 12 and 12 training images a class: class 1 alone is few-shot; figures of groups make up that of all."""
+    train, test = index_shards(str(world / "train" / "*.tar")), index_shards(str(world / "test" / "*.tar"))
+    kept = np.concatenate([np.flatnonzero(train.labels == c)[: 3 if c == 1 else 12] for c in range(4)])
+
+    def run(*sets: str) -> Classification:
+        settings = load_config(sets=["evaluate.workers=1", QUICK, *sets]).evaluate
+        vit = load_saved(world / "teacher")
+        return probe_classification(Trial(world / "teacher", vit, CPU, train.select(kept), test, settings, 0.0, None))
+
+    found = run("evaluate.shots=[4,11]")
+    for figures in (*found.linear.values(), *found.knn.values()):
+        assert set(figures) == {"top1", "top5", "top1_low", "top1_high", "top1_many", "top1_few"}
+        assert figures["top1"] == pytest.approx((30 * figures["top1_many"] + 10 * figures["top1_few"]) / 40, abs=1e-3)
+        interval = wilson_percent(round(figures["top1"] * 0.4), 40)
+        assert (figures["top1_low"], figures["top1_high"]) == interval
+    for other in ("evaluate.shots=[20,100]", "evaluate.shots=null"):
+        assert set(run(other).linear["cls"]) == {"top1", "top5", "top1_low", "top1_high"}, other
+    with pytest.raises(ValueError, match="shots: 9 is larger than 3"):
+        load_config(sets=["evaluate.shots=[9,3]"])
+
+
+def test_retrieval_needs_no_training_images(world: Path, config: Config, tmp_path: Path) -> None:
+    distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    test = str(world / "test" / "*.tar")
+    result = evaluate(config, tmp_path / "run", None, test, "retrieval")
+    assert isinstance(result, Retrieval) and (result.queries, result.train_images, result.test_images) == (40, 0, 40)
+    assert set(result.retrieval) == {"cls", "mean_patch"}
+    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)
+    labels = torch.from_numpy(index_shards(test).labels)
+    assert result.retrieval["mean_patch"] == retrieval_figures(found["mean_patch"], labels)
+    assert result.written is not None
+    stored = json.loads(result.written.read_text())
+    assert stored["train"] == [] and stored["retrieval"] == result.retrieval
+    with pytest.raises(ValueError, match="this task learns from images; give --train"):
+        evaluate(config, world / "teacher", None, test)
+
+
+def renumbered(world: Path, folder: Path, config: Config) -> str:
+    """The test images of class 2 and 0, now numbered 0 and 1."""
+    for new, old in (("a", "class2"), ("b", "class0")):
+        shutil.copytree(world / "images" / "test" / old, folder / "in" / new)
+    prepare(config, folder / "in", folder / "out")
+    (folder / "out" / "classes.json").unlink()
+    return str(folder / "out" / "*.tar")
+
+
+def test_domain_shift(world: Path, config: Config, tmp_path: Path) -> None:
+    """With the map as object or list; a wrong map is wrong, and more rivals make it harder."""
+    train, test = str(world / "train" / "*.tar"), renumbered(world, tmp_path, config)
+    results = {}
+    for name, tree in {"object": {"0": 2, "1": 0}, "list": [2, 0], "swapped": [0, 2], "more": [2, 0, 1, 3]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+        settings = world_config(world, QUICK, f"evaluate.class_map={tmp_path / name}.json")
+        result = evaluate(settings, world / "teacher", train, test, "domain-shift")
+        assert isinstance(result, DomainShift) and result.test_images == 20
+        results[name] = result
+    assert results["object"].linear == results["list"].linear and results["object"].classes == 2
+    good, bad, more = (results[name].linear["mean_patch"] for name in ("object", "swapped", "more"))
+    assert good["top1"] >= 80 and good["top5"] == 100 and good["top1_low"] < good["top1"] < good["top1_high"] + 1e-6
+    assert bad["top1"] == pytest.approx(100 - good["top1"], abs=1e-3)
+    assert results["more"].classes == 4 and more["top1"] <= good["top1"]
+    quick, test = world_config(world, QUICK), str(world / "test" / "*.tar")
+    same = evaluate(quick, world / "teacher", train, test, "domain-shift")
+    assert isinstance(same, DomainShift) and same.classes == 4
+    plain = evaluate(quick, world / "teacher", train, test)
+    assert same.linear == plain.linear
+
+
+BAD_MAPS = {
+    "{": r"class_map: .*map\.json must be JSON such as",
+    "3": r"map\.json must be JSON such as",
+    "{}": r"map\.json must be JSON such as",
+    '["1"]': r"map\.json must be JSON such as .*; found 0: '1'",
+    '{"a": 1}': r"map\.json must be JSON such as .*; found 'a': 1",
+    "[true, 1]": r"map\.json must be JSON such as .*; found 0: True",
+    "[2]": r"map\.json has no entry for label 1 of --test; add it",
+    "[2, 9]": r"map\.json names label 9, of which --train has no images",
+}
+
+
+@pytest.mark.parametrize("text", BAD_MAPS)
+def test_bad_class_maps_are_named(text: str, world: Path, config: Config, tmp_path: Path) -> None:
+    (tmp_path / "map.json").write_text(text)
+    settings = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
+    train, test = str(world / "train" / "*.tar"), renumbered(world, tmp_path, config)
+    with pytest.raises(ValueError, match=BAD_MAPS[text]):
+        evaluate(settings, world / "teacher", train, test, "domain-shift")
+
+
+def test_domain_shift_without_a_map(world: Path, config: Config, tmp_path: Path) -> None:
+    gone = world_config(world, f"evaluate.class_map={tmp_path / 'gone.json'}")
+    train, test = str(world / "train" / "*.tar"), str(world / "test" / "*.tar")
+    with pytest.raises(ValueError, match=r"evaluate\.class_map: .*gone\.json: No such file"):
+        evaluate(gone, world / "teacher", train, test, "domain-shift")
+    few = renumbered(world, tmp_path, config)
+    with pytest.raises(ValueError, match="--test has label 2, of which --train has no images; if it numbers classes"):
+        evaluate(config, world / "teacher", few, test, "domain-shift")

@@ -21,7 +21,8 @@ from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.models import load_teacher, save_vit
 from pipeline.prepare import prepare
-from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head, nearest
+from pipeline.probes.dense import nearest
+from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head
 from singer.probes import class_iou, confusion
 
 CPU = torch.device("cpu")
@@ -178,9 +179,12 @@ def test_ignored_label_and_absent_classes(world: Path, frames: Path) -> None:
         probe(world_config(world, "evaluate.seg_classes=9", "evaluate.seg_ignore=9"), world / "teacher", *shards)
 
 
-def packed(folder: Path, **members: bytes) -> Path:
-    """A shard of two good samples and one, `odd`, with these members (name: its extension, _ for a dot)."""
-    good = {"png": png(np.zeros((8, 8, 3), np.uint8)), "seg_png": png(np.zeros((8, 8), np.uint8))}
+def packed(folder: Path, good: dict[str, bytes] | None = None, **members: bytes) -> Path:
+    """A shard of two good samples and one, `odd`, with these members (name: its extension, _ for a dot).
+
+    good: what lies beside the images of good samples; default: masks.
+    """
+    good = {"png": png(np.zeros((8, 8, 3), np.uint8)), **(good or {"seg_png": png(np.zeros((8, 8), np.uint8))})}
     folder.mkdir()
     with tarfile.open(folder / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, sample in (("a", good), ("b", good), ("odd", {"png": good["png"], **members})):

@@ -24,7 +24,8 @@ from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
 from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import FIGURES, find_sweep, make_plan, read_plan
-from pipeline.sweep.run import gpus
+from pipeline.sweep.run import _passes, gpus
+from pipeline.sweep.work import Member
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "student/model.safetensors"
@@ -87,7 +88,7 @@ def test_grid() -> None:
     assert len(plan.runs) == 8 and first.label == "refiner-none_lr-0.001"
     assert (first.config.student.dim, first.config.distill.lr, first.refiner) == (96, 0.001, None)
     assert (last.config.distill.lr, last.config.distill.seed) == (0.01, 1)
-    assert last.refiner == "adapter-standardize" and [*plan.refiners] == ["adapter-standardize"]
+    assert last.refiner == "clip-standardize" and [*plan.refiners] == ["clip-standardize"]
     assert last.changes == {"refiner": "fit", "distill.lr": 0.01, "distill.seed": 1}
 
 
@@ -161,7 +162,7 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
 
 def test_bundled_sweep() -> None:
     plan = read_plan(find_sweep("tinyimagenet-methods"))
-    assert len(plan.runs) == 24 and len(plan.refiners) == 5
+    assert len(plan.runs) == 51 and len(plan.refiners) == 9
     assert "tinyimagenet-methods" not in recipes()
     with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-methods"):
         find_sweep("none")
@@ -319,7 +320,7 @@ def test_a_failing_run_stops_no_other(
 
     # Put right, only what failed is done again; and no exception at all gets past its run.
     runs[0]["set"] = {"refiner": "none", "distill.seed": 3}
-    monkeypatch.setattr(work, "distill", bursts)
+    monkeypatch.setattr(work, "fan_out", bursts)
     again = run(world, write(world, file, runs=[runs[0], runs[2]]), out, "resume")
     assert again.done == 1 and again.failed == {"bad": "RuntimeError: out of memory"}
 
@@ -416,3 +417,24 @@ def test_one_worker_a_gpu(world: Path, file: Path, tmp_path: Path, monkeypatch: 
         run(world, file, tmp_path / "out")
     assert seen and set(seen) <= {"3", "GPU-ab"}
     assert gpus() == ["3", "GPU-ab"]
+
+
+def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_path: Path) -> None:
+    """On one pass they are the same, and one that cannot be trained takes no other along."""
+    tree = yaml.safe_load(file.read_text())
+    out = tmp_path / "out"
+    result = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 4}), out)
+    assert result.failed == {} and students(out) == students(whole)
+    tree["runs"].append({"name": "bad", "set": {"distill.objective": "msee"}})
+    again = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 9}), tmp_path / "again")
+    assert set(again.failed) == {"bad"} and again.done == 4
+    assert students(tmp_path / "again") == students(whole)
+
+
+def test_passes_are_shared_where_seeds_let_them() -> None:
+    runs = [{"set": {"distill.lr": lr}} for lr in (1, 2, 3)]
+    plan = make_plan({"together": 2, "grid": {"distill.seed": [0, 1]}, "runs": runs})
+    members = [Member(r.name, r.config) for r in plan.runs]
+    passes = _passes(members, plan.together)
+    assert [[m.config.distill.seed for m in p] for p in passes] == [[0, 0], [1, 1], [0], [1]]
+    assert sorted(m.name for p in passes for m in p) == sorted(m.name for m in members)

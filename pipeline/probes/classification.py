@@ -4,6 +4,7 @@ Nothing is selected on the test shards: the linear probe's penalty is chosen on 
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +23,13 @@ from pipeline.prepare import CLASSES
 from pipeline.probes.trial import EvaluateResult, Trial, tokens
 from pipeline.shards import Images, require_labels
 from pipeline.views import View, crop_view
-from singer.probes import knn_scores, topk_percent
+from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
 _ITERATIONS = 1000
 
-# {"cls": {"top1": .., "top5": ..}, "mean_patch": {..}}, in percent
+# {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent; low and high: the
+# 95 % confidence interval of top1. Where classes differ in training images: top1_many, top1_medium, top1_few.
 Accuracies = dict[str, dict[str, float]]
 
 
@@ -53,13 +55,15 @@ def probe(trial: Trial) -> Classification:
     if int(test_labels.max()) >= classes:
         raise ValueError(f"--test has label {int(test_labels.max())}, but --train only 0 to {classes - 1}")
 
+    groups = _shots(train_labels, test_labels, classes, settings)
+
     linear: Accuracies = {}
     knn: Accuracies = {}
     for name, x in train_features.items():
         scores = linear_scores(x, train_labels, test_features[name], classes, settings)
-        linear[name] = _accuracy(scores, test_labels)
+        linear[name] = accuracy(scores, test_labels, groups)
         scores = knn_scores(x, train_labels, test_features[name], classes, settings.neighbours, settings.temperature)
-        knn[name] = _accuracy(scores, test_labels)
+        knn[name] = accuracy(scores, test_labels, groups)
     return Classification(
         model=trial.model,
         train_images=len(train_labels),
@@ -126,5 +130,22 @@ def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS)).fit(x, y)
 
 
-def _accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    return {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
+def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> dict[str, Tensor]:
+    """{group: mask (m,)} of the test images by the training images of their class, without empty groups.
+
+    {} if evaluate.shots is none, or all are in one group, whose figure would be that of all images.
+    """
+    if settings.shots is None:
+        return {}
+    masks = shot_groups(torch.bincount(train, minlength=classes), settings.shots)
+    groups = {name: mask[test] for name, mask in masks.items() if mask[test].any()}
+    return groups if len(groups) > 1 else {}
+
+
+def accuracy(scores: Tensor, labels: Tensor, groups: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Figures (%) of scores (m, classes), see Accuracies. groups: {name: mask (m,)} with a top1_NAME each."""
+    figures = {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
+    figures["top1_low"], figures["top1_high"] = wilson_percent(int((scores.argmax(1) == labels).sum()), len(labels))
+    for name, rows in (groups or {}).items():
+        figures[f"top1_{name}"] = topk_percent(scores[rows], labels[rows], 1)
+    return figures

@@ -23,18 +23,25 @@ from singer.vit import block_outputs, depth
 class Trial:
     """A frozen model, the images that a task learns from and those that it is tested on.
 
-    model: what the user named; vit: the model itself, on `device`; started: time.perf_counter() at the start of the
-    stage; file: where the figures will be stored, if anywhere.
+    model: what the user named; vit: the model itself, on `device`; learn_from: the images of --train, if given;
+    started: time.perf_counter() at the start of the stage; file: where the figures will be stored, if anywhere.
     """
 
     model: Path
     vit: Vit
     device: torch.device
-    train: Images
+    learn_from: Images | None
     test: Images
     settings: EvaluateConfig
     started: float
     file: Path | None
+
+    @property
+    def train(self) -> Images:
+        """Raises ValueError if there are none: only a task that learns asks for them."""
+        if self.learn_from is None:
+            raise ValueError("this task learns from images; give --train")
+        return self.learn_from
 
     @property
     def seconds(self) -> float:

@@ -30,13 +30,16 @@ REFINER = "refiner"
 FIGURES = {
     "classification": ("linear.cls.top1", "linear.mean_patch.top1", "knn.cls.top1", "knn.mean_patch.top1"),
     "segmentation": ("miou", "pixel_accuracy"),
+    "depth": ("bins.delta1", "regression.delta1"),
+    "retrieval": ("retrieval.cls.map", "retrieval.mean_patch.map"),
+    "domain-shift": ("linear.cls.top1", "linear.mean_patch.top1"),
 }
 _DEFAULT = "classification.linear.mean_patch.top1"
 _LONGEST = 80
 
 Value = Any
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=_LONGEST)]
-Known = Literal["classification", "segmentation"]
+Known = Literal["classification", "segmentation", "depth", "retrieval", "domain-shift"]
 
 
 class RunEntry(Section):

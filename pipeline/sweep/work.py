@@ -1,4 +1,4 @@
-"""One piece of a sweep: a refiner to fit, or students to train on one pass and to probe. Knows nothing of the others."""
+"""One piece of a sweep: a refiner to fit, or students to train on one pass and to probe."""
 
 import sys
 import traceback

@@ -1,0 +1,40 @@
+"""Retrieval without training: every test image looks for the others of its class, on CLS and on the mean patch.
+
+Shards with NAME.cls beside NAME.jpg; --train plays no part.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.probes.classification import features
+from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.shards import require_labels
+from singer.probes import retrieval_figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(EvaluateResult):
+    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5."""
+
+    queries: int
+    retrieval: dict[str, dict[str, float]]
+
+
+def probe(trial: Trial) -> Retrieval:
+    """Raises ValueError for images without labels, and if no class has two images."""
+    require_labels(trial.test, "--test")
+    labels = torch.from_numpy(trial.test.labels)
+    counts = labels.unique(return_counts=True)[1]
+    if int(counts.max()) < 2:
+        raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")
+    found = features(trial.vit, trial.test, trial.settings, trial.device)
+    return Retrieval(
+        model=trial.model,
+        train_images=0,
+        test_images=len(trial.test),
+        seconds=trial.seconds,
+        written=trial.file,
+        queries=int(counts[counts > 1].sum()),
+        retrieval={name: retrieval_figures(x, labels) for name, x in found.items()},
+    )
