@@ -147,7 +147,7 @@ def test_joint_training_fits_no_refiner() -> None:
         ({"grid": {"distill.seed": [0, 0]}}, "seed-0 have one and the same configuration"),
         ({"grid": {"refiner": ["none"], "refine.rank": [4, 8]}}, "have one and the same configuration"),
         ({"grid": {"distill.seed": [0]}, "runs": [{"set": {"distill.seed": 1}}]}, "set by grid and by a run"),
-        ({"runs": [{}], "probes": ["flow"]}, "probes.0: input should be 'classification' or 'segmentation'"),
+        ({"runs": [{}], "probes": ["flow"]}, "probes.0: input should be 'classification', 'segmentation'"),
         ({"runs": [{}], "rank_by": "miou"}, "rank_by: no figure 'miou' among those of its probes"),
     ],
 )
@@ -265,7 +265,7 @@ def test_done_runs_are_skipped_and_changed_ones_refused(
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(work, "distill", never)
+        patch.setattr(work, "fan_out", never)
         patch.setattr(work, "refine", never)
         assert run(world, file, out, "resume").done == 2
     assert tree_bytes(out / "runs") == before
