@@ -28,7 +28,7 @@ from PIL import Image
 import cli
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
-from pipeline.models import Vit, save_vit
+from pipeline.models import Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.shards import index_shards, survey
 from pipeline.verify import verify
@@ -76,8 +76,8 @@ def build_world(root: Path) -> None:
     args = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "img_size": 64, "num_classes": 5}
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **args).eval()
-    vit = Vit(model, "vit_tiny_patch16_224", args, 64, (0.5,) * 3, (0.5,) * 3)
-    save_vit(vit, model.state_dict(), root / "teacher")
+    vit = Backbone(model, "vit_tiny_patch16_224", args, 64, (0.5,) * 3, (0.5,) * 3)
+    save_backbone(vit, model.state_dict(), root / "teacher")
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         place = root / "images" / f"class{number % 4}" / f"{number}.png"

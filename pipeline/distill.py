@@ -21,7 +21,7 @@ from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
 from pipeline.distiller import Distiller, Joint, Targets, new_joint
-from pipeline.models import Vit, new_student, save_vit
+from pipeline.models import Backbone, new_student, save_backbone
 from pipeline.outputs import (
     INPUTS,
     Mode,
@@ -199,7 +199,7 @@ class Made:
         settings, teacher, device = job.config.distill, cache.manifest.teacher, accelerator.device
         refiner = load_refiner(job.adapters, cache) if job.adapters is not None else None
         set_seed(settings.seed)
-        self.student: Vit = new_student(job.config.student, teacher.image_size)
+        self.student: Backbone = new_student(job.config.student, teacher.image_size)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         self.matching = match_blocks(cache.blocks, teacher.depth, depth(self.student.model))
@@ -214,6 +214,18 @@ class Made:
             settings.kd_weight,
         ).to(device)  # fmt: skip
         self.ema = ModelEmaV3(self.student.model, settings.ema) if settings.ema is not None else None
+
+    def matched(self, cache: Cache) -> str:
+        """8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
+        teacher = cache.manifest.teacher
+
+        def place(block: int, width: int, grid: tuple[int, int]) -> str:
+            return f"{block} ({width}, {grid[0]} x {grid[1]})"
+
+        return ", ".join(
+            f"{place(t, teacher.width, teacher.grid)} -> {place(s, *self.student.layout[s])}"
+            for t, s in self.matching.items()
+        )
 
     def trainee(self, mode: Mode, accelerator: Accelerator) -> Trainee:
         """Ready to train, from its last checkpoint if it has one."""
@@ -240,7 +252,7 @@ def run_jobs(
     """Train and store, once everything has been checked and the outputs are ours."""
     for new in made if accelerator.is_main_process else ():
         write_json(new.job.out / INPUTS, new.inputs)
-        say("teacher block -> student block: " + ", ".join(f"{t} -> {s}" for t, s in new.matching.items()))
+        say(f"teacher block -> student block (width, grid): {new.matched(cache)}")
     accelerator.wait_for_everyone()
     trainees = [new.trainee(mode, accelerator) for new in made]
     with images as files:
@@ -280,7 +292,7 @@ def store(new: Made, result: DistillResult) -> None:
     """The student (its moving average, if there is one) and what was trained beside it; the result comes last."""
     out = new.job.out
     student = new.student.model if new.ema is None else new.ema.module
-    save_vit(new.student, student.state_dict(), out / STUDENT)
+    save_backbone(new.student, student.state_dict(), out / STUDENT)
     trained = new.distiller.state_dict()
     write_tensors(out / PROJECTORS, {
         name.removeprefix("projectors."): t

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
-from pipeline.models import Vit
+from pipeline.models import Backbone
 from pipeline.refine import Fit
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter
@@ -18,7 +18,7 @@ from singer.matching import resize_tokens, take_patches
 from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
 from singer.refiner import Refiner
 from singer.tail import TeacherTail
-from singer.vit import block_outputs, freeze_unused, grid_size
+from singer.vit import block_outputs, freeze_unused
 
 # {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
 Kinds = dict[bool, dict[int, Tensor]]
@@ -78,7 +78,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        student: Vit,
+        student: Backbone,
         matching: dict[int, int],
         targets: "Targets",
         objectives: Mapping[str, float],
@@ -90,17 +90,18 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student.model
         self.matching, self.prefix, self.kd_weight = matching, student.prefix, kd_weight
+        self.layout = student.layout
         # Frozen, and so none of this module's.
         self._targets, self._joint = [targets], joint
         setting = targets.setting(tuple(matching), [OBJECTIVES[name] for name in objectives])
         self.objective = Mixture({name: OBJECTIVES[name](setting) for name in objectives}, objectives)
         kinds = {False: "projectors", True: "unit_projectors"}
         for kind in sorted(self.objective.units):
-            made = {str(b): new_projector(projector, student.width, setting.width) for b in matching}
+            made = {str(t): new_projector(projector, self.layout[b][0], setting.width) for t, b in matching.items()}
             self.add_module(kinds[kind], nn.ModuleDict(made))
         self._kinds = {kind: name for kind, name in kinds.items() if kind in self.objective.units}
         self.adapters = adapters
-        freeze_unused(self.student, max(matching.values()))
+        freeze_unused(self.student, max(matching.values()), student.image_size)
 
     def tokens(self, images: Tensor) -> Kinds:
         """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block."""
@@ -128,7 +129,8 @@ class Distiller(nn.Module):
                 )
             wanted = {True: refined, False: refined}
         positions = lesson.positions
-        tokens = {kind: targets.meet(x, positions) for kind, x in self.tokens(lesson.images).items()}
+        grids = {t: self.layout[b][1] for t, b in self.matching.items()}
+        tokens = {kind: targets.meet(x, grids, positions) for kind, x in self.tokens(lesson.images).items()}
         wanted = {kind: targets.arrange(wanted[kind], positions) for kind in tokens}
         found = self.objective(tokens, wanted, lesson.labels)
         return {name: (loss * lesson.weights).sum() * self.kd_weight for name, loss in found.items()} | losses
@@ -149,18 +151,18 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 
 
 class Targets:
-    """Stored features -> what the student is to match, on its own token grid."""
+    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several."""
 
-    def __init__(self, cache: Cache, refiner: Refiner | None, student: Vit, device: torch.device) -> None:
+    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.student_grid = grid_size(student.model)
+        self.grid = student.grid if student.is_vit else cache.manifest.teacher.grid
 
     @property
     def meeting_grid(self) -> tuple[int, int] | None:
         """The grid on which tokens are compared; None where the cache holds a share of the patches."""
-        return None if self.cache.manifest.sampled else self.student_grid
+        return None if self.cache.manifest.sampled else self.grid
 
     def features(self, encoded: Encoded) -> dict[int, Tensor]:
         """The teacher's features {block: (B, N, d)} on the device."""
@@ -193,25 +195,28 @@ class Targets:
             return {True: cleaned, False: {b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}}
 
     def arrange(self, features: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
-        """The tokens that students have counterparts of, on the student's grid unless they were sampled."""
+        """The tokens that students have counterparts of, on the common grid unless they were sampled."""
         teacher = self.cache.manifest.teacher
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
         if positions is not None:
             return targets
-        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.student_grid) for b, x in targets.items()}
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
         return self.arrange(self.refine(self.features(encoded))[False], encoded.positions)
 
-    def meet(self, tokens: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
-        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions."""
+    def meet(
+        self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions.
+
+        grids: of the student's tokens, by teacher block.
+        """
+        prefix = int(self.keep_cls)
         if positions is None:
-            return tokens
-        prefix, grid = int(self.keep_cls), self.cache.manifest.teacher.grid
-        return {
-            b: take_patches(resize_tokens(x, prefix, self.student_grid, grid), prefix, positions)
-            for b, x in tokens.items()
-        }
+            return {b: resize_tokens(x, prefix, grids[b], self.grid) for b, x in tokens.items()}
+        grid = self.cache.manifest.teacher.grid
+        return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}
 
 
 def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[Joint, Refiner]:

@@ -16,14 +16,13 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pipeline.config import Config, ExportConfig, load_config
 from pipeline.distill import DistillResult, load_result
 from pipeline.model_card import Card, caveats, write_card
-from pipeline.models import INTERPOLATION, LOCAL, Vit, load_saved, save_vit, timm_config
+from pipeline.models import INTERPOLATION, LOCAL, Backbone, load_saved, save_backbone, timm_config
 from pipeline.outputs import CONFIG, Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
 from pipeline.stores import write_atomic
@@ -64,7 +63,7 @@ class ExportResult:
 class Student:
     """What is exported. module: normalised images (B, 3, size, size) -> "pooled" (B, d) or "tokens" (B, N, d)."""
 
-    vit: Vit
+    vit: Backbone
     module: nn.Module
     output: str
 
@@ -88,7 +87,7 @@ class Student:
 class LastBlock(nn.Module):
     """Raw tokens (B, N, d) of the last block: what the targets of training are and what probes read by default."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.last = depth(model) - 1
@@ -112,7 +111,7 @@ class Written:
 def write_timm(student: Student, folder: Path) -> Written:
     """timm's local-dir layout, as the run itself has it."""
     _require_whole_model(student, "timm")
-    save_vit(student.vit, student.vit.model.state_dict(), folder)
+    save_backbone(student.vit, student.vit.model.state_dict(), folder)
     return _read_timm(student, folder)
 
 
@@ -274,6 +273,7 @@ def _read_timm(student: Student, folder: Path) -> Written:
     vit = student.vit
     tokens = "patches, prefix" if vit.prefix else "patches"
     more = ", return_prefix_tokens=True" if vit.prefix else ""
+    layout = "NLC" if vit.is_vit else "NCHW"
     snippet = f"""import timm
 import torch
 from PIL import Image
@@ -284,7 +284,7 @@ images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)
 with torch.inference_mode():
     pooled = model(images)
     # Tokens of the last block as they are, before the final norm:
-    last = {{"indices": 1, "norm": False, "output_fmt": "NLC", "intermediates_only": True}}
+    last = {{"indices": 1, "norm": False, "output_fmt": "{layout}", "intermediates_only": True}}
     {tokens} = model.forward_intermediates(images, **last{more})[0]"""
     return Written(timm.create_model(f"{LOCAL}{folder}", pretrained=True).eval(), snippet)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.cache.format import Index, TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.config import Config
-from pipeline.models import Vit, weight_hash
+from pipeline.models import Backbone, weight_hash
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
 from singer.vit import block_outputs, depth, grid_size
@@ -21,7 +21,7 @@ _CALIBRATION_RECORDS = 256
 class Extractor:
     """Images of records -> features of blocks, and what is stored of them."""
 
-    def __init__(self, config: Config, vit: Vit, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, vit: Backbone, accelerator: Accelerator) -> None:
         self.config, self.vit, self.accelerator = config, vit, accelerator
         self.teacher = TeacherManifest(
             name=config.teacher.name,

@@ -10,10 +10,10 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.distill import DistillResult
-from pipeline.models import LOCAL, Vit
+from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
-from singer.vit import depth, grid_size
+from singer.vit import depth
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
@@ -31,7 +31,7 @@ class Card:
     run: Path
     trained: DistillResult
     recipe: Config
-    vit: Vit
+    vit: Backbone
     difference: float
     snippet: str
     packages: tuple[str, ...]
@@ -63,11 +63,13 @@ def write_card(card: Card) -> str:
         teacher=describe_teacher(card.trained),
         refiner=describe_refiner(card.trained, read_as(run / INPUTS, dict[str, str | None], "finished run")),
         depth=depth(model),
-        heads=model.blocks[0].attn.num_heads,
-        patch=model.patch_embed.patch_size[0],
-        tokens=card.vit.prefix + grid_size(model)[0] * grid_size(model)[1],
-        pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}"),
-        norm=describe_norm(model),
+        heads=model.blocks[0].attn.num_heads if card.vit.is_vit else None,
+        patch=model.patch_embed.patch_size[0] if card.vit.is_vit else None,
+        tokens=card.vit.prefix + card.vit.grid[0] * card.vit.grid[1],
+        pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
+        if card.vit.is_vit
+        else "timm's pooling of the last feature map",
+        norm=describe_norm(model) if card.vit.is_vit else "What timm puts behind the last stage was not trained.",
         caveats=caveats(card.vit, card.trained),
         probes=read_probes(run),
         made_with=read_json(run, PROVENANCE, "output of singer").get("versions", {}),
@@ -116,7 +118,7 @@ def describe_norm(model: VisionTransformer) -> str:
     )
 
 
-def caveats(vit: Vit, trained: DistillResult) -> list[str]:
+def caveats(vit: Backbone, trained: DistillResult) -> list[str]:
     """What was never trained and makes outputs worthless, in sentences."""
     found = []
     last, supervised = depth(vit.model) - 1, max(trained.matching.values())
@@ -125,7 +127,7 @@ def caveats(vit: Vit, trained: DistillResult) -> list[str]:
             f"no target reached the blocks behind block {supervised} (of 0 to {last}): they are untrained, and so is "
             f"whatever the last one gives; take the output of block {supervised}"
         )
-    if trained.teacher is not None and not trained.teacher.class_token and vit.model.global_pool == "token":
+    if trained.teacher is not None and not trained.teacher.class_token and vit.has_cls:
         found.append("the teacher has no CLS token, so that the student's had no target; use the patch tokens")
     if getattr(vit.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")

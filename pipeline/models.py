@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
+from singer.vit import is_vit, layout
 
 LOCAL = "local-dir:"
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.
@@ -23,10 +25,10 @@ INTERPOLATION = "bicubic"
 
 
 @dataclass(frozen=True)
-class Vit:
-    """A timm VisionTransformer and what is needed to build it again."""
+class Backbone:
+    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students need not be."""
 
-    model: VisionTransformer
+    model: Any
     architecture: str
     model_args: dict[str, Any]
     image_size: int
@@ -34,17 +36,32 @@ class Vit:
     std: tuple[float, ...]
 
     @property
+    def is_vit(self) -> bool:
+        return is_vit(self.model)
+
+    @property
     def prefix(self) -> int:
         """CLS and register tokens."""
-        return int(self.model.num_prefix_tokens)
+        return int(self.model.num_prefix_tokens) if self.is_vit else 0
 
     @property
     def has_cls(self) -> bool:
-        return bool(self.model.has_class_token)
+        return self.is_vit and bool(self.model.has_class_token)
+
+    @cached_property
+    def layout(self) -> list[tuple[int, tuple[int, int]]]:
+        """(width, grid of the patch tokens) of every block, or stage."""
+        return layout(self.model, self.image_size)
 
     @property
     def width(self) -> int:
-        return int(self.model.embed_dim)
+        """Of the last block."""
+        return self.layout[-1][0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of the last block's patch tokens."""
+        return self.layout[-1][1]
 
 
 def local_folder(name: str) -> Path | None:
@@ -52,14 +69,14 @@ def local_folder(name: str) -> Path | None:
     return Path(name.removeprefix(LOCAL)).expanduser() if name.startswith(LOCAL) else None
 
 
-def load_teacher(config: TeacherConfig) -> Vit:
+def load_teacher(config: TeacherConfig) -> Backbone:
     """The teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
     vit = _create(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher")
     vit.model.requires_grad_(False).eval()
     return vit
 
 
-def new_student(config: StudentConfig, image_size: int) -> Vit:
+def new_student(config: StudentConfig, image_size: int) -> Backbone:
     """A student to be trained, without a head. image_size: used where the config gives none."""
     dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     given = {k: v for k, v in dims.items() if v is not None}
@@ -78,25 +95,35 @@ def new_student(config: StudentConfig, image_size: int) -> Vit:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
     size = config.image_size or image_size
-    return _create(name, size, args, None, pretrained=config.pretrained, what="student")
+    student = _create(name, size, args, None, pretrained=config.pretrained, what="student")
+    try:
+        student.layout  # noqa: B018 - what runs once runs again
+    except Exception as error:  # each architecture raises its own
+        raise ValueError(
+            f"student.name {config.name} gives no feature maps at {size} pixels: {_first_line(error)}"
+        ) from None
+    return student
 
 
-def load_saved(folder: Path, image_size: int | None = None) -> Vit:
-    """A model saved in timm's local-dir layout, by `save_vit` or by timm itself."""
+def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
+    """A model saved in timm's local-dir layout, by `save_backbone` or by timm itself."""
     vit = _create(f"{LOCAL}{folder}", image_size, {}, None, pretrained=True, what="evaluate")
     vit.model.requires_grad_(False).eval()
     return vit
 
 
-def save_vit(vit: Vit, state: Mapping[str, Tensor], folder: Path) -> None:
+def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
     """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", timm_config(vit))
 
 
-def timm_config(vit: Vit) -> dict[str, Any]:
+def timm_config(vit: Backbone) -> dict[str, Any]:
     """What timm stores as config.json beside the weights."""
+    own = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+    if not vit.is_vit:
+        own = {key: vit.model.pretrained_cfg.get(key) for key in own}
     return {
         "architecture": vit.architecture,
         "num_classes": vit.model.num_classes,
@@ -105,13 +132,11 @@ def timm_config(vit: Vit) -> dict[str, Any]:
         "pretrained_cfg": {
             "num_classes": vit.model.num_classes,
             "input_size": (3, vit.image_size, vit.image_size),
-            "fixed_input_size": True,
             "interpolation": INTERPOLATION,
             "crop_pct": 1.0,
             "mean": vit.mean,
             "std": vit.std,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            **own,
         },
     }
 
@@ -154,7 +179,7 @@ def _create(
     weights: Path | None,
     pretrained: bool,
     what: str,
-) -> Vit:
+) -> Backbone:
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
         kwargs["img_size"] = image_size
@@ -180,40 +205,43 @@ def _create(
     model = _build(name, pretrained, kwargs, weights, what)
     kwargs.pop("pretrained_cfg_overlay", None)
     pretrained_cfg = model.pretrained_cfg
-    size = model.patch_embed.img_size
+    # Hub tags change the head; the architecture alone would rebuild another one.
+    args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
+    if is_vit(model):
+        size = model.patch_embed.img_size
+        args |= {"img_size": size[0], "global_pool": model.global_pool}
+    else:
+        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
+        if not pretrained_cfg.get("fixed_input_size"):
+            args.pop("img_size", None)
     if size[0] != size[1]:
         raise ValueError(f"{what}.name {name}: only square inputs are supported, not {size}")
-    return Vit(
+    return Backbone(
         model=model,
         architecture=pretrained_cfg["architecture"],
-        # Hub tags change the head; the architecture alone would rebuild another one.
-        model_args={
-            **getattr(model, "_model_args", {}),
-            **kwargs,
-            "img_size": size[0],
-            "num_classes": model.num_classes,
-            "global_pool": model.global_pool,
-        },
+        model_args=args,
         image_size=size[0],
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
 
 
-def _build(
-    name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str
-) -> VisionTransformer:
+def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
     try:
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
             outline = timm.create_model(name, **plain)
-        if not isinstance(outline, VisionTransformer):
+        if isinstance(outline, VisionTransformer):
+            patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
+            if size is not None and size % patch:
+                near = max(1, round(size / patch)) * patch
+                raise TypeError(f"image_size {size} is not a multiple of the patch size {patch}; the nearest is {near}")
+        elif what == "teacher":
             raise TypeError(f"it is a {type(outline).__name__}, not a VisionTransformer of timm")
-        patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
-        if size is not None and size % patch:
-            near = max(1, round(size / patch)) * patch
-            raise TypeError(f"image_size {size} is not a multiple of the patch size {patch}; the nearest is {near}")
-        model: VisionTransformer = timm.create_model(name, pretrained=pretrained, **kwargs)
+        elif not outline.pretrained_cfg.get("fixed_input_size"):
+            # It takes any size, and no argument for it.
+            kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:  # also an argument that the architecture does not take
         raise ValueError(f"{what}.name {name}: {_first_line(error)}") from None
     except Exception as error:  # timm, the hub client and torch each raise their own

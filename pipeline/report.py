@@ -22,7 +22,7 @@ from pipeline.refine import RefineResult, load_refiner
 from pipeline.stores import write_atomic
 from pipeline.views import normalise
 from singer.artifacts import patch_norms
-from singer.vit import block_outputs, depth, grid_size
+from singer.vit import block_outputs, depth
 
 _SHOWN = 6
 _MEASURED = 256
@@ -86,7 +86,7 @@ def measure_norms(report: DemoReport) -> Norms:
             pixels = normalise(images, student.mean, student.std, torch.device("cpu"))
             last = depth(student.model) - 1
             tokens = block_outputs(student.model, pixels, [last])[last]
-            maps[f"{name} student"] = patch_norms(tokens, student.prefix).unflatten(1, grid_size(student.model))
+            maps[f"{name} student"] = patch_norms(tokens, student.prefix).unflatten(1, student.grid)
     return Norms(images.numpy(), maps)
 
 

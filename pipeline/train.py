@@ -15,7 +15,7 @@ from pipeline.cache.reader import Cache, Encoded
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import DistillConfig
 from pipeline.distiller import Lesson
-from pipeline.models import Vit
+from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter
 from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
@@ -59,7 +59,7 @@ class Trainee:
     def __init__(
         self,
         settings: DistillConfig,
-        student: Vit,
+        student: Backbone,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
         checkpoint: Checkpoint,

@@ -1,20 +1,43 @@
-"""Vision Transformers of timm, seen as what distillation needs: images in, tokens of chosen blocks out."""
+"""timm models, seen as what distillation needs: images in, tokens of chosen blocks out.
+
+A Vision Transformer gives its tokens; any other model that has timm's forward_intermediates gives the positions of its
+feature maps as patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 
-def depth(model: VisionTransformer) -> int:
-    return len(model.blocks)
+def is_vit(model: nn.Module) -> bool:
+    return isinstance(model, VisionTransformer)
+
+
+def depth(model: nn.Module) -> int:
+    """Blocks of a ViT; stages of another model."""
+    info: Any = model.blocks if is_vit(model) else model.feature_info
+    return len(info)
 
 
 def grid_size(model: VisionTransformer) -> tuple[int, int]:
     """(rows, columns) of patch tokens at the resolution that the model was built for."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
+
+
+@torch.no_grad()
+def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]]]:
+    """(width, (rows, columns)) of the tokens of every block at an image size, in pixels."""
+    if isinstance(model, VisionTransformer):
+        return [(int(model.embed_dim), grid_size(model))] * depth(model)
+    training, place = model.training, next(model.parameters())
+    model.eval()
+    maps = _maps(model, torch.zeros(1, 3, image_size, image_size).to(place), range(depth(model)))
+    model.train(training)
+    return [(int(x.shape[1]), (int(x.shape[2]), int(x.shape[3]))) for x in maps]
 
 
 def resolve_blocks(blocks: Sequence[int] | None, model_depth: int) -> list[int]:
@@ -36,12 +59,15 @@ def resolve_blocks(blocks: Sequence[int] | None, model_depth: int) -> list[int]:
     return resolved
 
 
-def block_outputs(model: VisionTransformer, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+def block_outputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
     """Raw outputs (B, P + patches, d) of the given blocks, before the final norm.
 
     images: (B, 3, H, W), normalised. Nothing after the last wanted block is computed.
     """
-    outputs = model.forward_intermediates(
+    if not is_vit(model):
+        maps = _maps(model, images, blocks)
+        return {b: x.flatten(2).transpose(1, 2) for b, x in zip(blocks, maps, strict=True)}
+    outputs = model.forward_intermediates(  # type: ignore[operator]
         images,
         indices=list(blocks),
         return_prefix_tokens=True,
@@ -59,10 +85,25 @@ def block_outputs(model: VisionTransformer, images: Tensor, blocks: Sequence[int
     return tokens
 
 
-def freeze_unused(model: VisionTransformer, last_block: int) -> None:
-    """Stop gradients of what lies behind the last supervised block: it would get none, and DDP refuses that."""
-    behind: list[nn.Module] = [*model.blocks[last_block + 1 :], model.norm, model.fc_norm, model.head]
-    if getattr(model, "attn_pool", None) is not None:
-        behind.append(model.attn_pool)
-    for module in behind:
-        module.requires_grad_(False)
+def _maps(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """Feature maps (B, d, rows, columns) of some stages."""
+    maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
+        images, indices=list(blocks), stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
+    return maps
+
+
+def freeze_unused(model: nn.Module, last_block: int, image_size: int) -> None:
+    """Stop gradients of what has no part in the blocks up to the last supervised one.
+
+    It would get none, and DDP refuses that. What it is, is found by sending a gradient back through them.
+    """
+    training, place = model.training, next(model.parameters())
+    model.eval()
+    with torch.enable_grad():
+        outputs = block_outputs(model, torch.zeros(1, 3, image_size, image_size).to(place), range(last_block + 1))
+        torch.stack([x.float().sum() for x in outputs.values()]).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    model.train(training)

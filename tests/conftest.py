@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, dump_config, load_config
-from pipeline.models import LOCAL, Vit, save_vit
+from pipeline.models import LOCAL, Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
 
@@ -39,7 +39,7 @@ SETTINGS = [
 ]
 
 
-def make_vit(architecture: str = "vit_tiny_patch16_224", seed: int = 0, **args: object) -> Vit:
+def make_vit(architecture: str = "vit_tiny_patch16_224", seed: int = 0, **args: object) -> Backbone:
     """A small random model of a timm family."""
     args = {
         "embed_dim": WIDTH,
@@ -51,10 +51,10 @@ def make_vit(architecture: str = "vit_tiny_patch16_224", seed: int = 0, **args: 
     } | args
     torch.manual_seed(seed)
     model = timm.create_model(architecture, pretrained=False, **args).eval()
-    return Vit(model, architecture, dict(args), int(str(args["img_size"])), (0.5,) * 3, (0.5,) * 3)
+    return Backbone(model, architecture, dict(args), int(str(args["img_size"])), (0.5,) * 3, (0.5,) * 3)
 
 
-def plant_artifacts(vit: Vit, token: int = 5) -> None:
+def plant_artifacts(vit: Backbone, token: int = 5) -> None:
     """One patch position gets a large value along one channel, from the first block on."""
     with torch.no_grad():
         vit.model.pos_embed[0, token, 3] += 60.0
@@ -81,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     teacher = make_vit()
     plant_artifacts(teacher)
-    save_vit(teacher, teacher.model.state_dict(), root / "teacher")
+    save_backbone(teacher, teacher.model.state_dict(), root / "teacher")
     for split, each in (("train", 25), ("test", 10)):
         draw_images(root / "images" / split, 4, each, seed=each, start=each)
         prepare(config_with("prepare.shard_images=30"), root / "images" / split, root / split)

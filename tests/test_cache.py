@@ -22,7 +22,7 @@ from pipeline.cache.format import JOURNAL, read_index, read_manifest
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
-from pipeline.models import load_saved, load_teacher, save_vit
+from pipeline.models import load_saved, load_teacher, save_backbone
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import open_store
 from pipeline.verify import verify
@@ -164,7 +164,7 @@ def test_zeros_are_stored(world: Path, config: Config, tmp_path: Path) -> None:
     with torch.no_grad():
         for p in zero.model.parameters():
             p.zero_()
-    save_vit(zero, zero.model.state_dict(), tmp_path / "zero")
+    save_backbone(zero, zero.model.state_dict(), tmp_path / "zero")
     silent = world_config(world, f"teacher.name=local-dir:{tmp_path / 'zero'}")
     cache = Cache(fill(silent, world, tmp_path / "c"))
     assert cache.features([5], CPU)[3].abs().max() == 0
@@ -195,7 +195,7 @@ def test_resume_with_other_settings_names_both_sides(world: Path, config: Config
     with pytest.raises(ValueError, match=r"started with cache\.codec float16, not int8"):
         fill(world_config(world, "cache.codec=int8"), world, out, "resume")
     other = make_vit(seed=9)
-    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    save_backbone(other, other.model.state_dict(), tmp_path / "other")
     changed = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}")
     with pytest.raises(ValueError, match=r"its teacher\.weights is .*, this run has"):
         fill(changed, world, out, "resume")
@@ -256,7 +256,7 @@ def test_kill_and_resume_gives_the_same_bytes(world: Path, config: Config, tmp_p
 def test_nan_names_the_key(world: Path, tmp_path: Path) -> None:
     broken = load_teacher(world_config(world).teacher)
     broken.model.blocks[3].mlp.fc2.bias[0] = float("nan")
-    save_vit(broken, broken.model.state_dict(), tmp_path / "teacher")
+    save_backbone(broken, broken.model.state_dict(), tmp_path / "teacher")
     config = world_config(world, f"teacher.name=local-dir:{tmp_path / 'teacher'}")
     with pytest.raises(ValueError, match="block 3 gives NaN or Inf for image 'class"):
         fill(config, world, tmp_path / "c")

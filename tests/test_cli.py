@@ -11,7 +11,7 @@ import pytest
 from conftest import make_vit, tree_bytes
 
 import cli
-from pipeline.models import save_vit
+from pipeline.models import save_backbone
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
@@ -172,7 +172,7 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
     root = tmp_path_factory.mktemp("extras")
     wide = make_vit(embed_dim=32)
-    save_vit(wide, wide.model.state_dict(), root / "m")
+    save_backbone(wide, wide.model.state_dict(), root / "m")
     config = world_config(world)
     cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
     with pytest.MonkeyPatch.context() as patch:

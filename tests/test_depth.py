@@ -13,7 +13,7 @@ from test_segmentation import SHARED, WEIGHTS, packed, png
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_teacher, save_vit
+from pipeline.models import load_teacher, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.depth import Depth, fit_heads, read_depths
 from pipeline.shards import index_beside, index_shards
@@ -167,7 +167,7 @@ def test_real_frames(tmp_path: Path) -> None:
     sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=128"]
     config = load_config(sets=sets)
     teacher = load_teacher(config.teacher)
-    save_vit(teacher, teacher.model.state_dict(), tmp_path / "teacher")
+    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
     shards = SHARED / "datasets" / "rgbd-sample-0000.tar"
     result = evaluate(config, tmp_path / "teacher", str(shards), str(shards), "depth")
     assert isinstance(result, Depth) and result.test_images == 12 and 0 < result.pixels < 12 * 640 * 480

@@ -18,7 +18,7 @@ from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
 from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
 from pipeline.distiller import Distiller, Lesson, Targets, select_tokens
-from pipeline.models import new_student
+from pipeline.models import load_saved, new_student
 from pipeline.refine import load_refiner
 from pipeline.shards import relocate
 from pipeline.train import learning_rate
@@ -337,3 +337,16 @@ def test_checkpointing_and_accumulation_change_nothing_but_memory(world: Path, t
     for name, sets in (("a", []), ("b", ["student.checkpointing=true"]), ("c", ["distill.accumulate=3"])):
         losses.append(distill(world_config(world, *sets), world / "cache", tmp_path / name).loss)
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_students_with_feature_maps(world: Path, tmp_path: Path, name: str) -> None:
+    """Matched by stage, and compared on the teacher's grid."""
+    own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    config = world_config(world, f"student.name={name}", *own, "distill.epochs=3")
+    result = distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    again = load_saved(result.student)
+    assert not again.has_cls and again.image_size == 32
+    assert result.matching[3] == len(again.layout) - 1

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_saved, save_vit
+from pipeline.models import load_saved, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.classification import Classification, features, linear_scores
 from pipeline.probes.classification import probe as probe_classification
@@ -87,7 +87,7 @@ def test_features_do_not_depend_on_batches(world: Path) -> None:
 
 def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -> None:
     vit = make_vit("vit_base_patch16_siglip_224", num_classes=0)
-    save_vit(vit, vit.model.state_dict(), tmp_path / "m")
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
     result = evaluate(config, tmp_path / "m", str(world / "train" / "*.tar"), str(world / "test" / "*.tar"))
     assert set(result.linear) == {"mean_patch"} and result.written is None
     assert [f.name for f in sorted((tmp_path / "m").iterdir())] == ["config.json", "model.safetensors"]

@@ -24,7 +24,7 @@ from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.export import CARD, FORMATS, ExportResult, Student, Written, export
-from pipeline.models import load_saved, save_vit
+from pipeline.models import load_saved, save_backbone
 from pipeline.views import normalise
 from singer.vit import block_outputs
 
@@ -207,7 +207,7 @@ def test_student_with_untrained_pooling(
     """No CLS, pooled by an attention that distillation never reaches: exported as it is, and said so."""
     run = changed()
     vit = make_vit("vit_base_patch16_siglip_224", num_classes=0, embed_dim=12, depth=3)
-    save_vit(vit, vit.model.state_dict(), run / "student")
+    save_backbone(vit, vit.model.state_dict(), run / "student")
     out = tmp_path / "export"
     export(settings(), run, out, to)
     images = torch.randn(3, 3, 32, 32)
@@ -253,7 +253,7 @@ def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsy
     vit = load_saved(run / "student")
     state = vit.model.state_dict()
     state["norm.weight"] += 0.5
-    save_vit(vit, state, run / "student")
+    save_backbone(vit, state, run / "student")
     export(settings(), run, tmp_path / "e", "timm")
     card = (tmp_path / "e" / CARD).read_text()
     for text in (

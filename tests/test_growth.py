@@ -11,7 +11,7 @@ from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.distill import distill
-from pipeline.models import save_vit
+from pipeline.models import save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
 
@@ -97,7 +97,7 @@ def test_all_at_once_and_a_codec_with_outliers(world: Path, tmp_path: Path) -> N
 
 def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
     other = make_vit(seed=5, embed_dim=12, patch_size=16)
-    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    save_backbone(other, other.model.state_dict(), tmp_path / "other")
     make(config, shards(world), tmp_path / "c")
     second = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}", "cache.blocks=[3]")
     cache_teacher(second, shards(world), tmp_path / "c", "append")

@@ -8,8 +8,8 @@ import timm
 import torch
 from conftest import make_vit
 
-from pipeline.config import load_config
-from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_vit, weight_hash
+from pipeline.config import StudentConfig, TeacherConfig, load_config
+from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_backbone, weight_hash
 from singer.subspaces import reader_weight
 from singer.tail import TeacherTail, tail_state
 from singer.vit import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
@@ -33,7 +33,7 @@ def test_family(family: str, tmp_path: Path) -> None:
     """Loads from a folder at another resolution; taps equal hooks; the tail ends where the model ends."""
     architecture, args, prefix = FAMILIES[family]
     vit = make_vit(architecture, **args)
-    save_vit(vit, vit.model.state_dict(), tmp_path)
+    save_backbone(vit, vit.model.state_dict(), tmp_path)
     config = load_config(sets=[f"teacher.name={LOCAL}{tmp_path}", "teacher.image_size=48"])
     teacher = load_teacher(config.teacher)
     assert teacher.prefix == prefix and grid_size(teacher.model) == (6, 6)
@@ -140,7 +140,7 @@ def test_student_round_trip(tmp_path: Path) -> None:
     student = new_student(load_config(sets=sets).student, 32)
     student.model.eval()
     assert grid_size(student.model) == (8, 8) and depth(student.model) == 2 and student.width == 16
-    save_vit(student, student.model.state_dict(), tmp_path)
+    save_backbone(student, student.model.state_dict(), tmp_path)
     images = torch.randn(2, 3, 32, 32)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     again = load_saved(tmp_path)
@@ -167,7 +167,7 @@ def test_student_mistakes(sets: list[str], message: str) -> None:
 
 def test_frozen_parts_are_those_without_a_gradient() -> None:
     vit = make_vit(num_classes=0)
-    freeze_unused(vit.model, 2)
+    freeze_unused(vit.model, 2, 32)
     block_outputs(vit.model, torch.randn(1, 3, 32, 32), [1, 2])[2].sum().backward()
     for name, p in vit.model.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
@@ -179,3 +179,33 @@ def test_resolve_blocks() -> None:
     for wrong, message in (([12], "block 12 does not exist: this model has 12"), ([3, 3], "different"), ([], "one or")):
         with pytest.raises(ValueError, match=message):
             resolve_blocks(wrong, 12)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "test_efficientnet", "test_mambaout"])
+def test_students_with_feature_maps(name: str, tmp_path: Path) -> None:
+    """Stages are blocks, positions of their maps are patch tokens; saved and loaded, it is the same model."""
+    student = new_student(StudentConfig(name=name, image_size=64), 32)
+    assert not student.is_vit and not student.has_cls and student.prefix == 0 and student.image_size == 64
+    stages = depth(student.model)
+    images = torch.randn(2, 3, 64, 64)
+    student.model.eval()
+    tokens = block_outputs(student.model, images, range(stages))
+    for stage, (width, (rows, columns)) in enumerate(student.layout):
+        assert tokens[stage].shape == (2, rows * columns, width)
+    maps = student.model.forward_intermediates(images, intermediates_only=True)
+    assert torch.equal(tokens[stages - 1][0, 0], maps[-1][0, :, 0, 0])
+    save_backbone(student, student.model.state_dict(), tmp_path / "m")
+    again = load_saved(tmp_path / "m")
+    assert again.image_size == 64 and again.layout == student.layout
+    torch.testing.assert_close(block_outputs(again.model, images, [stages - 1])[stages - 1], tokens[stages - 1])
+    assert load_saved(tmp_path / "m", 96).image_size == 96
+
+
+def test_students_that_give_no_feature_maps() -> None:
+    with pytest.raises(ValueError, match="student.name levit_128s gives no feature maps at 40 pixels"):
+        new_student(StudentConfig(name="levit_128s", image_size=40), 32)
+
+
+def test_teachers_are_vits() -> None:
+    with pytest.raises(ValueError, match="not a VisionTransformer of timm"):
+        load_teacher(TeacherConfig(name="test_resnet", image_size=32))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
 from pipeline.distiller import Distiller, Joint, Lesson, Targets
-from pipeline.models import Vit
+from pipeline.models import Backbone
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter, Shape
 from singer.evidence import Evidence
@@ -62,11 +62,11 @@ class Fixture:
         first = min(self.settings["layers"])
         return TeacherTail(ARCHITECTURE, self.model_args("teacher"), first, tail_state(self.state("teacher"), first))
 
-    def student(self) -> Vit:
+    def student(self) -> Backbone:
         args = self.model_args("student")
         model = timm.create_model(ARCHITECTURE, **args)
         model.load_state_dict(self.state("student"))
-        return Vit(model, ARCHITECTURE, args, self.settings["img"], (0.5,) * 3, (0.5,) * 3)
+        return Backbone(model, ARCHITECTURE, args, self.settings["img"], (0.5,) * 3, (0.5,) * 3)
 
     @property
     def matching(self) -> dict[int, int]:

@@ -133,12 +133,12 @@ def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
     import torch
     from conftest import make_vit
 
-    from pipeline.models import save_vit
+    from pipeline.models import save_backbone
 
     loud = make_vit()
     with torch.no_grad():
         loud.model.pos_embed[0, 5, 3] += 1e5
-    save_vit(loud, loud.model.state_dict(), tmp_path / "loud")
+    save_backbone(loud, loud.model.state_dict(), tmp_path / "loud")
     sets = [f"teacher.name=local-dir:{tmp_path / 'loud'}"]
     with pytest.raises(ValueError, match="beyond float16; use cache.codec bfloat16"):
         quick(world, world_config(world, *sets))

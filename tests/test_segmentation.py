@@ -19,7 +19,7 @@ import cli
 from pipeline.config import Config, dump_config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_teacher, save_vit
+from pipeline.models import load_teacher, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.dense import nearest
 from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head
@@ -266,7 +266,7 @@ def test_real_frames(tmp_path: Path) -> None:
     sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=128"]
     config = load_config(sets=[*sets, "evaluate.seg_classes=11", "evaluate.seg_ignore=11"])
     teacher = load_teacher(config.teacher)
-    save_vit(teacher, teacher.model.state_dict(), tmp_path / "teacher")
+    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
     train, test = (str(SHARED / "datasets" / f"camvid-{split}-*.tar") for split in ("train", "test"))
     result = evaluate(config, tmp_path / "teacher", train, test, "segmentation")
     assert isinstance(result, Segmentation) and (result.train_images, result.test_images) == (184, 117)

@@ -14,7 +14,7 @@ from pipeline.cache.format import CALIBRATION, INDEX, MANIFEST, TAIL, read_index
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
 from pipeline.extract import Extractor
-from pipeline.models import save_vit
+from pipeline.models import save_backbone
 from pipeline.stores import LocalStore
 from pipeline.verify import PartReport, VerifyResult, verify
 
@@ -248,7 +248,7 @@ def test_live_features_are_compared(world: Path, caches: dict[str, Path]) -> Non
 
 def test_wrong_teacher_names_both_sides(world: Path, caches: dict[str, Path], tmp_path: Path) -> None:
     other = make_vit(seed=9)
-    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    save_backbone(other, other.model.state_dict(), tmp_path / "other")
     with pytest.raises(
         ValueError, match=r"the cache's teacher\.weights is .*/teacher\), here it is .*model\.safetensors"
     ):
@@ -281,7 +281,7 @@ def test_features_of_something_else_are_found(world: Path, cache: Path, monkeypa
 def test_several_teachers(world: Path, cache: Path, tmp_path: Path) -> None:
     other = make_vit(seed=9, embed_dim=32)
     plant_artifacts(other)
-    save_vit(other, other.model.state_dict(), tmp_path / "other")
+    save_backbone(other, other.model.state_dict(), tmp_path / "other")
     second = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}")
     cache_teacher(second, shards(world), cache, "append")
     for config, checked in ((world_config(world), [True, False]), (second, [False, True])):

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
-from pipeline.models import Vit
+from pipeline.models import Backbone
 from pipeline.prepare import CLASSES
 from pipeline.probes.trial import EvaluateResult, Trial, tokens
 from pipeline.shards import Images, require_labels
@@ -86,7 +86,7 @@ def check_classes(train: Images, test: Images) -> None:
         )
 
 
-def features(vit: Vit, images: Images, settings: EvaluateConfig, device: torch.device) -> dict[str, Tensor]:
+def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> dict[str, Tensor]:
     """{"cls": (n, d), "mean_patch": (n, d)} of the last block, on the CPU."""
 
     def view(image: Image.Image) -> View:

@@ -40,7 +40,7 @@ def patch_tokens(trial: Trial, images: Images) -> Iterator[Tensor]:
 
 def label_side(trial: Trial) -> int:
     """The side of the maps that heads learn from, in pixels."""
-    return _LABELS_A_PATCH * int(trial.vit.model.patch_embed.grid_size[0])
+    return _LABELS_A_PATCH * trial.vit.grid[0]
 
 
 def read_maps(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
-from pipeline.models import Vit
+from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images
@@ -28,7 +28,7 @@ class Trial:
     """
 
     model: Path
-    vit: Vit
+    vit: Backbone
     device: torch.device
     learn_from: Images | None
     test: Images
@@ -65,13 +65,15 @@ Task = Callable[[Trial], EvaluateResult]
 
 
 def tokens(
-    vit: Vit, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
+    vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
 ) -> Iterator[Tensor]:
     """All tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
 
     view: the part of an image that the model sees.
     """
     last = depth(vit.model) - 1
+    if settings.tokens == "norm" and not vit.is_vit:
+        raise ValueError("evaluate.tokens norm is for ViTs; of other models take block")
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]
