@@ -183,6 +183,10 @@ class DistillConfig(Section):
         None, description="decay a step of a moving average of the student, which is then what is kept"
     )
     compile: bool = Field(False, description="torch.compile")
+    trackers: tuple[str, ...] = Field(
+        ("tensorboard",),
+        description="of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always there",
+    )
     precision: Precision = "no"
     workers: Positive = Field(2, description="image decoding and feature reading threads")
     checkpoint_minutes: Annotated[float, Field(gt=0)] = Field(

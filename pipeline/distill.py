@@ -38,6 +38,7 @@ from pipeline.readplan import steps_per_epoch
 from pipeline.refine import REFINER, RefinerManifest, load_refiner, read_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
+from pipeline.tracking import Tracking, check_trackers
 from pipeline.train import BatchLoader, Trainee, train
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
@@ -205,6 +206,7 @@ class Made:
         self.matching = match_blocks(cache.blocks, teacher.depth, depth(self.student.model))
         self.inputs = input_hashes(job, cache)
         targets = Targets(cache, refiner, self.student, device)
+        check_trackers(settings.trackers)
         joint: Joint | None = None
         self.fresh: Refiner | None = None
         if settings.joint:
@@ -239,7 +241,8 @@ class Made:
         if settings.compile:
             model = torch.compile(model)
         log = RunLog(out / LOG, first, accelerator.is_main_process)
-        return Trainee(settings, self.student, model, optimiser, checkpoint, log, first, self.ema)
+        tracking = Tracking(settings.trackers, out) if accelerator.is_main_process else None
+        return Trainee(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
 
 
 def run_jobs(
@@ -263,6 +266,8 @@ def run_jobs(
         if accelerator.is_main_process:
             store(new, result)
             trainee.checkpoint.path.unlink(missing_ok=True)
+            if trainee.tracking is not None:
+                trainee.tracking.close()
     accelerator.wait_for_everyone()
     return results
 

@@ -39,7 +39,7 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "sweep": (),  # each of its runs is checked by itself, and more may come
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.
-_FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error")
+_FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error", "trackers")
 Mode = Literal["new", "resume", "overwrite", "append"]
 Value = TypeVar("Value")
 

@@ -20,6 +20,7 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter
 from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
 from pipeline.shards import ImageFile
+from pipeline.tracking import Tracking
 from pipeline.views import normalise
 
 _LOG_STEPS = 50
@@ -64,11 +65,13 @@ class Trainee:
         optimiser: torch.optim.Optimizer,
         checkpoint: Checkpoint,
         log: RunLog,
+        tracking: Tracking | None,
         first_step: int,
         ema: ModelEmaV3 | None,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
-        self.checkpoint, self.log, self.first_step, self.ema = checkpoint, log, first_step, ema
+        self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
+        self.first_step, self.ema = first_step, ema
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
@@ -101,15 +104,16 @@ class Trainee:
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
             raise ValueError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
-        self.log.write(
-            step=step + 1,
-            epoch=(step + 1) / per_epoch,
-            lr=learning_rate(self.settings, step, per_epoch),
-            loss=self.loss,
-            parts=parts,
-            images_per_second=m.rate,
-            data_wait_percent=m.wait_percent,
-        )
+        figures = {
+            "epoch": (step + 1) / per_epoch,
+            "lr": learning_rate(self.settings, step, per_epoch),
+            "loss": self.loss,
+            "images_per_second": m.rate,
+            "data_wait_percent": m.wait_percent,
+        }
+        self.log.write(step=step + 1, **figures, parts=parts)
+        if self.tracking is not None:
+            self.tracking.log(step + 1, figures | {f"loss/{name}": value for name, value in parts.items()})
         self._sums, self._since = {}, 0
 
 

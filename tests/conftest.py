@@ -35,6 +35,7 @@ SETTINGS = [
     "distill.epochs=2",
     "distill.batch_size=16",
     "distill.workers=1",
+    "distill.trackers=[]",
     "evaluate.workers=1",
 ]
 

@@ -350,3 +350,22 @@ def test_students_with_feature_maps(world: Path, tmp_path: Path, name: str) -> N
     again = load_saved(result.student)
     assert not again.has_cls and again.image_size == 32
     assert result.matching[3] == len(again.layout) - 1
+
+
+def test_tensorboard(world: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    distill(world_config(world, "distill.trackers=[tensorboard]"), world / "cache", tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = read_log(tmp_path / "run" / "log.jsonl")
+    seen = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert seen == [(line["step"], pytest.approx(line["loss"], rel=1e-5)) for line in lines]
+    assert "loss/mse.3" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize(("name", "message"), [("tensorbord", "unknown 'tensorbord'"), ("aim", "pip install aim")])
+def test_trackers_that_are_not_there(world: Path, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"distill.trackers: .*{message}"):
+        distill(world_config(world, f"distill.trackers=[{name}]"), world / "cache", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
