@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import tree_bytes
+from conftest import tree_bytes, world_config
 
 from pipeline.cache import Cache
-from pipeline.checkpoint import read_log
+from pipeline.checkpoint import Checkpoint, read_log
+from pipeline.distill import distill
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +59,32 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
         for key, weight in one.items():
             # Adam divides rounding differences by tiny second moments; weights agree to a fraction of a step.
             torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
+
+
+@pytest.mark.timeout(300)
+def test_resume_on_more_processes(
+    world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by one process and interrupted in mid-epoch, ended by two: the same weights to rounding."""
+    config = world_config(world, "distill.checkpoint_minutes=1e-9", "distill.batch_size=15")
+    distill(config, world / "cache", tmp_path / "whole")
+    saves, save = 0, Checkpoint.save
+
+    def dying(self: Checkpoint, step: int, force: bool) -> None:
+        nonlocal saves
+        save(self, step, force)
+        saves += 1
+        if saves == 3:
+            assert not force  # in the midst of an epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, world / "cache", tmp_path / "part")
+    monkeypatch.undo()
+    options = ["--config", config_file, "--set", "distill.checkpoint_minutes=1e-9", "--batch-size", 15, "--resume"]
+    result = launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "part", *options)
+    assert result["steps"] == 14
+    one, two = (safetensors.torch.load_file(tmp_path / n / "student/model.safetensors") for n in ("whole", "part"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
