@@ -52,6 +52,10 @@ def closed(cleaner: str, normaliser: str = "none", *more: str) -> tuple[str, ...
     return (f"refine.cleaner={cleaner}", f"refine.normaliser={normaliser}", *more)
 
 
+def adapter(*more: str) -> tuple[str, ...]:
+    return closed("adapter", "standardize", *more)
+
+
 PAPER = ("refine.variant=paper", "refine.rank=16", "refine.lr=1e-3")
 JOINT = ("distill.joint=true", "refine.variant=official", "refine.rank=16")
 METHODS = {
@@ -70,6 +74,17 @@ METHODS = {
     "neighbour + layernorm-standardize": Method(closed("neighbour", "layernorm-standardize")),
     "adapter + standardize": Method(closed("adapter", "standardize")),
     "projector + standardize": Method(closed("projector", "standardize")),
+    "adapter, rank 4": Method(adapter("refine.rank=4"), main=False),
+    "adapter, rank 64": Method(adapter("refine.rank=64"), main=False),
+    "adapter, automatic rank, artifact-aware": Method(
+        adapter("refine.rank=auto", "refine.basis=artifact-aware"), main=False
+    ),
+    "adapter, curvature": Method(adapter("refine.basis=curvature"), main=False),
+    "adapter, random": Method(adapter("refine.basis=random"), main=False),
+    "adapter, no L_info": Method(adapter("refine.info_weight=0"), main=False),
+    "adapter, no L_keep": Method(adapter("refine.keep_weight=0"), main=False),
+    "paper two-stage, quantile 0.9": Method((*PAPER, "refine.quantile=0.9"), main=False),
+    "clip at 3 sigma": Method(closed("clip", "standardize", "refine.threshold_k=3"), main=False),
 }
 
 
