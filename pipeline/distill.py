@@ -81,7 +81,7 @@ class RefinerNote:
 
 @dataclass(frozen=True)
 class DistillResult:
-    """A trained student. loss: mean of the last epoch; matching: {teacher block: student block}.
+    """A trained student. loss: mean since the log line before the last; matching: {teacher block: student block}.
 
     refiner: None without adapters. Runs from before there were notes have None for both.
     """
@@ -135,11 +135,10 @@ def fan_out(
     check_shared(jobs)
     settings = jobs[0].config.distill
     fitted = [read_refiner(job.adapters) if job.adapters is not None else None for job in jobs]
-    known = next((f for f in fitted if f is not None), None)
-    blocks, teacher = settings.blocks, settings.teacher
-    if known is not None:
-        blocks, teacher = blocks or tuple(known.scales), teacher or known.teacher
-    cache = Cache(cache_path, teacher, blocks, settings.local_copy)
+    cache, *others = (open_cache(job, note, cache_path) for job, note in zip(jobs, fitted, strict=True))
+    for job, other in zip(jobs[1:], others, strict=True):
+        if (other.manifest.id(), other.blocks) != (cache.manifest.id(), cache.blocks):
+            raise ValueError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
     for job in jobs:
         check_output(job.out, mode, STAGE, job.config, inputs_of(job, cache_path, cache))
@@ -147,6 +146,7 @@ def fan_out(
             check_inputs(job.out, input_hashes(job, cache))
             if (job.out / RUN).exists():
                 results[job.out] = load_result(job.out)
+                (job.out / CHECKPOINT).unlink(missing_ok=True)
     images = open_images(cache, shards)
     accelerator = make_accelerator(settings.precision)
     made = [
@@ -159,6 +159,15 @@ def fan_out(
         if made:
             results |= run_jobs(made, cache, images, mode, accelerator)
     return [results[job.out] for job in jobs]
+
+
+def open_cache(job: Job, note: RefinerManifest | None, cache_path: Place) -> Cache:
+    """The cache, for the teacher and the blocks that a job learns from: those asked for, or else its refiner's."""
+    settings = job.config.distill
+    blocks, teacher = settings.blocks, settings.teacher
+    if note is not None:
+        blocks, teacher = blocks or tuple(note.scales), teacher or note.teacher
+    return Cache(cache_path, teacher, blocks, settings.local_copy)
 
 
 def check_shared(jobs: Sequence[Job]) -> None:
@@ -203,7 +212,7 @@ class Made:
         self.student: Backbone = new_student(job.config.student, teacher.image_size)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
-        self.matching = match_blocks(cache.blocks, teacher.depth, depth(self.student.model))
+        matching = match_blocks(cache.blocks, teacher.depth, depth(self.student.model))
         self.inputs = input_hashes(job, cache)
         targets = Targets(cache, refiner, self.student, device)
         check_trackers(settings.trackers)
@@ -212,9 +221,11 @@ class Made:
         if settings.joint:
             joint, self.fresh = new_joint(cache, job.config.refine, device)
         self.distiller = Distiller(
-            self.student, self.matching, targets, settings.objectives, settings.projector, self.fresh, joint,
+            self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint,
             settings.kd_weight,
         ).to(device)  # fmt: skip
+        # Without those that the objectives do not read.
+        self.matching = self.distiller.matching
         self.ema = ModelEmaV3(self.student.model, settings.ema) if settings.ema is not None else None
 
     def matched(self, cache: Cache) -> str:
@@ -256,6 +267,9 @@ def run_jobs(
     for new in made if accelerator.is_main_process else ():
         write_json(new.job.out / INPUTS, new.inputs)
         say(f"teacher block -> student block (width, grid): {new.matched(cache)}")
+        last, supervised = depth(new.student.model) - 1, max(new.matching.values())
+        if supervised < last:
+            say(f"note: nothing trains the student behind block {supervised}; probes read its last block, {last}")
     accelerator.wait_for_everyone()
     trainees = [new.trainee(mode, accelerator) for new in made]
     with images as files:

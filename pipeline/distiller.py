@@ -22,6 +22,7 @@ from singer.vit import block_outputs, freeze_unused
 
 # {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
 Kinds = dict[bool, dict[int, Tensor]]
+_PROJECTORS = {False: "projectors", True: "unit_projectors"}
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,19 @@ class Joint:
     settings: RefineConfig
     prefix: int
 
+    @property
+    def weights(self) -> dict[str, float]:
+        s = self.settings
+        return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
+
     def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
         s = self.settings
-        weights = {"outlier": s.outlier_weight, "info": s.info_weight, "keep": s.keep_weight}
         found = adapter_losses(
             Exchange(original, refined, self.tail, self.scales, self.prefix),
             list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
         )  # fmt: skip
-        return {name: weights[name] * torch.stack(list(of.values())).mean() for name, of in found.items()}
+        return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
 class Distiller(nn.Module):
@@ -89,19 +94,19 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student.model
-        self.matching, self.prefix, self.kd_weight = matching, student.prefix, kd_weight
-        self.layout = student.layout
+        self.prefix, self.layout, self.kd_weight = student.prefix, student.layout, kd_weight
         # Frozen, and so none of this module's.
         self._targets, self._joint = [targets], joint
         setting = targets.setting(tuple(matching), [OBJECTIVES[name] for name in objectives])
         self.objective = Mixture({name: OBJECTIVES[name](setting) for name in objectives}, objectives)
-        kinds = {False: "projectors", True: "unit_projectors"}
-        for kind in sorted(self.objective.units):
-            made = {str(t): new_projector(projector, self.layout[b][0], setting.width) for t, b in matching.items()}
-            self.add_module(kinds[kind], nn.ModuleDict(made))
-        self._kinds = {kind: name for kind, name in kinds.items() if kind in self.objective.units}
+        # Only what is compared: a projector without a gradient would stop DDP.
+        self.kinds = self.objective.reads()
+        for kind, blocks in self.kinds.items():
+            made = {str(t): new_projector(projector, self.layout[matching[t]][0], setting.width) for t in blocks}
+            self.add_module(_PROJECTORS[kind], nn.ModuleDict(made))
+        self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
         self.adapters = adapters
-        freeze_unused(self.student, max(matching.values()), student.image_size)
+        freeze_unused(self.student, max(self.matching.values()), student.image_size)
 
     def tokens(self, images: Tensor) -> Kinds:
         """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block."""
@@ -109,8 +114,8 @@ class Distiller(nn.Module):
         keep_cls = self._targets[0].keep_cls
         kept = {block: select_tokens(x, self.prefix, keep_cls) for block, x in outputs.items()}
         return {
-            kind: {t: self.get_submodule(f"{name}.{t}")(kept[block]).float() for t, block in self.matching.items()}
-            for kind, name in self._kinds.items()
+            kind: {t: self.get_submodule(f"{_PROJECTORS[kind]}.{t}")(kept[self.matching[t]]).float() for t in blocks}
+            for kind, blocks in self.kinds.items()
         }
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
@@ -121,19 +126,33 @@ class Distiller(nn.Module):
             wanted = targets.refine(lesson.features)
         else:
             assert self.adapters is not None
-            real = lesson.weights > 0  # the last batch of an epoch may be filled up
             with torch.autocast(lesson.images.device.type, enabled=False):
                 refined = self.adapters(lesson.features)
-                losses = self._joint.losses(
-                    {b: x[real] for b, x in lesson.features.items()}, {b: x[real] for b, x in refined.items()}
-                )
+                losses = self._joint_losses(lesson, refined)
             wanted = {True: refined, False: refined}
         positions = lesson.positions
         grids = {t: self.layout[b][1] for t, b in self.matching.items()}
         tokens = {kind: targets.meet(x, grids, positions) for kind, x in self.tokens(lesson.images).items()}
-        wanted = {kind: targets.arrange(wanted[kind], positions) for kind in tokens}
-        found = self.objective(tokens, wanted, lesson.labels)
+        wanted = {
+            kind: targets.arrange({b: wanted[kind][b] for b in blocks}, positions)
+            for kind, blocks in self.kinds.items()
+        }
+        # Small differences of large products, as in Grams, are lost in half precision.
+        with torch.autocast(lesson.images.device.type, enabled=False):
+            found = self.objective(tokens, wanted, lesson.labels)
         return {name: (loss * lesson.weights).sum() * self.kd_weight for name, loss in found.items()} | losses
+
+    def _joint_losses(self, lesson: Lesson, refined: dict[int, Tensor]) -> dict[str, Tensor]:
+        """The adapters' losses, in proportion to the records of this part of the batch, so that parts add up."""
+        assert self._joint is not None
+        real = lesson.weights > 0  # the last batch of an epoch may be filled up
+        if not real.any():
+            nothing = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+            return dict.fromkeys(self._joint.weights, nothing)
+        losses = self._joint.losses(
+            {b: x[real] for b, x in lesson.features.items()}, {b: x[real] for b, x in refined.items()}
+        )
+        return {name: loss * lesson.weights.sum() for name, loss in losses.items()}
 
 
 def new_projector(kind: str, width: int, target: int) -> nn.Module:

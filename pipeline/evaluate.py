@@ -13,12 +13,14 @@ from typing import Any, Literal, overload
 import torch
 
 from pipeline.config import Config
-from pipeline.distill import STUDENT
+from pipeline.distill import RUN, STUDENT, load_result
+from pipeline.model_card import caveats
 from pipeline.models import load_saved
 from pipeline.outputs import write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
 from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.progress import say
 from pipeline.shards import Images, index_shards
 
 Shards = str | Sequence[str]
@@ -45,6 +47,8 @@ def evaluate(
         raise ValueError(f"{model} does not exist; evaluate takes a run of singer distill or a timm model folder")
     shards = None if train is None else index_shards(train), index_shards(test)
     vit = load_saved(folder, config.evaluate.image_size)
+    for caveat in caveats(vit, load_result(model)) if (model / RUN).is_file() else ():
+        say(f"note: {caveat}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     file = result_file(model, task, shards, config) if folder != model else None

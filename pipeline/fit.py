@@ -119,8 +119,9 @@ def fit_adapters(
     first = checkpoint.restore(device)
     log = RunLog(log_file(out, group), first, True)
     weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
+    order = batch_order(records, settings, settings.steps if plateau.over else first)
     with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
-        for step, encoded in enumerate(prefetch(cache.read, batch_order(records, settings, first), 1, m), start=first):
+        for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
             features = cache.decode(encoded, device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
             exchange = Exchange(features, refined, tail, scales, cache.manifest.teacher.prefix_tokens)

@@ -1,7 +1,7 @@
 """What is in a cache, and what a refiner makes of it: norms, artifacts, drift at the teacher's readers, pictures.
 
-`singer inspect CACHE [--adapters ADAPTERS] [--out FOLDER]`. Thresholds come from the first records, the figures of a
-refiner from those that it was not fitted on.
+`singer inspect CACHE [--adapters ADAPTERS] [--out FOLDER]`. Figures come from records that were held
+out, those of a refiner from the ones that it was not fitted on; thresholds are the refiner's, or come from the others.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.distill import open_images
 from pipeline.figures import as_data_url, render, without_ticks
-from pipeline.measure import gather_evidence, measure_block, measure_scales, spread
+from pipeline.measure import gather_evidence, measure_blocks, measure_scales, spread
 from pipeline.outputs import Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
 from pipeline.refine import load_refiner, read_refiner, split_records
@@ -76,28 +76,34 @@ def inspect(
     """
     settings = config.refine
     teacher, blocks = settings.teacher, settings.blocks
-    if adapters is not None:
-        fitted = read_refiner(adapters)
+    fitted = read_refiner(adapters) if adapters is not None else None
+    if fitted is not None:
         teacher, blocks = teacher or fitted.teacher, blocks or tuple(fitted.scales)
     cache = Cache(cache_path, teacher, blocks, settings.local_copy)
     if out is not None:
         check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters])])
     refiner = load_refiner(adapters, cache) if adapters is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if fitted is not None:
+        settings = settings.model_copy(update={"seed": fitted.seed, "holdout": fitted.holdout})
     train, held_out = split_records(cache, settings)
-    scales = measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
+    scales = (
+        fitted.scales
+        if fitted is not None
+        else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
+    )
     sample = spread(held_out, settings.sample_records)
     tail = cache.tail().to(device)
     refiner = refiner.to(device) if refiner is not None else None
     figures, shown = {}, []
+    measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
         evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
         figures[block] = _block_figures(evidence, refiner)
-        if refiner is not None:
-            measured = measure_block(cache, refiner, block, scales[block], sample, device)
-            figures[block]["refined"] = measured["after"]
-            figures[block]["clean_drift_percent"] = measured["clean_drift_percent"]
+        if block in measured:
+            figures[block]["refined"] = measured[block]["after"]
+            figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
         shown.append(_show(evidence, refiner))
     result = InspectResult(
         cache=cache.id,
@@ -125,8 +131,9 @@ def _block_figures(evidence: Evidence, refiner: Refiner | None) -> dict[str, Any
     if refiner is not None:
         clean = _cleaner(refiner, evidence.block)
         figures |= {
-            "drift": reader_drift(evidence, clean),
-            "spliced": splice(evidence, clean),
+            # A share of the patches is not what the teacher's blocks read.
+            "drift": reader_drift(evidence, clean) if evidence.grid is not None else {},
+            "spliced": splice(evidence, clean) if evidence.grid is not None else {},
             "loss_share_refined": loss_share(evidence, clean),
         }
     return figures

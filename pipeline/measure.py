@@ -50,9 +50,10 @@ def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, Blo
 def gather_evidence(
     cache: Cache, records: np.ndarray, block: int, scale: BlockScale, tail: TeacherTail, device: torch.device, seed: int
 ) -> Evidence:
-    """Evidence of one block from some records, held in memory."""
+    """Evidence of one block from some records, possibly none, held in memory."""
     shape = shape_of(cache)
-    tokens = torch.cat([features[block] for features in batches(cache, records, device)])
+    none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
+    tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
     return Evidence(tail, block, tokens, scale, shape.prefix, shape.grid, seed)
 
 
@@ -65,7 +66,7 @@ def clean_moments(
     """
     shape = shape_of(cache)
     prefix = shape.prefix
-    moments = {b: Moments(shape) for b in cache.blocks}
+    moments = {b: Moments(shape, refiner.normaliser(b).needs_covariance) for b in cache.blocks}
     for features in batches(cache, records, device):
         for block, x in features.items():
             refined = refiner.normaliser(block).prepare(refiner.clean(x, block))
@@ -74,28 +75,39 @@ def clean_moments(
     return moments
 
 
-def measure_block(
-    cache: Cache, refiner: Refiner, block: int, scale: BlockScale, records: np.ndarray, device: torch.device
-) -> dict[str, object]:
-    """Norms before and after cleaning, and how far clean tokens moved, on some records."""
+def measure_blocks(
+    cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
+) -> dict[int, dict[str, object]]:
+    """{block: norms before and after cleaning, and how far clean tokens moved}, on some records."""
     prefix = cache.manifest.teacher.prefix_tokens
-    before, after = [], []
-    change, tokens = Spread(), Spread()
+    found = {b: _Measured() for b in cache.blocks}
     for features in batches(cache, records, device):
-        x = features[block]
-        refined = refiner.clean(x, block)
-        clean = clean_mask(patch_norms(x, prefix), scale.threshold)
-        before.append(patch_norms(x, prefix))
-        after.append(patch_norms(refined, prefix))
-        change.add((refined - x)[:, prefix:][clean])
-        tokens.add(x[:, prefix:][clean])
-    return {
-        "threshold": scale.threshold,
-        "before": norm_summary(torch.cat(before), scale.threshold),
-        "after": norm_summary(torch.cat(after), scale.threshold),
-        # Shares of the clean tokens' variance around their mean: a shift common to all tokens is no loss.
-        "clean_drift_percent": 100 * (change.variance() / max(tokens.variance(), 1e-30)) ** 0.5,
-    }
+        for block, x in features.items():
+            measured, refined = found[block], refiner.clean(x, block)
+            clean = clean_mask(patch_norms(x, prefix), scales[block].threshold)
+            measured.before.append(patch_norms(x, prefix).cpu())
+            measured.after.append(patch_norms(refined, prefix).cpu())
+            measured.change.add((refined - x)[:, prefix:][clean])
+            measured.tokens.add(x[:, prefix:][clean])
+    return {block: measured.figures(scales[block].threshold) for block, measured in found.items()}
+
+
+class _Measured:
+    """Of one block: norms, batch by batch, and the spread of clean tokens and of their change."""
+
+    def __init__(self) -> None:
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+        self.change, self.tokens = Spread(), Spread()
+
+    def figures(self, threshold: float) -> dict[str, object]:
+        return {
+            "threshold": threshold,
+            "before": norm_summary(torch.cat(self.before), threshold),
+            "after": norm_summary(torch.cat(self.after), threshold),
+            # Shares of the clean tokens' variance around their mean: a shift common to all tokens is no loss.
+            "clean_drift_percent": 100 * (self.change.variance() / max(self.tokens.variance(), 1e-30)) ** 0.5,
+        }
 
 
 class Spread:

@@ -84,6 +84,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         raise ValueError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
         assert sections is not None
+        if stage == "distill" and config.distill.joint:
+            sections = (*sections, "refine")
         change = config_change(store, config, sections)
         if change is not None:
             raise ValueError(

@@ -23,9 +23,10 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, RefineConfig
 from pipeline.devices import make_accelerator
-from pipeline.fit import fit_adapters, fitted_file, groups, load_fitted
-from pipeline.measure import clean_moments, gather_evidence, measure_block, measure_scales, shape_of, spread
+from pipeline.fit import fit_adapters, groups, load_fitted
+from pipeline.measure import clean_moments, gather_evidence, measure_blocks, measure_scales, shape_of, spread
 from pipeline.outputs import (
+    INPUTS,
     Mode,
     check_output,
     claimed_output,
@@ -39,7 +40,7 @@ from pipeline.progress import say
 from pipeline.stores import Place
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
-from singer.losses import INFO_FORMS, OUTLIER_FORMS
+from singer.losses import COUPLED, INFO_FORMS, OUTLIER_FORMS
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
 from singer.subspaces import BASES, best_rank
@@ -55,7 +56,7 @@ METRICS = "metrics.json"
 class RefinerManifest:
     """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
 
-    ranks: {block: rank of its adapter}.
+    ranks: {block: rank of its adapter}; seed and holdout tell which records it was not fitted on.
     """
 
     cache: str
@@ -64,6 +65,8 @@ class RefinerManifest:
     ranks: dict[int, Annotated[int, Field(ge=1)]]
     scales: dict[int, BlockScale]
     teacher: str
+    seed: int
+    holdout: float
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,19 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
+        _forget_parts(out)
         return _result(out)
+    if mode == "resume" and (out / INPUTS).exists():
+        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
+        if begun not in cache.ids:
+            raise ValueError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
     fit = Fit(cache, settings, split[0], accelerator.device)
     main = accelerator.is_main_process
     with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+        if main:
+            write_json(out / INPUTS, {"cache": cache.id})
         accelerator.wait_for_everyone()
         _fit(fit, out, accelerator)
         if main:
@@ -111,6 +121,10 @@ class Fit:
         self.tail = cache.tail().to(device)
         self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
         if CLEANERS[settings.cleaner].trained:
+            if settings.info_form in COUPLED and len(cache.blocks) < 2:
+                raise ValueError(
+                    f"refine.info_form {settings.info_form} needs an intermediate block beside the last; cache another"
+                )
             self.starts = start_directions(cache, self.tail, self.scales, self.statistics, settings, device)
             self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
@@ -119,7 +133,8 @@ class Fit:
         """Everything with a closed form, once the adapters are there: cleaners, then normalisers behind them."""
         cache, settings = self.cache, self.settings
         self.refiner.requires_grad_(False)
-        sample = spread(self.statistics, settings.sample_records)
+        looks = CLEANERS[settings.cleaner].looks
+        sample = spread(self.statistics, settings.sample_records) if looks else self.statistics[:0]
         for block in cache.blocks:
             evidence = gather_evidence(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
             self.refiner.cleaner(block).fit(evidence)
@@ -160,8 +175,9 @@ def _fit(fit: Fit, out: Path, accelerator: Accelerator) -> None:
         part = Cache(cache.place, settings.teacher, group, settings.local_copy)
         fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
     accelerator.wait_for_everyone()
-    for group in together:
-        load_fitted(fit.refiner, group, out)
+    if accelerator.is_main_process:
+        for group in together:
+            load_fitted(fit.refiner, group, out)
 
 
 def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
@@ -169,16 +185,30 @@ def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
     cache, settings = fit.cache, fit.settings
     fit.close()
     seconds = time.perf_counter() - start
-    blocks = {b: measure_block(cache, fit.refiner, b, fit.scales[b], held_out, fit.device) for b in cache.blocks}
+    sample = spread(held_out, settings.statistics_records)
+    blocks = measure_blocks(cache, fit.refiner, fit.scales, sample, fit.device)
     write_tensors(out / REFINER, fit.refiner.state_dict())
-    metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(held_out)}
+    metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(sample)}
     write_json(out / METRICS, metrics)
     manifest = RefinerManifest(
-        cache.id, settings.cleaner, settings.normaliser, fit.ranks, fit.scales, cache.manifest.teacher.weights
+        cache=cache.id,
+        cleaner=settings.cleaner,
+        normaliser=settings.normaliser,
+        ranks=fit.ranks,
+        scales=fit.scales,
+        teacher=cache.manifest.teacher.weights,
+        seed=settings.seed,
+        holdout=settings.holdout,
     )
     write_json(out / MANIFEST, asdict(manifest))
-    for group in groups(cache.blocks, settings.info_form):
-        fitted_file(out, group).unlink(missing_ok=True)
+    _forget_parts(out)
+
+
+def _forget_parts(out: Path) -> None:
+    """What fits leave for those that go on."""
+    for pattern in ("fitted-*", "checkpoint-*"):
+        for file in out.glob(pattern):
+            file.unlink()
 
 
 def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:

@@ -32,6 +32,8 @@ class Cleaner(nn.Module):
     """`none`: features as they are; the others derive from it and give `patches`."""
 
     trained = False
+    # Whether `fit` looks at tokens, and not at the scale alone.
+    looks = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -89,6 +91,7 @@ class Projector(Neighbour):
     |x' - t|² + μ(x' - x)ᵀC̃(x' - x). What is still above the threshold then is scaled down to it.
     """
 
+    looks = True
     move: Tensor
 
     def __init__(self, shape: Shape) -> None:

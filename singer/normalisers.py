@@ -11,21 +11,24 @@ from singer.cleaners import Shape
 
 
 class Moments:
-    """Running mean and covariance, in float64, of clean patch tokens, and mean and variance of each prefix position."""
+    """Running mean and variance, in float64, of clean patch tokens and of each prefix position.
 
-    def __init__(self, shape: Shape) -> None:
-        d = shape.width
+    whole: the covariance of patch tokens too, which costs far more.
+    """
+
+    def __init__(self, shape: Shape, whole: bool = False) -> None:
+        d, self.whole = shape.width, whole
         self.patch_sum = torch.zeros(d, dtype=torch.float64)
-        self.patch_products = torch.zeros(d, d, dtype=torch.float64)
+        self.patch_products = torch.zeros((d, d) if whole else d, dtype=torch.float64)
         self.prefix_sums = torch.zeros(2, shape.prefix, d, dtype=torch.float64)
         self.patches = self.images = 0
 
     def add(self, prefix: Tensor, patches: Tensor) -> None:
         """prefix (B, P, d), clean patches (n, d)."""
-        x, p = patches.double().cpu(), prefix.double().cpu()
-        self.patch_sum += x.sum(0)
-        self.patch_products += x.T @ x
-        self.prefix_sums += torch.stack([p.sum(0), p.square().sum(0)])
+        x, p = patches.double(), prefix.double()
+        self.patch_sum += x.sum(0).cpu()
+        self.patch_products += (x.T @ x if self.whole else x.square().sum(0)).cpu()
+        self.prefix_sums += torch.stack([p.sum(0), p.square().sum(0)]).cpu()
         self.patches += len(x)
         self.images += len(p)
 
@@ -35,12 +38,14 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        assert self.whole
         return self.patch_products / max(1, self.patches) - torch.outer(self.mean, self.mean)
 
     @property
     def variance(self) -> Tensor:
         """Of patch tokens, per channel, (d,)."""
-        return self.covariance.diagonal().clamp_min(0)
+        squares = self.patch_products.diagonal() if self.whole else self.patch_products
+        return (squares / max(1, self.patches) - self.mean.square()).clamp_min(0)
 
     @property
     def prefix_mean(self) -> Tensor:
@@ -53,6 +58,9 @@ class Moments:
 
 class Normaliser(nn.Module):
     """`none`: targets as they are."""
+
+    # Whether `fit` needs the whole covariance.
+    needs_covariance = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -128,6 +136,7 @@ class PhiS(Normaliser):
     arXiv 2410.01680). Prefix tokens are turned alike, each position with its own mean and scale.
     """
 
+    needs_covariance = True
     mean: Tensor
     turn: Tensor
     prefix_mean: Tensor
@@ -136,7 +145,7 @@ class PhiS(Normaliser):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.register_buffer("mean", torch.zeros(shape.width))
-        self.register_buffer("turn", torch.eye(shape.width))
+        self.register_buffer("turn", hadamard(shape.width).float())  # which must exist
         self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
         self.register_buffer("prefix_scale", torch.ones(shape.prefix, 1))
 

@@ -17,14 +17,14 @@ def knn_scores(
 ) -> Tensor:
     """Class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
 
-    train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp(s / temperature).
+    train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature).
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
     for chunk in test.split(1024):
         similarity, nearest = (chunk @ train.T).topk(min(neighbours, len(train)), dim=1)
         votes = similarity.new_zeros(len(chunk), classes).scatter_add_(
-            1, labels[nearest], (similarity / temperature).exp()
+            1, labels[nearest], ((similarity - 1) / temperature).exp()
         )
         scores.append(votes)
     return torch.cat(scores)

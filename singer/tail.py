@@ -64,7 +64,7 @@ class TeacherTail(nn.Module):
 
     def next_norm(self, tokens: Tensor, block: int) -> Tensor:
         """Output (B, N, d) of the norm that first reads the tokens (B, N, d) that left `block`."""
-        module = self.model.norm if self.is_last(block) else _first_norm(self.block(block + 1))
+        module = self.model.norm if self.is_last(block) else first_norm(self.block(block + 1))
         output: Tensor = module(tokens)
         return output
 
@@ -91,7 +91,7 @@ class TeacherTail(nn.Module):
         return output
 
 
-def _first_norm(block: nn.Module) -> nn.Module:
+def first_norm(block: nn.Module) -> nn.Module:
     """The norm ahead of a block's first branch. Raises ValueError for a block that has none there (res-post-norm)."""
     for name in ("norm1", "in_norm"):
         norm = getattr(block, name, None)

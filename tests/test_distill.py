@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
 from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
-from pipeline.distiller import Distiller, Lesson, Targets, select_tokens
+from pipeline.distiller import Distiller, Lesson, Targets, new_joint, select_tokens
 from pipeline.models import load_saved, new_student
-from pipeline.refine import load_refiner
+from pipeline.refine import load_refiner, refine
 from pipeline.shards import relocate
 from pipeline.train import learning_rate
 from singer.objectives import OBJECTIVES
@@ -369,3 +370,62 @@ def test_trackers_that_are_not_there(world: Path, tmp_path: Path, name: str, mes
     with pytest.raises(ValueError, match=f"distill.trackers: .*{message}"):
         distill(world_config(world, f"distill.trackers=[{name}]"), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["relation", "logits", "labels"])
+def test_only_what_is_compared_is_trained(world: Path, tmp_path: Path, objective: str) -> None:
+    """Of two matched blocks these read one: the other has neither projector nor gradient, and is not called matched."""
+    config = world_config(world, f"distill.objective={objective}", "distill.epochs=1")
+    result = distill(config, world / "cache", tmp_path / "run")
+    assert list(result.matching) == ([2] if objective == "relation" else [3])
+    stored = safetensors.torch.load_file(tmp_path / "run" / "projectors.safetensors")
+    assert {n.split(".")[-2] for n in stored if "projectors" in n or n[0].isdigit()} == {str(*result.matching)}
+
+
+def make_joint(world: Path, variant: str) -> tuple[Distiller, Lesson]:
+    config = world_config(world, f"refine.variant={variant}")
+    cache, student = Cache(world / "cache"), new_student(config.student, 32)
+    joint, fresh = new_joint(cache, config.refine, CPU)
+    targets = Targets(cache, None, student, CPU)
+    distiller = Distiller(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)
+    lesson = Lesson(torch.randn(8, 3, 32, 32), cache.features(range(8), CPU), torch.full((8,), 1 / 8), torch.zeros(8))
+    return distiller, lesson
+
+
+@pytest.mark.parametrize("variant", ["singer", "paper", "official"])
+def test_parts_without_a_record_add_nothing(world: Path, variant: str) -> None:
+    """The last batch of an epoch may leave a process nothing but filling."""
+    distiller, lesson = make_joint(world, variant)
+    losses = distiller(replace(lesson, weights=torch.zeros(8)))
+    assert set(losses) == set(distiller(lesson))
+    total = torch.stack(list(losses.values())).sum()
+    assert total.item() == 0
+    total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in distiller.parameters())
+
+
+def test_adapters_losses_of_parts_add_up(world: Path) -> None:
+    distiller, lesson = make_joint(world, "singer")
+    whole = distiller(lesson)
+    parts = [distiller(part) for part in lesson.split(2)]
+    for name in ("outlier", "mse.2", "mse.3"):
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+
+
+def test_joint_runs_are_continued_as_they_were_begun(world: Path, tmp_path: Path) -> None:
+    sets = ["distill.joint=true", "refine.variant=official"]
+    distill(world_config(world, *sets), world / "cache", tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"started with refine\.variant official, not singer"):
+        distill(world_config(world, sets[0]), world / "cache", tmp_path / "run", mode="resume")
+
+
+def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path) -> None:
+    refine(world_config(world, "refine.cleaner=clip", "refine.blocks=[3]"), world / "cache", tmp_path / "a")
+    jobs = [Job(world_config(world), tmp_path / "raw"), Job(world_config(world), tmp_path / "clip", tmp_path / "a")]
+    with pytest.raises(ValueError, match="cannot train on one pass: they learn from different blocks"):
+        fan_out(jobs, world / "cache")
+    assert not (tmp_path / "raw").exists()
+    for blocks in ("[]", "[3, 3]"):
+        with pytest.raises(ValueError, match="blocks must be one or more different ones"):
+            distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")

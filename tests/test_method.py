@@ -222,6 +222,12 @@ def test_knn_against_scikit_learn() -> None:
     assert scores.argmax(1).tolist() == reference.predict(test).tolist()
 
 
+def test_knn_does_not_overflow() -> None:
+    train, labels = torch.eye(3), torch.tensor([0, 1, 2])
+    scores = knn_scores(train, labels, torch.eye(3), 3, 3, temperature=1e-3)
+    assert scores.isfinite().all() and scores.argmax(1).tolist() == [0, 1, 2]
+
+
 def test_topk_percent() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     labels = torch.tensor([2, 0])

@@ -162,7 +162,7 @@ def test_mixture() -> None:
     setting, student, target = make_setting(), draw(), draw()
     parts: dict[str, Objective] = {n: OBJECTIVES[n](setting) for n in ("mse", "relation")}
     mixture = Mixture(parts, {"mse": 2.0, "relation": 0.5})
-    assert mixture.units == {False, True}
+    assert mixture.reads() == {False: (2, 3), True: (2,)}
     raw = draw()
     found = mixture({False: student, True: raw}, {False: target, True: target}, None)
     assert set(found) == {"mse.2", "mse.3", "relation.2"}

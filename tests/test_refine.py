@@ -249,3 +249,30 @@ def test_moments_against_numpy() -> None:
     np.testing.assert_allclose(layer.prefix_mean, prefix.mean(0), rtol=1e-4)
     np.testing.assert_allclose(layer.prefix_std, prefix.std(0), rtol=1e-4)
     np.testing.assert_allclose(moments.variance, patches.var(0), rtol=1e-5)
+
+
+def test_a_fit_goes_on_on_its_own_cache_only(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.cache_teacher import cache_teacher
+
+    def dying(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "adapter_losses", dying)
+        with pytest.raises(KeyboardInterrupt):
+            refine(config, world / "cache", tmp_path / "a")
+    cache_teacher(config, str(world / "test" / "*.tar"), tmp_path / "other")
+    small = world_config(world, "refine.batch_size=8")
+    with pytest.raises(ValueError, match=r"refine\.batch_size 16, not 8"):
+        refine(small, tmp_path / "other", tmp_path / "a", "resume")
+    with pytest.raises(ValueError, match="it was started on another cache; use that or --overwrite"):
+        refine(config, tmp_path / "other", tmp_path / "a", "resume")
+
+
+def test_a_coupled_loss_needs_two_blocks(world: Path, tmp_path: Path) -> None:
+    config = world_config(world, "refine.variant=official", "refine.blocks=[3]")
+    with pytest.raises(ValueError, match="refine.info_form official needs an intermediate block beside the last"):
+        refine(config, world / "cache", tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -216,7 +216,7 @@ def test_no_hadamard_of_this_width() -> None:
 def test_phi_s_gives_every_channel_one_variance_by_a_rotation() -> None:
     x = torch.randn(4000, WIDTH) @ torch.randn(WIDTH, WIDTH) + 5
     prefix = torch.randn(300, 1, WIDTH) * 3 - 2
-    moments = Moments(Shape(WIDTH, 1, None))
+    moments = Moments(Shape(WIDTH, 1, None), whole=True)
     moments.add(prefix, x)
     layer = PhiS(Shape(WIDTH, 1, None))
     layer.fit(moments)

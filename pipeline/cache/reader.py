@@ -93,6 +93,8 @@ class Cache:
             known = ", ".join(sorted({p.manifest.teacher.name for p in parts}))
             raise ValueError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
         self.manifest = self._parts[0].manifest
+        if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
+            raise ValueError(f"blocks must be one or more different ones, not {list(blocks)}")
         held = sorted({b for p in self._parts for b in p.manifest.blocks})
         self.blocks = tuple(held if blocks is None else sorted(blocks))
         self._spans = self._find_spans(parts)

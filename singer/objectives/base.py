@@ -45,6 +45,10 @@ class Objective(nn.Module):
     def setting(self) -> Setting:
         return self._setting[0]
 
+    def reads(self) -> tuple[int, ...]:
+        """The blocks whose tokens it compares; the student learns nothing of others from it."""
+        return self.setting.blocks
+
     @property
     def tail(self) -> TeacherTail:
         assert self.setting.tail is not None

@@ -20,6 +20,9 @@ class Labels(Objective):
             raise ValueError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
         self.head = nn.Linear(setting.width, setting.classes)
 
+    def reads(self) -> tuple[int, ...]:
+        return self.setting.blocks[-1:]
+
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:

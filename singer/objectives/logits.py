@@ -26,6 +26,9 @@ class Logits(Objective):
         if not setting.prefix and model.global_pool == "token":
             raise ValueError("distill.objective logits needs a student with a class token: the teacher's head reads it")
 
+    def reads(self) -> tuple[int, ...]:
+        return self.setting.blocks[-1:]
+
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:

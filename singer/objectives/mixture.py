@@ -15,10 +15,13 @@ class Mixture(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.weights = dict(weights)
 
-    @property
-    def units(self) -> set[bool]:
-        """Which kinds of targets are needed: in the teacher's units (True), normalised (False)."""
-        return {bool(o.in_teacher_units) for o in self.objectives.values()}
+    def reads(self) -> dict[bool, tuple[int, ...]]:
+        """{whether in the teacher's units: the blocks that are compared so}"""
+        found: dict[bool, set[int]] = {}
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            found.setdefault(bool(objective.in_teacher_units), set()).update(objective.reads())
+        return {kind: tuple(sorted(blocks)) for kind, blocks in sorted(found.items())}
 
     def forward(
         self,

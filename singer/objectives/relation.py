@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from singer.objectives.base import Objective, Setting
+from singer.tail import first_norm
 
 
 class Relation(Objective):
@@ -32,6 +33,10 @@ class Relation(Objective):
             attention = getattr(self.tail.block(block + 1), "attn", None)
             if not hasattr(attention, "qkv"):
                 raise ValueError("distill.objective relation needs a teacher whose blocks have attn.qkv")
+            first_norm(self.tail.block(block + 1))  # which must be there
+
+    def reads(self) -> tuple[int, ...]:
+        return tuple(self.blocks)
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
@@ -44,7 +49,7 @@ class Relation(Objective):
         for pair in self.pairs:
             first, second = pair[0], pair[1]
             ours, theirs = (
-                (x[first] @ x[second].transpose(-1, -2) / x[first].shape[-1] ** 0.5).log_softmax(-1)
+                (x[first] / x[first].shape[-1] ** 0.5 @ x[second].transpose(-1, -2)).log_softmax(-1)
                 for x in (seen, wanted)
             )
             losses.append((theirs.exp() * (theirs - ours)).sum(-1).mean(dim=(1, 2)))
