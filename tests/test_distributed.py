@@ -46,6 +46,8 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
     assert (tmp_path / "adapters" / name).read_bytes() == (world / "adapters" / name).read_bytes()
 
     train = ["distill", "--cache", tmp_path / "cache", "--adapters", world / "adapters", *options]
+    # Logits read one of the two blocks, and with projectors of their own.
+    train += ["--set", "distill.objective={mse: 1, logits: 0.5}"]
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     for processes, run in runs.items():
         # 100 records in batches of 15: the last batch of an epoch is smaller and does not divide by two.
