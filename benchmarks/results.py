@@ -68,6 +68,7 @@ METHODS = {
     "neighbour": Method(closed("neighbour")),
     "official joint": Method(None, JOINT),
     "paper two-stage": Method(PAPER),
+    "paper two-stage + standardize": Method((*PAPER, "refine.normaliser=standardize")),
     "clip + standardize": Method(closed("clip", "standardize")),
     "neighbour + standardize": Method(closed("neighbour", "standardize")),
     "layernorm-standardize": Method(closed("none", "layernorm-standardize")),

@@ -103,7 +103,7 @@ class RefineConfig(Section):
     variant: Literal["singer", "paper", "official"] = Field(
         "singer", description="sets the keys below as this project, the paper or its authors' code has them"
     )
-    cleaner: str = "clip"
+    cleaner: str = "neighbour"
     normaliser: str = "standardize"
     rank: Positive | Literal["auto"] = Field(
         16, description="adapter: its rank; auto: where artifact energy removed is farthest above drift, for each block"

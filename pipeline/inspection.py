@@ -134,7 +134,8 @@ def _block_figures(evidence: Evidence, refiner: Refiner | None) -> dict[str, Any
             # A share of the patches is not what the teacher's blocks read.
             "drift": reader_drift(evidence, clean) if evidence.grid is not None else {},
             "spliced": splice(evidence, clean) if evidence.grid is not None else {},
-            "loss_share_refined": loss_share(evidence, clean),
+            # Of the targets as students get them: standardising may blow up again what a cleaner has left.
+            "loss_share_refined": loss_share(evidence, lambda x: refiner({evidence.block: x})[evidence.block]),
         }
     return figures
 

@@ -69,6 +69,18 @@ def clip_norms(patches: Tensor, threshold: Tensor | float) -> Tensor:
     return clipped
 
 
+def expected_patches(patches: Tensor, clean: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """What is expected at each patch (B, n, d): x̃ if the grid is whole, else the mean of the image's clean ones."""
+    return neighbour_mean(patches, clean, grid) if grid is not None else clean_mean(patches, clean).expand_as(patches)
+
+
+def clean_mean(patches: Tensor, clean: Tensor) -> Tensor:
+    """The mean (B, 1, d) of the clean patches of every image; zero where there is none."""
+    weight = clean.to(patches.dtype).unsqueeze(-1)
+    mean: Tensor = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    return mean
+
+
 def neighbour_mean(patches: Tensor, clean: Tensor, grid: tuple[int, int]) -> Tensor:
     """x̃ of SINDER (arXiv 2407.16826): the mean of the clean patches in the 3x3 neighbourhood, (B, n, d).
 
@@ -80,5 +92,4 @@ def neighbour_mean(patches: Tensor, clean: Tensor, grid: tuple[int, int]) -> Ten
     # divisor_override: sums, so that the border needs no case of its own
     sums = F.avg_pool2d(maps, 3, stride=1, padding=1, divisor_override=1).flatten(2).transpose(1, 2)
     near, count = sums[..., :-1], sums[..., -1:]
-    whole = (patches * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(count > 0.5, near / count.clamp_min(1), whole)
+    return torch.where(count > 0.5, near / count.clamp_min(1), clean_mean(patches, clean))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from singer.artifacts import clip_norms, neighbour_mean
+from singer.artifacts import clip_norms, expected_patches
 from singer.curvature import curvature
 from singer.evidence import Evidence
 
@@ -68,20 +68,14 @@ class Clip(Cleaner):
 
 
 class Neighbour(Clip):
-    """`neighbour`: artifacts become the mean of the clean patches around them (SINDER, arXiv 2407.16826)."""
+    """`neighbour`: artifacts become the mean of the clean patches around them (SINDER, arXiv 2407.16826).
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        if shape.grid is None:
-            raise ValueError(
-                f"refine.cleaner {type(self).__name__.lower()} needs all patches of an image, but the cache holds a "
-                "share of them; choose clip or adapter"
-            )
+    Where the cache holds a share of the patches, the mean of all clean ones of the image.
+    """
 
     def patches(self, patches: Tensor) -> Tensor:
-        assert self.shape.grid is not None
         clean = patches.norm(dim=-1) <= self.threshold
-        return torch.where(clean.unsqueeze(-1), patches, neighbour_mean(patches, clean, self.shape.grid))
+        return torch.where(clean.unsqueeze(-1), patches, expected_patches(patches, clean, self.shape.grid))
 
 
 class Projector(Neighbour):

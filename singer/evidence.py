@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from singer.artifacts import BlockScale, clean_mask, neighbour_mean, patch_norms
+from singer.artifacts import BlockScale, clean_mask, expected_patches, patch_norms
 from singer.tail import TeacherTail
 
 
@@ -41,12 +41,9 @@ class Evidence:
     def artifact_energy(self) -> Tensor:
         """A = E over artifact tokens of (x - x̃)(x - x̃)ᵀ, (d, d) float64; zero where there are none.
 
-        x̃ is the mean of the clean neighbours, or of all clean tokens where the grid is not whole.
+        x̃ is the mean of the clean neighbours, or of all clean tokens of the image where the grid is not whole.
         """
         patches, clean = self.patches, self.clean
-        if self.grid is not None:
-            expected = neighbour_mean(patches, clean, self.grid)
-        else:
-            expected = patches[clean].mean(0).expand_as(patches)
+        expected = expected_patches(patches, clean, self.grid)
         excess = (patches - expected)[~clean].double()
         return excess.T @ excess / max(1, len(excess))

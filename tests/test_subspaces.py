@@ -1,5 +1,7 @@
 """Curvature, subspaces and closed-form refiners, each against an independent computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -195,10 +197,13 @@ def test_projector_is_the_minimum_it_claims() -> None:
     torch.testing.assert_close(free(evidence.tokens), near(evidence.tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cleaner", ["neighbour", "projector"])
-def test_neighbours_need_a_whole_grid(cleaner: str) -> None:
-    with pytest.raises(ValueError, match=f"refine.cleaner {cleaner} needs all patches of an image"):
-        CLEANERS[cleaner](Shape(WIDTH, 1, None))
+def test_without_a_grid_all_clean_patches_are_neighbours() -> None:
+    evidence = replace(make_evidence(), grid=None)
+    layer = Neighbour(Shape(WIDTH, 1, None))
+    layer.fit(evidence)
+    expected = evidence.patches[:, [i for i in range(16) if i != 5]].mean(1)
+    torch.testing.assert_close(layer(evidence.tokens)[:, 1 + 5], expected)
+    assert artifact_aware(evidence, 2).shape == (WIDTH, 2)
 
 
 @pytest.mark.parametrize("d", [1, 2, 4, 12, 20, 24, 64, 96, 192, 384, 768, 1024, 1280, 1408, 1536])

@@ -88,7 +88,7 @@ def test_grid() -> None:
     assert len(plan.runs) == 8 and first.label == "refiner-none_lr-0.001"
     assert (first.config.student.dim, first.config.distill.lr, first.refiner) == (96, 0.001, None)
     assert (last.config.distill.lr, last.config.distill.seed) == (0.01, 1)
-    assert last.refiner == "clip-standardize" and [*plan.refiners] == ["clip-standardize"]
+    assert last.refiner == "neighbour-standardize" and [*plan.refiners] == ["neighbour-standardize"]
     assert last.changes == {"refiner": "fit", "distill.lr": 0.01, "distill.seed": 1}
 
 
@@ -162,7 +162,7 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
 
 def test_bundled_sweep() -> None:
     plan = read_plan(find_sweep("tinyimagenet-methods"))
-    assert len(plan.runs) == 51 and len(plan.refiners) == 9
+    assert len(plan.runs) == 54 and len(plan.refiners) == 10
     assert "tinyimagenet-methods" not in recipes()
     with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-methods"):
         find_sweep("none")
