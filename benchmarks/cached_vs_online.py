@@ -25,8 +25,8 @@ from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.train import BatchLoader
 from pipeline.views import normalise
+from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
-from singer.vit import block_outputs, depth
 
 
 def main() -> None:

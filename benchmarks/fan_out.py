@@ -23,8 +23,8 @@ from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.train import Batch, BatchLoader
 from pipeline.views import normalise
+from singer.backbones import depth
 from singer.matching import match_blocks
-from singer.vit import depth
 
 
 def main() -> None:

@@ -43,8 +43,8 @@ from pipeline.shards import ImageFile, Survey, content_hash, index_shards, reloc
 from pipeline.stores import Place, open_store
 from pipeline.tars import NO_LABEL
 from pipeline.views import draw_view
+from singer.backbones import resolve_blocks
 from singer.tail import TeacherTail, tail_state
-from singer.vit import resolve_blocks
 
 STAGE = "cache-teacher"
 _MAX_SHARD_RECORDS = 4096

@@ -40,10 +40,10 @@ from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
 from pipeline.tracking import Tracking, check_trackers
 from pipeline.train import BatchLoader, Trainee, train
+from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner
-from singer.vit import depth
 
 STAGE = "distill"
 STUDENT = "student"
@@ -150,7 +150,9 @@ def fan_out(
     images = open_images(cache, shards)
     accelerator = make_accelerator(settings.precision)
     made = [
-        Made(job, note, cache, accelerator) for job, note in zip(jobs, fitted, strict=True) if job.out not in results
+        NewStudent(job, note, cache, accelerator)
+        for job, note in zip(jobs, fitted, strict=True)
+        if job.out not in results
     ]
     main = accelerator.is_main_process
     with ExitStack() as claims:
@@ -201,7 +203,7 @@ def input_hashes(job: Job, cache: Cache) -> dict[str, str | None]:
     return {"cache": cache.id, "adapters": file_hash(job.adapters / REFINER) if job.adapters is not None else None}
 
 
-class Made:
+class NewStudent:
     """A student that is built, with all it needs, but has not touched its output yet."""
 
     def __init__(self, job: Job, note: RefinerManifest | None, cache: Cache, accelerator: Accelerator) -> None:
@@ -257,7 +259,7 @@ class Made:
 
 
 def run_jobs(
-    made: Sequence[Made],
+    made: Sequence[NewStudent],
     cache: Cache,
     images: AbstractContextManager[ImageFile | None],
     mode: Mode,
@@ -286,7 +288,7 @@ def run_jobs(
     return results
 
 
-def describe(new: Made, trainee: Trainee, cache: Cache, m: Meter) -> DistillResult:
+def describe(new: NewStudent, trainee: Trainee, cache: Cache, m: Meter) -> DistillResult:
     teacher, settings, job = cache.manifest.teacher, new.job.config.distill, new.job
     return DistillResult(
         run=job.out,
@@ -307,7 +309,7 @@ def describe(new: Made, trainee: Trainee, cache: Cache, m: Meter) -> DistillResu
     )
 
 
-def store(new: Made, result: DistillResult) -> None:
+def store(new: NewStudent, result: DistillResult) -> None:
     """The student (its moving average, if there is one) and what was trained beside it; the result comes last."""
     out = new.job.out
     student = new.student.model if new.ema is None else new.ema.module

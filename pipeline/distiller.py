@@ -12,13 +12,13 @@ from pipeline.config import RefineConfig
 from pipeline.models import Backbone
 from pipeline.refine import Fit
 from singer.artifacts import BlockScale
+from singer.backbones import block_outputs, freeze_unused
 from singer.cleaners import Adapter
 from singer.losses import Exchange, adapter_losses
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
 from singer.refiner import Refiner
 from singer.tail import TeacherTail
-from singer.vit import block_outputs, freeze_unused
 
 # {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
 Kinds = dict[bool, dict[int, Tensor]]

@@ -26,7 +26,7 @@ from pipeline.models import INTERPOLATION, LOCAL, Backbone, load_saved, save_bac
 from pipeline.outputs import CONFIG, Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
 from pipeline.stores import write_atomic
-from singer.vit import block_outputs, depth
+from singer.backbones import block_outputs, depth
 
 STAGE = "export"
 CARD = "README.md"

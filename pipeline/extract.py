@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.models import Backbone, weight_hash
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
-from singer.vit import block_outputs, depth, grid_size
+from singer.backbones import block_outputs, depth, grid_size
 
 _CALIBRATION_RECORDS = 256
 

@@ -13,7 +13,7 @@ from pipeline.distill import DistillResult
 from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
-from singer.vit import depth
+from singer.backbones import depth
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}

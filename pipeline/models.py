@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
-from singer.vit import is_vit, layout
+from singer.backbones import is_vit, layout
 
 LOCAL = "local-dir:"
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.

@@ -30,8 +30,8 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import say
 from pipeline.shards import ImageFile, index_shards, survey
 from pipeline.stores import Place, is_remote
+from singer.backbones import resolve_blocks
 from singer.tail import tail_state
-from singer.vit import resolve_blocks
 
 # Images that are drawn; records of which features are kept, at most so many bytes of them.
 _IMAGES = 1024

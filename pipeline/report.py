@@ -22,7 +22,7 @@ from pipeline.refine import RefineResult, load_refiner
 from pipeline.stores import write_atomic
 from pipeline.views import normalise
 from singer.artifacts import patch_norms
-from singer.vit import block_outputs, depth
+from singer.backbones import block_outputs, depth
 
 _SHOWN = 6
 _MEASURED = 256

@@ -5,6 +5,7 @@ tokens (CLS and registers), d channels, r adapter rank. Block numbers are 0-base
 """
 
 from singer.artifacts import BlockScale, robust_threshold
+from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape
 from singer.evidence import Evidence
 from singer.matching import match_blocks, resize_tokens
@@ -13,7 +14,6 @@ from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner
 from singer.subspaces import BASES
 from singer.tail import TeacherTail
-from singer.vit import block_outputs
 
 __all__ = [
     "BASES",

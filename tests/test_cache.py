@@ -27,7 +27,7 @@ from pipeline.shards import ImageFile, relocate
 from pipeline.stores import open_store
 from pipeline.verify import verify
 from pipeline.views import normalise
-from singer.vit import block_outputs
+from singer.backbones import block_outputs
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from pipeline.models import load_saved
 from pipeline.resources import resource
 from pipeline.views import normalise
 from singer.artifacts import patch_norms, robust_threshold
-from singer.vit import block_outputs
+from singer.backbones import block_outputs
 
 
 def test_digits_are_pure_and_disjoint() -> None:

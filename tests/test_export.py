@@ -26,7 +26,7 @@ from pipeline.evaluate import evaluate
 from pipeline.export import CARD, FORMATS, ExportResult, Student, Written, export
 from pipeline.models import load_saved, save_backbone
 from pipeline.views import normalise
-from singer.vit import block_outputs
+from singer.backbones import block_outputs
 
 CPU = torch.device("cpu")
 TRACED = ("onnx", "torch-export")
@@ -346,3 +346,14 @@ def test_bad_input_is_one_line(
     with pytest.raises(ValueError, match=r"--to onnx needs onnxruntime: pip install onnx onnxruntime onnxscript"):
         export(settings(), run, out, "onnx")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["timm", "torch-export"])
+def test_a_student_with_feature_maps(world: Path, tmp_path: Path, to: str) -> None:
+    own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    config = world_config(world, "student.name=test_convnext", *own, "distill.epochs=1")
+    distill(config, world / "cache", tmp_path / "run")
+    result = export(config, tmp_path / "run", tmp_path / "out", to)
+    assert result.max_difference < 1e-4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| width of the last stage, stages |" in card and "Vision Transformer" not in card

@@ -10,9 +10,9 @@ from conftest import make_vit
 
 from pipeline.config import StudentConfig, TeacherConfig, load_config
 from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_backbone, weight_hash
+from singer.backbones import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
 from singer.subspaces import reader_weight
 from singer.tail import TeacherTail, tail_state
-from singer.vit import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
 
 # family: (architecture, its own arguments, prefix tokens)
 FAMILIES = {

@@ -108,7 +108,7 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
     vit = make_vit(**args)
     images = torch.randn(2, 3, 32, 32)
     setting = make_setting(**args)
-    from singer.vit import block_outputs
+    from singer.backbones import block_outputs
 
     with torch.no_grad():
         expected = vit.model(images).log_softmax(-1)

@@ -24,6 +24,7 @@ from pipeline.config import RefineConfig
 from pipeline.distiller import Distiller, Joint, Lesson, Targets
 from pipeline.models import Backbone
 from singer.artifacts import BlockScale
+from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape
 from singer.evidence import Evidence
 from singer.objectives import Setting
@@ -32,7 +33,6 @@ from singer.objectives.vitkd import VitKd
 from singer.refiner import Refiner
 from singer.subspaces import BASES, weights_official
 from singer.tail import TeacherTail, tail_state
-from singer.vit import block_outputs
 
 FOLDER = Path(os.environ.get("SINGER_PARITY_FIXTURES", Path(__file__).parents[2] / "shared" / "parity"))
 NAMES = sorted(f.stem for f in FOLDER.glob("*.json"))

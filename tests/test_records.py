@@ -16,8 +16,8 @@ from pipeline.models import load_saved, new_student
 from pipeline.refine import load_refiner, refine
 from pipeline.shards import ImageFile
 from pipeline.views import apply_view, normalise
+from singer.backbones import block_outputs
 from singer.matching import take_patches
-from singer.vit import block_outputs
 
 CPU = torch.device("cpu")
 RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.count=3", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")

@@ -16,7 +16,7 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images
 from pipeline.views import View, apply_view, normalise
-from singer.vit import block_outputs, depth
+from singer.backbones import block_outputs, depth
 
 
 @dataclass(frozen=True)
