@@ -56,11 +56,16 @@ def adapter(*more: str) -> tuple[str, ...]:
     return closed("adapter", "standardize", *more)
 
 
+def objective(value: str) -> tuple[str, ...]:
+    return (f"distill.objective={value}",)
+
+
+DEFAULT = closed("neighbour", "standardize")
 PAPER = ("refine.variant=paper", "refine.rank=16", "refine.lr=1e-3")
 JOINT = ("distill.joint=true", "refine.variant=official", "refine.rank=16")
 METHODS = {
     "raw (FitNet)": Method(),
-    "cosine": Method(None, ("distill.objective=cosine",)),
+    "cosine": Method(None, objective("cosine")),
     "layernorm": Method(closed("none", "layernorm")),
     "standardize": Method(closed("none", "standardize")),
     "phi-s": Method(closed("none", "phi-s")),
@@ -70,11 +75,21 @@ METHODS = {
     "paper two-stage": Method(PAPER),
     "paper two-stage + standardize": Method((*PAPER, "refine.normaliser=standardize")),
     "clip + standardize": Method(closed("clip", "standardize")),
-    "neighbour + standardize": Method(closed("neighbour", "standardize")),
+    "neighbour + standardize": Method(DEFAULT),
     "layernorm-standardize": Method(closed("none", "layernorm-standardize")),
     "neighbour + layernorm-standardize": Method(closed("neighbour", "layernorm-standardize")),
     "adapter + standardize": Method(closed("adapter", "standardize")),
     "projector + standardize": Method(closed("projector", "standardize")),
+    "gram": Method(None, objective("gram")),
+    "vitkd": Method(None, objective("vitkd")),
+    "relation": Method(None, objective("relation")),
+    "logits": Method(None, objective("logits")),
+    "smooth-l1": Method(None, objective("smooth-l1"), main=False),
+    "theia": Method(None, objective("theia"), main=False),
+    "unic": Method(None, objective("unic"), main=False),
+    "default + gram": Method(DEFAULT, objective("{mse: 1, gram: 1}"), main=False),
+    "default + relation": Method(DEFAULT, objective("{mse: 1, relation: 1}"), main=False),
+    "default + logits": Method(DEFAULT, objective("{mse: 1, logits: 1}"), main=False),
     "adapter, rank 4": Method(adapter("refine.rank=4"), main=False),
     "adapter, rank 64": Method(adapter("refine.rank=64"), main=False),
     "adapter, automatic rank, artifact-aware": Method(
