@@ -119,8 +119,27 @@ def test_old_caches_are_read(name: str) -> None:
     assert verify(load_config(), folder / name).whole
 
 
+def test_caches_of_version_2_are_read() -> None:
+    """Two parts of everything that the format knows: random views, JPEG, sampled tokens, byte strings, Zstd."""
+    folder = GOLDEN.parent
+    cache = Cache(folder / "cache-v2-int4")
+    expected = safetensors.torch.load_file(folder / "cache-v2-int4.expected.safetensors")
+    records = np.arange(12)
+    features, encoded = cache.features(records, CPU), cache.read(records)
+    for block in (0, 1):
+        torch.testing.assert_close(features[block], expected[f"features.{block}"], rtol=1e-6, atol=1e-6)
+    assert encoded.positions is not None
+    torch.testing.assert_close(encoded.positions, expected["positions"])
+    torch.testing.assert_close(cache.tail().logits(features[1], 1), expected["logits"])
+    np.testing.assert_array_equal(cache.index.box, expected["box"].numpy())
+    # JPEG decoders may differ in the last bit.
+    torch.testing.assert_close(cache.pixels(records, 16).float(), expected["pixels"].float(), rtol=0, atol=2)
+    assert verify(load_config(), folder / "cache-v2-int4").whole
+
+
 def test_old_ids_hold() -> None:
-    """Refiners and runs made on a cache of version 1 still find it."""
+    """Refiners and runs made on a cache of an earlier version still find it."""
+    assert Cache(GOLDEN.parent / "cache-v2-int4").id.startswith("bf0dadf925cb")
     assert Cache(GOLDEN.parent / "cache-v1-float16").id.startswith("536ce9b6ea96")
     assert Cache(GOLDEN.parent / "cache-v1-int8").id.startswith("d58889f5b6b6")
 
