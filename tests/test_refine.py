@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tree_bytes, world_config
+from conftest import make_vit, tree_bytes, world_config
 
 from pipeline import fit
 from pipeline.cache import Cache
+from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import read_log
 from pipeline.config import Config
 from pipeline.fit import batch_order
 from pipeline.measure import measure_scales
+from pipeline.models import save_backbone
 from pipeline.outputs import read_json
 from pipeline.refine import load_refiner, refine, split_records
 from singer.artifacts import patch_norms
@@ -63,6 +65,25 @@ def test_same_seed_same_adapters(world: Path, config: Config, tmp_path: Path) ->
     assert (tmp_path / "again" / name).read_bytes() == (world / "adapters" / name).read_bytes()
     refine(world_config(world, "refine.seed=1"), world / "cache", tmp_path / "other")
     assert (tmp_path / "other" / name).read_bytes() != (world / "adapters" / name).read_bytes()
+
+
+@pytest.mark.parametrize("cleaner", ["adapter", "neighbour", "projector"])
+def test_a_clean_teacher_costs_nothing(world: Path, tmp_path: Path, cleaner: str) -> None:
+    """Without artifacts the cleaners change clean tokens by less than 1 %, and so targets are those of `none`."""
+    save_backbone(vit := make_vit(), vit.model.state_dict(), tmp_path / "teacher")
+    made = {}
+    for name in ("none", cleaner):
+        config = world_config(tmp_path, f"refine.cleaner={name}")
+        if name == "none":
+            cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache")
+        refine(config, tmp_path / "cache", tmp_path / name)
+        made[name] = load_refiner(tmp_path / name, Cache(tmp_path / "cache"))
+    blocks = read_json(tmp_path / cleaner, "metrics.json", "")["blocks"].values()
+    assert all(b["before"]["artifact_percent"] == 0 and b["clean_drift_percent"] < 1 for b in blocks)
+    features = Cache(tmp_path / "cache").features(np.arange(50), CPU)
+    cleaned, plain = made[cleaner](features), made["none"](features)
+    for block in features:
+        assert (cleaned[block] - plain[block]).norm() < 0.01 * plain[block].norm()
 
 
 @pytest.mark.parametrize("cleaner", ["none", "clip", "neighbour", "projector"])
