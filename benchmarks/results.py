@@ -3,7 +3,8 @@
     python benchmarks/results.py --teacher FILE --data FOLDER --out runs/results [--seeds 0 1 2] [--methods NAME ...]
         [--write docs/results.md] [--dev]
 
-FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar and camvid-{train,test}-*.tar.
+FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar, camvid-{train,test}-*.tar and
+rgbd-sample-*.tar, of whose frames the last third tests the depth probe: too few for more than a smoke test.
 Repeating the command skips what is done and goes on where it stopped; several may run at once with different methods.
 --dev chooses: probes are tested on a fifth of the training images, and the val and test shards are not opened. A new
 method is a line in METHODS; figures that are missing so far are left blank.
@@ -11,11 +12,13 @@ method is a line in METHODS; figures that are missing so far are left blank.
 
 import argparse
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from webdataset import TarWriter, WebDataset
 
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
@@ -32,6 +35,7 @@ COLUMNS = {
     "linear, mean patch": ("classification", "linear", "mean_patch", "top1"),
     "k-NN, CLS": ("classification", "knn", "cls", "top1"),
     "CamVid mIoU": ("segmentation", "miou"),
+    "depth RMSE, m": ("depth", "regression", "rmse"),
 }
 START, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -138,7 +142,7 @@ class Chain:
     def adapters(self, name: str, seed: int) -> Path:
         return self.out / f"refiner-{slug(name)}-{seed}"
 
-    def train(self, name: str, seed: int) -> None:
+    def train(self, name: str, seed: int, depth: bool) -> None:
         """The refiner, the student and its probes, as far as they are not there."""
         method = METHODS[name]
         config = load_config(
@@ -150,10 +154,10 @@ class Chain:
                 adapters = self.adapters(name, seed)
                 refine(config, self.cache, adapters, mode(adapters))
             distill(config, self.cache, run, adapters, mode=mode(run))
-        self.probe(run)
+        self.probe(run, depth)
 
-    def probe(self, run: Path) -> None:
-        """Every probe that the run has no figures of yet."""
+    def probe(self, run: Path, depth: bool) -> None:
+        """Every probe that the run has no figures of yet; that of depth only if asked for."""
         config, found = load_config(RECIPE, SEGMENTATION), self.figures(run)
         if "classification" not in found:
             if self.dev:
@@ -163,6 +167,24 @@ class Chain:
                 evaluate(config, run, self.shards("tinyimagenet50-train"), self.shards("tinyimagenet50-val"))
         if "segmentation" not in found and not self.dev:
             evaluate(config, run, self.shards("camvid-train"), self.shards("camvid-test"), "segmentation")
+
+        if depth and "depth" not in found and not self.dev:
+            train, test = self.depth_shards()
+            evaluate(config, run, str(train), str(test), "depth")
+
+    def depth_shards(self) -> tuple[Path, Path]:
+        """The frames with depth, split into a shard to train on and one to test on."""
+        made = self.out / "depth-train.tar", self.out / "depth-test.tar"
+        if not all(path.exists() for path in made):
+            samples = list(WebDataset(sorted(map(str, self.data.glob("rgbd-sample-*.tar"))), shardshuffle=False))
+            cut = len(samples) * 2 // 3
+            for path, part in zip(made, (samples[:cut], samples[cut:]), strict=True):
+                whole = path.with_suffix(f".{os.getpid()}")
+                with TarWriter(str(whole), encoder=False) as tar:
+                    for sample in part:
+                        tar.write({k: v for k, v in sample.items() if k != "__url__" and k != "__local_path__"})
+                whole.rename(path)
+        return made
 
     def figures(self, run: Path) -> dict[str, Any]:
         """{task: the stored result}"""
@@ -178,9 +200,10 @@ class Chain:
         cells = [name]
         for task, *path in COLUMNS.values():
             values = [_at(f[task], path) for f in figures if task in f]
-            cells.append(f"{np.mean(values):.1f}" if values else "")
+            digits = 2 if task == "depth" else 1
+            cells.append(f"{np.mean(values):.{digits}f}" if values else "")
             if len(values) > 1:
-                cells[-1] += f" ± {np.std(values, ddof=1):.1f}"
+                cells[-1] += f" ± {np.std(values, ddof=1):.{digits}f}"
         file = self.adapters(name, seeds[0]) / "metrics.json"
         blocks = json.loads(file.read_text())["blocks"].values() if file.exists() else []
         cells.append(" / ".join(f"{b['after']['artifact_percent']:.2f}" for b in blocks))
@@ -224,7 +247,7 @@ def main() -> None:
     for number, seed in enumerate(options.seeds):
         for name in options.methods:
             if METHODS[name].main or not number:
-                chain.train(name, seed)
+                chain.train(name, seed, depth=METHODS[name].main and not number)
     print(chain.table(options.seeds))
     if options.write:
         write_between(options.write, chain.table(options.seeds))

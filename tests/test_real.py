@@ -35,16 +35,16 @@ def test_real_artifacts_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_teacher_reaches_its_accuracy() -> None:
-    """timm's own evaluation transform gives 80.0 % here (crop 0.9)."""
-    sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}"]
+    """82.7 % at 256 px, the size of most of these images; timm's own transform gives 80.0 % at 224 px (crop 0.9)."""
+    sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=256"]
     teacher = load_teacher(load_config(sets=sets).teacher)
     images = index_shards(str(DATA / "imagenet1k-sample-*.tar"))
     right = 0
     with ImageFile(images) as files:
         for numbers in np.array_split(np.arange(len(images)), 20):
             decoded = [files.read(int(n)) for n in numbers]
-            views = np.stack([apply_view(i, crop_view(0.9, i.size), 224) for i in decoded])
+            views = np.stack([apply_view(i, crop_view(1.0, i.size), 256) for i in decoded])
             x = normalise(torch.from_numpy(views), teacher.mean, teacher.std, torch.device("cpu"))
             with torch.inference_mode():
                 right += int((teacher.model(x).argmax(1).numpy() == images.labels[numbers]).sum())
-    assert right / len(images) >= 0.80
+    assert right / len(images) >= 0.825
