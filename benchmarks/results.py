@@ -1,4 +1,4 @@
-"""The table of methods: from one cache a list of (refiner, objective, student, seed), each probed; docs/results.md.
+"""The table of methods: from one cache a list of (refiner, objective, seed), each with every probe; docs/results.md.
 
     python benchmarks/results.py --teacher FILE --data FOLDER --out runs/results [--seeds 0 1 2] [--methods NAME ...]
         [--write docs/results.md] [--dev]
@@ -7,7 +7,8 @@ FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,v
 rgbd-sample-*.tar, of whose frames the last third tests the depth probe: too few for more than a smoke test.
 Repeating the command skips what is done and goes on where it stopped; several may run at once with different methods.
 --dev chooses: probes are tested on a fifth of the training images, and the val and test shards are not opened. A new
-method is a line in METHODS; figures that are missing so far are left blank.
+method is a line in configs/sweeps/tinyimagenet-methods.yaml, an ablation in tinyimagenet-ablations.yaml; figures that
+are missing so far are left blank.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from webdataset import TarWriter, WebDataset
 
 from pipeline.cache_teacher import cache_teacher
@@ -26,6 +28,7 @@ from pipeline.distill import RUN, distill
 from pipeline.evaluate import evaluate
 from pipeline.outputs import Mode
 from pipeline.refine import refine
+from pipeline.sweep.plan import REFINER, SweepFile, find_sweep
 
 RECIPE = "tinyimagenet-ti-to-w96"
 SEGMENTATION = ["evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
@@ -42,78 +45,30 @@ START, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 @dataclass(frozen=True)
 class Method:
-    """What differs from the recipe: keys of the refiner (None: raw targets) and of the student's training.
+    """What differs from the recipe. refined: by a refiner that is fitted first. main: with every seed, or the first."""
 
-    main: of the main table, with every seed; the others are ablations, with the first.
-    """
-
-    refiner: tuple[str, ...] | None = None
-    distill: tuple[str, ...] = ()
-    main: bool = True
+    sets: tuple[str, ...]
+    refined: bool
+    main: bool
 
 
-def closed(cleaner: str, normaliser: str = "none", *more: str) -> tuple[str, ...]:
-    return (f"refine.cleaner={cleaner}", f"refine.normaliser={normaliser}", *more)
+def methods(sweep: str, main: bool) -> dict[str, Method]:
+    """The runs of a bundled sweep, without its seeds."""
+    entries = SweepFile.model_validate(yaml.safe_load(find_sweep(sweep).read_text())).runs
+    found = {}
+    for entry in entries:
+        assert entry.name is not None
+        sets = tuple(f"{key}={json.dumps(value)}" for key, value in entry.set.items() if key != REFINER)
+        refined = entry.set.get(REFINER) != "none" and not entry.set.get("distill.joint")
+        found[entry.name] = Method(sets, refined, main)
+    return found
 
 
-def adapter(*more: str) -> tuple[str, ...]:
-    return closed("adapter", "standardize", *more)
-
-
-def objective(value: str) -> tuple[str, ...]:
-    return (f"distill.objective={value}",)
-
-
-DEFAULT = closed("neighbour", "standardize")
-PAPER = ("refine.variant=paper", "refine.rank=16", "refine.lr=1e-3")
-JOINT = ("distill.joint=true", "refine.variant=official", "refine.rank=16")
-METHODS = {
-    "raw (FitNet)": Method(),
-    "cosine": Method(None, objective("cosine")),
-    "layernorm": Method(closed("none", "layernorm")),
-    "standardize": Method(closed("none", "standardize")),
-    "phi-s": Method(closed("none", "phi-s")),
-    "clip": Method(closed("clip")),
-    "neighbour": Method(closed("neighbour")),
-    "official joint": Method(None, JOINT),
-    "paper two-stage": Method(PAPER),
-    "paper two-stage + standardize": Method((*PAPER, "refine.normaliser=standardize")),
-    "clip + standardize": Method(closed("clip", "standardize")),
-    "neighbour + standardize": Method(DEFAULT),
-    "layernorm-standardize": Method(closed("none", "layernorm-standardize")),
-    "neighbour + layernorm-standardize": Method(closed("neighbour", "layernorm-standardize")),
-    "adapter + standardize": Method(closed("adapter", "standardize")),
-    "projector + standardize": Method(closed("projector", "standardize")),
-    "gram": Method(None, objective("gram")),
-    "vitkd": Method(None, objective("vitkd")),
-    "relation": Method(None, objective("relation")),
-    "logits": Method(None, objective("logits")),
-    "smooth-l1": Method(None, objective("smooth-l1"), main=False),
-    "theia": Method(None, objective("theia"), main=False),
-    "unic": Method(None, objective("unic"), main=False),
-    "default + gram": Method(DEFAULT, objective("{mse: 1, gram: 1}"), main=False),
-    "default + relation": Method(DEFAULT, objective("{mse: 1, relation: 1}"), main=False),
-    "default + logits": Method(DEFAULT, objective("{mse: 1, logits: 1}"), main=False),
-    "adapter, rank 4": Method(adapter("refine.rank=4"), main=False),
-    "adapter, rank 64": Method(adapter("refine.rank=64"), main=False),
-    "adapter, automatic rank, artifact-aware": Method(
-        adapter("refine.rank=auto", "refine.basis=artifact-aware"), main=False
-    ),
-    "adapter, curvature": Method(adapter("refine.basis=curvature"), main=False),
-    "adapter, random": Method(adapter("refine.basis=random"), main=False),
-    "adapter, no L_info": Method(adapter("refine.info_weight=0"), main=False),
-    "adapter, no L_keep": Method(adapter("refine.keep_weight=0"), main=False),
-    "paper two-stage, quantile 0.9": Method((*PAPER, "refine.quantile=0.9"), main=False),
-    "clip at 3 sigma": Method(closed("clip", "standardize", "refine.threshold_k=3"), main=False),
-}
+METHODS = methods("tinyimagenet-methods", True) | methods("tinyimagenet-ablations", False)
 
 
 def mode(path: Path) -> Mode:
     return "resume" if path.exists() else "new"
-
-
-def slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 @dataclass(frozen=True)
@@ -137,20 +92,18 @@ class Chain:
         cache_teacher(config, self.shards("tinyimagenet50-train"), self.cache, mode(self.cache))
 
     def run(self, name: str, seed: int) -> Path:
-        return self.out / f"run-{slug(name)}-{seed}"
+        return self.out / f"run-{name}-{seed}"
 
     def adapters(self, name: str, seed: int) -> Path:
-        return self.out / f"refiner-{slug(name)}-{seed}"
+        return self.out / f"refiner-{name}-{seed}"
 
     def train(self, name: str, seed: int, depth: bool) -> None:
         """The refiner, the student and its probes, as far as they are not there."""
         method = METHODS[name]
-        config = load_config(
-            RECIPE, [f"distill.seed={seed}", f"refine.seed={seed}", *(method.refiner or ()), *method.distill]
-        )
+        config = load_config(RECIPE, [f"distill.seed={seed}", f"refine.seed={seed}", *method.sets])
         run, adapters = self.run(name, seed), None
         if not (run / RUN).exists():
-            if method.refiner is not None:
+            if method.refined:
                 adapters = self.adapters(name, seed)
                 refine(config, self.cache, adapters, mode(adapters))
             distill(config, self.cache, run, adapters, mode=mode(run))

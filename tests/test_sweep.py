@@ -160,11 +160,12 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_bundled_sweep() -> None:
-    plan = read_plan(find_sweep("tinyimagenet-methods"))
-    assert len(plan.runs) == 54 and len(plan.refiners) == 10
-    assert "tinyimagenet-methods" not in recipes()
-    with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-methods"):
+@pytest.mark.parametrize(("name", "runs", "refiners"), [("methods", 60, 13), ("ablations", 16, 11)])
+def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
+    plan = read_plan(find_sweep(f"tinyimagenet-{name}"))
+    assert (len(plan.runs), len(plan.refiners)) == (runs, refiners)
+    assert f"tinyimagenet-{name}" not in recipes()
+    with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-ablations, tinyimagenet-methods"):
         find_sweep("none")
 
 
