@@ -12,7 +12,6 @@ from conftest import DEPTH, WIDTH, tree_bytes, world_config
 from test_stores import LOCK_SECONDS, Server, file_limit, give_up_soon, raw
 
 import cli
-from pipeline import stores
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
@@ -21,7 +20,7 @@ from pipeline.cache_teacher import write_shard as real_write_shard
 from pipeline.config import load_config
 from pipeline.distill import distill
 from pipeline.refine import refine
-from pipeline.stores import open_store
+from pipeline.stores import Store, locks, open_store
 from pipeline.verify import verify
 
 CPU = torch.device("cpu")
@@ -39,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
-        patch.setattr(stores, "_LOCK_SECONDS", LOCK_SECONDS)
+        patch.setattr(locks, "SECONDS", LOCK_SECONDS)
         patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 30)
         yield server
     server.stop()
@@ -143,7 +142,7 @@ def test_a_broken_run_is_resumed(
     """It has left some of the shards, and a lock that nobody renews."""
     place = "s3://bucket/broken"
 
-    def write(store: stores.Store, manifest: object, shard: int, values: object) -> None:
+    def write(store: Store, manifest: object, shard: int, values: object) -> None:
         if shard == 2:
             raise OSError("the network is gone")
         real_write_shard(store, manifest, shard, values)  # type: ignore[arg-type]
@@ -156,7 +155,7 @@ def test_a_broken_run_is_resumed(
     assert [n for n in left if n.startswith(JOURNAL)] == [f"{JOURNAL}/{shard:06d}.json" for shard in (0, 1)]
     start = time.monotonic()
     fill(world, place, "resume")
-    assert time.monotonic() - start > stores._LOCK_SECONDS
+    assert time.monotonic() - start > locks.SECONDS
     assert objects(place) == objects(caches["float16"][0])
 
 
@@ -201,11 +200,11 @@ def test_a_second_writer_is_refused(world: Path, caches: dict[str, tuple[Path, s
 def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = "s3://bucket/lost"
 
-    def write(store: stores.Store, *args: object) -> None:
+    def write(store: Store, *args: object) -> None:
         real_write_shard(store, *args)  # type: ignore[arg-type]
         raw(place).put("writer.lock", b"other process 8\ntoken 1")
         deadline = time.monotonic() + 10
-        while not stores._lost and time.monotonic() < deadline:
+        while not locks.lost and time.monotonic() < deadline:
             time.sleep(0.01)
 
     monkeypatch.setattr("pipeline.cache_teacher.write_shard", write)
@@ -309,7 +308,7 @@ def test_a_full_disk(
 ) -> None:
     """One line; the shard is not journalled; --resume ends with the same bytes."""
 
-    def write(store: stores.Store, manifest: object, shard: int, values: object) -> None:
+    def write(store: Store, manifest: object, shard: int, values: object) -> None:
         with file_limit(10_000 if shard == 2 else 10**9):
             real_write_shard(store, manifest, shard, values)  # type: ignore[arg-type]
 

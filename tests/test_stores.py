@@ -22,8 +22,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, S3Store
 
-from pipeline import stores
-from pipeline.stores import LOCK, LocalStore, ReadThrough, RemoteStore, Store, open_store
+from pipeline.stores import LOCK, LocalStore, ReadThrough, RemoteStore, Store, locks, open_store, remote
 
 _SERVER = """
 import sys
@@ -67,8 +66,8 @@ class Server:
 
 
 def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stores._RETRY, "retry_timeout", timedelta(seconds=0.5))
-    monkeypatch.setitem(stores._CLIENT, "read_timeout", "500ms")
+    monkeypatch.setitem(remote._RETRY, "retry_timeout", timedelta(seconds=0.5))
+    monkeypatch.setitem(remote._CLIENT, "read_timeout", "500ms")
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(stores, "_LOCK_SECONDS", LOCK_SECONDS)
+    monkeypatch.setattr(locks, "SECONDS", LOCK_SECONDS)
 
 
 @pytest.fixture
@@ -256,7 +255,7 @@ def test_threads_share_a_store(store: Store) -> None:
 
 
 def test_large_objects_travel_in_pieces(url: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "_PIECE", 5 * 2**20)  # the smallest that S3 takes
+    monkeypatch.setattr(remote, "_PIECE", 5 * 2**20)  # the smallest that S3 takes
     store, data = open_store(url), os.urandom(2**20) * 11
     name = url.rpartition("/")[2]
     seen: list[dict[str, int]] = []
@@ -375,7 +374,7 @@ def test_a_dead_lock_is_taken_over(url: str, capfd: pytest.CaptureFixture[str]) 
     obstore.put(raw(url), LOCK, b"somewhere process 7\ntoken 1")
     start = time.monotonic()
     with open_store(url).lock():
-        assert time.monotonic() - start > stores._LOCK_SECONDS
+        assert time.monotonic() - start > locks.SECONDS
         assert f"process {os.getpid()}" in lock_object(url)
     assert f"{url} is locked by somewhere process 7; watching for 2 s" in capfd.readouterr().err
     assert obstore.list(raw(url)).collect() == []
@@ -387,8 +386,8 @@ def test_a_live_lock_is_renewed_and_respected(url: str) -> None:
         first = lock_object(url)
         with pytest.raises(ValueError, match=rf"{url} is being written by .* \(\S+ process {os.getpid()}\)"):
             open_store(url).lock().__enter__()
-        assert time.monotonic() - start < 0.9 * stores._LOCK_SECONDS  # it sees a sign of life and does not wait
-        time.sleep(1.2 * stores._LOCK_SECONDS)
+        assert time.monotonic() - start < 0.9 * locks.SECONDS  # it sees a sign of life and does not wait
+        time.sleep(1.2 * locks.SECONDS)
         assert lock_object(url) != first
         with pytest.raises(ValueError, match="is being written by another run"):
             open_store(url).lock().__enter__()
@@ -424,7 +423,7 @@ def test_who_loses_the_lock_stops(url: str) -> None:
         part.write("mine", b"1")
         obstore.put(raw(url), LOCK, b"other process 8\ntoken 1")
         deadline = time.monotonic() + 10
-        while not stores._lost and time.monotonic() < deadline:
+        while not locks.lost and time.monotonic() < deadline:
             time.sleep(0.01)
         other.write("free", b"1")
         for victim in (part, open_store(url)):
@@ -436,7 +435,7 @@ def test_who_loses_the_lock_stops(url: str) -> None:
     obstore.delete(raw(url), LOCK)
     with pytest.raises(ValueError, match="has been taken over"), store.lock():
         obstore.delete(raw(url), LOCK)
-    assert not stores._lost
+    assert not locks.lost
 
 
 def test_a_lost_answer_loses_no_lock(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -638,13 +637,13 @@ def test_no_answer(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_patience_is_a_minute_at_most() -> None:
     """Tries end with the first that fails after retry_timeout, and each fails after read_timeout."""
-    tries, each = stores._RETRY["retry_timeout"].total_seconds(), float(str(stores._CLIENT["read_timeout"]).strip("s"))
+    tries, each = remote._RETRY["retry_timeout"].total_seconds(), float(str(remote._CLIENT["read_timeout"]).strip("s"))
     assert tries >= 30 and each * -(-tries // each) <= 60
-    assert stores._RETRY["max_retries"] * stores._RETRY["backoff"]["init_backoff"].total_seconds() > tries
+    assert remote._RETRY["max_retries"] * remote._RETRY["backoff"]["init_backoff"].total_seconds() > tries
 
 
 def test_short_outages_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stores._CLIENT, "read_timeout", "500ms")
+    monkeypatch.setitem(remote._CLIENT, "read_timeout", "500ms")
     for trouble in ((503, b"busy"), (500, b"oops"), None):
         with answering(trouble, trouble, (200, b"content")) as endpoint:
             monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

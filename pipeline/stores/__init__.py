@@ -1,0 +1,30 @@
+"""Where a cache lies: a folder, or a prefix in an object store, behind one small interface.
+
+Objects are written whole and appear all at once; they are read whole or by byte ranges.
+"""
+
+from pathlib import Path
+
+from pipeline.stores.base import LOCK, Place, Store, is_remote
+from pipeline.stores.files import allow_open_files, write_atomic
+from pipeline.stores.local import LocalStore
+from pipeline.stores.remote import RemoteStore
+from pipeline.stores.through import ReadThrough
+
+__all__ = [
+    "LOCK",
+    "LocalStore",
+    "Place",
+    "ReadThrough",
+    "RemoteStore",
+    "Store",
+    "allow_open_files",
+    "is_remote",
+    "open_store",
+    "write_atomic",
+]
+
+
+def open_store(place: Place) -> Store:
+    """The store at a path or URL. Raises ValueError for a URL that cannot be used."""
+    return RemoteStore.open(str(place)) if is_remote(place) else LocalStore(Path(place))

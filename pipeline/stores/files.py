@@ -1,0 +1,58 @@
+"""Files that are written whole, and how many may be open."""
+
+import os
+import resource
+import threading
+from pathlib import Path
+
+TEMPORARY = ".singer-tmp"
+_OTHER_FILES = 256
+
+
+def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+    """Durable and all or nothing: a reader sees the old file or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write_durably(file, path, *parts)
+        finally:
+            os.close(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_durably(file: int, path: Path, *parts: bytes | memoryview) -> None:
+    """Write to a descriptor and sync. The error of a full disk names no file by itself; this one names `path`."""
+    try:
+        for part in parts:
+            view = memoryview(part)
+            while len(view):
+                view = view[os.write(file, view) :]
+        os.fsync(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Whether an open file still is the one at a path."""
+    try:
+        return os.fstat(file).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files to what `count` shards need, as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise ValueError(f"{count} shards are more than the {hard} files that this system lets a process open")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, min(2 * soft, hard)), hard))

@@ -1,0 +1,217 @@
+"""A prefix in an object store (s3://, gs://, az://), reached through obstore.
+
+obstore takes credentials and endpoint from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS ...).
+"""
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+
+from pipeline.stores import locks
+from pipeline.stores.base import LOCK, missing, too_short
+
+if TYPE_CHECKING:  # obstore has no such names at run time
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
+# Whatever is larger travels in pieces of so many bytes, several at once: none takes long, and a lost one costs little.
+_PIECE = 8 * 2**20
+_PIECES_AT_ONCE = 6
+# Reading so many bytes in vain takes less time than another request.
+_GAP = 2**20
+# Training lives through shorter outages. A dead endpoint fails after 40 s, one that accepts but never answers after 60.
+_RETRY: "RetryConfig" = {
+    "retry_timeout": timedelta(seconds=40),
+    "max_retries": 1000,
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+# Plain HTTP is spoken only where the environment names such an endpoint.
+_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s", "allow_http": True}
+
+
+class RemoteStore:
+    """A prefix of an object store; child stores share its client."""
+
+    def __init__(self, url: str, client: "ObjectStore", prefix: str = "") -> None:
+        """prefix: what stands ahead of names within the client, with a slash at its end; or empty."""
+        self._url, self._client, self._prefix = url, client, prefix
+
+    @classmethod
+    def open(cls, url: str) -> "RemoteStore":
+        """Raises ValueError if the URL is of no known kind, or if settings that it needs lack in the environment."""
+        scheme = url.partition("://")[0]
+        if scheme not in _SCHEMES:
+            raise ValueError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
+        if {"?", "#"} & set(url):
+            raise ValueError(f"{url}: a URL with ? or # cannot be used; choose another name")
+        try:
+            return cls(url.rstrip("/"), from_url(url, client_options=_CLIENT, retry_config=_RETRY))
+        except (BaseError, ValueError) as error:
+            raise ValueError(f"{url} cannot be used: {_reason(error)}") from None
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def read(self, name: str) -> bytes:
+        key = self._prefix + name
+        with self._one_line(name):
+            found = obstore.get(self._client, key)
+            size = found.meta["size"]
+            if size <= _PIECE:
+                return bytes(found.bytes())
+            del found  # unread
+
+            def piece(start: int) -> memoryview:
+                return memoryview(obstore.get_range(self._client, key, start=start, end=min(start + _PIECE, size)))
+
+            with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+                return b"".join(pool.map(piece, range(0, size, _PIECE)))
+
+    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        def fetch(group: list[tuple[int, memoryview]]) -> None:
+            start, end = group[0][0], max(offset + len(buffer) for offset, buffer in group)
+            data = memoryview(obstore.get_range(self._client, self._prefix + name, start=start, end=end))
+            for offset, buffer in group:
+                found = data[offset - start :][: len(buffer)]
+                if len(found) != len(buffer):
+                    raise too_short(f"{self._url}/{name}")
+                buffer[:] = found
+
+        groups = list(_neighbours([(o, b) for o, b in zip(offsets, buffers, strict=True) if len(b)]))
+        try:
+            with self._one_line(name), ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+                list(pool.map(fetch, groups))
+        except FileNotFoundError:
+            raise missing(f"{self._url}/{name}") from None
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        locks.check(self._url)
+        # The pieces of a large object become one in a single step of the store, when it has them all.
+        large = sum(map(len, parts)) > _PIECE
+        with self._one_line(name):
+            obstore.put(
+                self._client,
+                self._prefix + name,
+                iter(parts) if large else b"".join(parts),
+                use_multipart=large,
+                chunk_size=_PIECE,
+                max_concurrency=_PIECES_AT_ONCE,
+            )
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        start = len(self._prefix)
+        with self._one_line():
+            batches = obstore.list(self._client, prefix=self._prefix + prefix or None)
+            found = {entry["path"][start:]: entry["size"] for batch in batches for entry in batch}
+        return {name: size for name, size in found.items() if name != LOCK}
+
+    def remove(self, name: str) -> None:
+        with suppress(FileNotFoundError), self._one_line(name):
+            obstore.delete(self._client, self._prefix + name)
+
+    def clear(self, last: str = "") -> None:
+        names = self.sizes()
+        if others := [self._prefix + name for name in names if name != last]:
+            with self._one_line():
+                obstore.delete(self._client, others)
+        if last in names:
+            self.remove(last)
+
+    def child(self, name: str) -> "RemoteStore":
+        return RemoteStore(f"{self._url}/{name}", self._client, f"{self._prefix}{name}/")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """The object `writer.lock`, which its holder replaces by a new version again and again.
+
+        A lock that shows no new version for a minute is dead and is taken over; no two clocks are compared. A holder
+        that meets another's version has lost it, and can write nothing from then on.
+        """
+        lock, released = locks.RemoteLock(self._client, self._prefix + LOCK), threading.Event()
+
+        def renew() -> None:
+            with self._one_line():
+                if not lock.renew():
+                    locks.lost.add(self._url)
+            locks.check(self._url)
+
+        def keep() -> None:
+            while self._url not in locks.lost and not released.wait(locks.SECONDS / 4):
+                with suppress(ValueError, OSError):  # lost, or an outage: the next renewal may succeed
+                    renew()
+
+        def release() -> None:
+            released.set()
+            thread.join()
+            renew()
+            self.remove(LOCK)
+
+        with self._one_line():
+            lock.take(self._url)
+        thread = threading.Thread(target=keep, name="lock", daemon=True)
+        thread.start()
+        try:
+            yield
+        except OSError:
+            raise  # perhaps out of reach: rather than make the user wait for one more error, let the lock die
+        except BaseException:
+            with suppress(ValueError, OSError):
+                release()
+            raise
+        else:
+            release()
+        finally:
+            released.set()
+            locks.lost.discard(self._url)
+
+    @contextmanager
+    def _one_line(self, name: str = "") -> Iterator[None]:
+        """obstore's errors span many lines and name its own internals."""
+        place = f"{self._url}/{name}" if name else self._url
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as error:
+            if "416 Range Not Satisfiable" in str(error):
+                raise too_short(place) from None
+            if isinstance(error, FileNotFoundError) and not locks.is_bucket_missing(error):
+                raise FileNotFoundError(2, "no such object", place) from None
+            raise OSError(
+                f"{place}: {_reason(error)}; check the URL, and the endpoint and credentials in the environment"
+            ) from None
+
+
+def _neighbours(ranges: list[tuple[int, memoryview]]) -> Iterator[list[tuple[int, memoryview]]]:
+    """Ranges that one request fetches: hardly a gap between them, and no more than a piece unless one is larger."""
+    # obstore's own get_ranges does the same, but panics if an object ends too early.
+    group: list[tuple[int, memoryview]] = []
+    end = 0
+    for offset, buffer in sorted(ranges, key=lambda r: r[0]):
+        if group and (offset > end + _GAP or offset + len(buffer) > group[0][0] + _PIECE):
+            yield group
+            group = []
+        group.append((offset, buffer))
+        end = offset + len(buffer)
+    if group:
+        yield group
+
+
+def _reason(error: Exception) -> str:
+    """What the server says, or else the core of obstore's first line."""
+    text = str(error)
+    said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
+    if said:
+        return " ".join(said[1].split())
+    first = text.partition("\n")[0].partition("<?xml")[0].strip(" :")
+    asked = re.search(r"Error performing [A-Z]+ (\w+://[^/ ]+)", first)
+    answer = re.sub(r"^Generic \w+ error: ", "", first.rpartition(" - ")[2])
+    return f"{asked[1]} does not answer as it should ({answer})" if asked else answer
