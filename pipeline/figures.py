@@ -40,8 +40,9 @@ def as_svg(figure: Figure, what: str) -> str:
     # What describes the file names the places of vocabularies on the web; a page has no use for it.
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    # Where a fill is black, it is left out.
     text = text.replace("#000000", "currentColor")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}" ', 1).strip()
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}" fill="currentColor" ', 1).strip()
 
 
 def without_ticks(axis: Axes) -> None:

@@ -20,7 +20,7 @@ COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a
 _GREY = "#8a8a8a"
 # Inches.
 _WIDTH, _NARROW = 4.6, 2.3
-_STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 9}
+_STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def colour(number: int) -> str:
@@ -38,11 +38,12 @@ def tasks(
     charts = []
     for column in (c for c in columns if not c.error):
         held = [(n, table[group][column].mean) for n, group in enumerate(groups) if column in table[group]]
-        figure, axes = _figure(0.32 + 0.19 * len(held), _NARROW)
+        figure, axes = _figure(0.34 + 0.2 * len(held), _NARROW)
         axis = axes[0, 0]
         for place, (number, mean) in enumerate(held):
             axis.barh(place, mean.mean, 0.72, color=colour(number), xerr=mean.std, error_kw={"elinewidth": 1})
-            axis.text(mean.mean + (mean.std or 0), place, f" {column.form % mean.mean}", va="center", fontsize=8)
+            end = (mean.mean + (mean.std or 0), place)
+            axis.annotate(column.form % mean.mean, end, (3, 0), textcoords="offset points", va="center", fontsize=9)
         if column in teacher:
             axis.axvline(teacher[column], color="black", linewidth=1.2, linestyle=":")
         axis.set_ylim(len(held) - 0.4, -0.6)

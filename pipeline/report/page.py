@@ -73,8 +73,10 @@ def report(
         raise ValueError(f"{teacher_probes} holds no figures of singer evaluate; make them with its --out")
     groups = group_runs(trained)
     columns = columns_of([*figures.values(), teacher])
-    table = score({g: [figures[run] for run in g.runs] for g in groups}, columns)
     by = ranking_column(columns, [*figures.values()], _asked(runs))
+    # What students are ranked by is what a narrow screen shows first.
+    columns.sort(key=lambda column: column != by)
+    table = score({g: [figures[run] for run in g.runs] for g in groups}, columns)
     order = rank(table, by)
     with open_images(opened, shards) as files:
         measured = measure(opened, [group for _, group in order], files, records)
