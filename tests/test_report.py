@@ -21,8 +21,9 @@ from pipeline.models import load_saved
 from pipeline.refine import load_refiner
 from pipeline.report import ReportResult, report
 from pipeline.report.charts import box_of
+from pipeline.report.groups import differences, group_runs
 from pipeline.report.looks import choose_shown
-from pipeline.report.runs import differences, find_cache, group_runs, read_runs
+from pipeline.report.runs import find_cache, find_runs, read_runs
 from pipeline.report.scores import columns_of, read_figures
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
@@ -348,6 +349,17 @@ def test_groups_and_differences(runs: Path) -> None:
     assert found == {"targets": ["adapter + standardize", "raw"], "distill.epochs": [1, 2]}
     found = differences(groups[1:])
     assert found["student.dim"] == [12, None] and found["distill.epochs"] == [2, 1]
+
+
+def test_names_are_different(runs: Path, tmp_path: Path) -> None:
+    for place in ("a/runs/raw", "b/runs/raw", "b/more/raw"):
+        shutil.copytree(runs / "raw", tmp_path / place)
+    sweeps = [tmp_path / "a" / "runs" / "raw", tmp_path / "b" / "runs" / "raw"]
+    assert [run.name for run in read_runs(sweeps)] == [str(folder) for folder in sweeps]
+    beside = [sweeps[1], tmp_path / "b" / "more" / "raw", runs / "conv"]
+    assert [run.name for run in read_runs(beside)] == ["runs/raw", "more/raw", f"{runs.name}/conv"]
+    # The same folder by two names is one run.
+    assert find_runs([sweeps[0], sweeps[0] / ".." / "raw"]) == [sweeps[0] / ".." / "raw"]
 
 
 def test_choice_of_images_and_boxes() -> None:

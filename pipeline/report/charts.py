@@ -1,6 +1,7 @@
 """Charts as SVG within the page, in the colours of its text, so that they are legible in light and in dark."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullL
 
 from pipeline.checkpoint import read_log
 from pipeline.figures import as_svg
+from pipeline.report.groups import Group
 from pipeline.report.looks import Look
-from pipeline.report.runs import Group
 from pipeline.report.scores import Column, Score
 
 # Of middle lightness: these can be told apart on white and on black.
@@ -70,14 +71,24 @@ def losses(groups: Sequence[Group], file: str) -> str:
     return as_svg(figure, "Training loss of every run, relative to its first value, over epochs")
 
 
-def fits(curves: Mapping[str, list[dict[str, Any]]]) -> str:
-    """How the adapters' two losses went: of artifacts, and of drift. curves: {title: [{"step", "outlier", "info"}]}."""
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a refiner's adapters. style: of the line, as CSS names it; lines: [{"step", "outlier", "info"}]."""
+
+    title: str
+    colour: str
+    style: str
+    lines: list[dict[str, Any]]
+
+
+def fits(curves: Sequence[Curve]) -> str:
+    """How the adapters' two losses went: of artifacts, and of drift."""
     figure, axes = _figure(3.6, rows=2)
     above, below = axes[:, 0]
-    for number, (title, lines) in enumerate(curves.items()):
+    for curve in curves:
         for axis, part in ((above, "outlier"), (below, "info")):
-            pairs = [(line["step"], line[part]) for line in lines if line[part] > 0]
-            axis.plot(*zip(*pairs, strict=True), color=colour(number), linewidth=1.4, label=title)
+            pairs = [(line["step"], line[part]) for line in curve.lines if line[part] > 0]
+            axis.plot(*zip(*pairs, strict=True), color=curve.colour, linestyle=curve.style, linewidth=1.4)
     for axis, name in ((above, "artifacts\n(L_outlier)"), (below, "drift\n(L_info)")):
         axis.set_yscale("log")
         axis.set_ylabel(name)

@@ -1,5 +1,7 @@
 """The page in figures: the leaderboard's rows, the cards on top, refiners, recipes."""
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,12 @@ from pipeline.progress import duration
 from pipeline.refine import METRICS
 from pipeline.report import charts
 from pipeline.report.gallery import Measured
+from pipeline.report.groups import Group
 from pipeline.report.looks import sources_of
-from pipeline.report.runs import Group
 from pipeline.report.scores import Column, Score
 from pipeline.sweep.leaderboard import Mean
+
+_STYLES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,25 @@ def refiners(groups: Sequence[Group]) -> list[Refined]:
     return found
 
 
-def fit_curves(groups: Sequence[Group]) -> dict[str, list[dict[str, Any]]]:
-    """{title: lines} of what the adapters' losses were, alone or in joint training; only the first run of a group."""
-    curves = {}
-    for group in groups:
+def fit_curves(groups: Sequence[Group]) -> list[charts.Curve]:
+    """What the losses of adapters were, alone or in joint training, of the first run of every group."""
+    curves = []
+    for number, group in enumerate(groups):
         source = group.runs[0].source
         if source is None:
             continue
-        for stem, lines in charts.read_fit(source.folder, LOG if source.joint else "log-*.jsonl").items():
-            curves[f"{group.name}, {'joint' if source.joint else stem.replace('log-', 'block ')}"] = lines
+        # The last block's first: it has the plain line.
+        logs = charts.read_fit(source.folder, LOG if source.joint else "log-*.jsonl")
+        for stem, style in zip(sorted(logs, key=_block, reverse=True), itertools.cycle(_STYLES), strict=False):
+            what = "joint" if source.joint else stem.replace("log-", "block ")
+            curves.append(charts.Curve(f"{group.name}, {what}", charts.colour(number), style, logs[stem]))
     return curves
+
+
+def _block(stem: str) -> int:
+    """log-11 -> 11; blocks that were fitted together are called by the first."""
+    numbers = re.findall(r"\d+", stem)
+    return int(numbers[0]) if numbers else 0
 
 
 def recipe(group: Group) -> str:

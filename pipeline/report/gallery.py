@@ -11,8 +11,9 @@ from pipeline.cache.reader import Cache
 from pipeline.measure import spread
 from pipeline.refine import read_refiner
 from pipeline.report import pictures
+from pipeline.report.groups import Group
 from pipeline.report.looks import Look, Sample, Students, choose_shown, look_at_features, norms_of, sources_of
-from pipeline.report.runs import Group, Source, Trained
+from pipeline.report.runs import Source, Trained
 from pipeline.shards import ImageFile
 from singer.artifacts import robust_threshold
 

@@ -13,13 +13,14 @@ from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.distill import LOG, open_images
 from pipeline.figures import render
-from pipeline.model_card import describe_teacher
+from pipeline.models import LOCAL
 from pipeline.outputs import read_json, versions
 from pipeline.progress import duration
 from pipeline.report import charts, facts, pictures
 from pipeline.report.facts import Row
 from pipeline.report.gallery import Measured, measure
-from pipeline.report.runs import differences, find_cache, find_runs, group_runs, read_runs
+from pipeline.report.groups import differences, group_runs
+from pipeline.report.runs import find_cache, find_runs, read_runs
 from pipeline.report.scores import Column, Figures, columns_of, rank, ranking_column, read_figures, score
 from pipeline.stores import Place, write_atomic
 from pipeline.sweep.leaderboard import NAME, Mean
@@ -136,7 +137,8 @@ def _page(
     tints = {row.group.name: row.colour for row in rows}
     fits = facts.fit_curves(groups)
     info = cache_info(cache.place)
-    of = next(t for t in info.teachers if t.weights == cache.manifest.teacher.weights)
+    known = cache.manifest.teacher
+    of = next(t for t in info.teachers if t.weights == known.weights)
     figures = {
         "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
         "losses": charts.losses(groups, LOG),
@@ -148,12 +150,12 @@ def _page(
         generator=GENERATOR,
         title=title,
         note=note,
-        cards=facts.cards(rows, by, measured, cache.manifest.teacher),
+        cards=facts.cards(rows, by, measured, known),
         rows=rows,
         columns=columns,
         by=by,
-        teacher=cache.manifest.teacher,
-        teacher_name=describe_teacher(groups[0].runs[0].result) if groups[0].runs[0].result.teacher else of.name,
+        teacher=known,
+        teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
         teacher_norm=measured.looks[0].max_over_median,
         reference=reference,
         info=info,
@@ -162,7 +164,7 @@ def _page(
         refiners=facts.refiners(groups),
         differences=differences(groups),
         figures=figures,
-        fits=[(name, charts.colour(n)) for n, name in enumerate(fits)],
+        fits=fits,
         measured=measured,
         block=measured.looks[0].block,
         gradients={"norms": pictures.gradient(pictures.NORMS), "cosines": pictures.gradient(pictures.COSINES)},

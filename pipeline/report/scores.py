@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.outputs import read_json, validated
-from pipeline.report.runs import Group
+from pipeline.report.groups import Group
 from pipeline.sweep.leaderboard import Mean
 from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES
 
