@@ -76,16 +76,17 @@ def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: T
     before = f"{teachers.above(measured.threshold):.2f}"
     if refined is not None:
         after = f"{refined.above(measured.threshold):.2f}"
-        found.append(
-            Card("artifacts", f"{before} → {after} %", "of the teacher's patch tokens, before and after refining")
-        )
+        text = "of the teacher's patch tokens, before and after refining"
+        several = sum(look.kind == "refined" for look in others_seen) > 1
+        text += f" ({refined.title.removeprefix('refined: ')})" if several else ""
+        found.append(Card("artifacts", f"{before} → {after} %", text))
     else:
         found.append(Card("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
     text = f"largest patch norm over the median: {name}; the teacher has {teachers.max_over_median:.1f}"
     found.append(Card("student's outliers", f"{first.norm.mean:.1f}", text))
     count = parameters(teacher)
-    ratio = f"{count / run.parameters:.1f} times fewer than the teacher's {count / 1e6:.1f} M"
-    found.append(Card("size", f"{run.parameters / 1e6:.2f} M", f"parameters, {ratio}"))
+    text = f"parameters; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
+    found.append(Card("size", f"{run.parameters / 1e6:.2f} M", text))
     wait = first.mean("data_wait_percent").mean
     speed = f"of training at {first.mean('images_per_second').mean:.0f} images/s, {wait:.0f} % of it waiting for data"
     found.append(Card("cost", duration(first.mean("seconds").mean), speed))
