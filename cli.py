@@ -195,6 +195,7 @@ def evaluate(
     train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
     task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -204,7 +205,7 @@ def evaluate(
     from pipeline.evaluate import evaluate as run
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
-    _report(run(tree, model, train, test, task), as_json)
+    _report(run(tree, model, train, test, task, out), as_json)
 
 
 @app.command()
@@ -228,6 +229,29 @@ def sweep(
     result = run(file, cache, out, mode, train=train, test=test, shards=shards, workers=workers)
     _report(result, as_json)
     result.check()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Runs of stage 3 from one cache, or a sweep.")],
+    out: Annotated[Path, typer.Option(help="The page, FILE.html.")],
+    cache: Annotated[str | None, typer.Option(help="Where the runs' cache lies now, if moved.")] = None,
+    adapters: Annotated[list[Path] | None, typer.Option(help="Where their refiners lie now, if moved.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    teacher_probes: Annotated[Path | None, typer.Option(help="Of the teacher: evaluate --out FOLDER.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Records whose norms are measured.")] = 256,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Students of one teacher",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """One HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
+    from pipeline.report import report as run
+
+    result = run(
+        runs, out, cache=cache, adapters=adapters or (), shards=shards, teacher_probes=teacher_probes,
+        records=records, overwrite=overwrite, title=title,
+    )  # fmt: skip
+    _report(result, as_json)
 
 
 @app.command()

@@ -20,17 +20,23 @@ from pipeline.prepare import prepare
 from pipeline.probes.classification import Accuracies
 from pipeline.progress import say
 from pipeline.refine import refine
-from pipeline.report import DemoReport, write_report
+from pipeline.report import report
 from pipeline.resources import resource
 
 TEACHER = "data/demo_teacher"
+NOTE = (
+    "Two students of the same size and seed: fitnet learned from raw features (FitNet), singer from refined ones "
+    "(SiNGER). The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a term of its training "
+    "loss put them there, since none had grown by itself in short runs. Large ViTs do grow them. One seed: a "
+    "demonstration, no benchmark."
+)
 # Two drawings of each of 1,297 digits to learn from, one of each of 500 others to test on.
 COPIES = {"train": 2, "test": 1}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """report: the page to open; linear: {student: accuracies (%)}."""
+    """report: the page to open; linear: {student: accuracies (%)}; max_over_median: as in ReportResult."""
 
     report: Path
     linear: dict[str, Accuracies]
@@ -68,18 +74,16 @@ def _demo(config: Config, out: Path) -> DemoResult:
     say("6/6 probing the frozen students, and the teacher, on digits that none has seen")
     students = {"FitNet": fitnet, "SiNGER": singer}
     probes = {name: evaluate(config, run.run, shards["train"], shards["test"]) for name, run in students.items()}
-    probes["teacher"] = evaluate(config, teacher, shards["train"], shards["test"])
-
-    report = DemoReport(
-        cached=cached,
-        refined=refined,
-        students=students,
-        probes=probes,
-        note="The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a term of its training loss "
-        "put them there, since none had grown by itself in short runs. Large ViTs do grow them.",
+    probes["teacher"] = evaluate(config, teacher, shards["train"], shards["test"], out=out / "teacher")
+    page = report(
+        [run.run for run in students.values()],
+        out / "report.html",
+        cache=cached.cache,
+        teacher_probes=out / "teacher",
+        title="singer demo",
+        note=NOTE,
     )
-    figures = write_report(report, out / "report.html")
-    return DemoResult(out / "report.html", {name: probe.linear for name, probe in probes.items()}, figures)
+    return DemoResult(page.out, {name: probe.linear for name, probe in probes.items()}, page.max_over_median)
 
 
 def write_images(split: str, folder: Path) -> None:

@@ -83,7 +83,7 @@ class RefinerNote:
 class DistillResult:
     """A trained student. loss: mean since the log line before the last; matching: {teacher block: student block}.
 
-    refiner: None without adapters. Runs from before there were notes have None for both.
+    refiner: None without adapters. cache_place: where the cache was. Runs from before these notes have None for them.
     """
 
     run: Path
@@ -99,6 +99,7 @@ class DistillResult:
     data_wait_percent: float
     teacher: TeacherNote | None = None
     refiner: RefinerNote | None = None
+    cache_place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,7 @@ def describe(new: NewStudent, trainee: Trainee, cache: Cache, m: Meter) -> Disti
             teacher.name, teacher.architecture, teacher.weights, teacher.image_size, teacher.class_token
         ),
         refiner=RefinerNote(new.note.cleaner, new.note.normaliser) if new.note is not None else None,
+        cache_place=str(cache.place),
     )
 
 

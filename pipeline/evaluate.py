@@ -28,16 +28,29 @@ Shards = str | Sequence[str]
 
 @overload
 def evaluate(
-    config: Config, model: Path, train: Shards | None, test: Shards, task: Literal["classification"] = "classification"
+    config: Config,
+    model: Path,
+    train: Shards | None,
+    test: Shards,
+    task: Literal["classification"] = "classification",
+    out: Path | None = None,
 ) -> Classification: ...
 @overload
-def evaluate(config: Config, model: Path, train: Shards | None, test: Shards, task: str) -> EvaluateResult: ...
 def evaluate(
-    config: Config, model: Path, train: Shards | None, test: Shards, task: str = "classification"
+    config: Config, model: Path, train: Shards | None, test: Shards, task: str, out: Path | None = None
+) -> EvaluateResult: ...
+def evaluate(
+    config: Config,
+    model: Path,
+    train: Shards | None,
+    test: Shards,
+    task: str = "classification",
+    out: Path | None = None,
 ) -> EvaluateResult:
-    """Probe a run (its student) or a folder in timm's layout. For a run the figures are also stored in it.
+    """Probe a run (its student) or a folder in timm's layout.
 
-    train: None for tasks that learn nothing. Raises ValueError for what the user can mend.
+    train: None for tasks that learn nothing. out: a folder for the figures; default: the run, and nowhere for other
+    models. Raises ValueError for what the user can mend.
     """
     started = time.perf_counter()
     if task not in TASKS:
@@ -51,20 +64,22 @@ def evaluate(
         say(f"note: {caveat}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
-    file = result_file(model, task, shards, config) if folder != model else None
+    place = out or (model if folder != model else None)
+    file = result_file(place, task, shards, config) if place is not None else None
     result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
     if file is not None:
         train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
         about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
     return result
 
 
-def result_file(model: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:
+def result_file(place: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:
     """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own."""
     what: list[Any] = [
         task,
         [images.place_hash() if images else None for images in shards],
         config.evaluate.model_dump_json(),
     ]
-    return model / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
+    return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
@@ -34,6 +33,7 @@ from singer.inspection import (
     reader_drift,
     splice,
 )
+from singer.maps import cosine_to
 from singer.refiner import Refiner
 
 STAGE = "inspect"
@@ -160,10 +160,7 @@ def _show(evidence: Evidence, refiner: Refiner | None) -> _Shown:
         norms,
         artifact_map(evidence).cpu(),
         {name: x.norm(dim=-1).unflatten(1, evidence.grid) for name, x in patches.items()},
-        {
-            name: F.cosine_similarity(x, x[:, marked : marked + 1], dim=-1).unflatten(1, evidence.grid)
-            for name, x in patches.items()
-        },
+        {name: cosine_to(x, torch.full((len(x),), marked)).unflatten(1, evidence.grid) for name, x in patches.items()},
     )
 
 

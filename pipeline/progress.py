@@ -81,3 +81,11 @@ def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 
 def say(message: str) -> None:
     """A line for the user, on stderr."""
     console.print(message, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """5000 -> 1 h 23 min"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -136,6 +136,8 @@ MISTAKES = {
     ),
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),
+    "report of no run": ("report {w}/cache --out {o}.html", "cache is no finished run: it has no run.json"),
+    "report in no page": ("report {w}/none --out {o}", "a report is one file; give a name that ends in .html"),
     "unknown format": ("export {w}/none --to onxx --out {o}", "unknown format 'onxx'; known: timm, hf, onnx, torch-"),
     "export of no run": ("export {w}/cache --to timm --out {o}", "cache is no finished run: it has no run.json"),
     "unknown output": ("export {w}/none --to onnx --out {o} --output cls", "export.output: input should be 'pooled'"),
@@ -199,7 +201,7 @@ def test_mistake(
 ) -> None:
     command, message = MISTAKES[name]
     args = [part.format(w=world, o=tmp_path / "out", **extras) for part in command.split()]
-    if "--config" not in args and not command.startswith("cache info"):
+    if "--config" not in args and not command.startswith(("cache info", "report")):
         args += ["--config", str(config_file)]
     before = tree_bytes(world)
     assert run(monkeypatch, *args) == 2
@@ -265,7 +267,18 @@ def test_help_lists_every_command() -> None:
     """Runs the installed console script."""
     script = Path(sys.executable).with_name("singer")
     text = subprocess.run([script, "--help"], check=True, capture_output=True, text=True, cwd="/").stdout
-    for command in ("prepare", "cache-teacher", "refine", "distill", "evaluate", "sweep", "export", "cache", "demo"):
+    for command in (
+        "prepare",
+        "cache-teacher",
+        "refine",
+        "distill",
+        "evaluate",
+        "sweep",
+        "report",
+        "export",
+        "cache",
+        "demo",
+    ):
         assert command in text
 
 

@@ -49,11 +49,11 @@ def test_demo_runs_through(tmp_path: Path) -> None:
     config = load_config("demo", ["distill.epochs=1", "refine.steps=30", "evaluate.strengths=[0.1]"])
     result = demo(config, tmp_path / "demo")
     page = result.report.read_text()
-    for text in ("planted", "FitNet", "SiNGER", "data:image/png;base64,", "Refinement", "max / median"):
+    for text in ("planted", "FitNet", "SiNGER", "data:image/png;base64,", "What refining did", "Leaderboard"):
         assert text in page
     assert "http" not in page and "<script" not in page
     ratios = result.max_over_median
-    assert ratios["teacher"] > 5 > ratios["refined teacher"]
+    assert ratios["teacher"] > 5 > ratios["refined teacher"] and {"fitnet", "singer"} < set(ratios)
     assert set(result.linear) == {"FitNet", "SiNGER", "teacher"} and result.linear["teacher"]["cls"]["top1"] > 90
     with pytest.raises(ValueError, match="exists; replace it with --overwrite"):
         demo(config, tmp_path / "demo")

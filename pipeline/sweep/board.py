@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.progress import say
+from pipeline.progress import duration, say
 from pipeline.sweep.work import Job
 
 
@@ -92,13 +92,5 @@ class Board:
         if left and self.done > self._first:
             # Of all that has been spent so far, refiners and failures too, over what has come of it.
             each = (time.monotonic() - self._started) / (self.done - self._first)
-            text += f", about {_duration(each * left)} left"
+            text += f", about {duration(each * left)} left"
         return text
-
-
-def _duration(seconds: float) -> str:
-    """5000 -> 1 h 23 min"""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -34,7 +34,7 @@ FIGURES = {
     "retrieval": ("retrieval.cls.map", "retrieval.mean_patch.map"),
     "domain-shift": ("linear.cls.top1", "linear.mean_patch.top1"),
 }
-_DEFAULT = "classification.linear.mean_patch.top1"
+DEFAULT_FIGURE = "classification.linear.mean_patch.top1"
 _LONGEST = 80
 
 Value = Any
@@ -279,7 +279,7 @@ def _check_different(entries: Sequence[RunEntry], runs: list[Run]) -> None:
 
 def _rank_by(asked: str | None, figures: list[str]) -> str:
     if asked is None:
-        return _DEFAULT if _DEFAULT in figures else figures[0]
+        return DEFAULT_FIGURE if DEFAULT_FIGURE in figures else figures[0]
     if asked not in figures:
         near = difflib.get_close_matches(asked, figures, n=1, cutoff=0)[0]
         raise ValueError(f"rank_by: no figure {asked!r} among those of its probes; did you mean {near!r}?")

@@ -1,0 +1,159 @@
+"""Charts as SVG within the page, in the colours of its text, so that they are legible in light and in dark."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+
+from pipeline.checkpoint import read_log
+from pipeline.figures import as_svg
+from pipeline.report.groups import Group
+from pipeline.report.looks import Look
+from pipeline.report.scores import Column, Score
+
+# Of middle lightness: these can be told apart on white and on black.
+COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a08300", "#e5484d")
+_GREY = "#8a8a8a"
+# Inches.
+_WIDTH, _NARROW = 4.6, 2.3
+_STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def colour(number: int) -> str:
+    """Of the number-th student; from the ninth on they are grey."""
+    return COLOURS[number] if number < len(COLOURS) else _GREY
+
+
+def tasks(
+    groups: Sequence[Group],
+    table: Mapping[Group, Mapping[Column, Score]],
+    columns: Sequence[Column],
+    teacher: Mapping[Column, float],
+) -> list[tuple[Column, str]]:
+    """A bar chart of every figure, a bar for each student (the paper's Figure 1b); a dotted line: the teacher."""
+    charts = []
+    for column in (c for c in columns if not c.error):
+        held = [(n, table[group][column].mean) for n, group in enumerate(groups) if column in table[group]]
+        figure, axes = _figure(0.34 + 0.2 * len(held), _NARROW)
+        axis = axes[0, 0]
+        for place, (number, mean) in enumerate(held):
+            axis.barh(place, mean.mean, 0.72, color=colour(number), xerr=mean.std, error_kw={"elinewidth": 1})
+            end = (mean.mean + (mean.std or 0), place)
+            axis.annotate(column.form % mean.mean, end, (3, 0), textcoords="offset points", va="center", fontsize=9)
+        if column in teacher:
+            axis.axvline(teacher[column], color="black", linewidth=1.2, linestyle=":")
+        axis.set_ylim(len(held) - 0.4, -0.6)
+        axis.set_yticks([])
+        most = max([m.mean + (m.std or 0) for _, m in held] + [teacher.get(column, 0)])
+        axis.set_xlim(0, 1.17 * most or 1)
+        charts.append((column, as_svg(figure, f"Bar chart of {', '.join(column.label)}, a bar for each student")))
+    return charts
+
+
+def losses(groups: Sequence[Group], file: str) -> str:
+    """Training loss of every run over its epochs, relative to its first value: targets have different units."""
+    figure, axes = _figure(2.9)
+    axis = axes[0, 0]
+    for number, group in reversed([*enumerate(groups)]):
+        for run in group.runs:
+            lines = [line for line in read_log(run.folder / file) if np.isfinite(line.get("loss", np.nan))]
+            if lines and lines[0]["loss"] > 0:
+                loss = np.array([line["loss"] for line in lines]) / lines[0]["loss"]
+                axis.plot([line["epoch"] for line in lines], loss, color=colour(number), linewidth=1.4, alpha=0.9)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("loss / first loss")
+    return as_svg(figure, "Training loss of every run, relative to its first value, over epochs")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of a refiner's adapters. style: of the line, as CSS names it; lines: [{"step", "outlier", "info"}]."""
+
+    title: str
+    colour: str
+    style: str
+    lines: list[dict[str, Any]]
+
+
+def fits(curves: Sequence[Curve]) -> str:
+    """How the adapters' two losses went: of artifacts, and of drift."""
+    figure, axes = _figure(3.6, rows=2)
+    above, below = axes[:, 0]
+    for curve in curves:
+        for axis, part in ((above, "outlier"), (below, "info")):
+            pairs = [(line["step"], line[part]) for line in curve.lines if line[part] > 0]
+            axis.plot(*zip(*pairs, strict=True), color=curve.colour, linestyle=curve.style, linewidth=1.4)
+    for axis, name in ((above, "artifacts\n(L_outlier)"), (below, "drift\n(L_info)")):
+        axis.set_yscale("log")
+        axis.set_ylabel(name)
+    below.set_xlabel("step")
+    return as_svg(figure, "Losses of the adapters over steps: artifacts above, drift below")
+
+
+def norms(looks: Sequence[Look], colours: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Box plots of patch norms by block, in units of the block's median (the paper's Figure 5), for every model.
+
+    All have the same axis.
+    """
+    boxes = {
+        look.title: [box_of((look.norms[b] / look.norms[b].median()).numpy(), str(b)) for b in sorted(look.norms)]
+        for look in looks
+    }
+    low = min(box["whislo"] for found in boxes.values() for box in found)
+    high = max(box["fliers"][0] for found in boxes.values() for box in found)
+    charts = []
+    for title, found in boxes.items():
+        figure, axes = _figure(1.7, _NARROW)
+        axis, line = axes[0, 0], {"color": colours.get(title, "black")}
+        axis.bxp(
+            found, widths=0.6, boxprops=line, whiskerprops=line, capprops=line, medianprops={**line, "linewidth": 2},
+            flierprops={"marker": "o", "markersize": 4, "markeredgecolor": "none", "markerfacecolor": line["color"]},
+        )  # fmt: skip
+        axis.set_yscale("log")
+        axis.set_ylim(low / 1.2, high * 1.3)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.grid(axis="y", color=_GREY, alpha=0.25)
+        # Of many blocks, not every number.
+        for number, label in enumerate(axis.get_xticklabels()):
+            label.set_visible(number % -(-len(found) // 8) == 0)
+        charts.append((title, as_svg(figure, f"Box plots of the patch norms of {title} by block")))
+    return charts
+
+
+def box_of(values: np.ndarray, label: str) -> dict[str, Any]:
+    """The box of some values: quartiles, whiskers at 1 and 99 %, and the largest as a point."""
+    low, first, median, third, high, most = np.quantile(values, [0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
+    return {"label": label, "whislo": low, "q1": first, "med": median, "q3": third, "whishi": high, "fliers": [most]}
+
+
+def read_fit(folder: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
+    """{file's stem: its lines, each with step and the losses summed over blocks} of the logs of adapters."""
+    curves = {}
+    for file in sorted(folder.glob(pattern)):
+        lines = []
+        for line in read_log(file):
+            parts = {**line, **line.get("parts", {})}
+            sums = {
+                kind: sum(v for name, v in parts.items() if name.split(".")[0] == kind) for kind in ("outlier", "info")
+            }
+            if any(name.split(".")[0] == "outlier" for name in parts):
+                lines.append({"step": line["step"], **sums})
+        if lines:
+            curves[file.stem] = lines
+    return curves
+
+
+def _figure(height: float, width: float = _WIDTH, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure that fits a phone, and its axes (rows, 1). height, width: inches."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes: np.ndarray = figure.subplots(rows, 1, squeeze=False)
+    return figure, axes

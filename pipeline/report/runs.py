@@ -1,0 +1,188 @@
+"""The runs that a report is about, and where what they were made from lies now."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache.reader import Cache
+from pipeline.config import Config, load_config
+from pipeline.distill import ADAPTERS, RUN, DistillResult, load_result
+from pipeline.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json
+from pipeline.progress import say
+from pipeline.refine import MANIFEST, REFINER, read_refiner
+from pipeline.stores import Place, is_remote
+from pipeline.sweep.work import RUNS
+
+# Keys that change a student in nothing.
+_IDLE = ("workers", "checkpoint_minutes", "local_copy", "trackers")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A refiner that students learned from. folder: its own, or, of joint training, that of the run; hash: SHA-256.
+
+    cleans: whether it does more than to normalise.
+    """
+
+    title: str
+    folder: Path
+    joint: bool
+    hash: str
+    cleans: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run. name: one that no other has; config: what it was made with, its refiner's section `refine`."""
+
+    name: str
+    folder: Path
+    result: DistillResult
+    config: Config
+    source: Source | None
+    versions: dict[str, str]
+
+    def settings(self) -> dict[str, Any]:
+        """{section.key: value} of what the student depends on."""
+        sections = ["student", "distill", *(["refine"] if self.source is not None else [])]
+        tree = self.config.model_dump(mode="json")
+        return {f"{s}.{k}": v for s in sections for k, v in tree[s].items() if k not in _IDLE}
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """The finished runs among folders of `singer distill` and `singer sweep`. Raises ValueError naming what is none."""
+    found: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
+        if (place / RUN).is_file():
+            found.append(place)
+            continue
+        if not (place / RUNS).is_dir():
+            raise ValueError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
+        inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
+        done = [folder for folder in inside if (folder / RUN).is_file()]
+        if not done:
+            raise ValueError(f"{place} is a sweep without a finished run; go on with singer sweep --resume")
+        if len(done) < len(inside):
+            say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and left out")
+        found += done
+    return list({folder.resolve(): folder for folder in found}.values())
+
+
+def read_runs(folders: Sequence[Path], adapters: Sequence[Path] = ()) -> list[Trained]:
+    """Raises ValueError naming a run that is damaged, or whose refiner is not where it was, nor among `adapters`."""
+    names = _names(folders)
+    return [_read(folder, name, adapters) for folder, name in zip(folders, names, strict=True)]
+
+
+def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
+    """The cache that all runs learned from. Raises ValueError if it is not found, or if they have several."""
+    first = runs[0]
+    cache = _open(given, first) if given is not None else _search(first)
+    for run in runs:
+        if run.result.cache in cache.ids:
+            continue
+        here = f"{run.folder} was trained from cache {run.result.cache[:12]}"
+        if given is not None and run is first:
+            raise ValueError(f"{here}, but {given} is {cache.id[:12]}; give its own with --cache")
+        raise ValueError(
+            f"{here}, {first.folder} from {first.result.cache[:12]}: a report is about one cache; make one for each"
+        )
+    return cache
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Of the folders; where these are not different, with the one above, or as they were given."""
+    places = [folder.resolve() for folder in folders]
+    for last in (1, 2):
+        names = ["/".join(place.parts[-last:]) for place in places]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
+    result = load_result(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} is no finished run: it has no {CONFIG}")
+    config = load_config(folder / CONFIG)
+    source = None
+    digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
+    if config.distill.joint:
+        source = Source("joint adapters", folder, True, file_hash(folder / ADAPTERS))
+    elif digest is not None:
+        source = _find_refiner(folder, result, digest, adapters)
+        if (source.folder / CONFIG).is_file():
+            config = config.model_copy(update={"refine": load_config(source.folder / CONFIG).refine})
+    versions = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
+    return Trained(name, folder, result, config, source, versions)
+
+
+def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> Source:
+    for place in [*given, *_nearby(run, filter(None, [result.adapters]))]:
+        folder = Path(place)
+        if (
+            not ((folder / MANIFEST).is_file() and (folder / REFINER).is_file())
+            or file_hash(folder / REFINER) != digest
+        ):
+            continue
+        manifest = read_refiner(folder)
+        kind = (manifest.cleaner, manifest.normaliser)
+        # Two closed forms may have the same tensors.
+        if result.refiner is None or kind == (result.refiner.cleaner, result.refiner.normaliser):
+            return Source(
+                " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
+            )
+    raise ValueError(
+        f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --adapters"
+    )
+
+
+def _search(run: Trained) -> Cache:
+    recorded = [*filter(None, [run.result.cache_place, _cache_option(run.folder)]), "cache"]
+    for place in _nearby(run.folder, recorded):
+        try:
+            cache = _open(place, run)
+        except (ValueError, OSError):
+            continue
+        if run.result.cache in cache.ids:
+            return cache
+    raise ValueError(f"the cache that {run.folder} learned from is not at {recorded[0]}; give its place with --cache")
+
+
+def _open(place: Place, run: Trained) -> Cache:
+    """For the teacher that the run had."""
+    teacher = run.result.teacher.weights if run.result.teacher is not None else run.config.distill.teacher
+    if teacher is None and run.source is not None and not run.source.joint:
+        teacher = read_refiner(run.source.folder).teacher
+    return Cache(place, teacher)
+
+
+def _cache_option(run: Path) -> str | None:
+    """What the command that made the run was given as --cache: runs once did not record it otherwise."""
+    try:
+        words = shlex.split(str(read_json(run, PROVENANCE, "output of singer").get("command", "")))
+    except ValueError:
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == "--cache":
+            return following
+        if word.startswith("--cache="):
+            return word.removeprefix("--cache=")
+    return None
+
+
+def _nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
+    """Where something lay, and as near the run as it may have been, since folders often move together."""
+    above = run.resolve().parent
+    for place in recorded:
+        if is_remote(place):
+            yield place
+            continue
+        yield Path(place)
+        for folder in (above, above.parent):
+            for last in (1, 2):
+                yield folder.joinpath(*Path(place).parts[-last:])

@@ -1,0 +1,167 @@
+"""What the evaluate-*.json of runs hold: figures that may be compared, and their means over seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import EvaluateConfig
+from pipeline.outputs import read_json, validated
+from pipeline.report.groups import Group
+from pipeline.sweep.leaderboard import Mean
+from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES
+
+RESULTS = "evaluate-*.json"
+# Errors, in meters: better where they are smaller.
+_ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
+# Stored as shares; the others are in percent.
+_SHARES = ("delta1",)
+_WORDS = {"knn": "k-NN", "cls": "CLS", "top1": "top-1", "miou": "mIoU", "map": "mAP", "rmse": "RMSE (m)"}
+# Keys of the section evaluate that the figures of a task depend on, beside those that all do.
+_COMMON = ("tokens", "image_size")
+_OWN = {
+    "classification": ("crop", "neighbours", "temperature", "strengths"),
+    "segmentation": ("seg_classes", "seg_ignore", "seg_lrs", "seg_passes"),
+    "depth": ("depth_min", "depth_max", "depth_bins", "depth_lrs", "depth_passes"),
+    "retrieval": ("crop",),
+    "domain-shift": ("crop", "strengths", "class_map"),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A task on certain images with certain settings, seeds apart: only figures of one probe may be compared."""
+
+    task: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    train_images: int
+    test_images: int
+    settings: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a probe. label: words for it, the task first; form: how a value is written; error: less is better."""
+
+    probe: Probe
+    figure: str
+    label: tuple[str, ...]
+    form: str
+    error: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.probe.task}.{self.figure}"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over `count` runs of a group."""
+
+    mean: Mean
+    count: int
+
+
+# {probe: {figure: value}}
+Figures = dict[Probe, dict[str, float]]
+
+
+def read_figures(folder: Path) -> Figures:
+    """Of all evaluate-*.json in a folder. Raises ValueError naming a damaged file."""
+    found: Figures = {}
+    for file in sorted(folder.glob(RESULTS)):
+        value = read_json(folder, file.name, "result of evaluate")
+        task = str(value.get("task", "classification"))
+        if task not in FIGURES:
+            continue
+        try:
+            known = {k: v for k, v in value["config"].items() if k in EvaluateConfig.model_fields}
+            settings = validated(known, EvaluateConfig, str(file)).model_dump(mode="json")
+            probe = Probe(
+                task,
+                tuple(value["train"]),
+                tuple(value["test"]),
+                int(value["train_images"]),
+                int(value["test_images"]),
+                tuple((key, str(settings[key])) for key in (*_COMMON, *_OWN[task])),
+            )
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
+        figures = {name: _pick(value, name) for name in (*FIGURES[task], *_ERRORS.get(task, ()))}
+        found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
+    return found
+
+
+def columns_of(everything: Iterable[Figures]) -> list[Column]:
+    """Every figure that some model has, task by task."""
+    held: dict[Probe, set[str]] = {}
+    for figures in everything:
+        for probe, values in figures.items():
+            held.setdefault(probe, set()).update(values)
+    probes = sorted(held, key=lambda p: [*FIGURES].index(p.task))
+    labels = _labels(probes)
+    columns = []
+    for probe in probes:
+        errors = _ERRORS.get(probe.task, ())
+        for figure in (*FIGURES[probe.task], *errors):
+            if figure in held[probe]:
+                words = [_WORDS.get(part, part.replace("_", " ")) for part in figure.split(".")]
+                form = "%.3f" if figure in errors else "%.1f"
+                columns.append(Column(probe, figure, (labels[probe], *words), form, figure in errors))
+    return columns
+
+
+def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], asked: str | None) -> Column | None:
+    """What runs are ranked by: the figure asked for, the usual one, or the first; of the probe that most runs have."""
+    able = [column for column in columns if not column.error]
+    for name in (asked, DEFAULT_FIGURE):
+        named = [column for column in able if column.name == name]
+        if named:
+            return max(named, key=lambda c: sum(c.probe in figures for figures in everything))
+    return able[0] if able else None
+
+
+def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) -> dict[Group, dict[Column, Score]]:
+    """Means over the runs of a group that have a figure."""
+    table: dict[Group, dict[Column, Score]] = {}
+    for group, members in groups.items():
+        table[group] = {}
+        for column in columns:
+            values = [f[column.probe][column.figure] for f in members if column.figure in f.get(column.probe, {})]
+            if values:
+                table[group][column] = Score(Mean.of(values), len(values))
+    return table
+
+
+def rank(table: Mapping[Group, Mapping[Column, Score]], by: Column | None) -> list[tuple[int | None, Group]]:
+    """Best first, equals alike; groups without the figure come behind, in their order."""
+    if by is None:
+        return [(None, group) for group in table]
+    ranked = sorted((g for g in table if by in table[g]), key=lambda g: -table[g][by].mean.mean)
+    values = [table[g][by].mean.mean for g in ranked]
+    places: list[tuple[int | None, Group]] = [(1 + values.index(v), g) for v, g in zip(values, ranked, strict=True)]
+    return places + [(None, group) for group in table if by not in table[group]]
+
+
+def _pick(value: Any, figure: str) -> float | None:
+    for key in figure.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, int | float):
+        return None
+    return 100 * value if figure.endswith(_SHARES) else float(value)
+
+
+def _labels(probes: Sequence[Probe]) -> dict[Probe, str]:
+    """The task; where it is there several times, with the first test shard or a number."""
+    labels: dict[Probe, str] = {}
+    for probe in probes:
+        same = [p for p in probes if p.task == probe.task]
+        label = probe.task
+        if len(same) > 1:
+            tests = {p.test for p in same}
+            label += (
+                f" {probe.test[0].removesuffix('.tar')}" if len(tests) == len(same) else f" {same.index(probe) + 1}"
+            )
+        labels[probe] = label
+    return labels
