@@ -1,0 +1,50 @@
+"""Is a cache whole and true? `singer cache verify CACHE [--weights FILE] [--repair]`.
+
+Every file is compared with its checksum and the index with the manifest; with the teacher at hand, its features are
+computed anew for a random sample and compared with the stored ones. --repair computes again what is damaged.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from pipeline.cache.parts import read_parts
+from pipeline.cache_teacher import mine
+from pipeline.config import Config
+from pipeline.stores import Place, open_store
+from pipeline.verify.files import check_part, unreachable
+from pipeline.verify.findings import LiveCheck, PartReport, VerifyResult
+from pipeline.verify.live import check_live, load_extractor
+from pipeline.verify.repair import repair_part
+
+__all__ = ["LiveCheck", "PartReport", "VerifyResult", "verify"]
+
+
+def verify(
+    config: Config,
+    place: Place,
+    *,
+    live: bool = False,
+    shards: str | Sequence[str] | None = None,
+    sample: int = 64,
+    repair: bool = False,
+) -> VerifyResult:
+    """Check the cache at `place`, complete or not; with `live` or `repair`, load config.teacher for a sample too.
+
+    shards: where the images lie now, if they have moved; sample: records of each part. Nothing is written, nor a lock
+    taken, except for `repair`. Raises ValueError if a manifest cannot be read, the teacher is none of the cache's, or
+    what `repair` needs is gone.
+    """
+    store = open_store(place)
+    parts = read_parts(store)
+    if repair and parts[0].manifest.version == 1:
+        raise ValueError(f"{place} was written by format version 1 and cannot be repaired; make a new cache")
+    extract = load_extractor(config, parts) if live or repair else None
+    with store.lock() if repair else nullcontext():
+        reports = {part.name: check_part(part) for part in parts}
+        reports[""].files |= unreachable(store, parts)
+        if extract is not None:
+            for part in mine(parts, extract.teacher):
+                if repair:
+                    repair_part(part, reports[part.name], extract, shards)
+                reports[part.name].live = check_live(part, reports[part.name], extract, shards, sample)
+    return VerifyResult(place, all(r.whole for r in reports.values()), list(reports.values()))

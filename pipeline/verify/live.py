@@ -1,0 +1,124 @@
+"""Stored features against what the teacher computes now."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.encoder import calibration_on
+from pipeline.cache.fidelity import error_sums, errors, token_cosines
+from pipeline.cache.format import CALIBRATION, FEATURES, INDEX, POSITIONS, Index, read_index
+from pipeline.cache.parts import Part
+from pipeline.cache.pixels import views_of
+from pipeline.cache.reader import PartReader
+from pipeline.cache.writer import first_difference
+from pipeline.cache_teacher import mine
+from pipeline.config import Config
+from pipeline.devices import make_accelerator
+from pipeline.extract import Extractor, check_finite
+from pipeline.models import load_teacher
+from pipeline.progress import meter
+from pipeline.shards import ImageFile, image_digest, relocate
+from pipeline.verify.files import within
+from pipeline.verify.findings import LiveCheck, PartReport
+from singer.matching import take_patches
+
+
+def load_extractor(config: Config, parts: Sequence[Part]) -> Extractor:
+    """The teacher of config.teacher, run as for the cache; its first teacher if config names none.
+
+    Raises ValueError naming both sides if the cache holds no features of it.
+    """
+    teachers = [p.manifest.teacher for p in parts]
+    given = config.teacher
+    named = [t for t in teachers if "name" in given.model_fields_set and t.name == given.name]
+    sized = [t for t in named or teachers if t.image_size == given.image_size]
+    known = (sized or named or teachers)[0]
+    name = given.name if "name" in given.model_fields_set else known.name
+    config = config.model_copy(
+        update={
+            "teacher": given.model_copy(update={"name": name, "image_size": known.image_size}),
+            "cache": config.cache.model_copy(update={"precision": known.precision}),
+        }
+    )
+    vit = load_teacher(config.teacher)
+    accelerator = make_accelerator(config.cache.precision)
+    vit.model.to(accelerator.device)
+    extract = Extractor(config, vit, accelerator)
+    if not mine(parts, extract.teacher):
+        difference = first_difference(known.identity(), extract.teacher.identity())
+        assert difference is not None
+        key, there, here = difference
+        source = f" with {given.weights}" if given.weights else ""
+        raise ValueError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {here} ({name}{source})")
+    return extract
+
+
+def computable(part: Part, report: PartReport) -> bool:
+    """Whether shards can be computed: all else that they need is whole."""
+    return not {within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
+
+
+def check_images(index: Index, records: np.ndarray, shards: str | Sequence[str] | None) -> None:
+    """Raise ValueError naming the first image of some records that is not the one that was cached."""
+    if index.digest is None:
+        return
+    with ImageFile(relocate(index.images, shards)) as files:
+        for image in np.unique(index.image[records]).tolist():
+            data, where = files.encoded(image)
+            if image_digest(data) != int(index.digest[image]):
+                raise ValueError(f"{where} is not the one that was cached; give its shards with --shards")
+
+
+def check_live(
+    part: Part, report: PartReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
+) -> LiveCheck | None:
+    """Compute the features of a random sample of a part's whole shards anew and compare them with the stored ones.
+
+    None if there is nothing to compare.
+    """
+    manifest = part.manifest
+    whole = sorted(set(range(manifest.shards)) - {*report.missing, *report.damaged})
+    if not whole or not computable(part, report):
+        return None
+    index, device = read_index(part.store), extract.device
+    pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
+    rng = np.random.default_rng(int(manifest.id()[:8], 16))
+    records = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
+    check_images(index, records, shards)
+    reader = PartReader(part, {s: part.entry(s) for s in np.unique(records // manifest.shard_records).tolist()})
+    codec, calibration, prefix = CODECS[manifest.codec], calibration_on(part, device), manifest.teacher.prefix_tokens
+    sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
+    cosines = []
+    with (
+        ImageFile(relocate(index.images, shards)) as files,
+        meter("live check", len(records), "records") as m,
+    ):
+        for batch in np.array_split(records, -(-len(records) // extract.config.cache.batch_size)):
+            views = views_of(files, index, batch, manifest.teacher.image_size)
+            features = extract.features(torch.from_numpy(views), manifest.blocks)
+            check_finite(features, batch, index)
+            positions = reader.read(POSITIONS, batch) if manifest.sampled else None
+            of_batch = []
+            for block, live in features.items():
+                parts = {n: reader.read(f"{FEATURES}/{block}/{n}", batch).to(device) for n in manifest.layout(block)}
+                stored = codec.decode(parts, calibration[block])
+                if isinstance(positions, torch.Tensor):
+                    live = take_patches(live, prefix, positions)
+                sums[block] = sums[block] + error_sums(stored, live, prefix, calibration[block].threshold)
+                of_batch.append(token_cosines(stored, live).mean(-1).cpu())
+            cosines.append(torch.stack(of_batch))
+            m.advance(len(batch))
+    by_record = torch.cat(cosines, 1)  # (blocks, records)
+    block, record = divmod(int(by_record.argmin()), len(records))
+    return LiveCheck(
+        records=len(records),
+        gate=codec.min_cosine,
+        # A cosine that is no number fails too.
+        below=int((~(by_record >= codec.min_cosine)).any(0).sum()),
+        worst=float(by_record[block, record]),
+        worst_key=index.key(int(records[record])),
+        worst_block=manifest.blocks[block],
+        blocks={b: errors(s) for b, s in sums.items()},
+    )

@@ -1,0 +1,69 @@
+"""What is damaged and can be computed, computed again."""
+
+import hashlib
+from collections.abc import Sequence
+from copy import copy
+
+import numpy as np
+import yaml
+
+from pipeline.cache.format import TAIL, journal_file, read_index
+from pipeline.cache.parts import Part
+from pipeline.cache_teacher import fill
+from pipeline.config import CacheConfig, Config
+from pipeline.extract import Extractor
+from pipeline.outputs import CONFIG, tensor_bytes
+from pipeline.progress import say
+from pipeline.stores import Store
+from pipeline.verify.files import metadata, shard_defects, shard_files, within
+from pipeline.verify.findings import PartReport
+from pipeline.verify.live import check_images, computable
+from singer.tail import tail_state
+
+
+def repair_part(part: Part, report: PartReport, extract: Extractor, shards: str | Sequence[str] | None) -> None:
+    """Write again what is damaged or missing of a part and can be computed; the report is brought up to date."""
+    manifest, store = part.manifest, part.store
+    again = metadata(manifest)
+    if within(part, TAIL) in report.files:
+        again[TAIL] = tensor_bytes(tail_state(extract.vit.model.state_dict(), manifest.tail_first_block))
+    for name, content in again.items():
+        if within(part, name) not in report.files:
+            continue
+        if hashlib.sha256(content).hexdigest() == manifest.files.get(name):
+            store.write(name, content)
+            del report.files[within(part, name)]
+        else:
+            say(f"{store.url}/{name} was written by other versions of libraries; restore it from a copy")
+
+    wanted = sorted(report.missing + report.damaged)
+    if not wanted or not computable(part, report):
+        return
+    check_images(read_index(store), np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]), shards)
+    own = copy(extract)
+    own.config = with_batch_size(extract.config, store)
+    for shard in wanted:
+        # First: a run that dies from here on leaves the shard missing, not half new.
+        store.remove(journal_file(shard))
+    fill(part, wanted, own, shards)
+
+    report.missing, report.damaged, sizes = [], [], store.sizes()
+    for shard in wanted:
+        for name in (journal_file(shard), *shard_files(manifest, shard)):
+            report.files.pop(within(part, name), None)
+        found = shard_defects(part, sizes, shard)
+        if found == {}:
+            report.repaired.append(shard)
+        else:  # the disk itself fails
+            report.damaged.append(shard)
+            report.files |= {within(part, name): why for name, why in (found or {}).items()}
+
+
+def with_batch_size(config: Config, store: Store) -> Config:
+    """The configuration with the batches in which a part was computed: others change the last bits of features."""
+    try:
+        size = yaml.safe_load(store.read(CONFIG))["cache"]["batch_size"]
+        known = CacheConfig.model_validate({**config.cache.model_dump(), "batch_size": size})
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return config
+    return config.model_copy(update={"cache": known})
