@@ -23,7 +23,7 @@ from pipeline.config import recipes
 from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
 from pipeline.sweep.leaderboard import Leaderboard
-from pipeline.sweep.plan import FIGURES, find_sweep, make_plan, read_plan
+from pipeline.sweep.plan import FIGURES, find_sweep, in_percent, make_plan, read_plan
 from pipeline.sweep.run import _passes, gpus
 from pipeline.sweep.work import Member
 
@@ -209,6 +209,10 @@ def test_leaderboard(whole: Path) -> None:
     cells = {row["run"]: (row["refiner"], row["distill.objective"], row["seeds"]) for row in rows}
     assert cells == {"mse": ("fit", "mse", "1"), "cosine": ("fit", "cosine", "1"), "raw0": ("none", "mse", "2")}
     assert all(int(row["parameters"]) > 0 and float(row["loss"]) > 0 for row in rows)
+
+
+def test_figures_are_shown_in_percent() -> None:
+    assert in_percent("depth.bins.delta1", 0.875) == 87.5 and in_percent("segmentation.miou", 24.2) == 24.2
 
 
 def test_ranks(whole: Path, tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ from pipeline.config import EvaluateConfig
 from pipeline.outputs import read_json, validated
 from pipeline.report.groups import Group
 from pipeline.sweep.leaderboard import Mean
-from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES
+from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES, in_percent
 
 RESULTS = "evaluate-*.json"
 # Errors, in meters: better where they are smaller.
 _ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
-# Stored as shares; the others are in percent.
-_SHARES = ("delta1",)
 _WORDS = {"knn": "k-NN", "cls": "CLS", "top1": "top-1", "miou": "mIoU", "map": "mAP", "rmse": "RMSE (m)"}
 # Keys of the section evaluate that the figures of a task depend on, beside those that all do.
 _COMMON = ("tokens", "image_size")
@@ -149,7 +147,7 @@ def _pick(value: Any, figure: str) -> float | None:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
         return None
-    return 100 * value if figure.endswith(_SHARES) else float(value)
+    return in_percent(figure, value)
 
 
 def _labels(probes: Sequence[Probe]) -> dict[Probe, str]:

@@ -13,7 +13,7 @@ from pipeline.distill import load_result
 from pipeline.figures import render
 from pipeline.outputs import read_json, write_json
 from pipeline.stores import write_atomic
-from pipeline.sweep.plan import REFINER, Plan, Run, figures_of
+from pipeline.sweep.plan import REFINER, Plan, Run, figures_of, in_percent
 from pipeline.sweep.work import RUNS, is_done
 
 NAME = "leaderboard"
@@ -146,7 +146,7 @@ class Leaderboard:
                 for key in figure.split(".")[1:]:
                     value = value.get(key) if isinstance(value, dict) else None
                 if value is not None:
-                    found[figure] = float(value)
+                    found[figure] = in_percent(figure, value)
         return found
 
     def _csv(self, rows: list[Row]) -> str:

@@ -89,6 +89,11 @@ class Plan:
     together: int = 1
 
 
+def in_percent(figure: str, value: float) -> float:
+    """A stored figure as it is shown: shares, such as delta1, are stored as such; the others are in percent."""
+    return 100 * value if figure.endswith("delta1") else float(value)
+
+
 def figures_of(probes: Iterable[str]) -> list[str]:
     """Names of all figures, such as classification.linear.cls.top1."""
     return [f"{task}.{figure}" for task in probes for figure in FIGURES[task]]
