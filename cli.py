@@ -137,6 +137,7 @@ def inspect(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
     adapters: Annotated[Path | None, typer.Option(help="A refiner of stage 2 to judge.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -148,7 +149,7 @@ def inspect(
     from pipeline.outputs import output_mode
 
     tree = load_config(config, sets or ())
-    _report(run(tree, cache, adapters, out, output_mode(False, overwrite)), as_json)
+    _report(run(tree, cache, adapters, out, output_mode(False, overwrite), shards), as_json)
 
 
 @app.command()

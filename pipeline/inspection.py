@@ -4,7 +4,7 @@
 out, those of a refiner from the ones that it was not fitted on; thresholds are the refiner's, or come from the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,17 @@ class _Shown:
 
 
 def inspect(
-    config: Config, cache_path: Place, adapters: Path | None = None, out: Path | None = None, mode: Mode = "new"
+    config: Config,
+    cache_path: Place,
+    adapters: Path | None = None,
+    out: Path | None = None,
+    mode: Mode = "new",
+    shards: str | Sequence[str] | None = None,
 ) -> InspectResult:
     """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
 
-    Raises ValueError for whatever the user can mend.
+    shards: where the images lie now, if they have moved; without them the page has none. Raises ValueError for
+    whatever the user can mend.
     """
     settings = config.refine
     teacher, blocks = settings.teacher, settings.blocks
@@ -95,7 +101,7 @@ def inspect(
     sample = spread(held_out, settings.sample_records)
     tail = cache.tail().to(device)
     refiner = refiner.to(device) if refiner is not None else None
-    figures, shown = {}, []
+    figures, shown, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
@@ -104,7 +110,9 @@ def inspect(
         if block in measured:
             figures[block]["refined"] = measured[block]["after"]
             figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
-        shown.append(_show(evidence, refiner))
+        if not len(chosen):
+            chosen = _choose(evidence)
+        shown.append(_show(evidence, refiner, chosen))
     result = InspectResult(
         cache=cache.id,
         adapters=str(adapters) if adapters is not None else None,
@@ -115,7 +123,7 @@ def inspect(
     if out is not None:
         with claimed_output(out, mode, STAGE, config, settings.seed):
             write_json(out / "inspect.json", {**asdict(result), "page": None})
-            write_atomic(out / "inspect.html", _page(cache, result, shown, sample).encode())
+            write_atomic(out / "inspect.html", _page(cache, result, shown, sample[chosen], shards).encode())
     return result
 
 
@@ -144,12 +152,20 @@ def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
     return lambda tokens: refiner.clean(tokens, block)
 
 
-def _show(evidence: Evidence, refiner: Refiner | None) -> _Shown:
-    """The first records for pictures; without a grid, only the norms."""
+def _choose(evidence: Evidence) -> np.ndarray:
+    """Records for pictures: half of them those with the largest patch norms, the others the first."""
+    largest = patch_norms(evidence.tokens, evidence.prefix).amax(1).cpu().numpy()
+    worst = np.argsort(-largest, kind="stable")[: _SHOWN // 2]
+    others = np.setdiff1d(np.arange(len(largest)), worst)[: _SHOWN - len(worst)]
+    return np.concatenate([worst, others])
+
+
+def _show(evidence: Evidence, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
+    """What the page shows of a block; without a grid, only the norms."""
     norms = patch_norms(evidence.tokens, evidence.prefix).cpu()
     if evidence.grid is None:
         return _Shown(evidence.block, norms, None, {}, {})
-    kinds = {"teacher": evidence.tokens[:_SHOWN]}
+    kinds = {"teacher": evidence.tokens[torch.from_numpy(chosen)]}
     if refiner is not None:
         kinds["refined"] = refiner.clean(kinds["teacher"], evidence.block)
     rows, columns = evidence.grid
@@ -164,11 +180,17 @@ def _show(evidence: Evidence, refiner: Refiner | None) -> _Shown:
     )
 
 
-def _page(cache: Cache, result: InspectResult, shown: list[_Shown], records: np.ndarray) -> str:
+def _page(
+    cache: Cache,
+    result: InspectResult,
+    shown: list[_Shown],
+    records: np.ndarray,
+    shards: str | Sequence[str] | None,
+) -> str:
     images = None
     try:
-        with open_images(cache) as files:
-            images = cache.pixels(records[:_SHOWN], _PIXELS, files).numpy()
+        with open_images(cache, shards) as files:
+            images = cache.pixels(records, _PIXELS, files).numpy()
     except ValueError as error:
         say(f"the page has no images: {error}")
     pictures = {"norms": _draw_norms(shown)}
