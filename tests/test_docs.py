@@ -64,8 +64,9 @@ TOY: dict[str, object] = {
     "student.depth": 3,
     "student.heads": 2,
     "student.patch_size": 8,
+    "student.image_size": 32,
     "student.pretrained": False,
-    "distill.epochs": 2,
+    "distill.epochs": 1,
     "distill.batch_size": 16,
     "distill.workers": 1,
     "distill.precision": "no",
@@ -76,9 +77,6 @@ TOY: dict[str, object] = {
 }
 # Built by a colleague's branch: until it is merged, `singer report` is unknown to the command line. REMOVE THEN.
 NOT_YET = {"report"}
-
-# torch.export reads weights into a buffer that it never writes to, and says so once a process.
-pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
 
 @dataclass(frozen=True)
@@ -296,8 +294,8 @@ class World:
         save_backbone(teacher, teacher.model.state_dict(), root / TEACHER)
         self.toy = {**TOY, "teacher.name": f"{LOCAL}{root / TEACHER}"}
         makers: dict[str, Callable[[Path], object]] = {
-            "photos": lambda out: draw_images(out, 2, 20),
-            "photos-test": lambda out: draw_images(out, 2, 6, seed=1, start=50),
+            "photos": lambda out: draw_images(out, 2, 12),
+            "photos-test": lambda out: draw_images(out, 2, 4, seed=1, start=50),
             "shards": lambda out: prepare(self.config, self.made("photos"), out),
             "val": lambda out: prepare(self.config, self.made("photos-test"), out),
             "cache": lambda out: cache_teacher(self.config, f"{self.made('shards')}/*.tar", out),
@@ -346,6 +344,11 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(file: Any = None, sets: Sequence[str] = (), options: Any = None) -> Config:
         return real(file, [*toy, *sets], options)
 
+    # Drawing weights that have no memory would take a third of the time.
+    draw = timm.models.vision_transformer.trunc_normal_
+    monkeypatch.setattr(
+        "timm.models.vision_transformer.trunc_normal_", lambda x, **how: x if x.is_meta else draw(x, **how)
+    )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweep.plan, "load_config", first)
     plan = pipeline.plan.plan
@@ -405,7 +408,7 @@ def test_few_fences_are_not_run() -> None:
     """Those of the benchmarks take hours; of the others, each has to say why."""
     idle = [f for p in PAGES for f in fences(p) if f.language in ("bash", "python") and not f.runs]
     assert all(len(f.note) > len("not run: ") for f in idle)
-    assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 4, [f.place for f in idle]
+    assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 5, [f.place for f in idle]
 
 
 def slug(heading: str) -> str:
