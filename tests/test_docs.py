@@ -411,6 +411,60 @@ def test_few_fences_are_not_run() -> None:
     assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 5, [f.place for f in idle]
 
 
+WRONG = {
+    "command": "singer destill --cache cache --out run",
+    "option": "singer distill --cache cache --out run --adaptors adapters",
+    "missing option": "singer distill --out run",
+    "value": "singer distill --cache cache --out run --epochs many",
+    "key": "singer distill --cache cache --out run --set distill.epoch=3",
+    "recipe": "singer distill --cache cache --out run --config dinov2-l-to-xs",
+    "teacher": "singer cache-teacher --shards 'x/*.tar' --out cache --teacher vit_large_patch14_dinov3x",
+    "weights": "singer cache-teacher --shards 'x/*.tar' --out cache --teacher vit_large_patch14_dinov2.lvd143m",
+    "student": "singer distill --cache cache --out run --student vit_smal_patch14_dinov2",
+    "launcher": "accelerate launch --num_procs 2 cli.py distill --cache cache --out run",
+    "file": "accelerate launch --config_file configs/accelerate/two.yaml cli.py distill --cache cache --out run",
+    "script": "accelerate launch singer.py distill --cache cache --out run",
+    "under accelerate": "accelerate launch cli.py distill --cache cache",
+    "benchmark": "python benchmarks/result.py",
+    "its option": "python benchmarks/results.py --seed 0",
+    "target": "make demos",
+    "unknown": "singr distill --cache cache --out run",
+    "syntax": "for run in a b; singer export",
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_commands_are_found_without_running(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(BaseException, match=".") as caught:
+        check_fence(Fence(ROOT / "README.md", 1, "bash", f"{WRONG[what]}\n", "not run: wrong"))
+    assert not isinstance(caught.value, KeyboardInterrupt | RecursionError | NameError | AttributeError)
+
+
+@pytest.mark.parametrize(
+    "text", ["false\n", "singer distill --cache none --out run\n", "ls none | cat; exit 3\n", "test -e none\n"]
+)
+def test_a_fence_that_fails_is_found(text: str, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(AssertionError, match="README.md:1"):
+        Shell(tmp_path, tmp_path / "scratch").run(Fence(ROOT / "README.md", 1, "bash", text, ""))
+
+
+SECTIONS = "|".join(Config.model_fields)
+
+
+# The other two name Python objects and keys of the manifest.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("python.md", "cache-format.md")], ids=name_of)
+def test_keys_in_the_text_exist(page: Path) -> None:
+    """`section.key` and `section.key=value` wherever they are quoted."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        for section, key in re.findall(rf"(?:^|--set |')({SECTIONS})\.([a-z_]+)(?![\w(/])", quoted):
+            if key not in ("py", "yaml", "json", "shard"):  # files, and names in the format
+                assert key in getattr(Config(), section).model_dump(), f"{page.name}: {section}.{key}"
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub makes of a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
