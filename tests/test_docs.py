@@ -465,6 +465,20 @@ def test_keys_in_the_text_exist(page: Path) -> None:
                 assert key in getattr(Config(), section).model_dump(), f"{page.name}: {section}.{key}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_in_the_text_exist(page: Path) -> None:
+    """`singer COMMAND ... --option`, perhaps without what it needs."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for quoted in re.findall(r"`singer ([^`\n]+)`", text):
+        command: Any = typer.main.get_command(cli.app)
+        words = quoted.split()
+        while hasattr(command, "commands") and words and words[0] in {*command.commands, *NOT_YET}:
+            command = command.commands.get(words.pop(0))
+        assert command is None or not hasattr(command, "commands"), f"{page.name}: singer {quoted}"
+        known = {option for p in command.params for option in p.opts} if command is not None else set(words)
+        assert {w for w in words if w.startswith("--")} <= known, f"{page.name}: singer {quoted}"
+
+
 def slug(heading: str) -> str:
     """The anchor that GitHub makes of a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
