@@ -100,7 +100,9 @@ class Fence:
 
 def fences(page: Path) -> list[Fence]:
     found: list[Fence] = []
-    note, start, language, body = "", 0, None, []
+    note, start = "", 0
+    language: str | None = None
+    body: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         if line.strip().startswith("```"):
             if language is None:
@@ -127,7 +129,8 @@ def name_of(page: Path) -> str:
 def command_parser(args: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The subcommand and its parsed options. Raises UsageError of click for whatever the command line refuses."""
     command: Any = typer.main.get_command(cli.app)
-    path, rest = [], list(args)
+    path: list[str] = []
+    rest = list(args)
     while hasattr(command, "commands"):
         assert rest and rest[0] in command.commands, f"singer has no command {' '.join([*path, *rest[:1]])!r}"
         path.append(rest.pop(0))
