@@ -250,7 +250,9 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
     """(records to fit on, held-out records): a random split, a pure function of the seed."""
     order = np.random.default_rng([settings.seed, 0]).permutation(len(cache))
     held_out = max(1, round(settings.holdout * len(cache)))
-    if len(cache) - held_out < settings.batch_size:
+    if len(cache) == held_out:
+        raise ValueError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
+    if CLEANERS[settings.cleaner].trained and len(cache) - held_out < settings.batch_size:
         raise ValueError(
             f"{len(cache)} records are too few for refine.batch_size {settings.batch_size}; make it smaller"
         )

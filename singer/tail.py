@@ -35,7 +35,8 @@ class TeacherTail(nn.Module):
     ) -> None:
         super().__init__()
         with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, **model_args)
+            # Without memory there is nothing to initialise, and trying to takes most of the time.
+            model = timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
         self.depth = len(model.blocks)
         self.first_block = first_block
         for block in range(first_block):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_vit, tree_bytes, world_config
+from conftest import draw_images, make_vit, tree_bytes, world_config
 
 from pipeline import fit
 from pipeline.cache import Cache
@@ -17,6 +17,7 @@ from pipeline.fit import batch_order
 from pipeline.measure import measure_scales
 from pipeline.models import save_backbone
 from pipeline.outputs import read_json
+from pipeline.prepare import prepare
 from pipeline.refine import load_refiner, refine, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape
@@ -148,6 +149,18 @@ def test_mistakes_write_nothing(world: Path, tmp_path: Path, sets: list[str], me
         refine(world_config(world, *sets), world / "cache", tmp_path / "a")
     assert message in str(error.value)
     assert not (tmp_path / "a").exists()
+
+
+def test_closed_forms_take_few_records(world: Path, tmp_path: Path) -> None:
+    """They have no batches; adapters have."""
+    draw_images(tmp_path / "images", 2, 2)
+    prepare(world_config(world), tmp_path / "images", tmp_path / "few")
+    config = world_config(world, "refine.cleaner=neighbour", "refine.batch_size=32")
+    cache_teacher(config, str(tmp_path / "few" / "*.tar"), tmp_path / "cache")
+    refine(config, tmp_path / "cache", tmp_path / "a")
+    one = world_config(world, "refine.cleaner=neighbour", "refine.holdout=0.9")
+    with pytest.raises(ValueError, match="has 4 records: too few to fit on some"):
+        refine(one, tmp_path / "cache", tmp_path / "b")
 
 
 def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
