@@ -164,7 +164,7 @@ class DistillConfig(Section):
     objective: str | dict[str, Annotated[float, Field(gt=0)]] = Field(
         "mse", description="a name, or names with weights: {mse: 1, logits: 0.5}"
     )
-    projector: Literal["linear", "mlp"] = Field("linear", description="from student to teacher width, at each block")
+    projector: str = Field("linear", description="from student to teacher width, at each block; lift: and to its grid")
     joint: bool = Field(False, description="train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Annotated[float, Field(gt=0)] = Field(
         1.0, description="joint: of the objective beside the adapters' losses"

@@ -8,7 +8,7 @@ and minimises their weighted sum. Several students that share the data train on 
 it would alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -44,11 +44,12 @@ from pipeline.train import BatchLoader, Trainee, train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
+from singer.projectors import PROJECTORS
 from singer.refiner import Refiner
 
 STAGE = "distill"
 STUDENT = "student"
-PROJECTORS = "projectors.safetensors"
+PROJECTORS_FILE = "projectors.safetensors"
 # Of joint training.
 ADAPTERS = "adapters.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -197,9 +198,8 @@ def check_shared(jobs: Sequence[Job]) -> None:
         raise ValueError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for job in jobs:
         settings = job.config.distill
-        unknown = [name for name in settings.objectives if name not in OBJECTIVES]
-        if unknown:
-            raise ValueError(f"distill.objective: unknown {unknown[0]!r}; known: {', '.join(OBJECTIVES)}")
+        _check_names("distill.objective", settings.objectives, OBJECTIVES)
+        _check_names("distill.projector", [settings.projector], PROJECTORS)
     for job in others:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
@@ -209,6 +209,12 @@ def check_shared(jobs: Sequence[Job]) -> None:
                 )
     if len({job.out for job in jobs}) < len(jobs):
         raise ValueError("two students of one pass cannot have the same output folder")
+
+
+def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_job(job: Job, sources: Sequence[Source]) -> None:
@@ -237,7 +243,7 @@ class NewStudent:
         for source, refiner in zip(sources, refiners, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device)
+            targets = Targets(cache, refiner, self.student, device, PROJECTORS[settings.projector].lifts)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
@@ -346,7 +352,7 @@ def store(new: NewStudent, result: DistillResult) -> None:
     student = new.student.model if new.ema is None else new.ema.module
     save_backbone(new.student, student.state_dict(), out / STUDENT)
     trained = new.distiller.state_dict()
-    write_tensors(out / PROJECTORS, {
+    write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()
         if not name.startswith(("student.", "adapters."))

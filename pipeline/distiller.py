@@ -19,6 +19,7 @@ from singer.cleaners import Adapter
 from singer.losses import Exchange, adapter_losses
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
+from singer.projectors import PROJECTORS, Ends
 from singer.refiner import Refiner
 from singer.tail import TeacherTail
 
@@ -105,15 +106,18 @@ class Head:
         self.name, self.weight = name, weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
+        project = PROJECTORS[projector]
         setting = targets.setting(tuple(matching), [OBJECTIVES[o] for o in objectives])
         self.objective = Mixture({o: OBJECTIVES[o](setting) for o in objectives}, objectives)
         # Only what is compared: a projector without a gradient would stop DDP.
         self.kinds = self.objective.reads()
         self.projectors: dict[bool, nn.ModuleDict] = {}
         for kind, blocks in self.kinds.items():
-            made = {str(t): new_projector(projector, self.layout[matching[t]][0], setting.width) for t in blocks}
-            self.projectors[kind] = nn.ModuleDict(made)
+            ends = {t: Ends(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks}
+            self.projectors[kind] = nn.ModuleDict({str(t): project(ends[t]) for t in blocks})
         self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
+        # On which projected tokens are.
+        self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -145,8 +149,7 @@ class Head:
                 refined = self.adapters(shown.features)
                 losses = self._joint_losses(shown.features, refined, weights)
             wanted = {True: refined, False: refined}
-        grids = {t: self.layout[b][1] for t, b in self.matching.items()}
-        tokens = {kind: targets.meet(x, grids, shown.positions) for kind, x in self.tokens(outputs).items()}
+        tokens = {kind: targets.meet(x, self.grids, shown.positions) for kind, x in self.tokens(outputs).items()}
         wanted = {
             kind: targets.arrange({b: wanted[kind][b] for b in blocks}, shown.positions)
             for kind, blocks in self.kinds.items()
@@ -194,14 +197,6 @@ class Distiller(nn.Module):
         return losses
 
 
-def new_projector(kind: str, width: int, target: int) -> nn.Module:
-    """From student to teacher width: `linear`, or `mlp` with one hidden layer as wide as the wider of both."""
-    if kind == "linear":
-        return nn.Linear(width, target)
-    hidden = max(width, target)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
-
-
 def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
     """CLS (if kept) and patches of tokens (B, N, d); registers never meet those of another model."""
     patches = tokens[:, prefix:]
@@ -209,13 +204,17 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 
 
 class Targets:
-    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several."""
+    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several or
+    its tokens are lifted there.
+    """
 
-    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
+    def __init__(
+        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
+    ) -> None:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.grid = student.grid if student.is_vit else cache.manifest.teacher.grid
+        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
 
     @property
     def meeting_grid(self) -> tuple[int, int] | None:
