@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
+from pipeline.batch_norm import check_parts, synchronise
 from pipeline.cache.reader import Cache
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
@@ -234,6 +235,7 @@ class NewStudent:
         refiners = [load_refiner(s.adapters, s.cache) if s.adapters is not None else None for s in sources]
         set_seed(settings.seed)
         self.student: Backbone = new_student(job.config.student, sources[0].cache.manifest.teacher.image_size)
+        synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         check_trackers(settings.trackers)
@@ -254,6 +256,7 @@ class NewStudent:
                 )
             )  # fmt: skip
         self.distiller = Distiller(self.student, heads).to(device)
+        check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema) if settings.ema is not None else None
 
     @property
@@ -289,7 +292,7 @@ class NewStudent:
         optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
         parts = {"model": self.distiller, "optimiser": optimiser, "scaler": accelerator.scaler, "ema": self.ema}
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
-        first = checkpoint.restore(accelerator.device) if mode == "resume" else 0
+        first = checkpoint.restore() if mode == "resume" else 0
         model, optimiser = accelerator.prepare(self.distiller, optimiser)
         if settings.compile:
             model = torch.compile(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
 from pipeline.models import Backbone
+from pipeline.readplan import part_size
 from pipeline.refine import Fit
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs, freeze_unused
@@ -55,7 +56,7 @@ class Lesson:
 
     def split(self, parts: int) -> Iterator["Lesson"]:
         """In as many parts, or fewer if there are not enough records."""
-        size = -(-len(self.weights) // parts)
+        size = part_size(len(self.weights), parts)
         for start in range(0, len(self.weights), size):
             rows = slice(start, start + size)
             shown = [s.rows(rows) for s in self.shown]
