@@ -52,7 +52,7 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     file = result_file(model, task, shards, config) if folder != model else None
-    result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
+    result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file))
     if file is not None:
         train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
         about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}

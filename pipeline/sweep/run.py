@@ -28,6 +28,7 @@ from pipeline.outputs import (
     read_json,
     write_json,
 )
+from pipeline.probes import TASKS
 from pipeline.progress import say
 from pipeline.refine import MANIFEST
 from pipeline.shards import Images, index_shards
@@ -104,18 +105,22 @@ def sweep(
         if (out / INPUTS).exists():
             check_inputs(out, inputs)
         _check_unchanged(plan, setting)
+    files = {run.name: _result_files(run, plan.probes, out, images) for run in plan.runs}
+    if images is not None:
+        _check_probes(plan, files, *images)
     with claimed_output(out, mode, STAGE, plan.base, None):
         write_json(out / INPUTS, inputs)
         write_atomic(out / FILE, content)
         for name in (REFINERS, RUNS):
             (out / name).mkdir(exist_ok=True)
-        return _sweep(plan, setting, images, workers)
+        leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
+        return _sweep(plan, setting, files, leaderboard, workers)
 
 
-def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, workers: int | None) -> SweepResult:
+def _sweep(
+    plan: Plan, setting: Setting, files: dict[str, dict[str, Path]], leaderboard: Leaderboard, workers: int | None
+) -> SweepResult:
     out = setting.out
-    files = {run.name: _result_files(plan, run, out, images) for run in plan.runs}
-    leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
 
     def write(failed: dict[str, str]) -> None:
         states = {}
@@ -171,11 +176,26 @@ def _refuse(what: str, out: Path, change: str | None) -> None:
         )
 
 
-def _result_files(plan: Plan, run: Run, out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
+def _result_files(run: Run, probes: Sequence[str], out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
     """{task: where a run's figures lie once it is probed}; empty without labelled shards."""
     if images is None:
         return {}
-    return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in plan.probes}
+    return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in probes}
+
+
+def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, test: Images) -> None:
+    """Raise ValueError, before anything is trained, if a probe that is still to come cannot work on these shards."""
+    left = {
+        (task, run.config.evaluate.model_dump_json()): run
+        for run in plan.runs
+        for task, file in files[run.name].items()
+        if not file.exists()
+    }
+    for (task, _), run in left.items():
+        try:
+            TASKS[task].check(train, test, run.config.evaluate)
+        except ValueError as error:
+            raise ValueError(f"probe {task} of run {run.name}: {error}") from None
 
 
 def _jobs(plan: Plan, setting: Setting, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
