@@ -22,7 +22,7 @@ from pipeline.batch_norm import check_parts, synchronise
 from pipeline.cache.reader import Cache
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
-from pipeline.devices import make_accelerator
+from pipeline.devices import make_accelerator, require_whole_models
 from pipeline.distiller import Distiller, Head, Joint, Targets, new_joint
 from pipeline.models import Backbone, new_student, save_backbone
 from pipeline.outputs import (
@@ -159,6 +159,7 @@ def fan_out(
 
     Raises ValueError for whatever the user can mend, and if the jobs differ in what they must SHARE.
     """
+    require_whole_models()
     check_shared(jobs)
     settings = jobs[0].config.distill
     taught = [open_sources(job.config.distill, caches, job.adapters) for job in jobs]

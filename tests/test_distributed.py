@@ -117,3 +117,14 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
     assert int(saved["bn1.num_batches_tracked"]) == 1
     for key in ("bn1.running_mean", "bn1.running_var"):
         torch.testing.assert_close(saved[key], student.model.state_dict()[key])
+
+
+@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_models_in_shards_are_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
+) -> None:
+    """As `accelerate launch` tells of it."""
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(ValueError, match=f"{name} is not supported; students are small: use DDP"):
+        distill(world_config(world), world / "cache", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
