@@ -34,6 +34,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 _MOST = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
 TASK_HELP = "classification, segmentation, depth, retrieval or domain-shift."
+ADAPTERS_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
@@ -154,9 +155,9 @@ def inspect(
 
 @app.command()
 def distill(
-    cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
+    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL. Repeated: several teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
-    adapters: Annotated[Path | None, typer.Option(help="A refiner of stage 2; without it: raw targets.")] = None,
+    adapters: Annotated[list[Path] | None, typer.Option(help=ADAPTERS_HELP)] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     student: Annotated[str | None, typer.Option(help="A timm VisionTransformer, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
@@ -186,7 +187,8 @@ def distill(
         "distill.local_copy": local_copy,
     }
     mode = output_mode(resume, overwrite)
-    _report(run(load_config(config, sets or (), options), cache, out, adapters, shards, mode), as_json)
+    refiners = None if adapters is None else [None if str(path) == "none" else path for path in adapters]
+    _report(run(load_config(config, sets or (), options), cache, out, refiners, shards, mode), as_json)
 
 
 @app.command()
@@ -212,7 +214,7 @@ def evaluate(
 @app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
-    cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
+    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL. Repeated: several teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for refiners, runs and the leaderboard.")],
     train: Annotated[list[str] | None, typer.Option(help="Labelled shards that the probes learn from.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Labelled shards that they are tested on.")] = None,

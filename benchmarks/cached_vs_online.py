@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import TeacherConfig, load_config
-from pipeline.distiller import Distiller, Lesson, Targets
+from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
 from pipeline.models import load_teacher, new_student
 from pipeline.prefetch import prefetch
 from pipeline.readplan import EpochOrder, Share, share
@@ -51,19 +51,19 @@ def main() -> None:
     student = new_student(config.student, described.image_size)
     targets = Targets(cache, load_refiner(options.adapters, cache) if options.adapters else None, student, device)
     matching = match_blocks(cache.blocks, described.depth, depth(student.model))
-    model = Distiller(student, matching, targets, config.distill.objectives).to(device)
+    model = Distiller(student, [Head(student, matching, targets, config.distill.objectives)]).to(device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     batch = config.distill.batch_size
     order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
-    load = BatchLoader(cache, files, [student.image_size])
+    load = BatchLoader([cache], files, [student.image_size])
     plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     weights, no_labels = torch.full((batch,), 1 / batch, device=device), torch.full((batch,), -1, device=device)
 
     def update(pixels: Tensor, features: dict[int, Tensor]) -> None:
         images = normalise(pixels, student.mean, student.std, device)
-        losses = model(Lesson(images, features, weights, no_labels))
+        losses = model(Lesson(images, [Shown(features)], weights, no_labels))
         optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
@@ -77,7 +77,7 @@ def main() -> None:
         return cache.pixels(part.records, student.image_size, files)
 
     fixed = load(plan[0])
-    fixed_pixels, fixed_features = fixed.pixels[student.image_size], targets.features(fixed.encoded)
+    fixed_pixels, fixed_features = fixed.pixels[student.image_size], targets.features(fixed.encoded[0])
 
     def teacher_alone() -> None:
         for _ in plan:
@@ -89,7 +89,7 @@ def main() -> None:
 
     def decoding_alone() -> None:
         for _ in plan:
-            cache.decode(fixed.encoded, device)
+            cache.decode(fixed.encoded[0], device)
 
     def student_with_images() -> None:
         for pixels in prefetch(load_images, plan, config.distill.workers):
@@ -101,7 +101,7 @@ def main() -> None:
 
     def cached() -> None:
         for loaded in prefetch(load, plan, config.distill.workers):
-            update(loaded.pixels[student.image_size], targets.features(loaded.encoded))
+            update(loaded.pixels[student.image_size], targets.features(loaded.encoded[0]))
 
     kinds: list[Callable[[], None]] = [
         teacher_alone,

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.config import load_config
-from pipeline.distiller import Distiller, Lesson, Targets
+from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
 from pipeline.models import new_student
 from pipeline.prefetch import prefetch
 from pipeline.readplan import EpochOrder, share
@@ -47,18 +47,19 @@ def main() -> None:
         refiner = load_refiner(options.adapters, cache) if options.adapters else None
         matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
         targets = Targets(cache, refiner, student, device)
-        model = Distiller(student, matching, targets, config.distill.objectives).to(device)
+        model = Distiller(student, [Head(student, matching, targets, config.distill.objectives)]).to(device)
         students.append(student)
         models.append(model)
         optimisers.append(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4))
-    load = BatchLoader(cache, ImageFile(relocate(cache.index.images, None)), [students[0].image_size])
+    load = BatchLoader([cache], ImageFile(relocate(cache.index.images, None)), [students[0].image_size])
     order = EpochOrder(len(cache), 0, 0)
     plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     def lesson(loaded: Batch) -> Lesson:
         student = students[0]
         images = normalise(loaded.pixels[student.image_size], student.mean, student.std, device)
-        return Lesson(images, cache.decode(loaded.encoded, device), loaded.weights.to(device), loaded.labels.to(device))
+        shown = [Shown(cache.decode(encoded, device)) for encoded in loaded.encoded]
+        return Lesson(images, shown, loaded.weights.to(device), loaded.labels.to(device))
 
     def update(number: int, given: Lesson) -> None:
         losses = models[number](given)

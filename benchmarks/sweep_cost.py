@@ -22,7 +22,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
 from pipeline.distill import Job, fan_out
-from pipeline.distiller import Distiller, Lesson, Targets
+from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
 from pipeline.models import load_teacher, new_student
 from pipeline.prefetch import prefetch
 from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
@@ -42,7 +42,7 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
     student = new_student(config.student, described.image_size)
     targets = Targets(cache, load_refiner(adapters, cache), student, device)
     matching = match_blocks(cache.blocks, described.depth, depth(student.model))
-    model = Distiller(student, matching, targets, settings.objectives).to(device)
+    model = Distiller(student, [Head(student, matching, targets, settings.objectives)]).to(device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr)
     files = ImageFile(relocate(cache.index.images, None))
     labels = torch.full((settings.batch_size,), -1, device=device)
@@ -60,7 +60,7 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
                 images = normalise(pixels, teacher.mean, teacher.std, device)
                 features = {b: x.float() for b, x in block_outputs(teacher.model, images, cache.blocks).items()}
             images = normalise(pixels, student.mean, student.std, device)
-            losses = model(Lesson(images, features, weights.to(device), labels[: len(weights)]))
+            losses = model(Lesson(images, [Shown(features)], weights.to(device), labels[: len(weights)]))
             optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             optimiser.step()

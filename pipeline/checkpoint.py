@@ -38,12 +38,12 @@ class Checkpoint:
         write_atomic(self.path, buffer.getvalue())
         self._saved = time.monotonic()
 
-    def restore(self, device: torch.device) -> int:
-        """Load the last checkpoint, if there is one, into the parts; the number of steps it had done."""
+    def restore(self) -> int:
+        """Load the last checkpoint, if there is one, into the parts, where these are; the steps it had done."""
         if not self.path.is_file():
             return 0
         try:
-            saved = torch.load(self.path, map_location=device, weights_only=True)
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
         except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type

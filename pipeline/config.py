@@ -6,7 +6,7 @@ Defaults, then a YAML file, then direct options and `--set section.key=value`. U
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -164,7 +164,7 @@ class DistillConfig(Section):
     objective: str | dict[str, Annotated[float, Field(gt=0)]] = Field(
         "mse", description="a name, or names with weights: {mse: 1, logits: 0.5}"
     )
-    projector: Literal["linear", "mlp"] = Field("linear", description="from student to teacher width, at each block")
+    projector: str = Field("linear", description="from student to teacher width, at each block; lift: and to its grid")
     joint: bool = Field(False, description="train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Annotated[float, Field(gt=0)] = Field(
         1.0, description="joint: of the objective beside the adapters' losses"
@@ -197,14 +197,33 @@ class DistillConfig(Section):
     )
     shuffle_window: Positive = Field(16384, description="records within which such blocks are mixed")
     seed: Seed = 0
-    teacher: str | None = Field(None, description="which of a cache's teachers; default: the adapters', or the first")
-    blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: the adapters', or all")
+    teacher: str | tuple[str | None, ...] | None = Field(
+        None, description="which of a cache's teachers; default: the adapters', or the first. Of several caches: a list"
+    )
+    blocks: tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | None = Field(
+        None, description="which of its blocks; default: the adapters', or all. Of several caches: a list of lists"
+    )
+    teacher_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="of several caches: what each teacher's objective counts; default: equal, 1 in all"
+    )
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
 
     @property
     def objectives(self) -> dict[str, float]:
         """{name: weight}"""
         return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+
+    @property
+    def teachers(self) -> tuple[str | None, ...] | None:
+        """One for each cache; None: no cache's is named."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+    @property
+    def blocks_by_teacher(self) -> tuple[tuple[int, ...] | None, ...] | None:
+        """One for each cache; None: no cache's are named."""
+        if self.blocks is None or not all(isinstance(b, int) for b in self.blocks):
+            return cast("tuple[tuple[int, ...] | None, ...] | None", self.blocks)
+        return (cast("tuple[int, ...]", self.blocks),)
 
 
 class EvaluateConfig(Section):

@@ -3,12 +3,14 @@
 `singer distill --cache CACHE --adapters ADAPTERS --out RUN`, or `accelerate launch cli.py distill ...` on several
 processes. Without adapters the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
 
-Several students that share the data train on one pass over it (`fan_out`), each as it would alone.
+Several caches of the same images and views are several teachers: a student has projectors and an objective for each,
+and minimises their weighted sum. Several students that share the data train on one pass over it (`fan_out`), each as
+it would alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
+from pipeline.batch_norm import check_parts, synchronise
 from pipeline.cache.reader import Cache
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
-from pipeline.devices import make_accelerator
-from pipeline.distiller import Distiller, Joint, Targets, new_joint
+from pipeline.devices import make_accelerator, require_whole_models
+from pipeline.distiller import Distiller, Head, Joint, Targets, new_joint
 from pipeline.models import Backbone, new_student, save_backbone
 from pipeline.outputs import (
     INPUTS,
@@ -28,26 +31,26 @@ from pipeline.outputs import (
     check_inputs,
     check_output,
     claimed_output,
-    file_hash,
     read_as,
     write_json,
     write_tensors,
 )
 from pipeline.progress import Meter, say
 from pipeline.readplan import steps_per_epoch
-from pipeline.refine import REFINER, RefinerManifest, load_refiner, read_refiner
+from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile, relocate
-from pipeline.stores import Place
+from pipeline.sources import Adapters, Places, Source, as_places, input_hashes, open_sources
 from pipeline.tracking import Tracking, check_trackers
 from pipeline.train import BatchLoader, Trainee, train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
+from singer.projectors import PROJECTORS
 from singer.refiner import Refiner
 
 STAGE = "distill"
 STUDENT = "student"
-PROJECTORS = "projectors.safetensors"
+PROJECTORS_FILE = "projectors.safetensors"
 # Of joint training.
 ADAPTERS = "adapters.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -80,10 +83,25 @@ class RefinerNote:
 
 
 @dataclass(frozen=True)
-class DistillResult:
-    """A trained student. loss: mean since the log line before the last; matching: {teacher block: student block}.
+class Taught:
+    """What a student learned from one teacher. matching: {teacher block: student block}.
 
     refiner: None without adapters. cache_place: where the cache was. Runs from before these notes have None for them.
+    """
+
+    cache: str
+    adapters: str | None
+    matching: dict[int, int]
+    teacher: TeacherNote | None
+    refiner: RefinerNote | None
+    cache_place: str | None = None
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A trained student, and what it learned from its first teacher: see Taught; of several, others holds the rest.
+
+    loss: mean since the log line before the last.
     """
 
     run: Path
@@ -100,59 +118,73 @@ class DistillResult:
     teacher: TeacherNote | None = None
     refiner: RefinerNote | None = None
     cache_place: str | None = None
+    others: list[Taught] = field(default_factory=list)
+
+    @property
+    def taught(self) -> list[Taught]:
+        """By each teacher."""
+        first = Taught(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
+        return [first, *self.others]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any."""
+    """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any.
+
+    adapters: of several caches one for each, or None for all.
+    """
 
     config: Config
     out: Path
-    adapters: Path | None = None
+    adapters: Adapters = None
 
 
 def distill(
     config: Config,
-    cache_path: Place,
+    caches: Places,
     out: Path,
-    adapters: Path | None = None,
+    adapters: Adapters = None,
     shards: str | Sequence[str] | None = None,
     mode: Mode = "new",
 ) -> DistillResult:
     """Train a student and store it at `out`. Raises ValueError for whatever the user can mend.
 
-    shards: where the cached shards lie now, if they have moved since they were cached.
+    caches: one, or of several teachers a list, with a list of adapters in the same order. shards: where the cached
+    shards lie now, if they have moved since they were cached.
     """
-    return fan_out([Job(config, out, adapters)], cache_path, shards, mode)[0]
+    return fan_out([Job(config, out, adapters)], caches, shards, mode)[0]
 
 
 def fan_out(
-    jobs: Sequence[Job], cache_path: Place, shards: str | Sequence[str] | None = None, mode: Mode = "new"
+    jobs: Sequence[Job], caches: Places, shards: str | Sequence[str] | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be alone.
 
     Raises ValueError for whatever the user can mend, and if the jobs differ in what they must SHARE.
     """
+    require_whole_models()
     check_shared(jobs)
     settings = jobs[0].config.distill
-    fitted = [read_refiner(job.adapters) if job.adapters is not None else None for job in jobs]
-    cache, *others = (open_cache(job, note, cache_path) for job, note in zip(jobs, fitted, strict=True))
+    taught = [open_sources(job.config.distill, caches, job.adapters) for job in jobs]
+    first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
-        if (other.manifest.id(), other.blocks) != (cache.manifest.id(), cache.blocks):
+        if other != first:
             raise ValueError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
-    for job in jobs:
-        check_output(job.out, mode, STAGE, job.config, inputs_of(job, cache_path, cache))
+    for job, sources in zip(jobs, taught, strict=True):
+        check_job(job, sources)
+        read = [*as_places(caches), *(s.adapters for s in sources if s.adapters), *sources[0].cache.index.images.paths]
+        check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
-            check_inputs(job.out, input_hashes(job, cache))
+            check_inputs(job.out, input_hashes(sources))
             if (job.out / RUN).exists():
                 results[job.out] = load_result(job.out)
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
-    images = open_images(cache, shards)
+    images = open_images(taught[0][0].cache, shards)
     accelerator = make_accelerator(settings.precision)
     made = [
-        NewStudent(job, note, cache, accelerator)
-        for job, note in zip(jobs, fitted, strict=True)
+        NewStudent(job, sources, accelerator)
+        for job, sources in zip(jobs, taught, strict=True)
         if job.out not in results
     ]
     main = accelerator.is_main_process
@@ -160,17 +192,8 @@ def fan_out(
         for new in made if main else ():
             claims.enter_context(claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed))
         if made:
-            results |= run_jobs(made, cache, images, mode, accelerator)
+            results |= run_jobs(made, images, mode, accelerator)
     return [results[job.out] for job in jobs]
-
-
-def open_cache(job: Job, note: RefinerManifest | None, cache_path: Place) -> Cache:
-    """The cache, for the teacher and the blocks that a job learns from: those asked for, or else its refiner's."""
-    settings = job.config.distill
-    blocks, teacher = settings.blocks, settings.teacher
-    if note is not None:
-        blocks, teacher = blocks or tuple(note.scales), teacher or note.teacher
-    return Cache(cache_path, teacher, blocks, settings.local_copy)
 
 
 def check_shared(jobs: Sequence[Job]) -> None:
@@ -180,11 +203,8 @@ def check_shared(jobs: Sequence[Job]) -> None:
         raise ValueError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for job in jobs:
         settings = job.config.distill
-        unknown = [name for name in settings.objectives if name not in OBJECTIVES]
-        if unknown:
-            raise ValueError(f"distill.objective: unknown {unknown[0]!r}; known: {', '.join(OBJECTIVES)}")
-        if settings.joint and job.adapters is not None:
-            raise ValueError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
+        _check_names("distill.objective", settings.objectives, OBJECTIVES)
+        _check_names("distill.projector", [settings.projector], PROJECTORS)
     for job in others:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
@@ -196,52 +216,78 @@ def check_shared(jobs: Sequence[Job]) -> None:
         raise ValueError("two students of one pass cannot have the same output folder")
 
 
-def inputs_of(job: Job, cache_path: Place, cache: Cache) -> list[Place]:
-    return [cache_path, *filter(None, [job.adapters]), *cache.index.images.paths]
+def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
 
 
-def input_hashes(job: Job, cache: Cache) -> dict[str, str | None]:
-    return {"cache": cache.id, "adapters": file_hash(job.adapters / REFINER) if job.adapters is not None else None}
+def check_job(job: Job, sources: Sequence[Source]) -> None:
+    """Raise ValueError if its student cannot learn so from these teachers."""
+    if job.config.distill.joint and any(s.adapters is not None for s in sources):
+        raise ValueError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
+    if job.config.distill.joint and len(sources) > 1:
+        raise ValueError("distill.joint is for one teacher; refine each cache first and give its --adapters")
 
 
 class NewStudent:
     """A student that is built, with all it needs, but has not touched its output yet."""
 
-    def __init__(self, job: Job, note: RefinerManifest | None, cache: Cache, accelerator: Accelerator) -> None:
-        self.job, self.note = job, note
-        settings, teacher, device = job.config.distill, cache.manifest.teacher, accelerator.device
-        refiner = load_refiner(job.adapters, cache) if job.adapters is not None else None
+    def __init__(self, job: Job, sources: Sequence[Source], accelerator: Accelerator) -> None:
+        self.job, self.sources = job, sources
+        settings, device = job.config.distill, accelerator.device
+        refiners = [load_refiner(s.adapters, s.cache) if s.adapters is not None else None for s in sources]
         set_seed(settings.seed)
-        self.student: Backbone = new_student(job.config.student, teacher.image_size)
+        self.student: Backbone = new_student(job.config.student, sources[0].cache.manifest.teacher.image_size)
+        synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
-        matching = match_blocks(cache.blocks, teacher.depth, depth(self.student.model))
-        self.inputs = input_hashes(job, cache)
-        targets = Targets(cache, refiner, self.student, device)
         check_trackers(settings.trackers)
         joint: Joint | None = None
         self.fresh: Refiner | None = None
-        if settings.joint:
-            joint, self.fresh = new_joint(cache, job.config.refine, device)
-        self.distiller = Distiller(
-            self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint,
-            settings.kd_weight,
-        ).to(device)  # fmt: skip
-        # Without those that the objectives do not read.
-        self.matching = self.distiller.matching
+        heads = []
+        for source, refiner in zip(sources, refiners, strict=True):
+            cache = source.cache
+            matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
+            targets = Targets(cache, refiner, self.student, device, PROJECTORS[settings.projector].lifts)
+            if settings.joint:
+                joint, self.fresh = new_joint(cache, job.config.refine, device)
+            weight = settings.kd_weight * source.weight
+            heads.append(
+                Head(
+                    self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint, weight,
+                    source.name,
+                )
+            )  # fmt: skip
+        self.distiller = Distiller(self.student, heads).to(device)
+        check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema) if settings.ema is not None else None
 
-    def matched(self, cache: Cache) -> str:
-        """8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
-        teacher = cache.manifest.teacher
+    @property
+    def taught(self) -> list[Taught]:
+        """By each teacher. The matching is without blocks that the objectives do not read."""
+        found = []
+        for source, head in zip(self.sources, self.distiller.heads, strict=True):
+            t, note = source.cache.manifest.teacher, source.note
+            adapters = str(source.adapters) if source.adapters is not None else None
+            teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token)
+            refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
+            found.append(Taught(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place)))
+        return found
+
+    def matched(self) -> list[str]:
+        """A line for each teacher: 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
 
         def place(block: int, width: int, grid: tuple[int, int]) -> str:
             return f"{block} ({width}, {grid[0]} x {grid[1]})"
 
-        return ", ".join(
-            f"{place(t, teacher.width, teacher.grid)} -> {place(s, *self.student.layout[s])}"
-            for t, s in self.matching.items()
-        )
+        lines = []
+        for source, head in zip(self.sources, self.distiller.heads, strict=True):
+            t = source.cache.manifest.teacher
+            pairs = [f"{place(b, t.width, t.grid)} -> {place(s, *head.layout[s])}" for b, s in head.matching.items()]
+            of = f"of {source.name} " if len(self.sources) > 1 else ""
+            lines.append(f"teacher block {of}-> student block (width, grid): {', '.join(pairs)}")
+        return lines
 
     def trainee(self, mode: Mode, accelerator: Accelerator) -> Trainee:
         """Ready to train, from its last checkpoint if it has one."""
@@ -250,7 +296,7 @@ class NewStudent:
         optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
         parts = {"model": self.distiller, "optimiser": optimiser, "scaler": accelerator.scaler, "ema": self.ema}
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
-        first = checkpoint.restore(accelerator.device) if mode == "resume" else 0
+        first = checkpoint.restore() if mode == "resume" else 0
         model, optimiser = accelerator.prepare(self.distiller, optimiser)
         if settings.compile:
             model = torch.compile(model)
@@ -261,25 +307,26 @@ class NewStudent:
 
 def run_jobs(
     made: Sequence[NewStudent],
-    cache: Cache,
     images: AbstractContextManager[ImageFile | None],
     mode: Mode,
     accelerator: Accelerator,
 ) -> dict[Path, DistillResult]:
     """Train and store, once everything has been checked and the outputs are ours."""
     for new in made if accelerator.is_main_process else ():
-        write_json(new.job.out / INPUTS, new.inputs)
-        say(f"teacher block -> student block (width, grid): {new.matched(cache)}")
-        last, supervised = depth(new.student.model) - 1, max(new.matching.values())
+        write_json(new.job.out / INPUTS, input_hashes(new.sources))
+        for line in new.matched():
+            say(line)
+        last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
             say(f"note: nothing trains the student behind block {supervised}; probes read its last block, {last}")
     accelerator.wait_for_everyone()
     trainees = [new.trainee(mode, accelerator) for new in made]
+    caches = [source.cache for source in made[0].sources]
     with images as files:
-        m = train(trainees, BatchLoader(cache, files, [new.student.image_size for new in made]), accelerator)
+        m = train(trainees, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
     results = {}
     for new, trainee in zip(made, trainees, strict=True):
-        results[new.job.out] = result = describe(new, trainee, cache, m)
+        results[new.job.out] = result = describe(new, trainee, m)
         if accelerator.is_main_process:
             store(new, result)
             trainee.checkpoint.path.unlink(missing_ok=True)
@@ -289,25 +336,20 @@ def run_jobs(
     return results
 
 
-def describe(new: NewStudent, trainee: Trainee, cache: Cache, m: Meter) -> DistillResult:
-    teacher, settings, job = cache.manifest.teacher, new.job.config.distill, new.job
+def describe(new: NewStudent, trainee: Trainee, m: Meter) -> DistillResult:
+    settings, job = new.job.config.distill, new.job
+    first, *others = new.taught
     return DistillResult(
+        **vars(first),
+        others=others,
         run=job.out,
         student=job.out / STUDENT,
-        cache=cache.id,
-        adapters=str(job.adapters) if job.adapters is not None else None,
-        matching=new.matching,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
-        steps=settings.epochs * steps_per_epoch(len(cache), settings.batch_size),
+        steps=settings.epochs * steps_per_epoch(len(new.sources[0].cache), settings.batch_size),
         loss=trainee.loss,
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
-        teacher=TeacherNote(
-            teacher.name, teacher.architecture, teacher.weights, teacher.image_size, teacher.class_token
-        ),
-        refiner=RefinerNote(new.note.cleaner, new.note.normaliser) if new.note is not None else None,
-        cache_place=str(cache.place),
     )
 
 
@@ -317,15 +359,18 @@ def store(new: NewStudent, result: DistillResult) -> None:
     student = new.student.model if new.ema is None else new.ema.module
     save_backbone(new.student, student.state_dict(), out / STUDENT)
     trained = new.distiller.state_dict()
-    write_tensors(out / PROJECTORS, {
+    write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()
-        if name.startswith(("projectors.", "unit_projectors.", "objective."))
+        if not name.startswith(("student.", "adapters."))
     })  # fmt: skip
     if new.fresh is not None:
         write_tensors(out / ADAPTERS, new.fresh.state_dict())
     # Without the place where it was made: a run may move.
-    write_json(out / RUN, {**asdict(result), "run": ".", "student": STUDENT})
+    value = {**asdict(result), "run": ".", "student": STUDENT}
+    if not result.others:
+        del value["others"]
+    write_json(out / RUN, value)
 
 
 def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:

@@ -1,4 +1,6 @@
-"""What stage 3 trains, and on what: a student with its projectors and objective, targets from stored features."""
+"""What stage 3 trains, and on what: a student, its projectors and objective for each teacher, targets from stored
+features.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
 from pipeline.models import Backbone
+from pipeline.readplan import part_size
 from pipeline.refine import Fit
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs, freeze_unused
@@ -17,6 +20,7 @@ from singer.cleaners import Adapter
 from singer.losses import Exchange, adapter_losses
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
+from singer.projectors import PROJECTORS, Ends
 from singer.refiner import Refiner
 from singer.tail import TeacherTail
 
@@ -26,30 +30,37 @@ _PROJECTORS = {False: "projectors", True: "unit_projectors"}
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A batch on the device. images (B, 3, H, W); features {block: (B, N, d)} as the teacher left them; weights (B,):
+class Shown:
+    """A teacher's part of a batch on the device. features {block: (B, N, d)} as it left them; positions (B, k): of
+    sampled patches.
+    """
 
-    of each record in the mean; labels (B,), negative where there is none; positions (B, k): of sampled patches.
+    features: dict[int, Tensor]
+    positions: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Shown":
+        positions = self.positions[rows] if self.positions is not None else None
+        return Shown({b: x[rows] for b, x in self.features.items()}, positions)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch on the device. images (B, 3, H, W); shown: by each teacher; weights (B,): of each record in the mean;
+    labels (B,), negative where there is none.
     """
 
     images: Tensor
-    features: dict[int, Tensor]
+    shown: Sequence[Shown]
     weights: Tensor
     labels: Tensor
-    positions: Tensor | None = None
 
     def split(self, parts: int) -> Iterator["Lesson"]:
         """In as many parts, or fewer if there are not enough records."""
-        size = -(-len(self.weights) // parts)
+        size = part_size(len(self.weights), parts)
         for start in range(0, len(self.weights), size):
             rows = slice(start, start + size)
-            yield Lesson(
-                self.images[rows],
-                {b: x[rows] for b, x in self.features.items()},
-                self.weights[rows],
-                self.labels[rows],
-                self.positions[rows] if self.positions is not None else None,
-            )
+            shown = [s.rows(rows) for s in self.shown]
+            yield Lesson(self.images[rows], shown, self.weights[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,9 @@ class Joint:
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
-class Distiller(nn.Module):
-    """All that is trained, and its losses: a student, a projector to the teacher's width at every matched block, an
-    objective and, in joint training, the adapters that refine its targets.
+class Head:
+    """What a student has for one teacher: a projector to its width at every matched block, an objective and, in joint
+    training, the adapters that refine its targets. weight: of the objective; name: among several teachers.
     """
 
     def __init__(
@@ -90,77 +101,101 @@ class Distiller(nn.Module):
         projector: str = "linear",
         adapters: Refiner | None = None,
         joint: Joint | None = None,
-        kd_weight: float = 1.0,
+        weight: float = 1.0,
+        name: str = "",
     ) -> None:
-        super().__init__()
-        self.student = student.model
-        self.prefix, self.layout, self.kd_weight = student.prefix, student.layout, kd_weight
-        # Frozen, and so none of this module's.
-        self._targets, self._joint = [targets], joint
-        setting = targets.setting(tuple(matching), [OBJECTIVES[name] for name in objectives])
-        self.objective = Mixture({name: OBJECTIVES[name](setting) for name in objectives}, objectives)
+        self.name, self.weight = name, weight
+        self.targets, self.joint, self.adapters = targets, joint, adapters
+        self.prefix, self.layout = student.prefix, student.layout
+        project = PROJECTORS[projector]
+        setting = targets.setting(tuple(matching), [OBJECTIVES[o] for o in objectives])
+        self.objective = Mixture({o: OBJECTIVES[o](setting) for o in objectives}, objectives)
         # Only what is compared: a projector without a gradient would stop DDP.
         self.kinds = self.objective.reads()
+        self.projectors: dict[bool, nn.ModuleDict] = {}
         for kind, blocks in self.kinds.items():
-            made = {str(t): new_projector(projector, self.layout[matching[t]][0], setting.width) for t in blocks}
-            self.add_module(_PROJECTORS[kind], nn.ModuleDict(made))
+            ends = {t: Ends(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks}
+            self.projectors[kind] = nn.ModuleDict({str(t): project(ends[t]) for t in blocks})
         self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
-        self.adapters = adapters
-        freeze_unused(self.student, max(self.matching.values()), student.image_size)
+        # On which projected tokens are.
+        self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
-    def tokens(self, images: Tensor) -> Kinds:
-        """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block."""
-        outputs = block_outputs(self.student, images, sorted(self.matching.values()))
-        keep_cls = self._targets[0].keep_cls
-        kept = {block: select_tokens(x, self.prefix, keep_cls) for block, x in outputs.items()}
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What is trained for this teacher alone, by name."""
+        projectors = {_PROJECTORS[kind]: made for kind, made in self.projectors.items()}
+        adapters = {} if self.adapters is None else {"adapters": self.adapters}
+        return {"objective": self.objective, **projectors, **adapters}
+
+    def tokens(self, outputs: Mapping[int, Tensor]) -> Kinds:
+        """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block.
+
+        outputs: {student block: (B, N, d)}
+        """
+        kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
         return {
-            kind: {t: self.get_submodule(f"{_PROJECTORS[kind]}.{t}")(kept[self.matching[t]]).float() for t in blocks}
+            kind: {t: self.projectors[kind][str(t)](kept[self.matching[t]]).float() for t in blocks}
             for kind, blocks in self.kinds.items()
         }
 
-    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
-        """Named scalar losses, whose sum is to be minimised."""
-        (targets,) = self._targets
+    def losses(self, outputs: Mapping[int, Tensor], shown: Shown, weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Lesson."""
+        targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
-        if self._joint is None:
-            wanted = targets.refine(lesson.features)
+        if self.joint is None:
+            wanted = targets.refine(shown.features)
         else:
             assert self.adapters is not None
-            with torch.autocast(lesson.images.device.type, enabled=False):
-                refined = self.adapters(lesson.features)
-                losses = self._joint_losses(lesson, refined)
+            with torch.autocast(device, enabled=False):
+                refined = self.adapters(shown.features)
+                losses = self._joint_losses(shown.features, refined, weights)
             wanted = {True: refined, False: refined}
-        positions = lesson.positions
-        grids = {t: self.layout[b][1] for t, b in self.matching.items()}
-        tokens = {kind: targets.meet(x, grids, positions) for kind, x in self.tokens(lesson.images).items()}
+        tokens = {kind: targets.meet(x, self.grids, shown.positions) for kind, x in self.tokens(outputs).items()}
         wanted = {
-            kind: targets.arrange({b: wanted[kind][b] for b in blocks}, positions)
+            kind: targets.arrange({b: wanted[kind][b] for b in blocks}, shown.positions)
             for kind, blocks in self.kinds.items()
         }
         # Small differences of large products, as in Grams, are lost in half precision.
-        with torch.autocast(lesson.images.device.type, enabled=False):
-            found = self.objective(tokens, wanted, lesson.labels)
-        return {name: (loss * lesson.weights).sum() * self.kd_weight for name, loss in found.items()} | losses
+        with torch.autocast(device, enabled=False):
+            found = self.objective(tokens, wanted, labels)
+        return {name: (loss * weights).sum() * self.weight for name, loss in found.items()} | losses
 
-    def _joint_losses(self, lesson: Lesson, refined: dict[int, Tensor]) -> dict[str, Tensor]:
+    def _joint_losses(
+        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor
+    ) -> dict[str, Tensor]:
         """The adapters' losses, in proportion to the records of this part of the batch, so that parts add up."""
-        assert self._joint is not None
-        real = lesson.weights > 0  # the last batch of an epoch may be filled up
+        assert self.joint is not None
+        real = weights > 0  # the last batch of an epoch may be filled up
         if not real.any():
             nothing = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
-            return dict.fromkeys(self._joint.weights, nothing)
-        losses = self._joint.losses(
-            {b: x[real] for b, x in lesson.features.items()}, {b: x[real] for b, x in refined.items()}
-        )
-        return {name: loss * lesson.weights.sum() for name, loss in losses.items()}
+            return dict.fromkeys(self.joint.weights, nothing)
+        losses = self.joint.losses({b: x[real] for b, x in features.items()}, {b: x[real] for b, x in refined.items()})
+        return {name: loss * weights.sum() for name, loss in losses.items()}
 
 
-def new_projector(kind: str, width: int, target: int) -> nn.Module:
-    """From student to teacher width: `linear`, or `mlp` with one hidden layer as wide as the wider of both."""
-    if kind == "linear":
-        return nn.Linear(width, target)
-    hidden = max(width, target)
-    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
+class Distiller(nn.Module):
+    """All that is trained, and its losses: a student, and what it has for each teacher."""
+
+    def __init__(self, student: Backbone, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.student = student.model
+        self.heads = list(heads)
+        # An only teacher has no name among parameters and losses.
+        named = {head.name: nn.ModuleDict(head.trained) for head in heads} if len(heads) > 1 else heads[0].trained
+        for name, module in named.items():
+            self.add_module(name, module)
+        self.blocks = sorted({block for head in heads for block in head.matching.values()})
+        freeze_unused(self.student, self.blocks[-1], student.image_size)
+
+    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Named scalar losses, whose sum is to be minimised."""
+        outputs = block_outputs(self.student, lesson.images, self.blocks)
+        losses: dict[str, Tensor] = {}
+        for head, shown in zip(self.heads, lesson.shown, strict=True):
+            found = head.losses(outputs, shown, lesson.weights, lesson.labels)
+            prefix = f"{head.name}." if len(self.heads) > 1 else ""
+            losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
+        return losses
 
 
 def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
@@ -170,13 +205,17 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 
 
 class Targets:
-    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several."""
+    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several or
+    its tokens are lifted there.
+    """
 
-    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
+    def __init__(
+        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
+    ) -> None:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.grid = student.grid if student.is_vit else cache.manifest.teacher.grid
+        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
 
     @property
     def meeting_grid(self) -> tuple[int, int] | None:

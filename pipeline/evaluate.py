@@ -66,7 +66,7 @@ def evaluate(
     vit.model.to(device)
     place = out or (model if folder != model else None)
     file = result_file(place, task, shards, config) if place is not None else None
-    result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
+    result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file))
     if file is not None:
         train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
         about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}

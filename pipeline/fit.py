@@ -116,7 +116,7 @@ def fit_adapters(
         {"adapters": adapters, "optimiser": optimiser, "plateau": plateau},
         _SAVE_MINUTES,
     )
-    first = checkpoint.restore(device)
+    first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
     weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
     order = batch_order(records, settings, settings.steps if plateau.over else first)

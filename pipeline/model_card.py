@@ -9,10 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.distill import DistillResult
+from pipeline.distill import DistillResult, Taught
 from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
+from pipeline.sources import numbered
 from singer.backbones import depth
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -52,6 +53,7 @@ class Probe:
 def write_card(card: Card) -> str:
     """The card as Markdown. Raises ValueError naming a file of the run that is missing or damaged."""
     run, model = card.run, card.vit.model
+    hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -60,8 +62,14 @@ def write_card(card: Card) -> str:
         vit=card.vit,
         trained=card.trained,
         settings=card.recipe.distill,
-        teacher=describe_teacher(card.trained),
-        refiner=describe_refiner(card.trained, read_as(run / INPUTS, dict[str, str | None], "finished run")),
+        teachers=[
+            {
+                "learned": learned,
+                "name": describe_teacher(learned),
+                "refiner": describe_refiner(learned, hashes.get(numbered("adapters", number))),
+            }
+            for number, learned in enumerate(card.trained.taught, start=1)
+        ],
         depth=depth(model),
         heads=model.blocks[0].attn.num_heads if card.vit.is_vit else None,
         patch=model.patch_embed.patch_size[0] if card.vit.is_vit else None,
@@ -84,20 +92,20 @@ def read_probes(run: Path) -> list[Probe]:
     return [read_as(f, Probe, "result of evaluate") for f, task in tasks.items() if task == "classification"]
 
 
-def describe_teacher(trained: DistillResult) -> str:
+def describe_teacher(learned: Taught) -> str:
     """Its name, or its architecture if the name is a path of the machine where it was cached."""
-    if trained.teacher is None:
+    if learned.teacher is None:
         return "a teacher that the run does not name (the cache's manifest does)"
-    return trained.teacher.architecture if trained.teacher.name.startswith(LOCAL) else trained.teacher.name
+    return learned.teacher.architecture if learned.teacher.name.startswith(LOCAL) else learned.teacher.name
 
 
-def describe_refiner(trained: DistillResult, inputs: dict[str, str | None]) -> str:
-    if trained.adapters is None:
+def describe_refiner(learned: Taught, file_hash: str | None) -> str:
+    if learned.adapters is None:
         return "none: raw features (FitNet)"
     what = "kind not recorded"
-    if trained.refiner is not None:
-        what = ", ".join(f"{name} {value}" for name, value in asdict(trained.refiner).items())
-    return f"{what}; SHA-256 `{inputs.get('adapters')}`"
+    if learned.refiner is not None:
+        what = ", ".join(f"{name} {value}" for name, value in asdict(learned.refiner).items())
+    return f"{what}; SHA-256 `{file_hash}`"
 
 
 def describe_norm(model: VisionTransformer) -> str:
@@ -121,13 +129,13 @@ def describe_norm(model: VisionTransformer) -> str:
 def caveats(vit: Backbone, trained: DistillResult) -> list[str]:
     """What was never trained and makes outputs worthless, in sentences."""
     found = []
-    last, supervised = depth(vit.model) - 1, max(trained.matching.values())
+    last, supervised = depth(vit.model) - 1, max(b for t in trained.taught for b in t.matching.values())
     if supervised < last:
         found.append(
             f"no target reached the blocks behind block {supervised} (of 0 to {last}): they are untrained, and so is "
             f"whatever the last one gives; take the output of block {supervised}"
         )
-    if trained.teacher is not None and not trained.teacher.class_token and vit.has_cls:
+    if vit.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
         found.append("the teacher has no CLS token, so that the student's had no target; use the patch tokens")
     if getattr(vit.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")

@@ -123,8 +123,8 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None)
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     """Raise ValueError if the run at `path` was started on another cache or other adapters."""
     before = read_as(path / INPUTS, dict[str, str | None], "run")
-    for name, value in inputs.items():
-        if before.get(name) != value:
+    for name in {**inputs, **before}:
+        if before.get(name) != inputs.get(name):
             raise ValueError(f"{path} cannot be continued: it was started with another {name}; use that or --overwrite")
 
 

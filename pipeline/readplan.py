@@ -21,6 +21,18 @@ def steps_per_epoch(records: int, batch: int) -> int:
     return -(-records // batch)
 
 
+def part_size(records: int, parts: int) -> int:
+    """Of all but the last of so many parts, or fewer if there are not enough records."""
+    return -(-records // parts)
+
+
+def smallest_part(records: int, batch: int, world: int, parts: int) -> int:
+    """The fewest records that a process sees at once, of batches that it goes through in so many parts."""
+    batches = {min(batch, records), records % batch or min(batch, records)}
+    mine = {-(-whole // world) for whole in batches}
+    return min(n % part_size(n, parts) or part_size(n, parts) for n in mine)
+
+
 class EpochOrder:
     """The order of an epoch: every record once, the same on every process, any stretch of it at once.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import DistillConfig
-from pipeline.distiller import Lesson
+from pipeline.distiller import Lesson, Shown
 from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter
@@ -28,27 +28,35 @@ _LOG_STEPS = 50
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process trains on in one step. pixels {side: (n, side, side, 3) uint8}, stored features, weights (n,),
-    labels (n,), negative where there is none.
+    """What one process trains on in one step. pixels {side: (n, side, side, 3) uint8}, stored features of each teacher,
+    weights (n,), labels (n,), negative where there is none.
     """
 
     pixels: dict[int, Tensor]
-    encoded: Encoded
+    encoded: Sequence[Encoded]
     weights: Tensor
     labels: Tensor
 
 
 class BatchLoader:
-    """Share -> Batch: the stored views, decoded anew at the students' resolutions, and the stored features."""
+    """Share -> Batch: the stored views, decoded anew at the students' resolutions, and the stored features.
 
-    def __init__(self, cache: Cache, files: ImageFile | None, sides: Sequence[int]) -> None:
-        self.cache, self.files, self.sides = cache, files, sorted(set(sides))
-        self.labels = torch.from_numpy(cache.index.images.labels[cache.index.image])
+    caches: of the same records; views and labels come from the first.
+    """
+
+    def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
+        self.caches, self.files, self.sides = caches, files, sorted(set(sides))
+        index = caches[0].index
+        self.labels = torch.from_numpy(index.images.labels[index.image])
+
+    def __len__(self) -> int:
+        """Records."""
+        return len(self.caches[0])
 
     def __call__(self, share: Share) -> Batch:
-        pixels = {side: self.cache.pixels(share.records, side, self.files) for side in self.sides}
+        pixels = {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
         weights, labels = torch.from_numpy(share.weights), self.labels[torch.from_numpy(share.records)]
-        return Batch(pixels, self.cache.read(share.records), weights, labels)
+        return Batch(pixels, [cache.read(share.records) for cache in self.caches], weights, labels)
 
 
 class Trainee:
@@ -119,25 +127,25 @@ class Trainee:
 
 def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerator) -> Meter:
     """From where the furthest behind goes on to the end of the last epoch. All have one order of the data."""
-    cache, settings = load.cache, trainees[0].settings
-    per_epoch = steps_per_epoch(len(cache), settings.batch_size)
+    settings, records = trainees[0].settings, len(load)
+    per_epoch = steps_per_epoch(records, settings.batch_size)
     total = settings.epochs * per_epoch
     first = min(t.first_step for t in trainees)
 
     def seen(step: int) -> int:
         """Records that all processes have trained on before `step`."""
         epoch, within = divmod(step, per_epoch)
-        return epoch * len(cache) + min(len(cache), within * settings.batch_size)
+        return epoch * records + min(records, within * settings.batch_size)
 
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     for trainee in trainees:
         trainee.model.train()
-    with meter("distill", settings.epochs * len(cache), "images", quiet=not main, done=seen(first)) as m:
-        plan = shares(len(cache), settings, rank, world, first, total)
+    with meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m:
+        plan = shares(records, settings, rank, world, first, total)
         for step, batch in enumerate(prefetch(load, plan, settings.workers, m), start=first):
             going = [t for t in trainees if t.first_step <= step]
-            lessons = prepare(batch, going, accelerator.device, cache)
+            lessons = prepare(batch, going, accelerator.device, load.caches)
             for trainee, lesson in zip(going, lessons, strict=True):
                 trainee.update(step, per_epoch, lesson, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
@@ -152,19 +160,16 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     return m
 
 
-def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, cache: Cache) -> list[Lesson]:
+def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, caches: Sequence[Cache]) -> list[Lesson]:
     """A lesson for each: features are moved and decoded once, images once for each size and normalisation."""
-    features = cache.decode(batch.encoded, device)
+    shown = [Shown(c.decode(e, device), e.positions) for c, e in zip(caches, batch.encoded, strict=True)]
     weights, labels = batch.weights.to(device), batch.labels.to(device).long()
     images: dict[tuple[object, ...], Tensor] = {}
     for student in (t.student for t in trainees):
         key = student.image_size, student.mean, student.std
         if key not in images:
             images[key] = normalise(batch.pixels[student.image_size], student.mean, student.std, device)
-    return [
-        Lesson(images[s.image_size, s.mean, s.std], features, weights, labels, batch.encoded.positions)
-        for s in (t.student for t in trainees)
-    ]
+    return [Lesson(images[s.image_size, s.mean, s.std], shown, weights, labels) for s in (t.student for t in trainees)]
 
 
 def _note(trainees: Sequence[Trainee]) -> str:

@@ -18,7 +18,7 @@ from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
 from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
-from pipeline.distiller import Distiller, Lesson, Targets, new_joint, select_tokens
+from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
 from pipeline.models import load_saved, new_student
 from pipeline.refine import load_refiner, refine
 from pipeline.shards import relocate
@@ -64,8 +64,9 @@ def test_select_tokens() -> None:
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
     cache = Cache(world / "cache")
-    model = Distiller(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})
-    lesson = Lesson(torch.randn(2, 3, 32, 32), cache.features([0, 1], CPU), torch.full((2,), 0.5), torch.zeros(2))
+    model = Distiller(student, [Head(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
+    shown = [Shown(cache.features([0, 1], CPU))]
+    lesson = Lesson(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
     losses = model(lesson)
     torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
@@ -214,11 +215,11 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     other = torch.nn.Linear(2, 2)
     fresh = {"model": other, "optimiser": torch.optim.AdamW(other.parameters())}
     again = Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
-    assert again.restore(CPU) == 7 and torch.equal(other.weight, model.weight)
+    assert again.restore() == 7 and torch.equal(other.weight, model.weight)
     (tmp_path / "c.pt").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
-        again.restore(CPU)
-    assert Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore(CPU) == 0
+        again.restore()
+    assert Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore() == 0
 
 
 def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_path: Path) -> None:
@@ -387,8 +388,9 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Lesson]:
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)
-    lesson = Lesson(torch.randn(8, 3, 32, 32), cache.features(range(8), CPU), torch.full((8,), 1 / 8), torch.zeros(8))
+    distiller = Distiller(student, [Head(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)])
+    shown = [Shown(cache.features(range(8), CPU))]
+    lesson = Lesson(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
     return distiller, lesson
 
 

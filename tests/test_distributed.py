@@ -1,6 +1,7 @@
-"""The whole chain on two gloo processes, through accelerate's launcher, against one process."""
+"""The whole chain on two gloo processes against one process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,23 @@ from conftest import tree_bytes, world_config
 from pipeline.cache import Cache
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.distill import distill
+from pipeline.models import new_student
+from pipeline.readplan import EpochOrder, share
+from pipeline.shards import ImageFile
+from pipeline.views import normalise
 
 ROOT = Path(__file__).parent.parent
 
 
 def launch(processes: int, *args: object) -> dict[str, object]:
-    """`accelerate launch cli.py ARGS --json` on the CPU; the JSON object that it prints."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    accelerate += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-    accelerate += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command = [*accelerate, str(ROOT / "cli.py"), *map(str, args), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    """`torchrun cli.py ARGS --json` on the CPU; the JSON object that it prints.
+
+    `accelerate launch --cpu` starts one process, whatever number it is given.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*torchrun, str(ROOT / "cli.py"), *map(str, args), "--json"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "only the first process speaks"
     value = json.loads(done.stdout.splitlines()[-1])
@@ -90,3 +97,34 @@ def test_resume_on_more_processes(
     one, two = (safetensors.torch.load_file(tmp_path / n / "student/model.safetensors") for n in ("whole", "part"))
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
+
+
+@pytest.mark.timeout(300)
+def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
+    """On the CPU the running statistics are those of the first process's part: here, half of all records."""
+    own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    sets = ["student.name=test_resnet", *own, "distill.epochs=1", "distill.batch_size=100"]
+    options = [part for value in sets for part in ("--set", value)]
+    launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "run", "--config", config_file, *options)
+    torch.manual_seed(0)
+    student = new_student(world_config(world, *sets).student, 32)
+    cache = Cache(world / "cache")
+    mine = share(EpochOrder(100, 0, 0), 0, 100, 0, 2).records
+    with ImageFile(cache.index.images) as files:
+        images = normalise(cache.pixels(mine, 32, files), student.mean, student.std, torch.device("cpu"))
+    student.model.train()(images)
+    saved = safetensors.torch.load_file(tmp_path / "run" / "student/model.safetensors")
+    assert int(saved["bn1.num_batches_tracked"]) == 1
+    for key in ("bn1.running_mean", "bn1.running_var"):
+        torch.testing.assert_close(saved[key], student.model.state_dict()[key])
+
+
+@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_models_in_shards_are_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
+) -> None:
+    """As `accelerate launch` tells of it."""
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(ValueError, match=f"{name} is not supported; students are small: use DDP"):
+        distill(world_config(world), world / "cache", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.distiller import Distiller, Joint, Lesson, Targets
+from pipeline.distiller import Distiller, Head, Joint, Lesson, Shown, Targets
 from pipeline.models import Backbone
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
@@ -96,10 +96,9 @@ class Fixture:
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
-        distiller = Distiller(
-            student, self.matching, targets, {"mse": 1.0}, "linear", refiner,
-            Joint(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1), kd_weight=s["wk"],
-        )  # fmt: skip
+        joint = Joint(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
+        head = Head(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
+        distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():
                 for part in ("weight", "bias"):
@@ -115,7 +114,7 @@ class Fixture:
         """By the fixture's names."""
         batch = self.settings["B"]
         weights, labels = torch.full((batch,), 1 / batch), torch.full((batch,), -1)
-        found = distiller(Lesson(self.tensors["images"], self.features, weights, labels))
+        found = distiller(Lesson(self.tensors["images"], [Shown(self.features)], weights, labels))
         kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 

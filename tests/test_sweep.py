@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from conftest import tree_bytes, world_config
 import cli
 import pipeline.sweep.work as work
 from pipeline.cache import Cache
-from pipeline.config import recipes
+from pipeline.config import Config, recipes
 from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
 from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import FIGURES, find_sweep, in_percent, make_plan, read_plan
 from pipeline.sweep.run import _passes, gpus
-from pipeline.sweep.work import Member
+from pipeline.sweep.work import Job, Member, Setting
+from pipeline.sweep.worker import Worker
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "student/model.safetensors"
@@ -336,6 +338,25 @@ def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("probe", "settings", "message"),
+    [
+        ("segmentation", {}, "probe segmentation of run mse: --task segmentation needs evaluate.seg_classes"),
+        ("segmentation", {"evaluate.seg_classes": 3}, "has no .seg.png; every image needs one here"),
+        ("depth", {}, "has no .depth.png; every image needs one here"),
+        ("domain-shift", {"evaluate.class_map": "none.json"}, "evaluate.class_map: none.json: No such file"),
+    ],
+)
+def test_probes_are_checked_before_anything_is_trained(
+    world: Path, tmp_path: Path, probe: str, settings: dict[str, Any], message: str
+) -> None:
+    runs = [{"name": "mse", "set": settings}]
+    file = write(world, tmp_path / "s.yaml", runs=runs, probes=["classification", probe])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(world, file, tmp_path / "out", probed=True)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_two_workers_killed_and_resumed_give_the_same_students(
     world: Path, file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +426,53 @@ def test_a_worker_that_dies_fails_its_run(
     died = r"its process died \(exit code 1\); see worker-\d.log"
     assert result.done == 0 and all(re.search(died, error) for error in result.failed.values())
     assert set(result.failed) == {"mse", "cosine", "raw0", "raw1"}
+
+
+def test_members_of_a_pass_outlive_their_worker(
+    world: Path,
+    file: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Killed with three students on it, they go on one by one, and end as if nothing had been."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out, do, killers = tmp_path / "out", Worker.do, []
+
+    def kill(worker: Worker) -> None:
+        while not (out / "runs" / "mse" / "checkpoint.pt").exists():
+            time.sleep(0.002)
+        assert worker._process is not None
+        worker._process.kill()
+
+    def watched(self: Worker, job: Job) -> dict[str, str]:
+        if len(job.members) == 3:
+            killers.append(threading.Thread(target=kill, args=(self,)))
+            killers[0].start()
+        return do(self, job)
+
+    monkeypatch.setattr(Worker, "do", watched)
+    tree = yaml.safe_load(file.read_text())
+    result = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 4}), out, workers=2)
+    killers[0].join()
+    assert result.failed == {} and students(out) == students(whole)
+    told = capsys.readouterr().err
+    assert re.search(r"its process died \(signal 9\); see worker-\d.log; now one by one", told)
+
+
+def test_the_member_that_kills_its_worker_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "import json, os, sys\nfor line in sys.stdin:\n"
+    answer += "    names = [m['name'] for m in json.loads(line).get('members', ())]\n"
+    answer += "    'bad' in names and os._exit(7)\n    names and print(json.dumps({}), flush=True)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", answer], **options))
+    worker = Worker(Setting([tmp_path], tmp_path, None, [], [], []), None, 1, tmp_path / "log")
+    members = tuple(Member(name, Config()) for name in ("a", "bad", "b"))
+    assert worker.do(Job("run", members)) == {"bad": "its process died (exit code 7); see log"}
+    worker.kill()
+    assert set(worker.do(Job("run", members[::2]))) == {"a", "b"}, "what was killed stays so"
+    worker.close()
 
 
 def test_one_worker_a_gpu(world: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

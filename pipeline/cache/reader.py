@@ -115,6 +115,11 @@ class Cache:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Which images and views, in their order: equal for caches that hold the same records."""
+        return tuple(span.main.manifest.rows() for span in self._spans)
+
     @cached_property
     def index(self) -> Index:
         return join(self._read_index(span.main) for span in self._spans)

@@ -4,9 +4,9 @@ from pipeline.probes import classification, depth, domain_shift, retrieval, segm
 from pipeline.probes.trial import Task
 
 TASKS: dict[str, Task] = {
-    "classification": classification.probe,
-    "segmentation": segmentation.probe,
-    "depth": depth.probe,
-    "retrieval": retrieval.probe,
-    "domain-shift": domain_shift.probe,
+    "classification": Task(classification.probe, classification.check),
+    "segmentation": Task(segmentation.probe, segmentation.check),
+    "depth": Task(depth.probe, depth.check),
+    "retrieval": Task(retrieval.probe, retrieval.check),
+    "domain-shift": Task(domain_shift.probe, domain_shift.check),
 }

@@ -43,18 +43,13 @@ class Classification(EvaluateResult):
 
 
 def probe(trial: Trial) -> Classification:
-    """Raises ValueError for images without labels, and labels that only --test has."""
+    """Raises ValueError as `check`."""
     settings = trial.settings
-    require_labels(trial.train, "--train")
-    require_labels(trial.test, "--test")
-    check_classes(trial.train, trial.test)
+    check(trial.train, trial.test, settings)
     train_features = features(trial.vit, trial.train, settings, trial.device)
     test_features = features(trial.vit, trial.test, settings, trial.device)
     train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
     classes = int(train_labels.max()) + 1
-    if int(test_labels.max()) >= classes:
-        raise ValueError(f"--test has label {int(test_labels.max())}, but --train only 0 to {classes - 1}")
-
     groups = _shots(train_labels, test_labels, classes, settings)
 
     linear: Accuracies = {}
@@ -74,6 +69,22 @@ def probe(trial: Trial) -> Classification:
         knn=knn,
         classes=classes,
     )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError for images without labels, a single class, and labels that only --test has."""
+    require_labels(train, "--train")
+    require_labels(test, "--test")
+    check_classes(train, test)
+    require_classes(train.labels)
+    classes = int(train.labels.max()) + 1
+    if int(test.labels.max()) >= classes:
+        raise ValueError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
+
+
+def require_classes(labels: np.ndarray) -> None:
+    if len(np.unique(labels)) < 2:
+        raise ValueError("--train has images of one class only; a classifier needs two")
 
 
 def check_classes(train: Images, test: Images) -> None:
@@ -122,8 +133,7 @@ def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, set
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    if len(np.unique(y)) < 2:
-        raise ValueError("--train has images of one class only; a classifier needs two")
+    require_classes(y)  # also of a split
     with warnings.catch_warnings():
         # Out of iterations is good enough: accuracy has settled long before the gradient has.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -46,16 +46,12 @@ def probe(trial: Trial) -> Depth:
     settings, side = trial.settings, label_side(trial)
     train_maps, test_maps = index_beside(trial.train, MAP), index_beside(trial.test, MAP)
     # All maps are read before the model runs, so that a bad one is known at once.
-    pixels = sum(int(np.count_nonzero(depth)) for depth in read_depths(trial.test, test_maps, settings))
+    pixels = count_pixels(trial.test, test_maps, settings)
     labels = torch.from_numpy(
         np.stack([nearest(depth, side) for depth in read_depths(trial.train, train_maps, settings)])
     )
-    for what, count in (("--train", int(labels.count_nonzero())), ("--test", pixels)):
-        if not count:
-            raise ValueError(
-                f"{what}: no depth map has a value from evaluate.depth_min={settings.depth_min} to "
-                f"depth_max={settings.depth_max} meters; correct the maps or the range"
-            )
+    require_pixels("--train", int(labels.count_nonzero()), settings)
+    require_pixels("--test", pixels, settings)
 
     x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
     heads = fit_heads(x, labels, settings, trial.device)
@@ -76,6 +72,25 @@ def probe(trial: Trial) -> Depth:
         regression=figures["regression"],
         pixels=pixels,
     )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError as `probe`, for which all maps are read."""
+    for what, images in (("--train", train), ("--test", test)):
+        require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
+
+
+def count_pixels(images: Images, maps: Images, settings: EvaluateConfig) -> int:
+    """That count. Raises ValueError for a map that cannot be used."""
+    return sum(int(np.count_nonzero(depth)) for depth in read_depths(images, maps, settings))
+
+
+def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:
+    if not count:
+        raise ValueError(
+            f"{what}: no depth map has a value from evaluate.depth_min={settings.depth_min} to "
+            f"depth_max={settings.depth_max} meters; correct the maps or the range"
+        )
 
 
 def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.probes.classification import Accuracies, accuracy, check_classes, features, linear_scores
+from pipeline.config import EvaluateConfig
+from pipeline.probes.classification import (
+    Accuracies,
+    accuracy,
+    check_classes,
+    features,
+    linear_scores,
+    require_classes,
+)
 from pipeline.probes.trial import EvaluateResult, Trial
 from pipeline.shards import Images, require_labels
 
@@ -25,17 +33,11 @@ class DomainShift(EvaluateResult):
 
 
 def probe(trial: Trial) -> DomainShift:
-    """Raises ValueError for images without labels, and for labels that the other side or the class map lacks."""
+    """Raises ValueError as `check`."""
     settings = trial.settings
-    require_labels(trial.train, "--train")
-    require_labels(trial.test, "--test")
-    if settings.class_map is None:
-        check_classes(trial.train, trial.test)
-        mapped = {int(label): int(label) for label in np.unique(trial.train.labels)}
-    else:
-        mapped = read_class_map(settings.class_map)
+    check(trial.train, trial.test, settings)
+    mapped = class_map(trial.train, settings)
     rivals = torch.tensor(sorted(set(mapped.values())))
-    _check_labels(trial.train, trial.test, mapped, settings.class_map)
     place = {label: i for i, label in enumerate(rivals.tolist())}
     right = torch.tensor([place[mapped[int(label)]] for label in trial.test.labels])
 
@@ -55,6 +57,23 @@ def probe(trial: Trial) -> DomainShift:
         linear=linear,
         classes=len(rivals),
     )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError for images without labels, and for labels that the other side or the class map lacks."""
+    require_labels(train, "--train")
+    require_labels(test, "--test")
+    require_classes(train.labels)
+    if settings.class_map is None:
+        check_classes(train, test)
+    _check_labels(train, test, class_map(train, settings), settings.class_map)
+
+
+def class_map(train: Images, settings: EvaluateConfig) -> dict[int, int]:
+    """{test label: train label}; without a map labels are the same on both sides."""
+    if settings.class_map is None:
+        return {int(label): int(label) for label in np.unique(train.labels)}
+    return read_class_map(settings.class_map)
 
 
 def read_class_map(file: Path) -> dict[int, int]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.config import EvaluateConfig
 from pipeline.probes.classification import features
 from pipeline.probes.trial import EvaluateResult, Trial
-from pipeline.shards import require_labels
+from pipeline.shards import Images, require_labels
 from singer.probes import retrieval_figures
 
 
@@ -22,12 +23,10 @@ class Retrieval(EvaluateResult):
 
 
 def probe(trial: Trial) -> Retrieval:
-    """Raises ValueError for images without labels, and if no class has two images."""
-    require_labels(trial.test, "--test")
+    """Raises ValueError as `check`."""
+    check(None, trial.test, trial.settings)
     labels = torch.from_numpy(trial.test.labels)
     counts = labels.unique(return_counts=True)[1]
-    if int(counts.max()) < 2:
-        raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")
     found = features(trial.vit, trial.test, trial.settings, trial.device)
     return Retrieval(
         model=trial.model,
@@ -38,3 +37,10 @@ def probe(trial: Trial) -> Retrieval:
         queries=int(counts[counts > 1].sum()),
         retrieval={name: retrieval_figures(x, labels) for name, x in found.items()},
     )
+
+
+def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError for images without labels, and if no class has two images."""
+    require_labels(test, "--test")
+    if int(torch.from_numpy(test.labels).unique(return_counts=True)[1].max()) < 2:
+        raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")

@@ -42,13 +42,10 @@ class Segmentation(EvaluateResult):
 
 def probe(trial: Trial) -> Segmentation:
     """Raises ValueError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
-    settings, classes = trial.settings, trial.settings.seg_classes
-    if classes is None:
-        raise ValueError("--task segmentation needs evaluate.seg_classes, the number of classes in the masks")
-    train_masks, test_masks = index_beside(trial.train, MASK), index_beside(trial.test, MASK)
+    settings = trial.settings
+    classes, train_masks, test_masks = find_masks(trial.train, trial.test, settings)
     # All masks are read before the model runs, so that a bad one is known at once.
-    if not sum(np.any(mask != VOID) for mask in read_masks(trial.test, test_masks, settings)):
-        raise ValueError(f"--test: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
+    require_label("--test", trial.test, test_masks, settings)
     side = label_side(trial)
     labels = torch.from_numpy(
         np.stack([nearest(mask, side) for mask in read_masks(trial.train, train_masks, settings)])
@@ -76,6 +73,26 @@ def probe(trial: Trial) -> Segmentation:
         classes=classes,
         lr=lr,
     )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError as `probe`, for which all masks are read."""
+    _, train_masks, test_masks = find_masks(train, test, settings)
+    require_label("--train", train, train_masks, settings)
+    require_label("--test", test, test_masks, settings)
+
+
+def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[int, Images, Images]:
+    """(classes, masks of --train, those of --test). Raises ValueError where a mask or seg_classes is missing."""
+    if settings.seg_classes is None:
+        raise ValueError("--task segmentation needs evaluate.seg_classes, the number of classes in the masks")
+    return settings.seg_classes, index_beside(train, MASK), index_beside(test, MASK)
+
+
+def require_label(what: str, images: Images, masks: Images, settings: EvaluateConfig) -> None:
+    """Raise ValueError for a mask that cannot be used, and if none has a label that counts."""
+    if not sum(np.any(mask != VOID) for mask in read_masks(images, masks, settings)):
+        raise ValueError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
 
 def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:

@@ -60,8 +60,15 @@ class EvaluateResult:
     written: Path | None
 
 
-# Probes the model and tests the probe. Raises ValueError for what the user can mend.
-Task = Callable[[Trial], EvaluateResult]
+@dataclass(frozen=True)
+class Task:
+    """probe: learns from the model's features and tests what it has learned. check: of (train, test, settings).
+
+    Both raise ValueError for what the user can mend; `check` knows before there is a model.
+    """
+
+    probe: Callable[[Trial], EvaluateResult]
+    check: Callable[[Images, Images, EvaluateConfig], None]
 
 
 def tokens(

@@ -238,7 +238,9 @@ def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
 
 
 def _section(draft: _Draft) -> str:
-    return _key(draft.config.refine.model_dump(mode="json"))
+    refine, teachers = draft.config.refine.model_dump(mode="json"), draft.config.distill.teacher
+    # Of several caches, each is refined for the teacher that students learn from.
+    return _key([refine, teachers] if isinstance(teachers, tuple) else refine)
 
 
 def _refiner_name(draft: _Draft) -> str:

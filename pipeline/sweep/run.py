@@ -28,14 +28,16 @@ from pipeline.outputs import (
     read_json,
     write_json,
 )
+from pipeline.probes import TASKS
 from pipeline.progress import say
 from pipeline.refine import MANIFEST
 from pipeline.shards import Images, index_shards
-from pipeline.stores import Place, open_store, write_atomic
+from pipeline.sources import Places, as_places, check_records, numbered
+from pipeline.stores import open_store, write_atomic
 from pipeline.sweep.board import Board
 from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
-from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done
+from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
 from pipeline.sweep.worker import Worker
 
 STAGE = "sweep"
@@ -69,7 +71,7 @@ class SweepResult:
 
 def sweep(
     file: str | Path,
-    cache_path: Place,
+    caches: Places,
     out: Path,
     mode: Mode = "new",
     *,
@@ -80,8 +82,9 @@ def sweep(
 ) -> SweepResult:
     """Do all runs of a sweep's file, or of a bundled one by its name, below `out`.
 
-    train, test: labelled shards for the probes; without them students are trained and not compared. shards: where the
-    cached shards lie now, if they have moved. workers: processes; default: one a GPU. One works in this very process.
+    caches: one, or of several teachers a list. train, test: labelled shards for the probes; without them students are
+    trained and not compared. shards: where the cached shards lie now, if they have moved. workers: processes; default:
+    one a GPU. One works in this very process.
 
     Raises ValueError for whatever the user can mend before anything starts. What fails later is in the result.
     """
@@ -91,28 +94,33 @@ def sweep(
         raise ValueError("singer sweep spreads its runs by itself; start it without accelerate launch")
     path = find_sweep(file)
     plan, content = read_plan(path), path.read_bytes()
-    cache = Cache(cache_path)
-    check_output(out, mode, STAGE, plan.base, [cache_path, *cache.index.images.paths])
+    places = as_places(caches)
+    opened = [Cache(place) for place in places]
+    check_records(opened)
+    check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
     images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
-    inputs = {"cache": cache.id}
+    inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
+    setting = Setting(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
     if mode == "resume":
         if (out / INPUTS).exists():
             check_inputs(out, inputs)
-        _check_unchanged(plan, out)
-
-    setting = Setting(cache_path, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
+        _check_unchanged(plan, setting)
+    files = {run.name: _result_files(run, plan.probes, out, images) for run in plan.runs}
+    if images is not None:
+        _check_probes(plan, files, *images)
     with claimed_output(out, mode, STAGE, plan.base, None):
         write_json(out / INPUTS, inputs)
         write_atomic(out / FILE, content)
         for name in (REFINERS, RUNS):
             (out / name).mkdir(exist_ok=True)
-        return _sweep(plan, setting, images, workers)
+        leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
+        return _sweep(plan, setting, files, leaderboard, workers)
 
 
-def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, workers: int | None) -> SweepResult:
+def _sweep(
+    plan: Plan, setting: Setting, files: dict[str, dict[str, Path]], leaderboard: Leaderboard, workers: int | None
+) -> SweepResult:
     out = setting.out
-    files = {run.name: _result_files(plan, run, out, images) for run in plan.runs}
-    leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
 
     def write(failed: dict[str, str]) -> None:
         states = {}
@@ -123,7 +131,7 @@ def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, w
         write_json(out / STATE, {"runs": states})
         leaderboard.write(failed)
 
-    jobs = list(_jobs(plan, out, files))
+    jobs = list(_jobs(plan, setting, files))
     done = len(plan.runs) - sum(len(job.members) for job in jobs if job.kind == "run")
     say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
     board = Board(jobs, done, write)
@@ -140,13 +148,16 @@ def _sweep(plan: Plan, setting: Setting, images: tuple[Images, Images] | None, w
     )
 
 
-def _check_unchanged(plan: Plan, out: Path) -> None:
+def _check_unchanged(plan: Plan, setting: Setting) -> None:
     """Raise ValueError naming a refiner or a run that was started with other settings.
 
     Those of evaluate may change: figures are kept apart by the settings that they come from.
     """
+    out = setting.out
     for name, config in plan.refiners.items():
-        _refuse(f"refiner {name}", out, config_change(open_store(out / REFINERS / name), config, ["refine"]))
+        for number, folder in enumerate(setting.refiners(name)):
+            change = config_change(open_store(folder), refiner_config(config, number), ["refine"])
+            _refuse(f"refiner {name}", out, change)
     for run in plan.runs:
         folder = out / RUNS / run.name
         if not (folder / INPUTS).exists():
@@ -165,19 +176,34 @@ def _refuse(what: str, out: Path, change: str | None) -> None:
         )
 
 
-def _result_files(plan: Plan, run: Run, out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
+def _result_files(run: Run, probes: Sequence[str], out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
     """{task: where a run's figures lie once it is probed}; empty without labelled shards."""
     if images is None:
         return {}
-    return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in plan.probes}
+    return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in probes}
 
 
-def _jobs(plan: Plan, out: Path, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
+def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, test: Images) -> None:
+    """Raise ValueError, before anything is trained, if a probe that is still to come cannot work on these shards."""
+    left = {
+        (task, run.config.evaluate.model_dump_json()): run
+        for run in plan.runs
+        for task, file in files[run.name].items()
+        if not file.exists()
+    }
+    for (task, _), run in left.items():
+        try:
+            TASKS[task].check(train, test, run.config.evaluate)
+        except ValueError as error:
+            raise ValueError(f"probe {task} of run {run.name}: {error}") from None
+
+
+def _jobs(plan: Plan, setting: Setting, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
     """All that is left to do, every refiner ahead of the first run that needs it."""
-    fitted = {name for name in plan.refiners if (out / REFINERS / name / MANIFEST).exists()}
+    fitted = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
     left = []
     for run in plan.runs:
-        folder = out / RUNS / run.name
+        folder = setting.out / RUNS / run.name
         if is_done(folder, files[run.name]):
             continue
         needs = None if (folder / RUN).exists() else run.refiner

@@ -23,14 +23,21 @@ RUNS = "runs"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all pieces have in common. command: of the sweep, for the provenance of what it makes."""
+    """What all pieces have in common. caches: one for each teacher; command: of the sweep, for the provenance of what
+    it makes.
+    """
 
-    cache: Place
+    caches: list[Place]
     out: Path
     shards: list[str] | None
     train: list[str]
     test: list[str]
     command: list[str]
+
+    def refiners(self, name: str) -> list[Path]:
+        """The folders of a refiner: one for each cache."""
+        folder, count = self.out / REFINERS / name, len(self.caches)
+        return [folder] if count == 1 else [folder / str(number) for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,7 @@ def attempt(setting: Setting, job: Job) -> dict[str, str]:
     """Do the job as far as it is not done; {member: what went wrong, in one line}."""
     if job.kind == "refiner":
         (member,) = job.members
-        out = setting.out / REFINERS / member.name
-        return _failures(member, lambda: refine(member.config, setting.cache, out, _mode(out)))
+        return _failures(member, partial(_fit, setting, member))
     untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN).exists()]
     # Where one of several cannot be trained, each is left to its own pass, so that none takes the others along.
     if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
@@ -82,13 +88,26 @@ def _failures(member: Member, do: Callable[[], object]) -> dict[str, str]:
     return {}
 
 
+def _fit(setting: Setting, member: Member) -> None:
+    for number, (cache, out) in enumerate(zip(setting.caches, setting.refiners(member.name), strict=True)):
+        refine(refiner_config(member.config, number), cache, out, _mode(out))
+
+
+def refiner_config(config: Config, number: int) -> Config:
+    """Of the refiner of one cache, counted from 0: where the students' teachers are a list, it is fitted to its own."""
+    teachers = config.distill.teacher
+    if not isinstance(teachers, tuple) or number >= len(teachers):
+        return config
+    return config.model_copy(update={"refine": config.refine.model_copy(update={"teacher": teachers[number]})})
+
+
 def _train(setting: Setting, members: Sequence[Member]) -> None:
     jobs = []
     for member in members:
-        adapters = setting.out / REFINERS / member.needs if member.needs is not None else None
+        adapters = setting.refiners(member.needs) if member.needs is not None else None
         jobs.append(Student(member.config, setting.out / RUNS / member.name, adapters))
     # A folder that is there is continued, and one that is not is begun.
-    fan_out(jobs, setting.cache, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
+    fan_out(jobs, setting.caches, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
 
 
 def _finish(setting: Setting, member: Member) -> None:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
 from pydantic import TypeAdapter
 
+from pipeline.progress import say
 from pipeline.sweep.work import Job, Setting, attempt
 
 _SETTING, _JOB = TypeAdapter(Setting), TypeAdapter(Job)
@@ -31,23 +33,34 @@ class Worker:
         if device is not None:
             self._environment["CUDA_VISIBLE_DEVICES"] = device
         self._process: subprocess.Popen[str] | None = None
+        self._killed = False
 
     def do(self, job: Job) -> dict[str, str]:
-        """As attempt(); that the process died is an error of all members."""
+        """As attempt(). Where the process dies of several members, each goes on in its own, from its last checkpoint;
+        where it dies of one, that is the error of this one.
+        """
         if self._process is None:
             self._process = self._start()
+        if self._killed:  # meanwhile
+            self._process.kill()
         _send(self._process, _JOB.dump_json(job))
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
+        failed: dict[str, str] = json.loads(answer) if answer else {}
         if answer:
-            failed: dict[str, str] = json.loads(answer)
             return failed
         code = self._end(self._process)
         error = f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
-        return {member.name: error for member in job.members}
+        if len(job.members) == 1 or self._killed:
+            return {member.name: error for member in job.members}
+        say(f"{job.names}: {error}; now one by one")
+        for member in job.members:
+            failed |= self.do(replace(job, members=(member,)))
+        return failed
 
     def kill(self) -> None:
-        """End the process, whatever it is at; another thread may be waiting for its answer."""
+        """End the process, whatever it is at, for good; another thread may be waiting for its answer."""
+        self._killed = True
         if (process := self._process) is not None:
             process.kill()
 

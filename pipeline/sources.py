@@ -1,0 +1,107 @@
+"""Whose features a student learns from: the caches of one or several teachers, each with its refiner, in one order."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.cache.reader import Cache
+from pipeline.config import DistillConfig
+from pipeline.outputs import file_hash
+from pipeline.refine import REFINER, RefinerManifest, read_refiner
+from pipeline.stores import Place
+
+# Of an only teacher without a list; otherwise one for each, in one order.
+Places = Place | Sequence[Place]
+Adapters = Path | Sequence[Path | None] | None
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher: its opened cache, and the refiner of its features, if any.
+
+    name: what its losses are called after beside those of others; weight: of its objective.
+    """
+
+    name: str
+    cache: Cache
+    adapters: Path | None
+    note: RefinerManifest | None
+    weight: float
+
+
+def open_sources(settings: DistillConfig, places: Places, adapters: Adapters) -> list[Source]:
+    """The teachers of a run, with the blocks asked for, or else their refiners'.
+
+    Raises ValueError if there is no such cache or refiner, if there is not one of a list's values for each cache, and
+    if the caches hold different records.
+    """
+    listed = as_places(places)
+    count = len(listed)
+    given = [adapters] if isinstance(adapters, Path) else adapters
+    fitted = _each("--adapters (none for raw targets)", given, count, None)
+    teachers = _each("distill.teacher", settings.teachers, count, None)
+    chosen = _each("distill.blocks", settings.blocks_by_teacher, count, None)
+    weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
+    notes = [read_refiner(path) if path is not None else None for path in fitted]
+    caches = []
+    for place, note, teacher, blocks in zip(listed, notes, teachers, chosen, strict=True):
+        if note is not None:
+            blocks, teacher = blocks or tuple(note.scales), teacher or note.teacher
+        caches.append(Cache(place, teacher, blocks, settings.local_copy))
+    check_records(caches)
+    return [Source(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
+
+
+def as_places(places: Places) -> list[Place]:
+    return [places] if isinstance(places, str | Path) else list(places)
+
+
+def check_records(caches: Sequence[Cache]) -> None:
+    """Raise ValueError, naming both sides, unless all caches hold the same views of the same images in one order."""
+    first, *others = caches
+    for other in others:
+        if other.rows != first.rows:
+            ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
+            raise ValueError(
+                f"{ours} and {theirs} do not hold the same views of the same images in the same order; "
+                "cache both teachers with the same shards and views"
+            )
+
+
+def input_hashes(sources: Sequence[Source]) -> dict[str, str | None]:
+    """{"cache": its id, "adapters": hash of their file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}
+
+    Refiners of different kinds may hold the same tensors.
+    """
+    hashes: dict[str, str | None] = {}
+    for number, source in enumerate(sources, start=1):
+        hashes[numbered("cache", number)] = source.cache.id
+        adapters = source.adapters
+        hashes[numbered("adapters", number)] = file_hash(adapters / REFINER) if adapters is not None else None
+        kind = f"{source.note.cleaner}, {source.note.normaliser}" if source.note is not None else None
+        hashes[numbered("refiner", number)] = kind
+    return hashes
+
+
+def numbered(name: str, number: int) -> str:
+    """The first goes without its number, as an only one does."""
+    return name if number == 1 else f"{name} {number}"
+
+
+def _each(key: str, values: Sequence[Value] | None, count: int, default: Value) -> Sequence[Value]:
+    """A value for each cache."""
+    if values is None:
+        return [default] * count
+    if len(values) != count:
+        raise ValueError(f"{key}: {len(values)} given for {count} --cache; give one for each, in the same order")
+    return values
+
+
+def _names(caches: Sequence[Cache]) -> list[str]:
+    """The teachers' architectures, numbered where they are the same."""
+    names = [cache.manifest.teacher.architecture for cache in caches]
+    counts = Counter(names)
+    return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
