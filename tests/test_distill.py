@@ -20,7 +20,8 @@ from pipeline.config import Config
 from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
 from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
 from pipeline.models import load_saved, new_student
-from pipeline.refine import load_refiner, refine
+from pipeline.outputs import file_hash
+from pipeline.refine import REFINER, load_refiner, refine
 from pipeline.shards import relocate
 from pipeline.train import learning_rate
 from singer.objectives import OBJECTIVES
@@ -146,6 +147,18 @@ def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
         distill(config, world / "cache", run, world / "adapters", mode="resume")
     with pytest.raises(ValueError, match="exists; continue it with --resume"):
         distill(config, world / "cache", run)
+
+
+def test_resume_tells_refiners_of_one_tensor_apart(world: Path, tmp_path: Path) -> None:
+    """A clip and a neighbour mean of one cache differ in their kind alone."""
+    for cleaner in ("clip", "neighbour"):
+        config = world_config(world, f"refine.cleaner={cleaner}", "refine.normaliser=none")
+        refine(config, world / "cache", tmp_path / cleaner)
+    assert file_hash(tmp_path / "clip" / REFINER) == file_hash(tmp_path / "neighbour" / REFINER)
+    config = world_config(world, "distill.epochs=1")
+    distill(config, world / "cache", tmp_path / "run", tmp_path / "clip")
+    with pytest.raises(ValueError, match="started with another refiner"):
+        distill(config, world / "cache", tmp_path / "run", tmp_path / "neighbour", mode="resume")
 
 
 def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
