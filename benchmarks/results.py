@@ -157,8 +157,8 @@ class Chain:
             cells.append(f"{np.mean(values):.{digits}f}" if values else "")
             if len(values) > 1:
                 cells[-1] += f" ± {np.std(values, ddof=1):.{digits}f}"
-        file = self.adapters(name, seeds[0]) / "metrics.json"
-        blocks = json.loads(file.read_text())["blocks"].values() if file.exists() else []
+        files = [f for seed in seeds if (f := self.adapters(name, seed) / "metrics.json").exists()]
+        blocks = json.loads(files[0].read_text())["blocks"].values() if files else []
         cells.append(" / ".join(f"{b['after']['artifact_percent']:.2f}" for b in blocks))
         cells.append(" / ".join(f"{b['clean_drift_percent']:.1f}" for b in blocks))
         return "| " + " | ".join([*cells, str(len(runs))]) + " |"
