@@ -191,22 +191,23 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
+    model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or a model's name in timm.")],
     test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
     train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
     task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
+    weights: Annotated[Path | None, typer.Option(help="Of a model given by name; else timm fetches them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe a frozen student."""
+    """Probe a frozen model: a student, a teacher, any of timm's."""
     from pipeline.config import load_config
     from pipeline.evaluate import evaluate as run
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
-    _report(run(tree, model, train, test, task, out), as_json)
+    _report(run(tree, model, train, test, task, out, weights), as_json)
 
 
 @app.command()

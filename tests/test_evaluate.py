@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import draw_images, make_vit, world_config
+from safetensors.torch import save_file
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_saved, save_backbone
+from pipeline.models import load_model, load_saved, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.classification import Classification, features, linear_scores
 from pipeline.probes.classification import probe as probe_classification
@@ -91,6 +93,24 @@ def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -
     result = evaluate(config, tmp_path / "m", str(world / "train" / "*.tar"), str(world / "test" / "*.tar"))
     assert set(result.linear) == {"mean_patch"} and result.written is None
     assert [f.name for f in sorted((tmp_path / "m").iterdir())] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_model_by_name(name: str, world: Path, tmp_path: Path) -> None:
+    """With a local weight file, as the same model from a folder; at its own size or another."""
+    model = timm.create_model(name, num_classes=4).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert load_model(name, tmp_path / "w.safetensors").image_size == 160
+    sized, test = world_config(world, "evaluate.image_size=64"), str(world / "test" / "*.tar")
+    found = evaluate(sized, name, None, test, "retrieval", tmp_path / "out", tmp_path / "w.safetensors")
+    assert isinstance(found, Retrieval) and found.written is not None
+    stored = json.loads(found.written.read_text())
+    assert found.written.parent == tmp_path / "out" and stored["retrieval"] == found.retrieval
+    vit = load_model(name, tmp_path / "w.safetensors")
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
+    for same in (tmp_path / "m", f"local-dir:{tmp_path / 'm'}"):
+        folder = evaluate(sized, same, None, test, "retrieval")
+        assert isinstance(folder, Retrieval) and folder.retrieval == found.retrieval and folder.written is None
 
 
 def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Path) -> None:

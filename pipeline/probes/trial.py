@@ -27,7 +27,7 @@ class Trial:
     started: time.perf_counter() at the start of the stage; file: where the figures will be stored, if anywhere.
     """
 
-    model: Path
+    model: Path | str
     vit: Backbone
     device: torch.device
     learn_from: Images | None
@@ -53,7 +53,7 @@ class Trial:
 class EvaluateResult:
     """What the results of all tasks have; each adds its figures."""
 
-    model: Path
+    model: Path | str
     train_images: int
     test_images: int
     seconds: float
