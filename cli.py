@@ -33,7 +33,7 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
-TASK_HELP = "classification, segmentation, depth, retrieval or domain-shift."
+TASK_HELP = "classification, segmentation, depth, retrieval, domain-shift, or head: the model's own."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 

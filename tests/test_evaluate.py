@@ -21,9 +21,11 @@ from pipeline.prepare import prepare
 from pipeline.probes.classification import Classification, features, linear_scores
 from pipeline.probes.classification import probe as probe_classification
 from pipeline.probes.domain_shift import DomainShift
+from pipeline.probes.head import OwnHead
 from pipeline.probes.retrieval import Retrieval
 from pipeline.probes.trial import Trial
-from pipeline.shards import index_shards
+from pipeline.shards import ImageFile, index_shards
+from pipeline.views import apply_view, crop_view, normalise
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
@@ -233,3 +235,49 @@ def test_domain_shift_without_a_map(world: Path, config: Config, tmp_path: Path)
     few = renumbered(world, tmp_path, config)
     with pytest.raises(ValueError, match="--test has label 2, of which --train has no images; if it numbers classes"):
         evaluate(config, world / "teacher", few, test, "domain-shift")
+
+
+def test_own_head(world: Path, tmp_path: Path) -> None:
+    """Figures of the model's own logits, with the map or without; nothing is learnt."""
+    shutil.copytree(world / "test", tmp_path / "shards")  # of 4 classes; the teacher's head has 5
+    (tmp_path / "shards" / "classes.json").unlink()
+    test = str(tmp_path / "shards" / "*.tar")
+    found = evaluate(world_config(world), world / "teacher", None, test, "head", tmp_path / "out")
+    assert isinstance(found, OwnHead) and (found.classes, found.train_images, found.test_images) == (5, 0, 40)
+    teacher, images = load_saved(world / "teacher"), index_shards(test)
+    with ImageFile(images) as files, torch.inference_mode():
+        views = [apply_view(image, crop_view(1.0, image.size), 32) for image in map(files.read, range(40))]
+        logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU))
+    labels = torch.from_numpy(images.labels)
+    assert found.top1 == topk_percent(logits, labels, 1) and found.top5 == 100
+    assert (found.top1_low, found.top1_high) == wilson_percent(round(found.top1 * 0.4), 40)
+    assert found.written is not None
+    stored = json.loads(found.written.read_text())
+    assert (stored["task"], stored["top1"], stored["classes"]) == ("head", found.top1, 5)
+
+    (tmp_path / "map.json").write_text("[4, 2, 4, 0]")
+    mapped = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
+    found = evaluate(mapped, world / "teacher", None, str(world / "test" / "*.tar"), "head")
+    assert isinstance(found, OwnHead) and found.classes == 3
+    right = torch.tensor([[2, 1, 2, 0][label] for label in labels])  # of 0, 2 and 4
+    assert found.top1 == topk_percent(logits[:, [0, 2, 4]], right, 1)
+
+
+def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:
+    test = str(world / "test" / "*.tar")
+    with pytest.raises(ValueError, match=r"--test has 4 classes, but the head of .*teacher has 5 classes; if"):
+        evaluate(config, world / "teacher", None, test, "head")
+    (tmp_path / "map.json").write_text("[0, 1, 2, 5]")
+    mapped = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
+    with pytest.raises(ValueError, match=r"map\.json names class 5, but the head has 0 to 4"):
+        evaluate(mapped, world / "teacher", None, test, "head")
+    shutil.copytree(world / "test", tmp_path / "shards")
+    (tmp_path / "shards" / "classes.json").unlink()
+    for classes, message in (
+        (3, "--test has label 3, but the head of .* has 3 classes"),
+        (0, "has no classification head"),
+    ):
+        vit = make_vit(num_classes=classes)
+        save_backbone(vit, vit.model.state_dict(), tmp_path / f"m{classes}")
+        with pytest.raises(ValueError, match=message):
+            evaluate(config, tmp_path / f"m{classes}", None, str(tmp_path / "shards" / "*.tar"), "head")

@@ -1,6 +1,6 @@
 """The tasks of `singer evaluate`: a new one is a file here and a registry line."""
 
-from pipeline.probes import classification, depth, domain_shift, retrieval, segmentation
+from pipeline.probes import classification, depth, domain_shift, head, retrieval, segmentation
 from pipeline.probes.trial import Task
 
 TASKS: dict[str, Task] = {
@@ -9,4 +9,5 @@ TASKS: dict[str, Task] = {
     "depth": depth.probe,
     "retrieval": retrieval.probe,
     "domain-shift": domain_shift.probe,
+    "head": head.probe,
 }

@@ -33,11 +33,9 @@ def probe(trial: Trial) -> DomainShift:
         check_classes(trial.train, trial.test)
         mapped = {int(label): int(label) for label in np.unique(trial.train.labels)}
     else:
-        mapped = read_class_map(settings.class_map)
-    rivals = torch.tensor(sorted(set(mapped.values())))
+        mapped = read_class_map(settings.class_map, trial.test)
     _check_labels(trial.train, trial.test, mapped, settings.class_map)
-    place = {label: i for i, label in enumerate(rivals.tolist())}
-    right = torch.tensor([place[mapped[int(label)]] for label in trial.test.labels])
+    rivals, right = compete(mapped, trial.test)
 
     train_labels = torch.from_numpy(trial.train.labels)
     train_features = features(trial.vit, trial.train, settings, trial.device)
@@ -57,8 +55,18 @@ def probe(trial: Trial) -> DomainShift:
     )
 
 
-def read_class_map(file: Path) -> dict[int, int]:
-    """{test label: train label} of a JSON object, or of a list by position. Raises ValueError naming the file."""
+def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes that compete, those of the map (k,), and which of them is right for each test image (n,)."""
+    rivals = sorted(set(mapped.values()))
+    place = {label: i for i, label in enumerate(rivals)}
+    return torch.tensor(rivals), torch.tensor([place[mapped[int(label)]] for label in test.labels])
+
+
+def read_class_map(file: Path, test: Images) -> dict[int, int]:
+    """{test label: class} of a JSON object, or of a list by position.
+
+    Raises ValueError naming the file if it is neither, or lacks a label of the test images.
+    """
     form = (
         f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
     )
@@ -70,25 +78,26 @@ def read_class_map(file: Path) -> dict[int, int]:
         raise ValueError(form) from None
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     mapped = {}
-    for test, train in pairs:
+    for label, right in pairs:
         # A bool is an int to Python.
-        if not str(test).isdecimal() or type(train) is not int or train < 0:
-            raise ValueError(f"{form}; found {test!r}: {train!r}")
-        mapped[int(test)] = train
+        if not str(label).isdecimal() or type(right) is not int or right < 0:
+            raise ValueError(f"{form}; found {label!r}: {right!r}")
+        mapped[int(label)] = right
     if not mapped:
         raise ValueError(form)
+    missing = sorted(set(test.labels.tolist()) - set(mapped))
+    if missing:
+        raise ValueError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
     return mapped
 
 
 def _check_labels(train: Images, test: Images, mapped: dict[int, int], file: Path | None) -> None:
     unknown = sorted(set(test.labels.tolist()) - set(mapped))
-    if unknown and file is None:
+    if unknown:
         raise ValueError(
             f"--test has label {unknown[0]}, of which --train has no images; if it numbers classes differently, give "
             "evaluate.class_map"
         )
-    if unknown:
-        raise ValueError(f"evaluate.class_map: {file} has no entry for label {unknown[0]} of --test; add it")
     absent = sorted(set(mapped.values()) - set(train.labels.tolist()))
     if absent:
         raise ValueError(f"evaluate.class_map: {file} names label {absent[0]}, of which --train has no images")

@@ -74,6 +74,19 @@ def tokens(
     last = depth(vit.model) - 1
     if settings.tokens == "norm" and not vit.is_vit:
         raise ValueError("evaluate.tokens norm is for ViTs; of other models take block")
+    for batch in inputs(vit, images, settings, device, view):
+        with torch.no_grad():
+            x = block_outputs(vit.model, batch, [last])[last]
+            if settings.tokens == "norm":
+                # Models that pool before their norm have it as fc_norm.
+                x = vit.model.fc_norm(vit.model.norm(x))
+        yield x
+
+
+def inputs(
+    vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
+) -> Iterator[Tensor]:
+    """Views of the images as the model takes them (B, 3, size, size), normalised, batch by batch on the device."""
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]
@@ -87,10 +100,5 @@ def tokens(
             return torch.from_numpy(np.stack(views))
 
         for pixels in prefetch(load, batches, settings.workers, m):
-            with torch.no_grad():
-                x = block_outputs(vit.model, normalise(pixels, vit.mean, vit.std, device), [last])[last]
-                if settings.tokens == "norm":
-                    # Models that pool before their norm have it as fc_norm.
-                    x = vit.model.fc_norm(vit.model.norm(x))
-            yield x
+            yield normalise(pixels, vit.mean, vit.std, device)
             m.advance(len(pixels))
