@@ -30,6 +30,8 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+# A mapping to nothing but these takes one line.
+_NUMBERS = {int, float, bool, type(None)}
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
@@ -196,7 +198,7 @@ def evaluate(
     train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
     task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
     weights: Annotated[Path | None, typer.Option(help="Of a model given by name; else timm fetches them.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -368,8 +370,7 @@ def _lines(value: dict[Any, Any]) -> Iterator[str]:
     """A line a figure; what is nested deeper is indented, and a list of flat rows is a table."""
     for name, field in value.items():
         inner: Iterable[str] = ()
-        kinds = {type(v) for v in field.values()} if isinstance(field, dict) else set()
-        if dict in kinds or kinds == {str}:
+        if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:
             inner = _lines(field)
         elif isinstance(field, list) and field and isinstance(field[0], dict):
             flat = not any(isinstance(cell, dict | list) for row in field for cell in row.values())

@@ -210,7 +210,9 @@ class DistillConfig(Section):
 class EvaluateConfig(Section):
     """Probes of a frozen student."""
 
-    tokens: Literal["block", "norm"] = Field("block", description="raw output of the last block, or after the norm")
+    tokens: Literal["block", "norm", "both"] = Field(
+        "both", description="raw output of the last block, after the final norm, or both where there is a norm"
+    )
     image_size: Positive | None = Field(None, description="pixels; default: the student's own")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="but for segmentation and depth: share of the short side kept"

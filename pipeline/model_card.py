@@ -6,14 +6,13 @@ from pathlib import Path
 import jinja2
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from pipeline.config import Config
 from pipeline.distill import DistillResult
 from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
-from singer.backbones import depth
+from singer.backbones import depth, final_norm
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
@@ -102,8 +101,8 @@ def describe_refiner(trained: DistillResult, inputs: dict[str, str | None]) -> s
 
 def describe_norm(model: VisionTransformer) -> str:
     """What the final norm is: training looks at raw block outputs only, and leaves the norm as it was."""
-    norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    if isinstance(norm, nn.Identity):
+    norm = final_norm(model)
+    if norm is None:
         return "The model has no final norm."
     plain = all(torch.equal(p, torch.full_like(p, float(n == "weight"))) for n, p in norm.named_parameters())
     if plain:

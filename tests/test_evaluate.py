@@ -18,10 +18,11 @@ from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.models import load_model, load_saved, save_backbone
 from pipeline.prepare import prepare
-from pipeline.probes.classification import Classification, features, linear_scores
+from pipeline.probes.classification import Classification, linear_scores
 from pipeline.probes.classification import probe as probe_classification
 from pipeline.probes.domain_shift import DomainShift
 from pipeline.probes.head import OwnHead
+from pipeline.probes.pooled import features
 from pipeline.probes.retrieval import Retrieval
 from pipeline.probes.trial import Trial
 from pipeline.shards import ImageFile, index_shards
@@ -29,6 +30,7 @@ from pipeline.views import apply_view, crop_view, normalise
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
+KINDS = ("block", "norm")
 QUICK = "evaluate.strengths=[0.1]"
 
 
@@ -76,8 +78,28 @@ def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path
     assert stored["linear"] == result.linear and stored["train"] == [f"train-{i:06d}.tar" for i in range(4)]
     evaluate(config, tmp_path / "run", *shards)
     assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 1
-    evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "run", *shards)
-    assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 2
+    alone = {
+        kind: evaluate(world_config(world, f"evaluate.tokens={kind}"), tmp_path / "run", *shards) for kind in KINDS
+    }
+    assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 3
+    assert (alone["block"].linear, alone["block"].knn) == (result.linear, result.knn)
+    assert result.normed == {"linear": alone["norm"].linear, "knn": alone["norm"].knn} == stored["normed"]
+    assert alone["block"].normed is alone["norm"].normed is None and result.normed["linear"] != result.linear
+
+
+def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path) -> None:
+    """Both means raw tokens alone, on one pass of the model either way."""
+    test = str(world / "test" / "*.tar")
+    vit = make_vit(final_norm=False)
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
+    result = evaluate(config, tmp_path / "m", None, test, "retrieval")
+    assert isinstance(result, Retrieval) and result.normed is None
+    with pytest.raises(ValueError, match=r"evaluate\.tokens norm is for ViTs with a final norm; of other models take"):
+        evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "m", None, test, "retrieval")
+    pooled_first = make_vit(global_pool="avg")  # its norm is called fc_norm
+    save_backbone(pooled_first, pooled_first.model.state_dict(), tmp_path / "avg")
+    result = evaluate(config, tmp_path / "avg", None, test, "retrieval")
+    assert isinstance(result, Retrieval) and result.normed is not None
 
 
 def test_features_do_not_depend_on_batches(world: Path) -> None:
@@ -85,8 +107,11 @@ def test_features_do_not_depend_on_batches(world: Path) -> None:
     images = index_shards(str(world / "test" / "*.tar"))
     wide, narrow = (load_config(sets=[f"evaluate.batch_size={n}"]).evaluate for n in (64, 7))
     a, b = features(vit, images, wide, CPU), features(vit, images, narrow, CPU)
-    for name in ("cls", "mean_patch"):
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+    assert list(a) == ["block", "norm"]
+    for kind, named in a.items():
+        for name, x in named.items():
+            torch.testing.assert_close(x, b[kind][name], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a["norm"]["cls"], vit.model.norm(a["block"]["cls"]))
 
 
 def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -> None:
@@ -165,9 +190,10 @@ def test_retrieval_needs_no_training_images(world: Path, config: Config, tmp_pat
     result = evaluate(config, tmp_path / "run", None, test, "retrieval")
     assert isinstance(result, Retrieval) and (result.queries, result.train_images, result.test_images) == (40, 0, 40)
     assert set(result.retrieval) == {"cls", "mean_patch"}
-    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)
+    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)["block"]
     labels = torch.from_numpy(index_shards(test).labels)
     assert result.retrieval["mean_patch"] == retrieval_figures(found["mean_patch"], labels)
+    assert result.normed is not None and set(result.normed["retrieval"]) == {"cls", "mean_patch"}
     assert result.written is not None
     stored = json.loads(result.written.read_text())
     assert stored["train"] == [] and stored["retrieval"] == result.retrieval
@@ -203,7 +229,8 @@ def test_domain_shift(world: Path, config: Config, tmp_path: Path) -> None:
     same = evaluate(quick, world / "teacher", train, test, "domain-shift")
     assert isinstance(same, DomainShift) and same.classes == 4
     plain = evaluate(quick, world / "teacher", train, test)
-    assert same.linear == plain.linear
+    assert same.linear == plain.linear and same.normed is not None and plain.normed is not None
+    assert same.normed["linear"] == plain.normed["linear"]
 
 
 BAD_MAPS = {

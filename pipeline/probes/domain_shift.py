@@ -11,17 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.probes.classification import Accuracies, accuracy, check_classes, features, linear_scores
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.classification import Accuracies, accuracy, check_classes, linear_scores
+from pipeline.probes.pooled import features
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainShift(EvaluateResult):
-    """Accuracies (%) on --test; a model without CLS has only mean_patch. classes: how many compete."""
+    """Accuracies (%) on --test; a model without CLS has only mean_patch.
 
-    linear: Accuracies
+    classes: how many compete; normed: the same of normed tokens.
+    """
+
     classes: int
+    linear: Accuracies
+    normed: dict[str, Accuracies] | None
 
 
 def probe(trial: Trial) -> DomainShift:
@@ -40,18 +45,24 @@ def probe(trial: Trial) -> DomainShift:
     train_labels = torch.from_numpy(trial.train.labels)
     train_features = features(trial.vit, trial.train, settings, trial.device)
     test_features = features(trial.vit, trial.test, settings, trial.device)
-    linear: Accuracies = {}
-    for name, x in train_features.items():
-        scores = linear_scores(x, train_labels, test_features[name], int(train_labels.max()) + 1, settings)
-        linear[name] = accuracy(scores[:, rivals], right)
+
+    def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
+        figures = {}
+        for name, x in train.items():
+            scores = linear_scores(x, train_labels, test[name], int(train_labels.max()) + 1, settings)
+            figures[name] = accuracy(scores[:, rivals], right)
+        return {"linear": figures}
+
+    first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})
     return DomainShift(
         model=trial.model,
         train_images=len(trial.train),
         test_images=len(trial.test),
         seconds=trial.seconds,
         written=trial.file,
-        linear=linear,
         classes=len(rivals),
+        **first,
+        normed=normed,
     )
 
 

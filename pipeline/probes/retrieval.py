@@ -7,18 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.probes.classification import features
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.pooled import features
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import require_labels
 from singer.probes import retrieval_figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(EvaluateResult):
-    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5."""
+    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5.
+
+    normed: the same of normed tokens.
+    """
 
     queries: int
     retrieval: dict[str, dict[str, float]]
+    normed: dict[str, dict[str, dict[str, float]]] | None
 
 
 def probe(trial: Trial) -> Retrieval:
@@ -29,6 +33,9 @@ def probe(trial: Trial) -> Retrieval:
     if int(counts.max()) < 2:
         raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")
     found = features(trial.vit, trial.test, trial.settings, trial.device)
+    first, normed = first_and_normed(
+        {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
+    )
     return Retrieval(
         model=trial.model,
         train_images=0,
@@ -36,5 +43,6 @@ def probe(trial: Trial) -> Retrieval:
         seconds=trial.seconds,
         written=trial.file,
         queries=int(counts[counts > 1].sum()),
-        retrieval={name: retrieval_figures(x, labels) for name, x in found.items()},
+        retrieval=first,
+        normed=None if normed is None else {"retrieval": normed},
     )

@@ -1,14 +1,16 @@
 """What every task of `singer evaluate` is given, what it gives back, and the features of a frozen model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
 from pipeline.models import Backbone
@@ -16,7 +18,9 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images
 from pipeline.views import View, apply_view, normalise
-from singer.backbones import block_outputs, depth
+from singer.backbones import block_outputs, depth, final_norm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Trial:
     settings: EvaluateConfig
     started: float
     file: Path | None
+
+    @cached_property
+    def kinds(self) -> dict[str, nn.Module]:
+        """The kinds of tokens that are probed, `block` or `norm`, and what makes them of raw ones; see kinds_of."""
+        return kinds_of(self.vit, self.settings)
 
     @property
     def train(self) -> Images:
@@ -60,6 +69,25 @@ class EvaluateResult:
     written: Path | None
 
 
+def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
+    """{kind: what makes it of raw tokens} of evaluate.tokens; of both, first `block`, and `norm` if there is one."""
+    norm = final_norm(vit.model)
+    if settings.tokens == "norm" and norm is None:
+        raise ValueError("evaluate.tokens norm is for ViTs with a final norm; of other models take block")
+    kinds: dict[str, nn.Module] = {}
+    if settings.tokens != "norm":
+        kinds["block"] = nn.Identity()
+    if settings.tokens != "block" and norm is not None:
+        kinds["norm"] = norm
+    return kinds
+
+
+def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
+    """Of {kind: its figures}, those at a result's top, and those of normed tokens if that is another kind."""
+    first, *others = figures.values()
+    return first, others[0] if others else None
+
+
 # Probes the model and tests the probe. Raises ValueError for what the user can mend.
 Task = Callable[[Trial], EvaluateResult]
 
@@ -67,19 +95,14 @@ Task = Callable[[Trial], EvaluateResult]
 def tokens(
     vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
 ) -> Iterator[Tensor]:
-    """All tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
+    """All raw tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
 
     view: the part of an image that the model sees.
     """
     last = depth(vit.model) - 1
-    if settings.tokens == "norm" and not vit.is_vit:
-        raise ValueError("evaluate.tokens norm is for ViTs; of other models take block")
     for batch in inputs(vit, images, settings, device, view):
         with torch.no_grad():
             x = block_outputs(vit.model, batch, [last])[last]
-            if settings.tokens == "norm":
-                # Models that pool before their norm have it as fc_norm.
-                x = vit.model.fc_norm(vit.model.norm(x))
         yield x
 
 

@@ -85,6 +85,8 @@ def read_figures(folder: Path) -> Figures:
         try:
             known = {k: v for k, v in value["config"].items() if k in EvaluateConfig.model_fields}
             settings = validated(known, EvaluateConfig, str(file)).model_dump(mode="json")
+            if settings["tokens"] == "both":  # those of raw tokens are where they are in a result of these alone
+                settings["tokens"] = "block"
             probe = Probe(
                 task,
                 tuple(value["train"]),
