@@ -19,7 +19,7 @@ from pipeline.models import check_known, load_model, load_saved
 from pipeline.outputs import write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.trial import Computed, EvaluateResult, Trial
 from pipeline.progress import say
 from pipeline.shards import Images, index_shards
 
@@ -55,15 +55,30 @@ def evaluate(
     out: Path | None = None,
     weights: Path | None = None,
 ) -> EvaluateResult:
-    """Probe a run (its student), a folder in timm's layout, or a model that timm knows by name.
+    """One task of evaluate_tasks."""
+    (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
+    return result
 
-    train: None for tasks that learn nothing. out: a folder for the figures; default: the run, and nowhere for other
-    models. weights: a file for a model given by name; default: those that timm fetches. Raises ValueError for what
-    the user can mend.
+
+def evaluate_tasks(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    tasks: Sequence[str],
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> dict[str, EvaluateResult]:
+    """Probe a run (its student), a folder in timm's layout, or a model that timm knows by name; {task: its figures}.
+
+    train: None if all tasks learn nothing. out: a folder for the figures; default: the run, and nowhere for other
+    models. weights: a file for a model given by name; default: those that timm fetches. Tasks with a label for each
+    image share the model's passes over the shards. Raises ValueError for what the user can mend.
     """
     started = time.perf_counter()
-    if task not in TASKS:
-        raise ValueError(f"--task: no task {task!r}; known: {', '.join(TASKS)}")
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     _check_model(model, weights)
     shards = None if train is None else index_shards(train), index_shards(test)
@@ -76,14 +91,18 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     place = out or run
-    file = result_file(place, task, shards, config) if place is not None else None
-    result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file))
-    if file is not None:
-        train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
-        about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
-    return result
+    train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
+    computed: Computed = {}
+    results = {}
+    for task in dict.fromkeys(tasks):
+        file = result_file(place, task, shards, config) if place is not None else None
+        result = TASKS[task](Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+        if file is not None:
+            about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
+        results[task], started = result, time.perf_counter()
+    return results
 
 
 def _check_model(model: Path | str, weights: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.config import Config, load_config
+import cli
+from pipeline.config import Config, dump_config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.models import load_model, load_saved, save_backbone
@@ -24,7 +26,7 @@ from pipeline.probes.domain_shift import DomainShift
 from pipeline.probes.head import OwnHead
 from pipeline.probes.pooled import features
 from pipeline.probes.retrieval import Retrieval
-from pipeline.probes.trial import Trial
+from pipeline.probes.trial import Trial, tokens
 from pipeline.shards import ImageFile, index_shards
 from pipeline.views import apply_view, crop_view, normalise
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
@@ -100,6 +102,35 @@ def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path
     save_backbone(pooled_first, pooled_first.model.state_dict(), tmp_path / "avg")
     result = evaluate(config, tmp_path / "avg", None, test, "retrieval")
     assert isinstance(result, Retrieval) and result.normed is not None
+
+
+def test_tasks_of_one_command_share_features(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each set of shards goes through the model once, and every task finds what it finds alone."""
+    config, shards = world_config(world, QUICK), [str(world / split / "*.tar") for split in ("train", "test")]
+    tasks = ("classification", "retrieval", "domain-shift")
+    alone = {task: asdict(evaluate(config, world / "teacher", *shards, task)) for task in tasks}
+    passes = []
+    monkeypatch.setattr(
+        "pipeline.probes.pooled.tokens", lambda vit, images, *rest: passes.append(images) or tokens(vit, images, *rest)
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    named = [word for task in tasks for word in ("--task", task)]
+    command = ["evaluate", world / "teacher", "--train", shards[0], "--test", shards[1], "--out", tmp_path / "out"]
+    monkeypatch.setattr(
+        "sys.argv", ["singer", *map(str, command), *named, f"--config={tmp_path}/config.yaml", "--json"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    together = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [len(images) for images in passes] == [100, 40]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    for task in tasks:
+        for figures in (alone[task], together[task]):
+            assert figures.pop("seconds") > 0
+            figures.pop("written"), figures.pop("model")
+        assert together[task] == alone[task]
 
 
 def test_features_do_not_depend_on_batches(world: Path) -> None:

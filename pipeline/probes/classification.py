@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.prepare import CLASSES
-from pipeline.probes.pooled import features
+from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
 from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
@@ -47,8 +47,8 @@ def probe(trial: Trial) -> Classification:
     require_labels(trial.train, "--train")
     require_labels(trial.test, "--test")
     check_classes(trial.train, trial.test)
-    train_features = features(trial.vit, trial.train, settings, trial.device)
-    test_features = features(trial.vit, trial.test, settings, trial.device)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
     train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
     classes = int(train_labels.max()) + 1
     if int(test_labels.max()) >= classes:

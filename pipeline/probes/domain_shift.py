@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.probes.classification import Accuracies, accuracy, check_classes, linear_scores
-from pipeline.probes.pooled import features
+from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
 
@@ -43,8 +43,8 @@ def probe(trial: Trial) -> DomainShift:
     rivals, right = compete(mapped, trial.test)
 
     train_labels = torch.from_numpy(trial.train.labels)
-    train_features = features(trial.vit, trial.train, settings, trial.device)
-    test_features = features(trial.vit, trial.test, settings, trial.device)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
 
     def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
         figures = {}

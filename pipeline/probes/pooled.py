@@ -6,12 +6,17 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.models import Backbone
-from pipeline.probes.trial import kinds_of, tokens
+from pipeline.probes.trial import Features, Trial, kinds_of, tokens
 from pipeline.shards import Images
 from pipeline.views import View, crop_view
 
-# {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
-Features = dict[str, dict[str, Tensor]]
+
+def pooled(trial: Trial, images: Images) -> Features:
+    """Features of the images, computed by the first task that asks for them."""
+    key = images.paths, images.place_hash()
+    if key not in trial.computed:
+        trial.computed[key] = features(trial.vit, images, trial.settings, trial.device)
+    return trial.computed[key]
 
 
 def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:

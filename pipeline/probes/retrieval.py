@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.probes.pooled import features
+from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import require_labels
 from singer.probes import retrieval_figures
@@ -32,7 +32,7 @@ def probe(trial: Trial) -> Retrieval:
     counts = labels.unique(return_counts=True)[1]
     if int(counts.max()) < 2:
         raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")
-    found = features(trial.vit, trial.test, trial.settings, trial.device)
+    found = pooled(trial, trial.test)
     first, normed = first_and_normed(
         {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -23,12 +23,19 @@ from singer.backbones import block_outputs, depth, final_norm
 T = TypeVar("T")
 
 
+# {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
+Features = dict[str, dict[str, Tensor]]
+# By shards and what of them are the images.
+Computed = dict[tuple[tuple[Path, ...], str], Features]
+
+
 @dataclass(frozen=True)
 class Trial:
     """A frozen model, the images that a task learns from and those that it is tested on.
 
     model: what the user named; vit: the model itself, on `device`; learn_from: the images of --train, if given;
-    started: time.perf_counter() at the start of the stage; file: where the figures will be stored, if anywhere.
+    started: time.perf_counter() at the start of the task; file: where the figures will be stored, if anywhere;
+    computed: features that the tasks of one command share.
     """
 
     model: Path | str
@@ -39,6 +46,7 @@ class Trial:
     settings: EvaluateConfig
     started: float
     file: Path | None
+    computed: Computed = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> dict[str, nn.Module]:
@@ -54,7 +62,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the stage."""
+        """Since the start of the task."""
         return time.perf_counter() - self.started
 
 
