@@ -30,10 +30,14 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+# A mapping to nothing but these takes one line.
+_NUMBERS = {int, float, bool, type(None)}
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
-TASK_HELP = "classification, segmentation, depth, retrieval or domain-shift."
+TASK_HELP = (
+    "classification (default), segmentation, depth, retrieval, domain-shift, or head: the model's own; may be repeated."
+)
 ADAPTERS_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
@@ -193,22 +197,24 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run of stage 3, or a timm model folder.")],
+    model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or a model's name in timm.")],
     test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
     train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
-    task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
-    tokens: Annotated[str | None, typer.Option(help="block (raw last block) or norm.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=TASK_HELP)] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a model given by name; else timm fetches them.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe a frozen student."""
+    """Probe a frozen model: a student, a teacher, any of timm's."""
     from pipeline.config import load_config
-    from pipeline.evaluate import evaluate as run
+    from pipeline.evaluate import evaluate_tasks
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
-    _report(run(tree, model, train, test, task, out), as_json)
+    results = evaluate_tasks(tree, model, train, test, task or ["classification"], out, weights)
+    _report(results if len(results) > 1 else next(iter(results.values())), as_json)
 
 
 @app.command()
@@ -358,10 +364,14 @@ def demo(
 
 
 def _report(result: Any, as_json: bool) -> None:
-    """Print a stage's result: one JSON object, or lines of figures. Only the first process speaks."""
+    """Print a result, or several by name: one JSON object, or lines of figures. Only the first process speaks."""
     if os.environ.get("RANK", "0") != "0":
         return
-    value = dataclasses.asdict(result)
+    value = (
+        {name: dataclasses.asdict(part) for name, part in result.items()}
+        if isinstance(result, dict)
+        else dataclasses.asdict(result)
+    )
     print(json.dumps(value, default=str) if as_json else "\n".join(_lines(value)), flush=True)
 
 
@@ -369,8 +379,7 @@ def _lines(value: dict[Any, Any]) -> Iterator[str]:
     """A line a figure; what is nested deeper is indented, and a list of flat rows is a table."""
     for name, field in value.items():
         inner: Iterable[str] = ()
-        kinds = {type(v) for v in field.values()} if isinstance(field, dict) else set()
-        if dict in kinds or kinds == {str}:
+        if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:
             inner = _lines(field)
         elif isinstance(field, list) and field and isinstance(field[0], dict):
             flat = not any(isinstance(cell, dict | list) for row in field for cell in row.values())

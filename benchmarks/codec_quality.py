@@ -56,7 +56,7 @@ def main() -> None:
         fitted = refine(load_config(RECIPE), cache, adapters, mode(adapters))
         results = []
         for seed in options.seeds:
-            config = load_config(RECIPE, [f"distill.seed={seed}"])
+            config = load_config(RECIPE, [f"distill.seed={seed}", "evaluate.tokens=block"])
             run = folder / f"run-{seed}"
             distill(config, cache, run, adapters, mode=mode(run))
             results.append(evaluate(config, run, train, val))

@@ -31,7 +31,7 @@ from pipeline.refine import refine
 from pipeline.sweep.plan import REFINER, SweepFile, find_sweep
 
 RECIPE = "tinyimagenet-ti-to-w96"
-SEGMENTATION = ["evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
+PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
 # {column: (task, place in its result ...)}
 COLUMNS = {
     "linear, CLS": ("classification", "linear", "cls", "top1"),
@@ -111,7 +111,7 @@ class Chain:
 
     def probe(self, run: Path, depth: bool) -> None:
         """Every probe that the run has no figures of yet; that of depth only if asked for."""
-        config, found = load_config(RECIPE, SEGMENTATION), self.figures(run)
+        config, found = load_config(RECIPE, PROBES), self.figures(run)
         if "classification" not in found:
             if self.dev:
                 *most, last = sorted(str(p) for p in self.data.glob("tinyimagenet50-train-*.tar"))

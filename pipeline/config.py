@@ -229,9 +229,13 @@ class DistillConfig(Section):
 class EvaluateConfig(Section):
     """Probes of a frozen student."""
 
-    tokens: Literal["block", "norm"] = Field("block", description="raw output of the last block, or after the norm")
+    tokens: Literal["block", "norm", "both"] = Field(
+        "both", description="raw output of the last block, after the final norm, or both where there is a norm"
+    )
     image_size: Positive | None = Field(None, description="pixels; default: the student's own")
-    crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="classification: share of the short side kept")
+    crop: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="but for segmentation and depth: share of the short side kept"
+    )
     batch_size: Positive = 128
     workers: Positive = 2
     neighbours: Positive = 20
@@ -264,7 +268,7 @@ class EvaluateConfig(Section):
         (20, 100), description="classification: few-shot classes have fewer training images, many-shot ones more"
     )
     class_map: Path | None = Field(
-        None, description='domain-shift: JSON {"test label": train label}, or a list of train labels'
+        None, description='domain-shift, head: JSON {"test label": train label}, or a list of train labels'
     )
     seed: Seed = 0
 

@@ -1,6 +1,6 @@
-"""After stage 3: probes of a frozen student on labelled shards.
+"""After stage 3: probes of a frozen model on labelled shards.
 
-`singer evaluate RUN --task classification --train 'train-*.tar' --test 'val-*.tar'`. pipeline/probes/ holds the tasks.
+`singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/probes/ holds the tasks.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import torch
 from pipeline.config import Config
 from pipeline.distill import RUN, STUDENT, load_result
 from pipeline.model_card import caveats
-from pipeline.models import load_saved
+from pipeline.models import check_known, load_model, load_saved
 from pipeline.outputs import write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.trial import Computed, EvaluateResult, Trial
 from pipeline.progress import say
 from pipeline.shards import Images, index_shards
 
@@ -29,50 +29,87 @@ Shards = str | Sequence[str]
 @overload
 def evaluate(
     config: Config,
-    model: Path,
+    model: Path | str,
     train: Shards | None,
     test: Shards,
     task: Literal["classification"] = "classification",
     out: Path | None = None,
+    weights: Path | None = None,
 ) -> Classification: ...
 @overload
 def evaluate(
-    config: Config, model: Path, train: Shards | None, test: Shards, task: str, out: Path | None = None
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    task: str,
+    out: Path | None = None,
+    weights: Path | None = None,
 ) -> EvaluateResult: ...
 def evaluate(
     config: Config,
-    model: Path,
+    model: Path | str,
     train: Shards | None,
     test: Shards,
     task: str = "classification",
     out: Path | None = None,
+    weights: Path | None = None,
 ) -> EvaluateResult:
-    """Probe a run (its student) or a folder in timm's layout.
+    """One task of evaluate_tasks."""
+    (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
+    return result
 
-    train: None for tasks that learn nothing. out: a folder for the figures; default: the run, and nowhere for other
-    models. Raises ValueError for what the user can mend.
+
+def evaluate_tasks(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    tasks: Sequence[str],
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> dict[str, EvaluateResult]:
+    """Probe a run (its student), a folder in timm's layout, or a model that timm knows by name; {task: its figures}.
+
+    train: None if all tasks learn nothing. out: a folder for the figures; default: the run, and nowhere for other
+    models. weights: a file for a model given by name; default: those that timm fetches. Tasks with a label for each
+    image share the model's passes over the shards. Raises ValueError for what the user can mend.
     """
     started = time.perf_counter()
-    if task not in TASKS:
-        raise ValueError(f"--task: no task {task!r}; known: {', '.join(TASKS)}")
-    folder = model / STUDENT if (model / STUDENT).is_dir() else model
-    if not folder.exists():
-        raise ValueError(f"{model} does not exist; evaluate takes a run of singer distill or a timm model folder")
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    run = Path(model) if (Path(model) / STUDENT).is_dir() else None
+    _check_model(model, weights)
     shards = None if train is None else index_shards(train), index_shards(test)
-    vit = load_saved(folder, config.evaluate.image_size)
-    for caveat in caveats(vit, load_result(model)) if (model / RUN).is_file() else ():
+    if Path(model).exists():
+        vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
+    else:
+        vit = load_model(str(model), weights, config.evaluate.image_size)
+    for caveat in caveats(vit, load_result(run)) if run is not None and (run / RUN).is_file() else ():
         say(f"note: {caveat}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
-    place = out or (model if folder != model else None)
-    file = result_file(place, task, shards, config) if place is not None else None
-    result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file))
-    if file is not None:
-        train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
-        about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
-    return result
+    place = out or run
+    train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
+    computed: Computed = {}
+    results = {}
+    for task in dict.fromkeys(tasks):
+        file = result_file(place, task, shards, config) if place is not None else None
+        result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+        if file is not None:
+            about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
+        results[task], started = result, time.perf_counter()
+    return results
+
+
+def _check_model(model: Path | str, weights: Path | None) -> None:
+    if not Path(model).exists():
+        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
+    elif weights is not None:
+        raise ValueError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
 
 
 def result_file(place: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:

@@ -6,7 +6,6 @@ from pathlib import Path
 import jinja2
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from pipeline.config import Config
 from pipeline.distill import DistillResult, Taught
@@ -14,7 +13,7 @@ from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
 from pipeline.sources import numbered
-from singer.backbones import depth
+from singer.backbones import depth, final_norm
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
@@ -110,8 +109,8 @@ def describe_refiner(learned: Taught, file_hash: str | None) -> str:
 
 def describe_norm(model: VisionTransformer) -> str:
     """What the final norm is: training looks at raw block outputs only, and leaves the norm as it was."""
-    norm = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    if isinstance(norm, nn.Identity):
+    norm = final_norm(model)
+    if norm is None:
         return "The model has no final norm."
     plain = all(torch.equal(p, torch.full_like(p, float(n == "weight"))) for n, p in norm.named_parameters())
     if plain:

@@ -22,6 +22,14 @@ LOCAL = "local-dir:"
 PLAIN_VIT = "vit_tiny_patch16_224"
 # How every image is brought to the models' size (views.apply_view).
 INTERPOLATION = "bicubic"
+# Where ViTs and other architectures keep the weight of their head.
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+# What to do without a network, by the place that names the model.
+_REMEDIES = {
+    "teacher.name": "give a local file with teacher.weights",
+    "student.name": "check the network or its cache",
+    "model": "give a local file with --weights",
+}
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,7 @@ def local_folder(name: str) -> Path | None:
 
 def load_teacher(config: TeacherConfig) -> Backbone:
     """The teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
-    vit = _create(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher")
-    vit.model.requires_grad_(False).eval()
-    return vit
+    return _frozen(_create(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher.name"))
 
 
 def new_student(config: StudentConfig, image_size: int) -> Backbone:
@@ -95,7 +101,7 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
     size = config.image_size or image_size
-    student = _create(name, size, args, None, pretrained=config.pretrained, what="student")
+    student = _create(name, size, args, None, pretrained=config.pretrained, what="student.name")
     try:
         student.layout  # noqa: B018 - what runs once runs again
     except Exception as error:  # each architecture raises its own
@@ -107,7 +113,27 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
 
 def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
     """A model saved in timm's local-dir layout, by `save_backbone` or by timm itself."""
-    vit = _create(f"{LOCAL}{folder}", image_size, {}, None, pretrained=True, what="evaluate")
+    return load_model(f"{LOCAL}{folder}", image_size=image_size)
+
+
+def load_model(name: str, weights: Path | None = None, image_size: int | None = None) -> Backbone:
+    """Any pretrained model of timm, frozen, by a name of timm's, hf-hub:USER/NAME or local-dir:FOLDER.
+
+    weights: a local file; default: the folder's, or those that timm fetches. image_size: pixels; default: the model's.
+    """
+    return _frozen(_create(name, image_size, {}, weights, pretrained=True, what="model"))
+
+
+def check_known(name: str, message: str) -> None:
+    """Raise ValueError(message), with the nearest name, if timm has no such model; other places are asked later."""
+    if ":" in name or timm.is_model(name):
+        return
+    family = timm.list_models(f"{name[:3]}*") or timm.list_models(module="vision_transformer")
+    near = difflib.get_close_matches(name, family, n=1, cutoff=0.4)
+    raise ValueError(message + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _frozen(vit: Backbone) -> Backbone:
     vit.model.requires_grad_(False).eval()
     return vit
 
@@ -191,12 +217,10 @@ def _create(
             raise ValueError(f"{folder / 'config.json'} is damaged: model_args is no object")
         kwargs = {**model_args, **kwargs}
         weights = weights or folder / "model.safetensors"
-    elif ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(module="vision_transformer"), n=1, cutoff=0.4)
-        raise ValueError(f"{what}.name: timm has no model {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
         state = read_weights(weights)
-        head = state.get("head.weight")
+        head = next((state[key] for key in _HEADS if key in state), None)
         kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
         # Through timm's own loader: it converts foreign layouts and interpolates the position embedding.
         # An empty source makes it take this state dict, whatever place the name stands for.
@@ -215,7 +239,7 @@ def _create(
         if not pretrained_cfg.get("fixed_input_size"):
             args.pop("img_size", None)
     if size[0] != size[1]:
-        raise ValueError(f"{what}.name {name}: only square inputs are supported, not {size}")
+        raise ValueError(f"{what} {name}: only square inputs are supported, not {size}")
     return Backbone(
         model=model,
         architecture=pretrained_cfg["architecture"],
@@ -236,22 +260,21 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             if size is not None and size % patch:
                 near = max(1, round(size / patch)) * patch
                 raise TypeError(f"image_size {size} is not a multiple of the patch size {patch}; the nearest is {near}")
-        elif what == "teacher":
+        elif what == "teacher.name":
             raise TypeError(f"it is a {type(outline).__name__}, not a VisionTransformer of timm")
         elif not outline.pretrained_cfg.get("fixed_input_size"):
             # It takes any size, and no argument for it.
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:  # also an argument that the architecture does not take
-        raise ValueError(f"{what}.name {name}: {_first_line(error)}") from None
+        raise ValueError(f"{what} {name}: {_first_line(error)}") from None
     except Exception as error:  # timm, the hub client and torch each raise their own
         if weights is not None:
             message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
         elif pretrained:
-            remedy = "give a local file with teacher.weights" if what == "teacher" else "check the network or its cache"
-            message = f"weights of {what}.name {name} could not be had: {_first_line(error)}; {remedy}"
+            message = f"weights of {what} {name} could not be had: {_first_line(error)}; {_REMEDIES[what]}"
         else:
-            message = f"{what}.name {name}: {_first_line(error)}"
+            message = f"{what} {name}: {_first_line(error)}"
         raise ValueError(message) from None
     return model
 

@@ -22,6 +22,14 @@ def depth(model: nn.Module) -> int:
     return len(info)
 
 
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm of a ViT's tokens behind its last block, if it has one; models that pool first call it fc_norm."""
+    if not is_vit(model):
+        return None
+    norm: Any = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    return None if isinstance(norm, nn.Identity) else norm
+
+
 def grid_size(model: VisionTransformer) -> tuple[int, int]:
     """(rows, columns) of patch tokens at the resolution that the model was built for."""
     rows, columns = model.patch_embed.grid_size

@@ -112,6 +112,18 @@ MISTAKES = {
         "evaluate {w}/none --train {w}/train/*.tar --test {w}/test/*.tar",
         "none does not exist",
     ),
+    "no model of this name": (
+        "evaluate vit_tinny --test {w}/test/*.tar",
+        "vit_tinny does not exist, and timm has no model of this name; did you mean 'vit_tiny",
+    ),
+    "weights of no model": (
+        "evaluate vit_tiny_patch16_224 --weights {w}/w.pth --test {w}/test/*.tar",
+        "w.pth: no such file",
+    ),
+    "weights of a folder": (
+        "evaluate {w}/teacher --weights {m}/model.safetensors --test {w}/test/*.tar",
+        "is for a model given by name; the folder",
+    ),
     "no such task": (
         "evaluate {w}/teacher --task flow --train {w}/train/*.tar --test {w}/test/*.tar",
         "--task: no task 'flow'; known: classification, segmentation",

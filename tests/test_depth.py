@@ -103,7 +103,8 @@ def test_missing_pixels_teach_nothing() -> None:
 def test_run_is_probed_and_the_result_kept(world: Path, rooms: Path, tmp_path: Path) -> None:
     config = world_config(world, *QUICK)
     distill(config, world / "cache", tmp_path / "run", world / "adapters")
-    result = probe(config, tmp_path / "run", rooms / "train", rooms / "test")
+    shards = rooms / "train", rooms / "test"
+    result = probe(config, tmp_path / "run", *shards)
     assert (result.train_images, result.test_images, result.pixels) == (24, 9, 9 * 38 * 48)
     for head in (result.bins, result.regression):
         assert set(head) == {"rmse", "abs_rel", "delta1", "lr"} and head["lr"] in (0.01, 0.03)
@@ -111,8 +112,9 @@ def test_run_is_probed_and_the_result_kept(world: Path, rooms: Path, tmp_path: P
     assert result.written is not None
     stored = json.loads(result.written.read_text())
     assert stored["bins"] == result.bins and stored["task"] == "depth"
-    again = probe(config, tmp_path / "run", rooms / "train", rooms / "test")
-    assert (again.bins, again.regression, again.written) == (result.bins, result.regression, result.written)
+    again = probe(world_config(world, *QUICK, "evaluate.tokens=norm"), tmp_path / "run", *shards)
+    assert result.normed == {"bins": again.bins, "regression": again.regression} == stored["normed"]
+    assert again.normed is None and again.written != result.written
 
 
 def test_range_and_units(tmp_path: Path) -> None:

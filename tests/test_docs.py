@@ -36,6 +36,7 @@ from test_stores import Server
 
 import cli
 import pipeline.config
+import pipeline.evaluate
 import pipeline.plan
 import pipeline.sweep.plan
 from pipeline.cache_teacher import cache_teacher
@@ -348,6 +349,10 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweep.plan, "load_config", first)
+    load_model = pipeline.evaluate.load_model
+    monkeypatch.setattr(
+        pipeline.evaluate, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
+    )
     plan = pipeline.plan.plan
     monkeypatch.setattr(pipeline.plan, "plan", lambda config, shards, out, seconds=1.0: plan(config, shards, out, 0.01))
 

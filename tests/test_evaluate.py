@@ -2,29 +2,37 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import draw_images, make_vit, world_config
+from safetensors.torch import save_file
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.config import Config, load_config
+import cli
+from pipeline.config import Config, dump_config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_saved, save_backbone
+from pipeline.models import load_model, load_saved, save_backbone
 from pipeline.prepare import prepare
-from pipeline.probes.classification import Classification, features, linear_scores
+from pipeline.probes.classification import Classification, linear_scores
 from pipeline.probes.classification import probe as probe_classification
 from pipeline.probes.domain_shift import DomainShift
+from pipeline.probes.head import OwnHead
+from pipeline.probes.pooled import features
 from pipeline.probes.retrieval import Retrieval
-from pipeline.probes.trial import Trial
-from pipeline.shards import index_shards
+from pipeline.probes.trial import Trial, tokens
+from pipeline.shards import ImageFile, index_shards
+from pipeline.views import apply_view, crop_view, normalise
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
+KINDS = ("block", "norm")
 QUICK = "evaluate.strengths=[0.1]"
 
 
@@ -72,8 +80,57 @@ def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path
     assert stored["linear"] == result.linear and stored["train"] == [f"train-{i:06d}.tar" for i in range(4)]
     evaluate(config, tmp_path / "run", *shards)
     assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 1
-    evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "run", *shards)
-    assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 2
+    alone = {
+        kind: evaluate(world_config(world, f"evaluate.tokens={kind}"), tmp_path / "run", *shards) for kind in KINDS
+    }
+    assert len(list((tmp_path / "run").glob("evaluate-*.json"))) == 3
+    assert (alone["block"].linear, alone["block"].knn) == (result.linear, result.knn)
+    assert result.normed == {"linear": alone["norm"].linear, "knn": alone["norm"].knn} == stored["normed"]
+    assert alone["block"].normed is alone["norm"].normed is None and result.normed["linear"] != result.linear
+
+
+def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path) -> None:
+    """Both means raw tokens alone, on one pass of the model either way."""
+    test = str(world / "test" / "*.tar")
+    vit = make_vit(final_norm=False)
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
+    result = evaluate(config, tmp_path / "m", None, test, "retrieval")
+    assert isinstance(result, Retrieval) and result.normed is None
+    with pytest.raises(ValueError, match=r"evaluate\.tokens norm is for ViTs with a final norm; of other models take"):
+        evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "m", None, test, "retrieval")
+    pooled_first = make_vit(global_pool="avg")  # its norm is called fc_norm
+    save_backbone(pooled_first, pooled_first.model.state_dict(), tmp_path / "avg")
+    result = evaluate(config, tmp_path / "avg", None, test, "retrieval")
+    assert isinstance(result, Retrieval) and result.normed is not None
+
+
+def test_tasks_of_one_command_share_features(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each set of shards goes through the model once, and every task finds what it finds alone."""
+    config, shards = world_config(world, QUICK), [str(world / split / "*.tar") for split in ("train", "test")]
+    tasks = ("classification", "retrieval", "domain-shift")
+    alone = {task: asdict(evaluate(config, world / "teacher", *shards, task)) for task in tasks}
+    passes = []
+    monkeypatch.setattr(
+        "pipeline.probes.pooled.tokens", lambda vit, images, *rest: passes.append(images) or tokens(vit, images, *rest)
+    )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    named = [word for task in tasks for word in ("--task", task)]
+    command = ["evaluate", world / "teacher", "--train", shards[0], "--test", shards[1], "--out", tmp_path / "out"]
+    monkeypatch.setattr(
+        "sys.argv", ["singer", *map(str, command), *named, f"--config={tmp_path}/config.yaml", "--json"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    together = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [len(images) for images in passes] == [100, 40]
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    for task in tasks:
+        for figures in (alone[task], together[task]):
+            assert figures.pop("seconds") > 0
+            figures.pop("written"), figures.pop("model")
+        assert together[task] == alone[task]
 
 
 def test_features_do_not_depend_on_batches(world: Path) -> None:
@@ -81,8 +138,11 @@ def test_features_do_not_depend_on_batches(world: Path) -> None:
     images = index_shards(str(world / "test" / "*.tar"))
     wide, narrow = (load_config(sets=[f"evaluate.batch_size={n}"]).evaluate for n in (64, 7))
     a, b = features(vit, images, wide, CPU), features(vit, images, narrow, CPU)
-    for name in ("cls", "mean_patch"):
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+    assert list(a) == ["block", "norm"]
+    for kind, named in a.items():
+        for name, x in named.items():
+            torch.testing.assert_close(x, b[kind][name], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a["norm"]["cls"], vit.model.norm(a["block"]["cls"]))
 
 
 def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -> None:
@@ -91,6 +151,24 @@ def test_model_folder_without_cls(world: Path, config: Config, tmp_path: Path) -
     result = evaluate(config, tmp_path / "m", str(world / "train" / "*.tar"), str(world / "test" / "*.tar"))
     assert set(result.linear) == {"mean_patch"} and result.written is None
     assert [f.name for f in sorted((tmp_path / "m").iterdir())] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_model_by_name(name: str, world: Path, tmp_path: Path) -> None:
+    """With a local weight file, as the same model from a folder; at its own size or another."""
+    model = timm.create_model(name, num_classes=4).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert load_model(name, tmp_path / "w.safetensors").image_size == 160
+    sized, test = world_config(world, "evaluate.image_size=64"), str(world / "test" / "*.tar")
+    found = evaluate(sized, name, None, test, "retrieval", tmp_path / "out", tmp_path / "w.safetensors")
+    assert isinstance(found, Retrieval) and found.written is not None
+    stored = json.loads(found.written.read_text())
+    assert found.written.parent == tmp_path / "out" and stored["retrieval"] == found.retrieval
+    vit = load_model(name, tmp_path / "w.safetensors")
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
+    for same in (tmp_path / "m", f"local-dir:{tmp_path / 'm'}"):
+        folder = evaluate(sized, same, None, test, "retrieval")
+        assert isinstance(folder, Retrieval) and folder.retrieval == found.retrieval and folder.written is None
 
 
 def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Path) -> None:
@@ -143,9 +221,10 @@ def test_retrieval_needs_no_training_images(world: Path, config: Config, tmp_pat
     result = evaluate(config, tmp_path / "run", None, test, "retrieval")
     assert isinstance(result, Retrieval) and (result.queries, result.train_images, result.test_images) == (40, 0, 40)
     assert set(result.retrieval) == {"cls", "mean_patch"}
-    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)
+    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)["block"]
     labels = torch.from_numpy(index_shards(test).labels)
     assert result.retrieval["mean_patch"] == retrieval_figures(found["mean_patch"], labels)
+    assert result.normed is not None and set(result.normed["retrieval"]) == {"cls", "mean_patch"}
     assert result.written is not None
     stored = json.loads(result.written.read_text())
     assert stored["train"] == [] and stored["retrieval"] == result.retrieval
@@ -181,7 +260,8 @@ def test_domain_shift(world: Path, config: Config, tmp_path: Path) -> None:
     same = evaluate(quick, world / "teacher", train, test, "domain-shift")
     assert isinstance(same, DomainShift) and same.classes == 4
     plain = evaluate(quick, world / "teacher", train, test)
-    assert same.linear == plain.linear
+    assert same.linear == plain.linear and same.normed is not None and plain.normed is not None
+    assert same.normed["linear"] == plain.normed["linear"]
 
 
 BAD_MAPS = {
@@ -213,3 +293,49 @@ def test_domain_shift_without_a_map(world: Path, config: Config, tmp_path: Path)
     few = renumbered(world, tmp_path, config)
     with pytest.raises(ValueError, match="--test has label 2, of which --train has no images; if it numbers classes"):
         evaluate(config, world / "teacher", few, test, "domain-shift")
+
+
+def test_own_head(world: Path, tmp_path: Path) -> None:
+    """Figures of the model's own logits, with the map or without; nothing is learnt."""
+    shutil.copytree(world / "test", tmp_path / "shards")  # of 4 classes; the teacher's head has 5
+    (tmp_path / "shards" / "classes.json").unlink()
+    test = str(tmp_path / "shards" / "*.tar")
+    found = evaluate(world_config(world), world / "teacher", None, test, "head", tmp_path / "out")
+    assert isinstance(found, OwnHead) and (found.classes, found.train_images, found.test_images) == (5, 0, 40)
+    teacher, images = load_saved(world / "teacher"), index_shards(test)
+    with ImageFile(images) as files, torch.inference_mode():
+        views = [apply_view(image, crop_view(1.0, image.size), 32) for image in map(files.read, range(40))]
+        logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU))
+    labels = torch.from_numpy(images.labels)
+    assert found.top1 == topk_percent(logits, labels, 1) and found.top5 == 100
+    assert (found.top1_low, found.top1_high) == wilson_percent(round(found.top1 * 0.4), 40)
+    assert found.written is not None
+    stored = json.loads(found.written.read_text())
+    assert (stored["task"], stored["top1"], stored["classes"]) == ("head", found.top1, 5)
+
+    (tmp_path / "map.json").write_text("[4, 2, 4, 0]")
+    mapped = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
+    found = evaluate(mapped, world / "teacher", None, str(world / "test" / "*.tar"), "head")
+    assert isinstance(found, OwnHead) and found.classes == 3
+    right = torch.tensor([[2, 1, 2, 0][label] for label in labels])  # of 0, 2 and 4
+    assert found.top1 == topk_percent(logits[:, [0, 2, 4]], right, 1)
+
+
+def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:
+    test = str(world / "test" / "*.tar")
+    with pytest.raises(ValueError, match=r"--test has 4 classes, but the head of .*teacher has 5 classes; if"):
+        evaluate(config, world / "teacher", None, test, "head")
+    (tmp_path / "map.json").write_text("[0, 1, 2, 5]")
+    mapped = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
+    with pytest.raises(ValueError, match=r"map\.json names class 5, but the head has 0 to 4"):
+        evaluate(mapped, world / "teacher", None, test, "head")
+    shutil.copytree(world / "test", tmp_path / "shards")
+    (tmp_path / "shards" / "classes.json").unlink()
+    for classes, message in (
+        (3, "--test has label 3, but the head of .* has 3 classes"),
+        (0, "has no classification head"),
+    ):
+        vit = make_vit(num_classes=classes)
+        save_backbone(vit, vit.model.state_dict(), tmp_path / f"m{classes}")
+        with pytest.raises(ValueError, match=message):
+            evaluate(config, tmp_path / f"m{classes}", None, str(tmp_path / "shards" / "*.tar"), "head")

@@ -24,7 +24,7 @@ from pipeline.config import Config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.export import CARD, FORMATS, ExportResult, Student, Written, export
-from pipeline.models import load_saved, save_backbone
+from pipeline.models import load_model, load_saved, save_backbone
 from pipeline.views import normalise
 from singer.backbones import block_outputs
 
@@ -172,6 +172,15 @@ def test_preprocessing_is_stored_with_every_format(run: Path, exports: Exports) 
         assert (data["mean"], data["std"]) == (wanted["mean"], wanted["std"])
 
 
+@pytest.mark.parametrize("to", ["timm", "hf"])
+def test_export_is_probed_as_its_run(to: str, run: Path, world: Path, exports: Exports) -> None:
+    config = world_config(world, "evaluate.strengths=[0.1]")
+    place = exports[to, "pooled"].export
+    found = evaluate(config, place, str(world / "train" / "*.tar"), str(world / "test" / "*.tar"))
+    (probe,) = (json.loads(f.read_text()) for f in run.glob("evaluate-*.json"))
+    assert (found.linear, found.knn) == (probe["linear"], probe["knn"])
+
+
 def test_hub_layout(
     run: Path,
     exports: Exports,
@@ -186,7 +195,8 @@ def test_hub_layout(
     (repo / "refs" / "main").write_text("0" * 40)
     shutil.copytree(out, repo / "snapshots" / ("0" * 40))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    hub = timm.create_model("hf-hub:me/student", pretrained=True, cache_dir=tmp_path / "hub").eval()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = timm.create_model("hf-hub:me/student", pretrained=True).eval()
 
     config = json.loads((out / "config.json").read_text())
     assert "pretrained_cfg" in config  # by which transformers knows a model of timm
@@ -196,7 +206,7 @@ def test_hub_layout(
         wrapped.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        for model in (hub, wrapped):
+        for model in (hub, load_model("hf-hub:me/student").model, wrapped):
             assert torch.equal(model(images), expected(run, images, "pooled"))
 
 

@@ -330,6 +330,9 @@ def test_only_figures_of_one_probe_are_compared(tmp_path: Path) -> None:
     other = {**base, "task": "depth", "bins": {**depth, "delta1": 0.5}, "config": {"seed": 8}}
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "evaluate-1.json").write_text(json.dumps(other))
+    # Of raw tokens alone, as all results once were, and of both kinds: the same column.
+    old = {**base, "task": "segmentation", "miou": 30.0, "config": {"seg_classes": 3, "tokens": "block"}}
+    (tmp_path / "b" / "evaluate-2.json").write_text(json.dumps(old))
     columns = columns_of([figures, read_figures(tmp_path / "b")])
     assert [column.label for column in columns] == [
         ("segmentation 1", "mIoU"),

@@ -163,9 +163,13 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, settings:
     teacher, shards = world / "teacher", (frames / "train", frames / "test")
     plain = probe(settings, teacher, *shards)
     assert plain.written is None
+    found = {}
     for other in ("tokens=norm", "image_size=64", "seed=1"):
         changed = world_config(world, f"evaluate.seg_classes={CLASSES}", f"evaluate.{other}")
-        assert probe(changed, teacher, *shards).class_iou != plain.class_iou, other
+        found[other] = probe(changed, teacher, *shards)
+        assert found[other].class_iou != plain.class_iou, other
+    normed = found["tokens=norm"]
+    assert plain.normed == {k: getattr(normed, k) for k in ("miou", "pixel_accuracy", "class_iou", "lr")}
 
 
 def test_ignored_label_and_absent_classes(world: Path, frames: Path) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -18,11 +17,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
-from pipeline.models import Backbone
 from pipeline.prepare import CLASSES
-from pipeline.probes.trial import EvaluateResult, Trial, tokens
+from pipeline.probes.pooled import pooled
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
-from pipeline.views import View, crop_view
 from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
@@ -35,39 +33,44 @@ Accuracies = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(EvaluateResult):
-    """Accuracies (%) of both probes; a model without CLS has only mean_patch."""
+    """Accuracies (%) of both probes; a model without CLS has only mean_patch. normed: the same of normed tokens."""
 
+    classes: int
     linear: Accuracies
     knn: Accuracies
-    classes: int
+    normed: dict[str, Accuracies] | None
 
 
 def probe(trial: Trial) -> Classification:
     """Raises ValueError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)
-    train_features = features(trial.vit, trial.train, settings, trial.device)
-    test_features = features(trial.vit, trial.test, settings, trial.device)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
     train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
     classes = int(train_labels.max()) + 1
     groups = _shots(train_labels, test_labels, classes, settings)
 
-    linear: Accuracies = {}
-    knn: Accuracies = {}
-    for name, x in train_features.items():
-        scores = linear_scores(x, train_labels, test_features[name], classes, settings)
-        linear[name] = accuracy(scores, test_labels, groups)
-        scores = knn_scores(x, train_labels, test_features[name], classes, settings.neighbours, settings.temperature)
-        knn[name] = accuracy(scores, test_labels, groups)
+    def figures(train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, Accuracies]:
+        linear: Accuracies = {}
+        knn: Accuracies = {}
+        for name, x in train.items():
+            scores = linear_scores(x, train_labels, test[name], classes, settings)
+            linear[name] = accuracy(scores, test_labels, groups)
+            scores = knn_scores(x, train_labels, test[name], classes, settings.neighbours, settings.temperature)
+            knn[name] = accuracy(scores, test_labels, groups)
+        return {"linear": linear, "knn": knn}
+
+    first, normed = first_and_normed({k: figures(train_features[k], test_features[k]) for k in train_features})
     return Classification(
         model=trial.model,
         train_images=len(train_labels),
         test_images=len(test_labels),
         seconds=trial.seconds,
         written=trial.file,
-        linear=linear,
-        knn=knn,
         classes=classes,
+        **first,
+        normed=normed,
     )
 
 
@@ -95,20 +98,6 @@ def check_classes(train: Images, test: Images) -> None:
             f"{files[0]} and {files[1]} number classes differently; prepare the second with "
             f"--set prepare.classes={files[0]}"
         )
-
-
-def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> dict[str, Tensor]:
-    """{"cls": (n, d), "mean_patch": (n, d)} of the last block, on the CPU."""
-
-    def view(image: Image.Image) -> View:
-        return crop_view(settings.crop, image.size)
-
-    collected: dict[str, list[Tensor]] = {"cls": [], "mean_patch": []} if vit.has_cls else {"mean_patch": []}
-    for x in tokens(vit, images, settings, device, view):
-        collected["mean_patch"].append(x[:, vit.prefix :].mean(1).float().cpu())
-        if vit.has_cls:
-            collected["cls"].append(x[:, 0].float().cpu())
-    return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
 def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> Tensor:

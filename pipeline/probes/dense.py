@@ -29,13 +29,21 @@ _WEIGHT_DECAY = 1e-2
 
 
 def patch_tokens(trial: Trial, images: Images) -> Iterator[Tensor]:
-    """Patch tokens (B, patches, d) of whole frames, batch by batch."""
+    """Raw patch tokens (B, patches, d) of whole frames, batch by batch."""
 
     def whole(image: Image.Image) -> View:
         return View((0.0, 0.0, 1.0, 1.0))
 
     for x in tokens(trial.vit, images, trial.settings, trial.device, whole):
         yield x[:, trial.vit.prefix :].float()
+
+
+def of_every_kind(trial: Trial, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tokens) of raw tokens (n, patches, d) on the CPU, one kind after the other in the memory of x."""
+    for kind, convert in trial.kinds.items():
+        for part in x.split(_BATCH):
+            part.copy_(convert(part.to(trial.device)))
+        yield kind, x
 
 
 def label_side(trial: Trial) -> int:

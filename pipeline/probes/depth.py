@@ -15,8 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
-from pipeline.probes.dense import Head, Lesson, fit_head, label_side, nearest, patch_tokens, read_maps, upsample
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.dense import (
+    Head,
+    Lesson,
+    fit_head,
+    label_side,
+    nearest,
+    of_every_kind,
+    patch_tokens,
+    read_maps,
+    upsample,
+)
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, index_beside
 from singer.probes import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
 
@@ -33,12 +43,14 @@ Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
 class Depth(EvaluateResult):
     """Figures of both heads over all pixels that count, at the maps' own resolution: see depth_figures.
 
-    Each head's also hold lr, the learning rate that was chosen. pixels: how many count.
+    Each head's also hold lr, the learning rate that was chosen. pixels: how many count; normed: the same of normed
+    tokens.
     """
 
+    pixels: int
     bins: dict[str, float]
     regression: dict[str, float]
-    pixels: int
+    normed: dict[str, dict[str, float]] | None
 
 
 def probe(trial: Trial) -> Depth:
@@ -54,23 +66,31 @@ def probe(trial: Trial) -> Depth:
     require_pixels("--test", pixels, settings)
 
     x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
-    heads = fit_heads(x, labels, settings, trial.device)
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in heads}
+    heads = {kind: fit_heads(tokens, labels, settings, trial.device) for kind, tokens in of_every_kind(trial, x)}
+    sums = {kind: {name: torch.zeros(4, dtype=torch.float64) for name in both} for kind, both in heads.items()}
     patches = (image for batch in patch_tokens(trial, trial.test) for image in batch)
     for image, depth in zip(patches, read_depths(trial.test, test_maps, settings), strict=True):
-        for name, (predict, _) in heads.items():
-            sums[name] += depth_sums(predict(image, (depth.shape[0], depth.shape[1])), torch.from_numpy(depth))
+        size, true = (depth.shape[0], depth.shape[1]), torch.from_numpy(depth)
+        for kind, both in heads.items():
+            tokens = trial.kinds[kind](image)
+            for name, (predict, _) in both.items():
+                sums[kind][name] += depth_sums(predict(tokens, size), true)
 
-    figures = {name: {**depth_figures(sums[name]), "lr": lr} for name, (_, lr) in heads.items()}
+    first, normed = first_and_normed(
+        {
+            kind: {name: {**depth_figures(sums[kind][name]), "lr": lr} for name, (_, lr) in both.items()}
+            for kind, both in heads.items()
+        }
+    )
     return Depth(
         model=trial.model,
         train_images=len(trial.train),
         test_images=len(trial.test),
         seconds=trial.seconds,
         written=trial.file,
-        bins=figures["bins"],
-        regression=figures["regression"],
         pixels=pixels,
+        **first,
+        normed=normed,
     )
 
 

@@ -12,50 +12,51 @@ import numpy as np
 import torch
 
 from pipeline.config import EvaluateConfig
-from pipeline.probes.classification import (
-    Accuracies,
-    accuracy,
-    check_classes,
-    features,
-    linear_scores,
-    require_classes,
-)
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.classification import Accuracies, accuracy, check_classes, linear_scores, require_classes
+from pipeline.probes.pooled import pooled
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainShift(EvaluateResult):
-    """Accuracies (%) on --test; a model without CLS has only mean_patch. classes: how many compete."""
+    """Accuracies (%) on --test; a model without CLS has only mean_patch.
 
-    linear: Accuracies
+    classes: how many compete; normed: the same of normed tokens.
+    """
+
     classes: int
+    linear: Accuracies
+    normed: dict[str, Accuracies] | None
 
 
 def probe(trial: Trial) -> DomainShift:
     """Raises ValueError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)
-    mapped = class_map(trial.train, settings)
-    rivals = torch.tensor(sorted(set(mapped.values())))
-    place = {label: i for i, label in enumerate(rivals.tolist())}
-    right = torch.tensor([place[mapped[int(label)]] for label in trial.test.labels])
+    rivals, right = compete(class_map(trial.train, trial.test, settings), trial.test)
 
     train_labels = torch.from_numpy(trial.train.labels)
-    train_features = features(trial.vit, trial.train, settings, trial.device)
-    test_features = features(trial.vit, trial.test, settings, trial.device)
-    linear: Accuracies = {}
-    for name, x in train_features.items():
-        scores = linear_scores(x, train_labels, test_features[name], int(train_labels.max()) + 1, settings)
-        linear[name] = accuracy(scores[:, rivals], right)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
+
+    def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
+        figures = {}
+        for name, x in train.items():
+            scores = linear_scores(x, train_labels, test[name], int(train_labels.max()) + 1, settings)
+            figures[name] = accuracy(scores[:, rivals], right)
+        return {"linear": figures}
+
+    first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})
     return DomainShift(
         model=trial.model,
         train_images=len(trial.train),
         test_images=len(trial.test),
         seconds=trial.seconds,
         written=trial.file,
-        linear=linear,
         classes=len(rivals),
+        **first,
+        normed=normed,
     )
 
 
@@ -66,18 +67,28 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     require_classes(train.labels)
     if settings.class_map is None:
         check_classes(train, test)
-    _check_labels(train, test, class_map(train, settings), settings.class_map)
+    _check_labels(train, test, class_map(train, test, settings), settings.class_map)
 
 
-def class_map(train: Images, settings: EvaluateConfig) -> dict[int, int]:
+def class_map(train: Images, test: Images, settings: EvaluateConfig) -> dict[int, int]:
     """{test label: train label}; without a map labels are the same on both sides."""
     if settings.class_map is None:
         return {int(label): int(label) for label in np.unique(train.labels)}
-    return read_class_map(settings.class_map)
+    return read_class_map(settings.class_map, test)
 
 
-def read_class_map(file: Path) -> dict[int, int]:
-    """{test label: train label} of a JSON object, or of a list by position. Raises ValueError naming the file."""
+def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes that compete, those of the map (k,), and which of them is right for each test image (n,)."""
+    rivals = sorted(set(mapped.values()))
+    place = {label: i for i, label in enumerate(rivals)}
+    return torch.tensor(rivals), torch.tensor([place[mapped[int(label)]] for label in test.labels])
+
+
+def read_class_map(file: Path, test: Images) -> dict[int, int]:
+    """{test label: class} of a JSON object, or of a list by position.
+
+    Raises ValueError naming the file if it is neither, or lacks a label of the test images.
+    """
     form = (
         f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
     )
@@ -89,25 +100,26 @@ def read_class_map(file: Path) -> dict[int, int]:
         raise ValueError(form) from None
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     mapped = {}
-    for test, train in pairs:
+    for label, right in pairs:
         # A bool is an int to Python.
-        if not str(test).isdecimal() or type(train) is not int or train < 0:
-            raise ValueError(f"{form}; found {test!r}: {train!r}")
-        mapped[int(test)] = train
+        if not str(label).isdecimal() or type(right) is not int or right < 0:
+            raise ValueError(f"{form}; found {label!r}: {right!r}")
+        mapped[int(label)] = right
     if not mapped:
         raise ValueError(form)
+    missing = sorted(set(test.labels.tolist()) - set(mapped))
+    if missing:
+        raise ValueError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
     return mapped
 
 
 def _check_labels(train: Images, test: Images, mapped: dict[int, int], file: Path | None) -> None:
     unknown = sorted(set(test.labels.tolist()) - set(mapped))
-    if unknown and file is None:
+    if unknown:
         raise ValueError(
             f"--test has label {unknown[0]}, of which --train has no images; if it numbers classes differently, give "
             "evaluate.class_map"
         )
-    if unknown:
-        raise ValueError(f"evaluate.class_map: {file} has no entry for label {unknown[0]} of --test; add it")
     absent = sorted(set(mapped.values()) - set(train.labels.tolist()))
     if absent:
         raise ValueError(f"evaluate.class_map: {file} names label {absent[0]}, of which --train has no images")

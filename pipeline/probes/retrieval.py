@@ -8,18 +8,22 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import EvaluateConfig
-from pipeline.probes.classification import features
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.pooled import pooled
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
 from singer.probes import retrieval_figures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(EvaluateResult):
-    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5."""
+    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5.
+
+    normed: the same of normed tokens.
+    """
 
     queries: int
     retrieval: dict[str, dict[str, float]]
+    normed: dict[str, dict[str, dict[str, float]]] | None
 
 
 def probe(trial: Trial) -> Retrieval:
@@ -27,7 +31,10 @@ def probe(trial: Trial) -> Retrieval:
     check(None, trial.test, trial.settings)
     labels = torch.from_numpy(trial.test.labels)
     counts = labels.unique(return_counts=True)[1]
-    found = features(trial.vit, trial.test, trial.settings, trial.device)
+    found = pooled(trial, trial.test)
+    first, normed = first_and_normed(
+        {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
+    )
     return Retrieval(
         model=trial.model,
         train_images=0,
@@ -35,7 +42,8 @@ def probe(trial: Trial) -> Retrieval:
         seconds=trial.seconds,
         written=trial.file,
         queries=int(counts[counts > 1].sum()),
-        retrieval={name: retrieval_figures(x, labels) for name, x in found.items()},
+        retrieval=first,
+        normed=None if normed is None else {"retrieval": normed},
     )
 
 

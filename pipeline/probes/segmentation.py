@@ -5,6 +5,7 @@ For training, logits are upsampled to a grid of labels read by nearest neighbour
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch.nn import functional as F
 
 from pipeline.config import EvaluateConfig
 from pipeline.probes import dense
-from pipeline.probes.dense import Head, Lesson, label_side, nearest, patch_tokens, read_maps
-from pipeline.probes.trial import EvaluateResult, Trial
+from pipeline.probes.dense import Head, Lesson, label_side, nearest, of_every_kind, patch_tokens, read_maps
+from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, index_beside
 from singer.probes import class_iou, confusion
 
@@ -30,14 +31,16 @@ _BIT_DEPTH_AT = 24
 class Segmentation(EvaluateResult):
     """Figures (%) over all pixels of the test images that count. lr: the learning rate that was chosen.
 
-    miou: the mean of class_iou, which is None for classes that neither masks nor predictions have.
+    miou: the mean of class_iou, which is None for classes that neither masks nor predictions have; normed: the same
+    figures of normed tokens.
     """
 
+    classes: int
     miou: float
     pixel_accuracy: float
     class_iou: list[float | None]
-    classes: int
     lr: float
+    normed: dict[str, Any] | None
 
 
 def probe(trial: Trial) -> Segmentation:
@@ -54,24 +57,25 @@ def probe(trial: Trial) -> Segmentation:
         raise ValueError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
     x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
-    head, lr = fit_head(x, labels, classes, settings, trial.device)
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    heads = {
+        kind: fit_head(tokens, labels, classes, settings, trial.device) for kind, tokens in of_every_kind(trial, x)
+    }
+    counts = {kind: torch.zeros(classes, classes, dtype=torch.int64) for kind in heads}
     patches = (image for batch in patch_tokens(trial, trial.test) for image in batch)
     for image, mask in zip(patches, read_masks(trial.test, test_masks, settings), strict=True):
-        counts += count_pixels(head, image, torch.from_numpy(mask), classes)
+        for kind, (head, _) in heads.items():
+            counts[kind] += count_pixels(head, trial.kinds[kind](image), torch.from_numpy(mask), classes)
 
-    iou = class_iou(counts)
+    first, normed = first_and_normed({kind: _figures(counts[kind], lr) for kind, (_, lr) in heads.items()})
     return Segmentation(
         model=trial.model,
         train_images=len(trial.train),
         test_images=len(trial.test),
         seconds=trial.seconds,
         written=trial.file,
-        miou=100 * float(iou.nanmean()),
-        pixel_accuracy=100 * float(counts.diagonal().sum() / counts.sum()),
-        class_iou=[None if np.isnan(share) else 100 * share for share in iou.tolist()],
         classes=classes,
-        lr=lr,
+        **first,
+        normed=normed,
     )
 
 
@@ -93,6 +97,16 @@ def require_label(what: str, images: Images, masks: Images, settings: EvaluateCo
     """Raise ValueError for a mask that cannot be used, and if none has a label that counts."""
     if not sum(np.any(mask != VOID) for mask in read_masks(images, masks, settings)):
         raise ValueError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
+
+
+def _figures(counts: Tensor, lr: float) -> dict[str, Any]:
+    iou = class_iou(counts)
+    return {
+        "miou": 100 * float(iou.nanmean()),
+        "pixel_accuracy": 100 * float(counts.diagonal().sum() / counts.sum()),
+        "class_iou": [None if np.isnan(share) else 100 * share for share in iou.tolist()],
+        "lr": lr,
+    }
 
 
 def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:

@@ -1,14 +1,16 @@
 """What every task of `singer evaluate` is given, what it gives back, and the features of a frozen model."""
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
 from pipeline.models import Backbone
@@ -16,7 +18,15 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images
 from pipeline.views import View, apply_view, normalise
-from singer.backbones import block_outputs, depth
+from singer.backbones import block_outputs, depth, final_norm
+
+T = TypeVar("T")
+
+
+# {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
+Features = dict[str, dict[str, Tensor]]
+# By shards and what of them are the images.
+Computed = dict[tuple[tuple[Path, ...], str], Features]
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,11 @@ class Trial:
     """A frozen model, the images that a task learns from and those that it is tested on.
 
     model: what the user named; vit: the model itself, on `device`; learn_from: the images of --train, if given;
-    started: time.perf_counter() at the start of the stage; file: where the figures will be stored, if anywhere.
+    started: time.perf_counter() at the start of the task; file: where the figures will be stored, if anywhere;
+    computed: features that the tasks of one command share.
     """
 
-    model: Path
+    model: Path | str
     vit: Backbone
     device: torch.device
     learn_from: Images | None
@@ -35,6 +46,12 @@ class Trial:
     settings: EvaluateConfig
     started: float
     file: Path | None
+    computed: Computed = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> dict[str, nn.Module]:
+        """The kinds of tokens that are probed, `block` or `norm`, and what makes them of raw ones; see kinds_of."""
+        return kinds_of(self.vit, self.settings)
 
     @property
     def train(self) -> Images:
@@ -45,7 +62,7 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the stage."""
+        """Since the start of the task."""
         return time.perf_counter() - self.started
 
 
@@ -53,11 +70,30 @@ class Trial:
 class EvaluateResult:
     """What the results of all tasks have; each adds its figures."""
 
-    model: Path
+    model: Path | str
     train_images: int
     test_images: int
     seconds: float
     written: Path | None
+
+
+def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
+    """{kind: what makes it of raw tokens} of evaluate.tokens; of both, first `block`, and `norm` if there is one."""
+    norm = final_norm(vit.model)
+    if settings.tokens == "norm" and norm is None:
+        raise ValueError("evaluate.tokens norm is for ViTs with a final norm; of other models take block")
+    kinds: dict[str, nn.Module] = {}
+    if settings.tokens != "norm":
+        kinds["block"] = nn.Identity()
+    if settings.tokens != "block" and norm is not None:
+        kinds["norm"] = norm
+    return kinds
+
+
+def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
+    """Of {kind: its figures}, those at a result's top, and those of normed tokens if that is another kind."""
+    first, *others = figures.values()
+    return first, others[0] if others else None
 
 
 @dataclass(frozen=True)
@@ -74,13 +110,21 @@ class Task:
 def tokens(
     vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
 ) -> Iterator[Tensor]:
-    """All tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
+    """All raw tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
 
     view: the part of an image that the model sees.
     """
     last = depth(vit.model) - 1
-    if settings.tokens == "norm" and not vit.is_vit:
-        raise ValueError("evaluate.tokens norm is for ViTs; of other models take block")
+    for batch in inputs(vit, images, settings, device, view):
+        with torch.no_grad():
+            x = block_outputs(vit.model, batch, [last])[last]
+        yield x
+
+
+def inputs(
+    vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
+) -> Iterator[Tensor]:
+    """Views of the images as the model takes them (B, 3, size, size), normalised, batch by batch on the device."""
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]
@@ -94,10 +138,5 @@ def tokens(
             return torch.from_numpy(np.stack(views))
 
         for pixels in prefetch(load, batches, settings.workers, m):
-            with torch.no_grad():
-                x = block_outputs(vit.model, normalise(pixels, vit.mean, vit.std, device), [last])[last]
-                if settings.tokens == "norm":
-                    # Models that pool before their norm have it as fc_norm.
-                    x = vit.model.fc_norm(vit.model.norm(x))
-            yield x
+            yield normalise(pixels, vit.mean, vit.std, device)
             m.advance(len(pixels))

@@ -14,7 +14,15 @@ from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES, in_percent
 RESULTS = "evaluate-*.json"
 # Errors, in meters: better where they are smaller.
 _ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
-_WORDS = {"knn": "k-NN", "cls": "CLS", "top1": "top-1", "miou": "mIoU", "map": "mAP", "rmse": "RMSE (m)"}
+_WORDS = {
+    "knn": "k-NN",
+    "cls": "CLS",
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "map": "mAP",
+    "rmse": "RMSE (m)",
+}
 # Keys of the section evaluate that the figures of a task depend on, beside those that all do.
 _COMMON = ("tokens", "image_size")
 _OWN = {
@@ -23,6 +31,7 @@ _OWN = {
     "depth": ("depth_min", "depth_max", "depth_bins", "depth_lrs", "depth_passes"),
     "retrieval": ("crop",),
     "domain-shift": ("crop", "strengths", "class_map"),
+    "head": ("crop", "class_map"),
 }
 
 
@@ -76,6 +85,8 @@ def read_figures(folder: Path) -> Figures:
         try:
             known = {k: v for k, v in value["config"].items() if k in EvaluateConfig.model_fields}
             settings = validated(known, EvaluateConfig, str(file)).model_dump(mode="json")
+            if settings["tokens"] == "both":  # those of raw tokens are where they are in a result of these alone
+                settings["tokens"] = "block"
             probe = Probe(
                 task,
                 tuple(value["train"]),

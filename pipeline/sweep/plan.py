@@ -33,12 +33,14 @@ FIGURES = {
     "depth": ("bins.delta1", "regression.delta1"),
     "retrieval": ("retrieval.cls.map", "retrieval.mean_patch.map"),
     "domain-shift": ("linear.cls.top1", "linear.mean_patch.top1"),
+    "head": ("top1", "top5"),
 }
 DEFAULT_FIGURE = "classification.linear.mean_patch.top1"
 _LONGEST = 80
 
 Value = Any
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=_LONGEST)]
+# Students have no head of their own.
 Known = Literal["classification", "segmentation", "depth", "retrieval", "domain-shift"]
 
 

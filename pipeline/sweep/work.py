@@ -11,7 +11,7 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.distill import RUN, fan_out
 from pipeline.distill import Job as Student
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate_tasks
 from pipeline.outputs import Mode
 from pipeline.progress import say
 from pipeline.refine import refine
@@ -114,8 +114,8 @@ def _finish(setting: Setting, member: Member) -> None:
     run = setting.out / RUNS / member.name
     if not (run / RUN).exists():
         _train(setting, [member])
-    for task in member.probes:
-        evaluate(member.config, run, setting.train, setting.test, task)
+    if member.probes:
+        evaluate_tasks(member.config, run, setting.train, setting.test, member.probes)
 
 
 def is_done(run: Path, figures: Mapping[str, Path]) -> bool:
