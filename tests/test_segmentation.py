@@ -57,7 +57,7 @@ def frames(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(world: Path) -> Config:
-    return world_config(world, f"evaluate.seg_classes={CLASSES}")
+    return world_config(world, f"evaluate.seg_classes={CLASSES}", "evaluate.tokens=block")
 
 
 def probe(config: Config, model: Path, train: Path, test: Path) -> Segmentation:
@@ -159,13 +159,13 @@ def test_run_from_the_command_line(
     assert stored["test"] == ["test-000000.tar"]
 
 
-def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, settings: Config) -> None:
+def test_tokens_size_and_seed_are_respected(world: Path, frames: Path) -> None:
     teacher, shards = world / "teacher", (frames / "train", frames / "test")
-    plain = probe(settings, teacher, *shards)
+    plain = probe(world_config(world, f"evaluate.seg_classes={CLASSES}"), teacher, *shards)
     assert plain.written is None
     found = {}
     for other in ("tokens=norm", "image_size=64", "seed=1"):
-        changed = world_config(world, f"evaluate.seg_classes={CLASSES}", f"evaluate.{other}")
+        changed = world_config(world, f"evaluate.seg_classes={CLASSES}", "evaluate.tokens=block", f"evaluate.{other}")
         found[other] = probe(changed, teacher, *shards)
         assert found[other].class_iou != plain.class_iou, other
     normed = found["tokens=norm"]
