@@ -24,7 +24,7 @@ from pipeline.report.charts import box_of
 from pipeline.report.groups import differences, group_runs
 from pipeline.report.looks import choose_shown
 from pipeline.report.runs import find_cache, find_runs, read_runs
-from pipeline.report.scores import columns_of, read_figures
+from pipeline.report.scores import columns_of, ranking_column, read_figures
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
 from singer.backbones import block_outputs
@@ -197,6 +197,28 @@ def test_teacher_as_reference(world: Path, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no figures of singer evaluate"):
         report([runs / "raw"], tmp_path / "b.html", teacher_probes=tmp_path / "empty")
+
+
+def test_two_evaluations_of_one_run(runs: Path, tmp_path: Path) -> None:
+    """With swapped shards, say: another column each, also in the summary; ranked by the probe that most runs share."""
+    for name in ("clip_seed-0", "raw"):
+        shutil.copytree(runs / name, tmp_path / name)
+    value = stored(runs / "raw")
+    swapped = {**value, "train": value["test"], "test": value["train"]}
+    swapped["linear"] = {kind: {"top1": 1.0} for kind in ("cls", "mean_patch")}
+    (tmp_path / "raw" / "evaluate-0.json").write_text(json.dumps(swapped))
+    result = report([tmp_path / "raw", tmp_path / "clip_seed-0"], tmp_path / "page.html", records=10)
+    usual, other = (f"classification {split}-000000.linear.mean_patch.top1" for split in ("test", "train"))
+    assert result.rank_by == usual and result.best == "clip_seed-0"
+    expected = {name: stored(runs / name)["linear"]["mean_patch"]["top1"] for name in ("clip_seed-0", "raw")}
+    assert {row["run"]: row[usual] for row in result.leaderboard} == expected
+    assert {row["run"]: row[other] for row in result.leaderboard} == {"clip_seed-0": None, "raw": 1.0}
+    # Nor does a probe that fewer runs have win where no figure is the usual one.
+    columns = columns_of([read_figures(tmp_path / "raw")])
+    knn = [c for c in columns if c.figure == "knn.cls.top1"]
+    everything = [{c.probe: {c.figure: 1.0}} for c in (knn[0], knn[1], knn[1])]
+    by = ranking_column(knn, everything, None)
+    assert by is knn[1]
 
 
 def test_sweep_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

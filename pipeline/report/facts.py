@@ -143,7 +143,7 @@ def recipe(group: Group) -> str:
 
 def flat(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
     """A row as plain values, for the command line."""
-    means = {c.name: row.scores[c].mean.mean if c in row.scores else None for c in columns}
+    means = {c.key: row.scores[c].mean.mean if c in row.scores else None for c in columns}
     ranked: dict[str, Any] = {"rank": row.rank} if columns else {}
     return {
         **ranked, "run": row.group.name, "seeds": len(row.group.runs), **means, "max / median norm": row.norm.mean,

@@ -92,7 +92,7 @@ def report(
         out=out,
         runs=len(trained),
         best=rows[0].group.name if by is not None else None,
-        rank_by=by.name if by is not None else None,
+        rank_by=by.key if by is not None else None,
         leaderboard=[facts.flat(row, columns) for row in rows],
         max_over_median={look.title: look.max_over_median for look in measured.looks}
         | {row.group.name: row.norm.mean for row in rows},

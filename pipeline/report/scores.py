@@ -59,7 +59,13 @@ class Column:
 
     @property
     def name(self) -> str:
+        """The figure's; those of several probes of a task have the same."""
         return f"{self.probe.task}.{self.figure}"
+
+    @property
+    def key(self) -> str:
+        """A name that no other column has."""
+        return f"{self.label[0]}.{self.figure}"
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,11 @@ def columns_of(everything: Iterable[Figures]) -> list[Column]:
 
 
 def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], asked: str | None) -> Column | None:
-    """What runs are ranked by: the figure asked for, the usual one, or the first; of the probe that most runs have."""
+    """What runs are ranked by: the figure asked for, the usual one, or any; of the probe that most runs have."""
     able = [column for column in columns if not column.error]
     for name in (asked, DEFAULT_FIGURE):
-        named = [column for column in able if column.name == name]
-        if named:
-            return max(named, key=lambda c: sum(c.probe in figures for figures in everything))
-    return able[0] if able else None
+        able = [column for column in able if column.name == name] or able
+    return max(able, key=lambda c: sum(c.figure in f.get(c.probe, {}) for f in everything), default=None)
 
 
 def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) -> dict[Group, dict[Column, Score]]:
