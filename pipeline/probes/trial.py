@@ -68,9 +68,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """What the results of all tasks have; each adds its figures."""
+    """What the results of all tasks have; each adds its figures. train, test: names of the shards."""
 
     model: Path | str
+    train: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list)
     train_images: int
     test_images: int
     seconds: float
