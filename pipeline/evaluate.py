@@ -6,7 +6,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -107,7 +107,8 @@ def evaluate_tasks(
     for task in dict.fromkeys(tasks):
         file = result_file(place, task, shards, config) if place is not None else None
         result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
-        result = replace(result, train=train_names, test=test_names)
+        result.train.extend(train_names)
+        result.test.extend(test_names)
         if file is not None:
             about = {"model": None, "written": None, "task": task}
             file.parent.mkdir(parents=True, exist_ok=True)
