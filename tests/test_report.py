@@ -111,7 +111,10 @@ def test_figures_are_the_stored_ones(runs: Path, written: tuple[ReportResult, st
             values = [value[probe][tokens]["top1"] for value in pair]
             assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in [cell.strip() for cell in row]
     raw = stored(runs / "raw")
-    assert f"{raw['linear']['cls']['top1']:.1f}" in page.row("raw", "1")
+    # Of a single run with the stored interval.
+    cls = raw["linear"]["cls"]
+    assert f"{cls['top1']:.1f}{cls['top1_low']:.1f}–{cls['top1_high']:.1f}" in page.row("raw", "1")
+    assert "standard deviation over seeds" in text and "the 95 % interval" in text
     by = {row["run"]: row["classification.linear.mean_patch.top1"] for row in result.leaderboard}
     assert by["conv"] is None and by["raw"] == raw["linear"]["mean_patch"]["top1"]
     assert (result.best, result.runs) == ("clip", 4)
