@@ -211,10 +211,13 @@ def evaluate(
     """Probe a frozen model: a student, a teacher, any of timm's."""
     from pipeline.config import load_config
     from pipeline.evaluate import evaluate_tasks
+    from pipeline.probes.trial import without_top5
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
     results = evaluate_tasks(tree, model, train, test, task or ["classification"], out, weights)
-    _report(results if len(results) > 1 else next(iter(results.values())), as_json)
+    tasks = {name: dataclasses.asdict(result) for name, result in results.items()}
+    tasks = tasks if as_json else {name: without_top5(figures) for name, figures in tasks.items()}
+    _report(tasks if len(tasks) > 1 else next(iter(tasks.values())), as_json)
 
 
 @app.command()
@@ -364,14 +367,10 @@ def demo(
 
 
 def _report(result: Any, as_json: bool) -> None:
-    """Print a result, or several by name: one JSON object, or lines of figures. Only the first process speaks."""
+    """Print a result, or its fields: one JSON object, or lines of figures. Only the first process speaks."""
     if os.environ.get("RANK", "0") != "0":
         return
-    value = (
-        {name: dataclasses.asdict(part) for name, part in result.items()}
-        if isinstance(result, dict)
-        else dataclasses.asdict(result)
-    )
+    value = result if isinstance(result, dict) else dataclasses.asdict(result)
     print(json.dumps(value, default=str) if as_json else "\n".join(_lines(value)), flush=True)
 
 

@@ -36,11 +36,11 @@ COPIES = {"train": 2, "test": 1}
 
 @dataclass(frozen=True)
 class DemoResult:
-    """report: the page to open; linear: {student: accuracies (%)}; max_over_median: as in ReportResult."""
+    """report: the page to open; linear: {student: accuracies (%)}; mean_max_over_median: as in ReportResult."""
 
     report: Path
     linear: dict[str, Accuracies]
-    max_over_median: dict[str, float]
+    mean_max_over_median: dict[str, float]
 
 
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
@@ -83,7 +83,7 @@ def _demo(config: Config, out: Path) -> DemoResult:
         title="singer demo",
         note=NOTE,
     )
-    return DemoResult(page.out, {name: probe.linear for name, probe in probes.items()}, page.max_over_median)
+    return DemoResult(page.out, {name: probe.linear for name, probe in probes.items()}, page.mean_max_over_median)
 
 
 def write_images(split: str, folder: Path) -> None:

@@ -10,10 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 
+from pipeline.cache.reader import Cache
 from pipeline.config import Config
-from pipeline.distill import RUN, STUDENT, load_result
+from pipeline.distill import RUN, STUDENT, DistillResult, load_result
+from pipeline.measure import spread
 from pipeline.model_card import caveats
 from pipeline.models import check_known, load_model, load_saved
 from pipeline.outputs import write_json
@@ -21,9 +24,12 @@ from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
 from pipeline.probes.trial import Computed, EvaluateResult, Trial
 from pipeline.progress import say
-from pipeline.shards import Images, index_shards
+from pipeline.shards import ImageFile, Images, image_digest, index_shards
+from pipeline.stores import is_remote
 
 Shards = str | Sequence[str]
+# Images of --test that are looked for among those that the student learned from.
+_LOOKED_FOR = 256
 
 
 @overload
@@ -86,8 +92,12 @@ def evaluate_tasks(
         vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
     else:
         vit = load_model(str(model), weights, config.evaluate.image_size)
-    for caveat in caveats(vit, load_result(run)) if run is not None and (run / RUN).is_file() else ():
-        say(f"note: {caveat}")
+    if run is not None and (run / RUN).is_file():
+        made = load_result(run)
+        for caveat in caveats(vit, made):
+            say(f"note: {caveat}")
+        if learned_from(made, shards[1]):
+            say("note: the student learned from images of --test; are --train and --test swapped?")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     place = out or run
@@ -97,12 +107,32 @@ def evaluate_tasks(
     for task in dict.fromkeys(tasks):
         file = result_file(place, task, shards, config) if place is not None else None
         result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+        result.train.extend(train_names)
+        result.test.extend(test_names)
         if file is not None:
-            about = {"model": None, "written": None, "task": task, "train": train_names, "test": test_names}
+            about = {"model": None, "written": None, "task": task}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
         results[task], started = result, time.perf_counter()
     return results
+
+
+def learned_from(run: DistillResult, test: Images) -> bool:
+    """Whether the caches that a run learned from hold any of some test images; False of caches that are not there."""
+    known: set[int] = set()
+    for taught in run.taught:
+        try:
+            if taught.cache_place is None or is_remote(taught.cache_place):
+                continue
+            cache = Cache(taught.cache_place, taught.teacher.weights if taught.teacher is not None else None)
+            if taught.cache in cache.ids and cache.index.digest is not None:
+                known.update(cache.index.digest.tolist())
+        except (ValueError, OSError):  # moved, deleted or another one: nothing can be told
+            continue
+    if not known:
+        return False
+    with ImageFile(test) as files:
+        return any(image_digest(files.encoded(int(n))[0]) in known for n in spread(np.arange(len(test)), _LOOKED_FOR))
 
 
 def _check_model(model: Path | str, weights: Path | None) -> None:

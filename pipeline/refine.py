@@ -71,13 +71,17 @@ class RefinerManifest:
 
 @dataclass(frozen=True)
 class RefineResult:
-    """A fitted refiner and its figures on held-out records: {block: {"before", "after", drift ...}}."""
+    """A fitted refiner and its figures on held-out records, of which there were so many; of old ones it is not known.
+
+    blocks: {block: {"before", "after", drift ...}}; max_over_median in it is the largest norm of all, over the median.
+    """
 
     adapters: Path
     cache: str
     cleaner: str
     normaliser: str
     seconds: float
+    held_out_records: int | None
     blocks: dict[int, dict[str, object]]
 
 
@@ -277,6 +281,7 @@ def _result(out: Path) -> RefineResult:
     metrics = read_json(out, METRICS, "finished refiner")
     try:
         blocks = {int(b): v for b, v in metrics["blocks"].items()}
-        return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, metrics["seconds"], blocks)
+        seconds, held_out = metrics["seconds"], metrics.get("held_out_records")
+        return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, seconds, held_out, blocks)
     except (KeyError, AttributeError, ValueError):
         raise ValueError(f"{out / METRICS} is damaged") from None

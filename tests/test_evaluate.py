@@ -89,6 +89,25 @@ def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path
     assert alone["block"].normed is alone["norm"].normed is None and result.normed["linear"] != result.linear
 
 
+def test_swapped_shards_are_told(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = world_config(world, "distill.epochs=1")
+    distill(config, world / "cache", tmp_path / "run")
+    note = "note: the student learned from images of --test; are --train and --test swapped?"
+
+    def said(train: str, test: str) -> str:
+        result = evaluate(config, tmp_path / "run", train, test, "retrieval")
+        assert (result.train[0], result.test[0]) == tuple(f"{Path(s).parent.name}-000000.tar" for s in (train, test))
+        return capfd.readouterr().err
+
+    train, test = (str(world / split / "*.tar") for split in ("train", "test"))
+    assert note not in said(train, test)
+    assert said(test, train).count(note) == 1
+    # Of a cache that is gone nothing can be told.
+    value = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**value, "cache_place": str(tmp_path / "gone")}))
+    assert note not in said(test, train)
+
+
 def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path) -> None:
     """Both means raw tokens alone, on one pass of the model either way."""
     test = str(world / "test" / "*.tar")

@@ -24,7 +24,7 @@ from pipeline.report.charts import box_of
 from pipeline.report.groups import differences, group_runs
 from pipeline.report.looks import choose_shown
 from pipeline.report.runs import find_cache, find_runs, read_runs
-from pipeline.report.scores import columns_of, read_figures
+from pipeline.report.scores import columns_of, ranking_column, read_figures
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
 from singer.backbones import block_outputs
@@ -111,7 +111,10 @@ def test_figures_are_the_stored_ones(runs: Path, written: tuple[ReportResult, st
             values = [value[probe][tokens]["top1"] for value in pair]
             assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in [cell.strip() for cell in row]
     raw = stored(runs / "raw")
-    assert f"{raw['linear']['cls']['top1']:.1f}" in page.row("raw", "1")
+    # Of a single run with the stored interval.
+    cls = raw["linear"]["cls"]
+    assert f"{cls['top1']:.1f}{cls['top1_low']:.1f}–{cls['top1_high']:.1f}" in page.row("raw", "1")
+    assert "standard deviation over seeds" in text and "the 95 % interval" in text
     by = {row["run"]: row["classification.linear.mean_patch.top1"] for row in result.leaderboard}
     assert by["conv"] is None and by["raw"] == raw["linear"]["mean_patch"]["top1"]
     assert (result.best, result.runs) == ("clip", 4)
@@ -149,7 +152,7 @@ def test_norms_are_measured_on_the_cached_images(world: Path, runs: Path, writte
         "refined teacher": load_refiner(world / "adapters", cache).clean(x, 3)[:, 1:],
         "raw": block_outputs(student.model, images, [2])[2][:, 1:],
     }
-    measured = written[0].max_over_median
+    measured = written[0].mean_max_over_median
     for name, patches in expected.items():
         norms = patches.double().norm(dim=-1).numpy()
         median = np.sort(norms.flatten())[(norms.size - 1) // 2]
@@ -182,7 +185,7 @@ def test_marks_follow_each_grid(written: tuple[ReportResult, str]) -> None:
 def test_without_probes_and_refiner(runs: Path, tmp_path: Path) -> None:
     result = report([runs / "conv"], tmp_path / "page.html", records=10)
     text = (tmp_path / "page.html").read_text()
-    assert result.best is None and result.rank_by is None and "refined teacher" not in result.max_over_median
+    assert result.best is None and result.rank_by is None and "refined teacher" not in result.mean_max_over_median
     assert "<h2>Tasks" not in text and "<h2>Probes" not in text and "What refining did" not in text
     assert "not ranked" in text and "nothing refined them" in text and "What differs" not in text
 
@@ -197,6 +200,28 @@ def test_teacher_as_reference(world: Path, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no figures of singer evaluate"):
         report([runs / "raw"], tmp_path / "b.html", teacher_probes=tmp_path / "empty")
+
+
+def test_two_evaluations_of_one_run(runs: Path, tmp_path: Path) -> None:
+    """With swapped shards, say: another column each, also in the summary; ranked by the probe that most runs share."""
+    for name in ("clip_seed-0", "raw"):
+        shutil.copytree(runs / name, tmp_path / name)
+    value = stored(runs / "raw")
+    swapped = {**value, "train": value["test"], "test": value["train"]}
+    swapped["linear"] = {kind: {"top1": 1.0} for kind in ("cls", "mean_patch")}
+    (tmp_path / "raw" / "evaluate-0.json").write_text(json.dumps(swapped))
+    result = report([tmp_path / "raw", tmp_path / "clip_seed-0"], tmp_path / "page.html", records=10)
+    usual, other = (f"classification {split}-000000.linear.mean_patch.top1" for split in ("test", "train"))
+    assert result.rank_by == usual and result.best == "clip_seed-0"
+    expected = {name: stored(runs / name)["linear"]["mean_patch"]["top1"] for name in ("clip_seed-0", "raw")}
+    assert {row["run"]: row[usual] for row in result.leaderboard} == expected
+    assert {row["run"]: row[other] for row in result.leaderboard} == {"clip_seed-0": None, "raw": 1.0}
+    # Nor does a probe that fewer runs have win where no figure is the usual one.
+    columns = columns_of([read_figures(tmp_path / "raw")])
+    knn = [c for c in columns if c.figure == "knn.cls.top1"]
+    everything = [{c.probe: {c.figure: 1.0}} for c in (knn[0], knn[1], knn[1])]
+    by = ranking_column(knn, everything, None)
+    assert by is knn[1]
 
 
 def test_sweep_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +240,7 @@ def test_joint_adapters_are_shown(world: Path, tmp_path: Path) -> None:
     distill(world_config(world, *sets), world / "cache", tmp_path / "joint")
     result = report([tmp_path / "joint"], tmp_path / "page.html", records=10)
     text = (tmp_path / "page.html").read_text()
-    assert "refined teacher" in result.max_over_median
+    assert "refined teacher" in result.mean_max_over_median
     assert "joint adapters" in text and "Losses of the adapters" in text
 
 

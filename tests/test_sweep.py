@@ -247,12 +247,12 @@ def test_ranks(whole: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     board.write({})
     page = (out / "leaderboard.html").read_text()
-    assert ">55.0 ± 21.2<" in page and "knn<br>mean patch" not in page
+    assert ">55.0 ± 21.2<" in page and "k-NN<br>mean patch" not in page
 
 
 def test_page_needs_no_other_file(whole: Path) -> None:
     page = (whole / "leaderboard.html").read_text()
-    assert "Ranked by classification linear mean patch top1" in page and "4 of 4 runs are done" in page
+    assert "Ranked by linear, mean patch, top-1" in page and "4 of 4 runs are done" in page
     assert page.count("<tr>") == 1 + 3 and " ± " in page and 'name="viewport"' in page and "color-scheme" in page
     links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)|@import""", page)
     assert links == [("data:,", "")]

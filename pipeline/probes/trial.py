@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pipeline.views import View, apply_view, normalise
 from singer.backbones import block_outputs, depth, final_norm
 
 T = TypeVar("T")
+_FEW_CLASSES = 10
 
 
 # {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
@@ -68,13 +69,26 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """What the results of all tasks have; each adds its figures."""
+    """What the results of all tasks have; each adds its figures. train, test: names of shards, which evaluate adds."""
 
     model: Path | str
+    train: list[str] = field(default_factory=list, init=False)
+    test: list[str] = field(default_factory=list, init=False)
     train_images: int
     test_images: int
     seconds: float
     written: Path | None
+
+
+def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A result as it is shown: of few classes, almost any is among the first five."""
+    if (figures.get("classes") or 0) > _FEW_CLASSES:
+        return dict(figures)
+
+    def part(value: Any) -> Any:
+        return {k: part(v) for k, v in value.items() if k != "top5"} if isinstance(value, dict) else value
+
+    return {name: part(value) for name, value in figures.items() if name != "top5"}
 
 
 def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:

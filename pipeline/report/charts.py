@@ -15,12 +15,15 @@ from pipeline.figures import as_svg
 from pipeline.report.groups import Group
 from pipeline.report.looks import Look
 from pipeline.report.scores import Column, Score
+from pipeline.sweep.leaderboard import Mean
 
 # Of middle lightness: these can be told apart on white and on black.
 COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a08300", "#e5484d")
 _GREY = "#8a8a8a"
 # Inches.
 _WIDTH, _NARROW = 4.6, 2.3
+# Epochs from which on a training curve shows their means.
+_SMOOTH = 4
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -42,17 +45,22 @@ def tasks(
         figure, axes = _figure(0.34 + 0.2 * len(held), _NARROW)
         axis = axes[0, 0]
         for place, (number, mean) in enumerate(held):
-            axis.barh(place, mean.mean, 0.72, color=colour(number), xerr=mean.std, error_kw={"elinewidth": 1})
-            end = (mean.mean + (mean.std or 0), place)
+            axis.barh(place, mean.mean, 0.72, color=colour(number), xerr=_around(mean), error_kw={"elinewidth": 1})
+            end = (mean.ends[1], place)
             axis.annotate(column.form % mean.mean, end, (3, 0), textcoords="offset points", va="center", fontsize=9)
         if column in teacher:
             axis.axvline(teacher[column], color="black", linewidth=1.2, linestyle=":")
         axis.set_ylim(len(held) - 0.4, -0.6)
         axis.set_yticks([])
-        most = max([m.mean + (m.std or 0) for _, m in held] + [teacher.get(column, 0)])
+        most = max([m.ends[1] for _, m in held] + [teacher.get(column, 0)])
         axis.set_xlim(0, 1.17 * most or 1)
         charts.append((column, as_svg(figure, f"Bar chart of {', '.join(column.label)}, a bar for each student")))
     return charts
+
+
+def _around(mean: Mean) -> np.ndarray:
+    """(2, 1): how far its line goes down and up."""
+    return np.abs(np.array(mean.ends) - mean.mean)[:, None]
 
 
 def losses(groups: Sequence[Group], file: str) -> str:
@@ -64,7 +72,15 @@ def losses(groups: Sequence[Group], file: str) -> str:
             lines = [line for line in read_log(run.folder / file) if np.isfinite(line.get("loss", np.nan))]
             if lines and lines[0]["loss"] > 0:
                 loss = np.array([line["loss"] for line in lines]) / lines[0]["loss"]
-                axis.plot([line["epoch"] for line in lines], loss, color=colour(number), linewidth=1.4, alpha=0.9)
+                epochs = np.array([line["epoch"] for line in lines])
+                whole = np.ceil(epochs)
+                # Short runs as they are; of others, what zigzags would hide the rest.
+                pale = epochs[-1] >= _SMOOTH
+                look = {"linewidth": 0.7, "alpha": 0.25} if pale else {"linewidth": 1.4, "alpha": 0.9}
+                axis.plot(epochs, loss, color=colour(number), **look)
+                if pale:
+                    means = [loss[whole == epoch].mean() for epoch in np.unique(whole)]
+                    axis.plot(np.unique(whole) - 0.5, means, color=colour(number), linewidth=1.6)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss / first loss")

@@ -27,7 +27,7 @@ _STYLES = ("solid", "dashed", "dotted")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the leaderboard. norm: max over median of its students, as in ReportResult."""
+    """A line of the leaderboard. norm: mean_max_over_median of its students, as in ReportResult."""
 
     rank: int | None
     group: Group
@@ -51,13 +51,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Refined:
-    """A refiner's own figures on held-out records: {block: as in its metrics.json}. runs: what learned from it."""
+    """A refiner's own figures on some held-out records: {block: as in its metrics.json}. runs: what learned from it."""
 
     title: str
     runs: list[str]
     hash: str
     seconds: float | None
     blocks: dict[int, Any]
+    records: int | None
 
 
 def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: TeacherManifest) -> list[Card]:
@@ -82,7 +83,7 @@ def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: T
         found.append(Card("artifacts", f"{before} → {after} %", text))
     else:
         found.append(Card("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
-    text = f"largest patch norm over the median: {name}; the teacher has {teachers.max_over_median:.1f}"
+    text = f"mean over images of largest / median norm: {name}; the teacher has {teachers.mean_max_over_median:.1f}"
     found.append(Card("student's outliers", f"{first.norm.mean:.1f}", text))
     count = parameters(teacher)
     text = f"parameters; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
@@ -108,7 +109,8 @@ def refiners(groups: Sequence[Group]) -> list[Refined]:
         metrics = {} if source.joint else read_json(source.folder, METRICS, "finished refiner")
         names = [g.name for g in groups if (s := g.runs[0].source) and (s.hash, s.title) == (source.hash, source.title)]
         blocks = {int(block): figures for block, figures in metrics.get("blocks", {}).items()}
-        found.append(Refined(source.title, names, source.hash, metrics.get("seconds"), blocks))
+        seconds, records = metrics.get("seconds"), metrics.get("held_out_records")
+        found.append(Refined(source.title, names, source.hash, seconds, blocks, records))
     return found
 
 
@@ -143,9 +145,9 @@ def recipe(group: Group) -> str:
 
 def flat(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
     """A row as plain values, for the command line."""
-    means = {c.name: row.scores[c].mean.mean if c in row.scores else None for c in columns}
+    means = {c.key: row.scores[c].mean.mean if c in row.scores else None for c in columns}
     ranked: dict[str, Any] = {"rank": row.rank} if columns else {}
     return {
-        **ranked, "run": row.group.name, "seeds": len(row.group.runs), **means, "max / median norm": row.norm.mean,
+        **ranked, "run": row.group.name, "seeds": len(row.group.runs), **means, "mean max / median norm": row.norm.mean,
         "parameters": row.group.runs[0].result.parameters, "seconds": row.mean("seconds").mean,
     }  # fmt: skip

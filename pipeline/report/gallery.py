@@ -25,7 +25,7 @@ _PHOTO = 224
 
 @dataclass(frozen=True)
 class Measured:
-    """looks: teacher, refined teachers and students with pictures; norms: max over median of every run's student.
+    """looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student.
 
     threshold: of artifacts in the teacher's units; strips: {kind: rows of pictures}; more: students without pictures.
     """
@@ -50,7 +50,7 @@ def measure(cache: Cache, groups: Sequence[Group], files: ImageFile | None, coun
     sample = Sample(records, choose_shown(norms[block], threshold, _IMAGES))
     students = Students(cache, files, sample, device)
     seen = {run: students.look(run, group.name, block) for group in groups for run in group.runs}
-    ratios = {run: look.max_over_median for run, look in seen.items()}
+    ratios = {run: look.mean_max_over_median for run, look in seen.items()}
     pictured = choose_pictured(firsts, ratios)
     sources = [source for source in sources_of(pictured) if source.cleans]
     looks = [look_at_features(cache, "teacher", block, sample, device)]

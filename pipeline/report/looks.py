@@ -42,7 +42,7 @@ class Look:
     patches: Tensor | None
 
     @property
-    def max_over_median(self) -> float:
+    def mean_max_over_median(self) -> float:
         """Mean over the images of the largest patch norm over the median of all, at `block`."""
         norms = self.norms[self.block]
         return float((norms.amax(1) / norms.median()).mean())

@@ -34,8 +34,8 @@ RECORDS = 256
 class ReportResult:
     """out: the page; best: the first of the leaderboard, by the figure rank_by; both None without probes.
 
-    leaderboard: a row for every group of runs that differ in seeds only, with means; max_over_median: {model: mean over
-    the measured images of the largest patch norm over the median of all}.
+    leaderboard: a row for every group of runs that differ in seeds only, with means; mean_max_over_median: {model: mean
+    over the measured images of the largest patch norm over the median of all}.
     """
 
     out: Path
@@ -43,7 +43,7 @@ class ReportResult:
     best: str | None
     rank_by: str | None
     leaderboard: list[dict[str, Any]]
-    max_over_median: dict[str, float]
+    mean_max_over_median: dict[str, float]
 
 
 def report(
@@ -92,9 +92,9 @@ def report(
         out=out,
         runs=len(trained),
         best=rows[0].group.name if by is not None else None,
-        rank_by=by.name if by is not None else None,
+        rank_by=by.key if by is not None else None,
         leaderboard=[facts.flat(row, columns) for row in rows],
-        max_over_median={look.title: look.max_over_median for look in measured.looks}
+        mean_max_over_median={look.title: look.mean_max_over_median for look in measured.looks}
         | {row.group.name: row.norm.mean for row in rows},
     )
 
@@ -139,6 +139,7 @@ def _page(
     info = cache_info(cache.place)
     known = cache.manifest.teacher
     of = next(t for t in info.teachers if t.weights == known.weights)
+    means = [score.mean for row in rows for score in row.scores.values()]
     figures = {
         "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
         "losses": charts.losses(groups, LOG),
@@ -156,8 +157,10 @@ def _page(
         by=by,
         teacher=known,
         teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
-        teacher_norm=measured.looks[0].max_over_median,
+        teacher_norm=measured.looks[0].mean_max_over_median,
         reference=reference,
+        several=any(mean.std is not None for mean in means),
+        intervals=any(mean.interval is not None for mean in means),
         info=info,
         of=of,
         data=cache.manifest.data,

@@ -7,22 +7,16 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.outputs import read_json, validated
+from pipeline.probes.trial import without_top5
 from pipeline.report.groups import Group
-from pipeline.sweep.leaderboard import Mean
+from pipeline.sweep.leaderboard import Mean, with_bounds, words_of
 from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES, in_percent
 
 RESULTS = "evaluate-*.json"
 # Errors, in meters: better where they are smaller.
 _ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
-_WORDS = {
-    "knn": "k-NN",
-    "cls": "CLS",
-    "top1": "top-1",
-    "top5": "top-5",
-    "miou": "mIoU",
-    "map": "mAP",
-    "rmse": "RMSE (m)",
-}
+# Settings of a probe in words, where their keys alone say little or their values are Python's.
+_TOKENS = {"block": "raw tokens", "norm": "tokens behind the final norm"}
 # Keys of the section evaluate that the figures of a task depend on, beside those that all do.
 _COMMON = ("tokens", "image_size")
 _OWN = {
@@ -44,7 +38,19 @@ class Probe:
     test: tuple[str, ...]
     train_images: int
     test_images: int
-    settings: tuple[tuple[str, str], ...]
+    settings: tuple[tuple[str, Any], ...]
+
+    @property
+    def words(self) -> str:
+        """The settings, as the page tells them; what is not set goes without saying."""
+        told = {"tokens": _TOKENS.get(dict(self.settings)["tokens"], "")}
+        for key, value in self.settings:
+            if key == "image_size":
+                told[key] = "at the model's own resolution" if value is None else f"at {value} px"
+            elif key not in told and value is not None:
+                values = ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
+                told[key] = f"{key.replace('_', ' ')} {values}"
+        return "; ".join(told.values())
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,13 @@ class Column:
 
     @property
     def name(self) -> str:
+        """The figure's; those of several probes of a task have the same."""
         return f"{self.probe.task}.{self.figure}"
+
+    @property
+    def key(self) -> str:
+        """A name that no other column has."""
+        return f"{self.label[0]}.{self.figure}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Score:
     count: int
 
 
-# {probe: {figure: value}}
+# {probe: {figure: value}}; the bounds of figures are there too.
 Figures = dict[Probe, dict[str, float]]
 
 
@@ -93,11 +105,12 @@ def read_figures(folder: Path) -> Figures:
                 tuple(value["test"]),
                 int(value["train_images"]),
                 int(value["test_images"]),
-                tuple((key, str(settings[key])) for key in (*_COMMON, *_OWN[task])),
+                tuple((key, _hashable(settings[key])) for key in (*_COMMON, *_OWN[task])),
             )
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
-        figures = {name: _pick(value, name) for name in (*FIGURES[task], *_ERRORS.get(task, ()))}
+        value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
+        figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
     return found
 
@@ -115,20 +128,17 @@ def columns_of(everything: Iterable[Figures]) -> list[Column]:
         errors = _ERRORS.get(probe.task, ())
         for figure in (*FIGURES[probe.task], *errors):
             if figure in held[probe]:
-                words = [_WORDS.get(part, part.replace("_", " ")) for part in figure.split(".")]
                 form = "%.3f" if figure in errors else "%.1f"
-                columns.append(Column(probe, figure, (labels[probe], *words), form, figure in errors))
+                columns.append(Column(probe, figure, (labels[probe], *words_of(figure)), form, figure in errors))
     return columns
 
 
 def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], asked: str | None) -> Column | None:
-    """What runs are ranked by: the figure asked for, the usual one, or the first; of the probe that most runs have."""
+    """What runs are ranked by: the figure asked for, the usual one, or any; of the probe that most runs have."""
     able = [column for column in columns if not column.error]
     for name in (asked, DEFAULT_FIGURE):
-        named = [column for column in able if column.name == name]
-        if named:
-            return max(named, key=lambda c: sum(c.probe in figures for figures in everything))
-    return able[0] if able else None
+        able = [column for column in able if column.name == name] or able
+    return max(able, key=lambda c: sum(c.figure in f.get(c.probe, {}) for f in everything), default=None)
 
 
 def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) -> dict[Group, dict[Column, Score]]:
@@ -137,9 +147,9 @@ def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) 
     for group, members in groups.items():
         table[group] = {}
         for column in columns:
-            values = [f[column.probe][column.figure] for f in members if column.figure in f.get(column.probe, {})]
-            if values:
-                table[group][column] = Score(Mean.of(values), len(values))
+            held = [f[column.probe] for f in members if column.figure in f.get(column.probe, {})]
+            if held:
+                table[group][column] = Score(Mean.of_figure(held, column.figure), len(held))
     return table
 
 
@@ -151,6 +161,10 @@ def rank(table: Mapping[Group, Mapping[Column, Score]], by: Column | None) -> li
     values = [table[g][by].mean.mean for g in ranked]
     places: list[tuple[int | None, Group]] = [(1 + values.index(v), g) for v, g in zip(values, ranked, strict=True)]
     return places + [(None, group) for group in table if by not in table[group]]
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _pick(value: Any, figure: str) -> float | None:

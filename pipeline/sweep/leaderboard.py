@@ -2,8 +2,8 @@
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,55 @@ from pipeline.sweep.plan import REFINER, Plan, Run, figures_of, in_percent
 from pipeline.sweep.work import RUNS, is_done
 
 NAME = "leaderboard"
+_WORDS = {
+    "knn": "k-NN",
+    "cls": "CLS",
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "map": "mAP",
+    "rmse": "RMSE (m)",
+}
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Over the seeds. std: of the sample; None of a single run."""
+    """Over the seeds. std: of the sample; None of a single run, whose 95 % interval over test images may be known."""
 
     mean: float
     std: float | None
+    interval: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
+    @classmethod
+    def of_figure(cls, runs: Sequence[Mapping[str, float]], figure: str) -> "Mean":
+        """runs: {figure: value} of each, with the bounds of `with_bounds` where they are known."""
+        found, bounds = cls.of([run[figure] for run in runs]), with_bounds(figure)[1:]
+        if len(runs) > 1 or not all(bound in runs[0] for bound in bounds):
+            return found
+        low, high = (runs[0][bound] for bound in bounds)
+        return replace(found, interval=(low, high))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the line that shows how uncertain it is."""
+        return self.interval or (self.mean - (self.std or 0), self.mean + (self.std or 0))
+
     def text(self, form: str) -> str:
         return form % self.mean + (f" ± {form % self.std}" if self.std is not None else "")
+
+
+def words_of(figure: str) -> list[str]:
+    """Of its parts, for people."""
+    return [_WORDS.get(part, part.replace("_", " ")) for part in figure.split(".")]
+
+
+def with_bounds(figure: str) -> tuple[str, str, str]:
+    """A figure, and where evaluate stores its 95 % interval, if it does."""
+    return figure, f"{figure}_low", f"{figure}_high"
 
 
 @dataclass(frozen=True)
@@ -73,12 +107,21 @@ class Leaderboard:
         write_json(self.page.with_suffix(".json"), value)
         # Of those that some student has: one without CLS has no figures of it.
         figures = [f for f in self._figures if any(f in row.figures for row in rows)]
+        columns = _columns(rows)
+        # What is the same everywhere is told below the table.
+        same = {name: cells[0] for name, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
+        means = [mean for row in rows for mean in row.figures.values()]
+        first = 0 if len(self._plan.probes) > 1 else 1
         page = render(
             f"{NAME}.html.j2",
             rows=rows,
             figures=figures,
-            several_tasks=len(self._plan.probes) > 1,
+            labels={f: words_of(f)[first:] for f in self._figures},
             rank_by=self.rank_by,
+            columns={name: cells for name, cells in columns.items() if name not in same},
+            same=same,
+            several=any(len(row.names) > 1 for row in rows),
+            intervals=any(mean.interval is not None for mean in means),
             failed=failed,
             planned=len(self._plan.runs),
             done=sum(len(row.names) for row in rows),
@@ -122,7 +165,7 @@ class Leaderboard:
             return None
         results = [load_result(self._out / RUNS / run.name) for run in done]
         probed = [self._read(run) for run in done]
-        figures = {f: Mean.of([p[f] for p in probed]) for f in self._figures if all(f in p for p in probed)}
+        figures = {f: Mean.of_figure(probed, f) for f in self._figures if all(f in p for p in probed)}
         return Row(
             rank=None,
             name=runs[0].name if len(runs) == 1 else runs[0].label,
@@ -137,11 +180,11 @@ class Leaderboard:
         )
 
     def _read(self, run: Run) -> dict[str, float]:
-        """The figures of a run. A student without CLS has none of it."""
+        """The figures of a run, and their bounds. A student without CLS has none of it."""
         found: dict[str, float] = {}
         for task, file in self._files[run.name].items():
             result = read_json(file.parent, file.name, "run")
-            for figure in figures_of([task]):
+            for figure in (name for f in figures_of([task]) for name in with_bounds(f)):
                 value: Any = result
                 for key in figure.split(".")[1:]:
                     value = value.get(key) if isinstance(value, dict) else None
@@ -163,6 +206,18 @@ class Leaderboard:
             keys = [here.get(key) for key in self._keys]
             table.writerow([row.rank, row.name, len(row.names), *keys, row.parameters, *cells])
         return text.getvalue()
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """{title: a text for every row} behind the figures."""
+    counts = [f"{len(row.names)}" + f" of {row.planned}" * (len(row.names) < row.planned) for row in rows]
+    return {
+        "parameters": [f"{row.parameters:,}" for row in rows],
+        "images/s": [row.images_per_second.text("%.0f") for row in rows],
+        "seconds": [row.seconds.text("%.0f") for row in rows],
+        "loss": [row.loss.text("%.4g") for row in rows],
+        "runs": counts,
+    }
 
 
 def _seedless(settings: dict[str, Any]) -> dict[str, Any]:
