@@ -95,7 +95,8 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
         if config.pretrained:
             raise ValueError("student.pretrained needs the student.name of a timm model")
     elif given:
-        raise ValueError(f"student.dim, depth and heads are for student.name vit; {config.name} has its own")
+        check_known(config.name, f"student.name: timm has no model {config.name!r}")
+        raise ValueError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path

@@ -102,9 +102,12 @@ MISTAKES = {
         "2 teacher blocks cannot be",
     ),
     "no student": (
-        "distill --cache {w}/cache --out {o} --student vit_huge --config demo --set student.dim=null "
-        "--set student.depth=null --set student.heads=null",
-        "no model 'vit_huge'",
+        "distill --cache {w}/cache --out {o} --student vit_tinny --config demo --set student.dim=48",
+        "no model 'vit_tinny'; did you mean 'vit_tiny",
+    ),
+    "another student's shape": (
+        "distill --cache {w}/cache --out {o} --student vit_tiny_patch16_224 --set student.dim=48",
+        "are for student.name vit; leave them out for vit_tiny_patch16_224",
     ),
     "unknown key": ("distill --cache {w}/cache --out {o} --set distill.epoch=3", "did you mean 'distill.epochs'?"),
     "no config": ("distill --cache {w}/cache --out {o} --config {w}/x.yaml", "no such file, nor a recipe among"),
