@@ -412,13 +412,19 @@ def _text(value: Any, name: object = "") -> str:
     if isinstance(value, int) and "bytes" in str(name):
         return _size(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" + (f" ({_duration(value)})" if str(name).endswith("hours") else "")
     if isinstance(value, dict):
         return ", ".join(f"{k} ({_text(v)})" if isinstance(v, dict) else f"{k} {_text(v, k)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         more = f" ... ({len(value)} in all)" if len(value) > _MOST else ""
         return ", ".join(map(_text, value[:_MOST])) + more
     return str(value)
+
+
+def _duration(hours: float) -> str:
+    from pipeline.progress import duration
+
+    return duration(3600 * hours)
 
 
 def _size(count: int) -> str:

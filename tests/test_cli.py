@@ -244,6 +244,7 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
     @dataclasses.dataclass
     class Result:
         bytes: int
+        hours: float
         numbers: list[int]
         nothing: None
         options: list[dict[str, object]]
@@ -252,10 +253,12 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
 
     rows: list[dict[str, object]] = [{"codec": "int8", "fits": True}, {"codec": "float16", "fits": None}]
     parts: list[dict[str, object]] = [{"part": ".", "files": {"a/b": "missing"}, "damaged": []}]
-    result = Result(1_234_567, list(range(30)), None, rows, parts, {2: {"clean": {"error": 0.12345, "cosine": 1.0}}})
+    blocks = {2: {"clean": {"error": 0.12345, "cosine": 1.0}}}
+    result = Result(1_234_567, 0.0015, list(range(30)), None, rows, parts, blocks)
     cli._report(result, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "bytes: 1.23 MB",
+        "hours: 0.0015 (5 s)",
         f"numbers: {', '.join(map(str, range(24)))} ... (30 in all)",
         "nothing: none",
         "options:",
