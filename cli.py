@@ -32,6 +32,8 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interr
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 # A mapping to nothing but these takes one line.
 _NUMBERS = {int, float, bool, type(None)}
+# What JSON alone has.
+_UNSAID = ("cache_place",)
 # Numbers that are printed of a list; JSON has all.
 _MOST = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
@@ -377,6 +379,8 @@ def _report(result: Any, as_json: bool) -> None:
 def _lines(value: dict[Any, Any]) -> Iterator[str]:
     """A line a figure; what is nested deeper is indented, and a list of flat rows is a table."""
     for name, field in value.items():
+        if name in _UNSAID or (name == "others" and not field):
+            continue
         inner: Iterable[str] = ()
         if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:
             inner = _lines(field)
@@ -411,13 +415,21 @@ def _text(value: Any, name: object = "") -> str:
     if isinstance(value, int) and "bytes" in str(name):
         return _size(value)
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" + (f" ({_duration(value)})" if str(name).endswith("hours") else "")
+    if isinstance(value, dict) and name == "matching":
+        return ", ".join(f"{teacher} -> {student}" for teacher, student in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{k} ({_text(v)})" if isinstance(v, dict) else f"{k} {_text(v, k)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         more = f" ... ({len(value)} in all)" if len(value) > _MOST else ""
         return ", ".join(map(_text, value[:_MOST])) + more
     return str(value)
+
+
+def _duration(hours: float) -> str:
+    from pipeline.progress import duration
+
+    return duration(3600 * hours)
 
 
 def _size(count: int) -> str:

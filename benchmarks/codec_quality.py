@@ -67,7 +67,7 @@ def main() -> None:
 def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], results: list[Classification]) -> str:
     info = cache_info(cache).teachers[0]
     left = [figures["after"]["artifact_percent"] for figures in blocks.values()]  # type: ignore[index]
-    cells = [kind, f"{info.bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
+    cells = [kind, f"{info.feature_bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
     cells.append(" / ".join(f"{share:.2f}" for share in left))
     for probe, tokens in COLUMNS:
         values = [getattr(r, probe)[tokens]["top1"] for r in results]

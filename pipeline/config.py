@@ -5,6 +5,7 @@ Defaults, then a YAML file, then direct options and `--set section.key=value`. U
 
 import difflib
 from collections.abc import Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -85,6 +86,8 @@ class CacheConfig(Section):
     workers: Positive = Field(2, description="image decoding threads")
 
 
+# Of a student: what belongs to its name.
+_SHAPE = ("dim", "depth", "heads", "patch_size")
 # What the paper and its authors' code do, where it differs from this project's own way. Keys given beside it win.
 _PAPER = {
     "cleaner": "adapter", "normaliser": "none", "rank": 64, "start": "doubled", "quantile": 0.97,
@@ -318,28 +321,29 @@ class Config(Section):
 
 
 def load_config(
-    file: str | Path | None = None,
+    file: str | Path | Mapping[str, Any] | None = None,
     sets: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Config:
     """The resolved configuration.
 
-    file: a YAML file, or the name of a bundled recipe. sets: `section.key=value` with a YAML value.
-    options: {"section.key": value} of direct options; None values are left out.
+    file: a YAML file, the name of a bundled recipe, or what such a file holds. sets: `section.key=value` with a YAML
+    value. options: {"section.key": value} of direct options; None values are left out.
     Raises ValueError naming the key, what is wrong and the nearest valid key.
     """
-    tree = _read(file) if file is not None else {}
-    for name, value in (options or {}).items():
-        if value is not None:
-            _put(tree, name, value)
+    base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
+    given = {name: value for name, value in (options or {}).items() if value is not None}
     for item in sets:
         name, equals, text = item.partition("=")
         if not equals or not name:
             raise ValueError(f"--set takes section.key=value, not {item!r}")
         try:
-            _put(tree, name, yaml.safe_load(text))
+            given[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ValueError(f"--set {name}: {text!r} is no YAML value") from None
+    tree = _without_shape(base, given.get("student.name"))
+    for name, value in given.items():
+        _put(tree, name, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -369,7 +373,20 @@ def _read(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree or {}, dict):
         raise ValueError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
-    return {section: keys if keys is not None else {} for section, keys in (tree or {}).items()}
+    return _sections(tree or {})
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Its own, to put more in; an empty section reads as None."""
+    return {section: {} if keys is None else copy(keys) for section, keys in tree.items()}
+
+
+def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
+    """The file's tree for another student than its own: the shape that it gives is not this one's."""
+    keys = tree.get("student", {})
+    if student is None or not isinstance(keys, dict) or keys.get("name", StudentConfig().name) == student:
+        return tree
+    return {**tree, "student": {key: value for key, value in keys.items() if key not in _SHAPE}}
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:

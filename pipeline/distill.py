@@ -322,6 +322,13 @@ def run_jobs(
     accelerator.wait_for_everyone()
     trainees = [new.trainee(mode, accelerator) for new in made]
     caches = [source.cache for source in made[0].sources]
+    for new, trainee in zip(made, trainees, strict=True):
+        if trainee.first_step and accelerator.is_main_process:
+            step, epochs = trainee.first_step, trainee.settings.epochs
+            done = step / steps_per_epoch(len(caches[0]), trainee.settings.batch_size)
+            say(
+                f"{new.job.out} goes on from step {trainee.first_step}: {epochs:.1f} of {trainee.settings.epochs} epochs"
+            )
     with images as files:
         m = train(trainees, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
     results = {}

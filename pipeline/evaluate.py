@@ -15,11 +15,11 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
-from pipeline.distill import RUN, STUDENT, DistillResult, load_result
+from pipeline.distill import RUN, STAGE, STUDENT, DistillResult, load_result
 from pipeline.measure import spread
 from pipeline.model_card import caveats
 from pipeline.models import check_known, load_model, load_saved
-from pipeline.outputs import write_json
+from pipeline.outputs import PROVENANCE, read_json, write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
 from pipeline.probes.trial import Computed, EvaluateResult, Trial
@@ -136,10 +136,16 @@ def learned_from(run: DistillResult, test: Images) -> bool:
 
 
 def _check_model(model: Path | str, weights: Path | None) -> None:
-    if not Path(model).exists():
+    folder = Path(model)
+    if not folder.exists():
         check_known(str(model), f"{model} does not exist, and timm has no model of this name")
     elif weights is not None:
         raise ValueError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
+    elif (folder / PROVENANCE).is_file() and not ((folder / STUDENT).is_dir() or (folder / "config.json").is_file()):
+        stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
+        if stage == STAGE:
+            raise ValueError(f"{model} is no finished run: repeat its distill command with --resume")
+        raise ValueError(f"{model} was written by singer {stage}; evaluate takes a run of singer distill, or a model")
 
 
 def result_file(place: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:

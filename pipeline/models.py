@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,9 +27,9 @@ INTERPOLATION = "bicubic"
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 # What to do without a network, by the place that names the model.
 _REMEDIES = {
-    "teacher.name": "give a local file with teacher.weights",
+    "teacher.name": "give a local file with --weights FILE (teacher.weights)",
     "student.name": "check the network or its cache",
-    "model": "give a local file with --weights",
+    "model": "give a local file with --weights FILE",
 }
 
 
@@ -95,7 +96,8 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
         if config.pretrained:
             raise ValueError("student.pretrained needs the student.name of a timm model")
     elif given:
-        raise ValueError(f"student.dim, depth and heads are for student.name vit; {config.name} has its own")
+        check_known(config.name, f"student.name: timm has no model {config.name!r}")
+        raise ValueError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
@@ -251,6 +253,8 @@ def _create(
 
 
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
+    # The hub's client warns of every retry; what comes of them is said here, once.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
@@ -272,7 +276,9 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         if weights is not None:
             message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
         elif pretrained:
-            message = f"weights of {what} {name} could not be had: {_first_line(error)}; {_REMEDIES[what]}"
+            own = isinstance(error, RuntimeError) or getattr(error, "errno", None)  # of timm, or of the disk
+            reason = _first_line(error) if own else "no network, or no such open model on the hub"
+            message = f"weights of {what} {name} could not be had: {reason}; {_REMEDIES[what]}"
         else:
             message = f"{what} {name}: {_first_line(error)}"
         raise ValueError(message) from None

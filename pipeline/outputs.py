@@ -191,6 +191,8 @@ def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(store.read(name))
     except FileNotFoundError:
+        if not is_remote(store.url) and not Path(store.url).exists():
+            raise ValueError(f"{store.url} does not exist") from None
         raise ValueError(f"{store.url} is no {what}: it has no {name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{file} is damaged: it holds no JSON") from None

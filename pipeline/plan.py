@@ -45,7 +45,7 @@ _END_OF_SHARD = 4
 
 @dataclass(frozen=True)
 class PlanOption:
-    """A way to store the features. bytes: of the whole cache; bytes_per_image: of all its blocks and views.
+    """A way to store the features. bytes: of the whole cache; bytes_per_image: of features, all blocks and views.
 
     error: relative error of clean patch tokens, at the worst block; fits: on the free disk; max_views, max_blocks: how
     many views of these blocks, and how many blocks of these views, would fit at most. None where the disk is not known.
@@ -67,7 +67,8 @@ class PlanResult:
 
     online_hours: of the teacher for the `epochs` of one student that runs it anew for every image; the cache pays off
     from break_even_students on. chosen: as configured; best_fit: of the options that fit, the one with the smallest
-    error, all tokens before fewer; free_bytes: where the cache would lie.
+    error, all tokens before fewer; tail_bytes: of the teacher's frozen end, which every option has once; free_bytes:
+    where the cache would lie.
     """
 
     images: int
@@ -79,6 +80,7 @@ class PlanResult:
     epochs: int
     online_hours: float
     break_even_students: int
+    tail_bytes: int
     free_bytes: int | None
     chosen: PlanOption
     best_fit: PlanOption | None
@@ -125,6 +127,7 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
         calibration=calibration,
         pixel_bytes=0.0 if pixels is None else sum(packed({PIXELS: pixels}, manifest).values()),
         free=None if out is None or is_remote(out) else free_bytes(Path(out)),
+        tail_bytes=sum(map(tensor_size, tail_state(vit.model.state_dict(), blocks[0]).values())),
     )
     codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
     shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
@@ -142,6 +145,7 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
         epochs=epochs,
         online_hours=len(images) * epochs / rate / 3600,
         break_even_students=-(-views // epochs),
+        tail_bytes=probe.tail_bytes,
         free_bytes=probe.free,
         chosen=own,
         best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
@@ -198,6 +202,7 @@ class Probe:
     calibration: Mapping[int, Calibration]
     pixel_bytes: float
     free: int | None
+    tail_bytes: int
 
     def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
         """One for every share of tokens; none if a codec that is not the chosen one cannot hold these features."""
@@ -228,9 +233,9 @@ class Probe:
         def total(views: float, blocks: float) -> float:
             return self.images * views * (of_features * blocks / len(manifest.blocks) + beside + indexed) + fixed
 
-        whole = round(total(views, len(manifest.blocks)))
+        whole, an_image = round(total(views, len(manifest.blocks))), round(views * of_features)
         if self.free is None:
-            return PlanOption(codec, share, error, round(whole / self.images), whole, None, None, None)
+            return PlanOption(codec, share, error, an_image, whole, None, None, None)
         room = _USABLE * self.free
         a_view = total(1, len(manifest.blocks)) - fixed
         a_block = total(views, 1) - total(views, 0)
@@ -238,7 +243,7 @@ class Probe:
             codec=codec,
             token_share=share,
             error=error,
-            bytes_per_image=round(whole / self.images),
+            bytes_per_image=an_image,
             bytes=whole,
             fits=whole <= room,
             max_views=max(0, int((room - fixed) / a_view)),
@@ -247,11 +252,14 @@ class Probe:
 
     def fixed_bytes(self, manifest: Manifest) -> int:
         """Of what does not grow with the images: mostly the end of the teacher."""
-        tail = tail_state(self.extract.vit.model.state_dict(), manifest.blocks[0])
         calibration = [t for c in self.calibration.values() for t in c.tensors().values()]
         compression = {name: manifest.compression(name) for name in manifest.arrays()}
         small = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
-        return sum(t.numel() * t.element_size() for t in [*tail.values(), *calibration]) + sum(map(len, small.values()))
+        return self.tail_bytes + sum(map(tensor_size, calibration)) + sum(map(len, small.values()))
+
+
+def tensor_size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def packed(values: Values, manifest: Manifest) -> dict[str, float]:

@@ -44,7 +44,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
     """Write the images below a folder as shards OUT/NAME-000000.tar. Raises ValueError for what the user can mend."""
     settings = config.prepare
     if not images.is_dir():
-        raise ValueError(f"{images} is no folder of images")
+        raise ValueError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
     check_output(out, mode, STAGE, config, [images, *filter(None, [settings.classes])])
     listing = list_layout(settings.layout, images, settings.split)
     if settings.classes is not None:
@@ -70,7 +70,9 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
                     sample = read_sample(entry, listing.convert)
                 except ValueError as error:
                     if settings.on_error == "fail":
-                        raise ValueError(f"{error}; remove it, or set prepare.on_error=skip") from None
+                        raise ValueError(
+                            f"{error}; mend or remove it, or list and skip all such files with --on-error skip"
+                        ) from None
                     say(f"skipped: {error}")
                     skipped.append(entry.file)
                     continue

@@ -49,7 +49,7 @@ class Meter:
         self._done += count
         if self._quiet:
             return
-        text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} % {note}"
+        text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=self._done, text=text)

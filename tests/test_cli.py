@@ -66,7 +66,7 @@ def test_chain_with_json(
 
 # name: (arguments, a part of the message); {w} is the world, {o} a fresh output
 MISTAKES = {
-    "no images": ("prepare {w}/none --out {o}", "none is no folder of images"),
+    "no images": ("prepare {w}/none --out {o}", "none does not exist"),
     "unknown layout": ("prepare {w}/images/train --out {o} --layout coco", "--layout: no layout 'coco'; known: folder"),
     "no split": ("prepare {w}/images/train --out {o} --layout ade20k", "the layout ade20k has train, val; give one of"),
     "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "no shard matches"),
@@ -91,20 +91,23 @@ MISTAKES = {
     ),
     "existing output": ("cache-teacher --shards {w}/train/*.tar --out {w}/cache", "cache exists; continue it with"),
     "both modes": ("cache-teacher --shards {w}/train/*.tar --out {o} --resume --overwrite", "exclude each other"),
-    "no cache": ("refine --cache {w}/none --out {o}", "none is no feature cache"),
+    "no cache": ("refine --cache {w}/none --out {o}", "none does not exist"),
     "not a cache": ("refine --cache {w}/teacher --out {o}", "teacher is no feature cache"),
     "rank": ("refine --cache {w}/cache --out {o} --rank 99", "refine.rank 99 is larger than the feature width 24"),
     "adapters exist": ("refine --cache {w}/cache --out {w}/adapters", "adapters exists; continue it with"),
     "other cache": ("distill --cache {c} --adapters {w}/adapters --out {o}", "was fitted to cache"),
-    "no adapters": ("distill --cache {w}/cache --adapters {w}/none --out {o}", "none is no finished refiner"),
+    "no adapters": ("distill --cache {w}/cache --adapters {w}/none --out {o}", "none does not exist"),
     "shallow student": (
         "distill --cache {w}/cache --out {o} --set student.depth=1",
         "2 teacher blocks cannot be",
     ),
     "no student": (
-        "distill --cache {w}/cache --out {o} --student vit_huge --config demo --set student.dim=null "
-        "--set student.depth=null --set student.heads=null",
-        "no model 'vit_huge'",
+        "distill --cache {w}/cache --out {o} --student vit_tinny --config demo --set student.dim=48",
+        "no model 'vit_tinny'; did you mean 'vit_tiny",
+    ),
+    "another student's shape": (
+        "distill --cache {w}/cache --out {o} --student vit_tiny_patch16_224 --set student.dim=48",
+        "are for student.name vit; leave them out for vit_tiny_patch16_224",
     ),
     "unknown key": ("distill --cache {w}/cache --out {o} --set distill.epoch=3", "did you mean 'distill.epochs'?"),
     "no config": ("distill --cache {w}/cache --out {o} --config {w}/x.yaml", "no such file, nor a recipe among"),
@@ -133,7 +136,11 @@ MISTAKES = {
         "--test {w}/test/*.tar",
         "has no .seg.png; every image needs one",
     ),
-    "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "is no timm model folder"),
+    "not a run": ("evaluate {w}/cache --train {w}/train/*.tar --test {w}/test/*.tar", "by singer cache-teacher;"),
+    "an unfinished run": (
+        "evaluate {u} --test {w}/test/*.tar",
+        "is no finished run: repeat its distill command with --resume",
+    ),
     "no training shards": ("evaluate {w}/teacher --test {w}/test/*.tar", "this task learns from images; give --train"),
     "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
     "no labels": (
@@ -153,8 +160,8 @@ MISTAKES = {
     "unknown format": ("export {w}/none --to onxx --out {o}", "unknown format 'onxx'; known: timm, hf, onnx, torch-"),
     "export of no run": ("export {w}/cache --to timm --out {o}", "cache is no finished run: it has no run.json"),
     "unknown output": ("export {w}/none --to onnx --out {o} --output cls", "export.output: input should be 'pooled'"),
-    "info of nothing": ("cache info {w}/none", "none is no feature cache"),
-    "verify nothing": ("cache verify {w}/none", "none is no feature cache"),
+    "info of nothing": ("cache info {w}/none", "none does not exist"),
+    "verify nothing": ("cache verify {w}/none", "none does not exist"),
     "verify no weights": ("cache verify {w}/cache --weights {w}/w.pth", "w.pth: no such file"),
     "verify another teacher": (
         "cache verify {w}/cache --teacher local-dir:{m}",
@@ -177,7 +184,8 @@ MISTAKES = {
 
 @pytest.fixture(scope="session")
 def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """m: a model of another width; c: another cache; d: a damaged one; f: shards without labels."""
+    """m: a model of another width; c: another cache; d: a damaged one; f: shards without labels; u: a run
+    that was interrupted."""
     from conftest import world_config
     from PIL import Image
 
@@ -198,7 +206,9 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     for name in "ab":
         Image.new("RGB", (9, 9)).save(root / "flat" / f"{name}.png")
     prepare(config, root / "flat", root / "f")
-    return {name: root / name for name in "mcdf"}
+    (root / "u").mkdir()
+    (root / "u" / "provenance.json").write_text('{"stage": "distill"}')
+    return {name: root / name for name in "mcdfu"}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -241,6 +251,10 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
     @dataclasses.dataclass
     class Result:
         bytes: int
+        hours: float
+        matching: dict[int, int]
+        others: list[str]
+        cache_place: str
         numbers: list[int]
         nothing: None
         options: list[dict[str, object]]
@@ -249,10 +263,13 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
 
     rows: list[dict[str, object]] = [{"codec": "int8", "fits": True}, {"codec": "float16", "fits": None}]
     parts: list[dict[str, object]] = [{"part": ".", "files": {"a/b": "missing"}, "damaged": []}]
-    result = Result(1_234_567, list(range(30)), None, rows, parts, {2: {"clean": {"error": 0.12345, "cosine": 1.0}}})
+    blocks = {2: {"clean": {"error": 0.12345, "cosine": 1.0}}}
+    result = Result(1_234_567, 0.0015, {8: 2, 11: 3}, [], "/c", list(range(30)), None, rows, parts, blocks)
     cli._report(result, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "bytes: 1.23 MB",
+        "hours: 0.0015 (5 s)",
+        "matching: 8 -> 2, 11 -> 3",
         f"numbers: {', '.join(map(str, range(24)))} ... (30 in all)",
         "nothing: none",
         "options:",

@@ -15,6 +15,22 @@ def test_layers(tmp_path: Path) -> None:
     assert config.distill.epochs == Config().distill.epochs
 
 
+def test_another_student_has_its_own_shape() -> None:
+    """By name alone, on a recipe; what the user gives beside it stays, and so does the rest of the section."""
+    recipe = "tinyimagenet-ti-to-w96"
+    assert load_config(recipe, ["student.name=vit"]).student == load_config(recipe).student
+    for config in (
+        load_config(recipe, options={"student.name": "vit_tiny_patch16_224"}),
+        load_config(recipe, ["student.name=vit_tiny_patch16_224"]),
+    ):
+        assert config.student == Config().student.model_copy(update={"name": "vit_tiny_patch16_224"})
+        assert config.distill == load_config(recipe).distill
+    tree = {"student": {"dim": 96, "drop_path": 0.1}, "distill": None}
+    config = load_config(tree, ["student.patch_size=8", "student.name=vit_tiny_patch16_224", "distill.epochs=3"])
+    assert (config.student.dim, config.student.patch_size, config.student.drop_path) == (None, 8, 0.1)
+    assert tree == {"student": {"dim": 96, "drop_path": 0.1}, "distill": None}
+
+
 def test_yaml_quirks(tmp_path: Path) -> None:
     assert load_config(sets=["cache.precision=no"]).cache.precision == "no"
     (tmp_path / "c.yaml").write_text("refine:\ndistill: {lr: 1e-3}\n")

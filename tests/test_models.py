@@ -96,6 +96,22 @@ def test_local_weight_file(tmp_path: Path, suffix: str) -> None:
         load_teacher(load_config(sets=["teacher.name=vit_small_patch16_224", sets[1]]).teacher)
 
 
+def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **kwargs: object) -> object:
+        if pretrained:
+            raise FileNotFoundError("An error happened while trying to locate the file on the Hub and we cannot find")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr("pipeline.models.timm.create_model", offline)
+    message = (
+        "^weights of teacher.name vit_tiny_patch16_224 could not be had: no network, or no such open model on the "
+    )
+    with pytest.raises(ValueError, match=message + r"hub; give a local file with --weights FILE \(teacher.weights\)$"):
+        load_teacher(load_config(sets=["teacher.name=vit_tiny_patch16_224"]).teacher)
+
+
 def test_weight_hash_sees_one_bit() -> None:
     state = make_vit().model.state_dict()
     before = weight_hash(state)
@@ -120,7 +136,7 @@ def test_pickled_weights_are_never_run(tmp_path: Path) -> None:
         (["teacher.name=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
         (["teacher.name=resnet18", "teacher.weights=WEIGHTS"], "it is a ResNet, not a VisionTransformer"),
         (["teacher.name=vit_tiny_patch16_224", "teacher.weights=/none.pth"], "weights /none.pth: no such file"),
-        (["teacher.name=local-dir:/none"], "/none is no timm model folder"),
+        (["teacher.name=local-dir:/none"], "/none does not exist"),
         (["teacher.name=TEACHER", "teacher.image_size=36"], "36 is not a multiple of the patch size 8"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from conftest import world_config
 
+from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.outputs import CONFIG, PROVENANCE
@@ -48,7 +49,9 @@ def test_bytes_are_those_of_the_cache(sets: tuple[str, ...], world: Path, tmp_pa
     made = [f for f in (tmp_path / "c").rglob("*") if f.is_file() and f.parent.name != "journal"]
     real = sum(f.stat().st_size for f in made if f.name not in beside)
     assert planned.chosen.bytes == pytest.approx(real, rel=0.03)
-    assert planned.chosen.bytes_per_image == pytest.approx(real / 100, rel=0.03)
+    (teacher,) = cache_info(tmp_path / "c").teachers
+    assert planned.chosen.bytes_per_image == pytest.approx(teacher.feature_bytes / 100, rel=0.03)
+    assert planned.tail_bytes == pytest.approx((tmp_path / "c" / "tail.safetensors").stat().st_size, rel=0.05)
     assert planned.chosen.codec == config.cache.codec and planned.chosen.token_share == config.cache.token_share
 
 

@@ -124,6 +124,12 @@ def test_joint_training_fits_no_refiner() -> None:
     assert run.refiner is None and "refine.rank" in run.settings()
 
 
+@pytest.mark.parametrize("base", ["demo", {"student": {"dim": 48, "depth": 4, "heads": 3}}])
+def test_another_student_leaves_the_base_its_shape(base: object) -> None:
+    vit, other = make_plan({"base": base, "grid": {"student.name": ["vit", "vit_tiny_patch16_224"]}}).runs
+    assert vit.config.student.dim == 48 and other.config.student.dim is None
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

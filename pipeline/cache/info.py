@@ -16,9 +16,9 @@ from pipeline.stores import Place, open_store
 class TeacherInfo:
     """One teacher's features in a cache. records: views of images; missing: shards still to do.
 
-    bytes: of its stored features; ratio: how many times smaller than float16 of all tokens; fidelity: {block: norms of
-    patch tokens, errors of the codec on prefix, clean and artifact tokens} as measured when the block was first cached,
-    on a sample of its records.
+    feature_bytes: of its stored features; ratio: how many times smaller than float16 of all tokens; fidelity: {block:
+    norms of patch tokens, errors of the codec on prefix, clean and artifact tokens} as measured when the block was
+    first cached, on a sample of its records.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TeacherInfo:
     records: int
     shards: int
     missing: int
-    bytes: int
+    feature_bytes: int
     ratio: float
     fidelity: dict[int, Any]
 
@@ -110,7 +110,7 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
         records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
         shards=sum(p.manifest.shards for p in parts),
         missing=missing,
-        bytes=stored,
+        feature_bytes=stored,
         ratio=exact / stored if stored else 0.0,
         fidelity=dict(sorted(fidelity.items())),
     )

@@ -129,13 +129,13 @@ def make_plan(tree: Any) -> Plan:
         raise ValueError(_explain(error.errors()[0])) from None
     if not file.grid and not file.runs:
         raise ValueError("it has neither grid nor runs; give one of them, or both")
-    base, given = _base(file.base)
-    drafts = [_draft(entry, point, base, given) for entry in file.runs or (RunEntry(),) for point in _points(file.grid)]
+    base = _base(file.base)
+    drafts = [_draft(entry, point, base) for entry in file.runs or (RunEntry(),) for point in _points(file.grid)]
     runs, refiners = _named(drafts)
     _check_different(file.runs, runs)
     probes = tuple(dict.fromkeys(file.probes))
     return Plan(
-        load_config(base, given),
+        load_config(base),
         tuple(runs),
         refiners,
         probes,
@@ -155,15 +155,15 @@ class _Draft:
     fitted: bool
 
 
-def _base(base: Any) -> tuple[str | None, list[str]]:
-    """The recipe, and further settings as load_config takes them."""
+def _base(base: Any) -> str | dict[str, Any]:
+    """The recipe, or a tree like one."""
     if isinstance(base, str):
         if base not in recipes() and not Path(base).is_file():
             raise ValueError(f"base: no file {base}, nor a recipe among {', '.join(recipes())}")
-        return base, []
+        return base
     if not isinstance(base, dict) or not all(isinstance(keys, dict | None) for keys in base.values()):
         raise ValueError("base takes a recipe's name, or sections with keys")
-    return None, [_setting(f"{section}.{key}", v) for section, keys in base.items() for key, v in (keys or {}).items()]
+    return base
 
 
 def _setting(key: str, value: Value) -> str:
@@ -175,7 +175,7 @@ def _points(grid: Mapping[str, list[Value]]) -> Iterable[dict[str, Value]]:
     return (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
 
 
-def _draft(entry: RunEntry, point: dict[str, Value], base: str | None, given: list[str]) -> _Draft:
+def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any]) -> _Draft:
     twice = sorted(set(entry.set) & set(point))
     if twice:
         raise ValueError(f"{twice[0]} is set by grid and by {entry.name or 'a run'}; leave one out")
@@ -185,7 +185,7 @@ def _draft(entry: RunEntry, point: dict[str, Value], base: str | None, given: li
     refiner = changes.pop(REFINER, "fit")
     if refiner not in ("none", "fit", None):
         raise ValueError(f"{REFINER} is none or fit, not {refiner!r}")
-    config = load_config(base, [*given, *(_setting(key, value) for key, value in changes.items())])
+    config = load_config(base, [_setting(key, value) for key, value in changes.items()])
     resolved = {key: _at(config, key) for key in changes}
     if REFINER in entry.set or REFINER in point:
         resolved[REFINER] = refiner or "none"
