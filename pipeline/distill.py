@@ -326,9 +326,7 @@ def run_jobs(
         if trainee.first_step and accelerator.is_main_process:
             step, epochs = trainee.first_step, trainee.settings.epochs
             done = step / steps_per_epoch(len(caches[0]), trainee.settings.batch_size)
-            say(
-                f"{new.job.out} goes on from step {trainee.first_step}: {epochs:.1f} of {trainee.settings.epochs} epochs"
-            )
+            say(f"{new.job.out} goes on from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
         m = train(trainees, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
     results = {}

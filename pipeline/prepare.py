@@ -70,9 +70,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
                     sample = read_sample(entry, listing.convert)
                 except ValueError as error:
                     if settings.on_error == "fail":
-                        raise ValueError(
-                            f"{error}; mend or remove it, or list and skip all such files with --on-error skip"
-                        ) from None
+                        raise ValueError(f"{error}; remove it, or skip all such with --on-error skip") from None
                     say(f"skipped: {error}")
                     skipped.append(entry.file)
                     continue

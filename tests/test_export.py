@@ -234,7 +234,7 @@ def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) ->
     inputs = json.loads((run / "inputs.json").read_text())
     (probe,) = (json.loads(f.read_text()) for f in run.glob("evaluate-*.json"))
     for text in (
-        "vit_tiny_patch16_224 of width 12 and depth 3, distilled from vit_tiny_patch16_224\n",
+        "ViT of width 12 and depth 3, distilled from vit_tiny_patch16_224\n",
         f"weights `{about['teacher']['weights']}`",
         f"| cache | `{about['cache']}` |",
         f"| refiner | cleaner adapter, normaliser standardize; SHA-256 `{inputs['adapters']}` |",
