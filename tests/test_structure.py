@@ -61,8 +61,8 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
         "assert 'vit-l-to-ti' in recipes() and load_config('demo').student.dim\n"
         "assert (resource('data/demo_teacher') / 'model.safetensors').is_file()\n"
         "templates = {f.name for f in resource('report.html.j2').parent.glob('*.j2')}\n"
-        "assert templates == {'inspect.html.j2', 'leaderboard.html.j2', 'model_card.md.j2', "
-        "'report.html.j2', 'report_style.html.j2', 'style.html.j2'}\n"
+        "assert templates == {'inspect.html.j2', 'leaderboard.html.j2', 'mean.html.j2', "
+        "'model_card.md.j2', 'report.html.j2', 'report_style.html.j2', 'style.html.j2'}\n"
         "assert (resource('configs') / 'sweeps' / 'tinyimagenet-methods.yaml').is_file()\n"
         "sys.argv = ['singer', '--help']; cli.main()"
     )
