@@ -145,11 +145,11 @@ class Chain:
         return {r.get("task", "classification"): r for r in results}
 
     def line(self, name: str, seeds: list[int]) -> str | None:
-        """The method's row, of the seeds that are there."""
+        """The method's row, of the seeds that are there and probed."""
         runs = [self.run(name, seed) for seed in seeds if (self.run(name, seed) / RUN).exists()]
-        if not runs:
+        figures = [found for run in runs if "classification" in (found := self.figures(run))]
+        if not figures:
             return None
-        figures = [self.figures(run) for run in runs]
         cells = [name]
         for task, *path in COLUMNS.values():
             values = [_at(f[task], path) for f in figures if task in f]
@@ -161,7 +161,7 @@ class Chain:
         blocks = json.loads(files[0].read_text())["blocks"].values() if files else []
         cells.append(" / ".join(f"{b['after']['artifact_percent']:.2f}" for b in blocks))
         cells.append(" / ".join(f"{b['clean_drift_percent']:.1f}" for b in blocks))
-        return "| " + " | ".join([*cells, str(len(runs))]) + " |"
+        return "| " + " | ".join([*cells, str(len(figures))]) + " |"
 
     def table(self, seeds: list[int]) -> str:
         """Main rows, then ablations."""
