@@ -29,13 +29,18 @@ class Checkpoint:
         self._seconds = 60 * minutes
         self._saved = time.monotonic()
 
-    def save(self, step: int, force: bool) -> None:
-        """Save if `force` or enough time has gone by. Called by the main process only."""
-        if not force and time.monotonic() - self._saved < self._seconds:
-            return
-        buffer = io.BytesIO()
-        torch.save({"step": step, **{name: part.state_dict() for name, part in self._parts.items()}}, buffer)
-        write_atomic(self.path, buffer.getvalue())
+    @property
+    def due(self) -> bool:
+        """Whether enough time has gone by since the last."""
+        return time.monotonic() - self._saved >= self._seconds
+
+    def save(self, step: int, write: bool = True) -> None:
+        """Gather the state of the parts and, on one process only, write it."""
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        if write:
+            buffer = io.BytesIO()
+            torch.save({"step": step, **state}, buffer)
+            write_atomic(self.path, buffer.getvalue())
         self._saved = time.monotonic()
 
     def restore(self) -> int:

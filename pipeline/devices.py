@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
 from pipeline.config import Precision
 
@@ -14,15 +14,6 @@ def make_accelerator(precision: Precision) -> Accelerator:
     AcceleratorState._reset_state()
     # While the main process indexes and calibrates, the others wait: longer than the ten minutes of the default.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
-
-
-def require_whole_models() -> None:
-    """Raise ValueError if Accelerate's configuration asks for models in shards, which nothing here can store.
-
-    Accelerate itself has no FSDP on CPUs, so that it could not be tried.
-    """
-    flags = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-    for name, flag in flags.items():
-        if parse_flag_from_env(flag):
-            raise ValueError(f"{name} is not supported; students are small: use DDP (multi-GPU in accelerate config)")
+    # Students are put in shards by pipeline/sharding.py, and nothing else is.
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])

@@ -8,7 +8,7 @@ and minimises their weighted sum. Several students that share the data train on 
 it would alone.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from pipeline.batch_norm import check_parts, synchronise
 from pipeline.cache.reader import Cache
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
-from pipeline.devices import make_accelerator, require_whole_models
+from pipeline.devices import make_accelerator
 from pipeline.distiller import Distiller, Head, Joint, Targets, new_joint
 from pipeline.models import Backbone, new_student, save_backbone
 from pipeline.outputs import (
@@ -38,6 +39,7 @@ from pipeline.outputs import (
 from pipeline.progress import Meter, say
 from pipeline.readplan import steps_per_epoch
 from pipeline.refine import load_refiner
+from pipeline.sharding import WholeModel, WholeOptimiser, check_sharding, shard, wants_shards
 from pipeline.shards import ImageFile, relocate
 from pipeline.sources import Adapters, Places, Source, as_places, input_hashes, open_sources
 from pipeline.tracking import Tracking, check_trackers
@@ -47,6 +49,8 @@ from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
 from singer.refiner import Refiner
+
+State = Mapping[str, Tensor]
 
 STAGE = "distill"
 STUDENT = "student"
@@ -162,9 +166,9 @@ def fan_out(
 
     Raises ValueError for whatever the user can mend, and if the jobs differ in what they must SHARE.
     """
-    require_whole_models()
     check_shared(jobs)
     settings = jobs[0].config.distill
+    check_sharding(settings.precision)
     taught = [open_sources(job.config.distill, caches, job.adapters) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
@@ -261,7 +265,9 @@ class NewStudent:
             )  # fmt: skip
         self.distiller = Distiller(self.student, heads).to(device)
         check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
-        self.ema = ModelEmaV3(self.student.model, settings.ema) if settings.ema is not None else None
+        # Weights in shards and buffers do not go through one foreach.
+        foreach = not wants_shards(accelerator)
+        self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
 
     @property
     def taught(self) -> list[Taught]:
@@ -292,12 +298,26 @@ class NewStudent:
     def trainee(self, mode: Mode, accelerator: Accelerator) -> Trainee:
         """Ready to train, from its last checkpoint if it has one."""
         settings, out = self.job.config.distill, self.job.out
+        sharded = wants_shards(accelerator)
+        model = accelerator.prepare_model(self.distiller, evaluation_mode=sharded)  # which is without DDP
+        average = self.ema.module if self.ema is not None else None
+        if sharded:
+            kept, weights = shard(self.distiller, accelerator)
+            if average is not None:
+                shard(average, accelerator)
+            if accelerator.is_main_process:
+                say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
         trainable = [p for p in self.distiller.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
-        parts = {"model": self.distiller, "optimiser": optimiser, "scaler": accelerator.scaler, "ema": self.ema}
+        parts = {
+            "model": WholeModel(self.distiller),
+            "optimiser": WholeOptimiser(self.distiller, optimiser),
+            "scaler": accelerator.scaler,
+            "ema": WholeModel(average) if average is not None else None,
+        }
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
-        model, optimiser = accelerator.prepare(self.distiller, optimiser)
+        optimiser = accelerator.prepare_optimizer(optimiser)
         if settings.compile:
             model = torch.compile(model)
         log = RunLog(out / LOG, first, accelerator.is_main_process)
@@ -332,8 +352,10 @@ def run_jobs(
     results = {}
     for new, trainee in zip(made, trainees, strict=True):
         results[new.job.out] = result = describe(new, trainee, m)
+        student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
+        trained = WholeModel(new.distiller).state_dict()
         if accelerator.is_main_process:
-            store(new, result)
+            store(new, result, student, trained)
             trainee.checkpoint.path.unlink(missing_ok=True)
             if trainee.tracking is not None:
                 trainee.tracking.close()
@@ -358,19 +380,18 @@ def describe(new: NewStudent, trainee: Trainee, m: Meter) -> DistillResult:
     )
 
 
-def store(new: NewStudent, result: DistillResult) -> None:
+def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
     """The student (its moving average, if there is one) and what was trained beside it; the result comes last."""
     out = new.job.out
-    student = new.student.model if new.ema is None else new.ema.module
-    save_backbone(new.student, student.state_dict(), out / STUDENT)
-    trained = new.distiller.state_dict()
+    save_backbone(new.student, student, out / STUDENT)
     write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()
         if not name.startswith(("student.", "adapters."))
     })  # fmt: skip
     if new.fresh is not None:
-        write_tensors(out / ADAPTERS, new.fresh.state_dict())
+        adapters = {n.removeprefix("adapters."): t for n, t in trained.items() if n.startswith("adapters.")}
+        write_tensors(out / ADAPTERS, adapters)
     # Without the place where it was made: a run may move.
     value = {**asdict(result), "run": ".", "student": STUDENT}
     if not result.others:

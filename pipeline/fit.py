@@ -143,7 +143,8 @@ def fit_adapters(
             if done % _LOG_EVERY == 0 or plateau.over or done == settings.steps:
                 parts = {f"{n}.{b}": float(v.detach()) for n, of in losses.items() for b, v in of.items()}
                 log.write(step=done, loss=loss, lr=settings.lr * plateau.factor, **parts)
-                checkpoint.save(done, force=False)
+                if checkpoint.due:
+                    checkpoint.save(done)
             if plateau.over:
                 break
     if not all(torch.isfinite(p).all() for p in adapters.parameters()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -155,8 +156,8 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
                 for trainee in going:
                     trainee.report(step, per_epoch, m, accelerator)
                     # Only here are all running sums empty, so that a checkpoint needs none of them.
-                    if main and step + 1 < total:
-                        trainee.checkpoint.save(step + 1, force=epoch_ends)
+                    if step + 1 < total and (epoch_ends or _agreed(trainee.checkpoint.due, accelerator)):
+                        trainee.checkpoint.save(step + 1, write=main)
     return m
 
 
@@ -170,6 +171,11 @@ def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, cac
         if key not in images:
             images[key] = normalise(batch.pixels[student.image_size], student.mean, student.std, device)
     return [Lesson(images[s.image_size, s.mean, s.std], shown, weights, labels) for s in (t.student for t in trainees)]
+
+
+def _agreed(due: bool, accelerator: Accelerator) -> bool:
+    """What the first process's clock says: all must gather the state together."""
+    return bool(broadcast(torch.tensor(due, device=accelerator.device)))
 
 
 def _note(trainees: Sequence[Trainee]) -> str:

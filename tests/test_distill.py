@@ -222,9 +222,10 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     model(torch.ones(1, 2)).sum().backward()
     optimiser.step()
     checkpoint = Checkpoint(tmp_path / "c.pt", {"model": model, "optimiser": optimiser, "scaler": None}, minutes=60)
-    checkpoint.save(7, force=False)
+    assert not checkpoint.due and Checkpoint(tmp_path / "c.pt", {}, minutes=0).due
+    checkpoint.save(7, write=False)
     assert not checkpoint.path.exists()
-    checkpoint.save(7, force=True)
+    checkpoint.save(7)
     other = torch.nn.Linear(2, 2)
     fresh = {"model": other, "optimiser": torch.optim.AdamW(other.parameters())}
     again = Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
@@ -314,12 +315,12 @@ def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monke
     jobs = [Job(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
     saves, save = 0, Checkpoint.save
 
-    def dying(self: Checkpoint, step: int, force: bool) -> None:
+    def dying(self: Checkpoint, step: int, write: bool) -> None:
         nonlocal saves
-        saves += force
+        saves += 1
         if saves > 1:
             raise KeyboardInterrupt
-        save(self, step, force)
+        save(self, step, write)
 
     monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(KeyboardInterrupt):

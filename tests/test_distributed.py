@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,27 +24,29 @@ from pipeline.views import normalise
 ROOT = Path(__file__).parent.parent
 
 
-def launch(processes: int, *args: object) -> dict[str, object]:
-    """`torchrun cli.py ARGS --json` on the CPU; the JSON object that it prints.
+def launch(
+    processes: int, *args: object, environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, object], str]:
+    """`torchrun cli.py ARGS --json` on the CPU; the JSON object that it prints, and what it says besides.
 
     `accelerate launch --cpu` starts one process, whatever number it is given.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*torchrun, str(ROOT / "cli.py"), *map(str, args), "--json"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "only the first process speaks"
     value = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(value, dict)
-    return value
+    return value, done.stderr
 
 
 @pytest.mark.timeout(600)
 def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
     options = ["--config", config_file]
     shards = world / "train" / "*.tar"
-    made = launch(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
+    made, _ = launch(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
     ignored = ("provenance.json", "config.yaml")
     assert tree_bytes(tmp_path / "cache", *ignored) == tree_bytes(world / "cache", *ignored)
     assert made["records"] == 100 and made["id"] == Cache(world / "cache").id
@@ -58,7 +62,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     distill(world_config(world, *sets), world / "cache", runs[1], world / "adapters")
     train = ["distill", "--cache", tmp_path / "cache", "--adapters", world / "adapters", *options]
-    assert launch(2, *train, *(part for value in sets for part in ("--set", value)), "--out", runs[2])["steps"] == 14
+    assert launch(2, *train, *(part for value in sets for part in ("--set", value)), "--out", runs[2])[0]["steps"] == 14
     losses = [[line["loss"] for line in read_log(run / "log.jsonl")] for run in runs.values()]
     assert len(losses[0]) >= 4
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
@@ -70,32 +74,63 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("environment", "sets"),
+    [
+        pytest.param({}, [], id="ddp"),
+        pytest.param(
+            {"ACCELERATE_USE_FSDP": "true"},
+            ["distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
+            id="fsdp",
+        ),
+    ],
+)
 def test_resume_on_more_processes(
-    world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    sets: list[str],
 ) -> None:
-    """Begun by one process and interrupted in mid-epoch, ended by two: the same weights to rounding."""
-    config = world_config(world, "distill.checkpoint_minutes=1e-9", "distill.batch_size=15")
-    distill(config, world / "cache", tmp_path / "whole")
+    """Begun by one process and interrupted in mid-epoch, ended by two, which hold all weights or, with FSDP in
+
+    Accelerate's configuration, half of every weight each: the same losses and weights to rounding.
+    """
+    sets = ["distill.checkpoint_minutes=1e-9", "distill.batch_size=15", *sets]
+    config = world_config(world, *sets)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    distill(config, world / "cache", whole)
     saves, save = 0, Checkpoint.save
 
-    def dying(self: Checkpoint, step: int, force: bool) -> None:
+    def dying(self: Checkpoint, step: int, write: bool) -> None:
         nonlocal saves
-        save(self, step, force)
+        save(self, step, write)
         saves += 1
         if saves == 3:
-            assert not force  # in the midst of an epoch
+            assert step % 7  # in the midst of an epoch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(KeyboardInterrupt):
-        distill(config, world / "cache", tmp_path / "part")
+        distill(config, world / "cache", part)
     monkeypatch.undo()
-    options = ["--config", config_file, "--set", "distill.checkpoint_minutes=1e-9", "--batch-size", 15, "--resume"]
-    result = launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "part", *options)
+    options = ["--config", config_file, "--resume", *(word for value in sets for word in ("--set", value))]
+    result, said = launch(2, "distill", "--cache", world / "cache", "--out", part, *options, environment=environment)
     assert result["steps"] == 14
-    one, two = (safetensors.torch.load_file(tmp_path / n / "student/model.safetensors") for n in ("whole", "part"))
-    for key, weight in one.items():
-        torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
+    shards = re.search(r"each of 2 processes keeps about ([\d,]+) of ([\d,]+) weights", said)
+    assert (shards is not None) == bool(environment)
+    if shards is not None:
+        kept, weights = (int(number.replace(",", "")) for number in shards.groups())
+        assert 0.45 < kept / weights < 0.55
+    one, two = ([line["loss"] for line in read_log(run / "log.jsonl")] for run in (whole, part))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=0)
+    files = ["student/model.safetensors", "projectors.safetensors"]
+    for name in [*files, "adapters.safetensors"] if config.distill.joint else files:
+        expected, found = (safetensors.torch.load_file(run / name) for run in (whole, part))
+        assert found.keys() == expected.keys()
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.timeout(300)
@@ -118,12 +153,16 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
         torch.testing.assert_close(saved[key], student.model.state_dict()[key])
 
 
-@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
-def test_models_in_shards_are_refused(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
-) -> None:
+def test_deepspeed_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch` tells of it."""
-    monkeypatch.setenv(flag, "true")
-    with pytest.raises(ValueError, match=f"{name} is not supported; students are small: use DDP"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported; use DDP"):
         distill(world_config(world), world / "cache", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP with fp16 is not supported: .*; use precision bf16"):
+        distill(world_config(world, "distill.precision=fp16"), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,137 @@
+"""Images by their place in a shard, decoded with care: archives are taken for hostile, and nothing is unpickled."""
+
+import io
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.shards.images import Images
+from pipeline.stores import allow_open_files
+
+# Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
+MAX_PIXELS = 100_000_000
+# Enough for the size of nearly every image.
+_HEADER_BYTES = 1 << 16
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+class ImageFile:
+    """Reads images of `Images` by number; safe to share between threads, opens a shard once.
+
+    what: the word for them in messages.
+    """
+
+    def __init__(self, images: Images, what: str = "image") -> None:
+        self.images, self.what = images, what
+        allow_open_files(len(images.paths))
+        self._lock = threading.Lock()
+        self._files: dict[int, int] = {}
+
+    def read(self, number: int) -> Image.Image:
+        """Image `number`, RGB. Raises ValueError naming key and shard if it cannot be decoded."""
+        data, where = self.encoded(number)
+        with _decoding(where):
+            return to_rgb(open_known(data))
+
+    def dimensions(self, number: int) -> tuple[int, int]:
+        """(width, height) of image `number`, from its header."""
+        try:
+            return open_known(self.encoded(number, _HEADER_BYTES)[0]).size
+        except Exception:  # a long header, or no image at all
+            data, where = self.encoded(number)
+            with _decoding(where):
+                return open_known(data).size
+
+    def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
+        """The bytes of image `number` (the first `most`), and its key and shard for messages.
+
+        Raises ValueError if they cannot be read.
+        """
+        shard = int(self.images.shard[number])
+        where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
+        size, offset = int(self.images.size[number]), int(self.images.offset[number])
+        size = size if most is None else min(size, most)
+        data = os.pread(self._descriptor(shard), size, offset)
+        if len(data) < size:
+            raise ValueError(f"{where}: the shard ends {size - len(data)} bytes too early")
+        return data, where
+
+    def _descriptor(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._files:
+                try:
+                    self._files[shard] = os.open(self.images.paths[shard], os.O_RDONLY)
+                except OSError as error:
+                    raise ValueError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
+            return self._files[shard]
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> "ImageFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """An image of a known kind and sane size, not yet decoded.
+
+    Raises ValueError if it is too large, OSError or SyntaxError if it is no such image.
+    """
+    try:
+        return open_known(data, formats)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """An image as it is stored, in whatever mode. Raises ValueError beginning with `where` if it cannot be decoded."""
+    with _decoding(where):
+        image = open_known(data, formats)
+        image.load()
+        return image
+
+
+def open_known(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
+    """As open_image, with PIL's own error if the image is too large."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        # PIL's own message names an address in memory: other words in every run.
+        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
+    return image
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # decoders raise whatever broken data makes them stumble over
+        raise ValueError(f"{where} cannot be decoded: {one_line(error)}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode; 16-bit greys are scaled to 8 bits, transparency is laid on white."""
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def one_line(error: Exception) -> str:
+    """What it says, on one line; its name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

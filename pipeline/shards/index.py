@@ -1,0 +1,162 @@
+"""WebDataset shards: which files, and what is in them.
+
+The order of training is singer's own, so members are read by position, not streamed. A defect is named or listed,
+never passed over.
+"""
+
+import glob
+import os
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+
+from pipeline.shards.images import Images, Keys, Skipped
+from pipeline.tars import UNSAFE, Defect, contents, read_samples
+
+OnError = Literal["fail", "skip"]
+
+
+def expand_shards(spec: str | Sequence[str]) -> list[Path]:
+    """The shard files that globs, brace ranges (`train-{0000..0004}.tar`) or names stand for, in order.
+
+    Raises ValueError if one stands for nothing, or a file is missing.
+    """
+    paths: list[Path] = []
+    for pattern in [spec] if isinstance(spec, str) else spec:
+        for name in expand_urls(os.fspath(pattern)):
+            if glob.has_magic(name) and not Path(name).is_file():
+                found = sorted(Path(p) for p in glob.glob(name))  # noqa: PTH207 (absolute patterns too)
+                if not found:
+                    raise ValueError(f"no shard matches {name!r}")
+                paths += found
+            else:
+                paths.append(Path(name))
+    missing = [p for p in paths if not p.is_file()]
+    if missing:
+        raise ValueError(
+            f"shard {missing[0]} does not exist" + (f" (nor {len(missing) - 1} more)" * (len(missing) > 1))
+        )
+    if not paths:
+        raise ValueError("no shards given")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"shard {next(p for p in paths if paths.count(p) > 1)} is given twice")
+    return paths
+
+
+@dataclass
+class Defects:
+    """Raises the first defect, or lists all."""
+
+    on_error: OnError
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def add(self, path: Path, key: str, reason: str) -> None:
+        # What is raised or listed gets printed and stored.
+        key = key.encode("unicode_escape").decode() if UNSAFE.search(key) else key
+        if self.on_error == "fail":
+            where = Skipped(str(path), key, reason)
+            raise ValueError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
+        self.skipped.append(Skipped(path.name, key, reason))
+
+
+def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Images:
+    """List the images of shards from the tar headers.
+
+    A defect is a damaged archive or an unusable sample: without an image, an empty image, a label that is no class
+    number, a link in place of a file, a key that occurs twice (the first one counts) or is unsafe as a path. Of a
+    damaged shard the samples before the damage stay, without the last, which may have lost members. As in the
+    webdataset library, files whose names have no extension or begin with a dot belong to no sample.
+
+    Raises ValueError for a shard that is missing, if there are no images at all, and, unless on_error is "skip", for
+    the first defect; else defects are listed in `skipped`.
+    """
+    paths = expand_shards(spec)
+    defects = Defects(on_error)
+    keys: list[str] = []
+    labels, shard, offset, size = array("i"), array("i"), array("q"), array("q")
+    seen: set[str] = set()
+    for number, path in enumerate(paths):
+        samples, damage = read_samples(path)
+        if damage is not None:
+            defects.add(path, "", damage)
+        for sample in samples:
+            for extension in sample.repeated:
+                defects.add(path, sample.key, f"has two members .{extension}")
+            try:
+                label, image = contents(sample)
+                if sample.key in seen:
+                    raise Defect("occurs twice")
+            except Defect as defect:
+                defects.add(path, sample.key, str(defect))
+            else:
+                keys.append(sample.key)
+                labels.append(label)
+                shard.append(number)
+                offset.append(image.offset)
+                size.append(image.size)
+            seen.add(sample.key)
+    if not keys:
+        also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
+        raise ValueError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
+    return Images(
+        tuple(p.resolve() for p in paths),
+        tuple(p.stat().st_size for p in paths),
+        Keys.of(keys),
+        np.array(labels, dtype=np.int32),
+        np.array(shard, dtype=np.int32),
+        np.array(offset, dtype=np.int64),
+        np.array(size, dtype=np.int64),
+        tuple(defects.skipped),
+    )
+
+
+def index_beside(images: Images, extension: str) -> Images:
+    """The members .{extension} beside the images: the same rows, with the places and sizes of these members.
+
+    Raises ValueError naming shard and key where one is missing, empty, no regular file or there twice.
+    """
+    offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
+    for number, path in enumerate(images.paths):
+        samples = {sample.key: sample for sample in read_samples(path, extension)[0]}
+        for row in np.flatnonzero(images.shard == number).tolist():
+            sample = samples.get(images.keys[row])
+            member = None if sample is None else sample.members.get(extension)
+            if sample is None or member is None:
+                reason = f"has no .{extension}; every image needs one here"
+            elif extension in sample.repeated:
+                reason = f"has two members .{extension}; remove one"
+            elif not member.regular or not member.size:
+                reason = f"has a .{extension} that is {'empty' if member.regular else 'no regular file'}; replace it"
+            else:
+                offset[row], size[row] = member.offset, member.size
+                continue
+            raise ValueError(str(Skipped(str(path), images.keys[row], reason)))
+    return replace(images, offset=offset, size=size)
+
+
+def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
+    """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
+    paths = images.paths
+    if shards is not None:
+        given = expand_shards(shards)
+        found = {p.name: p.resolve() for p in given}
+        if len(found) == len(given):
+            missing = [p.name for p in paths if p.name not in found]
+            if missing:
+                raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
+            paths = tuple(found[p.name] for p in paths)
+        elif len(given) == len(paths):  # names repeat: by order
+            paths = tuple(p.resolve() for p in given)
+        else:
+            raise ValueError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
+    for path, size in zip(paths, images.shard_sizes, strict=True):
+        if not path.is_file():
+            raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
+        if path.stat().st_size != size:
+            raise ValueError(f"shard {path} has changed since it was cached; cache it again")
+    return replace(images, paths=paths)
