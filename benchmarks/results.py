@@ -24,11 +24,12 @@ from webdataset import TarWriter, WebDataset
 
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
-from pipeline.distill import RUN, distill
+from pipeline.distill import distill
 from pipeline.evaluate import evaluate
 from pipeline.outputs import Mode
 from pipeline.refine import refine
 from pipeline.sweep.plan import REFINER, SweepFile, find_sweep
+from pipeline.trained import RUN
 
 RECIPE = "tinyimagenet-ti-to-w96"
 PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]

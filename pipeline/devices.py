@@ -14,6 +14,6 @@ def make_accelerator(precision: Precision) -> Accelerator:
     AcceleratorState._reset_state()
     # While the main process indexes and calibrates, the others wait: longer than the ten minutes of the default.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    # Students are put in shards by pipeline/sharding.py, and nothing else is.
+    # Students are put in shards by pipeline/fsdp.py, and nothing else is.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])

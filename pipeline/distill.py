@@ -9,8 +9,8 @@ it would alone.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from pipeline.batch_norm import check_parts, synchronise
-from pipeline.cache.reader import Cache
 from pipeline.checkpoint import Checkpoint, RunLog
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
 from pipeline.distiller import Distiller, Head, Joint, Targets, new_joint
+from pipeline.fsdp import WholeModel, WholeOptimiser, check_sharding, shard, wants_shards
 from pipeline.models import Backbone, new_student, save_backbone
 from pipeline.outputs import (
     INPUTS,
@@ -32,18 +32,30 @@ from pipeline.outputs import (
     check_inputs,
     check_output,
     claimed_output,
-    read_as,
     write_json,
     write_tensors,
 )
 from pipeline.progress import Meter, say
 from pipeline.readplan import steps_per_epoch
 from pipeline.refine import load_refiner
-from pipeline.sharding import WholeModel, WholeOptimiser, check_sharding, shard, wants_shards
-from pipeline.shards import ImageFile, relocate
-from pipeline.sources import Adapters, Places, Source, as_places, input_hashes, open_sources
+from pipeline.shards import ImageFile
+from pipeline.sources import Adapters, Places, Source, as_places, input_hashes, open_images, open_sources
 from pipeline.tracking import Tracking, check_trackers
 from pipeline.train import BatchLoader, Trainee, train
+from pipeline.trained import (
+    ADAPTERS,
+    CHECKPOINT,
+    LOG,
+    PROJECTORS_FILE,
+    RUN,
+    STAGE,
+    STUDENT,
+    DistillResult,
+    RefinerNote,
+    Taught,
+    TeacherNote,
+    load_result,
+)
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
@@ -52,83 +64,11 @@ from singer.refiner import Refiner
 
 State = Mapping[str, Tensor]
 
-STAGE = "distill"
-STUDENT = "student"
-PROJECTORS_FILE = "projectors.safetensors"
-# Of joint training.
-ADAPTERS = "adapters.safetensors"
-CHECKPOINT = "checkpoint.pt"
-RUN = "run.json"
-LOG = "log.jsonl"
 # What students must share to be trained on one pass.
 SHARED = (
     "seed", "epochs", "batch_size", "precision", "workers", "read_block", "shuffle_window", "teacher", "blocks",
     "local_copy",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TeacherNote:
-    """Whose features a student learned from. weights: SHA-256, as in the cache's manifest."""
-
-    name: str
-    architecture: str
-    weights: str
-    image_size: int
-    class_token: bool
-
-
-@dataclass(frozen=True)
-class RefinerNote:
-    """What refined them; the hash of its file is among the inputs."""
-
-    cleaner: str
-    normaliser: str
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What a student learned from one teacher. matching: {teacher block: student block}.
-
-    refiner: None without adapters. cache_place: where the cache was. Runs from before these notes have None for them.
-    """
-
-    cache: str
-    adapters: str | None
-    matching: dict[int, int]
-    teacher: TeacherNote | None
-    refiner: RefinerNote | None
-    cache_place: str | None = None
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """A trained student, and what it learned from its first teacher: see Taught; of several, others holds the rest.
-
-    loss: mean since the log line before the last.
-    """
-
-    run: Path
-    student: Path
-    cache: str
-    adapters: str | None
-    matching: dict[int, int]
-    parameters: int
-    steps: int
-    loss: float
-    seconds: float
-    images_per_second: float
-    data_wait_percent: float
-    teacher: TeacherNote | None = None
-    refiner: RefinerNote | None = None
-    cache_place: str | None = None
-    others: list[Taught] = field(default_factory=list)
-
-    @property
-    def taught(self) -> list[Taught]:
-        """By each teacher."""
-        first = Taught(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
-        return [first, *self.others]
 
 
 @dataclass(frozen=True)
@@ -397,13 +337,3 @@ def store(new: NewStudent, result: DistillResult, student: State, trained: State
     if not result.others:
         del value["others"]
     write_json(out / RUN, value)
-
-
-def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
-    """The cached images where they lie now; None if the cache holds the views. Raises ValueError as relocate."""
-    return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))
-
-
-def load_result(run: Path) -> DistillResult:
-    """The result of a finished run. Raises ValueError if there is none at `run`."""
-    return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)

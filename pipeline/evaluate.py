@@ -15,7 +15,6 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
-from pipeline.distill import RUN, STAGE, STUDENT, DistillResult, load_result
 from pipeline.measure import spread
 from pipeline.model_card import caveats
 from pipeline.models import check_known, load_model, load_saved
@@ -26,6 +25,7 @@ from pipeline.probes.trial import Computed, EvaluateResult, Trial
 from pipeline.progress import say
 from pipeline.shards import ImageFile, Images, image_digest, index_shards
 from pipeline.stores import is_remote
+from pipeline.trained import RUN, STAGE, STUDENT, DistillResult, load_result
 
 Shards = str | Sequence[str]
 # Images of --test that are looked for among those that the student learned from.

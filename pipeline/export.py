@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pipeline.config import Config, ExportConfig, load_config
-from pipeline.distill import DistillResult, load_result
 from pipeline.model_card import Card, caveats, write_card
 from pipeline.models import INTERPOLATION, LOCAL, Backbone, load_saved, save_backbone, timm_config
 from pipeline.outputs import CONFIG, Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
 from pipeline.stores import write_atomic
+from pipeline.trained import DistillResult, load_result
 from singer.backbones import block_outputs, depth
 
 STAGE = "export"

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
-from pipeline.distill import open_images
 from pipeline.figures import as_data_url, render, without_ticks
 from pipeline.measure import gather_evidence, measure_blocks, measure_scales, spread
 from pipeline.outputs import Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
 from pipeline.refine import load_refiner, read_refiner, split_records
+from pipeline.sources import open_images
 from pipeline.stores import Place, write_atomic
 from singer.artifacts import norm_summary, patch_norms
 from singer.evidence import Evidence

@@ -8,11 +8,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config import Config
-from pipeline.distill import DistillResult, Taught
 from pipeline.models import LOCAL, Backbone
 from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
 from pipeline.probes.classification import Accuracies
 from pipeline.sources import numbered
+from pipeline.trained import DistillResult, Taught
 from singer.backbones import depth, final_norm
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.outputs import file_hash
 from pipeline.refine import REFINER, RefinerManifest, read_refiner
+from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
 
 # Of an only teacher without a list; otherwise one for each, in one order.
@@ -105,3 +107,8 @@ def _names(caches: Sequence[Cache]) -> list[str]:
     names = [cache.manifest.teacher.architecture for cache in caches]
     counts = Counter(names)
     return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
+
+
+def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
+    """The cached images where they lie now; None if the cache holds the views. Raises ValueError as relocate."""
+    return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))

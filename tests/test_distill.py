@@ -17,13 +17,14 @@ from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
-from pipeline.distill import Job, RefinerNote, distill, fan_out, load_result
+from pipeline.distill import Job, distill, fan_out
 from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
 from pipeline.models import load_saved, new_student
 from pipeline.outputs import file_hash
 from pipeline.refine import REFINER, load_refiner, refine
 from pipeline.shards import relocate
 from pipeline.train import learning_rate
+from pipeline.trained import RefinerNote, load_result
 from singer.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")

@@ -13,12 +13,13 @@ from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
-from pipeline.distill import Job, distill, fan_out, load_result
+from pipeline.distill import Job, distill, fan_out
 from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
 from pipeline.export import export
 from pipeline.models import LOCAL, new_student, save_backbone
 from pipeline.refine import load_refiner, refine
 from pipeline.sweep import sweep
+from pipeline.trained import load_result
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"

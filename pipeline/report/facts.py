@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from pipeline.cache.format import TeacherManifest
-from pipeline.distill import LOG
 from pipeline.outputs import read_json
 from pipeline.progress import duration
 from pipeline.refine import METRICS
@@ -21,6 +20,7 @@ from pipeline.report.groups import Group
 from pipeline.report.looks import sources_of
 from pipeline.report.scores import Column, Score
 from pipeline.sweep.leaderboard import Mean
+from pipeline.trained import LOG
 
 _STYLES = ("solid", "dashed", "dotted")
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.distill import ADAPTERS
 from pipeline.measure import batches, shape_of, spread
 from pipeline.models import load_saved
 from pipeline.outputs import read_tensors
@@ -17,6 +16,7 @@ from pipeline.progress import meter
 from pipeline.refine import load_refiner, read_refiner
 from pipeline.report.runs import Source, Trained
 from pipeline.shards import ImageFile
+from pipeline.trained import ADAPTERS
 from pipeline.views import normalise
 from singer.artifacts import patch_norms
 from singer.backbones import block_outputs, depth

@@ -11,7 +11,6 @@ from typing import Any
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
-from pipeline.distill import LOG, open_images
 from pipeline.figures import render
 from pipeline.models import LOCAL
 from pipeline.outputs import read_json, versions
@@ -22,8 +21,10 @@ from pipeline.report.gallery import Measured, measure
 from pipeline.report.groups import differences, group_runs
 from pipeline.report.runs import find_cache, find_runs, read_runs
 from pipeline.report.scores import Column, Figures, columns_of, rank, ranking_column, read_figures, score
+from pipeline.sources import open_images
 from pipeline.stores import Place, write_atomic
 from pipeline.sweep.leaderboard import NAME, Mean
+from pipeline.trained import LOG
 
 # What tells a page of ours from other files.
 GENERATOR = "singer report"

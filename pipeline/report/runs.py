@@ -8,12 +8,12 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
-from pipeline.distill import ADAPTERS, RUN, DistillResult, load_result
 from pipeline.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json
 from pipeline.progress import say
 from pipeline.refine import MANIFEST, REFINER, read_refiner
 from pipeline.stores import Place, is_remote
 from pipeline.sweep.work import RUNS
+from pipeline.trained import ADAPTERS, RUN, DistillResult, load_result
 
 # Keys that change a student in nothing.
 _IDLE = ("workers", "checkpoint_minutes", "local_copy", "trackers")

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.distill import load_result
 from pipeline.figures import render
 from pipeline.outputs import read_json, write_json
 from pipeline.stores import write_atomic
 from pipeline.sweep.plan import REFINER, Plan, Run, figures_of, in_percent
 from pipeline.sweep.work import RUNS, is_done
+from pipeline.trained import load_result
 
 NAME = "leaderboard"
 _WORDS = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.distill import RUN, SHARED
+from pipeline.distill import SHARED
 from pipeline.evaluate import result_file
 from pipeline.outputs import (
     INPUTS,
@@ -39,6 +39,7 @@ from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
 from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
 from pipeline.sweep.worker import Worker
+from pipeline.trained import RUN
 
 STAGE = "sweep"
 STATE = "sweep.json"

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Config
-from pipeline.distill import RUN, fan_out
 from pipeline.distill import Job as Student
+from pipeline.distill import fan_out
 from pipeline.evaluate import evaluate_tasks
 from pipeline.outputs import Mode
 from pipeline.progress import say
 from pipeline.refine import refine
 from pipeline.stores import Place
+from pipeline.trained import RUN
 
 REFINERS = "refiners"
 RUNS = "runs"
