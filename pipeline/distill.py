@@ -261,7 +261,11 @@ class NewStudent:
         if settings.compile:
             model = torch.compile(model)
         log = RunLog(out / LOG, first, accelerator.is_main_process)
-        tracking = Tracking(settings.trackers, out) if accelerator.is_main_process else None
+        tracking = (
+            Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))
+            if accelerator.is_main_process
+            else None
+        )
         return Trainee(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
 
 

@@ -1,24 +1,31 @@
 """Figures of a run while it goes on, in the trackers that people look at: TensorBoard, W&B, what Accelerate has."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 FOLDER = "tensorboard"
+PROJECT = "singer"
 
 
 class Tracking:
-    """The trackers of one run. Only the main process may make one."""
+    """The trackers of one run. Only the main process may make one. config: W&B shows it beside the figures."""
 
-    def __init__(self, names: Sequence[str], out: Path) -> None:
+    def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any]) -> None:
         self._trackers: list[GeneralTracker] = []
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name]
-            where = {"logging_dir": str(out)} if tracker.requires_logging_directory else {}
-            # A folder of a fixed name in the run, or a run that is called after its folder.
-            made = tracker(FOLDER if where else out.name, **where)
+            if name == "wandb":
+                # A run of its own for each of several students of one process; its files go with those of the run.
+                own = {"name": out.name, "dir": str(out), "config": dict(config), "reinit": "create_new"}
+                made = tracker(PROJECT, **own)
+            elif tracker.requires_logging_directory:
+                made = tracker(FOLDER, logging_dir=str(out))
+            else:
+                made = tracker(out.name)
             if hasattr(made, "start"):
                 made.start()
             self._trackers.append(made)

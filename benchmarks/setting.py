@@ -1,0 +1,100 @@
+"""What the benchmarks of stage 3 set up alike: a recipe, a teacher, a cache, a student at its steps."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config, load_config
+from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.models import load_teacher, new_student
+from pipeline.refine import load_refiner
+from pipeline.views import normalise
+from singer.backbones import block_outputs, depth
+from singer.matching import match_blocks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE_NAME = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="tinyimagenet-ti-to-w96")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
+    parser.add_argument("--shards", required=True)
+    parser.add_argument("--teacher", type=Path, help="its weights; default: random ones, which are as fast")
+    parser.add_argument("--folder", type=Path, help="where cache and runs lie for the time; default: the system's")
+
+
+def read_config(options: argparse.Namespace, scratch: Path, *sets: str) -> Config:
+    """The recipe with the teacher's weights, which are made at `scratch` if none are given."""
+    config = load_config(options.recipe, options.set)
+    weights = options.teacher
+    if weights is None:
+        name, weights = config.teacher.name, scratch / "teacher.safetensors"
+        # Tags belong to pretrained weights.
+        model = timm.create_model(name.partition(".")[0])
+        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, weights)
+    return load_config(options.recipe, [*options.set, *sets, f"teacher.weights={weights}", "distill.trackers=[]"])
+
+
+def make_cache(config: Config, options: argparse.Namespace, scratch: Path) -> Cache:
+    cache_teacher(config, options.shards, scratch / "cache")
+    return Cache(scratch / "cache")
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long it takes, all that it leaves to the device included."""
+    start = time.perf_counter()
+    run()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Teacher:
+    """The teacher at work in every step: pixels -> features of the cached blocks."""
+
+    def __init__(self, config: Config, cache: Cache) -> None:
+        self.vit, self.blocks = load_teacher(config.teacher), cache.blocks
+        self.vit.model.to(DEVICE)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
+        images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            outputs = block_outputs(self.vit.model, images, self.blocks)
+        return {b: x.float() for b, x in outputs.items()}
+
+
+class Student:
+    """A student of the recipe at its steps, without a schedule."""
+
+    def __init__(self, config: Config, cache: Cache, adapters: Path | None = None, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        described = cache.manifest.teacher
+        self.vit = new_student(config.student, described.image_size)
+        refiner = load_refiner(adapters, cache) if adapters is not None else None
+        self.targets = Targets(cache, refiner, self.vit, DEVICE)
+        matching = match_blocks(cache.blocks, described.depth, depth(self.vit.model))
+        head = Head(self.vit, matching, self.targets, config.distill.objectives)
+        self.model = Distiller(self.vit, [head]).to(DEVICE)
+        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def update(self, pixels: Tensor, features: dict[int, Tensor], weights: Tensor | None = None) -> None:
+        """A step. pixels (n, side, side, 3) uint8; features {block: (n, N, d)}; weights (n,): equal ones if None."""
+        count = len(pixels)
+        given = torch.full((count,), 1 / count) if weights is None else weights
+        images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
+        lesson = Lesson(images, [Shown(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            losses = self.model(lesson)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimiser.step()
