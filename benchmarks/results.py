@@ -201,7 +201,7 @@ def main() -> None:
     for number, seed in enumerate(options.seeds):
         for name in options.methods:
             if METHODS[name].main or not number:
-                chain.train(name, seed, depth=METHODS[name].main and not number)
+                chain.train(name, seed, depth=METHODS[name].main)
     print(chain.table(options.seeds))
     if options.write:
         write_between(options.write, chain.table(options.seeds))

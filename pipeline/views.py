@@ -50,9 +50,14 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
 
 
 def crop_view(crop: float, size: tuple[int, int]) -> View:
-    """The centred square with `crop` times the short side of an image of size (width, height)."""
-    width, height = (crop * min(size) / side for side in size)
-    return View(((1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2))
+    """The centred square with `crop` times the short side of an image of size (width, height).
+
+    In whole pixels: half a pixel to the side would blur an image that needs no resizing.
+    """
+    width, height = size
+    side = max(1, round(crop * min(size)))
+    left, upper = (width - side) // 2, (height - side) // 2
+    return View((left / width, upper / height, (left + side) / width, (upper + side) / height))
 
 
 def _random_box(

@@ -35,7 +35,7 @@ def test_real_artifacts_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_teacher_reaches_its_accuracy() -> None:
-    """82.7 % at 256 px, the size of most of these images; timm's own transform gives 80.0 % at 224 px (crop 0.9)."""
+    """83.0 % at 256 px, the size of most of these images; timm's own transform gives 80.0 % at 224 px (crop 0.9)."""
     sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=256"]
     teacher = load_teacher(load_config(sets=sets).teacher)
     images = index_shards(str(DATA / "imagenet1k-sample-*.tar"))
@@ -47,4 +47,4 @@ def test_teacher_reaches_its_accuracy() -> None:
             x = normalise(torch.from_numpy(views), teacher.mean, teacher.std, torch.device("cpu"))
             with torch.inference_mode():
                 right += int((teacher.model(x).argmax(1).numpy() == images.labels[numbers]).sum())
-    assert right / len(images) >= 0.825
+    assert right / len(images) >= 0.83

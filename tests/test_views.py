@@ -31,10 +31,20 @@ def test_centre_view(width: int, height: int, crop: float) -> None:
     view = crop_view(crop, (width, height))
     left, upper, right, lower = view.box
     assert 0 <= left < right <= 1 and 0 <= upper < lower <= 1
-    assert (right - left) * width == pytest.approx((lower - upper) * height, rel=1e-6)
-    assert (left + right) / 2 == pytest.approx(0.5) and (upper + lower) / 2 == pytest.approx(0.5)
+    side = max(1, round(crop * min(width, height)))
+    pixels = np.array([left * width, upper * height, right * width, lower * height])
+    np.testing.assert_allclose(pixels, np.round(pixels), atol=1e-6)
+    assert pixels[2] - pixels[0] == pytest.approx(side) and pixels[3] - pixels[1] == pytest.approx(side)
+    assert abs(pixels[0] - (width - pixels[2])) <= 1 + 1e-6 and abs(pixels[1] - (height - pixels[3])) <= 1 + 1e-6
     drawn = draw_view(ViewsConfig(crop=crop), "any", 0, (width, height))
     assert drawn == View(tuple(float(np.float32(v)) for v in view.box))
+
+
+def test_centre_view_is_not_resampled() -> None:
+    """Of an odd difference of the sides, the pixels themselves."""
+    image = noise(13, 8)
+    for crop in (crop_view(1.0, image.size), draw_view(ViewsConfig(), "any", 0, image.size)):
+        np.testing.assert_array_equal(apply_view(image, crop, 8), np.asarray(image)[:, 2:10])
 
 
 def test_draws_stay_what_they_are() -> None:
