@@ -105,12 +105,14 @@ def evaluate_tasks(
     computed: Computed = {}
     results = {}
     for task in dict.fromkeys(tasks):
-        file = result_file(place, task, shards, config) if place is not None else None
+        named = f"{model} {weights}" if place is not run else None
+        file = result_file(place, task, shards, config, named) if place is not None else None
         result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
         result.train.extend(train_names)
         result.test.extend(test_names)
         if file is not None:
-            about = {"model": None, "written": None, "task": task}
+            # A run may move; whatever else is named by its place.
+            about = {"model": str(model) if place is not run else None, "written": None, "task": task}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
         results[task], started = result, time.perf_counter()
@@ -148,11 +150,17 @@ def _check_model(model: Path | str, weights: Path | None) -> None:
         raise ValueError(f"{model} was written by singer {stage}; evaluate takes a run of singer distill, or a model")
 
 
-def result_file(place: Path, task: str, shards: tuple[Images | None, Images], config: Config) -> Path:
-    """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own."""
+def result_file(
+    place: Path, task: str, shards: tuple[Images | None, Images], config: Config, model: str | None = None
+) -> Path:
+    """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own.
+
+    model: what sets it apart from others of the same folder; None for the run that the folder is.
+    """
     what: list[Any] = [
         task,
         [images.place_hash() if images else None for images in shards],
         config.evaluate.model_dump_json(),
     ]
+    what += [] if model is None else [model]
     return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
