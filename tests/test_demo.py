@@ -44,8 +44,9 @@ def test_teacher_reads_digits_and_has_the_planted_artifacts() -> None:
 
 
 @pytest.mark.timeout(200)
-def test_demo_runs_through(tmp_path: Path) -> None:
-    """Shortened: one epoch, few refinement steps; the page must hold all it promises."""
+def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shortened: one drawing of each digit, one epoch; the page must hold all it promises."""
+    monkeypatch.setattr("pipeline.demo.COPIES", {"train": 1, "test": 1})
     config = load_config("demo", ["distill.epochs=1", "refine.steps=30", "evaluate.strengths=[0.1]"])
     result = demo(config, tmp_path / "demo")
     page = result.report.read_text()
