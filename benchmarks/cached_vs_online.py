@@ -48,7 +48,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     def load_images(part: Share) -> Tensor:
         return cache.pixels(part.records, size, files)
 
-    fixed = load(plan[0])
+    (fixed,) = load([plan[:1]], 1)
     fixed_pixels, fixed_features = fixed.pixels[size], student.targets.features(fixed.encoded[0])
 
     def teacher_alone() -> None:
@@ -72,7 +72,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
             student.update(pixels, teach(pixels))
 
     def cached() -> None:
-        for loaded in prefetch(load, plan, workers):
+        for loaded in load([[part] for part in plan], workers):
             student.update(loaded.pixels[size], student.targets.features(loaded.encoded[0]))
 
     kinds: list[Callable[[], None]] = [

@@ -15,7 +15,6 @@ from pathlib import Path
 from setting import DEVICE_NAME, Student, add_options, make_cache, read_config, seconds
 from torch import Tensor
 
-from pipeline.prefetch import prefetch
 from pipeline.readplan import EpochOrder, share
 from pipeline.refine import refine
 from pipeline.shards import ImageFile, relocate
@@ -46,7 +45,8 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])
 
-    at_hand = decode(load(plan[0]))
+    (first,) = load([plan[:1]], 1)
+    at_hand = decode(first)
 
     def computing_alone() -> None:
         for _ in plan:
@@ -54,14 +54,14 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
                 student.update(*at_hand)
 
     def one_pass() -> None:
-        for loaded in prefetch(load, plan, workers):
+        for loaded in load([[part] for part in plan], workers):
             given = decode(loaded)
             for student in students:
                 student.update(*given)
 
     def a_pass_each() -> None:
         for student in students:
-            for loaded in prefetch(load, plan, workers):
+            for loaded in load([[part] for part in plan], workers):
                 student.update(*decode(loaded))
 
     kinds: list[Callable[[], None]] = [computing_alone, one_pass, a_pass_each]

@@ -38,10 +38,12 @@ from pipeline.cache.format import (
 )
 from pipeline.cache.reader import Cache
 from pipeline.cache.writer import create_part, small_files, write_shard
+from pipeline.config import DistillConfig
 from pipeline.prefetch import prefetch
-from pipeline.readplan import EpochOrder
+from pipeline.readplan import WINDOW_BYTES, share_lists
 from pipeline.shards import Images, Keys, content_hash
 from pipeline.stores import LocalStore
+from pipeline.train import BatchLoader
 
 BLOCK, TOKENS, BATCH = 0, 197, 64
 ARRAY = f"{FEATURES}/{BLOCK}/values"
@@ -149,17 +151,23 @@ def engines(folder: Path, slow_batches: int) -> Iterator[tuple[str, Engine]]:
     cache = Cache(folder)
     count, total = len(cache) // BATCH, payload_bytes(cache)
 
-    def singer(workers: int, block: int = 1, window: int = 1 << 14) -> int:
-        order = EpochOrder(len(cache), 0, 0, block, window)
-        plan = (order.stretch(step * BATCH, (step + 1) * BATCH) for step in range(count))
-        for _ in prefetch(cache.read, plan, workers):
+    loader = BatchLoader([cache], None, [])
+    # The largest that is read in one piece.
+    largest = WINDOW_BYTES // loader.record_bytes
+    window = max(BATCH, 1 << int(largest).bit_length() - 1)
+
+    def singer(workers: int, block: int = 1) -> int:
+        settings = DistillConfig(batch_size=BATCH, read_block=block, shuffle_window=window)
+        lists = share_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
+        for _ in prefetch(loader.features, lists, workers, most=2 if block > 1 else None):
             pass
         return total * count * BATCH // len(cache)
 
     yield MEMORY_MAP, memory_map(folder)
     yield "singer, 1 worker", partial(singer, 1)
     yield "singer, 2 workers", partial(singer, 2)
-    yield "singer, 1 worker, read_block 64, shuffle_window 1024", partial(singer, 1, 64, 1024)
+    for block in (64, 256):
+        yield f"singer, 2 workers, read_block {block}, shuffle_window {window}", partial(singer, 2, block)
     if cache.manifest.codec != "float16":
         return
     yield from zarr_engines(folder, slow_batches, "zarr-python")

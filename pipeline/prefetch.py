@@ -1,7 +1,7 @@
 """Reading ahead in threads: decoding images and reading features release the interpreter lock."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,18 +12,23 @@ Batch = TypeVar("Batch")
 
 
 def prefetch(
-    load: Callable[[Item], Batch], items: Iterable[Item], workers: int, meter: Meter | None = None
-) -> Iterator[Batch]:
-    """load(item) for every item, in order, up to 2 · workers ahead. Time spent waiting goes to the meter.
+    load: Callable[[Item], Batch],
+    items: Iterable[Item],
+    workers: int,
+    meter: Meter | None = None,
+    most: int | None = None,
+) -> Generator[Batch, None, None]:
+    """load(item) for every item, in order, up to `most` ahead (2 · workers). Time spent waiting goes to the meter.
 
     An exception in `load` is raised where its batch would have come.
     """
     ahead: deque[Future[Batch]] = deque()
+    most = 2 * workers if most is None else most
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
         try:
             for item in items:
                 ahead.append(pool.submit(load, item))
-                if len(ahead) > 2 * workers:
+                if len(ahead) > most:
                     yield _take(ahead, meter)
             while ahead:
                 yield _take(ahead, meter)

@@ -1,8 +1,16 @@
 """Read plans: which records a process sees in which order. Pure functions of (seed, epoch, rank, world size, step)."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+
+from pipeline.config import DistillConfig
+
+# Of a shuffle window that is read in one piece.
+WINDOW_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -86,3 +94,25 @@ def share(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> Sh
     filling = np.repeat(whole[:1], size - len(mine))
     weights = np.concatenate([np.full(len(mine), world / len(whole)), np.zeros(len(filling))])
     return Share(np.concatenate([mine, filling]), weights.astype(np.float32))
+
+
+def share_lists(
+    records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+) -> Iterator[list[Share]]:
+    """This process's part of every global batch from first_step on; what is read in one piece in one list.
+
+    That is a batch, or a whole shuffle window of neighbouring records, if it is not too large.
+    """
+    batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
+    in_windows = settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
+
+    @lru_cache(1)
+    def order(epoch: int) -> EpochOrder:
+        return EpochOrder(records, settings.seed, epoch, settings.read_block, settings.shuffle_window)
+
+    def piece(step: int) -> tuple[int, int]:
+        epoch, within = divmod(step, per_epoch)
+        return epoch, within * batch // settings.shuffle_window if in_windows else within
+
+    for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
+        yield [share(order(epoch), step % per_epoch, batch, rank, world) for step in steps]

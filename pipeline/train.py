@@ -1,11 +1,13 @@
 """The loop of stage 3: students that share the data, each with its own optimiser, on one pass over a cache."""
 
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -19,7 +21,7 @@ from pipeline.distiller import Lesson, Shown
 from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter
-from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
+from pipeline.readplan import Share, share_lists, steps_per_epoch
 from pipeline.shards import ImageFile
 from pipeline.tracking import Tracking
 from pipeline.views import normalise
@@ -40,7 +42,7 @@ class Batch:
 
 
 class BatchLoader:
-    """Share -> Batch: the stored views, decoded anew at the students' resolutions, and the stored features.
+    """Shares -> batches: the stored views, decoded anew at the students' resolutions, and the stored features.
 
     caches: of the same records; views and labels come from the first.
     """
@@ -54,10 +56,35 @@ class BatchLoader:
         """Records."""
         return len(self.caches[0])
 
-    def __call__(self, share: Share) -> Batch:
-        pixels = {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
-        weights, labels = torch.from_numpy(share.weights), self.labels[torch.from_numpy(share.records)]
-        return Batch(pixels, [cache.read(share.records) for cache in self.caches], weights, labels)
+    @property
+    def record_bytes(self) -> int:
+        """Of a record's features, as they are stored."""
+        return sum(cache.record_bytes for cache in self.caches)
+
+    def __call__(
+        self, lists: Iterable[Sequence[Share]], workers: int, meter: Meter | None = None, most: int | None = None
+    ) -> Iterator[Batch]:
+        """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
+
+        most: lists that are read ahead; default: as many as shares.
+        """
+        lists, again = itertools.tee(lists)
+        images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)
+        features = prefetch(self.features, again, workers, meter, most)
+        with closing(images), closing(features):
+            for (share, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
+                labels = self.labels[torch.from_numpy(share.records)]
+                yield Batch(pixels, encoded, torch.from_numpy(share.weights), labels)
+
+    def pixels(self, share: Share) -> tuple[Share, dict[int, Tensor]]:
+        """{side: (n, side, side, 3) uint8} of a share's records."""
+        return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
+
+    def features(self, shares: Sequence[Share]) -> list[list[Encoded]]:
+        """The stored features of each share, by each cache."""
+        records = np.concatenate([share.records for share in shares])
+        counts = [len(share.records) for share in shares]
+        return [list(of_all) for of_all in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
 
 
 class Trainee:
@@ -143,8 +170,10 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     for trainee in trainees:
         trainee.model.train()
     with meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m:
-        plan = shares(records, settings, rank, world, first, total)
-        for step, batch in enumerate(prefetch(load, plan, settings.workers, m), start=first):
+        lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
+        # Of windows that are read in one piece, few are held: the one that is trained on, and two ahead.
+        most = 2 if settings.read_block > 1 else None
+        for step, batch in enumerate(load(lists, settings.workers, m, most), start=first):
             going = [t for t in trainees if t.first_step <= step]
             lessons = prepare(batch, going, accelerator.device, load.caches)
             for trainee, lesson in zip(going, lessons, strict=True):
@@ -194,16 +223,3 @@ def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
         return settings.lr * (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def shares(
-    records: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
-) -> Iterator[Share]:
-    """This process's part of every global batch from first_step on."""
-    per_epoch = steps_per_epoch(records, settings.batch_size)
-    order: EpochOrder | None = None
-    for step in range(first_step, total):
-        epoch, within = divmod(step, per_epoch)
-        if order is None or within == 0:
-            order = EpochOrder(records, settings.seed, epoch, settings.read_block, settings.shuffle_window)
-        yield share(order, within, settings.batch_size, rank, world)

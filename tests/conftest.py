@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from pipeline.cache_teacher import cache_teacher
@@ -16,6 +17,9 @@ from pipeline.prepare import prepare
 from pipeline.refine import refine
 
 torch.set_num_threads(1)
+# Machines with other work take their time.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 24, 4
 SETTINGS = [

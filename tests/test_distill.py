@@ -13,6 +13,7 @@ import torch
 from conftest import tree_bytes, world_config
 
 import pipeline.train as stage
+from pipeline import readplan
 from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import Checkpoint, read_log
@@ -107,6 +108,19 @@ def test_seeds(world: Path, config: Config, tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_windows_in_one_piece(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However features are read, the same bytes; a window of neighbours in one call for all its batches."""
+    config = world_config(world, "distill.read_block=8", "distill.shuffle_window=32", "distill.epochs=1")
+    read, sizes = Cache.read, []
+    monkeypatch.setattr(Cache, "read", lambda cache, records: sizes.append(len(records)) or read(cache, records))
+    for name, most in (("whole", readplan.WINDOW_BYTES), ("batches", 0)):
+        monkeypatch.setattr(readplan, "WINDOW_BYTES", most)
+        distill(config, world / "cache", tmp_path / name, world / "adapters")
+    assert sorted(sizes[:4]) == [4, 32, 32, 32] and sorted(sizes[4:]) == [4, *[16] * 6]
+    for name in (WEIGHTS, "projectors.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "batches" / name).read_bytes()
+
+
 @pytest.mark.parametrize("stop_after", [3, 9])
 def test_resume_is_exact(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
     """A run that dies in some step, and goes on from its last checkpoint, ends with the same bytes."""
@@ -114,16 +128,16 @@ def test_resume_is_exact(world: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     distill(config, world / "cache", tmp_path / "whole", world / "adapters")
 
     calls = 0
-    loader = stage.BatchLoader.__call__
+    pixels = stage.BatchLoader.pixels
 
-    def dying(self: stage.BatchLoader, part: stage.Share) -> stage.Batch:
+    def dying(self: stage.BatchLoader, part: stage.Share) -> object:
         nonlocal calls
         calls += 1
         if calls > stop_after:
             raise KeyboardInterrupt
-        return loader(self, part)
+        return pixels(self, part)
 
-    monkeypatch.setattr(stage.BatchLoader, "__call__", dying)
+    monkeypatch.setattr(stage.BatchLoader, "pixels", dying)
     with pytest.raises(KeyboardInterrupt):
         distill(config, world / "cache", tmp_path / "part", world / "adapters")
     monkeypatch.undo()

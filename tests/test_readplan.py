@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.readplan import EpochOrder, share, steps_per_epoch
+from pipeline.config import DistillConfig
+from pipeline.readplan import WINDOW_BYTES, EpochOrder, share, share_lists, steps_per_epoch
 
 blocks, windows = st.integers(1, 40), st.integers(1, 90)
 
@@ -34,6 +35,31 @@ def test_any_stretch_can_be_read_alone(records: int, block: int, window: int, st
     whole = EpochOrder(records, 0, 1, block, window).stretch(0, records)
     alone = EpochOrder(records, 0, 1, block, window).stretch(start, start + length)
     np.testing.assert_array_equal(alone, whole[start : start + length])
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 3), blocks, windows, st.integers(0, 30), st.booleans())
+def test_lists_hold_every_step_once(
+    records: int, batch: int, world: int, block: int, window: int, first: int, large: bool
+) -> None:
+    """The shares are those of single steps; a list is a step or, if it is small enough, what begins in one window."""
+    config = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, epochs=2, seed=3)
+    per_epoch = steps_per_epoch(records, batch)
+    record_bytes = WINDOW_BYTES // window + 1 if large else 1
+    first = min(first, 2 * per_epoch)
+    lists = list(share_lists(records, record_bytes, config, world - 1, world, first, 2 * per_epoch))
+    step = first
+    for found in lists:
+        places = [((step + n) // per_epoch, (step + n) % per_epoch * batch // window) for n in range(len(found))]
+        assert len(set(places)) == 1 and (len(found) == 1 or (block > 1 and not large))
+        for part in found:
+            epoch, within = divmod(step, per_epoch)
+            alone = share(EpochOrder(records, 3, epoch, block, window), within, batch, world - 1, world)
+            np.testing.assert_array_equal(part.records, alone.records)
+            np.testing.assert_array_equal(part.weights, alone.weights)
+            step += 1
+    assert step == 2 * per_epoch
+    if block > 1 and not large and not first:
+        assert len(lists) == 2 * len({s * batch // window for s in range(per_epoch)})
 
 
 def test_order_depends_on_seed_and_epoch() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import os
 import re
 import resource
@@ -17,8 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import obstore
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, S3Store
 
@@ -698,3 +702,39 @@ def test_names_in_urls() -> None:
     for place in ("s3://bucket/with space/ü", "s3://bucket/a+b", "s3://bucket/trailing/"):
         open_store(place).write("a", b"1")
         assert open_store(place).sizes() == {"a": 1} == open_store(place.rstrip("/")).sizes()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    gaps=st.lists(st.tuples(st.sampled_from([0, 0, 1, 8, 100]), st.integers(0, 40)), max_size=60),
+    pieces=st.integers(1, 9),
+    most=st.integers(1, 200),
+    through=st.sampled_from([0, 8, 50]),
+)
+def test_ranges_that_follow_each_other_are_read_together(
+    tmp_path: Path, gaps: list[tuple[int, int]], pieces: int, most: int, through: int
+) -> None:
+    """Whatever lies between them, however many there are, and however little the system gives at a time."""
+    data = bytes(np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8))
+    (tmp_path / "a").write_bytes(data)
+    ends = np.cumsum([gap + length for gap, length in gaps]).tolist()
+    ranges = [(end - length, length) for end, (_, length) in zip(ends, gaps, strict=True)]
+    buffers = [bytearray(length) for _, length in ranges]
+    preadv = os.preadv
+
+    def short(number: int, buffers: Sequence[memoryview], offset: int) -> int:
+        found = os.pread(number, min(most, sum(map(len, buffers))), offset)
+        parts = io.BytesIO(found)
+        return sum(parts.readinto(buffer) for buffer in buffers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.stores.local._PIECES", pieces)
+        patch.setattr("pipeline.stores.local._NOTHING", memoryview(bytearray(through)))
+        for read in (preadv, short):
+            patch.setattr(os, "preadv", read)
+            LocalStore(tmp_path).read_ranges("a", [start for start, _ in ranges], [memoryview(b) for b in buffers])
+            assert [bytes(b) for b in buffers] == [data[start : start + length] for start, length in ranges]
+            for buffer in buffers:
+                buffer[:] = bytes(len(buffer))
+    with pytest.raises(ValueError, match="ends too early"):
+        LocalStore(tmp_path).read_ranges("a", [0, 9_999], [memoryview(bytearray(3)), memoryview(bytearray(3))])

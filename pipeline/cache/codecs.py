@@ -57,6 +57,12 @@ class Ragged:
     def to(self, device: torch.device | str) -> "Ragged":
         return Ragged(self.data.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
 
+    def split(self, counts: list[int]) -> list["Ragged"]:
+        """In parts of so many records."""
+        lengths = self.lengths.split(counts)
+        data = self.data.split([int(part.sum()) for part in lengths])
+        return [Ragged(*part) for part in zip(data, lengths, strict=True)]
+
     @staticmethod
     def cat(parts: Sequence["Ragged"]) -> "Ragged":
         return Ragged(torch.cat([p.data for p in parts]), torch.cat([p.lengths for p in parts]))

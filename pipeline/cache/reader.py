@@ -1,6 +1,7 @@
 """Reading a cache: batches of records in any order, decoded on the training device."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,16 @@ class Encoded:
 
     blocks: dict[int, Stored]
     positions: Tensor | None = None
+
+    def split(self, counts: list[int]) -> list["Encoded"]:
+        """In parts of so many records, which share the memory."""
+        pieces: list[dict[int, Stored]] = [{block: {} for block in self.blocks} for _ in counts]
+        for block, parts in self.blocks.items():
+            for name, part in parts.items():
+                for piece, own in zip(pieces, part.split(counts), strict=True):
+                    piece[block][name] = own
+        positions = [None] * len(counts) if self.positions is None else self.positions.split(counts)
+        return [Encoded(*piece) for piece in zip(pieces, positions, strict=True)]
 
 
 class PartReader:
@@ -119,6 +130,12 @@ class Cache:
     def rows(self) -> tuple[str, ...]:
         """Which images and views, in their order: equal for caches that hold the same records."""
         return tuple(span.main.manifest.rows() for span in self._spans)
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a record's features as they are stored, without outliers, entropy coding and views."""
+        forms = [form for block in self.blocks for form in self.manifest.layout(block).values() if form is not None]
+        return sum(math.prod(form.shape) * np.dtype(form.dtype).itemsize for form in forms)
 
     @cached_property
     def index(self) -> Index:

@@ -24,6 +24,37 @@ class _File:
             os.close(self.number)
 
 
+# A gap costs less to read and forget than another call does, up to about this many bytes; of a call, so many pieces.
+_NOTHING = memoryview(bytearray(1 << 15))
+_PIECES = 1000
+
+
+def _runs(offsets: Sequence[int], buffers: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+    """(offset, what to fill from there on) of ranges that follow each other, in the order of a file."""
+    start, end, pieces = 0, 0, list[memoryview]()
+    for offset, buffer in zip(offsets, buffers, strict=True):
+        gap = offset - end
+        if pieces and (not 0 <= gap <= len(_NOTHING) or len(pieces) >= _PIECES):
+            yield start, pieces
+            pieces = []
+        if not pieces:
+            start = offset
+        elif gap:
+            pieces.append(_NOTHING[:gap])
+        pieces.append(buffer)
+        end = offset + len(buffer)
+    if pieces:
+        yield start, pieces
+
+
+def _behind(pieces: Sequence[memoryview], count: int) -> list[memoryview]:
+    """The pieces without their first `count` bytes."""
+    rest = list(pieces)
+    while rest and count >= len(rest[0]):
+        count -= len(rest.pop(0))
+    return [rest[0][count:], *rest[1:]] if rest else rest
+
+
 class LocalStore:
     """A folder. Files that are read by ranges stay open until this very store replaces or removes them."""
 
@@ -44,10 +75,10 @@ class LocalStore:
 
     def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
         file = self._open(name)
-        for offset, buffer in zip(offsets, buffers, strict=True):
-            count = os.preadv(file.number, (buffer,), offset)
-            while count < len(buffer):
-                more = os.preadv(file.number, (buffer[count:],), offset + count)
+        for start, pieces in _runs(offsets, buffers):
+            count, size = os.preadv(file.number, pieces, start), sum(map(len, pieces))
+            while count < size:
+                more = os.preadv(file.number, _behind(pieces, count), start + count)
                 if not more:
                     raise too_short(self.path / name)
                 count += more
