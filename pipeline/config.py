@@ -198,7 +198,9 @@ class DistillConfig(Section):
     read_block: Positive = Field(
         1, description="neighbouring records that are read together; more for small records and disks that seek slowly"
     )
-    shuffle_window: Positive = Field(16384, description="records within which such blocks are mixed, read in one piece if small")
+    shuffle_window: Positive = Field(
+        16384, description="records within which such blocks are mixed, read in one piece if small"
+    )
     seed: Seed = 0
     teacher: str | tuple[str | None, ...] | None = Field(
         None, description="which of a cache's teachers; default: the adapters', or the first. Of several caches: a list"
