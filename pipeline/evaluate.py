@@ -147,7 +147,10 @@ def _check_model(model: Path | str, weights: Path | None) -> None:
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
         if stage == STAGE:
             raise ValueError(f"{model} is no finished run: repeat its distill command with --resume")
-        raise ValueError(f"{model} was written by singer {stage}; evaluate takes a run of singer distill, or a model")
+        raise ValueError(
+            f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
+            "hf, or a model"
+        )
 
 
 def result_file(
