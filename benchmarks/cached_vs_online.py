@@ -4,8 +4,7 @@
         [--teacher FILE] [--steps 20] [--rounds 5]
 
 Prints the time of a step of each kind, medians over interleaved rounds, and the speed-up as a share of its limit
-1 + t_teacher / t_student. Targets are refined in each step, as the recipe says. On a GPU teacher
-and student run in bfloat16.
+1 + t_teacher / t_student. Targets are refined in each step, as the recipe says.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
     load = BatchLoader([cache], files, [size])
-    plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = [share(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     def load_images(part: Share) -> Tensor:
         return cache.pixels(part.records, size, files)

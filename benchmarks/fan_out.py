@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     size, batch, workers = students[0].vit.image_size, config.distill.batch_size, config.distill.workers
     load = BatchLoader([cache], ImageFile(relocate(cache.index.images, None)), [size])
     order = EpochOrder(len(cache), 0, 0)
-    plan = [share(order, step % (len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = [share(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -63,12 +64,13 @@ class Teacher:
 
     def __init__(self, config: Config, cache: Cache) -> None:
         self.vit, self.blocks = load_teacher(config.teacher), cache.blocks
+        self.autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.cache.precision == "bf16")
         self.vit.model.to(DEVICE)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        with self.autocast():
             outputs = block_outputs(self.vit.model, images, self.blocks)
         return {b: x.float() for b, x in outputs.items()}
 
@@ -78,6 +80,7 @@ class Student:
 
     def __init__(self, config: Config, cache: Cache, adapters: Path | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
+        self.autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.distill.precision == "bf16")
         described = cache.manifest.teacher
         self.vit = new_student(config.student, described.image_size)
         refiner = load_refiner(adapters, cache) if adapters is not None else None
@@ -93,7 +96,7 @@ class Student:
         given = torch.full((count,), 1 / count) if weights is None else weights
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
         lesson = Lesson(images, [Shown(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+        with self.autocast():
             losses = self.model(lesson)
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()

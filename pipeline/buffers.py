@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _GRAIN = 1 << 16
-_KEPT = 64
+_KEPT, _KEPT_BYTES = 64, 1 << 30
 _lock = threading.Lock()
 _buffers: list[np.ndarray] = []
 # What sys.getrefcount counts of a buffer that nobody uses: the list, the loop's variable and its own argument.
@@ -28,10 +28,11 @@ def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 def _take(size: int) -> np.ndarray:
     with _lock:
-        for buffer in _buffers:
-            if buffer.nbytes == size and sys.getrefcount(buffer) == _UNUSED:
-                return buffer
-        if len(_buffers) >= _KEPT:
+        # In comprehensions, whose variables are gone behind them and count nowhere else.
+        fitting = [n for n, b in enumerate(_buffers) if b.nbytes == size and sys.getrefcount(b) == _UNUSED]
+        if fitting:
+            return _buffers[fitting[0]]
+        if len(_buffers) >= _KEPT or sum(b.nbytes for b in _buffers) + size > _KEPT_BYTES:
             _buffers[:] = [b for b in _buffers if sys.getrefcount(b) > _UNUSED]
         memory = np.empty(size, dtype=np.uint8)
         _buffers.append(memory)

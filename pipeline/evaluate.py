@@ -101,18 +101,19 @@ def evaluate_tasks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     place = out or run
+    own = place is not None and run is not None and place.resolve() == run.resolve()
     train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
     computed: Computed = {}
     results = {}
     for task in dict.fromkeys(tasks):
-        named = f"{model} {weights}" if place is not run else None
+        named = None if own else f"{model} {weights}"
         file = result_file(place, task, shards, config, named) if place is not None else None
         result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
         result.train.extend(train_names)
         result.test.extend(test_names)
         if file is not None:
             # A run may move; whatever else is named by its place.
-            about = {"model": str(model) if place is not run else None, "written": None, "task": task}
+            about = {"model": None if own else str(model), "written": None, "task": task}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
         results[task], started = result, time.perf_counter()

@@ -32,11 +32,11 @@ def wants_shards(accelerator: Accelerator) -> bool:
     return bool(parse_flag_from_env(FSDP)) and accelerator.num_processes > 1
 
 
-def check_sharding(precision: Precision) -> None:
+def check_sharding(precision: Precision, processes: int) -> None:
     """Raise ValueError if Accelerate's configuration asks for what is not possible."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
-    if parse_flag_from_env(FSDP) and precision == "fp16":
+    if parse_flag_from_env(FSDP) and precision == "fp16" and processes > 1:
         raise ValueError("FSDP with fp16 is not supported: its loss scale is of one process; use precision bf16")
 
 
@@ -65,6 +65,10 @@ class WholeModel:
         return get_model_state_dict(self._model, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Raises ValueError if a part is missing, which torch would leave as it is."""
+        for name in self._model.state_dict():
+            if name not in state:
+                raise ValueError(f"it lacks {name}")
         set_model_state_dict(self._model, state, options=_WHOLE)
 
 
@@ -78,4 +82,7 @@ class WholeOptimiser:
         return get_optimizer_state_dict(self._model, self._optimiser, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Raises ValueError for a state with numbers in place of names."""
+        if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+            raise ValueError("it was made by another version of singer; start the run anew (--overwrite)")
         set_optimizer_state_dict(self._model, self._optimiser, state, options=_WHOLE)

@@ -96,15 +96,19 @@ def share(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> Sh
     return Share(np.concatenate([mine, filling]), weights.astype(np.float32))
 
 
+def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
+    """Whether shuffle windows of records of neighbouring blocks are small enough to be read in one piece."""
+    return settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
+
+
 def share_lists(
-    records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+    records: int, in_windows: bool, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
 ) -> Iterator[list[Share]]:
     """This process's part of every global batch from first_step on; what is read in one piece in one list.
 
-    That is a batch, or a whole shuffle window of neighbouring records, if it is not too large.
+    That is a batch or, in_windows, all that begin in one shuffle window.
     """
     batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
-    in_windows = settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
 
     @lru_cache(1)
     def order(epoch: int) -> EpochOrder:

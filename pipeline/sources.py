@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.outputs import file_hash
@@ -61,11 +63,16 @@ def as_places(places: Places) -> list[Place]:
     return [places] if isinstance(places, str | Path) else list(places)
 
 
+def _same_views(a: Cache, b: Cache) -> bool:
+    """Of the same rows: whether they were drawn alike, too; rules have changed."""
+    return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip"))
+
+
 def check_records(caches: Sequence[Cache]) -> None:
     """Raise ValueError, naming both sides, unless all caches hold the same views of the same images in one order."""
     first, *others = caches
     for other in others:
-        if other.rows != first.rows:
+        if other.rows != first.rows or not _same_views(other, first):
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
             raise ValueError(
                 f"{ours} and {theirs} do not hold the same views of the same images in the same order; "

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
@@ -20,8 +20,8 @@ from pipeline.config import DistillConfig
 from pipeline.distiller import Lesson, Shown
 from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
-from pipeline.progress import Meter, meter
-from pipeline.readplan import Share, share_lists, steps_per_epoch
+from pipeline.progress import Meter, meter, say
+from pipeline.readplan import WINDOW_BYTES, Share, reads_windows, share_lists, steps_per_epoch
 from pipeline.shards import ImageFile
 from pipeline.tracking import Tracking
 from pipeline.views import normalise
@@ -63,7 +63,7 @@ class BatchLoader:
 
     def __call__(
         self, lists: Iterable[Sequence[Share]], workers: int, meter: Meter | None = None, most: int | None = None
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
 
         most: lists that are read ahead; default: as many as shares.
@@ -169,11 +169,21 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     for trainee in trainees:
         trainee.model.train()
-    with meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m:
-        lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
-        # Of windows that are read in one piece, few are held: the one that is trained on, and two ahead.
-        most = 2 if settings.read_block > 1 else None
-        for step, batch in enumerate(load(lists, settings.workers, m, most), start=first):
+    in_windows = reads_windows(settings, load.record_bytes)
+    if main and settings.read_block > 1 and not in_windows:
+        few = WINDOW_BYTES // load.record_bytes
+        say(
+            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece; of "
+            f"these records, distill.shuffle_window={few} would not be"
+        )
+    lists = share_lists(records, in_windows, settings, rank, world, first, total)
+    # Windows are large: of these, that which is trained on, and two ahead.
+    most = 2 if in_windows else None
+    with (
+        meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
+        closing(load(lists, settings.workers, m, most)) as batches,
+    ):
+        for step, batch in enumerate(batches, start=first):
             going = [t for t in trainees if t.first_step <= step]
             lessons = prepare(batch, going, accelerator.device, load.caches)
             for trainee, lesson in zip(going, lessons, strict=True):

@@ -16,6 +16,7 @@ from conftest import tree_bytes, world_config
 from pipeline.cache import Cache
 from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.distill import distill
+from pipeline.fsdp import WholeModel, WholeOptimiser, check_sharding
 from pipeline.models import new_student
 from pipeline.readplan import EpochOrder, share
 from pipeline.shards import ImageFile
@@ -33,7 +34,7 @@ def launch(
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*torchrun, str(ROOT / "cli.py"), *map(str, args), "--json"]
-    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "only the first process speaks"
@@ -153,6 +154,19 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
         torch.testing.assert_close(saved[key], student.model.state_dict()[key])
 
 
+def test_states_that_do_not_fit_are_refused() -> None:
+    """A missing weight, and the states of optimisers as they were kept before."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimiser = torch.optim.AdamW(model.parameters())
+    state = WholeModel(model).state_dict()
+    WholeModel(model).load_state_dict(state)
+    for name in ("0.weight", "1.running_mean"):
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            WholeModel(model).load_state_dict({n: t for n, t in state.items() if n != name})
+    with pytest.raises(ValueError, match=r"another version of singer; start the run anew \(--overwrite\)"):
+        WholeOptimiser(model, optimiser).load_state_dict(optimiser.state_dict())
+
+
 def test_deepspeed_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch` tells of it."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -162,7 +176,11 @@ def test_deepspeed_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single process has nothing in shards."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP with fp16 is not supported: .*; use precision bf16"):
-        distill(world_config(world, "distill.precision=fp16"), world / "cache", tmp_path / "run")
+    config = world_config(world, "distill.precision=fp16")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="FSDP with fp16 .*; use precision bf16"):
+        patch.setattr("accelerate.Accelerator.num_processes", 2)
+        distill(config, world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    check_sharding("fp16", 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import DistillConfig
-from pipeline.readplan import WINDOW_BYTES, EpochOrder, share, share_lists, steps_per_epoch
+from pipeline.readplan import WINDOW_BYTES, EpochOrder, reads_windows, share, share_lists, steps_per_epoch
 
 blocks, windows = st.integers(1, 40), st.integers(1, 90)
 
@@ -44,13 +44,14 @@ def test_lists_hold_every_step_once(
     """The shares are those of single steps; a list is a step or, if it is small enough, what begins in one window."""
     config = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, epochs=2, seed=3)
     per_epoch = steps_per_epoch(records, batch)
-    record_bytes = WINDOW_BYTES // window + 1 if large else 1
+    in_windows = reads_windows(config, WINDOW_BYTES // window + 1 if large else 1)
+    assert in_windows == (block > 1 and not large)
     first = min(first, 2 * per_epoch)
-    lists = list(share_lists(records, record_bytes, config, world - 1, world, first, 2 * per_epoch))
+    lists = list(share_lists(records, in_windows, config, world - 1, world, first, 2 * per_epoch))
     step = first
     for found in lists:
         places = [((step + n) // per_epoch, (step + n) % per_epoch * batch // window) for n in range(len(found))]
-        assert len(set(places)) == 1 and (len(found) == 1 or (block > 1 and not large))
+        assert len(set(places)) == 1 and (len(found) == 1 or in_windows)
         for part in found:
             epoch, within = divmod(step, per_epoch)
             alone = share(EpochOrder(records, 3, epoch, block, window), within, batch, world - 1, world)
@@ -58,7 +59,7 @@ def test_lists_hold_every_step_once(
             np.testing.assert_array_equal(part.weights, alone.weights)
             step += 1
     assert step == 2 * per_epoch
-    if block > 1 and not large and not first:
+    if in_windows and not first:
         assert len(lists) == 2 * len({s * batch // window for s in range(per_epoch)})
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import world_config
 
+from pipeline import buffers
 from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
@@ -152,3 +153,14 @@ def test_views_settings_are_checked(world: Path) -> None:
 def test_refiner_knows_its_cache(world: Path, views: Cache) -> None:
     with pytest.raises(ValueError, match="was fitted to cache .* run singer refine on this cache"):
         load_refiner(world / "adapters", views)
+
+
+def test_pool_of_buffers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sizes that do not come again, none is kept beyond the bound; those in use are never given away."""
+    monkeypatch.setattr(buffers, "_buffers", [])
+    monkeypatch.setattr(buffers, "_KEPT_BYTES", 10 << 16)
+    held = buffers.empty((1 << 16,), "uint8").fill_(7)
+    for pages in [*range(1, 9), *range(1, 9)]:
+        buffers.empty((pages << 16,), "uint8").fill_(1)
+        assert sum(b.nbytes for b in buffers._buffers) <= 10 << 16
+    assert bool((held == 7).all())

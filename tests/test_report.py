@@ -359,6 +359,9 @@ def test_only_figures_of_one_probe_are_compared(tmp_path: Path) -> None:
     old = {**base, "task": "segmentation", "miou": 30.0, "config": {"seg_classes": 3, "tokens": "block"}}
     (tmp_path / "b" / "evaluate-2.json").write_text(json.dumps(old))
     columns = columns_of([figures, read_figures(tmp_path / "b")])
+    (tmp_path / "b" / "evaluate-3.json").write_text(json.dumps({**other, "model": "vit_small"}))
+    with pytest.raises(ValueError, match=r"b has figures of a model without name and vit_small; keep those of one"):
+        read_figures(tmp_path / "b")
     assert [column.label for column in columns] == [
         ("segmentation 1", "mIoU"),
         ("segmentation 2", "mIoU"),

@@ -20,6 +20,7 @@ from pipeline.models import LOCAL, new_student, save_backbone
 from pipeline.refine import load_refiner, refine
 from pipeline.sweep import sweep
 from pipeline.trained import load_result
+from pipeline.views import View
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
@@ -171,7 +172,7 @@ def test_two_teachers_of_one_cache_from_the_command_line(
     assert "teacher block of vit_tiny_patch16_224-2 -> student block" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = [world / "cache", second / "cache"]
 
     def refused(message: str, *sets: str, adapters: list[Path | None] | None = None) -> None:
@@ -186,8 +187,12 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path) -
     for name, sets, shards in (
         ("views", ["views.flip=1.0"], "train"),
         ("images", [], "test"),
+        ("earlier", [], "train"),
     ):
-        cache_teacher(other_config(world, second, *sets), str(world / shards / "*.tar"), tmp_path / name)
+        with monkeypatch.context() as patch:
+            if name == "earlier":  # the same settings, by rules that were others then
+                patch.setattr("pipeline.cache_teacher.draw_view", lambda *_: View((0.0, 0.0, 0.5, 0.5)))
+            cache_teacher(other_config(world, second, *sets), str(world / shards / "*.tar"), tmp_path / name)
         caches[1] = tmp_path / name
         refused(rf"cache \(vit_tiny_patch16_224, 100 records\) and .*{name} \(.*\) do not hold the same views of the")
 

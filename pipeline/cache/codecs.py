@@ -229,11 +229,12 @@ class Quantised:
         mean, std = calibration.by_token(x.shape[1])
         # What is computed of a few records stays in a CPU's cache.
         few = max(1, _NUMBERS_AT_ONCE // math.prod(x.shape[1:])) if x.device.type == "cpu" else max(1, len(x))
-        codes, outliers = zip(*(self._encode(part, mean, std, calibration) for part in x.split(few)), strict=True)
-        whole: Stored = {"codes": torch.cat(codes)}
-        return whole | {"outliers": Ragged.cat(outliers)} if self.outliers else whole
+        parts = [self._encode(part, mean, std, calibration) for part in x.split(few)]
+        whole: Stored = {"codes": torch.cat([codes for codes, _ in parts])}
+        outliers = [ragged for _, ragged in parts if ragged is not None]
+        return whole | {"outliers": Ragged.cat(outliers)} if outliers else whole
 
-    def _encode(self, x: Tensor, mean: Tensor, std: Tensor, calibration: Calibration) -> tuple[Tensor, Ragged]:
+    def _encode(self, x: Tensor, mean: Tensor, std: Tensor, calibration: Calibration) -> tuple[Tensor, Ragged | None]:
         standard = (x.float() - mean).div_(std)
         if self.bits == 8:
             signed, scale = _uniform(standard)
@@ -241,13 +242,13 @@ class Quantised:
         else:
             codes, scale = _lloyd_max(_rotate(standard, calibration.rotation), LEVELS[self.bits])
             packed = _pack(codes, self.bits)
-        far = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        if self.outliers:
-            # A prefix token is none by its norm, which is its own; only if not even a scale can hold it.
-            far = ~scale.to(torch.float16).isfinite()
-            far[:, calibration.prefix :] |= ~clean_mask(patch_norms(x, calibration.prefix), calibration.threshold)
-            packed, scale = packed.masked_fill_(far.unsqueeze(-1), 0), scale.masked_fill_(far, 0)
-        return _with_scale(packed, _narrow(scale, torch.float16, x)), _pack_outliers(x, far)
+        if not self.outliers:
+            return _with_scale(packed, _narrow(scale, torch.float16, x)), None
+        # A prefix token is none by its norm, which is its own; only if not even a scale can hold it.
+        far = ~scale.to(torch.float16).isfinite()
+        far[:, calibration.prefix :] |= ~clean_mask(patch_norms(x, calibration.prefix), calibration.threshold)
+        scale = scale.masked_fill_(far, 0).to(torch.float16)
+        return _with_scale(packed.masked_fill_(far.unsqueeze(-1), 0), scale), _pack_outliers(x, far)
 
     def decode(self, stored: Mapping[str, Tensor | Ragged], calibration: Calibration) -> Tensor:
         stored_codes, d = _tensor(stored["codes"]), len(calibration.mean)

@@ -87,8 +87,9 @@ Figures = dict[Probe, dict[str, float]]
 
 
 def read_figures(folder: Path) -> Figures:
-    """Of all evaluate-*.json in a folder. Raises ValueError naming a damaged file."""
+    """Of all evaluate-*.json in a folder. Raises ValueError naming a damaged file, or models if there are several."""
     found: Figures = {}
+    models: dict[Probe, object] = {}
     for file in sorted(folder.glob(RESULTS)):
         value = read_json(folder, file.name, "result of evaluate")
         task = str(value.get("task", "classification"))
@@ -109,6 +110,9 @@ def read_figures(folder: Path) -> Figures:
             )
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
+        if models.setdefault(probe, value.get("model")) != value.get("model"):
+            both = f"{models[probe] or 'a model without name'} and {value.get('model') or 'a model without name'}"
+            raise ValueError(f"{folder} has figures of {both}; keep those of one model apart (evaluate --out)")
         value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
         figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
