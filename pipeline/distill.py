@@ -108,6 +108,7 @@ def fan_out(
     """
     check_shared(jobs)
     settings = jobs[0].config.distill
+    check_sharding(settings.precision)
     taught = [open_sources(job.config.distill, caches, job.adapters) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
@@ -125,7 +126,6 @@ def fan_out(
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
     images = open_images(taught[0][0].cache, shards)
     accelerator = make_accelerator(settings.precision)
-    check_sharding(settings.precision, accelerator.num_processes)
     made = [
         NewStudent(job, sources, accelerator)
         for job, sources in zip(jobs, taught, strict=True)

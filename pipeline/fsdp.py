@@ -4,6 +4,7 @@ torch's fully_shard does it by itself, on CPUs as on GPUs; Accelerate has no FSD
 whole in any case, so that it goes on with or without shards, on any number of processes.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ def wants_shards(accelerator: Accelerator) -> bool:
     return bool(parse_flag_from_env(FSDP)) and accelerator.num_processes > 1
 
 
-def check_sharding(precision: Precision, processes: int) -> None:
-    """Raise ValueError if Accelerate's configuration asks for what is not possible."""
+def check_sharding(precision: Precision) -> None:
+    """Raise ValueError if Accelerate's configuration asks for what is not possible, before Accelerate sees it."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
-    if parse_flag_from_env(FSDP) and precision == "fp16" and processes > 1:
+    if parse_flag_from_env(FSDP) and precision == "fp16" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("FSDP with fp16 is not supported: its loss scale is of one process; use precision bf16")
 
 

@@ -147,7 +147,7 @@ def test_tasks_of_one_command_share_features(
     assert len(list((tmp_path / "out").iterdir())) == 3
     # Another model beside it has files of its own.
     again = shutil.copytree(world / "teacher", tmp_path / "again")
-    evaluate(config, again, None, shards[1], "head", tmp_path / "out")
+    evaluate(config, again, None, shards[1], "retrieval", tmp_path / "out")
     found = [json.loads(file.read_text()) for file in (tmp_path / "out").iterdir()]
     assert sorted(f["model"] for f in found) == sorted([str(again), *[str(world / "teacher")] * 3])
     for task in tasks:

@@ -168,7 +168,7 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "runs", "refiners"), [("methods", 60, 13), ("ablations", 16, 11)])
+@pytest.mark.parametrize(("name", "runs", "refiners"), [("methods", 69, 13), ("ablations", 13, 11)])
 def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
     plan = read_plan(find_sweep(f"tinyimagenet-{name}"))
     assert (len(plan.runs), len(plan.refiners)) == (runs, refiners)
