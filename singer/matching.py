@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +20,9 @@ def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_dept
             f"{len(teacher_blocks)} teacher blocks cannot be matched to {student_depth} student blocks: "
             "cache fewer blocks or take a deeper student"
         )
+    # Half a second that only training needs to spend.
+    from scipy.optimize import linear_sum_assignment
+
     teacher = (np.array(teacher_blocks) + 1) / teacher_depth
     student = (np.arange(student_depth) + 1) / student_depth
     rows, columns = linear_sum_assignment(np.square(teacher[:, None] - student[None]))
