@@ -78,7 +78,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("environment", "sets"),
     [
-        pytest.param({}, [], id="ddp"),
+        pytest.param({}, [], id="ddp", marks=pytest.mark.slow),
         pytest.param(
             {"ACCELERATE_USE_FSDP": "true"},
             ["distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],

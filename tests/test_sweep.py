@@ -398,6 +398,7 @@ def is_held(lock: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_two_workers(
     world: Path,
     file: Path,
