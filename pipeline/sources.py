@@ -65,7 +65,7 @@ def as_places(places: Places) -> list[Place]:
 
 def _same_views(a: Cache, b: Cache) -> bool:
     """Of the same rows: whether they were drawn alike, too; rules have changed."""
-    return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip"))
+    return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip", "color"))
 
 
 def check_records(caches: Sequence[Cache]) -> None:

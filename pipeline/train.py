@@ -173,8 +173,8 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     if main and settings.read_block > 1 and not in_windows:
         few = WINDOW_BYTES // load.record_bytes
         say(
-            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece; of "
-            f"these records, distill.shuffle_window={few} would not be"
+            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, and "
+            f"are read batch by batch; the largest that would be is distill.shuffle_window={few}"
         )
     lists = share_lists(records, in_windows, settings, rank, world, first, total)
     # Windows are large: of these, that which is trained on, and two ahead.

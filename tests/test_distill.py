@@ -108,7 +108,9 @@ def test_seeds(world: Path, config: Config, tmp_path: Path) -> None:
     assert a == b != c
 
 
-def test_windows_in_one_piece(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_in_one_piece(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """However features are read, the same bytes; a window of neighbours in one call for all its batches."""
     config = world_config(world, "distill.read_block=8", "distill.shuffle_window=32", "distill.epochs=1")
     read, sizes = Cache.read, []
@@ -116,6 +118,7 @@ def test_windows_in_one_piece(world: Path, tmp_path: Path, monkeypatch: pytest.M
     for name, most in (("whole", readplan.WINDOW_BYTES), ("batches", 0)):
         monkeypatch.setattr(readplan, "WINDOW_BYTES", most)
         distill(config, world / "cache", tmp_path / name, world / "adapters")
+        assert ("windows of 32 records are too large" in capsys.readouterr().err) == (name == "batches")
     assert sorted(sizes[:4]) == [4, 32, 32, 32] and sorted(sizes[4:]) == [4, *[16] * 6]
     for name in (WEIGHTS, "projectors.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "batches" / name).read_bytes()

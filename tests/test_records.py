@@ -9,6 +9,7 @@ from conftest import world_config
 
 from pipeline import buffers
 from pipeline.cache import Cache
+from pipeline.cache.codecs import Ragged
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.distill import distill
@@ -153,6 +154,28 @@ def test_views_settings_are_checked(world: Path) -> None:
 def test_refiner_knows_its_cache(world: Path, views: Cache) -> None:
     with pytest.raises(ValueError, match="was fitted to cache .* run singer refine on this cache"):
         load_refiner(world / "adapters", views)
+
+
+def test_what_is_read_together_is_split_as_if_read_apart(world: Path, tmp_path: Path) -> None:
+    """Outliers of any number a record, and sampled positions; also none at all of a part."""
+    cache_teacher(
+        world_config(world, "cache.codec=int4", "cache.token_share=0.5"), str(world / "train" / "*.tar"), tmp_path / "c"
+    )
+    cache = Cache(tmp_path / "c")
+    records, counts = np.random.default_rng(0).permutation(100)[:30], [1, 12, 0, 17]
+    device, start = torch.device("cpu"), 0
+    outliers = 0
+    for part, count in zip(cache.read(records).split(counts), counts, strict=True):
+        alone = cache.read(records[start : start + count])
+        assert part.positions is not None and alone.positions is not None
+        assert torch.equal(part.positions, alone.positions)
+        for block, x in cache.decode(alone, device).items():
+            assert torch.equal(cache.decode(part, device)[block], x)
+            ragged = part.blocks[block]["outliers"]
+            assert isinstance(ragged, Ragged) and len(ragged.lengths) == count
+            outliers += len(ragged.data)
+        start += count
+    assert outliers
 
 
 def test_pool_of_buffers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

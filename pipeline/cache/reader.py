@@ -242,7 +242,7 @@ class Cache:
         """Some records of an array that lies in one part of every span."""
         arrays = [self._readers[part.name].array(array) for part in parts]
         spans = np.searchsorted(self._starts, records, side="right") - 1
-        groups = [(s, np.flatnonzero(spans == s)) for s in np.unique(spans).tolist()]
+        groups = [(s, np.flatnonzero(spans == s)) for s in np.unique(spans).tolist() or [0]]
         return read_arrays([(arrays[s], records[slots] - self._starts[s], slots) for s, slots in groups], len(records))
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
@@ -275,7 +275,7 @@ def joint_id(parts: Sequence[Part]) -> str:
 
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
     """Records of several arrays of one form: [(array, its records, their places among `count`)]."""
-    form = groups[0][0].form if groups else None
+    form = groups[0][0].form
     if form is not None:
         out = empty((count, *form.shape), form.dtype)
         for array, records, places in groups:

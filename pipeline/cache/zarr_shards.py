@@ -126,7 +126,7 @@ class ShardedArray:
     def read_into(self, records: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
         """Fill out[places[i]] (contiguous, of the array's shape and dtype) with record records[i]."""
         assert self.form is not None
-        row = out[0].nbytes
+        row = out.nbytes // max(1, len(out))
         flat = out.reshape(-1).view(np.uint8).data
         for shard, slots, within in self._by_shard(records):
             rows = [flat[i : i + row] for i in (places[slots] * row).tolist()]
