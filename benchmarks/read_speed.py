@@ -159,7 +159,7 @@ def engines(folder: Path, slow_batches: int) -> Iterator[tuple[str, Engine]]:
     def singer(workers: int, block: int = 1) -> int:
         settings = DistillConfig(batch_size=BATCH, read_block=block, shuffle_window=window)
         in_windows = reads_windows(settings, loader.record_bytes)
-        lists = share_lists(len(cache), in_windows, settings, 0, 1, 0, count)
+        lists = share_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
         for _ in prefetch(loader.features, lists, workers, most=2 if in_windows else None):
             pass
         return total * count * BATCH // len(cache)
@@ -224,12 +224,12 @@ def rates(
     """{engine: (GB/s, ratio to the memory map in the same round)}, medians over interleaved rounds."""
     found = dict(kinds(folder, SLOW_BATCHES))
     measured: dict[str, list[float]] = {name: [] for name in found}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for name, engine in found.items():
+            engine()  # so that its memory is at hand, as it is from the first moments of an epoch on
             start = time.perf_counter()
             size = engine()
-            if round_:  # the first warms up
-                measured[name].append(size / (time.perf_counter() - start) / 1e9)
+            measured[name].append(size / (time.perf_counter() - start) / 1e9)
     truth = measured[MEMORY_MAP]
     ratios = {name: [a / b for a, b in zip(values, truth, strict=True)] for name, values in measured.items()}
     return {name: (statistics.median(measured[name]), statistics.median(ratios[name])) for name in found}

@@ -1,19 +1,17 @@
 """Host memory for batches, used again and again: fresh pages from the system cost as much as the copy into them."""
 
 import math
-import sys
-import threading
+import weakref
+from collections import deque
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _GRAIN = 1 << 16
-_KEPT, _KEPT_BYTES = 64, 1 << 30
-_lock = threading.Lock()
-_buffers: list[np.ndarray] = []
-# What sys.getrefcount counts of a buffer that nobody uses: the list, the loop's variable and its own argument.
-_UNUSED = 3
+_KEPT_BYTES = 1 << 30
+# By size. Without a lock: buffers come back whenever the interpreter sees fit, even in the midst of these functions.
+_free: dict[int, deque[np.ndarray]] = {}
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -23,17 +21,21 @@ def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = _take(-(-size // _GRAIN) * _GRAIN)
-    return torch.from_numpy(memory[:size].view(dtype).reshape(shape))
+    lent = memory[:size].view(dtype).reshape(shape)
+    # All tensors that share its memory hold this very array, whatever is made of them.
+    weakref.finalize(lent, _give_back, memory).atexit = False
+    return torch.from_numpy(lent)
 
 
 def _take(size: int) -> np.ndarray:
-    with _lock:
-        # In comprehensions, whose variables are gone behind them and count nowhere else.
-        fitting = [n for n, b in enumerate(_buffers) if b.nbytes == size and sys.getrefcount(b) == _UNUSED]
-        if fitting:
-            return _buffers[fitting[0]]
-        if len(_buffers) >= _KEPT or sum(b.nbytes for b in _buffers) + size > _KEPT_BYTES:
-            _buffers[:] = [b for b in _buffers if sys.getrefcount(b) > _UNUSED]
-        memory = np.empty(size, dtype=np.uint8)
-        _buffers.append(memory)
-        return memory
+    try:
+        return _free[size].pop()
+    except (KeyError, IndexError):
+        return np.empty(size, dtype=np.uint8)
+
+
+def _give_back(memory: np.ndarray) -> None:
+    if memory.nbytes + sum(size * len(buffers) for size, buffers in list(_free.items())) > _KEPT_BYTES:
+        _free.clear()
+    if memory.nbytes <= _KEPT_BYTES:
+        _free.setdefault(memory.nbytes, deque()).append(memory)

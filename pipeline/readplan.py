@@ -11,6 +11,8 @@ from pipeline.config import DistillConfig
 
 # Of a shuffle window that is read in one piece.
 WINDOW_BYTES = 1 << 28
+# Of batches that are read together, so that the interpreter's work on small ones is shared.
+PIECE_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,11 @@ class EpochOrder:
         stop = min(stop, self._records)
         if self._block == 1:
             return self._blocks[start:stop]
-        numbers = range(start // self._window, -(-stop // self._window))
-        whole = np.concatenate([self._mix(n) for n in numbers]) if numbers else self._blocks[:0]
-        first = numbers.start * self._window
-        return whole[start - first : stop - first]
+        pieces = [self._blocks[:0]]
+        for number in range(start // self._window, -(-stop // self._window)):
+            first = number * self._window
+            pieces.append(self._mix(number)[max(0, start - first) : stop - first])
+        return np.concatenate(pieces)
 
     def _mix(self, number: int) -> np.ndarray:
         if self._mixed is None or self._mixed[0] != number:
@@ -102,13 +105,15 @@ def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
 
 
 def share_lists(
-    records: int, in_windows: bool, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+    records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
 ) -> Iterator[list[Share]]:
     """This process's part of every global batch from first_step on; what is read in one piece in one list.
 
-    That is a batch or, in_windows, all that begin in one shuffle window.
+    That is all that begin in one shuffle window, if windows are read whole, or else a batch or some small ones.
     """
     batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
+    in_windows = reads_windows(settings, record_bytes)
+    together = max(1, PIECE_BYTES * world // (batch * record_bytes))
 
     @lru_cache(1)
     def order(epoch: int) -> EpochOrder:
@@ -116,7 +121,7 @@ def share_lists(
 
     def piece(step: int) -> tuple[int, int]:
         epoch, within = divmod(step, per_epoch)
-        return epoch, within * batch // settings.shuffle_window if in_windows else within
+        return epoch, within * batch // settings.shuffle_window if in_windows else within // together
 
     for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
         yield [share(order(epoch), step % per_epoch, batch, rank, world) for step in steps]

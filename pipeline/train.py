@@ -176,7 +176,7 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
             f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, and "
             f"are read batch by batch; the largest that would be is distill.shuffle_window={few}"
         )
-    lists = share_lists(records, in_windows, settings, rank, world, first, total)
+    lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
     # Windows are large: of these, that which is trained on, and two ahead.
     most = 2 if in_windows else None
     with (

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import DistillConfig
-from pipeline.readplan import WINDOW_BYTES, EpochOrder, reads_windows, share, share_lists, steps_per_epoch
+from pipeline.readplan import PIECE_BYTES, WINDOW_BYTES, EpochOrder, reads_windows, share, share_lists, steps_per_epoch
 
 blocks, windows = st.integers(1, 40), st.integers(1, 90)
 
@@ -37,30 +37,44 @@ def test_any_stretch_can_be_read_alone(records: int, block: int, window: int, st
     np.testing.assert_array_equal(alone, whole[start : start + length])
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 3), blocks, windows, st.integers(0, 30), st.booleans())
+@given(
+    st.integers(1, 300),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    blocks,
+    windows,
+    st.integers(0, 30),
+    st.sampled_from([1, PIECE_BYTES // 90, WINDOW_BYTES // 3]),
+)
 def test_lists_hold_every_step_once(
-    records: int, batch: int, world: int, block: int, window: int, first: int, large: bool
+    records: int, batch: int, world: int, block: int, window: int, first: int, size: int
 ) -> None:
-    """The shares are those of single steps; a list is a step or, if it is small enough, what begins in one window."""
+    """The shares are those of single steps; a list is what begins in one window, if that is small enough, or else a
+    step or a few small ones.
+    """
     config = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, epochs=2, seed=3)
     per_epoch = steps_per_epoch(records, batch)
-    in_windows = reads_windows(config, WINDOW_BYTES // window + 1 if large else 1)
-    assert in_windows == (block > 1 and not large)
+    in_windows = reads_windows(config, size)
+    assert in_windows == (block > 1 and window * size <= WINDOW_BYTES)
+    together = max(1, PIECE_BYTES // size * world // batch)
     first = min(first, 2 * per_epoch)
-    lists = list(share_lists(records, in_windows, config, world - 1, world, first, 2 * per_epoch))
+    lists = list(share_lists(records, size, config, world - 1, world, first, 2 * per_epoch))
     step = first
     for found in lists:
-        places = [((step + n) // per_epoch, (step + n) % per_epoch * batch // window) for n in range(len(found))]
-        assert len(set(places)) == 1 and (len(found) == 1 or in_windows)
+        within = [(step + n) % per_epoch for n in range(len(found))]
+        places = {(step + n) // per_epoch for n in range(len(found))}
+        assert len(places) == 1
+        assert len({w * batch // window if in_windows else w // together for w in within}) == 1
         for part in found:
-            epoch, within = divmod(step, per_epoch)
-            alone = share(EpochOrder(records, 3, epoch, block, window), within, batch, world - 1, world)
+            epoch, place = divmod(step, per_epoch)
+            alone = share(EpochOrder(records, 3, epoch, block, window), place, batch, world - 1, world)
             np.testing.assert_array_equal(part.records, alone.records)
             np.testing.assert_array_equal(part.weights, alone.weights)
             step += 1
     assert step == 2 * per_epoch
-    if in_windows and not first:
-        assert len(lists) == 2 * len({s * batch // window for s in range(per_epoch)})
+    if not first:
+        windows_begun = len({s * batch // window for s in range(per_epoch)})
+        assert len(lists) == 2 * (windows_begun if in_windows else -(-per_epoch // together))
 
 
 def test_order_depends_on_seed_and_epoch() -> None:

@@ -178,12 +178,25 @@ def test_what_is_read_together_is_split_as_if_read_apart(world: Path, tmp_path: 
     assert outliers
 
 
+def test_buffers_are_used_again() -> None:
+    """When nothing that shares their memory is left, and not before."""
+    address = buffers.empty((3, 5), "float16").data_ptr()
+    first = buffers.empty((3, 5), "float16")
+    assert first.data_ptr() == address
+    views = [first[1:].numpy()[:, 2:], first.view(torch.int16).flatten()]
+    del first
+    for _ in range(2):
+        assert buffers.empty((3, 5), "float16").data_ptr() != address
+        views.pop()
+    assert address in [b.data_ptr() for b in [buffers.empty((3, 5), "float16") for _ in range(2)]]
+
+
 def test_pool_of_buffers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sizes that do not come again, none is kept beyond the bound; those in use are never given away."""
-    monkeypatch.setattr(buffers, "_buffers", [])
+    monkeypatch.setattr(buffers, "_free", {})
     monkeypatch.setattr(buffers, "_KEPT_BYTES", 10 << 16)
     held = buffers.empty((1 << 16,), "uint8").fill_(7)
-    for pages in [*range(1, 9), *range(1, 9)]:
+    for pages in [*range(1, 12), *range(1, 12)]:
         buffers.empty((pages << 16,), "uint8").fill_(1)
-        assert sum(b.nbytes for b in buffers._buffers) <= 10 << 16
+        assert sum(size * len(kept) for size, kept in buffers._free.items()) <= 10 << 16
     assert bool((held == 7).all())

@@ -1,9 +1,9 @@
 """Stores: one contract for folders and object stores, all or nothing, one writer, and errors of one line."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
-import io
 import os
 import re
 import resource
@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, S3Store
 
-from pipeline.stores import LOCK, LocalStore, ReadThrough, RemoteStore, Store, locks, open_store, remote
+from pipeline.stores import LOCK, LocalStore, ReadThrough, RemoteStore, Store, locks, open_store, remote, scattered
 
 _SERVER = """
 import sys
@@ -115,9 +116,11 @@ def raw(url: str) -> S3Store:
 
 
 def ranges(store: Store | ReadThrough, name: str, offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-    buffers = [bytearray(n) for n in lengths]
-    store.read_ranges(name, offsets, [memoryview(b) for b in buffers])
-    return [bytes(b) for b in buffers]
+    sizes = np.array(lengths, np.int64)
+    out, ends = np.empty(sizes.sum(), np.uint8), np.cumsum(sizes)
+    which = np.zeros(len(sizes), np.int64)
+    store.read_ranges([name], which, np.array(offsets, np.int64), sizes, out, ends - sizes)
+    return [part.tobytes() for part in np.split(out, ends[:-1])] if len(sizes) else []
 
 
 def test_objects_are_read_as_written(store: Store, place: Path | str) -> None:
@@ -524,7 +527,8 @@ def test_killed_copy_does_not_count(source: Source, tmp_path: Path) -> None:
     kill_while_writing(
         f"source, copy = LocalStore(Path({str(source.path)!r})), Path({str(copy)!r})\n"
         f"checksums = {{'a': {sha256(b'much more content')!r}}}\n"
-        "ReadThrough(source, copy, checksums).read_ranges('a', [0], [memoryview(bytearray(1))])"
+        "import numpy as np\nzero, out = np.zeros(1, int), np.empty(1, np.uint8)\n"
+        "ReadThrough(source, copy, checksums).read_ranges(['a'], zero, zero, zero + 1, out, zero)"
     )
     (rest,) = copy.iterdir()
     assert rest.name.endswith(".singer-tmp") and rest.read_bytes() == b"much more content"
@@ -704,37 +708,96 @@ def test_names_in_urls() -> None:
         assert open_store(place).sizes() == {"a": 1} == open_store(place.rstrip("/")).sizes()
 
 
+class Uneven:
+    """A queue that brings only some of what it is asked for, as a system does whose memory does not hold it all."""
+
+    def __init__(self, queue: scattered._Queue, seed: int) -> None:
+        self._queue, self._random = queue, np.random.default_rng(seed)
+
+    def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
+        results = self._queue.read(reads, flags)
+        lacking = self._random.random(len(results)) < 0.5
+        return np.where(lacking, self._random.choice([-errno.EAGAIN, 0, 1], len(results)), results)
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    gaps=st.lists(st.tuples(st.sampled_from([0, 0, 1, 8, 100]), st.integers(0, 40)), max_size=60),
-    pieces=st.integers(1, 9),
-    most=st.integers(1, 200),
+    gaps=st.lists(st.tuples(st.sampled_from([0, 0, 1, 8, 100]), st.integers(2, 40), st.integers(0, 2)), max_size=60),
+    most=st.integers(1, 9),
     through=st.sampled_from([0, 8, 50]),
+    at_once=st.sampled_from([1, 7, 512]),
+    seed=st.integers(0, 9),
 )
-def test_ranges_that_follow_each_other_are_read_together(
-    tmp_path: Path, gaps: list[tuple[int, int]], pieces: int, most: int, through: int
+def test_ranges_are_scattered_to_their_places(
+    tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, at_once: int, seed: int
 ) -> None:
-    """Whatever lies between them, however many there are, and however little the system gives at a time."""
-    data = bytes(np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8))
-    (tmp_path / "a").write_bytes(data)
-    ends = np.cumsum([gap + length for gap, length in gaps]).tolist()
-    ranges = [(end - length, length) for end, (_, length) in zip(ends, gaps, strict=True)]
-    buffers = [bytearray(length) for _, length in ranges]
-    preadv = os.preadv
-
-    def short(number: int, buffers: Sequence[memoryview], offset: int) -> int:
-        found = os.pread(number, min(most, sum(map(len, buffers))), offset)
-        parts = io.BytesIO(found)
-        return sum(parts.readinto(buffer) for buffer in buffers)
-
+    """Whatever lies between them, in whichever files and order, and however much of them the system has in memory."""
+    data = [bytes(np.random.default_rng(n).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
+    for n in range(3):
+        (tmp_path / f"{n}").write_bytes(data[n])
+    ends = np.cumsum([gap + length for gap, length, _ in gaps], dtype=np.int64)
+    lengths, files = (np.array([g[i] for g in gaps], np.int64) for i in (1, 2))
+    order = np.random.default_rng(seed).permutation(len(gaps)) if seed else np.arange(len(gaps))
+    which, offsets, lengths = files[order], (ends - lengths)[order], lengths[order]
+    places = np.cumsum(lengths) - lengths
+    if seed % 2:
+        places = lengths.sum() - lengths - places  # the last one first
+    wanted = np.zeros(lengths.sum(), np.uint8)
+    for file, offset, length, place in zip(which, offsets, lengths, places, strict=True):
+        wanted[place : place + length] = np.frombuffer(data[file][offset : offset + length], np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.stores.local._PIECES", pieces)
-        patch.setattr("pipeline.stores.local._NOTHING", memoryview(bytearray(through)))
-        for read in (preadv, short):
-            patch.setattr(os, "preadv", read)
-            LocalStore(tmp_path).read_ranges("a", [start for start, _ in ranges], [memoryview(b) for b in buffers])
-            assert [bytes(b) for b in buffers] == [data[start : start + length] for start, length in ranges]
-            for buffer in buffers:
-                buffer[:] = bytes(len(buffer))
-    with pytest.raises(ValueError, match="ends too early"):
-        LocalStore(tmp_path).read_ranges("a", [0, 9_999], [memoryview(bytearray(3)), memoryview(bytearray(3))])
+        patch.setattr(scattered, "_PIECES", most)
+        patch.setattr(scattered, "_NOTHING", np.empty(through, np.uint8))
+        patch.setattr(scattered, "_AT_ONCE", at_once)
+        queue = scattered._Queue()
+        for used in (queue, Uneven(queue, seed), None):
+            patch.setattr(scattered, "_queue", lambda used=used: used)
+            out = np.zeros_like(wanted)
+            LocalStore(tmp_path).read_ranges(["0", "1", "2"], which, offsets, lengths, out, places)
+            assert np.array_equal(out, wanted)
+
+
+def test_what_is_not_in_memory_is_asked_for_and_read(tmp_path: Path) -> None:
+    store, content = LocalStore(tmp_path), np.random.default_rng(0).bytes(1 << 22)
+    store.write("a", content)
+    file = os.open(tmp_path / "a", os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    offsets = list(range(0, 1 << 22, 40_000))[::-1]
+    assert ranges(store, "a", offsets, [4000] * len(offsets)) == [content[o : o + 4000] for o in offsets]
+
+
+def test_ranges_in_threads_and_children(store: Store) -> None:
+    """Each has a queue of its own; a child of fork(2) cannot use its parent's."""
+    store.write("ten", b"0123456789")
+    if isinstance(store, RemoteStore):
+        pytest.skip("no queue")
+    assert ranges(store, "ten", [1], [2]) == [b"12"]
+    child = os.fork()
+    if not child:
+        os._exit(ranges(store, "ten", [3], [2]) != [b"34"])
+    assert os.waitpid(child, 0)[1] == 0
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: ranges(store, "ten", [n % 10], [1]), range(200)))
+    assert found == [[b"%d" % (n % 10)] for n in range(200)]
+    # Queues of threads that are gone are given back: a system has only so many.
+    before = int(Path("/proc/sys/fs/aio-nr").read_text())
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: ranges(store, "ten", [n], [1]), range(8)))
+    assert int(Path("/proc/sys/fs/aio-nr").read_text()) - before < 40 * scattered._AT_ONCE
+
+
+def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    store.write("ten", b"0123456789")
+
+    def refuse() -> None:
+        raise OSError(errno.EPERM, "io_setup")
+
+    monkeypatch.setattr(scattered, "_Queue", refuse)
+    monkeypatch.setattr(scattered, "_local", threading.local())
+    monkeypatch.setattr(scattered, "_allowed", scattered._allowed.__wrapped__)
+    assert ranges(store, "ten", [8, 0, 3], [2, 3, 0]) == [b"89", b"012", b""]
+    with pytest.raises(ValueError, match="/ten ends too early; run singer cache verify"):
+        ranges(store, "ten", [0, 8], [1, 3])

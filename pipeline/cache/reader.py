@@ -60,13 +60,14 @@ class PartReader:
         if name not in self._arrays:
             m = self.part.manifest
             self._arrays[name] = ShardedArray(
-                self._source, name, m.arrays()[name], m.compression(name), m.shard_records, self._sizes
+                self._source, name, m.arrays()[name], m.compression(name), m.records, m.shard_records, self._sizes
             )
         return self._arrays[name]
 
     def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
         """Some records of an array, in the order asked for."""
-        return read_arrays([(self.array(name), records, np.arange(len(records)))], len(records))
+        order = np.argsort(records)
+        return read_arrays([(self.array(name), records[order], order)], len(records))
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class _Span:
     @property
     def main(self) -> Part:
         return next(iter(self.blocks.values()))
+
+
+_Group = tuple[int, np.ndarray, np.ndarray]
+"""Number of a span, records within it, and their places among all that are asked for."""
 
 
 class Cache:
@@ -148,17 +153,17 @@ class Cache:
 
     def read(self, records: Sequence[int] | np.ndarray) -> Encoded:
         """The stored form of some records on the CPU, in the order asked for."""
-        chosen = np.asarray(records, dtype=np.int64)
+        groups = self._groups(records)
         blocks: dict[int, Stored] = {
             block: {
-                part: self._read(chosen, f"{FEATURES}/{block}/{part}", [s.blocks[block] for s in self._spans])
+                part: self._read(groups, f"{FEATURES}/{block}/{part}", [s.blocks[block] for s in self._spans])
                 for part in self.manifest.layout(block)
             }
             for block in self.blocks
         }
         if not self.manifest.sampled:
             return Encoded(blocks)
-        positions = self._read(chosen, POSITIONS, [s.main for s in self._spans])
+        positions = self._read(groups, POSITIONS, [s.main for s in self._spans])
         assert isinstance(positions, Tensor)
         return Encoded(blocks, positions)
 
@@ -167,12 +172,12 @@ class Cache:
 
         files: where the images of `index` lie now; not needed if the cache holds the views.
         """
-        chosen = np.asarray(records, dtype=np.int64)
         if self.has_pixels:
-            stored = self._read(chosen, PIXELS, [s.pixels for s in self._spans if s.pixels is not None])
+            parts = [s.pixels for s in self._spans if s.pixels is not None]
+            stored = self._read(self._groups(records), PIXELS, parts)
             return torch.from_numpy(np.stack([resize(view, size) for view in stored_views(stored)]))
         assert files is not None
-        return torch.from_numpy(views_of(files, self.index, chosen, size))
+        return torch.from_numpy(views_of(files, self.index, np.asarray(records), size))
 
     def decode(self, encoded: Encoded, device: torch.device) -> dict[int, Tensor]:
         """{block: features (n, N, d) float32} on the device, moved there in their stored form.
@@ -238,12 +243,22 @@ class Cache:
                 )
         return [_Span(blocks, pixels.get(rows)) for rows, blocks in spans.items()]
 
-    def _read(self, records: np.ndarray, array: str, parts: list[Part]) -> Tensor | Ragged:
+    def _groups(self, records: Sequence[int] | np.ndarray) -> list[_Group]:
+        """Of every span, those of some records that lie in it, in the order in which they are stored."""
+        chosen = np.asarray(records, dtype=np.int64)
+        order = np.argsort(chosen)
+        cuts = [*np.searchsorted(chosen[order], self._starts).tolist(), len(order)]
+        groups = [
+            (span, chosen[order[a:b]] - start, order[a:b])
+            for span, (start, a, b) in enumerate(zip(self._starts.tolist(), cuts, cuts[1:], strict=False))
+        ]
+        return [group for group in groups if len(group[1])] or groups[:1]
+
+    def _read(self, groups: list[_Group], array: str, parts: list[Part]) -> Tensor | Ragged:
         """Some records of an array that lies in one part of every span."""
         arrays = [self._readers[part.name].array(array) for part in parts]
-        spans = np.searchsorted(self._starts, records, side="right") - 1
-        groups = [(s, np.flatnonzero(spans == s)) for s in np.unique(spans).tolist() or [0]]
-        return read_arrays([(arrays[s], records[slots] - self._starts[s], slots) for s, slots in groups], len(records))
+        count = sum(len(records) for _, records, _ in groups)
+        return read_arrays([(arrays[span], records, places) for span, records, places in groups], count)
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
         if device not in self._calibration:
@@ -276,19 +291,17 @@ def joint_id(parts: Sequence[Part]) -> str:
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
     """Records of several arrays of one form: [(array, its records, their places among `count`)]."""
     form = groups[0][0].form
-    if form is not None:
-        out = empty((count, *form.shape), form.dtype)
-        for array, records, places in groups:
-            array.read_into(records, out.numpy(), places)
-        return out
-    pieces: list[np.ndarray] = [np.empty(0, np.uint8)] * count
+    lengths = np.empty(count, np.int64)
     for array, records, places in groups:
-        data, lengths = array.read_strings(records)
-        if len(groups) == 1 and (places == np.arange(count)).all():
-            return Ragged(torch.from_numpy(data), torch.from_numpy(lengths))
-        for place, piece in zip(places.tolist(), np.split(data, np.cumsum(lengths)[:-1]), strict=True):
-            pieces[place] = piece
-    return Ragged(torch.from_numpy(np.concatenate(pieces)), torch.tensor([len(p) for p in pieces]))
+        lengths[places] = array.lengths(records)
+    starts = np.cumsum(lengths) - lengths
+    out = (
+        torch.empty(int(lengths.sum()), dtype=torch.uint8) if form is None else empty((count, *form.shape), form.dtype)
+    )
+    flat = out.numpy().reshape(-1).view(np.uint8)
+    for array, records, places in groups:
+        array.read_into(records, flat, starts[places])
+    return out if form is not None else Ragged(out, torch.from_numpy(lengths))
 
 
 def read_calibration(part: Part) -> dict[int, Calibration]:

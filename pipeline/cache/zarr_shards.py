@@ -7,9 +7,10 @@ one write of bytes at hand and a record is one read at a known place, which no Z
 
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import cached_property
 from typing import Any, Protocol
 
 import google_crc32c
@@ -100,7 +101,15 @@ class ByteRanges(Protocol):
     @property
     def url(self) -> str: ...
 
-    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None: ...
+    def read_ranges(
+        self,
+        names: Sequence[str],
+        which: np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None: ...
 
 
 class ShardedArray:
@@ -115,75 +124,76 @@ class ShardedArray:
         name: str,
         form: Fixed | None,
         compression: str,
+        records: int,
         shard_records: int,
         sizes: dict[str, int],
     ) -> None:
-        self._store, self._name, self.form = store, name, form
+        self._store, self.form, self._sizes = store, form, sizes
         self._compressor = _compressor(compression)
-        self._shard_records, self._sizes = shard_records, sizes
-        self._indices: dict[int, np.ndarray | None] = {}
+        self._records, self._shard_records = records, shard_records
+        self._files = [shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
+        # By shard: whether its index was read.
+        self._known = np.zeros(len(self._files), dtype=np.bool_)
+        # (records, 2) offset and bytes of every record of these shards; None if all follow each other at one size.
+        self._places: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def lengths(self, records: np.ndarray) -> np.ndarray:
+        """Bytes of each record, of byte strings or as the array's form has them."""
+        if self.form is not None:
+            return np.full(len(records), self._row)
+        return self._find(records)[2] - _STRING.size
 
     def read_into(self, records: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        """Fill out[places[i]] (contiguous, of the array's shape and dtype) with record records[i]."""
-        assert self.form is not None
-        row = out.nbytes // max(1, len(out))
-        flat = out.reshape(-1).view(np.uint8).data
-        for shard, slots, within in self._by_shard(records):
-            rows = [flat[i : i + row] for i in (places[slots] * row).tolist()]
-            file, index = shard_file(self._name, self.form, shard), self._index(shard)
-            if self._compressor is None:
-                offsets = (within * row if index is None else index[within, 0]).tolist()
-                self._store.read_ranges(file, offsets, rows)
-            else:
-                assert index is not None
-                chunks = [bytearray(size) for size in index[within, 1].tolist()]
-                self._store.read_ranges(file, index[within, 0].tolist(), [memoryview(c) for c in chunks])
-                for chunk, target in zip(chunks, rows, strict=True):
-                    self._compressor.decode(chunk, out=target)
-
-    def read_strings(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(bytes of all records one behind the other, their lengths)."""
-        assert self.form is None
-        groups = self._by_shard(records)
-        offsets, lengths = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
-        for shard, slots, within in groups:
-            index = self._index(shard)
-            assert index is not None
-            offsets[slots] = index[within, 0] + _STRING.size
-            lengths[slots] = index[within, 1] - _STRING.size
+        """Fill out[places[i]:] (bytes) with record records[i]. Fastest if they are sorted."""
+        shards, offsets, lengths = self._find(records)
+        if self._compressor is None:
+            if self.form is None:
+                offsets, lengths = offsets + _STRING.size, lengths - _STRING.size
+            self._store.read_ranges(self._files, shards, offsets, lengths, out, places)
+            return
         ends = np.cumsum(lengths)
-        starts = ends - lengths
-        data = np.empty(int(lengths.sum()), dtype=np.uint8)
-        flat = data.data
-        for shard, slots, _ in groups:
-            filled = slots[lengths[slots] > 0]
-            places = zip(starts[filled].tolist(), ends[filled].tolist(), strict=True)
-            buffers = [flat[start:end] for start, end in places]
-            self._store.read_ranges(shard_file(self._name, None, shard), offsets[filled].tolist(), buffers)
-        return data, lengths
+        chunks = np.empty(int(lengths.sum()), np.uint8)
+        self._store.read_ranges(self._files, shards, offsets, lengths, chunks, ends - lengths)
+        for chunk, start in zip(np.split(chunks, ends[:-1]), places.tolist(), strict=True):
+            self._compressor.decode(chunk, out=out[start : start + self._row])
 
-    def _by_shard(self, records: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """[(shard, positions in `records`, records within the shard)], in the order in which they are stored."""
-        order = np.argsort(records)
-        shards, within = np.divmod(records[order], self._shard_records)
-        cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(records)]
-        return [(int(shards[a]), order[a:b], within[a:b]) for a, b in pairwise(cuts) if b > a]
+    @cached_property
+    def _row(self) -> int:
+        assert self.form is not None
+        return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
 
-    def _index(self, shard: int) -> np.ndarray | None:
-        """(offset, bytes) of every record of a shard; None where they follow each other at one size."""
-        if shard not in self._indices:
-            file = shard_file(self._name, self.form, shard)
-            data = bytearray(16 * self._shard_records + 4)
-            self._store.read_ranges(file, [self._sizes[file] - len(data)], [memoryview(data)])
-            if struct.pack("<I", google_crc32c.value(bytes(data[:-4]))) != data[-4:]:
-                raise ValueError(f"{self._store.url}/{file} is damaged; run singer cache verify")
-            index = np.frombuffer(data, dtype="<u8", count=2 * self._shard_records).reshape(-1, 2)
-            index = index[index[:, 0] != _MISSING].astype(np.int64)
-            self._indices[shard] = None if self._regular(index) else index
-        return self._indices[shard]
+    def _find(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard, offset in it, bytes) of the chunk of every record."""
+        shards, within = np.divmod(records, self._shard_records)
+        if not self._known[shards].all():
+            with self._lock:
+                for shard in np.unique(shards[~self._known[shards]]).tolist():
+                    self._read_index(shard)
+        if self._places is None:
+            return shards, within * self._row, np.full(len(records), self._row)
+        found = self._places[records]
+        return shards, found[:, 0], found[:, 1]
 
-    def _regular(self, index: np.ndarray) -> bool:
-        if self.form is None or self._compressor is not None:
-            return False
-        row = math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
-        return bool((index[:, 1] == row).all() and (index[:, 0] == row * np.arange(len(index))).all())
+    def _read_index(self, shard: int) -> None:
+        file, first = self._files[shard], shard * self._shard_records
+        data = np.empty(16 * self._shard_records + 4, np.uint8)
+        size = np.array([len(data)])
+        zero = np.zeros(1, np.int64)
+        self._store.read_ranges([file], zero, self._sizes[file] - size, size, data, zero)
+        encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
+        index = np.frombuffer(encoded, dtype="<u8").reshape(-1, 2)[: self._records - first]
+        if struct.pack("<I", google_crc32c.value(encoded)) != checksum or (index == _MISSING).any():
+            raise ValueError(f"{self._store.url}/{file} is damaged; run singer cache verify")
+        regular = self.form is not None and self._compressor is None
+        if regular:
+            rows = self._row * np.arange(len(index) + 1)
+            regular = bool((index[:, 0] == rows[:-1]).all() and (index[:, 1] == self._row).all())
+        if self._places is None and not regular:
+            self._places = np.empty((self._records, 2), np.int64)
+            if self.form is not None and self._compressor is None:
+                self._places[:, 0] = np.arange(self._records) % self._shard_records * self._row
+                self._places[:, 1] = self._row
+        if self._places is not None:
+            self._places[first : first + len(index)] = index
+        self._known[shard] = True

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 Place = Path | str
 LOCK = "writer.lock"
 
@@ -22,8 +24,20 @@ class Store(Protocol):
         """Raises FileNotFoundError if there is no such object."""
         ...
 
-    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        """Fill every buffer from its offset in the object. Raises ValueError if it is missing or ends too early."""
+    def read_ranges(
+        self,
+        names: Sequence[str],
+        which: np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in object names[which[i]].
+
+        All int64, out uint8. Fastest if ranges of an object are together and in order. Raises ValueError if an object
+        is missing or ends too early.
+        """
         ...
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:

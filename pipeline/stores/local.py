@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.stores.base import missing, too_short
 from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
+from pipeline.stores.scattered import read_scattered
 
 
 class _File:
@@ -22,37 +25,6 @@ class _File:
     def __del__(self) -> None:
         if self.number >= 0:
             os.close(self.number)
-
-
-# A gap costs less to read and forget than another call does, up to about this many bytes; of a call, so many pieces.
-_NOTHING = memoryview(bytearray(1 << 15))
-_PIECES = 1000
-
-
-def _runs(offsets: Sequence[int], buffers: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
-    """(offset, what to fill from there on) of ranges that follow each other, in the order of a file."""
-    start, end, pieces = 0, 0, list[memoryview]()
-    for offset, buffer in zip(offsets, buffers, strict=True):
-        gap = offset - end
-        if pieces and (not 0 <= gap <= len(_NOTHING) or len(pieces) >= _PIECES):
-            yield start, pieces
-            pieces = []
-        if not pieces:
-            start = offset
-        elif gap:
-            pieces.append(_NOTHING[:gap])
-        pieces.append(buffer)
-        end = offset + len(buffer)
-    if pieces:
-        yield start, pieces
-
-
-def _behind(pieces: Sequence[memoryview], count: int) -> list[memoryview]:
-    """The pieces without their first `count` bytes."""
-    rest = list(pieces)
-    while rest and count >= len(rest[0]):
-        count -= len(rest.pop(0))
-    return [rest[0][count:], *rest[1:]] if rest else rest
 
 
 class LocalStore:
@@ -73,15 +45,19 @@ class LocalStore:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(error.errno, error.strerror, str(self.path / name)) from None
 
-    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        file = self._open(name)
-        for start, pieces in _runs(offsets, buffers):
-            count, size = os.preadv(file.number, pieces, start), sum(map(len, pieces))
-            while count < size:
-                more = os.preadv(file.number, _behind(pieces, count), start + count)
-                if not more:
-                    raise too_short(self.path / name)
-                count += more
+    def read_ranges(
+        self,
+        names: Sequence[str],
+        which: np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        needed = {n: self._open(names[n]) for n in np.unique(which).tolist()}
+        files = np.zeros(len(names), np.int64)
+        files[list(needed)] = [file.number for file in needed.values()]
+        read_scattered(files[which], offsets, lengths, out, places, lambda i: too_short(self.path / names[which[i]]))
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         path = self.path / name

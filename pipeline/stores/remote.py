@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
@@ -77,22 +78,33 @@ class RemoteStore:
             with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
                 return b"".join(pool.map(piece, range(0, size, _PIECE)))
 
-    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        def fetch(group: list[tuple[int, memoryview]]) -> None:
-            start, end = group[0][0], max(offset + len(buffer) for offset, buffer in group)
-            data = memoryview(obstore.get_range(self._client, self._prefix + name, start=start, end=end))
-            for offset, buffer in group:
-                found = data[offset - start :][: len(buffer)]
-                if len(found) != len(buffer):
+    def read_ranges(
+        self,
+        names: Sequence[str],
+        which: np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        def fetch(group: Sequence[_Range]) -> None:
+            name, start, end = group[0].name, group[0].start, max(r.end for r in group)
+            with self._one_line(name):
+                data = memoryview(obstore.get_range(self._client, self._prefix + name, start=start, end=end))
+            for r in group:
+                found = data[r.start - start : r.end - start]
+                if len(found) != r.end - r.start:
                     raise too_short(f"{self._url}/{name}")
-                buffer[:] = found
+                whole[r.place : r.place + len(found)] = found
 
-        groups = list(_neighbours([(o, b) for o, b in zip(offsets, buffers, strict=True) if len(b)]))
-        try:
-            with self._one_line(name), ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-                list(pool.map(fetch, groups))
-        except FileNotFoundError:
-            raise missing(f"{self._url}/{name}") from None
+        whole = out.data
+        columns = (column.tolist() for column in (which, offsets, offsets + lengths, places))
+        ranges = [_Range(names[n], *row) for n, *row in zip(*columns, strict=True) if row[1] > row[0]]
+        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+            try:
+                list(pool.map(fetch, _neighbours(ranges)))
+            except FileNotFoundError as error:
+                raise missing(error.filename) from None
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         locks.check(self._url)
@@ -190,17 +202,22 @@ class RemoteStore:
             ) from None
 
 
-def _neighbours(ranges: list[tuple[int, memoryview]]) -> Iterator[list[tuple[int, memoryview]]]:
+class _Range(NamedTuple):
+    name: str
+    start: int
+    end: int
+    place: int
+
+
+def _neighbours(ranges: list[_Range]) -> Iterator[list[_Range]]:
     """Ranges that one request fetches: hardly a gap between them, and no more than a piece unless one is larger."""
     # obstore's own get_ranges does the same, but panics if an object ends too early.
-    group: list[tuple[int, memoryview]] = []
-    end = 0
-    for offset, buffer in sorted(ranges, key=lambda r: r[0]):
-        if group and (offset > end + _GAP or offset + len(buffer) > group[0][0] + _PIECE):
+    group: list[_Range] = []
+    for r in sorted(ranges):
+        if group and (r.name != group[0].name or r.start > group[-1].end + _GAP or r.end > group[0].start + _PIECE):
             yield group
             group = []
-        group.append((offset, buffer))
-        end = offset + len(buffer)
+        group.append(r)
     if group:
         yield group
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.stores.base import Store
 from pipeline.stores.files import TEMPORARY, is_at, write_durably
 from pipeline.stores.local import LocalStore
@@ -26,11 +28,20 @@ class ReadThrough:
     def url(self) -> str:
         return self._source.url
 
-    def read_ranges(self, name: str, offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        copy = self._checksums[name]
-        while not (self._local.path / copy).is_file():
-            self._fetch(name, self._local.path / copy)
-        self._local.read_ranges(copy, offsets, buffers)
+    def read_ranges(
+        self,
+        names: Sequence[str],
+        which: np.ndarray,
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        for name in (names[n] for n in np.unique(which).tolist()):
+            copy = self._local.path / self._checksums[name]
+            while not copy.is_file():
+                self._fetch(name, copy)
+        self._local.read_ranges([self._checksums.get(n, "") for n in names], which, offsets, lengths, out, places)
 
     def _fetch(self, name: str, copy: Path) -> None:
         """Copy an object, or wait until another thread or process has done so or has given up."""

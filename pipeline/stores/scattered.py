@@ -1,0 +1,170 @@
+"""Ranges of files, scattered to their places in memory by one call of the system for many.
+
+A call for each record costs the interpreter more time than the system takes to copy it, and threads then wait for the
+interpreter's lock (docs/log.md). Linux takes a list of reads at once (io_submit(2)), without that lock. Elsewhere, or
+where that is forbidden, ranges are read one after the other.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+
+# Numbers of io_setup, io_destroy, io_getevents and io_submit, for which the C library has no functions.
+_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+# struct iocb and struct io_event of linux/aio_abi.h on little-endian machines, as words of 64 bits:
+# number, flags << 32, kind | file << 32, memory, bytes (or pieces), offset, 0, 0; number, request, result, 0.
+_REQUEST, _EVENT = 8, 4
+_NUMBER, _FLAGS, _KIND, _MEMORY, _COUNT, _OFFSET = range(6)
+_RESULT = 2
+_READ, _READ_PIECES = 0, 7
+_AT_ONCE = 512
+# Of ranges that one read fills; with the gaps between them, the system's limit.
+_PIECES = 512
+# A gap costs less to read and forget than another read does, up to about this many bytes.
+_NOTHING = np.empty(1 << 12, np.uint8)
+# Systems may read less ahead at a time than they are asked to, but hardly less than this.
+_AHEAD = 1 << 17
+
+
+def read_scattered(
+    files: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    out: np.ndarray,
+    places: np.ndarray,
+    too_short: Callable[[int], ValueError],
+) -> None:
+    """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in files[i], an open one; all int64, out uint8.
+
+    Ranges that follow each other closely become one read. Raises too_short(i) if the file of range i ends too early.
+    """
+    if not len(files):
+        return
+    start = out.ctypes.data
+    gaps = offsets[1:] - offsets[:-1] - lengths[:-1]
+    follows = (gaps >= 0) & (gaps <= len(_NOTHING)) & (files[1:] == files[:-1])
+    follows[_PIECES - 1 :: _PIECES] = False
+    reads = np.zeros((len(files), _REQUEST), np.int64)
+    reads[:, _KIND] = files << 32
+    reads[:, _OFFSET] = offsets
+    reads[:, _MEMORY] = places + start
+    reads[:, _COUNT] = sizes = lengths
+    first, last = np.arange(len(files)), np.arange(1, len(files) + 1)
+    if follows.any():
+        # Of every range two struct iovec: the gap ahead of it, which may be empty, and its place.
+        memory = np.zeros((len(files), 2, 2), np.int64)
+        memory[:, 0, 0], memory[1:, 0, 1] = _NOTHING.ctypes.data, np.where(follows, gaps, 0)
+        memory[:, 1, 0], memory[:, 1, 1] = reads[:, _MEMORY], lengths
+        first = np.flatnonzero(np.concatenate([[True], ~follows]))
+        last = np.append(first[1:], len(files))
+        sizes = np.add.reduceat(memory[:, :, 1].sum(1), first)
+        reads = reads[first]
+        joined = last - first > 1
+        reads[joined, _KIND] += _READ_PIECES
+        reads[joined, _MEMORY] = memory[0, 1].ctypes.data + memory.strides[0] * first[joined]
+        reads[joined, _COUNT] = 2 * (last - first)[joined] - 1
+
+    left = np.arange(len(reads))
+    queue = _queue()
+    if queue is not None:
+        # What is in memory is copied. Of the rest, all is asked for before any is waited for.
+        left = left[queue.read(reads, os.RWF_NOWAIT) != sizes]
+        if len(left):
+            for read in left.tolist():
+                _ask(int(files[first[read]]), int(offsets[first[read]]), int(sizes[read]))
+            left = left[queue.read(reads[left], 0) != sizes[left]]
+    for read in left.tolist():
+        for i in range(first[read], last[read]):
+            if not _read(int(files[i]), int(offsets[i]), out[places[i] : places[i] + lengths[i]].data):
+                raise too_short(i)
+
+
+def _ask(file: int, offset: int, size: int) -> None:
+    for start in range(offset, offset + size, _AHEAD):
+        os.posix_fadvise(file, start, min(_AHEAD, offset + size - start), os.POSIX_FADV_WILLNEED)
+
+
+def _read(file: int, offset: int, buffer: memoryview) -> bool:
+    """Whether the file was long enough to fill the buffer."""
+    while len(buffer) and (count := os.preadv(file, [buffer], offset)):
+        offset, buffer = offset + count, buffer[count:]
+    return not len(buffer)
+
+
+class _Queue:
+    """Of one thread of one process."""
+
+    def __init__(self) -> None:
+        """Raises OSError if the system has none to give."""
+        setup, destroy, self._wait, self._submit = _CALLS[platform.machine()]
+        handle = ctypes.c_ulong(0)
+        if _call(setup, _AT_ONCE, ctypes.addressof(handle)) < 0:
+            raise OSError(ctypes.get_errno(), "io_setup")
+        self._handle, self.process = handle.value, os.getpid()
+        weakref.finalize(self, _give_back, destroy, self._handle, self.process).atexit = False
+        self._requests = np.zeros((_AT_ONCE, _REQUEST), np.int64)
+        self._addresses = self._requests.ctypes.data + self._requests.strides[0] * np.arange(_AT_ONCE)
+        self._events = np.zeros((_AT_ONCE, _EVENT), np.int64)
+        self._sent, self._done = self._addresses.ctypes.data, self._events.ctypes.data
+
+    def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
+        """Bytes that each read has brought; whatever is not its size was no success."""
+        results = np.full(len(reads), -1)
+        for start in range(0, len(reads), _AT_ONCE):
+            count = min(_AT_ONCE, len(reads) - start)
+            self._requests[:count] = reads[start : start + count]
+            self._requests[:count, _NUMBER] = np.arange(start, start + count)
+            self._requests[:count, _FLAGS] = flags << 32
+            # What is behind a request that is refused outright remains undone.
+            missing = _call(self._submit, self._handle, count, self._sent)
+            while missing > 0:
+                done = _call(self._wait, self._handle, missing, missing, self._done, 0)
+                # A signal may end the call early, but the system still writes to where these reads go.
+                if done < 0 and ctypes.get_errno() != errno.EINTR:
+                    raise OSError(ctypes.get_errno(), "io_getevents")
+                events = self._events[: max(0, done)]
+                results[events[:, _NUMBER]] = events[:, _RESULT]
+                missing -= len(events)
+        return results
+
+
+def _give_back(destroy: int, handle: int, process: int) -> None:
+    # The child of a fork has a copy of a queue's object, but not the queue.
+    if process == os.getpid():
+        _call(destroy, handle)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+_local = threading.local()
+
+
+def _call(number: int, *arguments: int) -> int:
+    result: int = _libc.syscall(*[ctypes.c_long(n) for n in (number, *arguments)])
+    return result
+
+
+@cache
+def _allowed() -> bool:
+    try:
+        return sys.platform == "linux" and platform.machine() in _CALLS and bool(_Queue())
+    except OSError:
+        return False
+
+
+def _queue() -> _Queue | None:
+    """This thread's."""
+    queue: _Queue | None = getattr(_local, "queue", None)
+    if _allowed() and (queue is None or queue.process != os.getpid()):
+        with suppress(OSError):  # others have all that the system has
+            _local.queue = queue = _Queue()
+    return queue
