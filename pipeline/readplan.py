@@ -12,7 +12,7 @@ from pipeline.config import DistillConfig
 # Of a shuffle window that is read in one piece.
 WINDOW_BYTES = 1 << 28
 # Of batches that are read together, so that the interpreter's work on small ones is shared.
-PIECE_BYTES = 1 << 23
+PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
