@@ -66,7 +66,7 @@ class BatchLoader:
     ) -> Generator[Batch, None, None]:
         """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
 
-        most: lists that are read ahead; default: as many as shares.
+        most: lists that are read ahead; default: as many as shares of images.
         """
         lists, again = itertools.tee(lists)
         images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)

@@ -1,7 +1,9 @@
 """What a record is: a view of an image replayed exactly, its stored pixels, and the patches that were sampled."""
 
+import struct
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from conftest import world_config
 
 from pipeline import buffers
 from pipeline.cache import Cache
-from pipeline.cache.codecs import Ragged
+from pipeline.cache.codecs import Fixed, Ragged
+from pipeline.cache.format import shard_file
+from pipeline.cache.reader import read_arrays
+from pipeline.cache.zarr_shards import ShardedArray
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.distill import distill
@@ -17,6 +22,7 @@ from pipeline.distiller import Targets
 from pipeline.models import load_saved, new_student
 from pipeline.refine import load_refiner, refine
 from pipeline.shards import ImageFile
+from pipeline.stores import LocalStore
 from pipeline.views import apply_view, normalise
 from singer.backbones import block_outputs
 from singer.matching import take_patches
@@ -176,6 +182,46 @@ def test_what_is_read_together_is_split_as_if_read_apart(world: Path, tmp_path: 
             outliers += len(ragged.data)
         start += count
     assert outliers
+
+
+def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: bytes) -> ShardedArray:
+    """Of four records in two shards of three, whose first has this index, under a right checksum."""
+    store, encoded = LocalStore(folder), index.astype("<i8").tobytes()
+    for shard in range(2):
+        name = shard_file("a", form, shard)
+        store.write(name, payload, encoded, struct.pack("<I", google_crc32c.value(encoded)))
+    return ShardedArray(store, "a", form, "none", 4, 3, store.sizes())
+
+
+def test_records_in_any_order_within_a_shard(tmp_path: Path) -> None:
+    payload = bytes(range(12))
+    array = stored_array(tmp_path, Fixed((4,), "uint8"), np.array([[8, 4], [0, 4], [4, 4]]), payload)
+    whole = read_arrays([(array, np.array([3, 2, 1, 0]), np.array([0, 1, 2, 3]))], 4)
+    assert isinstance(whole, torch.Tensor)
+    assert whole.tolist() == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize("form", [Fixed((4,), "uint8"), None])
+@pytest.mark.parametrize("wrong", [(0, 3), (0, 5), (0, -1), (-1, 4), (62, 4), (2**62, 2**62), (2**63 - 1, 4), (-1, -1)])
+def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, form: Fixed | None, wrong: tuple[int, int]) -> None:
+    """Its sizes say how much is written to memory."""
+    rows = [[0, 8], [8, 8], [16, 8]] if form is None else [[0, 4], [4, 4], [8, 4]]
+    array = stored_array(tmp_path, form, np.array([*rows[:2], wrong]), bytes(12))
+    with pytest.raises(ValueError, match="is damaged; run singer cache verify"):
+        read_arrays([(array, np.array([0, 1]), np.array([0, 1]))], 2)
+
+
+@pytest.mark.parametrize("sets", [["cache.codec=int4", "cache.token_share=0.5"], ["cache.lossless=zstd"], []])
+def test_no_records_are_read_as_such(world: Path, tmp_path: Path, sets: list[str]) -> None:
+    """Also as the first that are read of a cache."""
+    cache_teacher(world_config(world, *sets), str(world / "train" / "*.tar"), tmp_path / "c")
+    for _ in range(2):
+        cache = Cache(tmp_path / "c")
+        for block, x in cache.features([], torch.device("cpu")).items():
+            assert x.shape == (0, *cache.features([3], torch.device("cpu"))[block].shape[1:])
+    for wrong in (-1, len(cache)):
+        with pytest.raises(ValueError, match=f"has no record {wrong}: they are numbered 0 to {len(cache) - 1}"):
+            cache.read([3, wrong])
 
 
 def test_buffers_are_used_again() -> None:

@@ -246,6 +246,9 @@ class Cache:
     def _groups(self, records: Sequence[int] | np.ndarray) -> list[_Group]:
         """Of every span, those of some records that lie in it, in the order in which they are stored."""
         chosen = np.asarray(records, dtype=np.int64)
+        wrong = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(wrong):
+            raise ValueError(f"{self.place} has no record {wrong[0]}: they are numbered 0 to {len(self) - 1}")
         order = np.argsort(chosen)
         cuts = [*np.searchsorted(chosen[order], self._starts).tolist(), len(order)]
         groups = [
@@ -291,16 +294,19 @@ def joint_id(parts: Sequence[Part]) -> str:
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
     """Records of several arrays of one form: [(array, its records, their places among `count`)]."""
     form = groups[0][0].form
-    lengths = np.empty(count, np.int64)
-    for array, records, places in groups:
-        lengths[places] = array.lengths(records)
-    starts = np.cumsum(lengths) - lengths
-    out = (
-        torch.empty(int(lengths.sum()), dtype=torch.uint8) if form is None else empty((count, *form.shape), form.dtype)
-    )
+    found = [(array, array.find(records), places) for array, records, places in groups]
+    if form is not None:
+        out = empty((count, *form.shape), form.dtype)
+        starts = np.arange(count) * groups[0][0].row
+    else:
+        lengths = np.empty(count, np.int64)
+        for _, chunks, places in found:
+            lengths[places] = chunks.lengths
+        out = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        starts = np.cumsum(lengths) - lengths
     flat = out.numpy().reshape(-1).view(np.uint8)
-    for array, records, places in groups:
-        array.read_into(records, flat, starts[places])
+    for array, chunks, places in found:
+        array.read_into(chunks, flat, starts[places])
     return out if form is not None else Ragged(out, torch.from_numpy(lengths))
 
 

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import google_crc32c
 import numpy as np
@@ -135,65 +135,67 @@ class ShardedArray:
         # By shard: whether its index was read.
         self._known = np.zeros(len(self._files), dtype=np.bool_)
         # (records, 2) offset and bytes of every record of these shards; None if all follow each other at one size.
-        self._places: np.ndarray | None = None
+        regular = form is not None and self._compressor is None
+        self._places = None if regular else np.empty((records, 2), np.int64)
         self._lock = threading.Lock()
 
-    def lengths(self, records: np.ndarray) -> np.ndarray:
-        """Bytes of each record, of byte strings or as the array's form has them."""
-        if self.form is not None:
-            return np.full(len(records), self._row)
-        return self._find(records)[2] - _STRING.size
-
-    def read_into(self, records: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
-        """Fill out[places[i]:] (bytes) with record records[i]. Fastest if they are sorted."""
-        shards, offsets, lengths = self._find(records)
-        if self._compressor is None:
-            if self.form is None:
-                offsets, lengths = offsets + _STRING.size, lengths - _STRING.size
-            self._store.read_ranges(self._files, shards, offsets, lengths, out, places)
-            return
-        ends = np.cumsum(lengths)
-        chunks = np.empty(int(lengths.sum()), np.uint8)
-        self._store.read_ranges(self._files, shards, offsets, lengths, chunks, ends - lengths)
-        for chunk, start in zip(np.split(chunks, ends[:-1]), places.tolist(), strict=True):
-            self._compressor.decode(chunk, out=out[start : start + self._row])
-
-    @cached_property
-    def _row(self) -> int:
-        assert self.form is not None
-        return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
-
-    def _find(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard, offset in it, bytes) of the chunk of every record."""
+    def find(self, records: np.ndarray) -> "Chunks":
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
                 for shard in np.unique(shards[~self._known[shards]]).tolist():
                     self._read_index(shard)
         if self._places is None:
-            return shards, within * self._row, np.full(len(records), self._row)
+            return Chunks(shards, within * self.row, np.full(len(records), self.row))
         found = self._places[records]
-        return shards, found[:, 0], found[:, 1]
+        head = _STRING.size if self.form is None else 0
+        return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
+
+    def read_into(self, chunks: "Chunks", out: np.ndarray, places: np.ndarray) -> None:
+        """Fill out[places[i]:] (bytes) with the record that is stored in chunk i."""
+        if self._compressor is None:
+            self._store.read_ranges(self._files, chunks.shards, chunks.offsets, chunks.lengths, out, places)
+            return
+        ends = np.cumsum(chunks.lengths)
+        data = np.empty(int(chunks.lengths.sum()), np.uint8)
+        self._store.read_ranges(self._files, chunks.shards, chunks.offsets, chunks.lengths, data, ends - chunks.lengths)
+        for start, end, place in zip((ends - chunks.lengths).tolist(), ends.tolist(), places.tolist(), strict=True):
+            self._compressor.decode(data[start:end], out=out[place : place + self.row])
+
+    @cached_property
+    def row(self) -> int:
+        """Bytes of a record as the array's form has it."""
+        assert self.form is not None
+        return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
 
     def _read_index(self, shard: int) -> None:
         file, first = self._files[shard], shard * self._shard_records
         data = np.empty(16 * self._shard_records + 4, np.uint8)
-        size = np.array([len(data)])
-        zero = np.zeros(1, np.int64)
+        size, zero = np.array([len(data)]), np.zeros(1, np.int64)
         self._store.read_ranges([file], zero, self._sizes[file] - size, size, data, zero)
         encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
-        index = np.frombuffer(encoded, dtype="<u8").reshape(-1, 2)[: self._records - first]
-        if struct.pack("<I", google_crc32c.value(encoded)) != checksum or (index == _MISSING).any():
+        index = np.frombuffer(encoded, dtype="<i8").reshape(-1, 2)[: self._records - first]
+        offsets, sizes = index[:, 0], index[:, 1]
+        # Whatever is read goes to memory that is made for it, so that no size is believed that cannot be.
+        right = struct.pack("<I", google_crc32c.value(encoded)) == checksum and offsets.min() >= 0
+        if self._compressor is None:
+            right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
+        if not right or sizes.min() < 0 or max(offsets.max(), sizes.max(), (offsets + sizes).max()) > self._sizes[file]:
             raise ValueError(f"{self._store.url}/{file} is damaged; run singer cache verify")
-        regular = self.form is not None and self._compressor is None
-        if regular:
-            rows = self._row * np.arange(len(index) + 1)
-            regular = bool((index[:, 0] == rows[:-1]).all() and (index[:, 1] == self._row).all())
-        if self._places is None and not regular:
-            self._places = np.empty((self._records, 2), np.int64)
-            if self.form is not None and self._compressor is None:
-                self._places[:, 0] = np.arange(self._records) % self._shard_records * self._row
-                self._places[:, 1] = self._row
-        if self._places is not None:
-            self._places[first : first + len(index)] = index
+        places = self._places
+        if places is None and (offsets != self.row * np.arange(len(index))).any():
+            # No writer of singer does so, but the Zarr format allows any order.
+            numbers = np.arange(self._records) % self._shard_records
+            places = np.stack([numbers * self.row, np.full(self._records, self.row)], axis=1)
+        if places is not None:
+            places[first : first + len(index)] = index
+            self._places = places
         self._known[shard] = True
+
+
+class Chunks(NamedTuple):
+    """Where records are stored: numbers of their shards, offsets in these and bytes, (n,) int64 each."""
+
+    shards: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray

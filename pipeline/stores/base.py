@@ -35,8 +35,8 @@ class Store(Protocol):
     ) -> None:
         """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in object names[which[i]].
 
-        All int64, out uint8. Fastest if ranges of an object are together and in order. Raises ValueError if an object
-        is missing or ends too early.
+        All int64; out contiguous uint8, which holds all places. Fastest if ranges of an object are together and in
+        order. Raises ValueError if an object is missing or ends too early.
         """
         ...
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.stores.base import missing, too_short
+from pipeline.stores.base import missing
 from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
 from pipeline.stores.scattered import read_scattered
 
@@ -57,7 +57,7 @@ class LocalStore:
         needed = {n: self._open(names[n]) for n in np.unique(which).tolist()}
         files = np.zeros(len(names), np.int64)
         files[list(needed)] = [file.number for file in needed.values()]
-        read_scattered(files[which], offsets, lengths, out, places, lambda i: too_short(self.path / names[which[i]]))
+        read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         path = self.path / name

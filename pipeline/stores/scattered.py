@@ -12,11 +12,13 @@ import platform
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
+
+from pipeline.stores.base import too_short
 
 # Numbers of io_setup, io_destroy, io_getevents and io_submit, for which the C library has no functions.
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
@@ -26,7 +28,10 @@ _REQUEST, _EVENT = 8, 4
 _NUMBER, _FLAGS, _KIND, _MEMORY, _COUNT, _OFFSET = range(6)
 _RESULT = 2
 _READ, _READ_PIECES = 0, 7
-_AT_ONCE = 512
+# RWF_NOWAIT: only what is in memory. Python names it only where it was built with a C library that does.
+_NOWAIT = 8
+# All processes of a machine share some 65,536 places, and each thread that reads takes so many.
+_AT_ONCE = 128
 # Of ranges that one read fills; with the gaps between them, the system's limit.
 _PIECES = 512
 # A gap costs less to read and forget than another read does, up to about this many bytes.
@@ -41,22 +46,25 @@ def read_scattered(
     lengths: np.ndarray,
     out: np.ndarray,
     places: np.ndarray,
-    too_short: Callable[[int], ValueError],
+    path: Callable[[int], Path],
 ) -> None:
     """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in files[i], an open one; all int64, out uint8.
 
-    Ranges that follow each other closely become one read. Raises too_short(i) if the file of range i ends too early.
+    Ranges that follow each other closely become one read. path: of the file of range i. Raises ValueError if one ends
+    too early, OSError naming it if it cannot be read.
     """
     if not len(files):
         return
-    start = out.ctypes.data
+    # The system writes wherever it is told to.
+    assert out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous and out.flags.writeable
+    assert places.min() >= 0 and lengths.min() >= 0 and (places + lengths).max() <= len(out)
     gaps = offsets[1:] - offsets[:-1] - lengths[:-1]
     follows = (gaps >= 0) & (gaps <= len(_NOTHING)) & (files[1:] == files[:-1])
     follows[_PIECES - 1 :: _PIECES] = False
     reads = np.zeros((len(files), _REQUEST), np.int64)
     reads[:, _KIND] = files << 32
     reads[:, _OFFSET] = offsets
-    reads[:, _MEMORY] = places + start
+    reads[:, _MEMORY] = places + out.ctypes.data
     reads[:, _COUNT] = sizes = lengths
     first, last = np.arange(len(files)), np.arange(1, len(files) + 1)
     if follows.any():
@@ -74,30 +82,34 @@ def read_scattered(
         reads[joined, _COUNT] = 2 * (last - first)[joined] - 1
 
     left = np.arange(len(reads))
-    queue = _queue()
-    if queue is not None:
-        # What is in memory is copied. Of the rest, all is asked for before any is waited for.
-        left = left[queue.read(reads, os.RWF_NOWAIT) != sizes]
-        if len(left):
-            for read in left.tolist():
-                _ask(int(files[first[read]]), int(offsets[first[read]]), int(sizes[read]))
-            left = left[queue.read(reads[left], 0) != sizes[left]]
+    with _queue() as queue:
+        if queue is not None:
+            # What is in memory is copied. Of the rest, all is asked for before any is waited for.
+            left = left[queue.read(reads, _NOWAIT) != sizes]
+            if len(left):
+                for read in left.tolist():
+                    _ask(int(files[first[read]]), int(offsets[first[read]]), int(sizes[read]))
+                left = left[queue.read(reads[left], 0) != sizes[left]]
     for read in left.tolist():
         for i in range(first[read], last[read]):
-            if not _read(int(files[i]), int(offsets[i]), out[places[i] : places[i] + lengths[i]].data):
-                raise too_short(i)
+            _read(int(files[i]), int(offsets[i]), out[places[i] : places[i] + lengths[i]].data, path(i))
 
 
 def _ask(file: int, offset: int, size: int) -> None:
     for start in range(offset, offset + size, _AHEAD):
-        os.posix_fadvise(file, start, min(_AHEAD, offset + size - start), os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):  # reading will tell
+            os.posix_fadvise(file, start, min(_AHEAD, offset + size - start), os.POSIX_FADV_WILLNEED)
 
 
-def _read(file: int, offset: int, buffer: memoryview) -> bool:
-    """Whether the file was long enough to fill the buffer."""
-    while len(buffer) and (count := os.preadv(file, [buffer], offset)):
+def _read(file: int, offset: int, buffer: memoryview, path: Path) -> None:
+    while len(buffer):
+        try:
+            count = os.preadv(file, [buffer], offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if not count:
+            raise too_short(path)
         offset, buffer = offset + count, buffer[count:]
-    return not len(buffer)
 
 
 class _Queue:
@@ -105,12 +117,16 @@ class _Queue:
 
     def __init__(self) -> None:
         """Raises OSError if the system has none to give."""
+        if sys.platform != "linux" or platform.machine() not in _CALLS:
+            raise OSError(errno.ENOSYS, "io_setup")
         setup, destroy, self._wait, self._submit = _CALLS[platform.machine()]
         handle = ctypes.c_ulong(0)
         if _call(setup, _AT_ONCE, ctypes.addressof(handle)) < 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self._handle, self.process = handle.value, os.getpid()
-        weakref.finalize(self, _give_back, destroy, self._handle, self.process).atexit = False
+        # Waits for what is under way.
+        self.close = weakref.finalize(self, _give_back, destroy, self._handle, self.process)
+        self.close.atexit = False
         self._requests = np.zeros((_AT_ONCE, _REQUEST), np.int64)
         self._addresses = self._requests.ctypes.data + self._requests.strides[0] * np.arange(_AT_ONCE)
         self._events = np.zeros((_AT_ONCE, _EVENT), np.int64)
@@ -153,18 +169,23 @@ def _call(number: int, *arguments: int) -> int:
     return result
 
 
-@cache
-def _allowed() -> bool:
+@contextmanager
+def _queue() -> Iterator[_Queue | None]:
+    """This thread's, or a new one; None if the system has none to give, which may change.
+
+    Away from its place as long as it is used: whatever interrupts a read, and what is left of that, meets no other.
+    """
+    queue: _Queue | None = _local.__dict__.pop("queue", None)
+    if queue is None or queue.process != os.getpid():
+        try:
+            queue = _Queue()
+        except OSError:
+            queue = None
     try:
-        return sys.platform == "linux" and platform.machine() in _CALLS and bool(_Queue())
-    except OSError:
-        return False
-
-
-def _queue() -> _Queue | None:
-    """This thread's."""
-    queue: _Queue | None = getattr(_local, "queue", None)
-    if _allowed() and (queue is None or queue.process != os.getpid()):
-        with suppress(OSError):  # others have all that the system has
-            _local.queue = queue = _Queue()
-    return queue
+        yield queue
+    except BaseException:
+        if queue is not None:
+            queue.close()
+        raise
+    if queue is not None:
+        _local.queue = queue
