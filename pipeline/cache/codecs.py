@@ -61,9 +61,9 @@ class Ragged:
 
     def split(self, counts: list[int]) -> list["Ragged"]:
         """In parts of so many records."""
-        ends = F.pad(self.lengths.cumsum(0), (1, 0))[torch.tensor([0, *counts]).cumsum(0)]
-        data = self.data.split(ends.diff().tolist())
-        return [Ragged(*part) for part in zip(data, self.lengths.split(counts), strict=True)]
+        lengths = self.lengths.split(counts)
+        data = self.data.split([int(part.numpy().sum()) for part in lengths])
+        return [Ragged(*part) for part in zip(data, lengths, strict=True)]
 
     @staticmethod
     def cat(parts: Sequence["Ragged"]) -> "Ragged":

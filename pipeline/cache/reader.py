@@ -34,6 +34,8 @@ class Encoded:
 
     def split(self, counts: list[int]) -> list["Encoded"]:
         """In parts of so many records, which share the memory."""
+        if len(counts) == 1:
+            return [self]
         pieces: list[dict[int, Stored]] = [{block: {} for block in self.blocks} for _ in counts]
         for block, parts in self.blocks.items():
             for name, part in parts.items():
