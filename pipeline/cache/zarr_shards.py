@@ -112,6 +112,14 @@ class ByteRanges(Protocol):
     ) -> None: ...
 
 
+class Chunks(NamedTuple):
+    """Where records are stored: numbers of their shards, offsets in these and bytes, (n,) int64 each."""
+
+    shards: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+
+
 class ShardedArray:
     """One array of a part, read by record. Safe to share between threads.
 
@@ -139,7 +147,8 @@ class ShardedArray:
         self._places = None if regular else np.empty((records, 2), np.int64)
         self._lock = threading.Lock()
 
-    def find(self, records: np.ndarray) -> "Chunks":
+    def find(self, records: np.ndarray) -> Chunks:
+        """Raises ValueError if the index of a shard is damaged."""
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
@@ -151,7 +160,7 @@ class ShardedArray:
         head = _STRING.size if self.form is None else 0
         return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
 
-    def read_into(self, chunks: "Chunks", out: np.ndarray, places: np.ndarray) -> None:
+    def read_into(self, chunks: Chunks, out: np.ndarray, places: np.ndarray) -> None:
         """Fill out[places[i]:] (bytes) with the record that is stored in chunk i."""
         if self._compressor is None:
             self._store.read_ranges(self._files, chunks.shards, chunks.offsets, chunks.lengths, out, places)
@@ -191,11 +200,3 @@ class ShardedArray:
             places[first : first + len(index)] = index
             self._places = places
         self._known[shard] = True
-
-
-class Chunks(NamedTuple):
-    """Where records are stored: numbers of their shards, offsets in these and bytes, (n,) int64 each."""
-
-    shards: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
