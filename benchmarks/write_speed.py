@@ -1,7 +1,7 @@
 """What caching adds to the teacher's forward pass, and how fast features that are there already become a cache.
 
     python benchmarks/write_speed.py [--teacher FILE --shards 'train-*.tar'] [--codecs float16 int8 int4]
-        [--model vit_tiny_patch16_224] [--images 256] [--rounds 8] [--width 384] [--gigabytes 1] [--folder FOLDER]
+        [--model vit_tiny_patch16_224] [--images 512] [--rounds 12] [--width 384] [--gigabytes 1] [--folder FOLDER]
 
 Prints two markdown tables. With a teacher: `fill`, the loop of cache-teacher, against the bare forward pass of the same
 decoded batches, in turns of --images images; the speed is the median ratio of neighbouring turns. Survey and
@@ -39,7 +39,7 @@ from pipeline.shards import ImageFile, index_shards, survey
 from pipeline.stores import LocalStore
 
 # Small ones, so that every turn also writes; larger ones are synced less often.
-SHARD_RECORDS = 64
+SHARD_RECORDS = 128
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -172,8 +172,8 @@ def main() -> None:
     parser.add_argument("--shards")
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int8", "int4"])
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of float16 features from memory")
     parser.add_argument("--memory-rounds", type=int, default=5)
