@@ -40,7 +40,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.writer import create_part, small_files, write_shard
 from pipeline.config import DistillConfig
 from pipeline.prefetch import prefetch
-from pipeline.readplan import WINDOW_BYTES, reads_windows, share_lists
+from pipeline.readplan import WINDOW_BYTES, lists_ahead, share_lists
 from pipeline.shards import Images, Keys, content_hash
 from pipeline.stores import LocalStore
 from pipeline.train import BatchLoader
@@ -157,10 +157,10 @@ def engines(folder: Path, slow_batches: int) -> Iterator[tuple[str, Engine]]:
     window = max(BATCH, 1 << int(largest).bit_length() - 1)
 
     def singer(workers: int, block: int = 1) -> int:
-        settings = DistillConfig(batch_size=BATCH, read_block=block, shuffle_window=window)
-        in_windows = reads_windows(settings, loader.record_bytes)
+        settings = DistillConfig(batch_size=BATCH, read_block=block, shuffle_window=window, workers=workers)
+        ahead = lists_ahead(settings, loader.record_bytes, 1)
         lists = share_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
-        for _ in prefetch(loader.features, lists, workers, most=2 if in_windows else None):
+        for _ in prefetch(loader.features, lists, workers, most=ahead):
             pass
         return total * count * BATCH // len(cache)
 

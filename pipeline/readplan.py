@@ -104,6 +104,17 @@ def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
     return settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
 
 
+def batches_together(settings: DistillConfig, record_bytes: int, world: int) -> int:
+    """Of batches that are not read in windows."""
+    return max(1, PIECE_BYTES * world // (settings.batch_size * record_bytes))
+
+
+def lists_ahead(settings: DistillConfig, record_bytes: int, world: int) -> int:
+    """How many of share_lists are read ahead: at least two, and enough for as many batches as images are."""
+    together = batches_together(settings, record_bytes, world)
+    return 2 if reads_windows(settings, record_bytes) else max(2, -(-2 * settings.workers // together))
+
+
 def share_lists(
     records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
 ) -> Iterator[list[Share]]:
@@ -113,7 +124,7 @@ def share_lists(
     """
     batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
     in_windows = reads_windows(settings, record_bytes)
-    together = max(1, PIECE_BYTES * world // (batch * record_bytes))
+    together = batches_together(settings, record_bytes, world)
 
     @lru_cache(1)
     def order(epoch: int) -> EpochOrder:

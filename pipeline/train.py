@@ -21,7 +21,7 @@ from pipeline.distiller import Lesson, Shown
 from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter, say
-from pipeline.readplan import WINDOW_BYTES, Share, reads_windows, share_lists, steps_per_epoch
+from pipeline.readplan import WINDOW_BYTES, Share, lists_ahead, reads_windows, share_lists, steps_per_epoch
 from pipeline.shards import ImageFile
 from pipeline.tracking import Tracking
 from pipeline.views import normalise
@@ -169,19 +169,17 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     for trainee in trainees:
         trainee.model.train()
-    in_windows = reads_windows(settings, load.record_bytes)
-    if main and settings.read_block > 1 and not in_windows:
+    if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
         few = WINDOW_BYTES // load.record_bytes
         say(
             f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, and "
             f"are read batch by batch; the largest that would be is distill.shuffle_window={few}"
         )
     lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
-    # Windows are large: of these, that which is trained on, and two ahead.
-    most = 2 if in_windows else None
+    ahead = lists_ahead(settings, load.record_bytes, world)
     with (
         meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
-        closing(load(lists, settings.workers, m, most)) as batches,
+        closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
         for step, batch in enumerate(batches, start=first):
             going = [t for t in trainees if t.first_step <= step]

@@ -111,17 +111,24 @@ def test_seeds(world: Path, config: Config, tmp_path: Path) -> None:
 def test_windows_in_one_piece(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However features are read, the same bytes; a window of neighbours in one call for all its batches."""
+    """However features are read, the same bytes; a window of neighbours, or some small batches, in one call."""
     config = world_config(world, "distill.read_block=8", "distill.shuffle_window=32", "distill.epochs=1")
     read, sizes = Cache.read, []
     monkeypatch.setattr(Cache, "read", lambda cache, records: sizes.append(len(records)) or read(cache, records))
-    for name, most in (("whole", readplan.WINDOW_BYTES), ("batches", 0)):
-        monkeypatch.setattr(readplan, "WINDOW_BYTES", most)
+    kinds = {
+        "windows": (readplan.WINDOW_BYTES, 0, [4, 32, 32, 32]),
+        "pieces": (0, readplan.PIECE_BYTES, [100]),
+        "batches": (0, 0, [4, *[16] * 6]),
+    }
+    for name, (window, piece, wanted) in kinds.items():
+        monkeypatch.setattr(readplan, "WINDOW_BYTES", window)
+        monkeypatch.setattr(readplan, "PIECE_BYTES", piece)
         distill(config, world / "cache", tmp_path / name, world / "adapters")
-        assert ("windows of 32 records are too large" in capsys.readouterr().err) == (name == "batches")
-    assert sorted(sizes[:4]) == [4, 32, 32, 32] and sorted(sizes[4:]) == [4, *[16] * 6]
+        assert ("windows of 32 records are too large" in capsys.readouterr().err) == (name != "windows")
+        assert sorted(sizes) == wanted
+        sizes.clear()
     for name in (WEIGHTS, "projectors.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "batches" / name).read_bytes()
+        assert len({(tmp_path / kind / name).read_bytes() for kind in kinds}) == 1
 
 
 @pytest.mark.parametrize("stop_after", [3, 9])

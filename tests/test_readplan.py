@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import DistillConfig
-from pipeline.readplan import PIECE_BYTES, WINDOW_BYTES, EpochOrder, reads_windows, share, share_lists, steps_per_epoch
+from pipeline.readplan import (
+    PIECE_BYTES,
+    WINDOW_BYTES,
+    EpochOrder,
+    lists_ahead,
+    reads_windows,
+    share,
+    share_lists,
+    steps_per_epoch,
+)
 
 blocks, windows = st.integers(1, 40), st.integers(1, 90)
 
@@ -58,6 +67,8 @@ def test_lists_hold_every_step_once(
     assert in_windows == (block > 1 and window * size <= WINDOW_BYTES)
     together = max(1, PIECE_BYTES // size * world // batch)
     first = min(first, 2 * per_epoch)
+    ahead = lists_ahead(config, size, world)
+    assert ahead == 2 if in_windows else ahead >= 2 and ahead * together >= 2 * config.workers
     lists = list(share_lists(records, size, config, world - 1, world, first, 2 * per_epoch))
     step = first
     for found in lists:
