@@ -1,6 +1,7 @@
 """Reading a cache in shuffled batches against copying a memory map of as many bytes from end to end.
 
-    python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 1] [--rounds 7] [--widths 192 384 1024]
+    python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 1] [--rounds 9] [--widths 192 384 1024]
+        [--codecs float16 int4] [--batch 256]
 
 Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages, and deletes them.
 Prints a markdown table: GB/s of stored bytes, and the ratio to the memory map; medians over interleaved rounds. float16
@@ -45,7 +46,9 @@ from pipeline.shards import Images, Keys, content_hash
 from pipeline.stores import LocalStore
 from pipeline.train import BatchLoader
 
-BLOCK, TOKENS, BATCH = 0, 197, 64
+BLOCK, TOKENS = 0, 197
+# Of what is written, and of what other engines read.
+BATCH = 64
 ARRAY = f"{FEATURES}/{BLOCK}/values"
 ARTIFACTS = 0.01
 # Of engines that take seconds for one.
@@ -146,25 +149,25 @@ def payload_bytes(cache: Cache) -> int:
     return sum(f.stat().st_size - 16 * manifest.shard_records - 4 for f in files)
 
 
-def engines(folder: Path, slow_batches: int) -> Iterator[tuple[str, Engine]]:
+def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, Engine]]:
     """(name, engine) of singer and, for float16, of all others that are installed."""
     cache = Cache(folder)
-    count, total = len(cache) // BATCH, payload_bytes(cache)
+    count, total = len(cache) // batch, payload_bytes(cache)
 
     loader = BatchLoader([cache], None, [])
     # The largest that is read in one piece.
     largest = WINDOW_BYTES // loader.record_bytes
-    window = max(BATCH, 1 << int(largest).bit_length() - 1)
+    window = max(batch, 1 << int(largest).bit_length() - 1)
 
     def singer(workers: int, block: int = 1) -> int:
-        settings = DistillConfig(batch_size=BATCH, read_block=block, shuffle_window=window, workers=workers)
+        settings = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, workers=workers)
         ahead = lists_ahead(settings, loader.record_bytes, 1)
         lists = share_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
         for _ in prefetch(loader.features, lists, workers, most=ahead):
             pass
-        return total * count * BATCH // len(cache)
+        return total * count * batch // len(cache)
 
-    yield MEMORY_MAP, memory_map(folder)
+    yield MEMORY_MAP, memory_map(folder, batch)
     yield "singer, 1 worker", partial(singer, 1)
     yield "singer, 2 workers", partial(singer, 2)
     for block in (64, 256):
@@ -191,9 +194,9 @@ def zarr_engines(folder: Path, batches: int, name: str) -> Iterator[tuple[str, E
     yield f"{name}, in order", lambda: sum(np.asarray(array[n : n + BATCH]).nbytes for n in starts)
 
 
-def zarrs_engines(folder: Path, batches: int) -> Iterator[tuple[str, Engine]]:
+def zarrs_engines(folder: Path, batches: int, batch: int) -> Iterator[tuple[str, Engine]]:
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-    yield MEMORY_MAP, memory_map(folder)
+    yield MEMORY_MAP, memory_map(folder, batch)
     yield from zarr_engines(folder, batches, "zarrs")
 
 
@@ -201,10 +204,10 @@ def some_batches(records: int, batches: int) -> list[np.ndarray]:
     return np.split(np.random.default_rng(0).permutation(records)[: batches * BATCH], batches)
 
 
-def memory_map(folder: Path) -> Engine:
+def memory_map(folder: Path, batch: int) -> Engine:
     """Copies as many bytes as the cache holds, in as many pieces."""
     cache = Cache(folder)
-    count = len(cache) // BATCH
+    count = len(cache) // batch
     size = payload_bytes(cache) // count
     flat = folder.with_suffix(".bin")
     if not flat.exists():
@@ -212,17 +215,17 @@ def memory_map(folder: Path) -> Engine:
 
     def copy() -> int:
         for row in np.memmap(flat, mode="r", dtype=np.uint8, shape=(count, size)):
-            batch = np.array(row)  # held while the next one is read, as a training loop does
-        return count * batch.nbytes
+            copied = np.array(row)  # held while the next one is read, as a training loop does
+        return count * copied.nbytes
 
     return copy
 
 
 def rates(
-    folder: Path, kinds: Callable[[Path, int], Iterator[tuple[str, Engine]]], rounds: int
+    folder: Path, kinds: Callable[[Path, int, int], Iterator[tuple[str, Engine]]], rounds: int, batch: int
 ) -> dict[str, tuple[float, float]]:
     """{engine: (GB/s, ratio to the memory map in the same round)}, medians over interleaved rounds."""
-    found = dict(kinds(folder, SLOW_BATCHES))
+    found = dict(kinds(folder, SLOW_BATCHES, batch))
     measured: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, engine in found.items():
@@ -247,9 +250,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--widths", type=int, nargs="+", default=[192, 384, 1024])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int4"])
+    parser.add_argument("--batch", type=int, default=256, help="records a batch, by default as in distill")
     options = parser.parse_args()
 
-    print(f"batches of {BATCH}, medians of {options.rounds} rounds\n")
+    print(f"batches of {options.batch}, medians of {options.rounds} rounds\n")
     print("| stored | engine | GB/s | of the memory map |\n|---|---|---|---|")
     for codec in options.codecs:
         for width in options.widths:
@@ -258,9 +262,9 @@ def main() -> None:
                 record = record_bytes(codec, width)
                 write_synthetic(folder, synthetic_manifest(codec, TOKENS, width, int(options.gigabytes * 1e9 / record)))
                 payload = f"{TOKENS} x {width} {codec}, {record / 1e3:.0f} kB a record"
-                print_rows(payload, rates(folder, engines, options.rounds))
+                print_rows(payload, rates(folder, engines, options.rounds, options.batch))
                 if codec == "float16":
-                    measure_zarrs(payload, folder, options.rounds)
+                    measure_zarrs(payload, folder, options.rounds, options.batch)
 
 
 def record_bytes(codec: str, width: int) -> int:
@@ -268,13 +272,13 @@ def record_bytes(codec: str, width: int) -> int:
     return sum(p.data.nbytes if isinstance(p, Ragged) else p.nbytes for p in stored.values()) // BATCH
 
 
-def measure_zarrs(payload: str, folder: Path, rounds: int) -> None:
+def measure_zarrs(payload: str, folder: Path, rounds: int, batch: int) -> None:
     if find_spec("zarrs") is None:
         print("zarrs is not installed")
         return
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            print_rows(f"{payload}; own process", pool.submit(rates, folder, zarrs_engines, rounds).result())
+            print_rows(f"{payload}; own process", pool.submit(rates, folder, zarrs_engines, rounds, batch).result())
     except (BrokenProcessPool, RuntimeError, ValueError) as error:
         print(f"zarrs fails: {str(error).splitlines()[0]}")
 
