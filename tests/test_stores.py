@@ -27,7 +27,18 @@ from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, S3Store
 
-from pipeline.stores import LOCK, LocalStore, ReadThrough, RemoteStore, Store, locks, open_store, remote, scattered
+from pipeline.stores import (
+    LOCK,
+    LocalStore,
+    Ranges,
+    ReadThrough,
+    RemoteStore,
+    Store,
+    locks,
+    open_store,
+    remote,
+    scattered,
+)
 
 _SERVER = """
 import sys
@@ -119,7 +130,7 @@ def ranges(store: Store | ReadThrough, name: str, offsets: Sequence[int], length
     sizes = np.array(lengths, np.int64)
     out, ends = np.empty(sizes.sum(), np.uint8), np.cumsum(sizes)
     which = np.zeros(len(sizes), np.int64)
-    store.read_ranges([name], which, np.array(offsets, np.int64), sizes, out, ends - sizes)
+    store.read_ranges(Ranges([name], which, np.array(offsets, np.int64), sizes, out, ends - sizes))
     return [part.tobytes() for part in np.split(out, ends[:-1])] if len(sizes) else []
 
 
@@ -528,7 +539,7 @@ def test_killed_copy_does_not_count(source: Source, tmp_path: Path) -> None:
         f"source, copy = LocalStore(Path({str(source.path)!r})), Path({str(copy)!r})\n"
         f"checksums = {{'a': {sha256(b'much more content')!r}}}\n"
         "import numpy as np\nzero, out = np.zeros(1, int), np.empty(1, np.uint8)\n"
-        "ReadThrough(source, copy, checksums).read_ranges(['a'], zero, zero, zero + 1, out, zero)"
+        "ReadThrough(source, copy, checksums).read_ranges(Ranges(['a'], zero, zero, zero + 1, out, zero))"
     )
     (rest,) = copy.iterdir()
     assert rest.name.endswith(".singer-tmp") and rest.read_bytes() == b"much more content"
@@ -754,7 +765,7 @@ def test_ranges_are_scattered_to_their_places(
         for used in kinds:
             patch.setattr(scattered, "_queue", lambda used=used: contextlib.nullcontext(used))
             out = np.zeros_like(wanted)
-            LocalStore(tmp_path).read_ranges(["0", "1", "2"], which, offsets, lengths, out, places)
+            LocalStore(tmp_path).read_ranges(Ranges(["0", "1", "2"], which, offsets, lengths, out, places))
             assert np.array_equal(out, wanted)
 
 

@@ -9,7 +9,6 @@ import math
 import struct
 import threading
 import warnings
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +22,7 @@ from zarr.errors import UnstableSpecificationWarning
 
 from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
+from pipeline.stores import Ranges
 
 _MISSING = 2**64 - 1
 # Ahead of every byte string: the number of strings in the chunk, and its length.
@@ -101,15 +101,7 @@ class ByteRanges(Protocol):
     @property
     def url(self) -> str: ...
 
-    def read_ranges(
-        self,
-        names: Sequence[str],
-        which: np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        out: np.ndarray,
-        places: np.ndarray,
-    ) -> None: ...
+    def read_ranges(self, ranges: Ranges) -> None: ...
 
 
 class Chunks(NamedTuple):
@@ -163,11 +155,11 @@ class ShardedArray:
     def read_into(self, chunks: Chunks, out: np.ndarray, places: np.ndarray) -> None:
         """Fill out[places[i]:] (bytes) with the record that is stored in chunk i."""
         if self._compressor is None:
-            self._store.read_ranges(self._files, chunks.shards, chunks.offsets, chunks.lengths, out, places)
+            self._store.read_ranges(Ranges(self._files, *chunks, out, places))
             return
         ends = np.cumsum(chunks.lengths)
         data = np.empty(int(chunks.lengths.sum()), np.uint8)
-        self._store.read_ranges(self._files, chunks.shards, chunks.offsets, chunks.lengths, data, ends - chunks.lengths)
+        self._store.read_ranges(Ranges(self._files, *chunks, data, ends - chunks.lengths))
         for start, end, place in zip((ends - chunks.lengths).tolist(), ends.tolist(), places.tolist(), strict=True):
             self._compressor.decode(data[start:end], out=out[place : place + self.row])
 
@@ -181,7 +173,7 @@ class ShardedArray:
         file, first = self._files[shard], shard * self._shard_records
         data = np.empty(16 * self._shard_records + 4, np.uint8)
         size, zero = np.array([len(data)]), np.zeros(1, np.int64)
-        self._store.read_ranges([file], zero, self._sizes[file] - size, size, data, zero)
+        self._store.read_ranges(Ranges([file], zero, self._sizes[file] - size, size, data, zero))
         encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
         index = np.frombuffer(encoded, dtype="<i8").reshape(-1, 2)[: self._records - first]
         offsets, sizes = index[:, 0], index[:, 1]

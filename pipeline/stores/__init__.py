@@ -5,7 +5,7 @@ Objects are written whole and appear all at once; they are read whole or by byte
 
 from pathlib import Path
 
-from pipeline.stores.base import LOCK, Place, Store, is_remote
+from pipeline.stores.base import LOCK, Place, Ranges, Store, is_remote
 from pipeline.stores.files import allow_open_files, write_atomic
 from pipeline.stores.local import LocalStore
 from pipeline.stores.remote import RemoteStore
@@ -15,6 +15,7 @@ __all__ = [
     "LOCK",
     "LocalStore",
     "Place",
+    "Ranges",
     "ReadThrough",
     "RemoteStore",
     "Store",

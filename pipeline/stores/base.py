@@ -3,12 +3,26 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 Place = Path | str
 LOCK = "writer.lock"
+
+
+class Ranges(NamedTuple):
+    """out[places[i] : places[i] + lengths[i]] is to be filled from offsets[i] on in object names[which[i]].
+
+    All but names are arrays of int64; out is contiguous uint8, which holds all places.
+    """
+
+    names: Sequence[str]
+    which: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    out: np.ndarray
+    places: np.ndarray
 
 
 class Store(Protocol):
@@ -24,20 +38,8 @@ class Store(Protocol):
         """Raises FileNotFoundError if there is no such object."""
         ...
 
-    def read_ranges(
-        self,
-        names: Sequence[str],
-        which: np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        out: np.ndarray,
-        places: np.ndarray,
-    ) -> None:
-        """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in object names[which[i]].
-
-        All int64; out contiguous uint8, which holds all places. Fastest if ranges of an object are together and in
-        order. Raises ValueError if an object is missing or ends too early.
-        """
+    def read_ranges(self, ranges: Ranges) -> None:
+        """Fastest if those of an object are together and in order. Raises ValueError if one is missing or too short."""
         ...
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:

@@ -4,13 +4,13 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.stores.base import missing
+from pipeline.stores.base import Ranges, missing
 from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
 from pipeline.stores.scattered import read_scattered
 
@@ -45,15 +45,8 @@ class LocalStore:
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(error.errno, error.strerror, str(self.path / name)) from None
 
-    def read_ranges(
-        self,
-        names: Sequence[str],
-        which: np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        out: np.ndarray,
-        places: np.ndarray,
-    ) -> None:
+    def read_ranges(self, ranges: Ranges) -> None:
+        names, which, offsets, lengths, out, places = ranges
         needed = {n: self._open(names[n]) for n in np.unique(which).tolist()}
         files = np.zeros(len(names), np.int64)
         files[list(needed)] = [file.number for file in needed.values()]

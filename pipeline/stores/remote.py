@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from pipeline.stores import locks
-from pipeline.stores.base import LOCK, missing, too_short
+from pipeline.stores.base import LOCK, Ranges, missing, too_short
 
 if TYPE_CHECKING:  # obstore has no such names at run time
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -78,15 +77,7 @@ class RemoteStore:
             with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
                 return b"".join(pool.map(piece, range(0, size, _PIECE)))
 
-    def read_ranges(
-        self,
-        names: Sequence[str],
-        which: np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        out: np.ndarray,
-        places: np.ndarray,
-    ) -> None:
+    def read_ranges(self, ranges: Ranges) -> None:
         def fetch(group: Sequence[_Range]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
             with self._one_line(name):
@@ -97,12 +88,13 @@ class RemoteStore:
                     raise too_short(f"{self._url}/{name}")
                 whole[r.place : r.place + len(found)] = found
 
+        names, which, offsets, lengths, out, places = ranges
         whole = out.data
         columns = (column.tolist() for column in (which, offsets, offsets + lengths, places))
-        ranges = [_Range(names[n], *row) for n, *row in zip(*columns, strict=True) if row[1] > row[0]]
+        wanted = [_Range(names[n], *row) for n, *row in zip(*columns, strict=True) if row[1] > row[0]]
         with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
             try:
-                list(pool.map(fetch, _neighbours(ranges)))
+                list(pool.map(fetch, _neighbours(wanted)))
             except FileNotFoundError as error:
                 raise missing(error.filename) from None
 

@@ -3,12 +3,12 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.stores.base import Store
+from pipeline.stores.base import Ranges, Store
 from pipeline.stores.files import TEMPORARY, is_at, write_durably
 from pipeline.stores.local import LocalStore
 
@@ -28,20 +28,12 @@ class ReadThrough:
     def url(self) -> str:
         return self._source.url
 
-    def read_ranges(
-        self,
-        names: Sequence[str],
-        which: np.ndarray,
-        offsets: np.ndarray,
-        lengths: np.ndarray,
-        out: np.ndarray,
-        places: np.ndarray,
-    ) -> None:
-        for name in (names[n] for n in np.unique(which).tolist()):
+    def read_ranges(self, ranges: Ranges) -> None:
+        for name in (ranges.names[n] for n in np.unique(ranges.which).tolist()):
             copy = self._local.path / self._checksums[name]
             while not copy.is_file():
                 self._fetch(name, copy)
-        self._local.read_ranges([self._checksums.get(n, "") for n in names], which, offsets, lengths, out, places)
+        self._local.read_ranges(ranges._replace(names=[self._checksums.get(n, "") for n in ranges.names]))
 
     def _fetch(self, name: str, copy: Path) -> None:
         """Copy an object, or wait until another thread or process has done so or has given up."""
