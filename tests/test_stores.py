@@ -736,7 +736,7 @@ class Uneven:
     gaps=st.lists(st.tuples(st.sampled_from([0, 0, 1, 8, 100]), st.integers(2, 40), st.integers(0, 2)), max_size=60),
     most=st.integers(1, 9),
     through=st.sampled_from([0, 8, 50]),
-    at_once=st.sampled_from([1, 7, 512]),
+    at_once=st.sampled_from([1, 7, 128]),
     seed=st.integers(0, 9),
 )
 def test_ranges_are_scattered_to_their_places(
@@ -759,9 +759,10 @@ def test_ranges_are_scattered_to_their_places(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scattered, "_PIECES", most)
         patch.setattr(scattered, "_NOTHING", np.empty(through, np.uint8))
-        patch.setattr(scattered, "_AT_ONCE", at_once)
-        with scattered._queue() as queue:
-            kinds = (None,) if queue is None else (None, queue, Uneven(queue, seed))
+        kinds: list[object] = [None]
+        with contextlib.suppress(OSError):  # this system has no queues
+            queue = scattered._Queue(at_once)
+            kinds += [queue, Uneven(queue, seed)]
         for used in kinds:
             patch.setattr(scattered, "_queue", lambda used=used: contextlib.nullcontext(used))
             out = np.zeros_like(wanted)

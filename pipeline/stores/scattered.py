@@ -115,28 +115,28 @@ def _read(file: int, offset: int, buffer: memoryview, path: Path) -> None:
 class _Queue:
     """Of one thread of one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = _AT_ONCE) -> None:
         """Raises OSError if the system has none to give."""
         if sys.platform != "linux" or platform.machine() not in _CALLS:
             raise OSError(errno.ENOSYS, "io_setup")
         setup, destroy, self._wait, self._submit = _CALLS[platform.machine()]
         handle = ctypes.c_ulong(0)
-        if _call(setup, _AT_ONCE, ctypes.addressof(handle)) < 0:
+        if _call(setup, at_once, ctypes.addressof(handle)) < 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self._handle, self.process = handle.value, os.getpid()
         # Waits for what is under way.
         self.close = weakref.finalize(self, _give_back, destroy, self._handle, self.process)
         self.close.atexit = False
-        self._requests = np.zeros((_AT_ONCE, _REQUEST), np.int64)
-        self._addresses = self._requests.ctypes.data + self._requests.strides[0] * np.arange(_AT_ONCE)
-        self._events = np.zeros((_AT_ONCE, _EVENT), np.int64)
+        self._requests = np.zeros((at_once, _REQUEST), np.int64)
+        self._addresses = self._requests.ctypes.data + self._requests.strides[0] * np.arange(at_once)
+        self._events = np.zeros((at_once, _EVENT), np.int64)
         self._sent, self._done = self._addresses.ctypes.data, self._events.ctypes.data
 
     def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
         """Bytes that each read has brought; whatever is not its size was no success."""
         results = np.full(len(reads), -1)
-        for start in range(0, len(reads), _AT_ONCE):
-            count = min(_AT_ONCE, len(reads) - start)
+        for start in range(0, len(reads), len(self._requests)):
+            count = min(len(self._requests), len(reads) - start)
             self._requests[:count] = reads[start : start + count]
             self._requests[:count, _NUMBER] = np.arange(start, start + count)
             self._requests[:count, _FLAGS] = flags << 32
