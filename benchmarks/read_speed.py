@@ -1,14 +1,16 @@
 """Reading a cache in shuffled batches against copying a memory map of as many bytes from end to end.
 
     python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 1] [--rounds 9] [--widths 192 384 1024]
-        [--codecs float16 int4] [--batch 256]
+        [--codecs float16 int4] [--batch 256] [--cold]
 
-Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages, and deletes them.
+Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages (--cold: from the
+disk), and deletes them. An epoch must be long against what is read ahead: windows are up to 256 MB each.
 Prints a markdown table: GB/s of stored bytes, and the ratio to the memory map; medians over interleaved rounds. float16
 shards are plain Zarr, so other engines read them too, a part of the epoch each; zarrs in a process of its own.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -222,20 +224,32 @@ def memory_map(folder: Path, batch: int) -> Engine:
 
 
 def rates(
-    folder: Path, kinds: Callable[[Path, int, int], Iterator[tuple[str, Engine]]], rounds: int, batch: int
+    folder: Path, kinds: Callable[[Path, int, int], Iterator[tuple[str, Engine]]], rounds: int, batch: int, cold: bool
 ) -> dict[str, tuple[float, float]]:
     """{engine: (GB/s, ratio to the memory map in the same round)}, medians over interleaved rounds."""
     found = dict(kinds(folder, SLOW_BATCHES, batch))
     measured: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, engine in found.items():
-            engine()  # so that its memory is at hand, as it is from the first moments of an epoch on
+            if cold:
+                forget(folder.parent)
+            else:
+                engine()  # so that its memory is at hand, as it is from the first moments of an epoch on
             start = time.perf_counter()
             size = engine()
             measured[name].append(size / (time.perf_counter() - start) / 1e9)
     truth = measured[MEMORY_MAP]
     ratios = {name: [a / b for a, b in zip(values, truth, strict=True)] for name, values in measured.items()}
     return {name: (statistics.median(measured[name]), statistics.median(ratios[name])) for name in found}
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop the files' content from memory."""
+    os.sync()  # what is not on the disk yet would stay
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def print_rows(payload: str, measured: dict[str, tuple[float, float]]) -> None:
@@ -251,9 +265,10 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[192, 384, 1024])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int4"])
     parser.add_argument("--batch", type=int, default=256, help="records a batch, by default as in distill")
+    parser.add_argument("--cold", action="store_true", help="nothing is in memory when a pass begins")
     options = parser.parse_args()
 
-    print(f"batches of {options.batch}, medians of {options.rounds} rounds\n")
+    print(f"batches of {options.batch}, medians of {options.rounds} rounds{', from the disk' * options.cold}\n")
     print("| stored | engine | GB/s | of the memory map |\n|---|---|---|---|")
     for codec in options.codecs:
         for width in options.widths:
@@ -262,9 +277,9 @@ def main() -> None:
                 record = record_bytes(codec, width)
                 write_synthetic(folder, synthetic_manifest(codec, TOKENS, width, int(options.gigabytes * 1e9 / record)))
                 payload = f"{TOKENS} x {width} {codec}, {record / 1e3:.0f} kB a record"
-                print_rows(payload, rates(folder, engines, options.rounds, options.batch))
+                print_rows(payload, rates(folder, engines, options.rounds, options.batch, options.cold))
                 if codec == "float16":
-                    measure_zarrs(payload, folder, options.rounds, options.batch)
+                    measure_zarrs(payload, folder, options)
 
 
 def record_bytes(codec: str, width: int) -> int:
@@ -272,13 +287,14 @@ def record_bytes(codec: str, width: int) -> int:
     return sum(p.data.nbytes if isinstance(p, Ragged) else p.nbytes for p in stored.values()) // BATCH
 
 
-def measure_zarrs(payload: str, folder: Path, rounds: int, batch: int) -> None:
+def measure_zarrs(payload: str, folder: Path, options: argparse.Namespace) -> None:
     if find_spec("zarrs") is None:
         print("zarrs is not installed")
         return
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            print_rows(f"{payload}; own process", pool.submit(rates, folder, zarrs_engines, rounds, batch).result())
+            arguments = folder, zarrs_engines, options.rounds, options.batch, options.cold
+            print_rows(f"{payload}; own process", pool.submit(rates, *arguments).result())
     except (BrokenProcessPool, RuntimeError, ValueError) as error:
         print(f"zarrs fails: {str(error).splitlines()[0]}")
 

@@ -4,9 +4,10 @@
         [--model vit_tiny_patch16_224] [--images 512] [--rounds 12] [--width 384] [--gigabytes 1] [--folder FOLDER]
 
 Prints two markdown tables. With a teacher: `fill`, the loop of cache-teacher, against the bare forward pass of the same
-decoded batches, in turns of --images images; the speed is the median ratio of neighbouring turns. Survey and
-calibration, which come before, are left out. In any case: GB/s of features, counted as float16, that are encoded and
-durably written as the same loop does it, and the ratio to writing and syncing as many float16 bytes plainly.
+decoded batches, in turns of --images images; the speed is the median ratio of neighbouring turns. Processor time, of
+all threads, is less touched by what else a machine does. Survey and calibration, which come before, are left out. In
+any case: GB/s of features, counted as float16, that are encoded and durably written as the same loop does it, and the
+ratio to writing and syncing as many float16 bytes plainly.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,14 +44,21 @@ from pipeline.stores import LocalStore
 SHARD_RECORDS = 128
 
 
+class Turn(NamedTuple):
+    """Seconds an image."""
+
+    wall: float
+    processor: float
+
+
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> list[tuple[float, float]]:
-    """[(images/s of the teacher alone, images/s of fill)] of every turn."""
+def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> list[tuple[Turn, Turn]]:
+    """[(the teacher alone, fill)] of every turn."""
     sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
     config = load_config(sets=sets)
     vit = load_teacher(config.teacher)
@@ -75,15 +84,19 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     def fill(group: Sequence[int]) -> None:
         stage.fill(part, group, extract)
 
-    rates, order = [], [bare, fill]
+    turns, order = [], [bare, fill]
     for number in range(options.rounds + 1):
         group = groups[number % len(groups)]
         images = sum(stop - start for start, stop in map(manifest.shard_range, group))
-        rate = {run: images / seconds(partial(run, group)) for run in order}
+        took = {}
+        for run in order:
+            busy = time.process_time()
+            wall = seconds(partial(run, group))
+            took[run] = Turn(wall / images, (time.process_time() - busy) / images)
         order.reverse()
         if number:  # the first warms up
-            rates.append((rate[bare], rate[fill]))
-    return rates
+            turns.append((took[bare], took[fill]))
+    return turns
 
 
 def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path, shards: int) -> float:
@@ -130,13 +143,16 @@ def plainly(values: np.ndarray, folder: Path, shards: int) -> float:
 
 def print_teacher(options: argparse.Namespace) -> None:
     print(f"{options.model}, turns of {options.images} images, medians of {options.rounds} turns each\n")
-    print("| codec | teacher alone, images/s | cache-teacher, images/s | ratio |\n|---|---|---|---|")
+    print("| codec | teacher alone, images/s | cache-teacher | ratio | processor, ms an image | of the teacher's |")
+    print("|---|---|---|---|---|---|")
     for codec in options.codecs:
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-            rates = against_teacher(options, codec, Path(scratch) / "cache")
-        alone, caching = (statistics.median(r) for r in zip(*rates, strict=True))
-        ratio = statistics.median(b / a for a, b in rates)
-        print(f"| {codec} | {alone:.1f} | {caching:.1f} | {ratio:.3f} |", flush=True)
+            turns = against_teacher(options, codec, Path(scratch) / "cache")
+        alone, caching = (1 / statistics.median(t.wall for t in kind) for kind in zip(*turns, strict=True))
+        ratio = statistics.median(a.wall / b.wall for a, b in turns)
+        busy = statistics.median(b.processor for _, b in turns)
+        more = statistics.median(b.processor / a.processor for a, b in turns)
+        print(f"| {codec} | {alone:.1f} | {caching:.1f} | {ratio:.3f} | {1e3 * busy:.1f} | {more:.3f} |", flush=True)
 
 
 def print_memory(options: argparse.Namespace) -> None:

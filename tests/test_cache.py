@@ -21,7 +21,7 @@ from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL, read_index, read_manifest
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
-from pipeline.config import Config, load_config
+from pipeline.config import Config, dump_config, load_config
 from pipeline.models import load_saved, load_teacher, save_backbone
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import open_store
@@ -243,24 +243,23 @@ def test_second_writer_is_refused(world: Path, config: Config, tmp_path: Path) -
     assert not list(tmp_path.glob(".*"))
 
 
-def test_kill_and_resume_gives_the_same_bytes(world: Path, config: Config, tmp_path: Path) -> None:
+def test_kill_and_resume_gives_the_same_bytes(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL in the middle of writing, at a moment that the journal shows, then --resume."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    sets = [f"--set=teacher.name=local-dir:{world / 'teacher'}", "--set=teacher.image_size=32"]
-    sets += ["--set=cache.blocks=[2,3]", "--set=cache.batch_size=7", "--set=cache.workers=1"]
-
-    def command(out: Path, delay: float, *extra: str) -> list[str]:
-        shards = f"--shards={world / 'train' / '*.tar'}"
-        program = (
-            "import time, torch, pipeline.cache_teacher as stage, cli\n"
-            "torch.set_num_threads(1); stage._MAX_SHARD_RECORDS = 10; write = stage.write_shard\n"
-            f"def slow(*a): write(*a); time.sleep({delay})\n"
-            "stage.write_shard = slow; cli.main()"
-        )
-        return [sys.executable, "-c", program, "cache-teacher", shards, "--out", str(out), *sets, *extra]
-
-    subprocess.run(command(whole, 0), check=True, capture_output=True)
-    process = subprocess.Popen(command(part, 0.5), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 10)
+    whole, part = fill(config, world, tmp_path / "whole"), tmp_path / "part"
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    program = (
+        "import time, torch, pipeline.cache_teacher as stage, cli\n"
+        "torch.set_num_threads(1); stage._MAX_SHARD_RECORDS = 10; write = stage.write_shard\n"
+        "def slow(*a): write(*a); time.sleep(0.5)\n"
+        "stage.write_shard = slow; cli.main()"
+    )
+    options = ["--shards", world / "train" / "*.tar", "--out", part, "--config", file]
+    command = [sys.executable, "-c", program, "cache-teacher", *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(part.glob(f"{JOURNAL}/*.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -268,7 +267,7 @@ def test_kill_and_resume_gives_the_same_bytes(world: Path, config: Config, tmp_p
     assert process.wait() == -signal.SIGKILL
     done = len(list(part.glob(f"{JOURNAL}/*.json")))
     assert 3 <= done < 10
-    subprocess.run(command(part, 0, "--resume"), check=True, capture_output=True)
+    fill(config, world, part, "resume")
     assert tree_bytes(part, "provenance.json") == tree_bytes(whole, "provenance.json")
 
 

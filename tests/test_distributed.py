@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import tree_bytes, world_config
+from ranks import launch
 
 from pipeline.cache import Cache
 from pipeline.checkpoint import Checkpoint, read_log
@@ -25,29 +25,27 @@ from pipeline.views import normalise
 ROOT = Path(__file__).parent.parent
 
 
-def launch(
-    processes: int, *args: object, environment: Mapping[str, str] | None = None
-) -> tuple[dict[str, object], str]:
-    """`torchrun cli.py ARGS --json` on the CPU; the JSON object that it prints, and what it says besides.
+def torchrun(processes: int, *args: object) -> dict[str, object]:
+    """`torchrun cli.py ARGS --json` on the CPU; the JSON object that it prints.
 
     `accelerate launch --cpu` starts one process, whatever number it is given.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*torchrun, str(ROOT / "cli.py"), *map(str, args), "--json"]
-    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*start, str(ROOT / "cli.py"), *map(str, args), "--json"]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=variables)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "only the first process speaks"
-    value = json.loads(done.stdout.splitlines()[-1])
+    value = json.loads(done.stdout)
     assert isinstance(value, dict)
-    return value, done.stderr
+    return value
 
 
 @pytest.mark.timeout(600)
 def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
     options = ["--config", config_file]
     shards = world / "train" / "*.tar"
-    made, _ = launch(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
+    made = torchrun(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
     ignored = ("provenance.json", "config.yaml")
     assert tree_bytes(tmp_path / "cache", *ignored) == tree_bytes(world / "cache", *ignored)
     assert made["records"] == 100 and made["id"] == Cache(world / "cache").id
