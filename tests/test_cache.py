@@ -296,14 +296,13 @@ def test_broken_images_are_refused_or_listed(world: Path, tmp_path: Path) -> Non
                 data, broken = data[: len(data) // 2], member.name.removesuffix(".png")
                 member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--shards", str(shard), "--out", str(tmp_path / "c")]
+    out = tmp_path / "c"
+    command = [sys.executable, "-m", "cli", "cache-teacher", "--shards", str(shard), "--out", str(out)]
     command += [f"--set=teacher.name=local-dir:{world / 'teacher'}", "--set=teacher.image_size=32"]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "cannot be decoded" in refused.stderr and not (tmp_path / "c").exists()
-    done = subprocess.run([*command, "--on-error", "skip", "--json"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    listed = json.loads((tmp_path / "c" / "skipped.json").read_text())
+    assert refused.returncode == 2 and "cannot be decoded" in refused.stderr and not out.exists()
+    result = cache_teacher(world_config(world, "cache.on_error=skip"), str(shard), out)
+    listed = json.loads((out / "skipped.json").read_text())
     assert broken in [entry["key"] for entry in listed]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["skipped"] == len(listed) and result["records"] == 30 - len(listed)
-    assert broken not in set(Cache(tmp_path / "c").index.images.keys)
+    assert result.skipped == len(listed) and result.records == 30 - len(listed)
+    assert broken not in set(Cache(out).index.images.keys)
