@@ -172,8 +172,8 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
         few = WINDOW_BYTES // load.record_bytes
         say(
-            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, and "
-            f"are read batch by batch; the largest that would be is distill.shuffle_window={few}"
+            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
+            f"which is faster; the largest that would be is distill.shuffle_window={few}"
         )
     lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
     ahead = lists_ahead(settings, load.record_bytes, world)
