@@ -3,13 +3,16 @@
 They are forked from one process that has imported everything: imports would take longer than what is tested.
 """
 
+import itertools
 import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,15 +31,23 @@ def launch(count: int, *args: object, environment: Mapping[str, str] | None = No
     words = ["singer", *map(str, args), "--json"]
     with TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(count)]
+        for file in itertools.chain.from_iterable(files):
+            file.touch()
         ranks = [
-            _server.Process(target=_run, args=(words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n]))
+            _server.Process(
+                target=_run, args=(words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n]), daemon=True
+            )
             for n in range(count)
         ]
         for rank in ranks:
             rank.start()
+        deadline = time.monotonic() + 240
+        while (running := [r for r in ranks if r.exitcode is None]) and time.monotonic() < deadline:
+            wait([r.sentinel for r in running], 1)
+            if any(r.exitcode for r in ranks):
+                break  # the others wait for the one that failed
         for rank in ranks:
-            rank.join(240)
-            rank.kill()  # if it hangs
+            rank.kill()
             rank.join()
         said, told = ("".join(file.read_text() for file in of_all) for of_all in zip(*files, strict=True))
     assert [rank.exitcode for rank in ranks] == [0] * count, told
@@ -49,7 +60,7 @@ def launch(count: int, *args: object, environment: Mapping[str, str] | None = No
 def _run(words: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
     os.environ |= environment
     for number, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY), number)
     sys.argv = words
     try:
         cli.main()
