@@ -1,6 +1,6 @@
 """Reading a cache in shuffled batches against copying a memory map of as many bytes from end to end.
 
-    python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 1] [--rounds 9] [--widths 192 384 1024]
+    python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 3] [--rounds 9] [--widths 192 384 1024]
         [--codecs float16 int4] [--batch 256] [--cold]
 
 Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages (--cold: from the
@@ -260,7 +260,7 @@ def print_rows(payload: str, measured: dict[str, tuple[float, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of each cache")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="of each cache")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--widths", type=int, nargs="+", default=[192, 384, 1024])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int4"])
