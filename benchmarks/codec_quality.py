@@ -30,6 +30,7 @@ KINDS = {
     "int2": ("int2", 1.0),
     "int1": ("int1", 1.0),
     "int4, half the tokens": ("int4", 0.5),
+    "int1, half the tokens": ("int1", 0.5),
     "float16, half the tokens": ("float16", 0.5),
     "int4-plain (no outliers)": ("int4-plain", 1.0),
 }
