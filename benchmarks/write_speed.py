@@ -75,7 +75,9 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(index.images) as files:
-            batches = [np.arange(*manifest.shard_range(shard)) for shard in group]
+            size = config.cache.batch_size
+            ranges = [manifest.shard_range(shard) for shard in group]
+            batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
             for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers):
                 extract.features(batch.pixels, manifest.blocks)
             if torch.cuda.is_available():
