@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +27,13 @@ from torch import Tensor
 
 from pipeline import cache_teacher as stage
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encoder import Batch, Encoder, calibration_on, join_rows
+from pipeline.cache.encoder import Batch, Encoder, calibration_on
+from pipeline.cache.filling import filling
 from pipeline.cache.format import read_index
 from pipeline.cache.parts import read_parts
-from pipeline.cache.writer import write_shard
 from pipeline.config import load_config
 from pipeline.devices import make_accelerator
-from pipeline.extract import Extractor, check_finite
+from pipeline.extract import Extractor
 from pipeline.models import load_teacher
 from pipeline.prefetch import prefetch
 from pipeline.shards import ImageFile, index_shards, survey
@@ -102,7 +101,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
 
 
 def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path, shards: int) -> float:
-    """Seconds for storing the batches again and again, as fill does it, one shard each time."""
+    """Seconds for storing the batches again and again, a shard each time, as fill stores what comes of the teacher."""
     records = sum(map(len, features))
     manifest = synthetic_manifest(codec, TOKENS, width, shards * records)
     manifest = manifest.model_copy(update={"shard_records": records})
@@ -111,21 +110,12 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     (part,) = read_parts(store)
     index = read_index(store)
     encode = Encoder(manifest, index, calibration_on(part, torch.device("cpu")))
-    nothing = Batch(np.arange(BATCH), torch.empty(0), {})
 
     def store_all() -> None:
-        written: Future[None] | None = None
-        with ThreadPoolExecutor(1) as writer:
-            for shard in range(shards):
-                rows = []
-                for x in features:
-                    check_finite({BLOCK: x}, nothing.records, index)
-                    rows.append(encode({BLOCK: x}, nothing))
-                if written is not None:
-                    written.result()
-                written = writer.submit(write_shard, part.store, manifest, shard, join_rows(rows))
-            if written is not None:
-                written.result()
+        with filling(part, encode) as store:
+            for batch in range(shards * len(features)):
+                rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
+                store({BLOCK: features[batch % len(features)]}, Batch(rows, torch.empty(0), {}))
 
     return seconds(store_all)
 

@@ -7,7 +7,6 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,9 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.codecs import CODECS, Calibration, calibrate
-from pipeline.cache.encoder import Encoder, Values, calibration_on, join_rows
+from pipeline.cache.encoder import Encoder, calibration_on
 from pipeline.cache.fidelity import fidelity
+from pipeline.cache.filling import filling
 from pipeline.cache.format import (
     FIDELITY,
     MANIFEST,
@@ -31,10 +31,10 @@ from pipeline.cache.format import (
 from pipeline.cache.growth import Addition, Rows, plan_additions
 from pipeline.cache.parts import Part, part_name, read_parts
 from pipeline.cache.reader import joint_id, read_calibration
-from pipeline.cache.writer import check_same, create_part, small_files, write_shard
+from pipeline.cache.writer import check_same, create_part, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
-from pipeline.extract import Extractor, check_finite
+from pipeline.extract import Extractor
 from pipeline.models import load_teacher, local_folder
 from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
@@ -281,28 +281,12 @@ def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | S
     if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
         say(f"{manifest.shards - len(pending)} of {manifest.shards} shards are done already")
 
-    written: Future[None] | None = None
     with (
         ImageFile(relocate(index.images, shards)) as files,
-        # One shard is written while the teacher computes the next.
-        ThreadPoolExecutor(1, thread_name_prefix="write") as writer,
+        filling(part, encode) as store,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
     ):
-        loaded = prefetch(lambda records: encode.load(files, records), batches, config.cache.workers, m)
-        for shard, (_, stop) in zip(own, ranges, strict=True):
-            rows: list[Values] = []
-            for batch in loaded:
-                features = extract.features(batch.pixels, manifest.blocks)
-                check_finite(features, batch.records, index)
-                rows.append(encode(features, batch))
-                m.advance(len(batch.records))
-                if batch.records[-1] == stop - 1:
-                    break
-            if written is not None:
-                written.result()
-            written = writer.submit(
-                lambda shard, rows: write_shard(part.store, manifest, shard, join_rows(rows)), shard, rows
-            )
-        if written is not None:
-            written.result()
+        for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers, m):
+            store(extract.features(batch.pixels, manifest.blocks), batch)
+            m.advance(len(batch.records))
     return sum(stop - start for start, stop in map(manifest.shard_range, pending))

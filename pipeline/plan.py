@@ -5,7 +5,7 @@ The teacher runs for some seconds on images from all over the shards, and every 
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
-from pipeline.cache.encoder import Batch, Encoder, Values, join_rows
+from pipeline.cache.encoder import Batch, Encoder
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.format import FEATURES, PIXELS, Index, Manifest
 from pipeline.cache.growth import Addition, Rows
@@ -125,7 +125,7 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
         sample=sample,
         features=features,
         calibration=calibration,
-        pixel_bytes=0.0 if pixels is None else sum(packed({PIXELS: pixels}, manifest).values()),
+        pixel_bytes=0.0 if pixels is None else sum(packed([(PIXELS, pixels)], manifest, len(sample)).values()),
         free=None if out is None or is_remote(out) else free_bytes(Path(out)),
         tail_bytes=sum(map(tensor_size, tail_state(vit.model.state_dict(), blocks[0]).values())),
     )
@@ -223,7 +223,7 @@ class Probe:
         )
         encode = Encoder(manifest, self.index, self.calibration)
         batch = Batch(self.sample, torch.empty(0), encode.positions(self.sample))
-        arrays = packed(encode(dict(self.features), batch), manifest)
+        arrays = packed(encode(dict(self.features), batch), manifest, len(self.sample))
         of_features = sum(size for name, size in arrays.items() if name.startswith(FEATURES))
         beside = sum(arrays.values()) - of_features + self.pixel_bytes
         # The images drawn stand for all.
@@ -262,13 +262,14 @@ def tensor_size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def packed(values: Values, manifest: Manifest) -> dict[str, float]:
-    """{array: stored bytes a record} of the values of some records."""
-    sizes = {}
-    for name, stored in join_rows([values]).items():
+def packed(values: Iterable[tuple[str, Tensor | Ragged]], manifest: Manifest, records: int) -> dict[str, float]:
+    """{array: stored bytes a record} of the values of so many records, given in parts."""
+    sizes: dict[str, float] = {}
+    for name, part in values:
+        stored = part.to("cpu") if isinstance(part, Ragged) else part.cpu().numpy()
         count = len(stored.lengths) if isinstance(stored, Ragged) else len(stored)
         pieces = pack_shard(stored, count, manifest.compression(name))
-        sizes[name] = (sum(map(len, pieces)) - _END_OF_SHARD) / count
+        sizes[name] = sizes.get(name, 0.0) + (sum(map(len, pieces)) - _END_OF_SHARD) / records
     return sizes
 
 

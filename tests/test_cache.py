@@ -252,10 +252,10 @@ def test_kill_and_resume_gives_the_same_bytes(
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))
     program = (
-        "import time, torch, pipeline.cache_teacher as stage, cli\n"
-        "torch.set_num_threads(1); stage._MAX_SHARD_RECORDS = 10; write = stage.write_shard\n"
+        "import time, torch, pipeline.cache_teacher as stage, pipeline.cache.filling as filling, cli\n"
+        "torch.set_num_threads(1); stage._MAX_SHARD_RECORDS = 10; write = filling.write_shard\n"
         "def slow(*a): write(*a); time.sleep(0.5)\n"
-        "stage.write_shard = slow; cli.main()"
+        "filling.write_shard = slow; cli.main()"
     )
     options = ["--shards", world / "train" / "*.tar", "--out", part, "--config", file]
     command = [sys.executable, "-c", program, "cache-teacher", *map(str, options)]

@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, LEVELS, Calibration, Fixed, Ragged, Stored, _pack, _unpack, calibrate
+from pipeline.cache.codecs import (
+    CODECS,
+    LEVELS,
+    Calibration,
+    Fixed,
+    Ragged,
+    Stored,
+    _lloyd_max,
+    _pack,
+    _unpack,
+    calibrate,
+    few_records,
+)
 from singer.artifacts import robust_threshold
 
 CPU = torch.device("cpu")
@@ -132,6 +144,33 @@ def test_a_silent_teacher(name: str) -> None:
     """Zeros everywhere have no spread to divide by."""
     zeros = torch.zeros(4, 6, 8)
     assert torch.equal(there_and_back(name, zeros, calibrate(zeros, 1)), zeros)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.integers(1, 40), st.floats(1e-20, 1e15), st.integers(0, 10**6)
+)
+def test_levels_are_the_nearest(bits: int, tokens: int, d: int, spread: float, seed: int) -> None:
+    """To the float16 number: a level that is not lies as far off as the nearest, but for the last bit."""
+    y = torch.randn(2, tokens, d, generator=torch.Generator().manual_seed(seed)) * spread
+    codes, scale = _lloyd_max(y, LEVELS[bits])
+    relative = y / y.square().mean(-1, keepdim=True).sqrt()
+    magnitudes = torch.tensor(LEVELS[bits])
+    levels = torch.cat([magnitudes, -magnitudes])
+    distance = (relative.unsqueeze(-1) - levels).abs()
+    chosen = distance.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+    assert (chosen <= distance.amin(-1) + 2**-10 * relative.abs() + 1e-6).all()
+    level = levels[codes.long()]
+    best = (level * y).sum(-1) / level.square().sum(-1)
+    assert torch.allclose(scale, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 4), (7, 2000, 200), (3, 1300, 1000)])
+def test_a_few_records_at_a_time_are_the_same(shape: tuple[int, int, int]) -> None:
+    x = gaussian(*shape)
+    parts = few_records(x)
+    assert torch.equal(torch.cat(parts), x)
+    assert all(len(part) == 1 or part.numel() <= 2**20 for part in parts)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])

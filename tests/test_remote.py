@@ -15,8 +15,8 @@ import cli
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
+from pipeline.cache.writer import write_shard as real_write_shard
 from pipeline.cache_teacher import cache_teacher
-from pipeline.cache_teacher import write_shard as real_write_shard
 from pipeline.config import load_config
 from pipeline.distill import distill
 from pipeline.refine import refine
@@ -148,7 +148,7 @@ def test_a_broken_run_is_resumed(
         real_write_shard(store, manifest, shard, values)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
-        patch.setattr("pipeline.cache_teacher.write_shard", write)
+        patch.setattr("pipeline.cache.filling.write_shard", write)
         fill(world, place)
     left = objects(place)
     assert "writer.lock" in left
@@ -207,7 +207,7 @@ def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.Monk
         while not locks.lost and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    monkeypatch.setattr("pipeline.cache_teacher.write_shard", write)
+    monkeypatch.setattr("pipeline.cache.filling.write_shard", write)
     with pytest.raises(ValueError, match=f"{place} has been taken over by another run"):
         fill(world, place)
     assert [n for n in objects(place) if n.startswith(JOURNAL)] == [f"{JOURNAL}/000000.json"]
@@ -315,7 +315,7 @@ def test_a_full_disk(
     out = tmp_path / "full"
     make = ["cache-teacher", "--config", config_file, "--shards", world / "train" / "*.tar", "--out", out]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache_teacher.write_shard", write)
+        patch.setattr("pipeline.cache.filling.write_shard", write)
         assert singer(patch, *make) == 2
     error = capfd.readouterr().err.splitlines()
     assert error == [f"error: File too large ({out}/features/2/values/c/2/0/0)"]

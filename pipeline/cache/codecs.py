@@ -57,7 +57,9 @@ class Ragged:
     lengths: Tensor
 
     def to(self, device: torch.device | str) -> "Ragged":
-        return Ragged(self.data.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True))
+        # What comes from a GPU is read at once, and must be there.
+        later = self.data.device.type == "cpu"
+        return Ragged(self.data.to(device, non_blocking=later), self.lengths.to(device, non_blocking=later))
 
     def split(self, counts: list[int]) -> list["Ragged"]:
         """In parts of so many records."""
@@ -115,6 +117,13 @@ class Calibration:
             torch.cat([self.prefix_mean, self.mean.expand(rows, -1)]),
             torch.cat([self.prefix_std, self.std.expand(rows, -1)]),
         )
+
+
+def few_records(x: Tensor) -> tuple[Tensor, ...]:
+    """Features (n, N, d) in parts of whole records: what is computed of a few of them stays in a CPU's cache."""
+    few = max(1, _NUMBERS_AT_ONCE // max(1, math.prod(x.shape[1:]))) if x.device.type == "cpu" else max(1, len(x))
+    parts: tuple[Tensor, ...] = x.split(few)
+    return parts
 
 
 def calibrate(x: Tensor, prefix: int) -> Calibration:
@@ -226,16 +235,7 @@ class Quantised:
 
     def encode(self, x: Tensor, calibration: Calibration) -> Stored:
         assert x.shape[1] <= 2**16, "positions are uint16"
-        mean, std = calibration.by_token(x.shape[1])
-        # What is computed of a few records stays in a CPU's cache.
-        few = max(1, _NUMBERS_AT_ONCE // math.prod(x.shape[1:])) if x.device.type == "cpu" else max(1, len(x))
-        parts = [self._encode(part, mean, std, calibration) for part in x.split(few)]
-        whole: Stored = {"codes": torch.cat([codes for codes, _ in parts])}
-        outliers = [ragged for _, ragged in parts if ragged is not None]
-        return whole | {"outliers": Ragged.cat(outliers)} if outliers else whole
-
-    def _encode(self, x: Tensor, mean: Tensor, std: Tensor, calibration: Calibration) -> tuple[Tensor, Ragged | None]:
-        standard = (x.float() - mean).div_(std)
+        standard = _standardise(x, calibration)
         if self.bits == 8:
             signed, scale = _uniform(standard)
             packed = signed.view(torch.uint8)
@@ -243,12 +243,13 @@ class Quantised:
             codes, scale = _lloyd_max(_rotate(standard, calibration.rotation), LEVELS[self.bits])
             packed = _pack(codes, self.bits)
         if not self.outliers:
-            return _with_scale(packed, _narrow(scale, torch.float16, x)), None
+            return {"codes": _with_scale(packed, _narrow(scale, torch.float16, x))}
         # A prefix token is none by its norm, which is its own; only if not even a scale can hold it.
         far = ~scale.to(torch.float16).isfinite()
         far[:, calibration.prefix :] |= ~clean_mask(patch_norms(x, calibration.prefix), calibration.threshold)
         scale = scale.masked_fill_(far, 0).to(torch.float16)
-        return _with_scale(packed.masked_fill_(far.unsqueeze(-1), 0), scale), _pack_outliers(x, far)
+        codes = _with_scale(packed.masked_fill_(far.unsqueeze(-1), 0), scale)
+        return {"codes": codes, "outliers": _pack_outliers(x, far)}
 
     def decode(self, stored: Mapping[str, Tensor | Ragged], calibration: Calibration) -> Tensor:
         stored_codes, d = _tensor(stored["codes"]), len(calibration.mean)
@@ -314,18 +315,37 @@ def _uniform(standard: Tensor) -> tuple[Tensor, Tensor]:
     return standard.div_(scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+def _standardise(x: Tensor, calibration: Calibration) -> Tensor:
+    """(n, N, d) float32."""
+    standard, prefix = torch.empty(x.shape, device=x.device), calibration.prefix
+    torch.sub(x[:, :prefix], calibration.prefix_mean, out=standard[:, :prefix]).div_(calibration.prefix_std)
+    torch.sub(x[:, prefix:], calibration.mean, out=standard[:, prefix:]).div_(calibration.std)
+    return standard
+
+
 def _lloyd_max(y: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """uint8 codes (n, N, d), sign above magnitude, and least-squares scales (n, N) of Gaussian tokens."""
-    magnitudes = torch.tensor(levels, device=y.device)
+    """uint8 codes (n, N, d), sign above magnitude, and least-squares scales (n, N) of Gaussian tokens.
+
+    The level is the nearest to the float16 number: 65,536 answers in a table are read three times as fast as found.
+    """
+    codes, nearest = _rounded(levels, y.device)
     rms = y.square().mean(-1, keepdim=True).sqrt_().clamp_min_(torch.finfo(y.dtype).tiny)
-    relative = y.abs() / rms
-    index = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
-    for threshold in ((magnitudes[1:] + magnitudes[:-1]) / 2).tolist():
-        index += relative > threshold
-    nearest = magnitudes.index_select(0, index.flatten().int()).view_as(y)
-    scale = (y.abs() * nearest).sum(-1) / nearest.square().sum(-1)
-    sign = (y < 0).to(torch.uint8)
-    return index | sign << (len(levels).bit_length() - 1), scale
+    relative = y / rms
+    bits = relative.half().view(torch.int16).flatten().int().add_(2**15)
+    level = torch.index_select(nearest, 0, bits, out=relative.view(-1)).view_as(y)
+    norm = level.square().sum(-1)
+    return codes.index_select(0, bits).view(y.shape), level.mul_(y).sum(-1) / norm
+
+
+@lru_cache
+def _rounded(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Code and level of every float16 number, (65536,) uint8 and float32, by its bits as int16 and 2**15 more."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
+    magnitudes = torch.tensor(levels)
+    index = torch.bucketize(numbers.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
+    negative = numbers.signbit()
+    codes = (index + len(levels) * negative).to(torch.uint8)
+    return codes.to(device), magnitudes[index].where(~negative, -magnitudes[index]).to(device)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -349,11 +369,15 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     """(..., d) uint8 codes -> (..., bytes); a byte holds neighbouring channels, the first in its lowest bits."""
     planes = []
     for width in _planes(bits):
+        # All codes of a byte as one little-endian number, in whose lowest byte they are brought together.
         padded = F.pad(codes & (2**width - 1), (0, -codes.shape[-1] % (8 // width)))
-        shifted = [padded[..., i :: 8 // width] << i * width for i in range(8 // width)]
-        planes.append(torch.stack(shifted).sum(0, dtype=torch.uint8))
+        apart = padded.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[8 // width])
+        together = apart.clone()
+        for i in range(1, 8 // width):
+            together |= apart >> i * (8 - width)
+        planes.append(together.to(torch.uint8))
         codes = codes >> width
-    return torch.cat(planes, -1)
+    return planes[0] if len(planes) == 1 else torch.cat(planes, -1)
 
 
 def _unpack(packed: Tensor, bits: int, d: int) -> Tensor:

@@ -1,17 +1,18 @@
 """What is stored of a batch: codecs, sampled patches, pixels -> the values of a part's arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration, Ragged
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, few_records
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, Index, Manifest
 from pipeline.cache.parts import Part
 from pipeline.cache.pixels import encode_jpegs, views_of
 from pipeline.cache.reader import read_calibration
+from pipeline.extract import check_finite
 from pipeline.shards import ImageFile
 from pipeline.views import draw_positions
 from singer.matching import take_patches
@@ -33,7 +34,7 @@ def calibration_on(part: Part, device: torch.device) -> dict[int, Calibration]:
 
 
 class Encoder:
-    """Features and views of a batch -> the values of a part's arrays, on the CPU.
+    """Features and views of a batch -> the values of a part's arrays.
 
     calibration: of every block, on the device of the features.
     """
@@ -64,23 +65,19 @@ class Encoder:
         ]
         return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
-    def __call__(self, features: dict[int, Tensor], batch: Batch) -> Values:
-        values = dict(batch.extra)
+    def __call__(self, features: dict[int, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor | Ragged]]:
+        """(array, its values of some records), each array's in the order of the records.
+
+        Raises ValueError naming the key for a NaN or Inf.
+        """
+        yield from batch.extra.items()
+        positions = batch.extra.get(POSITIONS)
         for block, x in features.items():
-            positions = values.get(POSITIONS)
-            if isinstance(positions, Tensor):
-                x = take_patches(x, self._manifest.teacher.prefix_tokens, positions)
-            for name, stored in self._codec.encode(x, self._calibration[block]).items():
-                values[f"{FEATURES}/{block}/{name}"] = stored.to("cpu")
-        return values
-
-
-def join_rows(rows: Sequence[Values]) -> dict[str, np.ndarray | Ragged]:
-    """The values of several batches, one behind the other."""
-    joined: dict[str, np.ndarray | Ragged] = {}
-    for name, first in rows[0].items():
-        if isinstance(first, Ragged):
-            joined[name] = Ragged.cat([r for row in rows if isinstance(r := row[name], Ragged)])
-        else:
-            joined[name] = torch.cat([t for row in rows if isinstance(t := row[name], Tensor)]).numpy()
-    return joined
+            done = 0
+            for few in few_records(x):
+                own = slice(done, done := done + len(few))
+                check_finite({block: few}, batch.records[own], self._index)
+                if isinstance(positions, Tensor):
+                    few = take_patches(few, self._manifest.teacher.prefix_tokens, positions[own])
+                for part, values in self._codec.encode(few, self._calibration[block]).items():
+                    yield f"{FEATURES}/{block}/{part}", values

@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import Calibration, Codec
+from pipeline.cache.codecs import Calibration, Codec, few_records
 from singer.artifacts import clean_mask, norm_summary, patch_norms
 
 
 def fidelity(codec: Codec, x: Tensor, calibration: Calibration) -> dict[str, Any]:
     """What `codec` makes of features x (n, N, d) of a block, and their norms."""
-    decoded = codec.decode(codec.encode(x, calibration), calibration)
-    sums = error_sums(decoded, x, calibration.prefix, calibration.threshold)
+    sums = torch.zeros(3, 4, dtype=torch.float64)
+    for few in few_records(x):
+        decoded = codec.decode(codec.encode(few, calibration), calibration)
+        sums += error_sums(decoded, few, calibration.prefix, calibration.threshold)
     return {"norms": norm_summary(patch_norms(x, calibration.prefix), calibration.threshold)} | errors(sums)
 
 
