@@ -13,7 +13,8 @@ Arguments = ParamSpec("Arguments")
 class Behind(Generic[Arguments]):
     """Calls of a function, in order, in one thread. At most one is under way: the next one waits for it.
 
-    What a call raises is raised by the next one, or at the end of the `with` block.
+    What a call raises is raised by the next one, or at the end of the `with` block if nothing else ends it. Make it
+    before other threads begin to compute: for a moment, new ones are given one core.
     """
 
     def __init__(self, run: Callable[Arguments, None], name: str) -> None:

@@ -283,8 +283,8 @@ def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | S
 
     with (
         ImageFile(relocate(index.images, shards)) as files,
-        filling(part, encode) as store,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
+        filling(part, encode) as store,
     ):
         for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers, m):
             store(extract.features(batch.pixels, manifest.blocks), batch)

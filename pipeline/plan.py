@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.behind import Behind
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
 from pipeline.cache.encoder import Batch, Encoder
 from pipeline.cache.fidelity import fidelity
@@ -180,11 +181,17 @@ def measure_rate(
     size = extract.config.cache.batch_size
     batches = np.split(records, range(size, len(records), size))
     done, start = 0, time.perf_counter()
-    for batch in prefetch(lambda r: encode.load(files, r), cycle(batches), extract.config.cache.workers):
-        encode(extract.features(batch.pixels, blocks), batch)
-        done += len(batch.records)
-        if time.perf_counter() - start >= seconds:
-            break
+
+    def store(features: dict[int, Tensor], batch: Batch) -> None:
+        for _, values in encode(features, batch):
+            values.to("cpu")
+
+    with Behind(store, "encode") as behind:
+        for batch in prefetch(lambda r: encode.load(files, r), cycle(batches), extract.config.cache.workers):
+            behind(extract.features(batch.pixels, blocks), batch)
+            done += len(batch.records)
+            if time.perf_counter() - start >= seconds:
+                break
     return done / (time.perf_counter() - start)
 
 

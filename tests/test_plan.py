@@ -2,14 +2,18 @@
 
 import dataclasses
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 from conftest import world_config
 
+from pipeline.cache.codecs import Float
+from pipeline.cache.encoder import Encoder
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
+from pipeline.extract import Extractor
 from pipeline.outputs import CONFIG, PROVENANCE
 from pipeline.plan import PlanResult, free_bytes, plan
 
@@ -97,19 +101,18 @@ def test_more_views_than_epochs_need_more_students(world: Path) -> None:
     assert result.break_even_students == 4
 
 
-def test_rate_is_that_of_the_teacher(world: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slow", "method"), [(Extractor, "features"), (Encoder, "load"), (Float, "encode")])
+def test_rate_is_that_of_the_slowest(
+    world: Path, config: Config, monkeypatch: pytest.MonkeyPatch, slow: type, method: str
+) -> None:
     """Slowed down to 7 images in at least 0.1 s; the sample is smaller than what is run, and serves again."""
-    from time import sleep
+    usual = getattr(slow, method)
 
-    from pipeline.extract import Extractor
-
-    features = Extractor.features
-
-    def slow(self: Extractor, *args: Any) -> Any:
+    def slowed(*args: Any) -> Any:
         sleep(0.1)
-        return features(self, *args)
+        return usual(*args)
 
-    monkeypatch.setattr(Extractor, "features", slow)
+    monkeypatch.setattr(slow, method, slowed)
     monkeypatch.setattr("pipeline.plan._IMAGES", 14)
     result = plan(config, shards(world), seconds=0.5)
     assert 10 < result.images_per_second < 70 and result.images == 100
