@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -441,16 +441,25 @@ def _size(count: int) -> str:
 
 
 def run_with_messages(command: Callable[[], object]) -> None:
-    """Whatever the user can mend is one line on stderr and exit code 2."""
+    """Run a command; what the user can fix is one line on stderr and exit code 2, a defect of ours is code 1."""
     try:
         command()
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        # Imported late: `singer --help` needs no torch.
+        from pipeline.progress import report_defect
+        from singer.errors import UserError
+
+        if isinstance(error, UserError):
+            _fail(str(error))
+        if isinstance(error, OSError):  # the disk's or the network's
+            _fail(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
+        report_defect(error)
+        sys.exit(1)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from pipeline.models import Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.shards import index_shards, survey
 from pipeline.verify import verify
+from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mutate import mutations
@@ -223,7 +224,7 @@ def mutation_campaign(root: Path, count: int, seed: int) -> None:
         mutated.write_bytes(data)
         try:
             found = survey(index_shards(str(mutated), "skip"), 1, "skip")
-        except ValueError:
+        except UserError:
             results["refused as a whole, by name"] += 1
             continue
         kept = dict(zip(found.images.keys, found.digest.tolist(), strict=True))
@@ -259,7 +260,7 @@ def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
         file.write_bytes(exact[:place] + bytes([exact[place] ^ 1 << bit]) + exact[place + 1 :])
         try:
             found = not verify(config, cache).whole
-        except ValueError:
+        except UserError:
             found = True
         if not found:
             missed.append(f"{file.relative_to(cache)} byte {place} bit {bit}")

@@ -13,6 +13,7 @@ from pipeline.models import Backbone
 from pipeline.progress import say
 from pipeline.readplan import smallest_part
 from singer.backbones import block_outputs
+from singer.errors import UserError
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -36,7 +37,7 @@ def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
 def check_parts(
     student: Backbone, last_block: int, settings: DistillConfig, records: int, accelerator: Accelerator
 ) -> None:
-    """Raise ValueError if a part of some batch is one record, and the blocks cannot be trained on one."""
+    """Raise UserError if a part of some batch is one record, and the blocks cannot be trained on one."""
     world = accelerator.num_processes
     if smallest_part(records, settings.batch_size, world, settings.accumulate) > 1 or not has_batch_norm(student.model):
         return
@@ -47,7 +48,7 @@ def check_parts(
     try:
         block_outputs(trial, image, [last_block])
     except ValueError:  # "Expected more than 1 value per channel when training"
-        raise ValueError(
+        raise UserError(
             f"{records} records in batches of {settings.batch_size}, on {world} processes in {settings.accumulate} "
             f"parts each, leave a part of one record, and batch normalisation in {student.architecture} cannot be "
             "trained on one; change distill.batch_size or distill.accumulate"

@@ -44,6 +44,7 @@ from pipeline.stores import Place, open_store
 from pipeline.tars import NO_LABEL
 from pipeline.views import draw_view
 from singer.backbones import resolve_blocks
+from singer.errors import UserError
 from singer.tail import TeacherTail, tail_state
 
 STAGE = "cache-teacher"
@@ -69,7 +70,7 @@ class CacheResult:
 
 
 def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode: Mode = "new") -> CacheResult:
-    """Fill a cache at `out` from the images in `shards`. Raises ValueError for whatever the user can mend."""
+    """Fill a cache at `out` from the images in `shards`. Raises UserError for whatever the user can mend."""
     check_codec(config.cache.codec)
     images = index_shards(shards, config.cache.on_error)
     inputs = [*images.paths, *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
@@ -111,7 +112,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
 
 def check_codec(codec: str) -> None:
     if codec not in CODECS:
-        raise ValueError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
+        raise UserError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
 
 
 def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract: Extractor) -> None:
@@ -184,10 +185,10 @@ def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
 
 
 def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
-    """Raise ValueError if what is to be added does not go together with what is there."""
+    """Raise UserError if what is to be added does not go together with what is there."""
     there = parts[0].manifest
     if there.version == 1:
-        raise ValueError(f"{place} was written by format version 1 and cannot grow; make a new cache")
+        raise UserError(f"{place} was written by format version 1 and cannot grow; make a new cache")
     same = [p.manifest for p in parts if p.manifest.teacher.identity() == here.teacher.identity()]
 
     def compared(m: Manifest) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
         for name, value in compared(before).items():
             now = compared(here).get(name, value)
             if now != value:
-                raise ValueError(f"{place} cannot grow: its {name} is {value}, this run has {now}")
+                raise UserError(f"{place} cannot grow: its {name} is {value}, this run has {now}")
 
 
 def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
@@ -266,7 +267,7 @@ def draw_index(views: ViewsConfig, rows: Rows) -> Index:
 def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
     """Compute and write this process's share of the pending shards; the number of records that all processes do.
 
-    shards: where the images lie now, if they have moved. Raises ValueError if they are gone or have changed.
+    shards: where the images lie now, if they have moved. Raises UserError if they are gone or have changed.
     """
     if not pending:
         return 0

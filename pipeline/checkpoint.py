@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.stores import write_atomic
+from singer.errors import UserError
 
 
 class Stateful(Protocol):
@@ -52,7 +53,7 @@ class Checkpoint:
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
         except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
-            raise ValueError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
         return int(saved["step"])
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from pipeline.resources import resource
+from singer.errors import UserError
 
 # YAML reads a bare `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
@@ -62,9 +63,9 @@ class ViewsConfig(Section):
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name}: {low} is larger than {high}")
+                raise UserError(f"{name}: {low} is larger than {high}")
         if self.count > 1 and self.kind == "center" and not self.flip and not any(self.color):
-            raise ValueError("count: center views are all alike; choose kind random-resized-crop, flip or color")
+            raise UserError("count: center views are all alike; choose kind random-resized-crop, flip or color")
         return self
 
 
@@ -280,9 +281,9 @@ class EvaluateConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
         if self.depth_min >= self.depth_max:
-            raise ValueError(f"depth_min: {self.depth_min} is not below depth_max, {self.depth_max}")
+            raise UserError(f"depth_min: {self.depth_min} is not below depth_max, {self.depth_max}")
         if self.shots is not None and self.shots[0] > self.shots[1]:
-            raise ValueError(f"shots: {self.shots[0]} is larger than {self.shots[1]}")
+            raise UserError(f"shots: {self.shots[0]} is larger than {self.shots[1]}")
         return self
 
 
@@ -331,18 +332,18 @@ def load_config(
 
     file: a YAML file, the name of a bundled recipe, or what such a file holds. sets: `section.key=value` with a YAML
     value. options: {"section.key": value} of direct options; None values are left out.
-    Raises ValueError naming the key, what is wrong and the nearest valid key.
+    Raises UserError naming the key, what is wrong and the nearest valid key.
     """
     base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
     given = {name: value for name, value in (options or {}).items() if value is not None}
     for item in sets:
         name, equals, text = item.partition("=")
         if not equals or not name:
-            raise ValueError(f"--set takes section.key=value, not {item!r}")
+            raise UserError(f"--set takes section.key=value, not {item!r}")
         try:
             given[name] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"--set {name}: {text!r} is no YAML value") from None
+            raise UserError(f"--set {name}: {text!r} is no YAML value") from None
     tree = _without_shape(base, given.get("student.name"))
     for name, value in given.items():
         _put(tree, name, value)
@@ -350,7 +351,7 @@ def load_config(
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"configuration: {_explain(first)}") from None
+        raise UserError(f"configuration: {_explain(first)}") from None
 
 
 def dump_config(config: Config) -> str:
@@ -367,14 +368,14 @@ def _read(file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         bundled = resource("configs") / f"{file}.yaml"
         if not bundled.is_file():
-            raise ValueError(f"--config {file}: no such file, nor a recipe among {', '.join(recipes())}")
+            raise UserError(f"--config {file}: no such file, nor a recipe among {', '.join(recipes())}")
         path = bundled
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree or {}, dict):
-        raise ValueError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
+        raise UserError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
     return _sections(tree or {})
 
 
@@ -394,10 +395,10 @@ def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     section, dot, key = name.partition(".")
     if not dot:
-        raise ValueError(f"--set {name}: give section.key, with a section among {', '.join(Config.model_fields)}")
+        raise UserError(f"--set {name}: give section.key, with a section among {', '.join(Config.model_fields)}")
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
-        raise ValueError(f"configuration: section {section} holds no keys")
+        raise UserError(f"configuration: section {section} holds no keys")
     branch[key] = value
 
 

@@ -44,7 +44,7 @@ class DemoResult:
 
 
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
-    """Run the chain below `out`. Raises ValueError if `out` may not be written."""
+    """Run the chain below `out`. Raises UserError if `out` may not be written."""
     check_output(out, mode, "demo", config)
     with claimed_output(out, mode, "demo", config, config.distill.seed):
         return _demo(config, out)

@@ -14,6 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from singer.errors import UserError
+
 SPLITS = ("train", "test")
 TEST_SIZE = 500
 
@@ -32,7 +34,7 @@ def _data() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDArray[np.
 def split_indices(split: str) -> NDArray[np.int64]:
     """Rows of `load_digits` in one split. No digit is in both, so the teacher has seen no test digit."""
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+        raise UserError(f"split must be one of {SPLITS}, not {split!r}")
     return _data()[2][split]
 
 

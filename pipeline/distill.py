@@ -57,6 +57,7 @@ from pipeline.trained import (
     load_result,
 )
 from singer.backbones import depth
+from singer.errors import UserError
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
@@ -91,7 +92,7 @@ def distill(
     shards: str | Sequence[str] | None = None,
     mode: Mode = "new",
 ) -> DistillResult:
-    """Train a student and store it at `out`. Raises ValueError for whatever the user can mend.
+    """Train a student and store it at `out`. Raises UserError for whatever the user can mend.
 
     caches: one, or of several teachers a list, with a list of adapters in the same order. shards: where the cached
     shards lie now, if they have moved since they were cached.
@@ -104,7 +105,7 @@ def fan_out(
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be alone.
 
-    Raises ValueError for whatever the user can mend, and if the jobs differ in what they must SHARE.
+    Raises UserError for whatever the user can mend, and if the jobs differ in what they must SHARE.
     """
     check_shared(jobs)
     settings = jobs[0].config.distill
@@ -113,7 +114,7 @@ def fan_out(
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
-            raise ValueError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
+            raise UserError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
     for job, sources in zip(jobs, taught, strict=True):
         check_job(job, sources)
@@ -141,10 +142,10 @@ def fan_out(
 
 
 def check_shared(jobs: Sequence[Job]) -> None:
-    """Raise ValueError if the jobs cannot train on one pass, or one of them cannot train at all."""
+    """Raise UserError if the jobs cannot train on one pass, or one of them cannot train at all."""
     first, *others = jobs
     if others and first.config.distill.precision == "fp16":
-        raise ValueError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
+        raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for job in jobs:
         settings = job.config.distill
         _check_names("distill.objective", settings.objectives, OBJECTIVES)
@@ -153,25 +154,25 @@ def check_shared(jobs: Sequence[Job]) -> None:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
             if ours != theirs:
-                raise ValueError(
+                raise UserError(
                     f"{first.out} and {job.out} cannot train on one pass: distill.{key} is {ours} and {theirs}"
                 )
     if len({job.out for job in jobs}) < len(jobs):
-        raise ValueError("two students of one pass cannot have the same output folder")
+        raise UserError("two students of one pass cannot have the same output folder")
 
 
 def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
+        raise UserError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_job(job: Job, sources: Sequence[Source]) -> None:
-    """Raise ValueError if its student cannot learn so from these teachers."""
+    """Raise UserError if its student cannot learn so from these teachers."""
     if job.config.distill.joint and any(s.adapters is not None for s in sources):
-        raise ValueError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
+        raise UserError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
     if job.config.distill.joint and len(sources) > 1:
-        raise ValueError("distill.joint is for one teacher; refine each cache first and give its --adapters")
+        raise UserError("distill.joint is for one teacher; refine each cache first and give its --adapters")
 
 
 class NewStudent:

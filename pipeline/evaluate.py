@@ -26,6 +26,7 @@ from pipeline.progress import say
 from pipeline.shards import ImageFile, Images, image_digest, index_shards
 from pipeline.stores import is_remote
 from pipeline.trained import RUN, STAGE, STUDENT, DistillResult, load_result
+from singer.errors import UserError
 
 Shards = str | Sequence[str]
 # Images of --test that are looked for among those that the student learned from.
@@ -79,12 +80,12 @@ def evaluate_tasks(
 
     train: None if all tasks learn nothing. out: a folder for the figures; default: the run, and nowhere for other
     models. weights: a file for a model given by name; default: those that timm fetches. Tasks with a label for each
-    image share the model's passes over the shards. Raises ValueError for what the user can mend.
+    image share the model's passes over the shards. Raises UserError for what the user can mend.
     """
     started = time.perf_counter()
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
-        raise ValueError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
+        raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     _check_model(model, weights)
     shards = None if train is None else index_shards(train), index_shards(test)
@@ -130,7 +131,7 @@ def learned_from(run: DistillResult, test: Images) -> bool:
             cache = Cache(taught.cache_place, taught.teacher.weights if taught.teacher is not None else None)
             if taught.cache in cache.ids and cache.index.digest is not None:
                 known.update(cache.index.digest.tolist())
-        except (ValueError, OSError):  # moved, deleted or another one: nothing can be told
+        except (UserError, OSError):  # moved, deleted or another one: nothing can be told
             continue
     if not known:
         return False
@@ -143,12 +144,12 @@ def _check_model(model: Path | str, weights: Path | None) -> None:
     if not folder.exists():
         check_known(str(model), f"{model} does not exist, and timm has no model of this name")
     elif weights is not None:
-        raise ValueError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
+        raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
     elif (folder / PROVENANCE).is_file() and not ((folder / STUDENT).is_dir() or (folder / "config.json").is_file()):
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
         if stage == STAGE:
-            raise ValueError(f"{model} is no finished run: repeat its distill command with --resume")
-        raise ValueError(
+            raise UserError(f"{model} is no finished run: repeat its distill command with --resume")
+        raise UserError(
             f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
             "hf, or a model"
         )

@@ -27,6 +27,7 @@ from pipeline.progress import say
 from pipeline.stores import write_atomic
 from pipeline.trained import DistillResult, load_result
 from singer.backbones import block_outputs, depth
+from singer.errors import UserError
 
 STAGE = "export"
 CARD = "README.md"
@@ -131,12 +132,12 @@ def write_hf(student: Student, folder: Path) -> Written:
 def write_onnx(student: Student, folder: Path) -> Written:
     """model.onnx with a dynamic batch axis and the preprocessing among its metadata.
 
-    Raises ValueError if the packages of the extra are missing.
+    Raises UserError if the packages of the extra are missing.
     """
     packages = ("onnx", "onnxruntime", "onnxscript")
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
-        raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(packages)}")
+        raise UserError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(packages)}")
     import onnxruntime
 
     with warnings.catch_warnings():
@@ -214,10 +215,10 @@ FORMATS: dict[str, Callable[[Student, Path], Written]] = {
 def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") -> ExportResult:
     """Write the student of a finished run to `out` in the format `to`; of `config`, only the section export counts.
 
-    Raises ValueError for whatever the user can mend, and if the export differs from the student.
+    Raises UserError for whatever the user can mend, and if the export differs from the student.
     """
     if to not in FORMATS:
-        raise ValueError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
+        raise UserError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
     trained = load_result(run)
     recipe = _recipe(run).model_copy(update={"export": config.export})
     check_output(out, mode, STAGE, recipe, [run])
@@ -244,7 +245,7 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
 def compare(student: Student, load: Callable[[Tensor], Tensor], settings: ExportConfig) -> float:
     """The largest difference between the student's outputs and those of what was read back.
 
-    Raises ValueError if it is beyond settings.tolerance.
+    Raises UserError if it is beyond settings.tolerance.
     """
     largest = 0.0
     for count in _COMPARED:
@@ -253,7 +254,7 @@ def compare(student: Student, load: Callable[[Tensor], Tensor], settings: Export
         difference = float((load(images) - expected).abs().max())
         # Written so that NaN fails too.
         if not difference <= settings.tolerance * max(1.0, float(expected.abs().max())):
-            raise ValueError(
+            raise UserError(
                 f"the export differs from the student by {difference:.2g}, beyond export.tolerance "
                 f"{settings.tolerance:g}; nothing was written"
             )
@@ -263,7 +264,7 @@ def compare(student: Student, load: Callable[[Tensor], Tensor], settings: Export
 
 def _require_whole_model(student: Student, to: str) -> None:
     if student.output != "pooled":
-        raise ValueError(
+        raise UserError(
             f"--output {student.output} is for onnx and torch-export: --to {to} gives the whole model, "
             "and its model card shows how to get tokens"
         )
@@ -292,7 +293,7 @@ with torch.inference_mode():
 def _recipe(run: Path) -> Config:
     """The configuration that the run was made with."""
     if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no finished run: it has no {CONFIG}")
+        raise UserError(f"{run} is no finished run: it has no {CONFIG}")
     return load_config(run / CONFIG)
 
 

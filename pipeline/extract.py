@@ -14,6 +14,7 @@ from pipeline.models import Backbone, weight_hash
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
 from singer.backbones import block_outputs, depth, grid_size
+from singer.errors import UserError
 
 _CALIBRATION_RECORDS = 256
 
@@ -73,6 +74,6 @@ def check_finite(features: dict[int, Tensor], records: np.ndarray, index: Index)
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
             key = index.key(int(records[int(bad.nonzero()[0])]))
-            raise ValueError(
+            raise UserError(
                 f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
             )

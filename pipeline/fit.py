@@ -20,6 +20,7 @@ from pipeline.prefetch import prefetch
 from pipeline.progress import meter
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter
+from singer.errors import UserError
 from singer.losses import COUPLED, Exchange, adapter_losses
 from singer.refiner import Refiner
 from singer.tail import TeacherTail
@@ -99,7 +100,7 @@ def fit_adapters(
 ) -> None:
     """Fit the adapters of a group of blocks and store them in `out`. Goes on where it was interrupted.
 
-    cache: opened for just these blocks. Raises ValueError if the fit diverges.
+    cache: opened for just these blocks. Raises UserError if the fit diverges.
     """
     file = fitted_file(out, group)
     if file.exists():
@@ -136,7 +137,7 @@ def fit_adapters(
             optimiser.step()
             loss = float(total.detach())
             if not np.isfinite(loss):
-                raise ValueError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+                raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
             plateau.add(loss)
             m.advance(1, f"loss {loss:.4f}")
             done = step + 1
@@ -148,7 +149,7 @@ def fit_adapters(
             if plateau.over:
                 break
     if not all(torch.isfinite(p).all() for p in adapters.parameters()):
-        raise ValueError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+        raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
     write_tensors(file, adapters.state_dict())
     checkpoint.path.unlink(missing_ok=True)
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.config import Precision
 from singer.backbones import is_vit
+from singer.errors import UserError
 
 FSDP = "ACCELERATE_USE_FSDP"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -34,11 +35,11 @@ def wants_shards(accelerator: Accelerator) -> bool:
 
 
 def check_sharding(precision: Precision) -> None:
-    """Raise ValueError if Accelerate's configuration asks for what is not possible, before Accelerate sees it."""
+    """Raise UserError if Accelerate's configuration asks for what is not possible, before Accelerate sees it."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
+        raise UserError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
     if parse_flag_from_env(FSDP) and precision == "fp16" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("FSDP with fp16 is not supported: its loss scale is of one process; use precision bf16")
+        raise UserError("FSDP with fp16 is not supported: its loss scale is of one process; use precision bf16")
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
@@ -66,10 +67,10 @@ class WholeModel:
         return get_model_state_dict(self._model, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Raises ValueError if a part is missing, which torch would leave as it is."""
+        """Raises UserError if a part is missing, which torch would leave as it is."""
         for name in self._model.state_dict():
             if name not in state:
-                raise ValueError(f"it lacks {name}")
+                raise UserError(f"it lacks {name}")
         set_model_state_dict(self._model, state, options=_WHOLE)
 
 
@@ -83,7 +84,7 @@ class WholeOptimiser:
         return get_optimizer_state_dict(self._model, self._optimiser, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Raises ValueError for a state with numbers in place of names."""
+        """Raises UserError for a state with numbers in place of names."""
         if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
-            raise ValueError("it was made by another version of singer; start the run anew (--overwrite)")
+            raise UserError("it was made by another version of singer; start the run anew (--overwrite)")
         set_optimizer_state_dict(self._model, self._optimiser, state, options=_WHOLE)

@@ -24,6 +24,7 @@ from pipeline.refine import load_refiner, read_refiner, split_records
 from pipeline.sources import open_images
 from pipeline.stores import Place, write_atomic
 from singer.artifacts import norm_summary, patch_norms
+from singer.errors import UserError
 from singer.evidence import Evidence
 from singer.inspection import (
     artifact_direction,
@@ -77,7 +78,7 @@ def inspect(
 ) -> InspectResult:
     """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
 
-    shards: where the images lie now, if they have moved; without them the page has none. Raises ValueError for
+    shards: where the images lie now, if they have moved; without them the page has none. Raises UserError for
     whatever the user can mend.
     """
     settings = config.refine
@@ -191,7 +192,7 @@ def _page(
     try:
         with open_images(cache, shards) as files:
             images = cache.pixels(records, _PIXELS, files).numpy()
-    except ValueError as error:
+    except UserError as error:
         say(f"the page has no images: {error}")
     pictures = {"norms": _draw_norms(shown)}
     for part in shown:

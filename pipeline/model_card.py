@@ -50,7 +50,7 @@ class Probe:
 
 
 def write_card(card: Card) -> str:
-    """The card as Markdown. Raises ValueError naming a file of the run that is missing or damaged."""
+    """The card as Markdown. Raises UserError naming a file of the run that is missing or damaged."""
     run, model = card.run, card.vit.model
     hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
     environment = jinja2.Environment(

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
 from singer.backbones import is_vit, layout
+from singer.errors import UserError
 
 LOCAL = "local-dir:"
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.
@@ -90,14 +91,14 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
     if config.name == "vit":
         missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
         if missing:
-            raise ValueError(f"student.name vit needs student.{missing[0]} too (or name a timm model)")
+            raise UserError(f"student.name vit needs student.{missing[0]} too (or name a timm model)")
         if given["embed_dim"] % given["num_heads"]:
-            raise ValueError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
+            raise UserError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
         if config.pretrained:
-            raise ValueError("student.pretrained needs the student.name of a timm model")
+            raise UserError("student.pretrained needs the student.name of a timm model")
     elif given:
         check_known(config.name, f"student.name: timm has no model {config.name!r}")
-        raise ValueError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
+        raise UserError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
@@ -107,7 +108,7 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
     try:
         student.layout  # noqa: B018 - what runs once runs again
     except Exception as error:  # each architecture raises its own
-        raise ValueError(
+        raise UserError(
             f"student.name {config.name} gives no feature maps at {size} pixels: {_first_line(error)}"
         ) from None
     return student
@@ -127,12 +128,12 @@ def load_model(name: str, weights: Path | None = None, image_size: int | None = 
 
 
 def check_known(name: str, message: str) -> None:
-    """Raise ValueError(message), with the nearest name, if timm has no such model; other places are asked later."""
+    """Raise UserError(message), with the nearest name, if timm has no such model; other places are asked later."""
     if ":" in name or timm.is_model(name):
         return
     family = timm.list_models(f"{name[:3]}*") or timm.list_models(module="vision_transformer")
     near = difflib.get_close_matches(name, family, n=1, cutoff=0.4)
-    raise ValueError(message + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise UserError(message + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _frozen(vit: Backbone) -> Backbone:
@@ -185,18 +186,18 @@ def weight_hash(state: Mapping[str, Tensor]) -> str:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pth file, never unpickling anything but tensors."""
     if not path.is_file():
-        raise ValueError(f"weights {path}: no such file")
+        raise UserError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and header errors differ in type
-        raise ValueError(f"weights {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights {path} cannot be read: {_first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"weights {path}: expected a state dict of tensors")
+        raise UserError(f"weights {path}: expected a state dict of tensors")
     return loaded
 
 
@@ -216,7 +217,7 @@ def _create(
         config = read_json(folder, "config.json", "timm model folder")
         model_args = config.get("model_args", {})
         if not isinstance(model_args, dict):
-            raise ValueError(f"{folder / 'config.json'} is damaged: model_args is no object")
+            raise UserError(f"{folder / 'config.json'} is damaged: model_args is no object")
         kwargs = {**model_args, **kwargs}
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
@@ -241,7 +242,7 @@ def _create(
         if not pretrained_cfg.get("fixed_input_size"):
             args.pop("img_size", None)
     if size[0] != size[1]:
-        raise ValueError(f"{what} {name}: only square inputs are supported, not {size}")
+        raise UserError(f"{what} {name}: only square inputs are supported, not {size}")
     return Backbone(
         model=model,
         architecture=pretrained_cfg["architecture"],
@@ -271,7 +272,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:  # also an argument that the architecture does not take
-        raise ValueError(f"{what} {name}: {_first_line(error)}") from None
+        raise UserError(f"{what} {name}: {_first_line(error)}") from None
     except Exception as error:  # timm, the hub client and torch each raise their own
         if weights is not None:
             message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
@@ -281,7 +282,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             message = f"weights of {what} {name} could not be had: {reason}; {_REMEDIES[what]}"
         else:
             message = f"{what} {name}: {_first_line(error)}"
-        raise ValueError(message) from None
+        raise UserError(message) from None
     return model
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.config import Config, dump_config
 from pipeline.stores import Place, Store, is_remote, open_store, write_atomic
+from singer.errors import UserError
 
 # Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
 PROVENANCE = "provenance.json"
@@ -48,47 +49,47 @@ def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
     modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
     chosen = [mode for mode, given in modes.items() if given]
     if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     return chosen[0] if chosen else "new"
 
 
 def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: Sequence[Place] = ()) -> None:
-    """Raise ValueError if `stage` may not write to `place`; changes nothing.
+    """Raise UserError if `stage` may not write to `place`; changes nothing.
 
     inputs: what the stage reads. They may neither lie in the output nor hold it.
     """
     if isinstance(place, Path) and re.match("[a-z0-9]{2,}:/", str(place)):
-        raise ValueError(f"--out {place}: only a cache can lie at a URL; give a folder")
+        raise UserError(f"--out {place}: only a cache can lie at a URL; give a folder")
     if not is_remote(place):
         here = Path(place).resolve()
         for source in (i for i in inputs if not is_remote(i)):
             there = Path(source).resolve()
             if here == there or here in there.parents or there in here.parents:
-                raise ValueError(f"--out {place} is or touches the input {source}; give another --out")
+                raise UserError(f"--out {place} is or touches the input {source}; give another --out")
         if here.exists() and not here.is_dir():
-            raise ValueError(f"{place} exists and is no folder; give another --out")
+            raise UserError(f"{place} exists and is no folder; give another --out")
     store = open_store(place)
     present = store.sizes()
     if not present:
         if mode == "append":
-            raise ValueError(f"{place} does not exist; there is nothing to append to")
+            raise UserError(f"{place} does not exist; there is nothing to append to")
         return
     sections = _SECTIONS[stage]
     if mode == "new":
         remedies = ["continue it with --resume"] * (sections is not None) + ["replace it with --overwrite"]
-        raise ValueError(f"{place} exists; {', '.join(remedies)}, or give another --out")
+        raise UserError(f"{place} exists; {', '.join(remedies)}, or give another --out")
     if PROVENANCE not in present:
-        raise ValueError(f"{place} was not written by singer and is left alone; give another --out")
+        raise UserError(f"{place} was not written by singer and is left alone; give another --out")
     written = read_json(store, PROVENANCE, "output of singer").get("stage")
     if written != stage:
-        raise ValueError(f"{place} was written by singer {written}, not by {stage}; give another --out")
+        raise UserError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
         assert sections is not None
         if stage == "distill" and config.distill.joint:
             sections = (*sections, "refine")
         change = config_change(store, config, sections)
         if change is not None:
-            raise ValueError(
+            raise UserError(
                 f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
             )
 
@@ -121,11 +122,11 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None)
 
 
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
-    """Raise ValueError if the run at `path` was started on another cache or other adapters."""
+    """Raise UserError if the run at `path` was started on another cache or other adapters."""
     before = read_as(path / INPUTS, dict[str, str | None], "run")
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
-            raise ValueError(f"{path} cannot be continued: it was started with another {name}; use that or --overwrite")
+            raise UserError(f"{path} cannot be continued: it was started with another {name}; use that or --overwrite")
 
 
 def file_hash(path: Path) -> str:
@@ -167,52 +168,52 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Raises ValueError naming the file if it is missing or damaged."""
+    """Raises UserError naming the file if it is missing or damaged."""
     try:
         return safetensors.torch.load_file(path, device=device)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file's bytes. Raises ValueError naming the file if it is damaged."""
+    """Tensors of a safetensors file's bytes. Raises UserError naming the file if it is damaged."""
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
-    """The JSON object in a file of singer's. Raises ValueError naming the file if it is missing or broken."""
+    """The JSON object in a file of singer's. Raises UserError naming the file if it is missing or broken."""
     store = open_store(place) if isinstance(place, Path) else place
     file = f"{store.url}/{name}"
     try:
         value = json.loads(store.read(name))
     except FileNotFoundError:
         if not is_remote(store.url) and not Path(store.url).exists():
-            raise ValueError(f"{store.url} does not exist") from None
-        raise ValueError(f"{store.url} is no {what}: it has no {name}") from None
+            raise UserError(f"{store.url} does not exist") from None
+        raise UserError(f"{store.url} is no {what}: it has no {name}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{file} is damaged: it holds no JSON") from None
+        raise UserError(f"{file} is damaged: it holds no JSON") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
+        raise UserError(f"{file} is damaged: it holds no JSON object")
     return value
 
 
 def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
-    """A JSON object as a validated model or dataclass. Raises ValueError naming the file."""
+    """A JSON object as a validated model or dataclass. Raises UserError naming the file."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{file} is damaged: {place}: {first['msg'].lower()}") from None
+        raise UserError(f"{file} is damaged: {place}: {first['msg'].lower()}") from None
 
 
 def read_as(path: Path, kind: type[Value], what: str) -> Value:
-    """The JSON in a file of singer's as a validated model or dataclass. Raises ValueError naming the file."""
+    """The JSON in a file of singer's as a validated model or dataclass. Raises UserError naming the file."""
     return validated(read_json(path.parent, path.name, what), kind, str(path))
 
 
@@ -231,7 +232,7 @@ def _version(package: str) -> str:
 def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
     """What was otherwise in these sections when the run in `store` began: "distill.lr 0.1, not 0.2"; None if nothing.
 
-    Raises ValueError if its configuration is damaged.
+    Raises UserError if its configuration is damaged.
     """
     try:
         before = yaml.safe_load(store.read(CONFIG))
@@ -239,7 +240,7 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
     except FileNotFoundError:
         return None  # it died before it wrote anything
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise ValueError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
+        raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
         if there != here and (key not in _FREE or (section, key) == ("student", "name")):
             return f"{section}.{key} {there}, not {here}"

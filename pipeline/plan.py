@@ -32,6 +32,7 @@ from pipeline.progress import say
 from pipeline.shards import ImageFile, index_shards, survey
 from pipeline.stores import Place, is_remote
 from singer.backbones import resolve_blocks
+from singer.errors import UserError
 from singer.tail import tail_state
 
 # Images that are drawn; records of which features are kept, at most so many bytes of them.
@@ -91,7 +92,7 @@ class PlanResult:
 def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
     """Run the teacher for some seconds; nothing is written. out: where the cache would lie.
 
-    Images are read from memory after the first time, so a slow disk can make the real run slower. Raises ValueError for
+    Images are read from memory after the first time, so a slow disk can make the real run slower. Raises UserError for
     whatever the user can mend.
     """
     check_codec(config.cache.codec)
@@ -217,7 +218,7 @@ class Probe:
             measured = [fidelity(CODECS[codec], x, self.calibration[b]) for b, x in self.features.items()]
             error = max(m["clean"]["relative_error"] for m in measured)
             return [self.option(codec, share, error) for share in shares]
-        except ValueError:  # beyond its range
+        except UserError:  # beyond its range
             if codec == self.config.cache.codec:
                 raise
             return []

@@ -22,6 +22,7 @@ from pipeline.layouts.listing import CONVERTED, KEPT, Convert, Entry, Listing
 from pipeline.outputs import Mode, check_output, claimed_output, write_json
 from pipeline.progress import meter, say
 from pipeline.shards import open_image, to_rgb
+from singer.errors import UserError
 
 CLASSES = "classes.json"
 STAGE = "prepare"
@@ -41,10 +42,10 @@ class PrepareResult:
 
 
 def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> PrepareResult:
-    """Write the images below a folder as shards OUT/NAME-000000.tar. Raises ValueError for what the user can mend."""
+    """Write the images below a folder as shards OUT/NAME-000000.tar. Raises UserError for what the user can mend."""
     settings = config.prepare
     if not images.is_dir():
-        raise ValueError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
+        raise UserError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
     check_output(out, mode, STAGE, config, [images, *filter(None, [settings.classes])])
     listing = list_layout(settings.layout, images, settings.split)
     if settings.classes is not None:
@@ -68,9 +69,9 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
                 entry = listing.entries[number]
                 try:
                     sample = read_sample(entry, listing.convert)
-                except ValueError as error:
+                except UserError as error:
                     if settings.on_error == "fail":
-                        raise ValueError(f"{error}; remove it, or skip all such with --on-error skip") from None
+                        raise UserError(f"{error}; remove it, or skip all such with --on-error skip") from None
                     say(f"skipped: {error}")
                     skipped.append(entry.file)
                     continue
@@ -78,7 +79,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
                 written += 1
                 m.advance(1)
         if not written:
-            raise ValueError(f"none of the {len(files)} images below {images} can be read")
+            raise UserError(f"none of the {len(files)} images below {images} can be read")
         if listing.classes:
             write_json(out / CLASSES, listing.classes)
         for shard in sorted(partial.glob("*.tar")):
@@ -90,21 +91,21 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
 def renumbered(listing: Listing, file: Path) -> Listing:
     """With the class numbers of another split, by its classes.json; labels without names are such numbers already.
 
-    Raises ValueError if a class here is none of them.
+    Raises UserError if a class here is none of them.
     """
     try:
         classes = [str(name) for name in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError):
-        raise ValueError(f"prepare.classes: {file} is no classes.json of singer prepare") from None
+        raise UserError(f"prepare.classes: {file} is no classes.json of singer prepare") from None
     unknown = [name for name in listing.classes if name not in classes]
     if unknown:
-        raise ValueError(f"prepare.classes: {file} has no class {unknown[0]!r}")
+        raise UserError(f"prepare.classes: {file} has no class {unknown[0]!r}")
     numbers = [classes.index(name) for name in listing.classes] or list(range(len(classes)))
     labels = [entry.label for entry in listing.entries if entry.label is not None]
     if not labels:
-        raise ValueError(f"prepare.classes: {file} is given, but these images have no classes; leave it out")
+        raise UserError(f"prepare.classes: {file} is given, but these images have no classes; leave it out")
     if max(labels) >= len(numbers):
-        raise ValueError(f"prepare.classes: {file} has {len(classes)} classes, but there is a label {max(labels)}")
+        raise UserError(f"prepare.classes: {file} has {len(classes)} classes, but there is a label {max(labels)}")
     entries = [e if e.label is None else replace(e, label=numbers[e.label]) for e in listing.entries]
     return replace(listing, entries=entries, classes=classes)
 
@@ -119,12 +120,12 @@ def check_keys(keys: list[str], files: list[Path]) -> None:
     first: dict[str, Path] = {}
     for key, file in zip(keys, files, strict=True):
         if key in first:
-            raise ValueError(f"{first[key]} and {file} would have the same key {key!r}; rename one")
+            raise UserError(f"{first[key]} and {file} would have the same key {key!r}; rename one")
         first[key] = file
 
 
 def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes]:
-    """The members of an image: itself, its label, mask and depth map. Raises ValueError if one is unreadable.
+    """The members of an image: itself, its label, mask and depth map. Raises UserError if one is unreadable.
 
     convert: {extension: how such maps are changed}.
     """
@@ -135,14 +136,14 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes
     if file.suffix.lower() in CONVERTED:
         data = _png(to_rgb(image))
     elif image.format not in ("JPEG", "PNG", "WEBP"):
-        raise ValueError(f"{file} is a {image.format} under a wrong extension")
+        raise UserError(f"{file} is a {image.format} under a wrong extension")
     sample = {extension: data}
     for name, place in entry.beside.items():
         sample[name] = place.read_bytes()
         pixels = _decoded(sample[name], place)
         if name in convert:
             if pixels.mode not in ("L", "P"):
-                raise ValueError(f"{place} holds no class numbers of 8 bits")
+                raise UserError(f"{place} holds no class numbers of 8 bits")
             sample[name] = _png(Image.fromarray(convert[name](np.asarray(pixels))))
     if entry.label is not None:
         sample["cls"] = str(entry.label).encode()
@@ -154,7 +155,7 @@ def _decoded(data: bytes, file: Path) -> Image.Image:
         image = open_image(data, str(file), FORMATS)
         image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} cannot be decoded: {error}") from None
+        raise UserError(f"{file} cannot be decoded: {error}") from None
     return image
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 20.0
+# Of a traceback: the innermost ones.
+_FRAMES = 4
 
 
 class Meter:
@@ -81,6 +84,13 @@ def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 
 def say(message: str) -> None:
     """A line for the user, on stderr."""
     console.print(message, markup=False)
+
+
+def report_defect(error: Exception) -> None:
+    """Print the end of an error's traceback, and that the defect is this package's."""
+    lines = traceback.format_exception(error, limit=-_FRAMES)
+    say("".join(lines).rstrip())
+    say("this is a defect of singer, not of what it was given; please report it with the lines above")
 
 
 def duration(seconds: float) -> str:

@@ -40,6 +40,7 @@ from pipeline.progress import say
 from pipeline.stores import Place
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
+from singer.errors import UserError
 from singer.losses import COUPLED, INFO_FORMS, OUTLIER_FORMS
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
@@ -86,7 +87,7 @@ class RefineResult:
 
 
 def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> RefineResult:
-    """Fit a refiner to the cache and store it at `out`. Raises ValueError for whatever the user can mend."""
+    """Fit a refiner to the cache and store it at `out`. Raises UserError for whatever the user can mend."""
     settings = config.refine
     _check_names(settings)
     cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy)
@@ -99,7 +100,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     if mode == "resume" and (out / INPUTS).exists():
         begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
         if begun not in cache.ids:
-            raise ValueError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
+            raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
     fit = Fit(cache, settings, split[0], accelerator.device)
@@ -126,7 +127,7 @@ class Fit:
         self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
         if CLEANERS[settings.cleaner].trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
-                raise ValueError(
+                raise UserError(
                     f"refine.info_form {settings.info_form} needs an intermediate block beside the last; cache another"
                 )
             self.starts = start_directions(cache, self.tail, self.scales, self.statistics, settings, device)
@@ -221,18 +222,18 @@ def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]
 
 
 def load_refiner(path: Path, cache: Cache) -> Refiner:
-    """The refiner stored at `path`, frozen. Raises ValueError if it was fitted to another cache.
+    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache.
 
     A cache that has grown since is still the same: what was there has not changed.
     """
     manifest = read_refiner(path)
     if manifest.cache not in cache.ids:
-        raise ValueError(
+        raise UserError(
             f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "
             "run singer refine on this cache"
         )
     if not set(cache.blocks) <= set(manifest.scales):
-        raise ValueError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
+        raise UserError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
     settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)
     _check_names(settings)
     try:
@@ -241,12 +242,12 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
         unused = tuple(f".{b}." for b in manifest.scales if b not in cache.blocks)
         refiner.load_state_dict({n: t for n, t in state.items() if not any(u in n for u in unused)})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
     return refiner.requires_grad_(False)
 
 
 def read_refiner(path: Path) -> RefinerManifest:
-    """Raises ValueError if there is no finished refiner at `path`."""
+    """Raises UserError if there is no finished refiner at `path`."""
     return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
 
 
@@ -255,9 +256,9 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
     order = np.random.default_rng([settings.seed, 0]).permutation(len(cache))
     held_out = max(1, round(settings.holdout * len(cache)))
     if len(cache) == held_out:
-        raise ValueError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
+        raise UserError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
     if CLEANERS[settings.cleaner].trained and len(cache) - held_out < settings.batch_size:
-        raise ValueError(
+        raise UserError(
             f"{len(cache)} records are too few for refine.batch_size {settings.batch_size}; make it smaller"
         )
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -273,7 +274,7 @@ def _check_names(settings: RefineConfig) -> None:
     }
     for key, names in known.items():
         if getattr(settings, key) not in names:
-            raise ValueError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
+            raise UserError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
 
 
 def _result(out: Path) -> RefineResult:
@@ -284,4 +285,4 @@ def _result(out: Path) -> RefineResult:
         seconds, held_out = metrics["seconds"], metrics.get("held_out_records")
         return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, seconds, held_out, blocks)
     except (KeyError, AttributeError, ValueError):
-        raise ValueError(f"{out / METRICS} is damaged") from None
+        raise UserError(f"{out / METRICS} is damaged") from None

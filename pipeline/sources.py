@@ -15,6 +15,7 @@ from pipeline.outputs import file_hash
 from pipeline.refine import REFINER, RefinerManifest, read_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
+from singer.errors import UserError
 
 # Of an only teacher without a list; otherwise one for each, in one order.
 Places = Place | Sequence[Place]
@@ -39,7 +40,7 @@ class Source:
 def open_sources(settings: DistillConfig, places: Places, adapters: Adapters) -> list[Source]:
     """The teachers of a run, with the blocks asked for, or else their refiners'.
 
-    Raises ValueError if there is no such cache or refiner, if there is not one of a list's values for each cache, and
+    Raises UserError if there is no such cache or refiner, if there is not one of a list's values for each cache, and
     if the caches hold different records.
     """
     listed = as_places(places)
@@ -69,12 +70,12 @@ def _same_views(a: Cache, b: Cache) -> bool:
 
 
 def check_records(caches: Sequence[Cache]) -> None:
-    """Raise ValueError, naming both sides, unless all caches hold the same views of the same images in one order."""
+    """Raise UserError, naming both sides, unless all caches hold the same views of the same images in one order."""
     first, *others = caches
     for other in others:
         if other.rows != first.rows or not _same_views(other, first):
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
-            raise ValueError(
+            raise UserError(
                 f"{ours} and {theirs} do not hold the same views of the same images in the same order; "
                 "cache both teachers with the same shards and views"
             )
@@ -105,7 +106,7 @@ def _each(key: str, values: Sequence[Value] | None, count: int, default: Value) 
     if values is None:
         return [default] * count
     if len(values) != count:
-        raise ValueError(f"{key}: {len(values)} given for {count} --cache; give one for each, in the same order")
+        raise UserError(f"{key}: {len(values)} given for {count} --cache; give one for each, in the same order")
     return values
 
 
@@ -117,5 +118,5 @@ def _names(caches: Sequence[Cache]) -> list[str]:
 
 
 def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
-    """The cached images where they lie now; None if the cache holds the views. Raises ValueError as relocate."""
+    """The cached images where they lie now; None if the cache holds the views. Raises UserError as relocate."""
     return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))

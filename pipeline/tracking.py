@@ -7,6 +7,8 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
+from singer.errors import UserError
+
 FOLDER = "tensorboard"
 PROJECT = "singer"
 
@@ -40,10 +42,10 @@ class Tracking:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for a tracker that Accelerate does not know, or whose package is missing."""
+    """Raise UserError for a tracker that Accelerate does not know, or whose package is missing."""
     known, present = sorted(LOGGER_TYPE_TO_CLASS), {str(LoggerType(t)) for t in get_available_trackers()}
     for name in names:
         if name not in known:
-            raise ValueError(f"distill.trackers: unknown {name!r}; known: {', '.join(known)}")
+            raise UserError(f"distill.trackers: unknown {name!r}; known: {', '.join(known)}")
         if name not in present:
-            raise ValueError(f"distill.trackers: {name} is not installed; pip install {name}")
+            raise UserError(f"distill.trackers: {name} is not installed; pip install {name}")

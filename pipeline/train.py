@@ -25,6 +25,7 @@ from pipeline.readplan import WINDOW_BYTES, Share, lists_ahead, reads_windows, s
 from pipeline.shards import ImageFile
 from pipeline.tracking import Tracking
 from pipeline.views import normalise
+from singer.errors import UserError
 
 _LOG_STEPS = 50
 
@@ -135,11 +136,11 @@ class Trainee:
         self._since += 1
 
     def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
-        """A log line of the mean losses since the last. Raises ValueError if they are not finite."""
+        """A log line of the mean losses since the last. Raises UserError if they are not finite."""
         parts = {name: float(v) / self._since for name, v in accelerator.reduce(self._sums, "mean").items()}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
-            raise ValueError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
+            raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
         figures = {
             "epoch": (step + 1) / per_epoch,
             "lr": learning_rate(self.settings, step, per_epoch),

@@ -80,5 +80,5 @@ class DistillResult:
 
 
 def load_result(run: Path) -> DistillResult:
-    """The result of a finished run. Raises ValueError if there is none at `run`."""
+    """The result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)

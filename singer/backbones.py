@@ -11,6 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from singer.errors import UserError
+
 
 def is_vit(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformer)
@@ -52,18 +54,16 @@ def resolve_blocks(blocks: Sequence[int] | None, model_depth: int) -> list[int]:
     """Block numbers as sorted non-negative ones. Negative numbers count from the end.
 
     The default is the paper's choice of one intermediate block at three quarters of the depth and the last:
-    {8, 11} of 12 and {17, 23} of 24. Raises ValueError for a block that does not exist or is named twice.
+    {8, 11} of 12 and {17, 23} of 24. Raises UserError for a block that does not exist or is named twice.
     """
     if blocks is None:
         return sorted({max(0, round(0.75 * model_depth) - 1), model_depth - 1})
     wrong = [b for b in blocks if not -model_depth <= b < model_depth]
     if wrong:
-        raise ValueError(
-            f"block {wrong[0]} does not exist: this model has {model_depth} blocks, 0 to {model_depth - 1}"
-        )
+        raise UserError(f"block {wrong[0]} does not exist: this model has {model_depth} blocks, 0 to {model_depth - 1}")
     resolved = sorted(b % model_depth for b in blocks)
     if len(set(resolved)) < len(resolved) or not resolved:
-        raise ValueError(f"blocks must be one or more different ones, not {list(blocks)}")
+        raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
     return resolved
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from singer.artifacts import BlockScale, clean_mask, patch_norms
+from singer.errors import UserError
 from singer.tail import TeacherTail
 
 
@@ -91,13 +92,13 @@ def official_info(exchange: Exchange, block: int) -> Tensor:
     """The authors' code: MSE of the next block's raw outputs (all tokens).
 
     Of the last block, the cosine Gram of its refined patches against that of the last intermediate block's refined
-    patches. Raises ValueError if there is no intermediate block.
+    patches. Raises UserError if there is no intermediate block.
     """
     if not exchange.tail.is_last(block):
         return F.mse_loss(*exchange.seen(block))
     others = [b for b in exchange.refined if b != block]
     if not others:
-        raise ValueError("refine.info_form official needs an intermediate block beside the last; cache another block")
+        raise UserError("refine.info_form official needs an intermediate block beside the last; cache another block")
     last, before = (exchange.refined[b][:, exchange.prefix :] for b in (block, max(others)))
     return F.mse_loss(cosine_gram(last), cosine_gram(before))
 

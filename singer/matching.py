@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.errors import UserError
+
 
 def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_depth: int) -> dict[int, int]:
     """{teacher block: student block}, each student block used once, in order, by relative depth.
 
     Depth is counted at a block's OUTPUT, (l + 1) / depth, so that last meets last and equal depths give the
     identity (counted at its input, as in the authors' code, the student's last block stays without a target).
-    Raises ValueError if there are more teacher blocks than student blocks.
+    Raises UserError if there are more teacher blocks than student blocks.
     """
     if len(teacher_blocks) > student_depth:
-        raise ValueError(
+        raise UserError(
             f"{len(teacher_blocks)} teacher blocks cannot be matched to {student_depth} student blocks: "
             "cache fewer blocks or take a deeper student"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singer.cleaners import Shape
+from singer.errors import UserError
 
 
 class Moments:
@@ -169,13 +170,13 @@ class PhiS(Normaliser):
 def hadamard(d: int) -> Tensor:
     """An orthogonal matrix (d, d) float64 all of whose entries are ± 1/√d: Paley's, doubled as often as needed.
 
-    Raises ValueError for a width for which none is built here.
+    Raises UserError for a width for which none is built here.
     """
     core, doublings = d, 0
     while core > 1 and not _is_paley(core) and core % 2 == 0:
         core, doublings = core // 2, doublings + 1
     if core != 1 and not _is_paley(core):
-        raise ValueError(f"refine.normaliser phi-s needs a Hadamard matrix, and none is known here of {d} channels")
+        raise UserError(f"refine.normaliser phi-s needs a Hadamard matrix, and none is known here of {d} channels")
     matrix = torch.ones(1, 1, dtype=torch.float64)
     if core > 1:
         q = core - 1

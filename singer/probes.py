@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.errors import UserError
+
 # The normal distribution has 95 % of its mass within this many standard deviations.
 _Z95 = 1.959964
 # Rows that are compared with all others at once.
@@ -78,10 +80,10 @@ def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
 
     map: the mean over queries of average precision, taken over the full ranking; recall1, recall5: the share of queries
     with one of its label among the nearest 1 and 5. The query itself is no candidate, and a row that is alone with its
-    label is none of the queries. Raises ValueError if there are no queries.
+    label is none of the queries. Raises UserError if there are no queries.
     """
     if len(labels.unique()) == len(labels):
-        raise ValueError("no label occurs twice")
+        raise UserError("no label occurs twice")
     x = F.normalize(x, dim=1)
     precisions, firsts = [], []
     for rows in torch.arange(len(x)).split(_CHUNK):

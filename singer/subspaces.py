@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singer.curvature import curvature
+from singer.errors import UserError
 from singer.evidence import Evidence
 from singer.tail import TeacherTail
 
@@ -153,7 +154,7 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
         if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj")
     ]
     if not readers:
-        raise ValueError(f"block {block} of this teacher has no linear layer known to read its input")
+        raise UserError(f"block {block} of this teacher has no linear layer known to read its input")
     return readers
 
 
@@ -206,5 +207,5 @@ def _centred(weight: Tensor) -> Tensor:
 
 def _checked(rank: int, d: int) -> int:
     if rank > d:
-        raise ValueError(f"refine.rank {rank} is larger than the feature width {d}")
+        raise UserError(f"refine.rank {rank} is larger than the feature width {d}")
     return rank

@@ -8,6 +8,8 @@ import torch
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from singer.errors import UserError
+
 _FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos_drop", "patch_drop")
 
 
@@ -93,7 +95,7 @@ class TeacherTail(nn.Module):
 
 
 def first_norm(block: nn.Module) -> nn.Module:
-    """The norm ahead of a block's first branch. Raises ValueError for a block that has none there (res-post-norm)."""
+    """The norm ahead of a block's first branch. Raises UserError for a block that has none there (res-post-norm)."""
     for name in ("norm1", "in_norm"):
         norm = getattr(block, name, None)
         if isinstance(norm, nn.Module) and not isinstance(block, ResPostBlock):
@@ -101,4 +103,4 @@ def first_norm(block: nn.Module) -> nn.Module:
     branches = getattr(block, "attns", None)
     if isinstance(branches, nn.ModuleList):  # parallel branches, each with a norm of its own
         return next(m for n, m in branches[0].named_children() if n == "norm")
-    raise ValueError("this teacher's blocks have no norm at their input; take the reader branch or final-norm")
+    raise UserError("this teacher's blocks have no norm at their input; take the reader branch or final-norm")

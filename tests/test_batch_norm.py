@@ -17,6 +17,7 @@ from pipeline.distill import distill
 from pipeline.distiller import Lesson, Shown
 from pipeline.models import new_student
 from pipeline.readplan import EpochOrder, share, smallest_part
+from singer.errors import UserError
 
 RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
 
@@ -71,7 +72,7 @@ def test_smallest_part(records: int, batch: int, world: int) -> None:
 def test_one_record_at_the_end_of_an_epoch(world: Path, tmp_path: Path, sets: list[str]) -> None:
     """Refused before anything is written, where maps have one position, and only there."""
     message = "leave a part of one record, and batch normalisation in test_resnet cannot be trained on one; change"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         distill(world_config(world, *RESNET, *sets), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for name, more in (

@@ -28,6 +28,7 @@ from pipeline.stores import open_store
 from pipeline.verify import verify
 from pipeline.views import normalise
 from singer.backbones import block_outputs
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -171,7 +172,7 @@ def test_lost_and_cut_files_are_noticed(world: Path, config: Config, tmp_path: P
     (out / "features/2/values/c/1/0/0").unlink()
     cut = out / "features/3/values/c/2/0/0"
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="2 of 4 shards are missing"):
+    with pytest.raises(UserError, match="2 of 4 shards are missing"):
         Cache(out)
     fill(config, world, out, "resume")
     assert tree_bytes(out) == whole
@@ -201,7 +202,7 @@ def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_pat
         (part / JOURNAL / f"{shard:06d}.json").unlink()
     (part / "features/2/values/c/1/0/0").write_bytes(b"torn")
     (part / "features/3/values/c/3/0/0").unlink()
-    with pytest.raises(ValueError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
+    with pytest.raises(UserError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
         Cache(part)
     fill(config, world, part, "resume")
     assert kept.stat().st_mtime_ns == before
@@ -211,12 +212,12 @@ def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_pat
 
 def test_resume_with_other_settings_names_both_sides(world: Path, config: Config, tmp_path: Path) -> None:
     out = fill(config, world, tmp_path / "c")
-    with pytest.raises(ValueError, match=r"started with cache\.codec float16, not int8"):
+    with pytest.raises(UserError, match=r"started with cache\.codec float16, not int8"):
         fill(world_config(world, "cache.codec=int8"), world, out, "resume")
     other = make_vit(seed=9)
     save_backbone(other, other.model.state_dict(), tmp_path / "other")
     changed = world_config(world, f"teacher.name=local-dir:{tmp_path / 'other'}")
-    with pytest.raises(ValueError, match=r"its teacher\.weights is .*, this run has"):
+    with pytest.raises(UserError, match=r"its teacher\.weights is .*, this run has"):
         fill(changed, world, out, "resume")
     assert len(Cache(out)) == 100
 
@@ -234,7 +235,7 @@ def test_second_writer_is_refused(world: Path, config: Config, tmp_path: Path) -
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         for mode in ("resume", "overwrite"):
-            with pytest.raises(ValueError, match="is being written by another run"):
+            with pytest.raises(UserError, match="is being written by another run"):
                 fill(config, world, out, mode)
     finally:
         holder.kill()
@@ -276,12 +277,12 @@ def test_nan_names_the_key(world: Path, tmp_path: Path) -> None:
     broken.model.blocks[3].mlp.fc2.bias[0] = float("nan")
     save_backbone(broken, broken.model.state_dict(), tmp_path / "teacher")
     config = world_config(world, f"teacher.name=local-dir:{tmp_path / 'teacher'}")
-    with pytest.raises(ValueError, match="block 3 gives NaN or Inf for image 'class"):
+    with pytest.raises(UserError, match="block 3 gives NaN or Inf for image 'class"):
         fill(config, world, tmp_path / "c")
 
 
 def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="block 7 does not exist: this model has 4 blocks"):
+    with pytest.raises(UserError, match="block 7 does not exist: this model has 4 blocks"):
         fill(world_config(world, "cache.blocks=[7]"), world, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 

@@ -24,6 +24,7 @@ from pipeline.cache.codecs import (
     few_records,
 )
 from singer.artifacts import robust_threshold
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 ALL = list(CODECS)
@@ -240,7 +241,7 @@ def test_overflow_names_the_way_out(name: str, huge: float) -> None:
     x = torch.randn(4, 5, 8)
     calibration = calibrate(x, 1)
     x[1, 2] = huge
-    with pytest.raises(ValueError, match="beyond float16; use cache.codec bfloat16"):
+    with pytest.raises(UserError, match="beyond float16; use cache.codec bfloat16"):
         CODECS[name].encode(x, calibration)
     torch.testing.assert_close(there_and_back("bfloat16", x, calibration), x, rtol=2**-8, atol=0)
 
@@ -248,7 +249,7 @@ def test_overflow_names_the_way_out(name: str, huge: float) -> None:
 @pytest.mark.parametrize("name", ["int8-plain", "int4-plain"])
 def test_a_scale_that_overflows_is_refused(name: str) -> None:
     calibration = calibrate(torch.randn(4, 5, 8), 1)
-    with pytest.raises(ValueError, match="beyond float16"):
+    with pytest.raises(UserError, match="beyond float16"):
         CODECS[name].encode(torch.full((1, 5, 8), 1e9), calibration)
 
 

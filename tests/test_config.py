@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, dump_config, load_config, recipes
+from singer.errors import UserError
 
 
 def test_layers(tmp_path: Path) -> None:
@@ -74,19 +75,19 @@ def test_recipes_cover_the_paper() -> None:
     ],
 )
 def test_mistakes_are_named(sets: list[str], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_config(sets=sets)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_file_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file, nor a recipe among"):
+    with pytest.raises(UserError, match="no such file, nor a recipe among"):
         load_config(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1")
-    with pytest.raises(ValueError, match="not YAML"):
+    with pytest.raises(UserError, match="not YAML"):
         load_config(bad)
     bad.write_text("- 1\n")
-    with pytest.raises(ValueError, match="expected sections"):
+    with pytest.raises(UserError, match="expected sections"):
         load_config(bad)

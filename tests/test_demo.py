@@ -15,6 +15,7 @@ from pipeline.resources import resource
 from pipeline.views import normalise
 from singer.artifacts import patch_norms, robust_threshold
 from singer.backbones import block_outputs
+from singer.errors import UserError
 
 
 def test_digits_are_pure_and_disjoint() -> None:
@@ -56,5 +57,5 @@ def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ratios = result.mean_max_over_median
     assert ratios["teacher"] > 5 > ratios["refined teacher"] and {"fitnet", "singer"} < set(ratios)
     assert set(result.linear) == {"FitNet", "SiNGER", "teacher"} and result.linear["teacher"]["cls"]["top1"] > 90
-    with pytest.raises(ValueError, match="exists; replace it with --overwrite"):
+    with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         demo(config, tmp_path / "demo")

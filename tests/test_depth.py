@@ -17,6 +17,7 @@ from pipeline.models import load_teacher, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.depth import Depth, fit_heads, read_depths
 from pipeline.shards import index_beside, index_shards
+from singer.errors import UserError
 from singer.probes import depth_figures, depth_sums
 
 CPU = torch.device("cpu")
@@ -142,7 +143,7 @@ def test_bad_maps_are_named(name: str, split: str, world: Path, rooms: Path, tmp
     members, message = BAD[name]
     bad = packed(tmp_path / "bad", good={"depth_png": png(METERS)}, **members)
     places = {"train": rooms / "train", "test": rooms / "test", split: bad}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         probe(world_config(world, *QUICK), world / "teacher", places["train"], places["test"])
 
 
@@ -150,15 +151,15 @@ def test_settings_that_cannot_be(world: Path, rooms: Path) -> None:
     shards = rooms / "train", rooms / "test"
     near = world_config(world, "evaluate.depth_max=1.5")
     with pytest.raises(
-        ValueError, match=r"--train: no depth map has a value from evaluate\.depth_min=0\.001 to depth_max"
+        UserError, match=r"--train: no depth map has a value from evaluate\.depth_min=0\.001 to depth_max"
     ):
         probe(near, world / "teacher", *shards)
-    with pytest.raises(ValueError, match=r"depth_min: 20\.0 is not below depth_max, 10\.0"):
+    with pytest.raises(UserError, match=r"depth_min: 20\.0 is not below depth_max, 10\.0"):
         world_config(world, "evaluate.depth_min=20")
     x, depth = known(count=1)
-    with pytest.raises(ValueError, match=r"--train has one image only; .* evaluate\.depth_lrs"):
+    with pytest.raises(UserError, match=r"--train has one image only; .* evaluate\.depth_lrs"):
         fit_heads(x, depth, load_config().evaluate, CPU)
-    with pytest.raises(ValueError, match="this task learns from images; give --train"):
+    with pytest.raises(UserError, match="this task learns from images; give --train"):
         evaluate(world_config(world), world / "teacher", None, str(rooms / "test" / "*.tar"), "depth")
 
 

@@ -26,6 +26,7 @@ from pipeline.refine import REFINER, load_refiner, refine
 from pipeline.shards import relocate
 from pipeline.train import learning_rate
 from pipeline.trained import RefinerNote, load_result
+from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")
@@ -166,11 +167,11 @@ def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = distill(config, world / "cache", run)
     assert distill(config, world / "cache", run, mode="resume") == first
-    with pytest.raises(ValueError, match=r"started with distill\.lr 0\.001, not 0\.5"):
+    with pytest.raises(UserError, match=r"started with distill\.lr 0\.001, not 0\.5"):
         distill(world_config(world, "distill.lr=0.5"), world / "cache", run, mode="resume")
-    with pytest.raises(ValueError, match="started with another adapters"):
+    with pytest.raises(UserError, match="started with another adapters"):
         distill(config, world / "cache", run, world / "adapters", mode="resume")
-    with pytest.raises(ValueError, match="exists; continue it with --resume"):
+    with pytest.raises(UserError, match="exists; continue it with --resume"):
         distill(config, world / "cache", run)
 
 
@@ -182,7 +183,7 @@ def test_resume_tells_refiners_of_one_tensor_apart(world: Path, tmp_path: Path) 
     assert file_hash(tmp_path / "clip" / REFINER) == file_hash(tmp_path / "neighbour" / REFINER)
     config = world_config(world, "distill.epochs=1")
     distill(config, world / "cache", tmp_path / "run", tmp_path / "clip")
-    with pytest.raises(ValueError, match="started with another refiner"):
+    with pytest.raises(UserError, match="started with another refiner"):
         distill(config, world / "cache", tmp_path / "run", tmp_path / "neighbour", mode="resume")
 
 
@@ -196,17 +197,17 @@ def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
     assert {p.parent for p in images.paths} == {moved}
     first = moved / cache.index.images.paths[0].name
     first.write_bytes(first.read_bytes() + b"\0" * 512)
-    with pytest.raises(ValueError, match="has changed since it was cached"):
+    with pytest.raises(UserError, match="has changed since it was cached"):
         relocate(cache.index.images, str(moved / "*.tar"))
     first.unlink()
     twins = []
     for i, path in enumerate(sorted(moved.glob("*.tar"))):
         (moved / f"{i}").mkdir()
         twins.append(path.rename(moved / f"{i}" / "x.tar"))
-    with pytest.raises(ValueError, match="gives 3 shards with repeated names; the cache has 4"):
+    with pytest.raises(UserError, match="gives 3 shards with repeated names; the cache has 4"):
         relocate(cache.index.images, [str(p) for p in twins])
     (moved / "other.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=f"--shards does not give {first.name}"):
+    with pytest.raises(UserError, match=f"--shards does not give {first.name}"):
         relocate(cache.index.images, str(moved / "*.tar"))
 
 
@@ -231,12 +232,12 @@ def test_mixed_precision_in_one_process_with_full_precision(world: Path, tmp_pat
 
 
 def test_diverging_run_stops(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the loss is (nan|inf) at step"):
+    with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
         distill(world_config(world, "distill.lr=1e30"), world / "cache", tmp_path / "a")
 
 
 def test_unknown_objective(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="distill.objective: unknown 'msse'; known: mse"):
+    with pytest.raises(UserError, match="distill.objective: unknown 'msse'; known: mse"):
         distill(world_config(world, "distill.objective=msse"), world / "cache", tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -256,7 +257,7 @@ def test_checkpoint_is_no_pickle_of_code(world: Path, tmp_path: Path) -> None:
     again = Checkpoint(tmp_path / "c.pt", fresh, minutes=60)
     assert again.restore() == 7 and torch.equal(other.weight, model.weight)
     (tmp_path / "c.pt").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"c\.pt cannot be resumed from"):
+    with pytest.raises(UserError, match=r"c\.pt cannot be resumed from"):
         again.restore()
     assert Checkpoint(tmp_path / "none.pt", {"model": other}, 1).restore() == 0
 
@@ -287,7 +288,7 @@ def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
 
 
 def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"distill\.joint trains adapters of its own; leave --adapters out"):
+    with pytest.raises(UserError, match=r"distill\.joint trains adapters of its own; leave --adapters out"):
         distill(world_config(world, "distill.joint=true"), world / "cache", tmp_path / "run", world / "adapters")
     assert not (tmp_path / "run").exists()
 
@@ -366,9 +367,9 @@ def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monke
 )
 def test_what_cannot_share_a_pass(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
     jobs = [Job(world_config(world), tmp_path / "a"), Job(world_config(world, *sets), tmp_path / "b")]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         fan_out(jobs, world / "cache")
-    with pytest.raises(ValueError, match="cannot have the same output folder"):
+    with pytest.raises(UserError, match="cannot have the same output folder"):
         fan_out([jobs[0], jobs[0]], world / "cache")
     assert not list(tmp_path.iterdir())
 
@@ -407,7 +408,7 @@ def test_tensorboard(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [("tensorbord", "unknown 'tensorbord'"), ("aim", "pip install aim")])
 def test_trackers_that_are_not_there(world: Path, tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"distill.trackers: .*{message}"):
+    with pytest.raises(UserError, match=f"distill.trackers: .*{message}"):
         distill(world_config(world, f"distill.trackers=[{name}]"), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -457,16 +458,16 @@ def test_joint_runs_are_continued_as_they_were_begun(world: Path, tmp_path: Path
     sets = ["distill.joint=true", "refine.variant=official"]
     distill(world_config(world, *sets), world / "cache", tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"started with refine\.variant official, not singer"):
+    with pytest.raises(UserError, match=r"started with refine\.variant official, not singer"):
         distill(world_config(world, sets[0]), world / "cache", tmp_path / "run", mode="resume")
 
 
 def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path) -> None:
     refine(world_config(world, "refine.cleaner=clip", "refine.blocks=[3]"), world / "cache", tmp_path / "a")
     jobs = [Job(world_config(world), tmp_path / "raw"), Job(world_config(world), tmp_path / "clip", tmp_path / "a")]
-    with pytest.raises(ValueError, match="cannot train on one pass: they learn from different blocks"):
+    with pytest.raises(UserError, match="cannot train on one pass: they learn from different blocks"):
         fan_out(jobs, world / "cache")
     assert not (tmp_path / "raw").exists()
     for blocks in ("[]", "[3, 3]"):
-        with pytest.raises(ValueError, match="blocks must be one or more different ones"):
+        with pytest.raises(UserError, match="blocks must be one or more different ones"):
             distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")

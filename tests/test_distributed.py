@@ -21,6 +21,7 @@ from pipeline.models import new_student
 from pipeline.readplan import EpochOrder, share
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
+from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,16 +160,16 @@ def test_states_that_do_not_fit_are_refused() -> None:
     state = WholeModel(model).state_dict()
     WholeModel(model).load_state_dict(state)
     for name in ("0.weight", "1.running_mean"):
-        with pytest.raises(ValueError, match=f"lacks {name}"):
+        with pytest.raises(UserError, match=f"lacks {name}"):
             WholeModel(model).load_state_dict({n: t for n, t in state.items() if n != name})
-    with pytest.raises(ValueError, match=r"another version of singer; start the run anew \(--overwrite\)"):
+    with pytest.raises(UserError, match=r"another version of singer; start the run anew \(--overwrite\)"):
         WholeOptimiser(model, optimiser).load_state_dict(optimiser.state_dict())
 
 
 def test_deepspeed_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch` tells of it."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed is not supported; use DDP"):
+    with pytest.raises(UserError, match="DeepSpeed is not supported; use DDP"):
         distill(world_config(world), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -177,7 +178,7 @@ def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pyt
     """A single process has nothing in shards."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     config = world_config(world, "distill.precision=fp16")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="FSDP with fp16 .*; use precision bf16"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="FSDP with fp16 .*; use precision bf16"):
         patch.setenv("WORLD_SIZE", "2")
         distill(config, world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -29,6 +29,7 @@ from pipeline.probes.retrieval import Retrieval
 from pipeline.probes.trial import Trial, tokens
 from pipeline.shards import ImageFile, index_shards
 from pipeline.views import apply_view, crop_view, normalise
+from singer.errors import UserError
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def test_two_classes_and_classes_without_images() -> None:
     scores = linear_scores(x, y, x, 4, settings)
     assert scores.shape == (200, 4) and topk_percent(scores, y, 1) > 90
     assert torch.isinf(scores[:, 1:3]).all()
-    with pytest.raises(ValueError, match="one class only"):
+    with pytest.raises(UserError, match="one class only"):
         linear_scores(x, torch.zeros(200, dtype=torch.int64), x, 1, settings.model_copy(update={"strengths": (1.0,)}))
 
 
@@ -115,7 +116,7 @@ def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path
     save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
     result = evaluate(config, tmp_path / "m", None, test, "retrieval")
     assert isinstance(result, Retrieval) and result.normed is None
-    with pytest.raises(ValueError, match=r"evaluate\.tokens norm is for ViTs with a final norm; of other models take"):
+    with pytest.raises(UserError, match=r"evaluate\.tokens norm is for ViTs with a final norm; of other models take"):
         evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "m", None, test, "retrieval")
     pooled_first = make_vit(global_pool="avg")  # its norm is called fc_norm
     save_backbone(pooled_first, pooled_first.model.state_dict(), tmp_path / "avg")
@@ -199,10 +200,10 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
     draw_images(tmp_path / "in", 2, 5)
     prepare(config, tmp_path / "in", tmp_path / "two")
     shards = str(tmp_path / "two" / "*.tar"), str(world / "test" / "*.tar")
-    with pytest.raises(ValueError, match=r"classes\.json number classes differently; prepare the second with"):
+    with pytest.raises(UserError, match=r"classes\.json number classes differently; prepare the second with"):
         evaluate(config, world / "teacher", *shards)
     (tmp_path / "two" / "classes.json").unlink()
-    with pytest.raises(ValueError, match="--test has label 3, but --train only 0 to 1"):
+    with pytest.raises(UserError, match="--test has label 3, but --train only 0 to 1"):
         evaluate(config, world / "teacher", *shards)
 
 
@@ -235,7 +236,7 @@ def test_intervals_and_shots(world: Path) -> None:
         assert (figures["top1_low"], figures["top1_high"]) == interval
     for other in ("evaluate.shots=[20,100]", "evaluate.shots=null"):
         assert set(run(other).linear["cls"]) == {"top1", "top5", "top1_low", "top1_high"}, other
-    with pytest.raises(ValueError, match="shots: 9 is larger than 3"):
+    with pytest.raises(UserError, match="shots: 9 is larger than 3"):
         load_config(sets=["evaluate.shots=[9,3]"])
 
 
@@ -252,7 +253,7 @@ def test_retrieval_needs_no_training_images(world: Path, config: Config, tmp_pat
     assert result.written is not None
     stored = json.loads(result.written.read_text())
     assert stored["train"] == [] and stored["retrieval"] == result.retrieval
-    with pytest.raises(ValueError, match="this task learns from images; give --train"):
+    with pytest.raises(UserError, match="this task learns from images; give --train"):
         evaluate(config, world / "teacher", None, test)
 
 
@@ -305,17 +306,17 @@ def test_bad_class_maps_are_named(text: str, world: Path, config: Config, tmp_pa
     (tmp_path / "map.json").write_text(text)
     settings = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
     train, test = str(world / "train" / "*.tar"), renumbered(world, tmp_path, config)
-    with pytest.raises(ValueError, match=BAD_MAPS[text]):
+    with pytest.raises(UserError, match=BAD_MAPS[text]):
         evaluate(settings, world / "teacher", train, test, "domain-shift")
 
 
 def test_domain_shift_without_a_map(world: Path, config: Config, tmp_path: Path) -> None:
     gone = world_config(world, f"evaluate.class_map={tmp_path / 'gone.json'}")
     train, test = str(world / "train" / "*.tar"), str(world / "test" / "*.tar")
-    with pytest.raises(ValueError, match=r"evaluate\.class_map: .*gone\.json: No such file"):
+    with pytest.raises(UserError, match=r"evaluate\.class_map: .*gone\.json: No such file"):
         evaluate(gone, world / "teacher", train, test, "domain-shift")
     few = renumbered(world, tmp_path, config)
-    with pytest.raises(ValueError, match="--test has label 2, of which --train has no images; if it numbers classes"):
+    with pytest.raises(UserError, match="--test has label 2, of which --train has no images; if it numbers classes"):
         evaluate(config, world / "teacher", few, test, "domain-shift")
 
 
@@ -347,11 +348,11 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
 
 def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:
     test = str(world / "test" / "*.tar")
-    with pytest.raises(ValueError, match=r"--test has 4 classes, but the head of .*teacher has 5 classes; if"):
+    with pytest.raises(UserError, match=r"--test has 4 classes, but the head of .*teacher has 5 classes; if"):
         evaluate(config, world / "teacher", None, test, "head")
     (tmp_path / "map.json").write_text("[0, 1, 2, 5]")
     mapped = world_config(world, f"evaluate.class_map={tmp_path / 'map.json'}")
-    with pytest.raises(ValueError, match=r"map\.json names class 5, but the head has 0 to 4"):
+    with pytest.raises(UserError, match=r"map\.json names class 5, but the head has 0 to 4"):
         evaluate(mapped, world / "teacher", None, test, "head")
     shutil.copytree(world / "test", tmp_path / "shards")
     (tmp_path / "shards" / "classes.json").unlink()
@@ -361,5 +362,5 @@ def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -
     ):
         vit = make_vit(num_classes=classes)
         save_backbone(vit, vit.model.state_dict(), tmp_path / f"m{classes}")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             evaluate(config, tmp_path / f"m{classes}", None, str(tmp_path / "shards" / "*.tar"), "head")

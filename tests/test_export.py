@@ -27,6 +27,7 @@ from pipeline.export import CARD, FORMATS, ExportResult, Student, Written, expor
 from pipeline.models import load_model, load_saved, save_backbone
 from pipeline.views import normalise
 from singer.backbones import block_outputs
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 TRACED = ("onnx", "torch-export")
@@ -307,9 +308,7 @@ def test_unfaithful_export_leaves_nothing(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     for place, mode in ((out, "overwrite"), (tmp_path / "new", "new")):
-        with pytest.raises(
-            ValueError, match=r"differs from the student by .*, beyond export.tolerance 0.0001; nothing"
-        ):
+        with pytest.raises(UserError, match=r"differs from the student by .*, beyond export.tolerance 0.0001; nothing"):
             export(settings(), run, place, "wrong", mode)  # type: ignore[arg-type]
     assert tree_bytes(out) == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["e", "scratch"] and not tree_bytes(tmp_path / "scratch")
@@ -318,7 +317,7 @@ def test_unfaithful_export_leaves_nothing(
 def test_existing_output(run: Path, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "e"
     export(settings("tokens"), run, out, "onnx")
-    with pytest.raises(ValueError, match=r"e exists; replace it with --overwrite, or give another --out"):
+    with pytest.raises(UserError, match=r"e exists; replace it with --overwrite, or give another --out"):
         export(settings(), run, out, "timm")
     export(settings(), run, out, "timm", "overwrite")
     assert not (out / "model.onnx").exists()
@@ -326,7 +325,7 @@ def test_existing_output(run: Path, world: Path, tmp_path: Path) -> None:
         (world / "cache", "was written by singer cache-teacher, not by export"),
         (run / "student", "is or touches the input"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             export(settings(), run, place, "timm", "overwrite")
 
 
@@ -346,14 +345,14 @@ def test_bad_input_is_one_line(
         (run, "hf", "tokens", "--output tokens is for onnx and torch-export"),
     ]
     for place, to, output, message in cases:
-        with pytest.raises(ValueError, match=re.escape(message)) as error:
+        with pytest.raises(UserError, match=re.escape(message)) as error:
             export(settings(output), place, out, to)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"export\.output: input should be 'pooled' or 'tokens'"):
+    with pytest.raises(UserError, match=r"export\.output: input should be 'pooled' or 'tokens'"):
         settings("cls")
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"--to onnx needs onnxruntime: pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(UserError, match=r"--to onnx needs onnxruntime: pip install onnx onnxruntime onnxscript"):
         export(settings(), run, out, "onnx")
     assert not out.exists()
 

@@ -14,6 +14,7 @@ from pipeline.distill import distill
 from pipeline.models import save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")
@@ -107,7 +108,7 @@ def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
     assert (small.blocks, small.features([7], CPU)[3].shape) == ((3,), (1, 5, 12))
     alone = make(second, shards(world), tmp_path / "alone")
     same_features(small, alone)
-    with pytest.raises(ValueError, match="has no features of a teacher 'x'; it has: local-dir"):
+    with pytest.raises(UserError, match="has no features of a teacher 'x'; it has: local-dir"):
         Cache(tmp_path / "c", teacher="x")
     refine(
         second.model_copy(update={"refine": second.refine.model_copy(update={"teacher": second.teacher.name})}),
@@ -126,26 +127,26 @@ def test_adapters_outlive_growth(world: Path, config: Config, tmp_path: Path) ->
     run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
     assert list(run.matching) == [2, 3]
     asked = config.distill.model_copy(update={"blocks": (1, 2)})
-    with pytest.raises(ValueError, match=r"was fitted to blocks \[2, 3\], not to \[1, 2\]"):
+    with pytest.raises(UserError, match=r"was fitted to blocks \[2, 3\], not to \[1, 2\]"):
         distill(config.model_copy(update={"distill": asked}), tmp_path / "c", tmp_path / "r2", tmp_path / "adapters")
 
 
 def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) -> None:
     first, rest = str(world / "train" / "*000000.tar"), str(world / "train" / "*00000[123].tar")
     out = tmp_path / "c"
-    with pytest.raises(ValueError, match="does not exist; there is nothing to append to"):
+    with pytest.raises(UserError, match="does not exist; there is nothing to append to"):
         make(config, first, out, "append")
     make(config, first, out)
     before = tree_bytes(out)
-    with pytest.raises(ValueError, match="cannot grow: its codec is float16, this run has int8"):
+    with pytest.raises(UserError, match="cannot grow: its codec is float16, this run has int8"):
         make(world_config(world, "cache.codec=int8"), rest, out, "append")
-    with pytest.raises(ValueError, match=r"cannot grow: its views\.crop is 1\.0, this run has 0\.5"):
+    with pytest.raises(UserError, match=r"cannot grow: its views\.crop is 1\.0, this run has 0\.5"):
         make(world_config(world, "views.crop=0.5"), rest, out, "append")
-    with pytest.raises(ValueError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
+    with pytest.raises(UserError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
         make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
     assert tree_bytes(out) == before
     golden = Path(__file__).parent / "golden" / "cache-v1-float16"
-    with pytest.raises(ValueError, match="was written by format version 1 and cannot grow"):
+    with pytest.raises(UserError, match="was written by format version 1 and cannot grow"):
         make(config, rest, golden, "append")
 
 
@@ -157,11 +158,11 @@ def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_p
     blocks = world_config(world, "cache.blocks=[1]")
     one.write_bytes((tmp_path / "in" / "class0" / "2.png").read_bytes())
     prepare(config, tmp_path / "in", tmp_path / "b")
-    with pytest.raises(ValueError, match="image 'class1/2' has changed since it was cached"):
+    with pytest.raises(UserError, match="image 'class1/2' has changed since it was cached"):
         make(blocks, str(tmp_path / "b" / "*.tar"), tmp_path / "c", "append")
     one.unlink()
     prepare(config, tmp_path / "in", tmp_path / "d")
-    with pytest.raises(ValueError, match="gives some of the images of .* but not 'class1/2'"):
+    with pytest.raises(UserError, match="gives some of the images of .* but not 'class1/2'"):
         make(blocks, str(tmp_path / "d" / "*.tar"), tmp_path / "c", "append")
 
 

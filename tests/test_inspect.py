@@ -9,6 +9,7 @@ from conftest import world_config
 
 from pipeline.config import Config
 from pipeline.inspection import inspect
+from singer.errors import UserError
 
 
 def test_cache_alone(world: Path, config: Config) -> None:
@@ -38,7 +39,7 @@ def test_refiner_and_page(world: Path, config: Config, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "i" / "inspect.json").read_text())
     assert stored["blocks"]["3"]["refined"] == result.blocks[3]["refined"]
     assert (tmp_path / "i" / "provenance.json").exists()
-    with pytest.raises(ValueError, match="exists; replace it with --overwrite"):
+    with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         inspect(config, world / "cache", world / "adapters", tmp_path / "i")
 
 

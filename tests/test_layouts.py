@@ -14,6 +14,7 @@ from scipy.io import savemat
 
 from pipeline.layouts import LAYOUTS
 from pipeline.prepare import prepare
+from singer.errors import UserError
 
 
 def draw(file: Path, pixels: np.ndarray | None = None) -> None:
@@ -171,11 +172,11 @@ def test_miniatures(case: Case, tmp_path: Path) -> None:
     for name in needed:
         kept = (tmp_path / "in" / name).read_bytes()
         (tmp_path / "in" / name).unlink()
-        with pytest.raises(ValueError, match=rf"{tmp_path / 'in' / name} does not exist; "):
+        with pytest.raises(UserError, match=rf"{tmp_path / 'in' / name} does not exist; "):
             prepare(config, tmp_path / "in", tmp_path / "out2")
         (tmp_path / "in" / name).write_bytes(kept)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'none'}"):
+    with pytest.raises(UserError, match=rf"{tmp_path / 'none'}"):
         prepare(config, tmp_path / "none", tmp_path / "out2")
 
 
@@ -185,7 +186,7 @@ def test_masks_lose_their_void_and_depth_is_kept(tmp_path: Path) -> None:
     (sample,) = samples(result.shards).values()
     assert np.asarray(Image.open(io.BytesIO(sample["seg.png"])))[0].tolist() == [255, 255, 0, 0, 149, 149]
     draw(tmp_path / "ade" / "annotations" / "training" / "ADE_1.png")
-    with pytest.raises(ValueError, match=r"ADE_1\.png holds no class numbers of 8 bits"):
+    with pytest.raises(UserError, match=r"ADE_1\.png holds no class numbers of 8 bits"):
         prepare(config_with(*config_of("ade20k", "train")), tmp_path / "ade", tmp_path / "b")
     nyud_v2(tmp_path / "nyu")
     result = prepare(config_with(*config_of("nyud-v2", "train")), tmp_path / "nyu", tmp_path / "n")
@@ -201,10 +202,10 @@ def test_classes_of_another_split(tmp_path: Path) -> None:
     result = prepare(config_with(*config_of("imagenet-r", None, known)), tmp_path / "r", tmp_path / "a")
     assert {key: int(s["cls"]) for key, s in samples(result.shards).items()} == {"n05/art_0": 1, "n07/art_0": 3}
     imagenet_v2(tmp_path / "v2")
-    with pytest.raises(ValueError, match=r"classes\.json has 4 classes, but there is a label 10"):
+    with pytest.raises(UserError, match=r"classes\.json has 4 classes, but there is a label 10"):
         prepare(config_with(*config_of("imagenet-v2", None, known)), tmp_path / "v2", tmp_path / "b")
     draw(tmp_path / "flat" / "x.jpg")
-    with pytest.raises(ValueError, match="these images have no classes; leave it out"):
+    with pytest.raises(UserError, match="these images have no classes; leave it out"):
         prepare(config_with(known), tmp_path / "flat", tmp_path / "c")
 
 
@@ -241,7 +242,7 @@ BAD: list[tuple[str, str | None, Callable[[Path], None], str]] = [
 def test_what_is_wrong_is_named(case: tuple[str, str | None, Callable[[Path], None], str], tmp_path: Path) -> None:
     layout, split, make, message = case
     make(tmp_path / "in")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare(config_with(*config_of(layout, split)), tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -250,8 +251,8 @@ def test_variables_that_are_missing_or_too_few(tmp_path: Path) -> None:
     flowers_102(tmp_path / "in")
     config = config_with(*config_of("flowers-102", "train"))
     savemat(tmp_path / "in" / "imagelabels.mat", {"labels": np.array([[1, 2, 3]], np.uint8)})
-    with pytest.raises(ValueError, match=r"setid\.mat has image 4, but .*imagelabels\.mat 3 labels"):
+    with pytest.raises(UserError, match=r"setid\.mat has image 4, but .*imagelabels\.mat 3 labels"):
         prepare(config, tmp_path / "in", tmp_path / "out")
     savemat(tmp_path / "in" / "setid.mat", {"other": 1})
-    with pytest.raises(ValueError, match=r"setid\.mat has no variable 'trnid'"):
+    with pytest.raises(UserError, match=r"setid\.mat has no variable 'trnid'"):
         prepare(config, tmp_path / "in", tmp_path / "out")

@@ -7,6 +7,7 @@ from conftest import WIDTH, make_vit
 from torch import Tensor
 
 from singer.artifacts import BlockScale
+from singer.errors import UserError
 from singer.losses import INFO_FORMS, OUTLIER_FORMS, Exchange, adapter_losses
 from singer.tail import TeacherTail, tail_state
 
@@ -64,7 +65,7 @@ def test_official_info() -> None:
     last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.refined[2][:, 1:])).mean()
     assert INFO_FORMS["official"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
     alone = Exchange({3: exchange.original[3]}, {3: exchange.refined[3]}, exchange.tail, exchange.scales, 1)
-    with pytest.raises(ValueError, match="needs an intermediate block beside the last; cache another block"):
+    with pytest.raises(UserError, match="needs an intermediate block beside the last; cache another block"):
         INFO_FORMS["official"](alone, 3)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from singer.artifacts import BlockScale, norm_summary, robust_threshold
 from singer.cleaners import Adapter, Clip, Shape
+from singer.errors import UserError
 from singer.losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.matching import match_blocks, resize_tokens
 from singer.normalisers import Standardize
@@ -49,7 +50,7 @@ def test_smallest_directions_are_the_smallest() -> None:
     np.testing.assert_allclose((directions @ directions.T).numpy(), expected, atol=1e-4)
     assert np.all(np.diff(np.linalg.norm(weight.numpy() @ directions.numpy(), axis=0)) > 0)
     np.testing.assert_allclose(np.linalg.norm(weight.numpy() @ directions.numpy()[:, 0]), values[-1], rtol=1e-3)
-    with pytest.raises(ValueError, match="refine.rank 17 is larger than the feature width 16"):
+    with pytest.raises(UserError, match="refine.rank 17 is larger than the feature width 16"):
         smallest_directions(weight, 17)
 
 
@@ -171,7 +172,7 @@ def test_matching_is_monotone_and_ends_meet(teacher: int, student: int, data: st
 
 
 def test_too_many_blocks_to_match() -> None:
-    with pytest.raises(ValueError, match="3 teacher blocks cannot be matched to 2 student blocks"):
+    with pytest.raises(UserError, match="3 teacher blocks cannot be matched to 2 student blocks"):
         match_blocks([1, 2, 3], 4, 2)
 
 

@@ -11,6 +11,7 @@ from conftest import make_vit
 from pipeline.config import StudentConfig, TeacherConfig, load_config
 from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_backbone, weight_hash
 from singer.backbones import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
+from singer.errors import UserError
 from singer.subspaces import reader_weight
 from singer.tail import TeacherTail, tail_state
 
@@ -92,7 +93,7 @@ def test_local_weight_file(tmp_path: Path, suffix: str) -> None:
     smaller = load_teacher(load_config(sets=[*sets, "teacher.image_size=128"]).teacher)
     assert smaller.image_size == 128 and smaller.model.pos_embed.shape[1] == 65
     assert weight_hash(smaller.model.state_dict()) == weight_hash(teacher.model.state_dict())
-    with pytest.raises(ValueError, match="weights .* do not fit vit_small_patch16_224"):
+    with pytest.raises(UserError, match="weights .* do not fit vit_small_patch16_224"):
         load_teacher(load_config(sets=["teacher.name=vit_small_patch16_224", sets[1]]).teacher)
 
 
@@ -106,7 +107,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pipeline.models.timm.create_model", offline)
     message = "of teacher.name vit_tiny_patch16_224 could not be had: no network, or no such open model on the "
-    with pytest.raises(ValueError, match=message + r"hub; give a local file with --weights FILE \(teacher.weights\)$"):
+    with pytest.raises(UserError, match=message + r"hub; give a local file with --weights FILE \(teacher.weights\)$"):
         load_teacher(load_config(sets=["teacher.name=vit_tiny_patch16_224"]).teacher)
 
 
@@ -123,7 +124,7 @@ def test_pickled_weights_are_never_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"x": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(ValueError, match="trap.pth cannot be read"):
+    with pytest.raises(UserError, match="trap.pth cannot be read"):
         read_weights(tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -144,7 +145,7 @@ def test_teacher_mistakes(world: Path, tmp_path: Path, sets: list[str], message:
         s.replace("WEIGHTS", str(tmp_path / "r.safetensors")).replace("TEACHER", f"{LOCAL}{world / 'teacher'}")
         for s in sets
     ]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_teacher(load_config(sets=replaced).teacher)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -175,7 +176,7 @@ def test_student_round_trip(tmp_path: Path) -> None:
     ],
 )
 def test_student_mistakes(sets: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         new_student(load_config(sets=sets).student, 32)
 
 
@@ -191,7 +192,7 @@ def test_resolve_blocks() -> None:
     assert resolve_blocks(None, 12) == [8, 11] and resolve_blocks(None, 24) == [17, 23]
     assert resolve_blocks([-1, 3], 12) == [3, 11] and resolve_blocks(None, 1) == [0]
     for wrong, message in (([12], "block 12 does not exist: this model has 12"), ([3, 3], "different"), ([], "one or")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             resolve_blocks(wrong, 12)
 
 
@@ -216,10 +217,10 @@ def test_students_with_feature_maps(name: str, tmp_path: Path) -> None:
 
 
 def test_students_that_give_no_feature_maps() -> None:
-    with pytest.raises(ValueError, match="student.name levit_128s gives no feature maps at 40 pixels"):
+    with pytest.raises(UserError, match="student.name levit_128s gives no feature maps at 40 pixels"):
         new_student(StudentConfig(name="levit_128s", image_size=40), 32)
 
 
 def test_teachers_are_vits() -> None:
-    with pytest.raises(ValueError, match="not a VisionTransformer of timm"):
+    with pytest.raises(UserError, match="not a VisionTransformer of timm"):
         load_teacher(TeacherConfig(name="test_resnet", image_size=32))

@@ -6,6 +6,7 @@ import torch
 from conftest import WIDTH, make_vit
 from torch import Tensor
 
+from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
 from singer.objectives.logits import Logits
 from singer.objectives.relation import Relation, RelationQk
@@ -141,13 +142,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_an_objective_needs(name: str) -> None:
     setting, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         OBJECTIVES[name](setting)
 
 
 def test_relation_needs_a_block_behind() -> None:
     whole = make_setting()
-    with pytest.raises(ValueError, match="cache an intermediate one"):
+    with pytest.raises(UserError, match="cache an intermediate one"):
         Relation(Setting((3,), WIDTH, 1, (4, 4), whole.tail))
 
 

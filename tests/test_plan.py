@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.extract import Extractor
 from pipeline.outputs import CONFIG, PROVENANCE
 from pipeline.plan import PlanResult, free_bytes, plan
+from singer.errors import UserError
 
 VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")
 QUICK = 0.05
@@ -129,9 +130,9 @@ def test_without_a_disk_nothing_is_said_to_fit(world: Path, config: Config, tmp_
 
 
 def test_mistakes(world: Path) -> None:
-    with pytest.raises(ValueError, match="no codec 'int7'; known"):
+    with pytest.raises(UserError, match="no codec 'int7'; known"):
         quick(world, world_config(world, "cache.codec=int7"))
-    with pytest.raises(ValueError, match="block 7 does not exist"):
+    with pytest.raises(UserError, match="block 7 does not exist"):
         quick(world, world_config(world, "cache.blocks=[7]"))
 
 
@@ -146,7 +147,7 @@ def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
         loud.model.pos_embed[0, 5, 3] += 1e5
     save_backbone(loud, loud.model.state_dict(), tmp_path / "loud")
     sets = [f"teacher.name=local-dir:{tmp_path / 'loud'}"]
-    with pytest.raises(ValueError, match="beyond float16; use cache.codec bfloat16"):
+    with pytest.raises(UserError, match="beyond float16; use cache.codec bfloat16"):
         quick(world, world_config(world, *sets))
     result = quick(world, world_config(world, *sets, "cache.codec=bfloat16"))
     assert {o.codec for o in result.options} == {"bfloat16"} and not dataclasses.asdict(result)["best_fit"]

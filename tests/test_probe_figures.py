@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import NearestNeighbors
 
+from singer.errors import UserError
 from singer.probes import (
     depth_figures,
     depth_sums,
@@ -70,7 +71,7 @@ def test_retrieval_at_its_ends() -> None:
     chance = retrieval_figures(torch.randn(400, 4), labels[torch.randperm(400)])
     assert chance["map"] == pytest.approx(25, abs=3) and chance["recall1"] == pytest.approx(25, abs=8)
     assert chance["recall5"] == pytest.approx(100 * (1 - 0.75**5), abs=8)
-    with pytest.raises(ValueError, match="no label occurs twice"):
+    with pytest.raises(UserError, match="no label occurs twice"):
         retrieval_figures(torch.randn(3, 4), torch.arange(3))
 
 

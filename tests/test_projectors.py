@@ -13,6 +13,7 @@ from pipeline.cache_teacher import cache_teacher
 from pipeline.checkpoint import read_log
 from pipeline.distill import distill
 from pipeline.refine import refine
+from singer.errors import UserError
 from singer.projectors import Ends, Lift
 
 
@@ -69,6 +70,6 @@ def test_students_are_lifted_to_the_teachers_grid(
 
 
 def test_unknown_projector(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="distill.projector: unknown 'lifft'; known: linear, mlp, lift"):
+    with pytest.raises(UserError, match="distill.projector: unknown 'lifft'; known: linear, mlp, lift"):
         distill(world_config(world, "distill.projector=lifft"), world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()

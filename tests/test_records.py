@@ -25,6 +25,7 @@ from pipeline.shards import ImageFile
 from pipeline.stores import LocalStore
 from pipeline.views import apply_view, normalise
 from singer.backbones import block_outputs
+from singer.errors import UserError
 from singer.matching import take_patches
 
 CPU = torch.device("cpu")
@@ -151,14 +152,14 @@ def test_lossless_stage(world: Path, tmp_path: Path, codec: str, lossless: str) 
 
 
 def test_views_settings_are_checked(world: Path) -> None:
-    with pytest.raises(ValueError, match="center views are all alike"):
+    with pytest.raises(UserError, match="center views are all alike"):
         world_config(world, "views.count=2")
-    with pytest.raises(ValueError, match=r"scale: 0\.9 is larger than 0\.1"):
+    with pytest.raises(UserError, match=r"scale: 0\.9 is larger than 0\.1"):
         world_config(world, "views.scale=[0.9,0.1]")
 
 
 def test_refiner_knows_its_cache(world: Path, views: Cache) -> None:
-    with pytest.raises(ValueError, match="was fitted to cache .* run singer refine on this cache"):
+    with pytest.raises(UserError, match="was fitted to cache .* run singer refine on this cache"):
         load_refiner(world / "adapters", views)
 
 
@@ -207,7 +208,7 @@ def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, form: Fixed | 
     """Its sizes say how much is written to memory."""
     rows = [[0, 8], [8, 8], [16, 8]] if form is None else [[0, 4], [4, 4], [8, 4]]
     array = stored_array(tmp_path, form, np.array([*rows[:2], wrong]), bytes(12))
-    with pytest.raises(ValueError, match="is damaged; run singer cache verify"):
+    with pytest.raises(UserError, match="is damaged; run singer cache verify"):
         read_arrays([(array, np.array([0, 1]), np.array([0, 1]))], 2)
 
 
@@ -220,7 +221,7 @@ def test_no_records_are_read_as_such(world: Path, tmp_path: Path, sets: list[str
         for block, x in cache.features([], torch.device("cpu")).items():
             assert x.shape == (0, *cache.features([3], torch.device("cpu"))[block].shape[1:])
     for wrong in (-1, len(cache)):
-        with pytest.raises(ValueError, match=f"has no record {wrong}: they are numbered 0 to {len(cache) - 1}"):
+        with pytest.raises(UserError, match=f"has no record {wrong}: they are numbered 0 to {len(cache) - 1}"):
             cache.read([3, wrong])
 
 

@@ -21,6 +21,7 @@ from pipeline.prepare import prepare
 from pipeline.refine import load_refiner, refine, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape
+from singer.errors import UserError
 from singer.normalisers import Moments, Standardize
 
 CPU = torch.device("cpu")
@@ -108,12 +109,12 @@ def test_adapters_of_another_cache_are_refused(world: Path, tmp_path: Path) -> N
     from pipeline.cache_teacher import cache_teacher
 
     other = cache_teacher(world_config(world), str(world / "test" / "*.tar"), tmp_path / "other")
-    with pytest.raises(ValueError, match="was fitted to cache .*, but .* is .*; run singer refine on this cache"):
+    with pytest.raises(UserError, match="was fitted to cache .*, but .* is .*; run singer refine on this cache"):
         load_refiner(world / "adapters", Cache(other.cache))
 
 
 def test_divergence_is_an_error(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the adapters diverged; lower refine\.lr"):
+    with pytest.raises(UserError, match=r"the adapters diverged; lower refine\.lr"):
         refine(world_config(world, "refine.lr=1e30"), world / "cache", tmp_path / "a")
     assert not (tmp_path / "a" / "refiner.json").exists()
 
@@ -122,7 +123,7 @@ def test_divergence_is_an_error(world: Path, tmp_path: Path) -> None:
 def test_damaged_manifest_is_named(world: Path, config: Config, tmp_path: Path, content: str) -> None:
     refine(config, world / "cache", tmp_path / "a")
     (tmp_path / "a" / "refiner.json").write_text(content)
-    with pytest.raises(ValueError, match=r"refiner\.json is damaged") as error:
+    with pytest.raises(UserError, match=r"refiner\.json is damaged") as error:
         load_refiner(tmp_path / "a", Cache(world / "cache"))
     assert "\n" not in str(error.value)
 
@@ -131,7 +132,7 @@ def test_damaged_refiner_is_named(world: Path, config: Config, tmp_path: Path) -
     refine(config, world / "cache", tmp_path / "a")
     file = tmp_path / "a" / "refiner.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"refiner\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"refiner\.safetensors is damaged"):
         load_refiner(tmp_path / "a", Cache(world / "cache"))
 
 
@@ -145,7 +146,7 @@ def test_damaged_refiner_is_named(world: Path, config: Config, tmp_path: Path) -
     ],
 )
 def test_mistakes_write_nothing(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         refine(world_config(world, *sets), world / "cache", tmp_path / "a")
     assert message in str(error.value)
     assert not (tmp_path / "a").exists()
@@ -159,24 +160,24 @@ def test_closed_forms_take_few_records(world: Path, tmp_path: Path) -> None:
     cache_teacher(config, str(tmp_path / "few" / "*.tar"), tmp_path / "cache")
     refine(config, tmp_path / "cache", tmp_path / "a")
     one = world_config(world, "refine.cleaner=neighbour", "refine.holdout=0.9")
-    with pytest.raises(ValueError, match="has 4 records: too few to fit on some"):
+    with pytest.raises(UserError, match="has 4 records: too few to fit on some"):
         refine(one, tmp_path / "cache", tmp_path / "b")
 
 
 def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
     refine(config, world / "cache", tmp_path / "a")
     before = tree_bytes(tmp_path / "a")
-    with pytest.raises(ValueError, match="exists; continue it with --resume"):
+    with pytest.raises(UserError, match="exists; continue it with --resume"):
         refine(config, world / "cache", tmp_path / "a")
     refine(config, world / "cache", tmp_path / "a", "resume")
     assert tree_bytes(tmp_path / "a") == before
-    with pytest.raises(ValueError, match=r"started with refine\.rank 4, not 5"):
+    with pytest.raises(UserError, match=r"started with refine\.rank 4, not 5"):
         refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "resume")
     refine(world_config(world, "refine.rank=5"), world / "cache", tmp_path / "a", "overwrite")
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="was not written by singer and is left alone"):
+    with pytest.raises(UserError, match="was not written by singer and is left alone"):
         refine(config, world / "cache", mine, "overwrite")
     assert (mine / "thesis.txt").exists()
 
@@ -299,14 +300,14 @@ def test_a_fit_goes_on_on_its_own_cache_only(
             refine(config, world / "cache", tmp_path / "a")
     cache_teacher(config, str(world / "test" / "*.tar"), tmp_path / "other")
     small = world_config(world, "refine.batch_size=8")
-    with pytest.raises(ValueError, match=r"refine\.batch_size 16, not 8"):
+    with pytest.raises(UserError, match=r"refine\.batch_size 16, not 8"):
         refine(small, tmp_path / "other", tmp_path / "a", "resume")
-    with pytest.raises(ValueError, match="it was started on another cache; use that or --overwrite"):
+    with pytest.raises(UserError, match="it was started on another cache; use that or --overwrite"):
         refine(config, tmp_path / "other", tmp_path / "a", "resume")
 
 
 def test_a_coupled_loss_needs_two_blocks(world: Path, tmp_path: Path) -> None:
     config = world_config(world, "refine.variant=official", "refine.blocks=[3]")
-    with pytest.raises(ValueError, match="refine.info_form official needs an intermediate block beside the last"):
+    with pytest.raises(UserError, match="refine.info_form official needs an intermediate block beside the last"):
         refine(config, world / "cache", tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -22,6 +22,7 @@ from pipeline.distill import distill
 from pipeline.refine import refine
 from pipeline.stores import Store, locks, open_store
 from pipeline.verify import verify
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 SHARD = "features/2/values/c/1/0/0"
@@ -106,15 +107,15 @@ def test_the_same_records(caches: dict[str, tuple[Path, str]], codec: str) -> No
 def test_what_is_there_is_not_overwritten_by_accident(world: Path, caches: dict[str, tuple[Path, str]]) -> None:
     remote = caches["float16"][1]
     before = objects(remote)
-    with pytest.raises(ValueError, match=rf"{remote} exists; continue it with --resume, replace it with --overwrite"):
+    with pytest.raises(UserError, match=rf"{remote} exists; continue it with --resume, replace it with --overwrite"):
         fill(world, remote)
-    with pytest.raises(ValueError, match=r"started with cache\.codec float16, not int8"):
+    with pytest.raises(UserError, match=r"started with cache\.codec float16, not int8"):
         fill(world, remote, "resume", "cache.codec=int8")
-    with pytest.raises(ValueError, match=r"s3://bucket/nothing does not exist"):
+    with pytest.raises(UserError, match=r"s3://bucket/nothing does not exist"):
         fill(world, "s3://bucket/nothing", "append")
     raw("s3://bucket/strange").put("diary.txt", b"dear")
     for mode in ("resume", "overwrite"):
-        with pytest.raises(ValueError, match="was not written by singer and is left alone"):
+        with pytest.raises(UserError, match="was not written by singer and is left alone"):
             fill(world, "s3://bucket/strange", mode)
     assert objects(remote) == before and objects("s3://bucket/strange") == {"diary.txt": b"dear"}
 
@@ -124,7 +125,7 @@ def test_resume(world: Path, caches: dict[str, tuple[Path, str]], server: Server
     place = copied(caches["float16"][1], "s3://bucket/resumed")
     raw(place).delete([f"{JOURNAL}/000001.json", "features/3/values/c/3/0/0"])
     raw(place).put(SHARD, b"torn")
-    with pytest.raises(ValueError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
+    with pytest.raises(UserError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
         Cache(place)
     assert cache_info(place).teachers[0].missing == 2
     whole, kept = ([server.requests("PUT", f"resumed/features/./values/c/{n}") for n in m] for m in ((1, 3), (0, 2)))
@@ -189,7 +190,7 @@ def test_a_second_writer_is_refused(world: Path, caches: dict[str, tuple[Path, s
     place = copied(caches["float16"][1], "s3://bucket/held")
     with open_store(place).lock():
         for mode in ("resume", "overwrite"):
-            with pytest.raises(ValueError, match="s3://bucket/held is being written by another run"):
+            with pytest.raises(UserError, match="s3://bucket/held is being written by another run"):
                 fill(world, place, mode)
         # Readers do not mind.
         assert len(Cache(place)) == 100 and verify(load_config(), place).whole
@@ -208,7 +209,7 @@ def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.Monk
             time.sleep(0.01)
 
     monkeypatch.setattr("pipeline.cache.filling.write_shard", write)
-    with pytest.raises(ValueError, match=f"{place} has been taken over by another run"):
+    with pytest.raises(UserError, match=f"{place} has been taken over by another run"):
         fill(world, place)
     assert [n for n in objects(place) if n.startswith(JOURNAL)] == [f"{JOURNAL}/000000.json"]
     assert objects(place)["writer.lock"].startswith(b"other")
@@ -246,7 +247,7 @@ def test_a_damaged_shard_is_not_copied(world: Path, caches: dict[str, tuple[Path
     data = bytearray(open_store(place).read(SHARD))
     data[100] ^= 1
     raw(place).put(SHARD, bytes(data))
-    with pytest.raises(ValueError, match=f"{place}/{SHARD} does not match its checksum; run singer cache verify"):
+    with pytest.raises(UserError, match=f"{place}/{SHARD} does not match its checksum; run singer cache verify"):
         Cache(place, local_copy=tmp_path / "copy").read(np.arange(100))
     assert not [f for f in (tmp_path / "copy").rglob("*") if f.name.endswith(".singer-tmp")]
     assert verify(load_config(), place).parts[0].damaged == [1]

@@ -28,6 +28,7 @@ from pipeline.report.scores import columns_of, ranking_column, read_figures
 from pipeline.shards import ImageFile
 from pipeline.views import normalise
 from singer.backbones import block_outputs
+from singer.errors import UserError
 from singer.maps import cosine_to, principal_scores, turn_towards
 
 VOID = {"meta", "link", "img", "br", "path", "use", "rect"}
@@ -198,7 +199,7 @@ def test_teacher_as_reference(world: Path, runs: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "page.html").read_text())
     assert f"{probed.linear['cls']['top1']:.1f}" in page.row("teacher")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no figures of singer evaluate"):
+    with pytest.raises(UserError, match="empty holds no figures of singer evaluate"):
         report([runs / "raw"], tmp_path / "b.html", teacher_probes=tmp_path / "empty")
 
 
@@ -271,10 +272,10 @@ def test_what_moved_together_is_found(world: Path, tmp_path: Path, monkeypatch: 
 
     assert find() == (tmp_path / "new" / "cache", tmp_path / "new" / "adapters")
     (tmp_path / "new" / "adapters").rename(elsewhere)
-    with pytest.raises(ValueError, match="is not at adapters any more; give its place with --adapters"):
+    with pytest.raises(UserError, match="is not at adapters any more; give its place with --adapters"):
         find()
     (tmp_path / "new" / "cache").rename(far)
-    with pytest.raises(ValueError, match="is not at cache; give its place with --cache"):
+    with pytest.raises(UserError, match="is not at cache; give its place with --cache"):
         find(None, world / "teacher", elsewhere)
     assert find(far, elsewhere) == (far, elsewhere)
     # Runs did not always record it.
@@ -304,7 +305,7 @@ def test_mistakes(world: Path, runs: Path, tmp_path: Path) -> None:
         (runs / "raw", page, {"shards": str(world / "test" / "*.tar")}, "--shards does not give"),
     ]
     for run, out, options, message in cases:
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(UserError, match=re.escape(message)):
             report([run], out, **options)
     assert not page.exists() and (tmp_path / "text.html").read_text() == "<p>mine</p>"
 
@@ -315,16 +316,16 @@ def test_other_caches_and_lost_images(world: Path, runs: Path, tmp_path: Path) -
     cache_teacher(config, str(tmp_path / "shards" / "*.tar"), tmp_path / "cache")
     distill(config, tmp_path / "cache", tmp_path / "run")
     page = tmp_path / "page.html"
-    with pytest.raises(ValueError, match="a report is about one cache; make one for each"):
+    with pytest.raises(UserError, match="a report is about one cache; make one for each"):
         report([runs / "raw", tmp_path / "run"], page)
-    with pytest.raises(ValueError, match="give its own with --cache"):
+    with pytest.raises(UserError, match="give its own with --cache"):
         report([tmp_path / "run"], page, cache=world / "cache")
     (tmp_path / "shards").rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match="is gone; if it has moved, give its place with --shards"):
+    with pytest.raises(UserError, match="is gone; if it has moved, give its place with --shards"):
         report([tmp_path / "run"], page)
     report([tmp_path / "run"], page, shards=str(tmp_path / "moved" / "*.tar"), records=10)
     before = page.read_bytes()
-    with pytest.raises(ValueError, match="exists; replace it with --overwrite"):
+    with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         report([tmp_path / "run"], page)
     again = {"overwrite": True, "shards": str(tmp_path / "moved" / "*.tar")}
     report([tmp_path / "run"], page, title="Another", records=10, **again)  # type: ignore[arg-type]
@@ -335,7 +336,7 @@ def test_damaged_figures(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "raw", tmp_path / "run")
     (file,) = (tmp_path / "run").glob("evaluate-*.json")
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"evaluate-\w+.json is damaged: it does not say what was probed"):
+    with pytest.raises(UserError, match=r"evaluate-\w+.json is damaged: it does not say what was probed"):
         report([tmp_path / "run"], tmp_path / "page.html")
 
 
@@ -360,7 +361,7 @@ def test_only_figures_of_one_probe_are_compared(tmp_path: Path) -> None:
     (tmp_path / "b" / "evaluate-2.json").write_text(json.dumps(old))
     columns = columns_of([figures, read_figures(tmp_path / "b")])
     (tmp_path / "b" / "evaluate-3.json").write_text(json.dumps({**other, "model": "vit_small"}))
-    with pytest.raises(ValueError, match=r"b has figures of a model without name and vit_small; keep those of one"):
+    with pytest.raises(UserError, match=r"b has figures of a model without name and vit_small; keep those of one"):
         read_figures(tmp_path / "b")
     assert [column.label for column in columns] == [
         ("segmentation 1", "mIoU"),

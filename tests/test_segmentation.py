@@ -23,6 +23,7 @@ from pipeline.models import load_teacher, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.dense import nearest
 from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head
+from singer.errors import UserError
 from singer.probes import class_iou, confusion
 
 CPU = torch.device("cpu")
@@ -179,7 +180,7 @@ def test_ignored_label_and_absent_classes(world: Path, frames: Path) -> None:
     result = probe(config, world / "teacher", *shards)
     present = [share for share in result.class_iou if share is not None]
     assert result.class_iou[CLASSES:] == [None] * 5 and result.miou == pytest.approx(np.mean(present), rel=1e-5)
-    with pytest.raises(ValueError, match=r"has label 255, but evaluate\.seg_classes=9 allows 0 to 8 besides"):
+    with pytest.raises(UserError, match=r"has label 255, but evaluate\.seg_classes=9 allows 0 to 8 besides"):
         probe(world_config(world, "evaluate.seg_classes=9", "evaluate.seg_ignore=9"), world / "teacher", *shards)
 
 
@@ -236,7 +237,7 @@ def test_bad_masks_are_named(
 ) -> None:
     members, message = BAD[name]
     places = {"train": frames / "train", "test": frames / "test", split: packed(tmp_path / "bad", **members)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         probe(settings, world / "teacher", places["train"], places["test"])
 
 
@@ -252,14 +253,14 @@ def test_masks_with_a_palette_are_indices(world: Path, frames: Path, settings: C
 
 def test_settings_that_cannot_be(world: Path, frames: Path, config: Config, tmp_path: Path) -> None:
     shards = frames / "train", frames / "test"
-    with pytest.raises(ValueError, match=r"needs evaluate\.seg_classes, the number of classes"):
+    with pytest.raises(UserError, match=r"needs evaluate\.seg_classes, the number of classes"):
         probe(config, world / "teacher", *shards)
     void = packed(tmp_path / "void", seg_png=png(ZEROS))
     ignored = world_config(world, "evaluate.seg_classes=2", "evaluate.seg_ignore=0")
-    with pytest.raises(ValueError, match=r"--test: no mask has a label besides evaluate\.seg_ignore=0"):
+    with pytest.raises(UserError, match=r"--test: no mask has a label besides evaluate\.seg_ignore=0"):
         probe(ignored, world / "teacher", void, void)
     x, labels = known(0.1, count=1)
-    with pytest.raises(ValueError, match="--train has one image only"):
+    with pytest.raises(UserError, match="--train has one image only"):
         fit_head(x, labels, CLASSES, config.evaluate, CPU)
 
 

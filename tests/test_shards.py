@@ -34,6 +34,7 @@ from pipeline.shards import (
     to_rgb,
 )
 from pipeline.tars import NO_LABEL
+from singer.errors import UserError
 
 Members = dict[str, bytes] | list[tuple[str, bytes]]
 
@@ -88,11 +89,11 @@ def test_expand(tmp_path: Path) -> None:
     assert names == ["t-0002.tar", "t-0003.tar", "t-0004.tar"]
     assert len(expand_shards(str(tmp_path / "*.tar"))) == 12
     assert len(expand_shards([str(tmp_path / "t-0000.tar"), str(tmp_path / "t-001*.tar")])) == 3
-    with pytest.raises(ValueError, match="no shard matches"):
+    with pytest.raises(UserError, match="no shard matches"):
         expand_shards(str(tmp_path / "x-*.tar"))
-    with pytest.raises(ValueError, match=r"t-0012.tar does not exist \(nor 1 more\)"):
+    with pytest.raises(UserError, match=r"t-0012.tar does not exist \(nor 1 more\)"):
         expand_shards(str(tmp_path / "t-{0010..0013}.tar"))
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(UserError, match="given twice"):
         expand_shards([str(tmp_path / "t-0000.tar")] * 2)
 
 
@@ -146,7 +147,7 @@ def test_keys_are_small_and_checked() -> None:
     tracemalloc.stop()
     assert size < 100_000 * 21 and keys[99_999] == "class9/99999"
     for ends in ([1, 3], [3, 1, 2], [-1, 2], []):
-        with pytest.raises(ValueError, match="do not divide their 2 bytes"):
+        with pytest.raises(UserError, match="do not divide their 2 bytes"):
             Keys(np.zeros(2, dtype=np.uint8), np.array(ends, dtype=np.int64))
 
 
@@ -204,7 +205,7 @@ def test_defective_samples(tmp_path: Path, name: str) -> None:
         patch_header(path, 1, 0, b"a\xff.png")
     else:
         path = write_tar(tmp_path / "bad.tar", [("first.png", png()), *members, ("last.png", png())], form)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         index_shards(str(path))
     assert str(error.value).startswith(f"{path}: sample '{key}' {reason}") and "\n" not in str(error.value)
     assert str(error.value).endswith("; repair it, or cache without it (cache.on_error=skip)")
@@ -267,7 +268,7 @@ def test_links_among_other_members_do_no_harm(tmp_path: Path) -> None:
 def damage(path: Path, change: Callable[[bytes], bytes]) -> tuple[list[str], list[Skipped]]:
     """The keys that are left of a damaged tar and what is listed; without "skip" the first defect is raised."""
     path.write_bytes(change(sound_tar(path)))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         index_shards(str(path))
     assert str(error.value).startswith(f"{path} ")
     images = index_shards(str(path), "skip")
@@ -314,13 +315,13 @@ def test_damaged_shards(tmp_path: Path) -> None:
 def test_no_tar_at_all(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "bad.tar").write_bytes(data)
     write_tar(tmp_path / "good.tar", {"a.png": png()})
-    with pytest.raises(ValueError, match=rf"bad\.tar {reason}; repair it"):
+    with pytest.raises(UserError, match=rf"bad\.tar {reason}; repair it"):
         index_shards(str(tmp_path / "*.tar"))
     images = index_shards(str(tmp_path / "*.tar"), "skip")
     assert list(images.keys) == ["a"] and images.skipped == (Skipped("bad.tar", "", reason),)
-    with pytest.raises(ValueError, match=rf"no images in 1 shards.*bad\.tar; the first defect: bad\.tar {reason}"):
+    with pytest.raises(UserError, match=rf"no images in 1 shards.*bad\.tar; the first defect: bad\.tar {reason}"):
         index_shards(str(tmp_path / "bad.tar"), "skip")
-    with pytest.raises(ValueError, match=r"no images in 1 shards, the first of them .*empty\.tar$"):
+    with pytest.raises(UserError, match=r"no images in 1 shards, the first of them .*empty\.tar$"):
         index_shards(str(write_tar(tmp_path / "empty.tar", {})))
 
 
@@ -420,7 +421,7 @@ def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
         assert list(images.keys) == ["a", "b", "c"]
         assert [s.reason for s in images.skipped] == ([reason] if reason else [])
     path.write_bytes(bytes(block) + holes[:700])
-    with pytest.raises(ValueError, match="ends in the middle of a member"):
+    with pytest.raises(UserError, match="ends in the middle of a member"):
         index_shards(str(path))
 
 
@@ -517,7 +518,7 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     members = {"first.png": png(), name: broken_images()[name], "last.png": png((5, 6))}
     images = index_shards(str(write_tar(tmp_path / "t.tar", {**members, "a.cls": b"1"})), "skip")
     key = name.split(".")[0]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         survey(images, 2, "fail")
     assert str(error.value).startswith(f"{images.paths[0]}: sample '{key}' cannot be decoded: ")
     assert str(error.value).endswith("; repair it, or cache without it (cache.on_error=skip)")
@@ -535,13 +536,13 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     assert [(s.shard, s.key) for s in found.images.skipped] == [("t.tar", "a"), ("t.tar", key)]
     with ImageFile(found.images) as files:
         assert files.read(1).size == (5, 6)
-    with ImageFile(images) as files, pytest.raises(ValueError, match=f"image '{key}' in .*t.tar cannot be decoded"):
+    with ImageFile(images) as files, pytest.raises(UserError, match=f"image '{key}' in .*t.tar cannot be decoded"):
         files.read(1)
 
 
 def test_survey_needs_one_good_image(tmp_path: Path) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.jpg": b"hello", "b.jpg": b"hello"})))
-    with pytest.raises(ValueError, match=r"none of 2 images can be decoded; the first: t\.tar: sample 'a' cannot be"):
+    with pytest.raises(UserError, match=r"none of 2 images can be decoded; the first: t\.tar: sample 'a' cannot be"):
         survey(images, 1, "skip")
 
 
@@ -559,7 +560,7 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
     monkeypatch.setattr("pipeline.shards.image_file.MAX_PIXELS", 399)
-    with ImageFile(images) as files, pytest.raises(ValueError, match="20 x 20 pixels are too many"):
+    with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
         files.read(0)
     (skipped,) = survey(images, 1, "skip").images.skipped
     assert skipped.reason == "cannot be decoded: 20 x 20 pixels are too many"
@@ -607,7 +608,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         try:
             found = survey(index_shards(str(path), "skip"), 1, "skip")
-        except ValueError as error:
+        except UserError as error:
             assert str(path) in str(error) or "can be decoded" in str(error), what
             assert "\n" not in str(error), what
             outcomes["refused"] += 1
@@ -674,7 +675,7 @@ def test_prepare_flat_and_skipping(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "good.jpg")
     (tmp_path / "in" / "bad.png").write_bytes(png()[:30])
-    with pytest.raises(ValueError, match=r"bad\.png cannot be decoded.*--on-error skip"):
+    with pytest.raises(UserError, match=r"bad\.png cannot be decoded.*--on-error skip"):
         prepare(config_with(), tmp_path / "in", tmp_path / "out")
     result = prepare(config_with("prepare.on_error=skip"), tmp_path / "in", tmp_path / "out", "overwrite")
     assert (result.images, result.classes, [p.name for p in result.skipped]) == (1, [], ["bad.png"])
@@ -686,7 +687,7 @@ def test_prepare_numbers_classes_alike(tmp_path: Path) -> None:
     draw_images(tmp_path / "val", 3, 2)
     for file in (tmp_path / "val" / "class1").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="class folder .*class1 holds no images"):
+    with pytest.raises(UserError, match="class folder .*class1 holds no images"):
         prepare(config_with(), tmp_path / "val", tmp_path / "out" / "val")
     (tmp_path / "val" / "class1").rmdir()
     (tmp_path / "val" / ".cache").mkdir()
@@ -697,7 +698,7 @@ def test_prepare_numbers_classes_alike(tmp_path: Path) -> None:
     assert sorted(index_shards(str(tmp_path / "out" / "val" / "*.tar")).labels) == [0, 0, 2, 2]
     (tmp_path / "val" / "class9").mkdir()
     Image.new("RGB", (5, 5)).save(tmp_path / "val" / "class9" / "x.png")
-    with pytest.raises(ValueError, match="has no class 'class9'"):
+    with pytest.raises(UserError, match="has no class 'class9'"):
         prepare(config, tmp_path / "val", tmp_path / "out" / "val2")
 
 
@@ -707,14 +708,14 @@ def test_prepare_drops_nothing_silently(tmp_path: Path) -> None:
         Image.new("RGB", (5, 5)).save(tmp_path / "in" / f"{name}.png")
     assert prepare(config_with(), tmp_path / "in", tmp_path / "out").images == 2
     Image.new("L", (5, 5)).save(tmp_path / "in" / "lost.seg.png")
-    with pytest.raises(ValueError, match=r"lost\.seg\.png has no image beside it"):
+    with pytest.raises(UserError, match=r"lost\.seg\.png has no image beside it"):
         prepare(config_with(), tmp_path / "in", tmp_path / "out2")
 
 
 def test_prepare_opens_no_other_format(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify image file"):
+    with pytest.raises(UserError, match=r"a\.png cannot be decoded: cannot identify image file"):
         prepare(config_with(), tmp_path / "in", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -722,16 +723,16 @@ def test_prepare_opens_no_other_format(tmp_path: Path) -> None:
 def test_prepare_refusals(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").mkdir(parents=True)
     config = config_with()
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(UserError, match="no images"):
         prepare(config, tmp_path / "in", tmp_path / "out")
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "loose.jpg")
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "c" / "a.jpg")
-    with pytest.raises(ValueError, match="mixes class folders and loose images"):
+    with pytest.raises(UserError, match="mixes class folders and loose images"):
         prepare(config, tmp_path / "in", tmp_path / "out")
     (tmp_path / "in" / "loose.jpg").unlink()
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "c" / "a.png")
-    with pytest.raises(ValueError, match="would have the same key 'c/a'"):
+    with pytest.raises(UserError, match="would have the same key 'c/a'"):
         prepare(config, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(ValueError, match="is or touches the input"):
+    with pytest.raises(UserError, match="is or touches the input"):
         prepare(config, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "out").exists()

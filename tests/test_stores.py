@@ -39,6 +39,7 @@ from pipeline.stores import (
     remote,
     scattered,
 )
+from singer.errors import UserError
 
 _SERVER = """
 import sys
@@ -151,10 +152,10 @@ def test_ranges(store: Store) -> None:
     assert ranges(store, "ten", [8, 0, 3, 8, 5], [2, 3, 0, 1, 5]) == [b"89", b"012", b"", b"8", b"56789"]
     assert ranges(store, "ten", [], []) == []
     for offset in (8, 20):
-        with pytest.raises(ValueError, match="/ten ends too early; run singer cache verify"):
+        with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
             ranges(store, "ten", [0, offset], [1, 3])
     for name in ("nine", "ten/nine"):
-        with pytest.raises(ValueError, match=f"/{name} is missing; run singer cache verify"):
+        with pytest.raises(UserError, match=f"/{name} is missing; run singer cache verify"):
             ranges(store, name, [0], [1])
 
 
@@ -164,7 +165,7 @@ def test_ranges_of_what_was_replaced(store: Store) -> None:
         store.write("a", content)
         assert ranges(store, "a", [0], [len(content)]) == [content]
     store.remove("a")
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         ranges(store, "a", [0], [1])
 
 
@@ -208,10 +209,10 @@ def test_clear(store: Store, place: Path | str) -> None:
     open_store(f"{place}2").write("sibling", b"x")
     with store.lock():
         store.clear(last="b/c")
-        with pytest.raises(ValueError, match="being written"), open_store(place).lock():
+        with pytest.raises(UserError, match="being written"), open_store(place).lock():
             pass
     assert store.sizes() == {}
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(UserError, match="is missing"):
         ranges(store, "z", [0], [1])
     assert open_store(f"{place}2").sizes() == {"sibling": 1}
 
@@ -237,11 +238,11 @@ def test_interrupted_clear_leaves_what_tells_whose_it_is(url: str, monkeypatch: 
 def test_one_writer(store: Store, place: Path | str) -> None:
     with store.lock():
         for again in (store, open_store(place)):
-            with pytest.raises(ValueError, match="is being written by another run"), again.lock():
+            with pytest.raises(UserError, match="is being written by another run"), again.lock():
                 pass
         store.write("a", b"1")
         assert store.sizes() == {"a": 1}
-    for error in (ValueError, KeyboardInterrupt):
+    for error in (UserError, KeyboardInterrupt):
         with pytest.raises(error), open_store(place).lock():
             raise error
     with store.lock():
@@ -402,12 +403,12 @@ def test_a_live_lock_is_renewed_and_respected(url: str) -> None:
     start = time.monotonic()
     with open_store(url).lock():
         first = lock_object(url)
-        with pytest.raises(ValueError, match=rf"{url} is being written by .* \(\S+ process {os.getpid()}\)"):
+        with pytest.raises(UserError, match=rf"{url} is being written by .* \(\S+ process {os.getpid()}\)"):
             open_store(url).lock().__enter__()
         assert time.monotonic() - start < 0.9 * locks.SECONDS  # it sees a sign of life and does not wait
         time.sleep(1.2 * locks.SECONDS)
         assert lock_object(url) != first
-        with pytest.raises(ValueError, match="is being written by another run"):
+        with pytest.raises(UserError, match="is being written by another run"):
             open_store(url).lock().__enter__()
 
 
@@ -420,7 +421,7 @@ def test_of_two_who_take_over_one_wins(url: str) -> None:
             with open_store(url).lock():
                 time.sleep(1)
                 results.append("held")
-        except ValueError as error:
+        except UserError as error:
             results.append(str(error))
 
     threads = [threading.Thread(target=take) for _ in range(3)]
@@ -437,7 +438,7 @@ def test_who_loses_the_lock_stops(url: str) -> None:
     store = open_store(url)
     part = store.child("parts/001")
     other = open_store(f"{url}2")
-    with pytest.raises(ValueError, match=f"{url} has been taken over by another run"), store.lock():
+    with pytest.raises(UserError, match=f"{url} has been taken over by another run"), store.lock():
         part.write("mine", b"1")
         obstore.put(raw(url), LOCK, b"other process 8\ntoken 1")
         deadline = time.monotonic() + 10
@@ -445,13 +446,13 @@ def test_who_loses_the_lock_stops(url: str) -> None:
             time.sleep(0.01)
         other.write("free", b"1")
         for victim in (part, open_store(url)):
-            with pytest.raises(ValueError, match="has been taken over by another run"):
+            with pytest.raises(UserError, match="has been taken over by another run"):
                 victim.write("late", b"1")
     assert other.sizes() == {"free": 1}
     assert lock_object(url) == "other process 8\ntoken 1" and store.sizes() == {"parts/001/mine": 1}
     # Noticed at the end, if not before.
     obstore.delete(raw(url), LOCK)
-    with pytest.raises(ValueError, match="has been taken over"), store.lock():
+    with pytest.raises(UserError, match="has been taken over"), store.lock():
         obstore.delete(raw(url), LOCK)
     assert not locks.lost
 
@@ -525,7 +526,7 @@ def test_wrong_bytes_are_not_kept(source: Source, tmp_path: Path) -> None:
     reader = ReadThrough(source, tmp_path / "copy", {"a": sha256(b"content")})
     source.write("a", b"cOntent")
     for _ in range(2):
-        with pytest.raises(ValueError, match="/a does not match its checksum; run singer cache verify"):
+        with pytest.raises(UserError, match="/a does not match its checksum; run singer cache verify"):
             ranges(reader, "a", [0], [1])
         assert not list((tmp_path / "copy").iterdir())
     source.write("a", b"content")
@@ -701,7 +702,7 @@ def test_an_outage_is_not_made_longer_by_the_lock(url: str, monkeypatch: pytest.
 )
 def test_urls_that_cannot_be_used(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         open_store(url)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(url)
 
@@ -849,5 +850,5 @@ def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(scattered, "_Queue", refuse)
     monkeypatch.setattr(scattered, "_local", threading.local())
     assert ranges(store, "ten", [8, 0, 3], [2, 3, 0]) == [b"89", b"012", b""]
-    with pytest.raises(ValueError, match="/ten ends too early; run singer cache verify"):
+    with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
         ranges(store, "ten", [0, 8], [1, 3])

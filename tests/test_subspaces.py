@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from singer.artifacts import BlockScale, neighbour_mean
 from singer.cleaners import CLEANERS, Neighbour, Projector, Shape
 from singer.curvature import READERS, curvature
+from singer.errors import UserError
 from singer.evidence import Evidence
 from singer.inspection import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
@@ -88,7 +89,7 @@ def test_bases_are_orthonormal(basis: str, block: int, kind: str) -> None:
     assert directions.shape == (WIDTH, 4) and directions.dtype == torch.float32
     if basis != "weights-official":  # which fills up with vectors that are not
         torch.testing.assert_close(directions.T @ directions, torch.eye(4), atol=1e-4, rtol=0)
-        with pytest.raises(ValueError, match=r"refine\.rank 25 is larger than the feature width 24"):
+        with pytest.raises(UserError, match=r"refine\.rank 25 is larger than the feature width 24"):
             BASES[basis](make_evidence(kind, block), 25)
 
 
@@ -214,7 +215,7 @@ def test_hadamard(d: int) -> None:
 
 
 def test_no_hadamard_of_this_width() -> None:
-    with pytest.raises(ValueError, match="none is known here of 18 channels"):
+    with pytest.raises(UserError, match="none is known here of 18 channels"):
         hadamard(18)
 
 

@@ -28,6 +28,7 @@ from pipeline.sweep.plan import FIGURES, find_sweep, in_percent, make_plan, read
 from pipeline.sweep.run import _passes, gpus
 from pipeline.sweep.work import Job, Member, Setting
 from pipeline.sweep.worker import Worker
+from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "student/model.safetensors"
@@ -162,7 +163,7 @@ def test_another_student_leaves_the_base_its_shape(base: object) -> None:
 def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read_plan(file)
     assert message in str(error.value) and str(error.value).startswith(str(file))
     assert "\n" not in str(error.value)
@@ -173,7 +174,7 @@ def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
     plan = read_plan(find_sweep(f"tinyimagenet-{name}"))
     assert (len(plan.runs), len(plan.refiners)) == (runs, refiners)
     assert f"tinyimagenet-{name}" not in recipes()
-    with pytest.raises(ValueError, match="nor a bundled sweep among tinyimagenet-ablations, tinyimagenet-methods"):
+    with pytest.raises(UserError, match="nor a bundled sweep among tinyimagenet-ablations, tinyimagenet-methods"):
         find_sweep("none")
 
 
@@ -271,7 +272,7 @@ def test_done_runs_are_skipped_and_changed_ones_refused(
     first = run(world, write(world, file, "distill.epochs=1", runs=RUNS[1:3]), out)
     assert first.rank_by is None and "rank" not in first.leaderboard[0]
     before = tree_bytes(out / "runs")
-    with pytest.raises(ValueError, match="exists; continue it with --resume, replace it with --overwrite"):
+    with pytest.raises(UserError, match="exists; continue it with --resume, replace it with --overwrite"):
         run(world, file, out)
 
     def never(*args: Any, **options: Any) -> None:
@@ -298,10 +299,10 @@ def test_done_runs_are_skipped_and_changed_ones_refused(
         ],
     }
     for message, runs in messages.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             run(world, write(world, file, "distill.epochs=1", runs=runs), out, "resume")
     write(world, file, "distill.epochs=1", "refine.threshold_k=5", runs=RUNS[:2])
-    with pytest.raises(ValueError, match="refiner clip-standardize in .* was started with refine.threshold_k 6.0"):
+    with pytest.raises(UserError, match="refiner clip-standardize in .* was started with refine.threshold_k 6.0"):
         run(world, file, out, "resume")
     assert tree_bytes(out / "runs") == after
 
@@ -339,7 +340,7 @@ def test_a_failing_run_stops_no_other(
 
 
 def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="probes need both --train and --test"):
+    with pytest.raises(UserError, match="probes need both --train and --test"):
         run(world, file, tmp_path / "out", train=str(world / "train" / "*.tar"))
     assert not (tmp_path / "out").exists()
 
@@ -358,7 +359,7 @@ def test_probes_are_checked_before_anything_is_trained(
 ) -> None:
     runs = [{"name": "mse", "set": settings}]
     file = write(world, tmp_path / "s.yaml", runs=runs, probes=["classification", probe])
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         run(world, file, tmp_path / "out", probed=True)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 

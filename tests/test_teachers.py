@@ -21,6 +21,7 @@ from pipeline.refine import load_refiner, refine
 from pipeline.sweep import sweep
 from pipeline.trained import load_result
 from pipeline.views import View
+from singer.errors import UserError
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
@@ -130,14 +131,14 @@ def test_run_and_resume(world: Path, second: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             distill(config, caches, part, adapters)
     for order, wrong in (([0, 0], "cache 2"), ([1, 0], "cache")):
-        with pytest.raises(ValueError, match=f"started with another {wrong};"):
+        with pytest.raises(UserError, match=f"started with another {wrong};"):
             distill(config, [caches[n] for n in order], part, [adapters[n] for n in order], mode="resume")
-    with pytest.raises(ValueError, match="started with another adapters 2; use that"):
+    with pytest.raises(UserError, match="started with another adapters 2; use that"):
         distill(config, caches, part, [adapters[0], None], mode="resume")
     distill(config, caches, part, adapters, mode="resume")
     for name in (WEIGHTS, "projectors.safetensors"):
         assert (part / name).read_bytes() == (whole.run / name).read_bytes()
-    with pytest.raises(ValueError, match="teacher_weights: 2 given for 1 --cache"):
+    with pytest.raises(UserError, match="teacher_weights: 2 given for 1 --cache"):
         distill(config, caches[0], part, adapters[0], mode="resume")
 
     export(config, part, tmp_path / "export", "timm")
@@ -176,7 +177,7 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
     caches = [world / "cache", second / "cache"]
 
     def refused(message: str, *sets: str, adapters: list[Path | None] | None = None) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             distill(world_config(world, *sets), caches, tmp_path / "run", adapters)
         assert not (tmp_path / "run").exists()
 
@@ -216,5 +217,5 @@ def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     assert (runs / "raw" / WEIGHTS).read_bytes() == weights[0]
     fitted = [tmp_path / "sweep" / "refiners" / "clip-standardize" / n for n in "12"]
     assert [t.adapters for t in load_result(runs / "clip").taught] == [str(f) for f in fitted]
-    with pytest.raises(ValueError, match="started with another cache 2"):
+    with pytest.raises(UserError, match="started with another cache 2"):
         sweep(file, caches[:1], tmp_path / "sweep", "resume")

@@ -17,6 +17,7 @@ from pipeline.extract import Extractor
 from pipeline.models import save_backbone
 from pipeline.stores import LocalStore
 from pipeline.verify import PartReport, VerifyResult, verify
+from singer.errors import UserError
 
 GOLDEN = Path(__file__).with_name("golden")
 # Random views, sampled tokens, codes, byte strings and two arrays of pixels: every kind of file.
@@ -89,7 +90,7 @@ def test_every_flipped_byte_is_found_and_named(rich: Path) -> None:
         file.write_bytes(data[:at] + bytes([data[at] ^ rng.randrange(1, 256)]) + data[at + 1 :])
         try:
             assert name in {n for r in check(rich).parts for n in r.files}, (name, at)
-        except ValueError as error:  # of a manifest without which nothing can be checked
+        except UserError as error:  # of a manifest without which nothing can be checked
             assert file.name == MANIFEST and str(file) in str(error), (name, at)
         file.write_bytes(data)
     assert check(rich).whole
@@ -168,7 +169,7 @@ def test_damage_is_named(name: str, cache: Path) -> None:
     assert not result.whole and report.missing == [] and report.damaged == numbers
     assert set(report.files) == set(files)
     assert all(why in report.files[file] for file, why in files.items())
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         result.check()
     expected = [f"{len(numbers)} of 4 shards of {cache}"] if numbers else [str(cache / file) for file in files]
     assert all(part in str(raised.value) for part in expected)
@@ -201,7 +202,7 @@ def test_lost_parts_are_named(world: Path, rich: Path) -> None:
     cache_teacher(added, shards(world), rich, "append")
     assert check(rich).whole
     (rich / "parts/002/manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"parts/002/manifest.json is missing; repeat .* --append"):
+    with pytest.raises(UserError, match=r"parts/002/manifest.json is missing; repeat .* --append"):
         check(rich).check()
     (rich / "parts/001/manifest.json").rename(rich / "parts/stray")
     assert check(rich).parts[0].files == {"parts/001/manifest.json": "missing", "parts/stray": "unknown"}
@@ -210,7 +211,7 @@ def test_lost_parts_are_named(world: Path, rich: Path) -> None:
 def test_reading_takes_no_lock(cache: Path) -> None:
     with LocalStore(cache).lock():
         assert check(cache).whole
-        with pytest.raises(ValueError, match="is being written by another run"):
+        with pytest.raises(UserError, match="is being written by another run"):
             verify(load_config(), cache, repair=True)
 
 
@@ -225,7 +226,7 @@ def test_version_1(name: str, tmp_path: Path) -> None:
     report = only(check(copy))
     assert report.damaged == [1]
     assert report.files == {TAIL: "missing", CALIBRATION: "damaged", "features/1/values/c/1/0/0": "damaged"}
-    with pytest.raises(ValueError, match="version 1 and cannot be repaired"):
+    with pytest.raises(UserError, match="version 1 and cannot be repaired"):
         verify(load_config(), copy, repair=True)
 
 
@@ -250,14 +251,14 @@ def test_wrong_teacher_names_both_sides(world: Path, caches: dict[str, Path], tm
     other = make_vit(seed=9)
     save_backbone(other, other.model.state_dict(), tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"the cache's teacher\.weights is .*/teacher\), here it is .*model\.safetensors"
+        UserError, match=r"the cache's teacher\.weights is .*/teacher\), here it is .*model\.safetensors"
     ):
         verify(
             world_config(world, f"teacher.weights={tmp_path / 'other' / 'model.safetensors'}"),
             caches["plain"],
             live=True,
         )
-    with pytest.raises(ValueError, match="here it is .*local-dir:.*/other"):
+    with pytest.raises(UserError, match="here it is .*local-dir:.*/other"):
         verify(load_config(sets=[f"teacher.name=local-dir:{tmp_path / 'other'}"]), caches["plain"], live=True)
 
 
@@ -274,7 +275,7 @@ def test_features_of_something_else_are_found(world: Path, cache: Path, monkeypa
     monkeypatch.setattr(Extractor, "features", features)
     assert check(cache).whole
     result = verify(world_config(world), cache, live=True, sample=16)
-    with pytest.raises(ValueError, match=r"\d+ of 16 records of .* image 'class\d/\d+' has cosine 0\.\d+ at block \d"):
+    with pytest.raises(UserError, match=r"\d+ of 16 records of .* image 'class\d/\d+' has cosine 0\.\d+ at block \d"):
         result.check()
 
 
@@ -348,7 +349,7 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     offset, path = int(images.offset[40]), moved / images.paths[int(images.shard[40])].name
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])
-    with pytest.raises(ValueError, match=r"image 'class.*moved.* is not the one that was cached"):
+    with pytest.raises(UserError, match=r"image 'class.*moved.* is not the one that was cached"):
         verify(world_config(world), cache, repair=True, shards=str(moved / "*.tar"))
     assert tree_bytes(cache) == damaged
     path.write_bytes(data)
@@ -364,6 +365,6 @@ def test_what_cannot_be_computed_is_named(world: Path, cache: Path, name: str) -
     # Shards need the index and the calibration, not the rest.
     needed = name in (INDEX, CALIBRATION)
     assert only(result).damaged == ([1] if needed else []) and only(result).files[name] == "damaged"
-    with pytest.raises(ValueError, match=rf"{name} is damaged; this cannot be computed again: restore it"):
+    with pytest.raises(UserError, match=rf"{name} is damaged; this cannot be computed again: restore it"):
         result.check()
     assert (cache / name).read_bytes() == b"{}"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from singer.artifacts import clean_mask, patch_norms, robust_threshold
+from singer.errors import UserError
 
 # Part of the format: were these options, two caches of one id could differ.
 _CLEAN_SIGMAS = 6.0
@@ -177,7 +178,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Float:
-    """A 16-bit float; 2 bytes a number. encode raises ValueError beyond its range (float16: 65,504)."""
+    """A 16-bit float; 2 bytes a number. encode raises UserError beyond its range (float16: 65,504)."""
 
     name: str
     dtype: torch.dtype
@@ -219,7 +220,7 @@ class Quantised:
 
     Tokens are standardised, prefix tokens by their own statistics. 8 bits: uniform steps. Fewer: blocks of channels are
     rotated and rounded to Lloyd-Max levels. `codes`: each token's packed codes, then its scale. `outliers`: for each
-    outlier token its uint16 position in the sequence, then d float16. encode raises ValueError for an outlier beyond
+    outlier token its uint16 position in the sequence, then d float16. encode raises UserError for an outlier beyond
     float16's range.
     """
 
@@ -296,12 +297,12 @@ def _tensor(part: Tensor | Ragged) -> Tensor:
 
 
 def _narrow(values: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Raises ValueError if values, made from features x, leave the range of dtype."""
+    """Raises UserError if values, made from features x, leave the range of dtype."""
     values = values.to(dtype)
     # Least and largest are NaN where any is; looking at every number takes ten times as long as making it.
     if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
         advice = "; use cache.codec bfloat16" if dtype == torch.float16 else ""
-        raise ValueError(f"features reach {float(x.abs().max()):.0f}, beyond {_name(dtype)}{advice}")
+        raise UserError(f"features reach {float(x.abs().max()):.0f}, beyond {_name(dtype)}{advice}")
     return values
 
 

@@ -68,7 +68,7 @@ class Encoder:
     def __call__(self, features: dict[int, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor | Ragged]]:
         """(array, its values of some records), each array's in the order of the records.
 
-        Raises ValueError naming the key for a NaN or Inf.
+        Raises UserError naming the key for a NaN or Inf.
         """
         yield from batch.extra.items()
         positions = batch.extra.get(POSITIONS)

@@ -17,6 +17,7 @@ from pipeline.outputs import is_sealed, json_bytes, read_json, sealed, validated
 from pipeline.shards import Images, Keys
 from pipeline.stores import Store
 from pipeline.views import View
+from singer.errors import UserError
 
 FORMAT = "singer-feature-cache"
 VERSION = 2
@@ -166,22 +167,22 @@ def _canonical(value: Any) -> str:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """Raises ValueError if there is no cache of a known version in the store."""
+    """Raises UserError if there is no cache of a known version in the store."""
     value = read_json(store, MANIFEST, "feature cache")
     file = f"{store.url}/{MANIFEST}"
     if value.get("format") != FORMAT:
-        raise ValueError(f"{file} does not describe a singer feature cache")
+        raise UserError(f"{file} does not describe a singer feature cache")
     if value.get("version") == 1:
         value = _from_version_1(value, file)
     elif value.get("version") != VERSION:
-        raise ValueError(f"{store.url} has cache format version {value.get('version')}; this singer reads 1 and 2")
+        raise UserError(f"{store.url} has cache format version {value.get('version')}; this singer reads 1 and 2")
     elif not is_sealed(value):
-        raise ValueError(f"{file} is damaged: it does not match its own checksum")
+        raise UserError(f"{file} is damaged: it does not match its own checksum")
     else:
         del value["sha256"]
     manifest = validated(value, Manifest, file)
     if manifest.codec not in CODECS:
-        raise ValueError(f"{store.url} uses codec {manifest.codec!r}; known: {', '.join(CODECS)}")
+        raise UserError(f"{store.url} uses codec {manifest.codec!r}; known: {', '.join(CODECS)}")
     return manifest
 
 
@@ -198,7 +199,7 @@ def _from_version_1(value: dict[str, Any], file: str) -> dict[str, Any]:
             "first_id": first_id,
         }
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file} is damaged: fields are missing") from None
+        raise UserError(f"{file} is damaged: fields are missing") from None
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Index:
 
 
 def read_index(store: Store) -> Index:
-    """Raises ValueError if the index is missing or damaged."""
+    """Raises UserError if the index is missing or damaged."""
     file = f"{store.url}/{INDEX}"
     try:
         data = store.read(INDEX)
@@ -281,9 +282,9 @@ def read_index(store: Store) -> Index:
             color=columns.get("record.color"),
         )
     except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
+        raise UserError(f"{file} is missing") from None
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+        raise UserError(f"{file} is damaged: {error}") from None
 
 
 def join(indices: Iterable[Index]) -> Index:

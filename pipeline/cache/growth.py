@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.cache.format import Index, read_index
 from pipeline.cache.parts import Part
 from pipeline.shards import Survey
+from singer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def plan_additions(
 ) -> list[Addition]:
     """parts: all of the cache; mine: those of the given teacher; found: the given images; views: how many of each.
 
-    Raises ValueError if images of an earlier part have changed or are given in part only.
+    Raises UserError if images of an earlier part have changed or are given in part only.
     """
     blocks = tuple(sorted({*blocks, *(b for p in mine for b in p.manifest.blocks)}))
     held: dict[str, set[int]] = {}
@@ -60,15 +61,15 @@ def plan_additions(
         given = np.array([number.get(key, -1) for key in index.images.keys])
         if (given < 0).all():
             if missing and rows in held:
-                raise ValueError(f"block {missing[0]} must be added for all images; --shards gives none of {_of(part)}")
+                raise UserError(f"block {missing[0]} must be added for all images; --shards gives none of {_of(part)}")
             continue
         if (given < 0).any():
             key = index.images.keys[int(np.argmin(given))]
-            raise ValueError(f"--shards gives some of the images of {_of(part)} but not {key!r}; give all or none")
+            raise UserError(f"--shards gives some of the images of {_of(part)} but not {key!r}; give all or none")
         images = found.select(given)
         changed = np.flatnonzero(images.digest != index.digest)
         if len(changed):
-            raise ValueError(f"image {index.images.keys[int(changed[0])]!r} has changed since it was cached")
+            raise UserError(f"image {index.images.keys[int(changed[0])]!r} has changed since it was cached")
         new[given] = False
         if missing:
             moved = replace(index, images=images.images)

@@ -55,7 +55,7 @@ class CacheInfo:
 
 
 def cache_info(place: Place) -> CacheInfo:
-    """Raises ValueError if there is no cache at `place`; an incomplete one is described too."""
+    """Raises UserError if there is no cache at `place`; an incomplete one is described too."""
     store = open_store(place)
     parts = read_parts(store)
     manifests = [p.manifest for p in parts]

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.cache.format import JOURNAL, MANIFEST, PARTS, Manifest, journal_file, read_manifest
 from pipeline.outputs import is_sealed, read_json
 from pipeline.stores import Store
+from singer.errors import UserError
 
 _READERS = 16
 
@@ -24,7 +25,7 @@ class Part:
     manifest: Manifest
 
     def entries(self) -> dict[int, dict[str, Any]]:
-        """{shard: journal entry} of the shards that are done. Raises ValueError naming a damaged entry."""
+        """{shard: journal entry} of the shards that are done. Raises UserError naming a damaged entry."""
         present = sorted(self.store.sizes(JOURNAL))
         numbers = [n for n in range(self.manifest.shards) if journal_file(n) in set(present)]
         with ThreadPoolExecutor(_READERS) as pool:
@@ -43,7 +44,7 @@ class Part:
         ]
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """The journal entry of a shard that is done. Raises ValueError if it is damaged."""
+        """The journal entry of a shard that is done. Raises UserError if it is damaged."""
         name = journal_file(shard)
         entry = read_json(self.store, name, "journal")
         try:
@@ -53,14 +54,14 @@ class Part:
         except (TypeError, KeyError, AttributeError):
             whole = False
         if not whole:
-            raise ValueError(f"{self.store.url}/{name} is damaged; run singer cache verify --repair")
+            raise UserError(f"{self.store.url}/{name} is damaged; run singer cache verify --repair")
         if entry.get("cache") != self.manifest.id():
-            raise ValueError(f"{self.store.url}/{name} belongs to another cache than {MANIFEST} beside it")
+            raise UserError(f"{self.store.url}/{name} belongs to another cache than {MANIFEST} beside it")
         return entry
 
 
 def read_parts(store: Store) -> list[Part]:
-    """All parts, complete or not. Raises ValueError if there is no cache in the store."""
+    """All parts, complete or not. Raises UserError if there is no cache in the store."""
     return [Part("", store, read_manifest(store)), *_appended(store)]
 
 

@@ -22,6 +22,7 @@ from pipeline.outputs import parse_tensors
 from pipeline.progress import say
 from pipeline.shards import ImageFile, content_hash
 from pipeline.stores import Place, ReadThrough, open_store
+from singer.errors import UserError
 from singer.tail import TeacherTail
 
 
@@ -93,7 +94,7 @@ class Cache:
 
     place: a folder or a URL. teacher: which one, by name, architecture or the beginning of its weights' hash, where the
     cache has several; default: the first. blocks: default: all. local_copy: a folder to which shards are copied when
-    they are first read. Raises ValueError if there is no cache, if shards are missing, or if records lack a block.
+    they are first read. Raises UserError if there is no cache, if shards are missing, or if records lack a block.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class Cache:
         self._parts = [p for p in parts if is_teacher(p.manifest, teacher or parts[0].manifest.teacher.weights)]
         if not self._parts:
             known = ", ".join(sorted({p.manifest.teacher.name for p in parts}))
-            raise ValueError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
+            raise UserError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
         self.manifest = self._parts[0].manifest
         if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
-            raise ValueError(f"blocks must be one or more different ones, not {list(blocks)}")
+            raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
         held = sorted({b for p in self._parts for b in p.manifest.blocks})
         self.blocks = tuple(held if blocks is None else sorted(blocks))
         self._spans = self._find_spans(parts)
@@ -211,7 +212,7 @@ class Cache:
         try:
             return TeacherTail(teacher.architecture, teacher.model_args, part.manifest.tail_first_block, state)
         except RuntimeError as error:
-            raise ValueError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
     def _complete(self, parts: list[Part], local_copy: Path | None) -> list[Part]:
         """The parts without those that are still being added."""
@@ -225,7 +226,7 @@ class Cache:
             elif part.name:
                 say(f"{part.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
             else:
-                raise ValueError(
+                raise UserError(
                     f"{self.place} is incomplete: {len(pending)} of {part.manifest.shards} shards are missing; "
                     "repeat its cache-teacher command with --resume"
                 )
@@ -240,7 +241,7 @@ class Cache:
             missing = [b for b in self.blocks if b not in blocks]
             if missing:
                 part = next(iter(blocks.values()))
-                raise ValueError(
+                raise UserError(
                     f"{part.store.url} has no block {missing[0]}; add it with cache-teacher --append, or choose blocks"
                 )
         return [_Span(blocks, pixels.get(rows)) for rows, blocks in spans.items()]
@@ -250,7 +251,7 @@ class Cache:
         chosen = np.asarray(records, dtype=np.int64)
         wrong = chosen[(chosen < 0) | (chosen >= len(self))]
         if len(wrong):
-            raise ValueError(f"{self.place} has no record {wrong[0]}: they are numbered 0 to {len(self) - 1}")
+            raise UserError(f"{self.place} has no record {wrong[0]}: they are numbered 0 to {len(self) - 1}")
         order = np.argsort(chosen)
         cuts = [*np.searchsorted(chosen[order], self._starts).tolist(), len(order)]
         groups = [
@@ -277,7 +278,7 @@ class Cache:
         known = part.manifest.data.hash
         same = index.images.place_hash() if index.digest is None else content_hash(index.images, index.digest)
         if len(index) != part.manifest.records or same != known:
-            raise ValueError(f"the index of {part.store.url} does not belong to its manifest; run singer cache verify")
+            raise UserError(f"the index of {part.store.url} does not belong to its manifest; run singer cache verify")
         return index
 
 
@@ -313,7 +314,7 @@ def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], c
 
 
 def read_calibration(part: Part) -> dict[int, Calibration]:
-    """{block: calibration} of a part. Raises ValueError if it is damaged."""
+    """{block: calibration} of a part. Raises UserError if it is damaged."""
     file = f"{part.store.url}/{CALIBRATION}"
     tensors = parse_tensors(part.store.read(CALIBRATION), file)
     try:
@@ -324,4 +325,4 @@ def read_calibration(part: Part) -> dict[int, Calibration]:
             for block in part.manifest.blocks
         }
     except KeyError as error:
-        raise ValueError(f"{file} is damaged: it has no {error}") from None
+        raise UserError(f"{file} is damaged: it has no {error}") from None

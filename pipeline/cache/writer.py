@@ -26,6 +26,7 @@ from pipeline.cache.zarr_shards import array_metadata, pack_shard
 from pipeline.outputs import json_bytes, sealed, tensor_bytes
 from pipeline.shards import Skipped
 from pipeline.stores import Store
+from singer.errors import UserError
 
 
 def small_files(
@@ -59,11 +60,11 @@ def create_part(store: Store, manifest: Manifest, files: Mapping[str, bytes]) ->
 
 
 def check_same(there: Manifest, here: Manifest, place: str) -> None:
-    """Raise ValueError naming both sides if the part at `place` is not the one that `here` describes."""
+    """Raise UserError naming both sides if the part at `place` is not the one that `here` describes."""
     difference = first_difference(there.identity(), here.identity())
     if difference:
         name, before, now = difference
-        raise ValueError(
+        raise UserError(
             f"{place} cannot be continued: its {name} is {before}, this run has {now}; "
             "use the first run's settings or --overwrite"
         )

@@ -23,6 +23,7 @@ from zarr.errors import UnstableSpecificationWarning
 from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
 from pipeline.stores import Ranges
+from singer.errors import UserError
 
 _MISSING = 2**64 - 1
 # Ahead of every byte string: the number of strings in the chunk, and its length.
@@ -140,7 +141,7 @@ class ShardedArray:
         self._lock = threading.Lock()
 
     def find(self, records: np.ndarray) -> Chunks:
-        """Raises ValueError if the index of a shard is damaged."""
+        """Raises UserError if the index of a shard is damaged."""
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
@@ -182,7 +183,7 @@ class ShardedArray:
         if self._compressor is None:
             right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
         if not right or sizes.min() < 0 or max(offsets.max(), sizes.max(), (offsets + sizes).max()) > self._sizes[file]:
-            raise ValueError(f"{self._store.url}/{file} is damaged; run singer cache verify")
+            raise UserError(f"{self._store.url}/{file} is damaged; run singer cache verify")
         places = self._places
         if places is None and (offsets != self.row * np.arange(len(index))).any():
             # No writer of singer does so, but the Zarr format allows any order.

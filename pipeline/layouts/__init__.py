@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.layouts import folders, lists, maps
 from pipeline.layouts.listing import Layout, Listing
+from singer.errors import UserError
 
 LAYOUTS: dict[str, Layout] = {
     "folder": Layout(folders.folder),
@@ -21,12 +22,12 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def list_layout(name: str, root: Path, split: str | None) -> Listing:
-    """The images of a split. Raises ValueError for an unknown layout or split, and what a layout finds wrong."""
+    """The images of a split. Raises UserError for an unknown layout or split, and what a layout finds wrong."""
     if name not in LAYOUTS:
-        raise ValueError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
+        raise UserError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
     splits = LAYOUTS[name].splits
     if not splits and split is not None:
-        raise ValueError(f"--split {split}: the layout {name} has no splits; leave it out")
+        raise UserError(f"--split {split}: the layout {name} has no splits; leave it out")
     if splits and split not in splits:
-        raise ValueError(f"--split: the layout {name} has {', '.join(splits)}; give one of them, not {split or 'none'}")
+        raise UserError(f"--split: the layout {name} has {', '.join(splits)}; give one of them, not {split or 'none'}")
     return LAYOUTS[name].entries(root, split or "")

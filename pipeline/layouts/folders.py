@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.layouts.listing import CONVERTED, KEPT, Entry, Listing, images_in, read_lines, read_mat
+from singer.errors import UserError
 
 BESIDE = ("seg.png", "depth.png")
 _DEVKIT = Path("ILSVRC2012_devkit_t12") / "data"
@@ -21,14 +22,14 @@ def folder(root: Path, split: str = "") -> Listing:
     maps = {f for f in found if f.name.lower().endswith(tuple(f".{name}" for name in BESIDE))}
     files = [f for f in found if f not in maps]
     if not files:
-        raise ValueError(f"no images ({', '.join(known)}) below {root}")
+        raise UserError(f"no images ({', '.join(known)}) below {root}")
     stems = {f.with_suffix("") for f in files}
     for file in sorted(maps):
         if file.with_suffix("").with_suffix("") not in stems:
-            raise ValueError(f"{file} has no image beside it")
+            raise UserError(f"{file} has no image beside it")
     loose = [f for f in files if f.parent == root]
     if loose and len(loose) < len(files):
-        raise ValueError(f"{root} mixes class folders and loose images such as {loose[0].name}; move one of the two")
+        raise UserError(f"{root} mixes class folders and loose images such as {loose[0].name}; move one of the two")
     if loose:
         return Listing([Entry(file, None, _beside(file)) for file in files], [])
     classes = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -38,7 +39,7 @@ def folder(root: Path, split: str = "") -> Listing:
     if empty:
         # Left out, it would shift the numbers of all classes behind it.
         name = classes[min(empty)]
-        raise ValueError(f"class folder {root / name} holds no images; remove it, or give prepare.classes")
+        raise UserError(f"class folder {root / name} holds no images; remove it, or give prepare.classes")
     return Listing(entries, classes)
 
 
@@ -48,12 +49,12 @@ def _beside(file: Path) -> dict[str, Path]:
 
 
 def _class_folders(root: Path) -> Listing:
-    """Raises ValueError if the folder is missing, or has no classes."""
+    """Raises UserError if the folder is missing, or has no classes."""
     if not root.is_dir():
-        raise ValueError(f"{root} does not exist; this layout needs it")
+        raise UserError(f"{root} does not exist; this layout needs it")
     listing = folder(root)
     if not listing.classes:
-        raise ValueError(f"{root} holds no class folders; this layout needs them there")
+        raise UserError(f"{root} holds no class folders; this layout needs them there")
     return listing
 
 
@@ -67,14 +68,14 @@ def imagenet_1k(root: Path, split: str) -> Listing:
         return _class_folders(here)
     files, truth = images_in(here), read_lines(root / _DEVKIT / _TRUTH)
     if len(files) != len(truth):
-        raise ValueError(f"{root / _DEVKIT / _TRUTH} has {len(truth)} lines for {len(files)} images in {here}")
+        raise UserError(f"{root / _DEVKIT / _TRUTH} has {len(truth)} lines for {len(files)} images in {here}")
     synsets = read_mat(root / _DEVKIT / "meta.mat", "synsets")
     leaves = [s for s in synsets if int(s["num_children"]) == 0]
     classes = sorted(str(s["WNID"]) for s in leaves)
     numbers = {str(int(s["ILSVRC2012_ID"])): classes.index(str(s["WNID"])) for s in leaves}
     unknown = [line for line in truth if line not in numbers]
     if unknown:
-        raise ValueError(f"{root / _DEVKIT / _TRUTH} has {unknown[0]!r}, which is no class of meta.mat beside it")
+        raise UserError(f"{root / _DEVKIT / _TRUTH} has {unknown[0]!r}, which is no class of meta.mat beside it")
     return Listing([Entry(f, numbers[line]) for f, line in zip(files, truth, strict=True)], classes)
 
 
@@ -88,7 +89,7 @@ def imagenet_v2(root: Path, split: str) -> Listing:
     listing = _class_folders(root)
     wrong = [name for name in listing.classes if not name.isdecimal()]
     if wrong:
-        raise ValueError(f"{root / wrong[0]} is no class number; the folders of this layout are 0 to 999")
+        raise UserError(f"{root / wrong[0]} is no class number; the folders of this layout are 0 to 999")
     numbers = [int(name) for name in listing.classes]
     entries = [Entry(e.file, numbers[e.label], e.beside) for e in listing.entries if e.label is not None]
     return Listing(entries, [])

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
+from singer.errors import UserError
+
 # Image extensions that are kept, by what they are called in shards.
 KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 # Lossless, but not what webdataset users expect in shards: stored as PNG.
@@ -38,7 +40,7 @@ class Listing:
 class Layout:
     """How a data set lies on disk. splits: those to choose from, if any.
 
-    entries: of the root folder and a split ("" if there are none). Raises ValueError naming the file that is missing.
+    entries: of the root folder and a split ("" if there are none). Raises UserError naming the file that is missing.
     """
 
     entries: Callable[[Path, str], Listing]
@@ -46,39 +48,39 @@ class Layout:
 
 
 def existing(file: Path, why: str = "this layout needs it") -> Path:
-    """The file. Raises ValueError if there is none."""
+    """The file. Raises UserError if there is none."""
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; {why}")
+        raise UserError(f"{file} does not exist; {why}")
     return file
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images in a folder, sorted by name, without hidden ones. Raises ValueError if there are none."""
+    """The images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
     found = folder.iterdir() if folder.is_dir() else ()
     files = sorted(f for f in found if f.suffix.lower() in (*KEPT, *CONVERTED) and not f.name.startswith("."))
     if not files:
-        raise ValueError(f"{folder} holds no images; this layout needs them there")
+        raise UserError(f"{folder} holds no images; this layout needs them there")
     return files
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that hold something. Raises ValueError if it is missing, empty or no text."""
+    """The lines of a text file that hold something. Raises UserError if it is missing, empty or no text."""
     try:
         lines = [line.strip() for line in existing(file).read_text().splitlines()]
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is no text") from None
+        raise UserError(f"{file} is no text") from None
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"{file} is empty")
+        raise UserError(f"{file} is empty")
     return lines
 
 
 def read_mat(file: Path, name: str) -> np.ndarray:
-    """The variable of a MATLAB file, without dimensions of one. Raises ValueError naming both."""
+    """The variable of a MATLAB file, without dimensions of one. Raises UserError naming both."""
     existing(file)
     try:
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])
     except KeyError:
-        raise ValueError(f"{file} has no variable {name!r}") from None
+        raise UserError(f"{file} has no variable {name!r}") from None
     except Exception as error:  # loadmat raises whatever broken data makes it stumble over
-        raise ValueError(f"{file} cannot be read as a MATLAB file: {error or type(error).__name__}") from None
+        raise UserError(f"{file} cannot be read as a MATLAB file: {error or type(error).__name__}") from None

@@ -5,19 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.layouts.listing import Entry, Listing, existing, read_lines, read_mat
+from singer.errors import UserError
 
 
 def _listed(pairs: Iterable[tuple[Path, int]], source: Path) -> list[Entry]:
-    """Raises ValueError for an image that is not there."""
+    """Raises UserError for an image that is not there."""
     return [Entry(existing(file, f"{source} lists it"), label) for file, label in pairs]
 
 
 def _numbered(names: list[str], classes: list[str], source: Path) -> list[int]:
-    """The place of each name among the classes. Raises ValueError for one that is no class."""
+    """The place of each name among the classes. Raises UserError for one that is no class."""
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = [name for name in names if name not in numbers]
     if unknown:
-        raise ValueError(f"{source} names the class {unknown[0]!r}, which is not among the classes of this data set")
+        raise UserError(f"{source} names the class {unknown[0]!r}, which is not among the classes of this data set")
     return [numbers[name] for name in names]
 
 
@@ -30,7 +31,7 @@ def inat2019(root: Path, split: str) -> Listing:
         files = {int(i["id"]): root / str(i["file_name"]) for i in tree["images"]}
         pairs = [(files[int(a["image_id"])], int(a["category_id"])) for a in tree["annotations"]]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{source} holds no images, annotations and categories that fit each other") from None
+        raise UserError(f"{source} holds no images, annotations and categories that fit each other") from None
     ids = sorted(names)
     labels = _numbered([str(category) for _, category in pairs], [str(i) for i in ids], source)
     entries = _listed(zip([file for file, _ in pairs], labels, strict=True), source)
@@ -53,10 +54,10 @@ def oxford_pets(root: Path, split: str) -> Listing:
     rows = [line.split() for line in read_lines(source) if not line.startswith("#")]
     bad = [row for row in rows if len(row) != 4 or not row[1].isdecimal() or row[1] == "0"]
     if bad:
-        raise ValueError(f"{source} has a line {' '.join(bad[0])!r}; expected a name and three numbers")
+        raise UserError(f"{source} has a line {' '.join(bad[0])!r}; expected a name and three numbers")
     names = {int(number): name.rpartition("_")[0] for name, number, *_ in rows}
     if sorted(names) != list(range(1, len(names) + 1)):
-        raise ValueError(f"{source} has the classes {sorted(names)}, not all from 1 on")
+        raise UserError(f"{source} has the classes {sorted(names)}, not all from 1 on")
     pairs = [(root / "images" / f"{name}.jpg", int(number) - 1) for name, number, *_ in rows]
     return Listing(_listed(pairs, source), [names[number] for number in sorted(names)])
 
@@ -80,6 +81,6 @@ def flowers_102(root: Path, split: str) -> Listing:
     rows = read_mat(source, {"train": "trnid", "val": "valid", "test": "tstid"}[split])
     labels = read_mat(root / "imagelabels.mat", "labels")
     if rows.min() < 1 or rows.max() > len(labels):
-        raise ValueError(f"{source} has image {int(rows.max())}, but {root / 'imagelabels.mat'} {len(labels)} labels")
+        raise UserError(f"{source} has image {int(rows.max())}, but {root / 'imagelabels.mat'} {len(labels)} labels")
     pairs = [(root / "jpg" / f"image_{row:05d}.jpg", int(labels[row - 1]) - 1) for row in rows.tolist()]
     return Listing(_listed(pairs, source), [])

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.layouts.listing import Entry, Listing, existing, images_in
+from singer.errors import UserError
 
 
 def ade20k(root: Path, split: str) -> Listing:
@@ -33,7 +34,7 @@ def nyud_v2(root: Path, split: str) -> Listing:
     scenes = sorted(f for f in (root / split).glob("*") if f.is_dir())
     files = [file for scene in scenes for file in sorted(scene.glob("rgb_*")) if file.suffix in (".jpg", ".png")]
     if not files:
-        raise ValueError(f"{root / split} holds no SCENE/rgb_*.jpg; this layout needs them there")
+        raise UserError(f"{root / split} holds no SCENE/rgb_*.jpg; this layout needs them there")
     entries = []
     for file in files:
         depth = file.with_name(f"sync_depth_{file.stem.removeprefix('rgb_')}.png")

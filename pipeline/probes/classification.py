@@ -21,6 +21,7 @@ from pipeline.prepare import CLASSES
 from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
+from singer.errors import UserError
 from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
@@ -42,7 +43,7 @@ class Classification(EvaluateResult):
 
 
 def probe(trial: Trial) -> Classification:
-    """Raises ValueError as `check`."""
+    """Raises UserError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)
     train_features = pooled(trial, trial.train)
@@ -75,26 +76,26 @@ def probe(trial: Trial) -> Classification:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError for images without labels, a single class, and labels that only --test has."""
+    """Raise UserError for images without labels, a single class, and labels that only --test has."""
     require_labels(train, "--train")
     require_labels(test, "--test")
     check_classes(train, test)
     require_classes(train.labels)
     classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
-        raise ValueError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
+        raise UserError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
 
 
 def require_classes(labels: np.ndarray) -> None:
     if len(np.unique(labels)) < 2:
-        raise ValueError("--train has images of one class only; a classifier needs two")
+        raise UserError("--train has images of one class only; a classifier needs two")
 
 
 def check_classes(train: Images, test: Images) -> None:
-    """Raise ValueError if both sets name their classes (in a classes.json beside the shards) and differ."""
+    """Raise UserError if both sets name their classes (in a classes.json beside the shards) and differ."""
     files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
     if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
-        raise ValueError(
+        raise UserError(
             f"{files[0]} and {files[1]} number classes differently; prepare the second with "
             f"--set prepare.classes={files[0]}"
         )

@@ -20,6 +20,7 @@ from pipeline.probes.trial import Trial, tokens
 from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images, decode
 from pipeline.views import View
+from singer.errors import UserError
 
 # Side of the training labels, in patches.
 _LABELS_A_PATCH = 2
@@ -56,7 +57,7 @@ def read_maps(
 ) -> Iterator[np.ndarray]:
     """The maps beside the images, in full: what `values` makes of a decoded PNG, its bytes and its place in messages.
 
-    what: the word for a map in messages. Raises ValueError naming key and shard.
+    what: the word for a map in messages. Raises UserError naming key and shard.
     """
     with ImageFile(images) as image_files, ImageFile(maps, what) as files:
 
@@ -66,7 +67,7 @@ def read_maps(
             array = values(image, data, where)
             if image.size != size:
                 width, height = image.size
-                raise ValueError(
+                raise UserError(
                     f"{where} has {width} x {height} pixels, its image {size[0]} x {size[1]}; make them alike"
                 )
             return array
@@ -134,7 +135,7 @@ def fit_head(x: Tensor, labels: Tensor, lesson: Lesson, device: torch.device) ->
     lr = lesson.lrs[0]
     if len(lesson.lrs) > 1:
         if len(x) < 2:
-            raise ValueError(
+            raise UserError(
                 f"--train has one image only; give more, or one learning rate in evaluate.{lesson.name}_lrs"
             )
         split = train_test_split(np.arange(len(x)), train_size=_FIT_SHARE, random_state=lesson.seed)

@@ -28,6 +28,7 @@ from pipeline.probes.dense import (
 )
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, index_beside
+from singer.errors import UserError
 from singer.probes import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
 
 MAP = "depth.png"
@@ -54,7 +55,7 @@ class Depth(EvaluateResult):
 
 
 def probe(trial: Trial) -> Depth:
-    """Raises ValueError for missing and unusable depth maps, and if none has a pixel that counts."""
+    """Raises UserError for missing and unusable depth maps, and if none has a pixel that counts."""
     settings, side = trial.settings, label_side(trial)
     train_maps, test_maps = index_beside(trial.train, MAP), index_beside(trial.test, MAP)
     # All maps are read before the model runs, so that a bad one is known at once.
@@ -95,31 +96,31 @@ def probe(trial: Trial) -> Depth:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError as `probe`, for which all maps are read."""
+    """Raise UserError as `probe`, for which all maps are read."""
     for what, images in (("--train", train), ("--test", test)):
         require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
 
 
 def count_pixels(images: Images, maps: Images, settings: EvaluateConfig) -> int:
-    """That count. Raises ValueError for a map that cannot be used."""
+    """That count. Raises UserError for a map that cannot be used."""
     return sum(int(np.count_nonzero(depth)) for depth in read_depths(images, maps, settings))
 
 
 def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:
     if not count:
-        raise ValueError(
+        raise UserError(
             f"{what}: no depth map has a value from evaluate.depth_min={settings.depth_min} to "
             f"depth_max={settings.depth_max} meters; correct the maps or the range"
         )
 
 
 def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:
-    """The depth maps in full, (H, W) float32 meters, 0 where nothing counts. Raises ValueError naming key and shard."""
+    """The depth maps in full, (H, W) float32 meters, 0 where nothing counts. Raises UserError naming key and shard."""
 
     def meters(image: Image.Image, _: bytes, where: str) -> np.ndarray:
         # PIL opens greys of 16 bits, and no others, in this mode.
         if image.mode != "I;16":
-            raise ValueError(f"{where} holds no millimeters; store it as a PNG of 16-bit grey")
+            raise UserError(f"{where} holds no millimeters; store it as a PNG of 16-bit grey")
         depth = np.asarray(image) / _MILLIMETERS
         depth[(depth < settings.depth_min) | (depth > settings.depth_max)] = 0
         return depth

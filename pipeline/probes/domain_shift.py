@@ -16,6 +16,7 @@ from pipeline.probes.classification import Accuracies, accuracy, check_classes, 
 from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
+from singer.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class DomainShift(EvaluateResult):
 
 
 def probe(trial: Trial) -> DomainShift:
-    """Raises ValueError as `check`."""
+    """Raises UserError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)
     rivals, right = compete(class_map(trial.train, trial.test, settings), trial.test)
@@ -61,7 +62,7 @@ def probe(trial: Trial) -> DomainShift:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError for images without labels, and for labels that the other side or the class map lacks."""
+    """Raise UserError for images without labels, and for labels that the other side or the class map lacks."""
     require_labels(train, "--train")
     require_labels(test, "--test")
     require_classes(train.labels)
@@ -87,7 +88,7 @@ def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.T
 def read_class_map(file: Path, test: Images) -> dict[int, int]:
     """{test label: class} of a JSON object, or of a list by position.
 
-    Raises ValueError naming the file if it is neither, or lacks a label of the test images.
+    Raises UserError naming the file if it is neither, or lacks a label of the test images.
     """
     form = (
         f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
@@ -95,31 +96,31 @@ def read_class_map(file: Path, test: Images) -> dict[int, int]:
     try:
         tree = json.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"evaluate.class_map: {file}: {error.strerror}") from None
+        raise UserError(f"evaluate.class_map: {file}: {error.strerror}") from None
     except ValueError:
-        raise ValueError(form) from None
+        raise UserError(form) from None
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     mapped = {}
     for label, right in pairs:
         # A bool is an int to Python.
         if not str(label).isdecimal() or type(right) is not int or right < 0:
-            raise ValueError(f"{form}; found {label!r}: {right!r}")
+            raise UserError(f"{form}; found {label!r}: {right!r}")
         mapped[int(label)] = right
     if not mapped:
-        raise ValueError(form)
+        raise UserError(form)
     missing = sorted(set(test.labels.tolist()) - set(mapped))
     if missing:
-        raise ValueError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
+        raise UserError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
     return mapped
 
 
 def _check_labels(train: Images, test: Images, mapped: dict[int, int], file: Path | None) -> None:
     unknown = sorted(set(test.labels.tolist()) - set(mapped))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--test has label {unknown[0]}, of which --train has no images; if it numbers classes differently, give "
             "evaluate.class_map"
         )
     absent = sorted(set(mapped.values()) - set(train.labels.tolist()))
     if absent:
-        raise ValueError(f"evaluate.class_map: {file} names label {absent[0]}, of which --train has no images")
+        raise UserError(f"evaluate.class_map: {file} names label {absent[0]}, of which --train has no images")

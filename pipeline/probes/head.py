@@ -17,6 +17,7 @@ from pipeline.probes.domain_shift import compete, read_class_map
 from pipeline.probes.trial import EvaluateResult, Trial, inputs
 from pipeline.shards import Images, require_labels
 from pipeline.views import View, crop_view
+from singer.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class OwnHead(EvaluateResult):
 
 
 def probe(trial: Trial) -> OwnHead:
-    """Raises ValueError for a model without a head, and for labels that it has no class for."""
+    """Raises UserError for a model without a head, and for labels that it has no class for."""
     check(trial.learn_from, trial.test, trial.settings)
     rivals, right = compete(_class_of_label(trial), trial.test)
 
@@ -53,7 +54,7 @@ def probe(trial: Trial) -> OwnHead:
 
 
 def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError for images without labels, and for a class map that cannot be used."""
+    """Raise UserError for images without labels, and for a class map that cannot be used."""
     require_labels(test, "--test")
     if settings.class_map is not None:
         read_class_map(settings.class_map, test)
@@ -62,12 +63,12 @@ def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
 def _class_of_label(trial: Trial) -> dict[int, int]:
     count = int(trial.vit.model.num_classes)
     if not count:
-        raise ValueError(f"--task head: {trial.model} has no classification head; take a task that trains one")
+        raise UserError(f"--task head: {trial.model} has no classification head; take a task that trains one")
     file = trial.settings.class_map
     if file is not None:
         mapped = read_class_map(file, trial.test)
         if max(mapped.values()) >= count:
-            raise ValueError(
+            raise UserError(
                 f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
             )
         return mapped
@@ -78,7 +79,7 @@ def _class_of_label(trial: Trial) -> dict[int, int]:
         found = f"label {most}"
     else:
         return {label: label for label in range(count)}
-    raise ValueError(
+    raise UserError(
         f"--task head: --test has {found}, but the head of {trial.model} has {count} classes; if the images number "
         "theirs differently, give evaluate.class_map"
     )
@@ -90,4 +91,4 @@ def _named(images: Images) -> int | None:
     try:
         return len(json.loads(file.read_text())) if file.is_file() else None
     except (ValueError, TypeError):
-        raise ValueError(f"{file} is damaged: it holds no list of classes") from None
+        raise UserError(f"{file} is damaged: it holds no list of classes") from None

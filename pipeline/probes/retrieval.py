@@ -11,6 +11,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.probes.pooled import pooled
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, require_labels
+from singer.errors import UserError
 from singer.probes import retrieval_figures
 
 
@@ -27,7 +28,7 @@ class Retrieval(EvaluateResult):
 
 
 def probe(trial: Trial) -> Retrieval:
-    """Raises ValueError as `check`."""
+    """Raises UserError as `check`."""
     check(None, trial.test, trial.settings)
     labels = torch.from_numpy(trial.test.labels)
     counts = labels.unique(return_counts=True)[1]
@@ -48,7 +49,7 @@ def probe(trial: Trial) -> Retrieval:
 
 
 def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError for images without labels, and if no class has two images."""
+    """Raise UserError for images without labels, and if no class has two images."""
     require_labels(test, "--test")
     if int(torch.from_numpy(test.labels).unique(return_counts=True)[1].max()) < 2:
-        raise ValueError("--test: no class has two images, so that there is nothing to retrieve; give more images")
+        raise UserError("--test: no class has two images, so that there is nothing to retrieve; give more images")

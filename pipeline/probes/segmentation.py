@@ -18,6 +18,7 @@ from pipeline.probes import dense
 from pipeline.probes.dense import Head, Lesson, label_side, nearest, of_every_kind, patch_tokens, read_maps
 from pipeline.probes.trial import EvaluateResult, Trial, first_and_normed
 from pipeline.shards import Images, index_beside
+from singer.errors import UserError
 from singer.probes import class_iou, confusion
 
 MASK = "seg.png"
@@ -44,7 +45,7 @@ class Segmentation(EvaluateResult):
 
 
 def probe(trial: Trial) -> Segmentation:
-    """Raises ValueError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
+    """Raises UserError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
     settings = trial.settings
     classes, train_masks, test_masks = find_masks(trial.train, trial.test, settings)
     # All masks are read before the model runs, so that a bad one is known at once.
@@ -54,7 +55,7 @@ def probe(trial: Trial) -> Segmentation:
         np.stack([nearest(mask, side) for mask in read_masks(trial.train, train_masks, settings)])
     )
     if not (labels != VOID).any():
-        raise ValueError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
+        raise UserError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
     x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
     heads = {
@@ -80,23 +81,23 @@ def probe(trial: Trial) -> Segmentation:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError as `probe`, for which all masks are read."""
+    """Raise UserError as `probe`, for which all masks are read."""
     _, train_masks, test_masks = find_masks(train, test, settings)
     require_label("--train", train, train_masks, settings)
     require_label("--test", test, test_masks, settings)
 
 
 def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[int, Images, Images]:
-    """(classes, masks of --train, those of --test). Raises ValueError where a mask or seg_classes is missing."""
+    """(classes, masks of --train, those of --test). Raises UserError where a mask or seg_classes is missing."""
     if settings.seg_classes is None:
-        raise ValueError("--task segmentation needs evaluate.seg_classes, the number of classes in the masks")
+        raise UserError("--task segmentation needs evaluate.seg_classes, the number of classes in the masks")
     return settings.seg_classes, index_beside(train, MASK), index_beside(test, MASK)
 
 
 def require_label(what: str, images: Images, masks: Images, settings: EvaluateConfig) -> None:
-    """Raise ValueError for a mask that cannot be used, and if none has a label that counts."""
+    """Raise UserError for a mask that cannot be used, and if none has a label that counts."""
     if not sum(np.any(mask != VOID) for mask in read_masks(images, masks, settings)):
-        raise ValueError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
+        raise UserError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
 
 def _figures(counts: Tensor, lr: float) -> dict[str, Any]:
@@ -110,18 +111,18 @@ def _figures(counts: Tensor, lr: float) -> dict[str, Any]:
 
 
 def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:
-    """The masks in full, (H, W) int16 with VOID for evaluate.seg_ignore. Raises ValueError naming key and shard."""
+    """The masks in full, (H, W) int16 with VOID for evaluate.seg_ignore. Raises UserError naming key and shard."""
 
     def classes_of(image: Image.Image, data: bytes, where: str) -> np.ndarray:
         # PIL multiplies greys of fewer bits to fill the range to 255: other labels.
         if image.mode not in ("L", "P") or (image.mode == "L" and data[_BIT_DEPTH_AT] != 8):
-            raise ValueError(f"{where} holds no class numbers; store it as a PNG of 8-bit grey or with a palette")
+            raise UserError(f"{where} holds no class numbers; store it as a PNG of 8-bit grey or with a palette")
         mask = np.asarray(image).astype(np.int16)
         mask[mask == settings.seg_ignore] = VOID
         most = int(mask.max())
         assert settings.seg_classes is not None
         if most >= settings.seg_classes:
-            raise ValueError(
+            raise UserError(
                 f"{where} has label {most}, but evaluate.seg_classes={settings.seg_classes} allows 0 to "
                 f"{settings.seg_classes - 1} besides evaluate.seg_ignore={settings.seg_ignore}; correct one of them"
             )

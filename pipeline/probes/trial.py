@@ -19,6 +19,7 @@ from pipeline.progress import meter
 from pipeline.shards import ImageFile, Images
 from pipeline.views import View, apply_view, normalise
 from singer.backbones import block_outputs, depth, final_norm
+from singer.errors import UserError
 
 T = TypeVar("T")
 _FEW_CLASSES = 10
@@ -56,9 +57,9 @@ class Trial:
 
     @property
     def train(self) -> Images:
-        """Raises ValueError if there are none: only a task that learns asks for them."""
+        """Raises UserError if there are none: only a task that learns asks for them."""
         if self.learn_from is None:
-            raise ValueError("this task learns from images; give --train")
+            raise UserError("this task learns from images; give --train")
         return self.learn_from
 
     @property
@@ -95,7 +96,7 @@ def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
     """{kind: what makes it of raw tokens} of evaluate.tokens; of both, first `block`, and `norm` if there is one."""
     norm = final_norm(vit.model)
     if settings.tokens == "norm" and norm is None:
-        raise ValueError("evaluate.tokens norm is for ViTs with a final norm; of other models take block")
+        raise UserError("evaluate.tokens norm is for ViTs with a final norm; of other models take block")
     kinds: dict[str, nn.Module] = {}
     if settings.tokens != "norm":
         kinds["block"] = nn.Identity()
@@ -114,7 +115,7 @@ def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
 class Task:
     """probe: learns from the model's features and tests what it has learned. check: of (train, test, settings).
 
-    Both raise ValueError for what the user can mend; `check` knows before there is a model.
+    Both raise UserError for what the user can mend; `check` knows before there is a model.
     """
 
     probe: Callable[[Trial], EvaluateResult]

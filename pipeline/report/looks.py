@@ -20,6 +20,7 @@ from pipeline.trained import ADAPTERS
 from pipeline.views import normalise
 from singer.artifacts import patch_norms
 from singer.backbones import block_outputs, depth
+from singer.errors import UserError
 from singer.refiner import Refiner
 
 Kind = Literal["teacher", "refined", "student"]
@@ -101,7 +102,7 @@ def look_at_features(
 
 
 def load_source(cache: Cache, source: Source) -> tuple[Cache, Refiner]:
-    """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises ValueError if it is damaged."""
+    """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises UserError if it is damaged."""
     weights = cache.manifest.teacher.weights
     if not source.joint:
         part = Cache(cache.place, weights, tuple(read_refiner(source.folder).scales))
@@ -114,7 +115,7 @@ def load_source(cache: Cache, source: Source) -> tuple[Cache, Refiner]:
     try:
         refiner.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source.folder / ADAPTERS} is damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source.folder / ADAPTERS} is damaged: {str(error).splitlines()[0]}") from None
     return part, refiner.requires_grad_(False)
 
 

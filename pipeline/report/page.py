@@ -25,6 +25,7 @@ from pipeline.sources import open_images
 from pipeline.stores import Place, write_atomic
 from pipeline.sweep.leaderboard import NAME, Mean
 from pipeline.trained import LOG
+from singer.errors import UserError
 
 # What tells a page of ours from other files.
 GENERATOR = "singer report"
@@ -60,7 +61,7 @@ def report(
     title: str = "Students of one teacher",
     note: str | None = None,
 ) -> ReportResult:
-    """Write a page about finished runs of one cache. Raises ValueError for whatever the user can mend.
+    """Write a page about finished runs of one cache. Raises UserError for whatever the user can mend.
 
     runs: folders of singer distill, or sweeps. cache, adapters, shards: where cache, refiners and images lie now, if
     they have moved; teacher_probes: a folder with the teacher's figures, of singer evaluate --out; records: how many
@@ -72,7 +73,7 @@ def report(
     figures = {run: read_figures(run.folder) for run in trained}
     teacher = read_figures(teacher_probes) if teacher_probes is not None else {}
     if teacher_probes is not None and not teacher:
-        raise ValueError(f"{teacher_probes} holds no figures of singer evaluate; make them with its --out")
+        raise UserError(f"{teacher_probes} holds no figures of singer evaluate; make them with its --out")
     groups = group_runs(trained)
     columns = columns_of([*figures.values(), teacher])
     by = ranking_column(columns, [*figures.values()], _asked(runs))
@@ -109,17 +110,17 @@ def _asked(runs: Sequence[Path]) -> str | None:
 
 
 def check_page(out: Path, overwrite: bool) -> None:
-    """Raise ValueError if no page may be written there; changes nothing."""
+    """Raise UserError if no page may be written there; changes nothing."""
     if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out {out}: a report is one file; give a name that ends in .html")
+        raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file")
+        raise UserError(f"--out {out} is a folder; give a file")
     if not out.exists():
         return
     if not overwrite:
-        raise ValueError(f"{out} exists; replace it with --overwrite, or give another --out")
+        raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")
     if f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:4096]:
-        raise ValueError(f"{out} was not written by {GENERATOR} and is left alone; give another --out")
+        raise UserError(f"{out} was not written by {GENERATOR} and is left alone; give another --out")
 
 
 def _page(

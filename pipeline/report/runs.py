@@ -14,6 +14,7 @@ from pipeline.refine import MANIFEST, REFINER, read_refiner
 from pipeline.stores import Place, is_remote
 from pipeline.sweep.work import RUNS
 from pipeline.trained import ADAPTERS, RUN, DistillResult, load_result
+from singer.errors import UserError
 
 # Keys that change a student in nothing.
 _IDLE = ("workers", "checkpoint_minutes", "local_copy", "trackers")
@@ -52,20 +53,20 @@ class Trained:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The finished runs among folders of `singer distill` and `singer sweep`. Raises ValueError naming what is none."""
+    """The finished runs among folders of `singer distill` and `singer sweep`. Raises UserError naming what is none."""
     found: list[Path] = []
     for place in places:
         if not place.is_dir():
-            raise ValueError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
+            raise UserError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
         if (place / RUN).is_file():
             found.append(place)
             continue
         if not (place / RUNS).is_dir():
-            raise ValueError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
+            raise UserError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
         inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
         done = [folder for folder in inside if (folder / RUN).is_file()]
         if not done:
-            raise ValueError(f"{place} is a sweep without a finished run; go on with singer sweep --resume")
+            raise UserError(f"{place} is a sweep without a finished run; go on with singer sweep --resume")
         if len(done) < len(inside):
             say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and left out")
         found += done
@@ -73,13 +74,13 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def read_runs(folders: Sequence[Path], adapters: Sequence[Path] = ()) -> list[Trained]:
-    """Raises ValueError naming a run that is damaged, or whose refiner is not where it was, nor among `adapters`."""
+    """Raises UserError naming a run that is damaged, or whose refiner is not where it was, nor among `adapters`."""
     names = _names(folders)
     return [_read(folder, name, adapters) for folder, name in zip(folders, names, strict=True)]
 
 
 def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
-    """The cache that all runs learned from. Raises ValueError if it is not found, or if they have several."""
+    """The cache that all runs learned from. Raises UserError if it is not found, or if they have several."""
     first = runs[0]
     cache = _open(given, first) if given is not None else _search(first)
     for run in runs:
@@ -87,8 +88,8 @@ def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
             continue
         here = f"{run.folder} was trained from cache {run.result.cache[:12]}"
         if given is not None and run is first:
-            raise ValueError(f"{here}, but {given} is {cache.id[:12]}; give its own with --cache")
-        raise ValueError(
+            raise UserError(f"{here}, but {given} is {cache.id[:12]}; give its own with --cache")
+        raise UserError(
             f"{here}, {first.folder} from {first.result.cache[:12]}: a report is about one cache; make one for each"
         )
     return cache
@@ -107,7 +108,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
     result = load_result(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} is no finished run: it has no {CONFIG}")
+        raise UserError(f"{folder} is no finished run: it has no {CONFIG}")
     config = load_config(folder / CONFIG)
     source = None
     digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
@@ -136,7 +137,7 @@ def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence
             return Source(
                 " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
             )
-    raise ValueError(
+    raise UserError(
         f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --adapters"
     )
 
@@ -146,11 +147,11 @@ def _search(run: Trained) -> Cache:
     for place in _nearby(run.folder, recorded):
         try:
             cache = _open(place, run)
-        except (ValueError, OSError):
+        except (UserError, OSError):
             continue
         if run.result.cache in cache.ids:
             return cache
-    raise ValueError(f"the cache that {run.folder} learned from is not at {recorded[0]}; give its place with --cache")
+    raise UserError(f"the cache that {run.folder} learned from is not at {recorded[0]}; give its place with --cache")
 
 
 def _open(place: Place, run: Trained) -> Cache:

@@ -11,6 +11,7 @@ from pipeline.probes.trial import without_top5
 from pipeline.report.groups import Group
 from pipeline.sweep.leaderboard import Mean, with_bounds, words_of
 from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES, in_percent
+from singer.errors import UserError
 
 RESULTS = "evaluate-*.json"
 # Errors, in meters: better where they are smaller.
@@ -87,7 +88,7 @@ Figures = dict[Probe, dict[str, float]]
 
 
 def read_figures(folder: Path) -> Figures:
-    """Of all evaluate-*.json in a folder. Raises ValueError naming a damaged file, or models if there are several."""
+    """Of all evaluate-*.json in a folder. Raises UserError naming a damaged file, or models if there are several."""
     found: Figures = {}
     models: dict[Probe, object] = {}
     for file in sorted(folder.glob(RESULTS)):
@@ -109,10 +110,10 @@ def read_figures(folder: Path) -> Figures:
                 tuple((key, _hashable(settings[key])) for key in (*_COMMON, *_OWN[task])),
             )
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
+            raise UserError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
         if models.setdefault(probe, value.get("model")) != value.get("model"):
             both = f"{models[probe] or 'a model without name'} and {value.get('model') or 'a model without name'}"
-            raise ValueError(f"{folder} has figures of {both}; keep those of one model apart (evaluate --out)")
+            raise UserError(f"{folder} has figures of {both}; keep those of one model apart (evaluate --out)")
         value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
         figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.images import Images
 from pipeline.stores import allow_open_files
+from singer.errors import UserError
 
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
 MAX_PIXELS = 100_000_000
@@ -32,7 +33,7 @@ class ImageFile:
         self._files: dict[int, int] = {}
 
     def read(self, number: int) -> Image.Image:
-        """Image `number`, RGB. Raises ValueError naming key and shard if it cannot be decoded."""
+        """Image `number`, RGB. Raises UserError naming key and shard if it cannot be decoded."""
         data, where = self.encoded(number)
         with _decoding(where):
             return to_rgb(open_known(data))
@@ -49,7 +50,7 @@ class ImageFile:
     def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
         """The bytes of image `number` (the first `most`), and its key and shard for messages.
 
-        Raises ValueError if they cannot be read.
+        Raises UserError if they cannot be read.
         """
         shard = int(self.images.shard[number])
         where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
@@ -57,7 +58,7 @@ class ImageFile:
         size = size if most is None else min(size, most)
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) < size:
-            raise ValueError(f"{where}: the shard ends {size - len(data)} bytes too early")
+            raise UserError(f"{where}: the shard ends {size - len(data)} bytes too early")
         return data, where
 
     def _descriptor(self, shard: int) -> int:
@@ -66,7 +67,7 @@ class ImageFile:
                 try:
                     self._files[shard] = os.open(self.images.paths[shard], os.O_RDONLY)
                 except OSError as error:
-                    raise ValueError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
+                    raise UserError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
             return self._files[shard]
 
     def close(self) -> None:
@@ -84,16 +85,16 @@ class ImageFile:
 def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
     """An image of a known kind and sane size, not yet decoded.
 
-    Raises ValueError if it is too large, OSError or SyntaxError if it is no such image.
+    Raises UserError if it is too large, OSError or SyntaxError if it is no such image.
     """
     try:
         return open_known(data, formats)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """An image as it is stored, in whatever mode. Raises ValueError beginning with `where` if it cannot be decoded."""
+    """An image as it is stored, in whatever mode. Raises UserError beginning with `where` if it cannot be decoded."""
     with _decoding(where):
         image = open_known(data, formats)
         image.load()
@@ -117,7 +118,7 @@ def _decoding(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # decoders raise whatever broken data makes them stumble over
-        raise ValueError(f"{where} cannot be decoded: {one_line(error)}") from None
+        raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

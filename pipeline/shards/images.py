@@ -10,18 +10,19 @@ from typing import overload
 import numpy as np
 
 from pipeline.tars import NO_LABEL
+from singer.errors import UserError
 
 
 class Keys(Sequence[str]):
     """Names of images, decoded when asked for: a million take little more than their letters.
 
     text: uint8, the UTF-8 bytes of all keys one after the other; ends: int64, where each key ends in text.
-    Raises ValueError if these do not fit each other.
+    Raises UserError if these do not fit each other.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         if np.any(np.diff(ends, prepend=0) < 0) or (int(ends[-1]) if len(ends) else 0) != len(text):
-            raise ValueError(f"the ends of {len(ends)} keys do not divide their {len(text)} bytes")
+            raise UserError(f"the ends of {len(ends)} keys do not divide their {len(text)} bytes")
         self.text, self.ends = text, ends
 
     @classmethod
@@ -131,7 +132,7 @@ def content_hash(images: Images, digest: np.ndarray) -> str:
 def require_labels(images: Images, what: str) -> None:
     missing = np.flatnonzero(images.labels == NO_LABEL)
     if len(missing):
-        raise ValueError(
+        raise UserError(
             f"{what}: {len(missing)} of {len(images)} images have no .cls label, the first is "
             f"{images.keys[int(missing[0])]!r}"
         )

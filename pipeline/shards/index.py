@@ -17,6 +17,7 @@ from webdataset.shardlists import expand_urls
 
 from pipeline.shards.images import Images, Keys, Skipped
 from pipeline.tars import UNSAFE, Defect, contents, read_samples
+from singer.errors import UserError
 
 OnError = Literal["fail", "skip"]
 
@@ -24,7 +25,7 @@ OnError = Literal["fail", "skip"]
 def expand_shards(spec: str | Sequence[str]) -> list[Path]:
     """The shard files that globs, brace ranges (`train-{0000..0004}.tar`) or names stand for, in order.
 
-    Raises ValueError if one stands for nothing, or a file is missing.
+    Raises UserError if one stands for nothing, or a file is missing.
     """
     paths: list[Path] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
@@ -32,19 +33,17 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
             if glob.has_magic(name) and not Path(name).is_file():
                 found = sorted(Path(p) for p in glob.glob(name))  # noqa: PTH207 (absolute patterns too)
                 if not found:
-                    raise ValueError(f"no shard matches {name!r}")
+                    raise UserError(f"no shard matches {name!r}")
                 paths += found
             else:
                 paths.append(Path(name))
     missing = [p for p in paths if not p.is_file()]
     if missing:
-        raise ValueError(
-            f"shard {missing[0]} does not exist" + (f" (nor {len(missing) - 1} more)" * (len(missing) > 1))
-        )
+        raise UserError(f"shard {missing[0]} does not exist" + (f" (nor {len(missing) - 1} more)" * (len(missing) > 1)))
     if not paths:
-        raise ValueError("no shards given")
+        raise UserError("no shards given")
     if len(set(paths)) < len(paths):
-        raise ValueError(f"shard {next(p for p in paths if paths.count(p) > 1)} is given twice")
+        raise UserError(f"shard {next(p for p in paths if paths.count(p) > 1)} is given twice")
     return paths
 
 
@@ -60,7 +59,7 @@ class Defects:
         key = key.encode("unicode_escape").decode() if UNSAFE.search(key) else key
         if self.on_error == "fail":
             where = Skipped(str(path), key, reason)
-            raise ValueError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
+            raise UserError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
         self.skipped.append(Skipped(path.name, key, reason))
 
 
@@ -72,7 +71,7 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     damaged shard the samples before the damage stay, without the last, which may have lost members. As in the
     webdataset library, files whose names have no extension or begin with a dot belong to no sample.
 
-    Raises ValueError for a shard that is missing, if there are no images at all, and, unless on_error is "skip", for
+    Raises UserError for a shard that is missing, if there are no images at all, and, unless on_error is "skip", for
     the first defect; else defects are listed in `skipped`.
     """
     paths = expand_shards(spec)
@@ -102,7 +101,7 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
             seen.add(sample.key)
     if not keys:
         also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
-        raise ValueError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
+        raise UserError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
     return Images(
         tuple(p.resolve() for p in paths),
         tuple(p.stat().st_size for p in paths),
@@ -118,7 +117,7 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
 def index_beside(images: Images, extension: str) -> Images:
     """The members .{extension} beside the images: the same rows, with the places and sizes of these members.
 
-    Raises ValueError naming shard and key where one is missing, empty, no regular file or there twice.
+    Raises UserError naming shard and key where one is missing, empty, no regular file or there twice.
     """
     offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
     for number, path in enumerate(images.paths):
@@ -135,12 +134,12 @@ def index_beside(images: Images, extension: str) -> Images:
             else:
                 offset[row], size[row] = member.offset, member.size
                 continue
-            raise ValueError(str(Skipped(str(path), images.keys[row], reason)))
+            raise UserError(str(Skipped(str(path), images.keys[row], reason)))
     return replace(images, offset=offset, size=size)
 
 
 def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
-    """The images with their shards where they lie now. Raises ValueError if one is missing or has changed."""
+    """The images with their shards where they lie now. Raises UserError if one is missing or has changed."""
     paths = images.paths
     if shards is not None:
         given = expand_shards(shards)
@@ -148,15 +147,15 @@ def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
         if len(found) == len(given):
             missing = [p.name for p in paths if p.name not in found]
             if missing:
-                raise ValueError(f"--shards does not give {missing[0]}, which the cache was made from")
+                raise UserError(f"--shards does not give {missing[0]}, which the cache was made from")
             paths = tuple(found[p.name] for p in paths)
         elif len(given) == len(paths):  # names repeat: by order
             paths = tuple(p.resolve() for p in given)
         else:
-            raise ValueError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
+            raise UserError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
     for path, size in zip(paths, images.shard_sizes, strict=True):
         if not path.is_file():
-            raise ValueError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
+            raise UserError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
         if path.stat().st_size != size:
-            raise ValueError(f"shard {path} has changed since it was cached; cache it again")
+            raise UserError(f"shard {path} has changed since it was cached; cache it again")
     return replace(images, paths=paths)

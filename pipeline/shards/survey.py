@@ -11,6 +11,7 @@ from pipeline.progress import meter
 from pipeline.shards.image_file import ImageFile, one_line, open_known
 from pipeline.shards.images import Images, Survey, image_digest
 from pipeline.shards.index import Defects, OnError
+from singer.errors import UserError
 
 _BATCH = 64
 
@@ -18,8 +19,8 @@ _BATCH = 64
 def survey(images: Images, workers: int, on_error: OnError) -> Survey:
     """Read every image once, in threads: its digest and size, and whether it can be decoded.
 
-    Raises ValueError for the first defective image, or, if on_error is "skip", leaves the defective ones out of the
-    images and lists them in their `skipped`; raises ValueError if none is left.
+    Raises UserError for the first defective image, or, if on_error is "skip", leaves the defective ones out of the
+    images and lists them in their `skipped`; raises UserError if none is left.
     """
     defects = Defects(on_error)
     columns = np.zeros(len(images), dtype=[("digest", np.uint64), ("width", np.int32), ("height", np.int32)])
@@ -40,7 +41,7 @@ def survey(images: Images, workers: int, on_error: OnError) -> Survey:
                     columns[number] = facts
             m.advance(len(numbers))
     if not good.any():
-        raise ValueError(f"none of {len(images)} images can be decoded; the first: {defects.skipped[0]}")
+        raise UserError(f"none of {len(images)} images can be decoded; the first: {defects.skipped[0]}")
     images = replace(images, skipped=(*images.skipped, *defects.skipped))
     found = Survey(images, *(np.ascontiguousarray(columns[name]) for name in ("digest", "width", "height")))
     return found if good.all() else found.select(np.flatnonzero(good))

@@ -27,5 +27,5 @@ __all__ = [
 
 
 def open_store(place: Place) -> Store:
-    """The store at a path or URL. Raises ValueError for a URL that cannot be used."""
+    """The store at a path or URL. Raises UserError for a URL that cannot be used."""
     return RemoteStore.open(str(place)) if is_remote(place) else LocalStore(Path(place))

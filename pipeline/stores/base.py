@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from singer.errors import UserError
+
 Place = Path | str
 LOCK = "writer.lock"
 
@@ -39,11 +41,11 @@ class Store(Protocol):
         ...
 
     def read_ranges(self, ranges: Ranges) -> None:
-        """Fastest if those of an object are together and in order. Raises ValueError if one is missing or too short."""
+        """Fastest if those of an object are together and in order. Raises UserError if one is missing or too short."""
         ...
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
-        """Durable and all or nothing, also after a crash. Raises ValueError if the lock has gone to another run."""
+        """Durable and all or nothing, also after a crash. Raises UserError if the lock has gone to another run."""
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -63,7 +65,7 @@ class Store(Protocol):
         ...
 
     def lock(self) -> AbstractContextManager[None]:
-        """Held by one writer at a time; a second one gets a ValueError."""
+        """Held by one writer at a time; a second one gets a UserError."""
         ...
 
 
@@ -71,9 +73,9 @@ def is_remote(place: Place) -> bool:
     return "://" in str(place)
 
 
-def missing(place: Place) -> ValueError:
-    return ValueError(f"{place} is missing; run singer cache verify")
+def missing(place: Place) -> UserError:
+    return UserError(f"{place} is missing; run singer cache verify")
 
 
-def too_short(place: Place) -> ValueError:
-    return ValueError(f"{place} ends too early; run singer cache verify")
+def too_short(place: Place) -> UserError:
+    return UserError(f"{place} ends too early; run singer cache verify")

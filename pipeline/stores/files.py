@@ -5,6 +5,8 @@ import resource
 import threading
 from pathlib import Path
 
+from singer.errors import UserError
+
 TEMPORARY = ".singer-tmp"
 _OTHER_FILES = 256
 
@@ -54,5 +56,5 @@ def allow_open_files(count: int) -> None:
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise ValueError(f"{count} shards are more than the {hard} files that this system lets a process open")
+            raise UserError(f"{count} shards are more than the {hard} files that this system lets a process open")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, min(2 * soft, hard)), hard))

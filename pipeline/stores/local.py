@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.stores.base import Ranges, missing
 from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
 from pipeline.stores.scattered import read_scattered
+from singer.errors import UserError
 
 
 class _File:
@@ -89,7 +90,7 @@ class LocalStore:
             except BlockingIOError:
                 held = False
             if not held:
-                raise ValueError(f"{self.path} is being written by another run")
+                raise UserError(f"{self.path} is being written by another run")
             try:
                 # What holders that died have left:
                 shutil.rmtree(self._removed, ignore_errors=True)

@@ -11,6 +11,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from pipeline.progress import say
+from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
     from obstore import PutMode, UpdateVersion
@@ -30,7 +31,7 @@ class RemoteLock:
         self._version: UpdateVersion = {}
 
     def take(self, place: str) -> None:
-        """Raises ValueError if somebody else holds the lock."""
+        """Raises UserError if somebody else holds the lock."""
         if self._put("create"):
             return
         first = now = self._look()
@@ -41,7 +42,7 @@ class RemoteLock:
             time.sleep(SECONDS / 60)
             now = self._look()
         if not self._put("create" if now is None or now != first else now[1]):
-            raise ValueError(f"{place} is being written by another run ({(now or first or ('unknown',))[0]})")
+            raise UserError(f"{place} is being written by another run ({(now or first or ('unknown',))[0]})")
 
     def renew(self) -> bool:
         """False if another run has taken the lock."""
@@ -80,10 +81,10 @@ lost: set[str] = set()
 
 
 def check(url: str) -> None:
-    """Raises ValueError if this process has lost the lock of a store above `url`, or its own."""
+    """Raises UserError if this process has lost the lock of a store above `url`, or its own."""
     for place in tuple(lost):
         if f"{url}/".startswith(f"{place}/"):
-            raise ValueError(
+            raise UserError(
                 f"{place} has been taken over by another run, as this one did not reach it for {SECONDS:.0f} s; "
                 "continue with --resume when that has ended"
             )

@@ -18,6 +18,7 @@ from obstore.store import from_url
 
 from pipeline.stores import locks
 from pipeline.stores.base import LOCK, Ranges, missing, too_short
+from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -47,16 +48,16 @@ class RemoteStore:
 
     @classmethod
     def open(cls, url: str) -> "RemoteStore":
-        """Raises ValueError if the URL is of no known kind, or if settings that it needs lack in the environment."""
+        """Raises UserError if the URL is of no known kind, or if settings that it needs lack in the environment."""
         scheme = url.partition("://")[0]
         if scheme not in _SCHEMES:
-            raise ValueError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
+            raise UserError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
         if {"?", "#"} & set(url):
-            raise ValueError(f"{url}: a URL with ? or # cannot be used; choose another name")
+            raise UserError(f"{url}: a URL with ? or # cannot be used; choose another name")
         try:
             return cls(url.rstrip("/"), from_url(url, client_options=_CLIENT, retry_config=_RETRY))
         except (BaseError, ValueError) as error:
-            raise ValueError(f"{url} cannot be used: {_reason(error)}") from None
+            raise UserError(f"{url} cannot be used: {_reason(error)}") from None
 
     @property
     def url(self) -> str:
@@ -151,7 +152,7 @@ class RemoteStore:
 
         def keep() -> None:
             while self._url not in locks.lost and not released.wait(locks.SECONDS / 4):
-                with suppress(ValueError, OSError):  # lost, or an outage: the next renewal may succeed
+                with suppress(UserError, OSError):  # lost, or an outage: the next renewal may succeed
                     renew()
 
         def release() -> None:
@@ -169,7 +170,7 @@ class RemoteStore:
         except OSError:
             raise  # perhaps out of reach: rather than make the user wait for one more error, let the lock die
         except BaseException:
-            with suppress(ValueError, OSError):
+            with suppress(UserError, OSError):
                 release()
             raise
         else:

@@ -50,7 +50,7 @@ def read_scattered(
 ) -> None:
     """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in files[i], an open one; all int64, out uint8.
 
-    Ranges that follow each other closely become one read. path: of the file of range i. Raises ValueError if one ends
+    Ranges that follow each other closely become one read. path: of the file of range i. Raises UserError if one ends
     too early, OSError naming it if it cannot be read.
     """
     if not len(files):

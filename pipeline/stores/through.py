@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.stores.base import Ranges, Store
 from pipeline.stores.files import TEMPORARY, is_at, write_durably
 from pipeline.stores.local import LocalStore
+from singer.errors import UserError
 
 
 class ReadThrough:
@@ -47,7 +48,7 @@ class ReadThrough:
             try:
                 data = self._source.read(name)
                 if hashlib.sha256(data).hexdigest() != self._checksums[name]:
-                    raise ValueError(f"{self.url}/{name} does not match its checksum; run singer cache verify")
+                    raise UserError(f"{self.url}/{name} does not match its checksum; run singer cache verify")
                 os.ftruncate(file, 0)  # the rest of a process that died
                 write_durably(file, copy, data)
                 unfinished.rename(copy)

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config import Config, Positive, Section, load_config, recipes
 from pipeline.resources import resource
+from singer.errors import UserError
 
 # What may vary while the cache stays the same.
 SECTIONS = ("refine", "student", "distill", "evaluate")
@@ -102,33 +103,33 @@ def figures_of(probes: Iterable[str]) -> list[str]:
 
 
 def find_sweep(file: str | Path) -> Path:
-    """A file, or a bundled one by its name. Raises ValueError if there is neither."""
+    """A file, or a bundled one by its name. Raises UserError if there is neither."""
     bundled = resource("configs") / "sweeps"
     for path in (Path(file), bundled / f"{file}.yaml"):
         if path.is_file():
             return path
     known = ", ".join(sorted(p.stem for p in bundled.glob("*.yaml")))
-    raise ValueError(f"{file}: no such file, nor a bundled sweep among {known}")
+    raise UserError(f"{file}: no such file, nor a bundled sweep among {known}")
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises ValueError, in one line, for whatever is wrong in the file."""
+    """Raises UserError, in one line, for whatever is wrong in the file."""
     try:
         return make_plan(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def make_plan(tree: Any) -> Plan:
-    """The plan of a file's content. Raises ValueError."""
+    """The plan of a file's content. Raises UserError."""
     try:
         file = SweepFile.model_validate(tree or {})
     except ValidationError as error:
-        raise ValueError(_explain(error.errors()[0])) from None
+        raise UserError(_explain(error.errors()[0])) from None
     if not file.grid and not file.runs:
-        raise ValueError("it has neither grid nor runs; give one of them, or both")
+        raise UserError("it has neither grid nor runs; give one of them, or both")
     base = _base(file.base)
     drafts = [_draft(entry, point, base) for entry in file.runs or (RunEntry(),) for point in _points(file.grid)]
     runs, refiners = _named(drafts)
@@ -159,10 +160,10 @@ def _base(base: Any) -> str | dict[str, Any]:
     """The recipe, or a tree like one."""
     if isinstance(base, str):
         if base not in recipes() and not Path(base).is_file():
-            raise ValueError(f"base: no file {base}, nor a recipe among {', '.join(recipes())}")
+            raise UserError(f"base: no file {base}, nor a recipe among {', '.join(recipes())}")
         return base
     if not isinstance(base, dict) or not all(isinstance(keys, dict | None) for keys in base.values()):
-        raise ValueError("base takes a recipe's name, or sections with keys")
+        raise UserError("base takes a recipe's name, or sections with keys")
     return base
 
 
@@ -178,13 +179,13 @@ def _points(grid: Mapping[str, list[Value]]) -> Iterable[dict[str, Value]]:
 def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any]) -> _Draft:
     twice = sorted(set(entry.set) & set(point))
     if twice:
-        raise ValueError(f"{twice[0]} is set by grid and by {entry.name or 'a run'}; leave one out")
+        raise UserError(f"{twice[0]} is set by grid and by {entry.name or 'a run'}; leave one out")
     changes = {**entry.set, **point}
     for key in changes:
         _check_key(key)
     refiner = changes.pop(REFINER, "fit")
     if refiner not in ("none", "fit", None):
-        raise ValueError(f"{REFINER} is none or fit, not {refiner!r}")
+        raise UserError(f"{REFINER} is none or fit, not {refiner!r}")
     config = load_config(base, [_setting(key, value) for key, value in changes.items()])
     resolved = {key: _at(config, key) for key in changes}
     if REFINER in entry.set or REFINER in point:
@@ -200,10 +201,10 @@ def _check_key(key: str) -> None:
     if key == REFINER or (dot and (section in SECTIONS or section not in Config.model_fields)):
         return  # keys that do not exist are left to the configuration, which knows the nearest
     if dot:
-        raise ValueError(f"{key} belongs to the cache, and a sweep has one; it varies {', '.join(SECTIONS)}")
+        raise UserError(f"{key} belongs to the cache, and a sweep has one; it varies {', '.join(SECTIONS)}")
     ends = {REFINER: REFINER, **{k: f"{s}.{k}" for s in SECTIONS for k in getattr(Config(), s).model_dump()}}
     (near,) = difflib.get_close_matches(key, ends, n=1, cutoff=0)
-    raise ValueError(f"unknown key {key!r}; did you mean {ends[near]!r}?")
+    raise UserError(f"unknown key {key!r}; did you mean {ends[near]!r}?")
 
 
 def _at(config: Config, key: str) -> Value:
@@ -277,12 +278,12 @@ def _check_different(entries: Sequence[RunEntry], runs: list[Run]) -> None:
     given = Counter(entry.name for entry in entries if entry.name)
     twice = [name for name, count in given.items() if count > 1]
     if twice:
-        raise ValueError(f"two runs are called {twice[0]}")
+        raise UserError(f"two runs are called {twice[0]}")
     seen: dict[str, str] = {}
     for run in runs:
         settings = _key(run.settings())
         if settings in seen:
-            raise ValueError(f"runs {seen[settings]} and {run.name} have one and the same configuration; leave one out")
+            raise UserError(f"runs {seen[settings]} and {run.name} have one and the same configuration; leave one out")
         seen[settings] = run.name
 
 
@@ -291,7 +292,7 @@ def _rank_by(asked: str | None, figures: list[str]) -> str:
         return DEFAULT_FIGURE if DEFAULT_FIGURE in figures else figures[0]
     if asked not in figures:
         near = difflib.get_close_matches(asked, figures, n=1, cutoff=0)[0]
-        raise ValueError(f"rank_by: no figure {asked!r} among those of its probes; did you mean {near!r}?")
+        raise UserError(f"rank_by: no figure {asked!r} among those of its probes; did you mean {near!r}?")
     return asked
 
 

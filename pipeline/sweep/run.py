@@ -40,6 +40,7 @@ from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
 from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
 from pipeline.sweep.worker import Worker
 from pipeline.trained import RUN
+from singer.errors import UserError
 
 STAGE = "sweep"
 STATE = "sweep.json"
@@ -64,10 +65,10 @@ class SweepResult:
     leaderboard: list[dict[str, Any]]
 
     def check(self) -> None:
-        """Raise ValueError naming the runs that failed, if any did."""
+        """Raise UserError naming the runs that failed, if any did."""
         if self.failed:
             each = "; ".join(f"{name} ({error})" for name, error in self.failed.items())
-            raise ValueError(f"{len(self.failed)} of {self.runs} runs failed: {each}")
+            raise UserError(f"{len(self.failed)} of {self.runs} runs failed: {each}")
 
 
 def sweep(
@@ -87,12 +88,12 @@ def sweep(
     trained and not compared. shards: where the cached shards lie now, if they have moved. workers: processes; default:
     one a GPU. One works in this very process.
 
-    Raises ValueError for whatever the user can mend before anything starts. What fails later is in the result.
+    Raises UserError for whatever the user can mend before anything starts. What fails later is in the result.
     """
     if (train is None) != (test is None):
-        raise ValueError("probes need both --train and --test")
+        raise UserError("probes need both --train and --test")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("singer sweep spreads its runs by itself; start it without accelerate launch")
+        raise UserError("singer sweep spreads its runs by itself; start it without accelerate launch")
     path = find_sweep(file)
     plan, content = read_plan(path), path.read_bytes()
     places = as_places(caches)
@@ -150,7 +151,7 @@ def _sweep(
 
 
 def _check_unchanged(plan: Plan, setting: Setting) -> None:
-    """Raise ValueError naming a refiner or a run that was started with other settings.
+    """Raise UserError naming a refiner or a run that was started with other settings.
 
     Those of evaluate may change: figures are kept apart by the settings that they come from.
     """
@@ -172,9 +173,7 @@ def _check_unchanged(plan: Plan, setting: Setting) -> None:
 
 def _refuse(what: str, out: Path, change: str | None) -> None:
     if change is not None:
-        raise ValueError(
-            f"{what} in {out} was started with {change}; put that back, name it anew, or use another --out"
-        )
+        raise UserError(f"{what} in {out} was started with {change}; put that back, name it anew, or use another --out")
 
 
 def _result_files(run: Run, probes: Sequence[str], out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
@@ -185,7 +184,7 @@ def _result_files(run: Run, probes: Sequence[str], out: Path, images: tuple[Imag
 
 
 def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, test: Images) -> None:
-    """Raise ValueError, before anything is trained, if a probe that is still to come cannot work on these shards."""
+    """Raise UserError, before anything is trained, if a probe that is still to come cannot work on these shards."""
     left = {
         (task, run.config.evaluate.model_dump_json()): run
         for run in plan.runs
@@ -195,8 +194,8 @@ def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, 
     for (task, _), run in left.items():
         try:
             TASKS[task].check(train, test, run.config.evaluate)
-        except ValueError as error:
-            raise ValueError(f"probe {task} of run {run.name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"probe {task} of run {run.name}: {error}") from None
 
 
 def _jobs(plan: Plan, setting: Setting, files: dict[str, dict[str, Path]]) -> Iterator[Job]:

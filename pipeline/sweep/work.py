@@ -17,6 +17,7 @@ from pipeline.progress import say
 from pipeline.refine import refine
 from pipeline.stores import Place
 from pipeline.trained import RUN
+from singer.errors import UserError
 
 REFINERS = "refiners"
 RUNS = "runs"
@@ -81,7 +82,7 @@ def attempt(setting: Setting, job: Job) -> dict[str, str]:
 def _failures(member: Member, do: Callable[[], object]) -> dict[str, str]:
     try:
         do()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return {member.name: one_line(error)}
     except Exception as error:  # no run may take the others along, whatever its model or its GPU does
         traceback.print_exc(file=sys.stderr)

@@ -15,6 +15,7 @@ from pipeline.verify.files import check_part, unreachable
 from pipeline.verify.findings import LiveCheck, PartReport, VerifyResult
 from pipeline.verify.live import check_live, load_extractor
 from pipeline.verify.repair import repair_part
+from singer.errors import UserError
 
 __all__ = ["LiveCheck", "PartReport", "VerifyResult", "verify"]
 
@@ -31,13 +32,13 @@ def verify(
     """Check the cache at `place`, complete or not; with `live` or `repair`, load config.teacher for a sample too.
 
     shards: where the images lie now, if they have moved; sample: records of each part. Nothing is written, nor a lock
-    taken, except for `repair`. Raises ValueError if a manifest cannot be read, the teacher is none of the cache's, or
+    taken, except for `repair`. Raises UserError if a manifest cannot be read, the teacher is none of the cache's, or
     what `repair` needs is gone.
     """
     store = open_store(place)
     parts = read_parts(store)
     if repair and parts[0].manifest.version == 1:
-        raise ValueError(f"{place} was written by format version 1 and cannot be repaired; make a new cache")
+        raise UserError(f"{place} was written by format version 1 and cannot be repaired; make a new cache")
     extract = load_extractor(config, parts) if live or repair else None
     with store.lock() if repair else nullcontext():
         reports = {part.name: check_part(part) for part in parts}

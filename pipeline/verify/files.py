@@ -25,6 +25,7 @@ from pipeline.progress import meter
 from pipeline.shards import content_hash
 from pipeline.stores import Store
 from pipeline.verify.findings import UNKNOWN, PartReport
+from singer.errors import UserError
 
 # Each holds a whole file in memory.
 _READERS = 2
@@ -74,7 +75,7 @@ def shard_defects(part: Part, sizes: Mapping[str, int], shard: int) -> dict[str,
         return None
     try:
         files = part.entry(shard)["files"]
-    except (ValueError, OSError):
+    except (UserError, OSError):
         return {journal: "damaged"}
     sealed = part.manifest.version == 1 or sealed_defect(part.store, sizes, journal) is None
     if not sealed or set(files) != set(shard_files(part.manifest, shard)):
@@ -134,7 +135,7 @@ def tensors_defect(store: Store, name: str) -> str | None:
     """What is wrong with a safetensors file without a checksum; None if nothing can be seen."""
     try:
         parse_tensors(store.read(name), name)
-    except ValueError:
+    except UserError:
         return "damaged"
     return None
 
@@ -158,7 +159,7 @@ def index_defect(part: Part) -> str | None:
         if len(index) != manifest.records or records != len(index):
             return f"damaged: it numbers {records} records, not {manifest.records}"
         return None if len(set(images.keys)) == len(images) else "damaged: keys occur twice"
-    except ValueError:
+    except ValueError:  # also what damaged columns make NumPy stumble over
         return "damaged"
 
 

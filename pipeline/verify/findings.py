@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.cache.format import CALIBRATION, FIDELITY, INDEX, MANIFEST, SKIPPED, TAIL
 from pipeline.outputs import CONFIG, PROVENANCE
 from pipeline.stores import Place
+from singer.errors import UserError
 
 UNKNOWN = "unknown"
 
@@ -62,12 +63,12 @@ class VerifyResult:
     parts: list[PartReport]
 
     def check(self) -> None:
-        """Raise ValueError saying what to do if the cache is not whole."""
+        """Raise UserError saying what to do if the cache is not whole."""
         problems: dict[str, list[str]] = {}
         for problem, remedy in _problems(self):
             problems.setdefault(remedy, []).append(problem)
         if problems:
-            raise ValueError(". ".join(f"{_some(found, 3)}; {remedy}" for remedy, found in problems.items()))
+            raise UserError(". ".join(f"{_some(found, 3)}; {remedy}" for remedy, found in problems.items()))
 
 
 def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:

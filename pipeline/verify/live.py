@@ -22,13 +22,14 @@ from pipeline.progress import meter
 from pipeline.shards import ImageFile, image_digest, relocate
 from pipeline.verify.files import within
 from pipeline.verify.findings import LiveCheck, PartReport
+from singer.errors import UserError
 from singer.matching import take_patches
 
 
 def load_extractor(config: Config, parts: Sequence[Part]) -> Extractor:
     """The teacher of config.teacher, run as for the cache; its first teacher if config names none.
 
-    Raises ValueError naming both sides if the cache holds no features of it.
+    Raises UserError naming both sides if the cache holds no features of it.
     """
     teachers = [p.manifest.teacher for p in parts]
     given = config.teacher
@@ -51,7 +52,7 @@ def load_extractor(config: Config, parts: Sequence[Part]) -> Extractor:
         assert difference is not None
         key, there, here = difference
         source = f" with {given.weights}" if given.weights else ""
-        raise ValueError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {here} ({name}{source})")
+        raise UserError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {here} ({name}{source})")
     return extract
 
 
@@ -61,14 +62,14 @@ def computable(part: Part, report: PartReport) -> bool:
 
 
 def check_images(index: Index, records: np.ndarray, shards: str | Sequence[str] | None) -> None:
-    """Raise ValueError naming the first image of some records that is not the one that was cached."""
+    """Raise UserError naming the first image of some records that is not the one that was cached."""
     if index.digest is None:
         return
     with ImageFile(relocate(index.images, shards)) as files:
         for image in np.unique(index.image[records]).tolist():
             data, where = files.encoded(image)
             if image_digest(data) != int(index.digest[image]):
-                raise ValueError(f"{where} is not the one that was cached; give its shards with --shards")
+                raise UserError(f"{where} is not the one that was cached; give its shards with --shards")
 
 
 def check_live(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from singer.errors import UserError
 from singer.objectives.base import Objective, Setting
 
 
@@ -17,7 +18,7 @@ class Labels(Objective):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         if setting.classes is None:
-            raise ValueError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
+            raise UserError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
         self.head = nn.Linear(setting.width, setting.classes)
 
     def reads(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.errors import UserError
 from singer.objectives.base import Objective, Setting
 
 
@@ -22,9 +23,9 @@ class Logits(Objective):
         self.block = setting.blocks[-1]
         model = self.tail.model
         if not self.tail.is_last(self.block) or not getattr(model, "num_classes", 0):
-            raise ValueError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
+            raise UserError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
         if not setting.prefix and model.global_pool == "token":
-            raise ValueError("distill.objective logits needs a student with a class token: the teacher's head reads it")
+            raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
 
     def reads(self) -> tuple[int, ...]:
         return self.setting.blocks[-1:]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from singer.errors import UserError
 from singer.objectives.base import Objective, Setting
 from singer.tail import first_norm
 
@@ -25,14 +26,14 @@ class Relation(Objective):
         super().__init__(setting)
         self.blocks = [b for b in setting.blocks if not self.tail.is_last(b)]
         if not self.blocks:
-            raise ValueError(
+            raise UserError(
                 "distill.objective relation reads cached features with the block behind them, and only the last block "
                 "is cached; cache an intermediate one"
             )
         for block in self.blocks:
             attention = getattr(self.tail.block(block + 1), "attn", None)
             if not hasattr(attention, "qkv"):
-                raise ValueError("distill.objective relation needs a teacher whose blocks have attn.qkv")
+                raise UserError("distill.objective relation needs a teacher whose blocks have attn.qkv")
             first_norm(self.tail.block(block + 1))  # which must be there
 
     def reads(self) -> tuple[int, ...]:

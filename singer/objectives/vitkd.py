@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from singer.errors import UserError
 from singer.objectives.base import Objective, Setting
 
 
@@ -34,7 +35,7 @@ class VitKd(Objective):
     def __init__(self, setting: Setting, generate_all: bool = False) -> None:
         super().__init__(setting)
         if setting.grid is None:
-            raise ValueError(
+            raise UserError(
                 "distill.objective vitkd needs all patches of an image, but the cache holds a share of them"
             )
         generated = setting.blocks if generate_all else setting.blocks[-1:]
