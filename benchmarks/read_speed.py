@@ -29,22 +29,24 @@ import zarr
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
+from pipeline.cache.completion import complete_part
 from pipeline.cache.format import (
     FEATURES,
     PIXELS,
+    VIEWS,
     DataManifest,
-    Index,
     Manifest,
     PixelsManifest,
     TeacherManifest,
     shard_file,
 )
+from pipeline.cache.parts import read_parts
 from pipeline.cache.reader import Cache
 from pipeline.cache.writer import create_part, small_files, write_shard
 from pipeline.config import DistillConfig
 from pipeline.prefetch import prefetch
 from pipeline.readplan import WINDOW_BYTES, lists_ahead, share_lists
-from pipeline.shards import Images, Keys, content_hash
+from pipeline.shards import Images, Keys, listing_hash
 from pipeline.stores import LocalStore
 from pipeline.train import BatchLoader
 
@@ -74,8 +76,8 @@ def synthetic_manifest(
     fitting = shard_bytes // max(int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize for f in forms)
     return Manifest(
         teacher=teacher,
-        data=DataManifest(shards=(), images=records, labelled=0, hash=content_hash(*synthetic_images(records))),
-        views={"first": 0, "count": 1},
+        data=DataManifest(shards=(), images=records, labelled=0, hash=listing_hash(synthetic_images(records))),
+        views={"first": 0, "count": 1, "color": [0, 0, 0, 0]},
         blocks=(BLOCK,),
         codec=codec,
         stored_patches=side * side,
@@ -87,12 +89,11 @@ def synthetic_manifest(
     )
 
 
-def synthetic_images(count: int) -> tuple[Images, np.ndarray]:
-    """Images that lie nowhere, and their digests."""
+def synthetic_images(count: int) -> Images:
+    """Images that lie nowhere."""
     zeros = np.zeros(count, np.int64)
     keys = Keys.of(f"{n:07d}" for n in range(count))
-    images = Images((), (), keys, zeros.astype(np.int32) - 1, zeros.astype(np.int32), zeros, zeros)
-    return images, np.arange(count, dtype=np.uint64)
+    return Images((), (), keys, zeros.astype(np.int32) - 1, zeros.astype(np.int32), zeros, zeros)
 
 
 def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -105,12 +106,9 @@ def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> 
 
 def create_synthetic(store: LocalStore, manifest: Manifest) -> None:
     """Everything but the shards."""
-    images, digest = synthetic_images(manifest.records)
-    records = np.arange(manifest.records, dtype=np.int32)
-    boxes = np.tile(np.array([0, 0, 1, 1], np.float32), (len(records), 1))
-    index = Index(images, digest, records, 0 * records, boxes, np.zeros(len(records), np.bool_))
+    images = synthetic_images(manifest.records)
     calibration = calibrate(synthetic_features(BATCH, manifest.tokens, manifest.teacher.width), 1)
-    create_part(store, manifest, small_files(manifest, index, {}, {BLOCK: calibration}, {}, ()))
+    create_part(store, manifest, small_files(manifest, images, {}, {BLOCK: calibration}, {}))
 
 
 def write_synthetic(folder: Path, manifest: Manifest) -> None:
@@ -131,7 +129,18 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
         if manifest.pixels is not None:
             size = manifest.pixels.size
             values[PIXELS] = np.full((stop - start, size, size, 3), shard % 256, np.uint8)
-        write_shard(store, manifest, shard, values)
+        values[VIEWS] = synthetic_views(manifest, start, stop)
+        write_shard(store, manifest, shard, values, {})
+    (part,) = read_parts(store)
+    complete_part(part)
+
+
+def synthetic_views(manifest: Manifest, start: int, stop: int) -> np.ndarray:
+    """What would be stored of the images of some records: whole images of 16 x 16 pixels."""
+    found = np.zeros(stop - start, manifest.view_form)
+    found["digest"], found["width"], found["height"] = np.arange(start, stop), 16, 16
+    found["box"] = 0, 0, 1, 1
+    return found.view(np.uint8).reshape(len(found), -1)
 
 
 def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> np.ndarray | Ragged:

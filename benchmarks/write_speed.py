@@ -22,21 +22,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_features, synthetic_manifest
+from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_features, synthetic_manifest, synthetic_views
 from torch import Tensor
 
 from pipeline import cache_teacher as stage
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encoder import Batch, Encoder, calibration_on
+from pipeline.cache.encoder import Batch, Encoder, Values, calibration_on
 from pipeline.cache.filling import filling
-from pipeline.cache.format import read_index
+from pipeline.cache.format import VIEWS, read_images
 from pipeline.cache.parts import read_parts
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.config import load_config
 from pipeline.devices import make_accelerator
 from pipeline.extract import Extractor
 from pipeline.models import load_teacher
 from pipeline.prefetch import prefetch
-from pipeline.shards import ImageFile, index_shards, survey
+from pipeline.shards import ImageFile, index_shards
 from pipeline.stores import LocalStore
 
 # Small ones, so that every turn also writes; larger ones are synced less often.
@@ -64,36 +65,37 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     accelerator = make_accelerator(config.cache.precision)
     vit.model.to(accelerator.device)
     extract = Extractor(config, vit, accelerator)
-    found = survey(index_shards(options.shards), config.cache.workers, "fail")
-    stage.create_parts(config, found, scratch, "new", extract)
+    stage.create_parts(config, index_shards(options.shards), scratch, "new", extract)
     (part,) = read_parts(LocalStore(scratch))
-    manifest, index = part.manifest, read_index(part.store)
-    encode = Encoder(manifest, index, calibration_on(part, extract.device))
+    manifest, images = part.manifest, read_images(part.store)
+    rows = Rows.of(manifest, images)
+    encode = Encoder(manifest, rows, calibration_on(part, extract.device))
     turn = max(1, options.images // manifest.shard_records)
     groups = [range(n, n + turn) for n in range(0, manifest.shards - turn + 1, turn)]
 
     def bare(group: Sequence[int]) -> None:
-        with ImageFile(index.images) as files:
+        with ImageFile(images) as files:
+            read = RowReader(rows, files, manifest.view_form, encode.sides, "fail")
             size = config.cache.batch_size
             ranges = [manifest.shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
-            for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers):
+            for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):
                 extract.features(batch.pixels, manifest.blocks)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
     def fill(group: Sequence[int]) -> None:
-        stage.fill(part, group, extract)
+        stage.fill(part, group, extract, [part])
 
     turns, order = [], [bare, fill]
     for number in range(options.rounds + 1):
         group = groups[number % len(groups)]
-        images = sum(stop - start for start, stop in map(manifest.shard_range, group))
+        count = sum(stop - start for start, stop in map(manifest.shard_range, group))
         took = {}
         for run in order:
             busy = time.process_time()
             wall = seconds(partial(run, group))
-            took[run] = Turn(wall / images, (time.process_time() - busy) / images)
+            took[run] = Turn(wall / count, (time.process_time() - busy) / count)
         order.reverse()
         if number:  # the first warms up
             turns.append((took[bare], took[fill]))
@@ -108,14 +110,14 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     store = LocalStore(folder)
     create_synthetic(store, manifest)
     (part,) = read_parts(store)
-    index = read_index(store)
-    encode = Encoder(manifest, index, calibration_on(part, torch.device("cpu")))
+    encode = Encoder(manifest, Rows.of(manifest, read_images(store)), calibration_on(part, torch.device("cpu")))
 
     def store_all() -> None:
         with filling(part, encode) as store:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
-                store({BLOCK: features[batch % len(features)]}, Batch(rows, torch.empty(0), {}))
+                views: Values = {VIEWS: torch.from_numpy(synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1))}
+                store({BLOCK: features[batch % len(features)]}, Batch(rows, torch.empty(0), views, {}))
 
     return seconds(store_all)
 

@@ -8,29 +8,34 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.codecs import CODECS, Calibration, calibrate
+from pipeline.cache.completion import complete_part
 from pipeline.cache.encoder import Encoder, calibration_on
 from pipeline.cache.fidelity import fidelity
 from pipeline.cache.filling import filling
 from pipeline.cache.format import (
+    COMPLETE,
     FIDELITY,
     MANIFEST,
+    SKIPPED,
     DataManifest,
-    Index,
     Manifest,
     PixelsManifest,
     TeacherManifest,
-    read_index,
+    read_images,
+    read_manifest,
 )
-from pipeline.cache.growth import Addition, Rows, plan_additions
+from pipeline.cache.growth import Addition, plan_additions
 from pipeline.cache.parts import Part, part_name, read_parts
 from pipeline.cache.reader import joint_id, read_calibration
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.writer import check_same, create_part, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
@@ -39,10 +44,9 @@ from pipeline.models import load_teacher, local_folder
 from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
-from pipeline.shards import ImageFile, Survey, content_hash, index_shards, relocate, survey
-from pipeline.stores import Place, open_store
+from pipeline.shards import ImageFile, Images, decoding_quietly, expand_shards, index_shards, listing_hash, relocate
+from pipeline.stores import Place, Store, open_store
 from pipeline.tars import NO_LABEL
-from pipeline.views import draw_view
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 from singer.tail import TeacherTail, tail_state
@@ -70,41 +74,43 @@ class CacheResult:
 
 
 def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode: Mode = "new") -> CacheResult:
-    """Fill a cache at `out` from the images in `shards`. Raises UserError for whatever the user can mend."""
+    """Fill a cache at `out` from the images in `shards`. Raises UserError for whatever the user can fix."""
     check_codec(config.cache.codec)
-    images = index_shards(shards, config.cache.on_error)
-    inputs = [*images.paths, *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
+    inputs = [*expand_shards(shards), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
+    store = open_store(out)
+    begun = mode in ("resume", "append") and MANIFEST in store.sizes()
     teacher = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
+    main = accelerator.is_main_process
+    # Before the output is claimed: what is wrong with the shards leaves none. A resumed run has the list already.
+    listed = index_shards(shards, config.cache.on_error) if main and not (begun and mode == "resume") else None
     teacher.model.to(accelerator.device)
     extract = Extractor(config, teacher, accelerator)
     resolve_blocks(config.cache.blocks, extract.teacher.depth)
-    found = survey(images, config.cache.workers, config.cache.on_error) if accelerator.is_main_process else None
 
-    start = time.perf_counter()
-    claim = claimed_output(out, mode, STAGE, config, seed=None) if accelerator.is_main_process else nullcontext()
-    with claim:
-        if found is not None:
-            create_parts(config, found, out, mode, extract)
+    start, done = time.perf_counter(), 0
+    with claimed_output(out, mode, STAGE, config, seed=None) if main else nullcontext():
         accelerator.wait_for_everyone()
-        done = 0
-        for part in mine(read_parts(open_store(out)), extract.teacher):
-            # One list for all processes: a quick one may have finished a shard before a slow one looks.
-            (pending,) = broadcast_object_list([part.pending()])
-            # Shards that have moved are given again; what --append is given may be others.
-            done += fill(part, pending, extract, shards if mode == "resume" and not part.name else None)
-            accelerator.wait_for_everyone()
-    parts = mine(read_parts(open_store(out)), extract.teacher)
+        if begun and mode == "resume":
+            check_begun(config, store, extract.teacher)
+        if begun:
+            # What an earlier run has begun comes first: only complete parts are known well enough to be added to.
+            done += fill_parts(store, extract, shards if mode == "resume" else None)
+        if main and listed is not None:
+            create_parts(config, listed, out, mode, extract)
+        accelerator.wait_for_everyone()
+        done += fill_parts(store, extract)
+    parts = mine(read_parts(store), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
         id=joint_id(parts),
-        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
+        records=sum({p.rows: p.records for p in parts}.values()),
         blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
         codec=config.cache.codec,
-        bytes=sum(open_store(out).sizes().values()),
-        skipped=len(found.images.skipped) if found is not None else 0,
+        bytes=sum(store.sizes().values()),
+        skipped=sum({p.rows: p.completion.skipped for p in parts if p.completion is not None}.values()),
         seconds=seconds,
         images_per_second=done / seconds,
     )
@@ -115,32 +121,38 @@ def check_codec(codec: str) -> None:
         raise UserError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
 
 
-def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract: Extractor) -> None:
-    """Create the parts that lack: the whole cache, what --append adds, or none. Numbers all records."""
+def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
+    """Raise UserError naming both sides if the cache was begun with another teacher or other settings."""
+    there = read_manifest(store)
+    if there.version == 2:
+        raise UserError(f"{store.url} was begun by format version 2 and cannot be continued; use --overwrite")
+    blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
+    whole = Addition(blocks, read_images(store), 0, config.views.count)
+    check_same(there, describe(config, whole, teacher), store.url)
+
+
+def create_parts(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
+    """Create the parts that lack: the whole cache, or what --append adds. Numbers all records."""
     store = open_store(out)
-    for skipped in found.images.skipped:
-        say(f"skipped: {skipped.shard} {skipped.key}: {skipped.reason}")
+    for skipped in listed.skipped:
+        say(f"skipped: {skipped}")
     parts = read_parts(store) if MANIFEST in store.sizes() else []
     known = mine(parts, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:
         wanted = known[0].manifest.blocks
     blocks = tuple(resolve_blocks(wanted, extract.teacher.depth))
-    whole = Addition(blocks, Rows(found, 0, config.views.count))
+    whole = Addition(blocks, listed, 0, config.views.count)
+    additions = [whole]
     if mode == "append":
         check_growth(parts, describe(config, whole, extract.teacher), out)
-        additions = plan_additions(parts, known, found, config.views.count, blocks)
+        additions = plan_additions(parts, known, listed, config.views.count, blocks)
         if not additions:
             say("everything is there already")
-    elif parts:
-        check_same(parts[0].manifest, describe(config, whole, extract.teacher), str(out))
-        additions = []
-    else:
-        additions = [whole]
     for addition in additions:
         name = part_name(len(parts))
         child = store.child(name) if name else store
-        manifest, files = build_part(config, addition, extract, mine(parts, extract.teacher), found)
+        manifest, files = build_part(config, addition, extract, parts)
         if name:
             write_provenance(child, STAGE, config, seed=None)
         create_part(child, manifest, files)
@@ -148,10 +160,10 @@ def create_parts(config: Config, found: Survey, out: Place, mode: Mode, extract:
 
 
 def build_part(
-    config: Config, addition: Addition, extract: Extractor, known: Sequence[Part], found: Survey
+    config: Config, addition: Addition, extract: Extractor, parts: Sequence[Part]
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Manifest and small files of a part. known: the teacher's earlier parts, whose calibration holds on."""
-    manifest = describe(config, addition, extract.teacher)
+    """Manifest and small files of a part. parts: the earlier ones; this teacher's calibration holds on."""
+    manifest, known = describe(config, addition, extract.teacher), mine(parts, extract.teacher)
     earlier = [p.manifest.tail_first_block for p in known]
     tail = None
     if not earlier or manifest.blocks[0] < min(earlier):
@@ -166,17 +178,25 @@ def build_part(
         figures = read_json(part.store, FIDELITY, "part of a cache")
         calibration |= read_calibration(part)
         measured |= {b: figures[str(b)] for b in part.manifest.blocks}
-    images = addition.rows.images.images if addition.rows else addition.index.images  # type: ignore[union-attr]
-    with ImageFile(images) as files:
-        index = addition.index or draw_index(config.views, addition.rows)  # type: ignore[arg-type]
-        unknown = [b for b in manifest.blocks if b not in calibration]
-        for block, x in extract.sample(files, index, unknown).items():
+    unknown = [b for b in manifest.blocks if b not in calibration]
+    rows = rows_of(manifest, addition.images, parts)
+    with ImageFile(addition.images) as files, decoding_quietly():
+        read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
+        for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
     ours = {b: calibration[b] for b in manifest.blocks}
-    return manifest, small_files(
-        manifest, index, tail, ours, {b: measured[b] for b in manifest.blocks}, found.images.skipped
-    )
+    return manifest, small_files(manifest, addition.images, tail, ours, {b: measured[b] for b in manifest.blocks})
+
+
+def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Part]) -> Rows:
+    """The records of a part. earlier: parts; of one with the same images, digests and perhaps views are known."""
+    for part in earlier:
+        if part.lacks() is None:
+            index = part.index()
+            if listing_hash(index.images) == manifest.data.hash:
+                return Rows.of(manifest, images, index.digest, index if part.manifest.views == manifest.views else None)
+    return Rows.of(manifest, images)
 
 
 def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
@@ -187,8 +207,11 @@ def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
 def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
     """Raise UserError if what is to be added does not go together with what is there."""
     there = parts[0].manifest
-    if there.version == 1:
-        raise UserError(f"{place} was written by format version 1 and cannot grow; make a new cache")
+    if there.version == 2:
+        raise UserError(f"{place} was written by format version 2 and cannot grow; make a new cache")
+    for part in parts:
+        if part.lacks() is not None:
+            raise UserError(f"{part.store.url} is incomplete; repeat its cache-teacher command with --append first")
     same = [p.manifest for p in parts if p.manifest.teacher.identity() == here.teacher.identity()]
 
     def compared(m: Manifest) -> dict[str, Any]:
@@ -206,17 +229,10 @@ def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
 
 
 def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
-    """The manifest of a part: all that its features depend on, known before any is computed."""
-    rows, views = addition.rows, addition.views
-    if rows is not None:
-        images, digest = rows.images.images, rows.images.digest
-        views = drawing(config.views) | {"first": rows.first_view, "count": rows.views}
-        records = len(images) * rows.views
-    else:
-        assert addition.index is not None and addition.index.digest is not None and views is not None
-        images, digest, records = addition.index.images, addition.index.digest, len(addition.index)
+    """The manifest of a part: all that its features depend on but the images, known before any is read."""
+    images, records = addition.images, len(addition.images) * addition.views
     pixels = None
-    if rows is not None and config.views.pixels != "none":
+    if addition.drawing is None and config.views.pixels != "none":
         quality = config.views.jpeg_quality if config.views.pixels == "jpeg" else None
         pixels = PixelsManifest(
             kind=config.views.pixels, size=config.views.pixel_size or teacher.image_size, quality=quality
@@ -227,9 +243,9 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
             shards=tuple(p.name for p in images.paths),
             images=len(images),
             labelled=int((images.labels != NO_LABEL).sum()),
-            hash=content_hash(images, digest),
+            hash=listing_hash(images),
         ),
-        views=views,
+        views=(addition.drawing or drawing(config.views)) | {"first": addition.first_view, "count": addition.views},
         blocks=addition.blocks,
         codec=config.cache.codec,
         stored_patches=max(1, round(config.cache.token_share * teacher.patches)),
@@ -251,43 +267,69 @@ def drawing(views: ViewsConfig) -> dict[str, Any]:
     return views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", *unused})
 
 
-def draw_index(views: ViewsConfig, rows: Rows) -> Index:
-    """Number the records and fix every one's view. Record = image · views + view."""
-    images, count = rows.images.images, len(rows.images.images)
-    image = np.repeat(np.arange(count, dtype=np.int32), rows.views)
-    view = np.tile(np.arange(rows.first_view, rows.first_view + rows.views, dtype=np.int32), count)
-    sizes = list(zip(rows.images.width.tolist(), rows.images.height.tolist(), strict=True))
-    drawn = [draw_view(views, images.keys[i], v, sizes[i]) for i, v in zip(image.tolist(), view.tolist(), strict=True)]
-    box = np.array([d.box for d in drawn], dtype=np.float32)
-    flip = np.array([d.flip for d in drawn], dtype=np.bool_)
-    color = np.array([d.color for d in drawn], dtype=np.float32) if any(views.color) else None
-    return Index(images, rows.images.digest, image, view, box, flip, color)
+def fill_parts(store: Store, extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
+    """Fill this teacher's parts as far as they are not; the number of records that all processes do.
+
+    shards: where the images of the first part lie now, if they may have moved.
+    """
+    done, accelerator = 0, extract.accelerator
+    parts = read_parts(store)
+    for part in mine(parts, extract.teacher):
+        lacks = part.lacks() if accelerator.is_main_process else None
+        # One list for all processes: a quick one may have finished a shard before a slow one looks.
+        (pending,) = broadcast_object_list([None if lacks is None else part.pending()])
+        if pending is None:
+            continue
+        if accelerator.is_main_process:
+            # A shard that is computed again may differ in its last bits, where the machine is another one.
+            part.store.remove(COMPLETE)
+        done += fill(part, pending, extract, parts, None if part.name else shards)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            left_out = complete_part(part)
+            if left_out:
+                say(f"{left_out} images cannot be decoded and are left out; {part.store.url}/{SKIPPED} lists them")
+        accelerator.wait_for_everyone()
+    return done
 
 
-def fill(part: Part, pending: Sequence[int], extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
+def fill(
+    part: Part,
+    pending: Sequence[int],
+    extract: Extractor,
+    parts: Sequence[Part],
+    shards: str | Sequence[str] | None = None,
+    digests: np.ndarray | None = None,
+) -> int:
     """Compute and write this process's share of the pending shards; the number of records that all processes do.
 
-    shards: where the images lie now, if they have moved. Raises UserError if they are gone or have changed.
+    parts: all of the cache; shards: where the images lie now, if they have moved; digests: of the images, if they were
+    read before. Raises UserError if they are gone or have changed.
     """
     if not pending:
         return 0
-    manifest, index = part.manifest, read_index(part.store)
+    manifest = part.manifest
+    images = relocate(read_images(part.store), shards)
+    rows = rows_of(manifest, images, takewhile(lambda p: p.name != part.name, parts))
+    rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
-    encode = Encoder(manifest, index, calibration_on(part, extract.device))
+    encode = Encoder(manifest, rows, calibration_on(part, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
     ranges = [manifest.shard_range(s) for s in own]
-    batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
+    batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
     total = sum(stop - start for start, stop in ranges)
     if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
         say(f"{manifest.shards - len(pending)} of {manifest.shards} shards are done already")
 
     with (
-        ImageFile(relocate(index.images, shards)) as files,
+        ImageFile(images) as files,
+        decoding_quietly(),
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         filling(part, encode) as store,
     ):
-        for batch in prefetch(lambda records: encode.load(files, records), batches, config.cache.workers, m):
+        read = RowReader(rows, files, manifest.view_form, encode.sides, config.cache.on_error)
+        for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
             store(extract.features(batch.pixels, manifest.blocks), batch)
             m.advance(len(batch.records))
     return sum(stop - start for start, stop in map(manifest.shard_range, pending))

@@ -1,17 +1,17 @@
 """The teacher at work: views of records -> features of its blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.cache.format import Index, TeacherManifest
-from pipeline.cache.pixels import views_of
+from pipeline.cache.format import TeacherManifest
+from pipeline.cache.rows import RowReader
 from pipeline.config import Config
 from pipeline.models import Backbone, weight_hash
-from pipeline.shards import ImageFile
+from pipeline.prefetch import prefetch
 from pipeline.views import normalise
 from singer.backbones import block_outputs, depth, grid_size
 from singer.errors import UserError
@@ -53,27 +53,41 @@ class Extractor:
             outputs = block_outputs(self.vit.model, images, blocks)
         return {block: x.float() for block, x in outputs.items()}
 
-    def sample(self, files: ImageFile, index: Index, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """{block: features} of a fixed sample that is spread over all records, on the CPU."""
+    def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """{block: features} of a fixed sample that is spread over all records, on the CPU, without broken images.
+
+        Raises UserError if all of them are broken.
+        """
         if not blocks:
             return {}
-        count = min(_CALIBRATION_RECORDS, len(index))
-        records = np.linspace(0, len(index) - 1, count).round().astype(np.int64)
-        outputs = []
-        for batch in np.array_split(records, -(-count // self.config.cache.batch_size)):
-            views = views_of(files, index, batch, self.teacher.image_size)
-            outputs.append({b: x.cpu() for b, x in self.features(torch.from_numpy(views), blocks).items()})
-            check_finite(outputs[-1], batch, index)
+        rows, settings = read.rows, self.config.cache
+        count = min(_CALIBRATION_RECORDS, len(rows))
+        records = np.linspace(0, len(rows) - 1, count).round().astype(np.int64)
+        batches = np.array_split(records, -(-count // settings.batch_size))
+        outputs: list[dict[int, Tensor]] = []
+        broken: dict[int, str] = {}
+        for batch, seen in zip(batches, prefetch(read, batches, settings.workers), strict=True):
+            broken |= seen.unreadable
+            good = seen.found["width"] > 0
+            if good.any():
+                pixels = seen.pixels[self.teacher.image_size][torch.from_numpy(good)]
+                outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks).items()})
+                check_finite(outputs[-1], batch[good], rows.key)
+        if not outputs:
+            first, why = next(iter(broken.items()))
+            key = rows.images.keys[first]
+            raise UserError(f"none of {count} images can be decoded that were tried; the first is {key!r}: {why}")
         return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 
 
-def check_finite(features: dict[int, Tensor], records: np.ndarray, index: Index) -> None:
+def check_finite(features: dict[int, Tensor], records: np.ndarray, key: Callable[[int], str]) -> None:
+    """Raise UserError naming the image of the first record with a NaN or Inf. key: record -> name of its image."""
     for block, x in features.items():
         if torch.isfinite(x.sum()):  # thirty times as fast as looking at every number
             continue
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():
-            key = index.key(int(records[int(bad.nonzero()[0])]))
+            name = key(int(records[int(bad.nonzero()[0])]))
             raise UserError(
-                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
+                f"block {block} gives NaN or Inf for image {name!r}; run the teacher with cache.precision no"
             )

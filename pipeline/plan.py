@@ -16,20 +16,20 @@ from torch import Tensor
 
 from pipeline.behind import Behind
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
-from pipeline.cache.encoder import Batch, Encoder
+from pipeline.cache.encoder import Batch, Encoder, Values
 from pipeline.cache.fidelity import fidelity
-from pipeline.cache.format import FEATURES, PIXELS, Index, Manifest
-from pipeline.cache.growth import Addition, Rows
-from pipeline.cache.pixels import views_of
+from pipeline.cache.format import FEATURES, PIXELS, VIEWS, Manifest, image_bytes
+from pipeline.cache.growth import Addition
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
-from pipeline.cache_teacher import check_codec, describe, draw_index
+from pipeline.cache_teacher import check_codec, describe
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
 from pipeline.extract import Extractor, check_finite
 from pipeline.models import load_teacher
 from pipeline.prefetch import prefetch
 from pipeline.progress import say
-from pipeline.shards import ImageFile, index_shards, survey
+from pipeline.shards import ImageFile, decoding_quietly, index_shards
 from pipeline.stores import Place, is_remote
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
@@ -99,30 +99,32 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
     images = index_shards(shards, config.cache.on_error)
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(images), min(len(images), _IMAGES), replace=False))
-    found = survey(images.select(chosen), config.cache.workers, config.cache.on_error)
+    few = images.select(chosen)
     vit = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
     vit.model.to(accelerator.device)
     extract = Extractor(config, vit, accelerator)
     blocks = tuple(resolve_blocks(config.cache.blocks, extract.teacher.depth))
-    rows = Rows(found, 0, config.views.count)
-    index = draw_index(config.views, rows)
-    manifest = describe(config, Addition(blocks, rows), extract.teacher)
+    addition = Addition(blocks, few, 0, config.views.count)
+    manifest = describe(config, addition, extract.teacher)
+    rows = Rows.of(manifest, few)
 
-    records = rng.permutation(len(index))
-    with ImageFile(found.images) as files:
-        features = sample_features(extract, files, index, records, blocks)
+    records = rng.permutation(len(rows))
+    with ImageFile(few) as files, decoding_quietly():
+        sides = {extract.teacher.image_size} | ({manifest.pixels.size} if manifest.pixels is not None else set())
+        read = RowReader(rows, files, manifest.view_form, sides, config.cache.on_error)
+        features = sample_features(extract, read, records, blocks)
         calibration = {b: calibrate(x, extract.teacher.prefix_tokens) for b, x in features.items()}
-        encode = Encoder(manifest, index, calibration)
+        encode = Encoder(manifest, rows, calibration)
         say(f"the teacher runs for {seconds:g} s")
-        rate = measure_rate(extract, encode, files, records, blocks, seconds)
+        rate = measure_rate(extract, encode, read, records, blocks, seconds)
         sample = records[: len(features[blocks[0]])]
-        pixels = encode.load(files, sample).extra.get(PIXELS)
+        pixels = encode.load(read, sample).extra.get(PIXELS)
     probe = Probe(
         config=config,
         extract=extract,
+        addition=addition,
         rows=rows,
-        index=index,
         images=len(images),
         sample=sample,
         features=features,
@@ -156,7 +158,7 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
 
 
 def sample_features(
-    extract: Extractor, files: ImageFile, index: Index, records: np.ndarray, blocks: Sequence[int]
+    extract: Extractor, read: RowReader, records: np.ndarray, blocks: Sequence[int]
 ) -> dict[int, Tensor]:
     """{block: features (n, N, d)} of the first of some records, on the teacher's device."""
     teacher, size = extract.teacher, extract.config.cache.batch_size
@@ -164,16 +166,15 @@ def sample_features(
     count = min(len(records), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
     outputs = []
     for batch in np.split(records[:count], range(size, count, size)):
-        views = views_of(files, index, batch, teacher.image_size)
-        outputs.append(extract.features(torch.from_numpy(views), blocks))
-        check_finite(outputs[-1], batch, index)
+        outputs.append(extract.features(read(batch).pixels[teacher.image_size], blocks))
+        check_finite(outputs[-1], batch, read.rows.key)
     return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 
 
 def measure_rate(
     extract: Extractor,
     encode: Encoder,
-    files: ImageFile,
+    read: RowReader,
     records: np.ndarray,
     blocks: Sequence[int],
     seconds: float,
@@ -188,7 +189,7 @@ def measure_rate(
             values.to("cpu")
 
     with Behind(store, "encode") as behind:
-        for batch in prefetch(lambda r: encode.load(files, r), cycle(batches), extract.config.cache.workers):
+        for batch in prefetch(lambda r: encode.load(read, r), cycle(batches), extract.config.cache.workers):
             behind(extract.features(batch.pixels, blocks), batch)
             done += len(batch.records)
             if time.perf_counter() - start >= seconds:
@@ -198,12 +199,12 @@ def measure_rate(
 
 @dataclass(frozen=True)
 class Probe:
-    """What is measured once for all options. rows: the images drawn; sample: the records that `features` are of."""
+    """What is measured once for all options. addition, rows: images drawn; sample: records that `features` are of."""
 
     config: Config
     extract: Extractor
+    addition: Addition
     rows: Rows
-    index: Index
     images: int
     sample: np.ndarray
     features: Mapping[int, Tensor]
@@ -226,16 +227,15 @@ class Probe:
     def option(self, codec: str, share: float, error: float) -> PlanOption:
         cache = self.config.cache.model_copy(update={"codec": codec, "token_share": share})
         teacher, views = self.extract.teacher, self.config.views.count
-        manifest = describe(
-            self.config.model_copy(update={"cache": cache}), Addition(tuple(self.features), self.rows), teacher
-        )
-        encode = Encoder(manifest, self.index, self.calibration)
-        batch = Batch(self.sample, torch.empty(0), encode.positions(self.sample))
+        manifest = describe(self.config.model_copy(update={"cache": cache}), self.addition, teacher)
+        encode = Encoder(manifest, self.rows, self.calibration)
+        seen: Values = {VIEWS: torch.zeros(len(self.sample), manifest.view_form.itemsize, dtype=torch.uint8)}
+        batch = Batch(self.sample, torch.empty(0), {**seen, **encode.positions(self.sample)}, {})
         arrays = packed(encode(dict(self.features), batch), manifest, len(self.sample))
         of_features = sum(size for name, size in arrays.items() if name.startswith(FEATURES))
         beside = sum(arrays.values()) - of_features + self.pixel_bytes
         # The images drawn stand for all.
-        indexed = len(self.index.to_bytes()) / len(self.index)
+        indexed = len(image_bytes(self.rows.images)) / len(self.rows) + manifest.view_form.itemsize
         fixed = self.fixed_bytes(manifest)
 
         def total(views: float, blocks: float) -> float:

@@ -4,6 +4,7 @@ tarfile ends an iteration silently at a broken header and believes what headers 
 used, and the walk from one to the next is done here.
 """
 
+import hashlib
 import os
 import re
 import tarfile
@@ -11,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from webdataset.tariterators import base_plus_ext
+import numpy as np
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSION = "cls"
 NO_LABEL = -1
 _LABEL_BYTES = 32
+_ROW = np.dtype("i8,u8,i4,i8,i8,?")
 _BLOCK = tarfile.BLOCKSIZE
 # Headers that describe the member behind them.
 _GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
@@ -25,8 +27,18 @@ _EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTY
 _PAX_KEYWORDS = frozenset(
     b"atime charset comment ctime gid gname hdrcharset linkpath mtime path size uid uname".split()
 )
+# The header of an ordinary file: a name of printable ASCII, octal numbers, no link, no prefix.
+_PLAIN = re.compile(
+    rb"(?!\./\./@)(?P<name>[ -~]{0,99}[ -.0-~])\0*(?<=.{100})(?:[0-7]{7}\0){3}(?P<size>[0-7]{11})[\0 ][0-7]{11}[\0 ]"
+    rb"(?P<sum>[0-7]{6})\0 [0\0]\0{100}ustar(?:\x0000|  \0).{64}[0-7\0]{16}\0{167}",
+    re.DOTALL,
+)
+# As much as a disk reads at once anyway.
+_WINDOW = 8 * _BLOCK
 # Extended headers hold names; a larger one is not honest.
 _EXTENDED_BYTES = 1 << 20
+# Key and extensions, split as the webdataset library does; importing that would load torch into every reader of tars.
+_SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 # Empty, absolute, with `..`, backslash or control character, or not UTF-8 (which tarfile turns into surrogates).
 UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -72,10 +84,12 @@ def read_samples(path: Path, *also: str) -> tuple[list[Sample], str | None]:
 
 def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[str, ...]) -> None:
     unsafe = UNSAFE.search(member.name) is not None
-    key, extension = base_plus_ext(member.name)
-    if key is None and unsafe:
+    named = _SAMPLE.match(member.name)
+    if named is not None:
+        key, extension = named.groups()
+    elif unsafe:
         key, extension = member.name, ""
-    if key is None:
+    else:
         return
     if not samples or samples[-1].key != key:
         samples.append(Sample(key))
@@ -88,6 +102,52 @@ def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[st
         sample.members[extension] = member
         if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
             sample.label = os.pread(file, member.size, member.offset)
+
+
+@dataclass(frozen=True)
+class TarListing:
+    """The samples of a shard as columns, the unusable ones too.
+
+    size: of the file, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see key_hash;
+    labels: int32; offsets, sizes: int64, of the images; usable: bool; defects: (number of the sample, its key, what is
+    wrong), in order, with number -1 for the shard itself.
+    """
+
+    size: int
+    key_text: np.ndarray
+    key_ends: np.ndarray
+    hashes: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    usable: np.ndarray
+    defects: list[tuple[int, str, str]]
+
+
+def list_tar(path: Path) -> TarListing:
+    """List the samples of a shard. Never raises for what is in it."""
+    samples, damage = read_samples(path)
+    defects = [(-1, "", damage)] if damage is not None else []
+    rows = np.zeros(len(samples), dtype=_ROW)
+    text = bytearray()
+    for number, sample in enumerate(samples):
+        key = sample.key.encode(errors="backslashreplace")
+        text += key
+        defects += [(number, sample.key, f"has two members .{extension}") for extension in sample.repeated]
+        try:
+            label, image = contents(sample)
+            rows[number] = len(text), key_hash(key), label, image.offset, image.size, True
+        except Defect as defect:
+            defects.append((number, sample.key, str(defect)))
+            rows[number] = len(text), key_hash(key), NO_LABEL, 0, 0, False
+    ends, hashes, labels, offsets, sizes, usable = (np.ascontiguousarray(rows[name]) for name in _ROW.names or ())
+    letters = np.frombuffer(bytes(text), np.uint8)
+    return TarListing(path.stat().st_size, letters, ends, hashes, labels, offsets, sizes, usable, defects)
+
+
+def key_hash(key: bytes) -> int:
+    """The first 8 bytes (little-endian) of a key's SHA-256."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
 
 
 def contents(sample: Sample) -> tuple[int, Member]:
@@ -116,14 +176,25 @@ def members_of(file: int) -> Iterator[Member]:
     Here the position only ever grows, and nothing is read but headers. Raises Defect.
     """
     end = os.fstat(file).st_size
+    window = _Window(file)
     position = 0
     common: dict[str, str] = {}
     own: dict[str, str] = {}
     extended = False  # the last header belongs to a member that is still to come
     while True:
-        block = os.pread(file, _BLOCK, position)
+        block = window.read(position)
         if len(block) < _BLOCK:
             raise Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
+        plain = _plain_file(block)
+        if plain is not None and not (common or own):
+            name, size = plain
+            position += _BLOCK
+            if position + size > end:
+                raise Defect("ends in the middle of a member")
+            yield Member(name, True, position, size)
+            position += -(-size // _BLOCK) * _BLOCK
+            extended = False
+            continue
         if not any(block):
             break
         broken = Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
@@ -177,6 +248,30 @@ def members_of(file: int) -> Iterator[Member]:
         if any(rest):
             raise Defect(f"holds more than zeros from byte {position} on, behind its end-of-archive marker")
         position += len(rest)
+
+
+class _Window:
+    """Blocks of a file, of which neighbouring ones are read at once: of small members, the headers lie together."""
+
+    def __init__(self, file: int) -> None:
+        self._file, self._start, self._data = file, 0, b""
+
+    def read(self, position: int) -> bytes:
+        at = position - self._start
+        if at < 0 or at + _BLOCK > len(self._data):
+            self._start, self._data, at = position, os.pread(self._file, _WINDOW, position), 0
+        return self._data[at : at + _BLOCK]
+
+
+def _plain_file(block: bytes) -> tuple[str, int] | None:
+    """Name and size of an ordinary file with a short ASCII name, from its header; None of any other header.
+
+    What tarfile says of the same header, for a tenth of its time: nearly all headers are such.
+    """
+    found = _PLAIN.fullmatch(block)
+    if found is None or sum(block) - sum(block[148:156]) + 256 != int(found["sum"], 8):
+        return None
+    return found["name"].decode(), int(found["size"], 8)
 
 
 def _extension(kind: bytes, payload: bytes) -> dict[str, str]:

@@ -33,8 +33,10 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
 
     27 uniform numbers are drawn whatever the configuration, so that no option changes what another one does: area and
     ratio of ten tries, x, y, flip, brightness, contrast, saturation, hue. Boxes and colours are float32 numbers, as
-    the index stores them.
+    the index stores them. Where nothing depends on them, none are drawn.
     """
+    if config.kind == "center" and not config.flip and not any(config.color):
+        return View(_float32(*crop_view(config.crop, size).box))
     uniform = _generator(config.seed, key, number, 0).random(2 * _TRIES + 7).tolist()
     tries, (x, y, flip), shifts = uniform[:-7], uniform[-7:-4], uniform[-4:]
     if config.kind == "center":

@@ -145,8 +145,8 @@ def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) 
     with pytest.raises(UserError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
         make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
     assert tree_bytes(out) == before
-    golden = Path(__file__).parent / "golden" / "cache-v1-float16"
-    with pytest.raises(UserError, match="was written by format version 1 and cannot grow"):
+    golden = Path(__file__).parent / "golden" / "cache-v2-int4"
+    with pytest.raises(UserError, match="was written by format version 2 and cannot grow"):
         make(config, rest, golden, "append")
 
 

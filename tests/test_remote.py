@@ -143,10 +143,10 @@ def test_a_broken_run_is_resumed(
     """It has left some of the shards, and a lock that nobody renews."""
     place = "s3://bucket/broken"
 
-    def write(store: Store, manifest: object, shard: int, values: object) -> None:
+    def write(store: Store, manifest: object, shard: int, *values: object) -> None:
         if shard == 2:
             raise OSError("the network is gone")
-        real_write_shard(store, manifest, shard, values)  # type: ignore[arg-type]
+        real_write_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
         patch.setattr("pipeline.cache.filling.write_shard", write)
@@ -234,7 +234,7 @@ def test_refine_and_distill(world: Path, caches: dict[str, tuple[Path, str]], se
         refiner = (tmp_path / f"{name}-adapters" / "refiner.safetensors").read_bytes()
         found.append((refiner, (result.student / "model.safetensors").read_bytes(), result.loss, requests))
     assert len({f[:3] for f in found}) == 1
-    shards = [n for n in objects(remote) if "/c/" in n]
+    shards = [n for n in objects(remote) if "/c/" in n and not n.startswith("views/")]
     # An object is read whole at once, if it is small.
     assert found[0][3] == found[3][3] == 0 and found[2][3] == len(shards) < found[1][3]
     assert sorted(f.stat().st_size for f in copy.rglob("*") if f.is_file()) == sorted(
@@ -309,9 +309,9 @@ def test_a_full_disk(
 ) -> None:
     """One line; the shard is not journalled; --resume ends with the same bytes."""
 
-    def write(store: Store, manifest: object, shard: int, values: object) -> None:
+    def write(store: Store, manifest: object, shard: int, *values: object) -> None:
         with file_limit(10_000 if shard == 2 else 10**9):
-            real_write_shard(store, manifest, shard, values)  # type: ignore[arg-type]
+            real_write_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
 
     out = tmp_path / "full"
     make = ["cache-teacher", "--config", config_file, "--shards", world / "train" / "*.tar", "--out", out]

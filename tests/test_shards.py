@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import headers, mutations
 from PIL import Image
+from surveying import survey
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.prepare import prepare
@@ -30,7 +31,7 @@ from pipeline.shards import (
     content_hash,
     expand_shards,
     index_shards,
-    survey,
+    listing_hash,
     to_rgb,
 )
 from pipeline.tars import NO_LABEL
@@ -152,12 +153,11 @@ def test_keys_are_small_and_checked() -> None:
 
 
 def test_hashes(tmp_path: Path) -> None:
-    """place_hash is what version 1 of the cache format stored; content_hash does not know where images lie."""
+    """place_hash knows where images lie; listing_hash and content_hash do not."""
     a = {"a.jpg": b"1", "a.cls": b"3", "é/b.png": b"22", "é/b.cls": b"4"}
     write_tar(tmp_path / "t-0.tar", a)
     write_tar(tmp_path / "t-1.tar", {"c.webp": b"333"})
     images = index_shards(str(tmp_path / "t-*.tar"))
-    assert images.place_hash() == "681b1a1a6f6747cd08efa70986a7a81a347bac988b4c4c078dd7e134566ae586"
     digest = np.arange(3, dtype=np.uint64)
     one = index_shards(str(write_tar(tmp_path / "one.tar", {**a, "c.webp": b"333"}, tarfile.USTAR_FORMAT)))
     assert one.place_hash() != images.place_hash()
@@ -166,8 +166,11 @@ def test_hashes(tmp_path: Path) -> None:
     assert content_hash(one, digest[::-1]) != same
     assert content_hash(replace(one, labels=one.labels + 1), digest) != same
     assert content_hash(replace(one, keys=Keys.of(["a", "é/b", "d"])), digest) != same
-    text = "a\0é/b\0c".encode() + np.array([3, 4, -1], "<i4").tobytes() + digest.astype("<u8").tobytes()
-    assert same == hashlib.sha256(text).hexdigest()
+    names = "aé/bc".encode() + np.array([1, 5, 6], "<i8").tobytes() + np.array([3, 4, -1], "<i4").tobytes()
+    assert same == hashlib.sha256(names + digest.astype("<u8").tobytes()).hexdigest()
+    assert listing_hash(images) == listing_hash(one)
+    assert listing_hash(one) == hashlib.sha256(names + np.array([1, 2, 3], "<i8").tobytes()).hexdigest()
+    assert listing_hash(replace(one, size=one.size + 1)) != listing_hash(one)
 
 
 DEFECTS: dict[str, tuple[Members, str, str]] = {
@@ -473,12 +476,11 @@ def test_survey(tmp_path: Path) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", members)))
     for workers in (1, 3):
         found = survey(images, workers, "fail")
-        assert list(found.images.keys) == list(pictures) and found.images.skipped == ()
-        assert found.digest.tolist() == [
+        assert list(found.images.keys) == list(pictures) and found.unreadable == {}
+        assert found.found["digest"].tolist() == [
             int.from_bytes(hashlib.sha256(data).digest()[:8], "little") for data in pictures.values()
         ]
-        assert set(found.width.tolist()) == {40} and set(found.height.tolist()) == {30}
-        assert [c.dtype for c in (found.digest, found.width, found.height)] == [np.uint64, np.int32, np.int32]
+        assert set(found.found["width"].tolist()) == {40} and set(found.found["height"].tolist()) == {30}
     with ImageFile(images) as files:
         assert [files.dimensions(i) for i in range(len(images))] == [(40, 30)] * len(images)
         assert {files.read(i).mode for i in range(len(images))} == {"RGB"}
@@ -520,30 +522,24 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     key = name.split(".")[0]
     with pytest.raises(UserError) as error:
         survey(images, 2, "fail")
-    assert str(error.value).startswith(f"{images.paths[0]}: sample '{key}' cannot be decoded: ")
-    assert str(error.value).endswith("; repair it, or cache without it (cache.on_error=skip)")
+    assert str(error.value).startswith(f"image '{key}' in {images.paths[0]} cannot be decoded: ")
+    assert str(error.value).endswith("; repair it, or go on without it: --resume --on-error skip")
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
     tracemalloc.start()
     found = survey(images, 2, "skip")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
-    reason = found.images.skipped[1].reason
+    ((broken, reason),) = found.unreadable.items()
     too_large = any(words in reason for words in ("pixels are too many", "exceeds limit"))
     assert too_large == (key in ("suspicious", "many", "bomb", "line")), reason
     assert list(found.images.keys) == ["first", "last"] and found.images.size.tolist() == [len(png()), len(png((5, 6)))]
-    assert found.width.tolist() == [4, 5] and found.height.tolist() == [4, 6] and len(found.digest) == 2
-    assert [(s.shard, s.key) for s in found.images.skipped] == [("t.tar", "a"), ("t.tar", key)]
+    assert found.found["width"].tolist() == [4, 5] and found.found["height"].tolist() == [4, 6]
+    assert [(s.shard, s.key) for s in found.images.skipped] == [("t.tar", "a")] and broken == key
     with ImageFile(found.images) as files:
         assert files.read(1).size == (5, 6)
     with ImageFile(images) as files, pytest.raises(UserError, match=f"image '{key}' in .*t.tar cannot be decoded"):
         files.read(1)
-
-
-def test_survey_needs_one_good_image(tmp_path: Path) -> None:
-    images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.jpg": b"hello", "b.jpg": b"hello"})))
-    with pytest.raises(UserError, match=r"none of 2 images can be decoded; the first: t\.tar: sample 'a' cannot be"):
-        survey(images, 1, "skip")
 
 
 def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
@@ -562,8 +558,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pipeline.shards.image_file.MAX_PIXELS", 399)
     with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
         files.read(0)
-    (skipped,) = survey(images, 1, "skip").images.skipped
-    assert skipped.reason == "cannot be decoded: 20 x 20 pixels are too many"
+    assert survey(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}
 
 
 def fuzzed_tar(path: Path) -> bytes:
@@ -601,7 +596,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
     data = fuzzed_tar(path)
     whole = survey(index_shards(str(path)), 1, "fail")
     assert len(whole.images) == 7
-    original = dict(zip(whole.images.keys, whole.digest.tolist(), strict=True))
+    original = dict(zip(whole.images.keys, whole.found["digest"].tolist(), strict=True))
     labels = dict(zip(whole.images.keys, whole.images.labels.tolist(), strict=True))
     outcomes = dict.fromkeys(("refused", "listed", "as before", "lost without trace"), 0)
     for what, damaged in mutations(data, 150, seed=1):
@@ -614,12 +609,15 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
             outcomes["refused"] += 1
             continue
         images = found.images
-        got = dict(zip(images.keys, found.digest.tolist(), strict=True))
+        if not len(images):
+            outcomes["refused"] += 1
+            continue
+        got = dict(zip(images.keys, found.found["digest"].tolist(), strict=True))
         assert len(got) == len(images), what
         assert images.size.min() > 0 and (images.offset + images.size).max() <= len(damaged), what
         new = got.keys() - original.keys()
         assert all(len(key) > 100 for key in new) or what.startswith("header"), what
-        if images.skipped:
+        if images.skipped or found.unreadable:
             outcomes["listed"] += 1
             continue
         names = bytearray(damaged)

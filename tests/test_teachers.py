@@ -192,7 +192,7 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
     ):
         with monkeypatch.context() as patch:
             if name == "earlier":  # the same settings, by rules that were others then
-                patch.setattr("pipeline.cache_teacher.draw_view", lambda *_: View((0.0, 0.0, 0.5, 0.5)))
+                patch.setattr("pipeline.cache.rows.draw_view", lambda *_: View((0.0, 0.0, 0.5, 0.5)))
             cache_teacher(other_config(world, second, *sets), str(world / shards / "*.tar"), tmp_path / name)
         caches[1] = tmp_path / name
         refused(rf"cache \(vit_tiny_patch16_224, 100 records\) and .*{name} \(.*\) do not hold the same views of the")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_vit, plant_artifacts, tree_bytes, world_config
 
-from pipeline.cache.format import CALIBRATION, INDEX, MANIFEST, TAIL, read_index
+from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL, read_images
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
 from pipeline.extract import Extractor
@@ -99,7 +99,7 @@ def test_every_flipped_byte_is_found_and_named(rich: Path) -> None:
 @pytest.mark.parametrize("byte", [b" ", b"\t", b"\r"])
 def test_blanks_count(cache: Path, byte: bytes) -> None:
     """A change that leaves the JSON value as it was."""
-    for name in (MANIFEST, "provenance.json", "journal/000001.json"):
+    for name in (MANIFEST, COMPLETE, "provenance.json", "journal/000001.json"):
         data = (cache / name).read_bytes()
         (cache / name).write_bytes(data[:-1] + byte)
         assert only(check(cache)).files == {name: "damaged"}
@@ -144,7 +144,11 @@ DAMAGES: dict[str, Damage] = {
         {"features/2/values/c/9/0/0": "unknown"},
     ),
     "stranger": (lambda c: (c / "notes.txt").write_text("hello"), [], {"notes.txt": "unknown"}),
-    "lost index": (lambda c: (c / INDEX).unlink(), [], {INDEX: "missing"}),
+    "lost list of images": (lambda c: (c / IMAGES).unlink(), [], {IMAGES: "missing"}),
+    "lost records": (lambda c: (c / RECORDS).unlink(), [], {RECORDS: "missing"}),
+    "lost end": (lambda c: (c / COMPLETE).unlink(), [], {COMPLETE: "missing"}),
+    "swapped ends": (lambda c: swap(c / COMPLETE, c / RECORDS), [], {COMPLETE: "damaged", RECORDS: "damaged"}),
+    "stranger's skipped.json": (lambda c: (c / "skipped.json").write_text("[]"), [], {"skipped.json": "unknown"}),
     "lost config": (lambda c: (c / "config.yaml").unlink(), [], {"config.yaml": "missing"}),
     "swapped small files": (
         lambda c: swap(c / TAIL, c / CALIBRATION),
@@ -215,18 +219,17 @@ def test_reading_takes_no_lock(cache: Path) -> None:
             verify(load_config(), cache, repair=True)
 
 
-@pytest.mark.parametrize("name", ["cache-v1-float16", "cache-v1-int8"])
-def test_version_1(name: str, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(GOLDEN / name, tmp_path / "c"))
+def test_version_2(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(GOLDEN / "cache-v2-int4", tmp_path / "c"))
     check(copy).check()
     (copy / TAIL).unlink()
-    (copy / CALIBRATION).write_bytes((copy / CALIBRATION).read_bytes()[:-1])
-    values = next(copy.glob("features/1/values/c/1/0/0"))
+    (copy / "index.safetensors").write_bytes((copy / "index.safetensors").read_bytes()[:-1])
+    values = next(copy.glob("features/1/codes/c/1/0/0"))
     values.write_bytes(bytes(len(values.read_bytes())))
-    report = only(check(copy))
+    report = check(copy).parts[0]
     assert report.damaged == [1]
-    assert report.files == {TAIL: "missing", CALIBRATION: "damaged", "features/1/values/c/1/0/0": "damaged"}
-    with pytest.raises(UserError, match="version 1 and cannot be repaired"):
+    assert report.files == {TAIL: "missing", "index.safetensors": "damaged", "features/1/codes/c/1/0/0": "damaged"}
+    with pytest.raises(UserError, match="version 2 and cannot be repaired"):
         verify(load_config(), copy, repair=True)
 
 
@@ -304,7 +307,7 @@ def repaired(config: Config, place: Path, damaged: set[str], **options: object) 
 def of_shard(place: Path, shard: int, part: str = "") -> set[str]:
     """The files of a shard."""
     names = [name.removeprefix(part) for name in tree_bytes(place) if name.startswith(part)]
-    found = re.compile(rf"(features/.*|positions|pixels)/c/{shard}(/0)*|journal/{shard:06d}.json")
+    found = re.compile(rf"(features/.*|positions|pixels|views)/c/{shard}(/0)*|journal/{shard:06d}.json")
     return {part + name for name in names if found.fullmatch(name)}
 
 
@@ -312,14 +315,14 @@ def test_repair_computes_exactly_what_is_damaged(world: Path, cache: Path) -> No
     """With other batches than the cache's in the configuration; lost, flipped and never finished shards."""
     whole = tree_bytes(cache)
     wanted = set().union(*(of_shard(cache, s) for s in (0, 1, 3)))
-    assert len(wanted) == 9
+    assert len(wanted) == 12
     (cache / FIRST).write_bytes(whole[FIRST].replace(b"\0", b"\1"))
     (cache / SECOND).unlink()
     (cache / "journal/000000.json").unlink()
     (cache / TAIL).write_bytes(b"torn")
     (cache / "features/3/zarr.json").write_bytes(b"{}")
     config = world_config(world, "cache.batch_size=64")
-    result = repaired(config, cache, wanted | {TAIL, "features/3/zarr.json"})
+    result = repaired(config, cache, wanted | {TAIL, "features/3/zarr.json", COMPLETE, RECORDS})
     result.check()
     assert only(result).repaired == [0, 1, 3] and only(result).live is not None
     assert tree_bytes(cache) == whole
@@ -330,7 +333,8 @@ def test_repair_of_everything_the_format_knows(world: Path, rich: Path) -> None:
     whole = tree_bytes(rich)
     journal, strings = "parts/001/journal/000002.json", "features/3/outliers/c/4"
     wanted = of_shard(rich, 4) | of_shard(rich, 2, "parts/001/")
-    assert len(wanted) == 5 + 4 and {journal, strings} < wanted
+    assert len(wanted) == 6 + 5 and {journal, strings} < wanted
+    wanted |= {f"{part}{name}" for part in ("", "parts/001/") for name in (COMPLETE, RECORDS)}
     (rich / journal).write_bytes(whole[journal].replace(b"1", b"2", 1))
     (rich / strings).unlink()
     result = repaired(world_config(world), rich, wanted)
@@ -345,7 +349,7 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     (cache / FIRST).unlink()
     damaged = tree_bytes(cache)
     moved = Path(shutil.copytree(world / "train", tmp_path / "moved"))
-    images = read_index(LocalStore(cache)).images
+    images = read_images(LocalStore(cache))
     offset, path = int(images.offset[40]), moved / images.paths[int(images.shard[40])].name
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])
@@ -357,13 +361,13 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     assert tree_bytes(cache) == whole
 
 
-@pytest.mark.parametrize("name", [INDEX, CALIBRATION, "fidelity.json", "provenance.json"])
+@pytest.mark.parametrize("name", [IMAGES, CALIBRATION, "fidelity.json", "provenance.json"])
 def test_what_cannot_be_computed_is_named(world: Path, cache: Path, name: str) -> None:
     (cache / name).write_bytes(b"{}")
     (cache / FIRST).unlink()
     result = verify(world_config(world), cache, repair=True, sample=8)
-    # Shards need the index and the calibration, not the rest.
-    needed = name in (INDEX, CALIBRATION)
+    # Shards need the list of images and the calibration, not the rest.
+    needed = name in (IMAGES, CALIBRATION)
     assert only(result).damaged == ([1] if needed else []) and only(result).files[name] == "damaged"
     with pytest.raises(UserError, match=rf"{name} is damaged; this cannot be computed again: restore it"):
         result.check()

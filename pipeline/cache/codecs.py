@@ -100,11 +100,8 @@ class Calibration:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """Format version 1 stored mean and std only: all its tokens count as clean patches. Raises KeyError."""
+        """Raises KeyError if one is missing."""
         mean, std = tensors["mean"], tensors["std"]
-        if set(tensors) == {"mean", "std"}:
-            none = mean.new_empty(0, len(mean))
-            return cls(mean, std, none, none, float("inf"), torch.eye(1, device=mean.device))
         threshold = float(tensors["threshold"])
         return cls(mean, std, tensors["prefix_mean"], tensors["prefix_std"], threshold, tensors["rotation"])
 

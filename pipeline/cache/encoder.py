@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, few_records
-from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, Index, Manifest
+from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS, Manifest
 from pipeline.cache.parts import Part
-from pipeline.cache.pixels import encode_jpegs, views_of
+from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.reader import read_calibration
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.extract import check_finite
-from pipeline.shards import ImageFile
 from pipeline.views import draw_positions
 from singer.matching import take_patches
 
@@ -22,11 +22,15 @@ Values = dict[str, Tensor | Ragged]
 
 @dataclass(frozen=True)
 class Batch:
-    """What the teacher sees of some records, (n, size, size, 3) uint8, and what is stored beside its features."""
+    """What the teacher sees of some records, (n, size, size, 3) uint8, and what is stored beside its features.
+
+    unreadable: {image: why it cannot be decoded}.
+    """
 
     records: np.ndarray
     pixels: Tensor
     extra: Values
+    unreadable: dict[int, str]
 
 
 def calibration_on(part: Part, device: torch.device) -> dict[int, Calibration]:
@@ -39,20 +43,25 @@ class Encoder:
     calibration: of every block, on the device of the features.
     """
 
-    def __init__(self, manifest: Manifest, index: Index, calibration: Mapping[int, Calibration]) -> None:
-        self._manifest, self._index = manifest, index
+    def __init__(self, manifest: Manifest, rows: Rows, calibration: Mapping[int, Calibration]) -> None:
+        self._manifest, self._rows = manifest, rows
         self._codec, self._calibration = CODECS[manifest.codec], calibration
 
-    def load(self, files: ImageFile, records: np.ndarray) -> Batch:
-        """Decode the views, once for the teacher and, at the size of stored pixels, once for the students."""
+    @property
+    def sides(self) -> set[int]:
+        """The sides of the views that are needed, in pixels: the teacher's, and that of stored views."""
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
-        views = views_of(files, self._index, records, teacher.image_size)
-        extra: Values = {}
+        return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
+
+    def load(self, read: RowReader, records: np.ndarray) -> Batch:
+        """Decode the views, for the teacher and, at the size of stored pixels, for the students."""
+        pixels, seen = self._manifest.pixels, read(records)
+        extra: Values = {VIEWS: torch.from_numpy(seen.found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
-            same = pixels.size == teacher.image_size
-            small = views if same else views_of(files, self._index, records, pixels.size)
-            extra[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
-        return Batch(records, torch.from_numpy(views), extra | self.positions(records))
+            small = seen.pixels[pixels.size]
+            extra[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
+        large = seen.pixels[self._manifest.teacher.image_size]
+        return Batch(records, large, extra | self.positions(records), seen.unreadable)
 
     def positions(self, records: np.ndarray) -> Values:
         """Which patches of some records are stored; nothing if all are."""
@@ -60,8 +69,8 @@ class Encoder:
             return {}
         seed, patches = self._manifest.views["seed"], self._manifest.teacher.patches
         drawn = [
-            draw_positions(seed, self._index.key(r), int(self._index.view[r]), patches, self._manifest.stored_patches)
-            for r in records
+            draw_positions(seed, self._rows.key(r), self._rows.number(r), patches, self._manifest.stored_patches)
+            for r in records.tolist()
         ]
         return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
@@ -76,7 +85,7 @@ class Encoder:
             done = 0
             for few in few_records(x):
                 own = slice(done, done := done + len(few))
-                check_finite({block: few}, batch.records[own], self._index)
+                check_finite({block: few}, batch.records[own], self._rows.key)
                 if isinstance(positions, Tensor):
                     few = take_patches(few, self._manifest.teacher.prefix_tokens, positions[own])
                 for part, values in self._codec.encode(few, self._calibration[block]).items():

@@ -25,6 +25,7 @@ class Gathered:
         self._fixed = {n: empty((records, *form.shape), form.dtype) for n, form in arrays.items() if form is not None}
         self._filled = dict.fromkeys(self._fixed, 0)
         self._ragged: dict[str, list[Ragged]] = {n: [] for n, form in arrays.items() if form is None}
+        self.unreadable: dict[int, str] = {}
 
     def add(self, name: str, values: Tensor | Ragged) -> None:
         """The array's next records, from any device."""
@@ -57,10 +58,11 @@ def filling(part: Part, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor]
         start, stop = manifest.shard_range(shard)
         if gathered is None:
             gathered = Gathered(manifest.arrays(), stop - start)
+        gathered.unreadable |= batch.unreadable
         for name, values in encode(features, batch):
             gathered.add(name, values)
         if batch.records[-1] == stop - 1:
-            write(part.store, manifest, shard, gathered.whole())
+            write(part.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
     with Behind(write_shard, "write") as write, Behind(add, "encode") as store:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +16,19 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.codecs import CODECS, Fixed, Layout
 from pipeline.outputs import is_sealed, json_bytes, read_json, sealed, validated
-from pipeline.shards import Images, Keys
+from pipeline.shards import Images, Keys, Skipped
 from pipeline.stores import Store
 from pipeline.views import View
 from singer.errors import UserError
 
 FORMAT = "singer-feature-cache"
-VERSION = 2
+VERSION = 3
 
 MANIFEST = "manifest.json"
+IMAGES = "images.safetensors"
+RECORDS = "records.safetensors"
+COMPLETE = "complete.json"
+# Version 2 had it in place of these three.
 INDEX = "index.safetensors"
 TAIL = "tail.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -32,6 +38,7 @@ JOURNAL = "journal"
 FEATURES = "features"
 POSITIONS = "positions"
 PIXELS = "pixels"
+VIEWS = "views"
 PARTS = "parts"
 _NO_CHANGE = np.array([1, 1, 1, 0], dtype=np.float32)
 
@@ -67,7 +74,7 @@ class TeacherManifest(_Section):
 
 
 class DataManifest(_Section):
-    """The images. hash: SHA-256 of keys, labels and encoded bytes (shards.content_hash)."""
+    """The images that the shards list. hash: shards.listing_hash; in version 2, of keys, labels and encoded bytes."""
 
     shards: tuple[str, ...]
     images: int
@@ -84,14 +91,14 @@ class PixelsManifest(_Section):
 
 
 class Manifest(_Section):
-    """All that defines a part of a cache. Written once, before any feature.
+    """All that defines a part of a cache. Written once, before any image is read.
 
-    views: how views were drawn, with `first` and `count` for their numbers; stored_patches: patch tokens a record;
-    files: SHA-256 of the small files beside it.
+    views: how views are drawn, with `first` and `count` for their numbers; stored_patches: patch tokens a record;
+    records: the views of all listed images; files: SHA-256 of the small files beside it.
     """
 
     format: Literal["singer-feature-cache"] = "singer-feature-cache"
-    version: Literal[1, 2] = 2
+    version: Literal[2, 3] = 3
     teacher: TeacherManifest
     data: DataManifest
     views: dict[str, Any]
@@ -104,8 +111,6 @@ class Manifest(_Section):
     shard_records: int
     tail_first_block: int
     files: dict[str, str] = {}
-    # Version 1 hashed other fields.
-    first_id: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -137,32 +142,68 @@ class Manifest(_Section):
         if self.pixels is not None:
             size = self.pixels.size
             arrays[PIXELS] = Fixed((size, size, 3), "uint8") if self.pixels.kind == "uint8" else None
+        if self.version >= 3:
+            arrays[VIEWS] = Fixed((self.view_form.itemsize,), "uint8")
         return arrays
+
+    @property
+    def view_form(self) -> np.dtype[np.void]:
+        return view_form(any(self.views["color"]))
+
+    @property
+    def views_each(self) -> int:
+        """Records an image."""
+        return int(self.views["count"])
 
     def compression(self, array: str) -> str:
         """Only features are compressed, and of these only the parts of one size."""
         return self.lossless if array.startswith(FEATURES) and self.arrays()[array] is not None else "none"
 
-    def rows(self) -> str:
-        """Which images and views: equal for parts that hold other blocks of the same records."""
-        return _canonical([self.data.hash, self.views])
-
     def identity(self) -> dict[str, Any]:
         """What a cache must agree in to be the same: all but names and places."""
-        value = self.model_dump(mode="json", exclude={"files", "first_id"})
+        value = self.model_dump(mode="json", exclude={"files"})
         value["teacher"] = self.teacher.identity()
         del value["data"]["shards"]
         return value
 
     def id(self) -> str:
-        """SHA-256 of the identity: the name by which refiners and runs refer to the cache."""
-        return self.first_id or hashlib.sha256(_canonical(self.identity()).encode()).hexdigest()
+        """SHA-256 of the identity: the name by which the journal refers to the part."""
+        return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        return json_bytes(sealed(self.model_dump(mode="json", exclude={"first_id"})))
+        return json_bytes(sealed(self.model_dump(mode="json")))
 
 
-def _canonical(value: Any) -> str:
+def view_form(color: bool) -> np.dtype[np.void]:
+    """The bytes of a record in the array `views`: what was found when its image was read, and its view."""
+    fields: list[Any] = [("digest", "<u8"), ("width", "<i4"), ("height", "<i4"), ("box", "<f4", 4), ("flip", "?")]
+    return np.dtype(fields + [("color", "<f4", 4)] * color)
+
+
+class Completion(_Section):
+    """What is known of a part once all its shards are done. Written last; without it the part is not complete.
+
+    part: the manifest's id; hash: shards.content_hash of the images that can be decoded; images, labelled, records:
+    how many of these there are; unreadable: numbers of the others among the listed ones; skipped: all that is left out,
+    as skipped.json lists it; files: SHA-256 of the small files that are written now; arrays: {name: [bytes, SHA-256] of
+    each shard's file}.
+    """
+
+    part: str
+    hash: str
+    images: int
+    labelled: int
+    records: int
+    unreadable: tuple[int, ...]
+    skipped: int
+    files: dict[str, str]
+    arrays: dict[str, list[tuple[int, str]]]
+
+    def to_bytes(self) -> bytes:
+        return json_bytes(sealed(self.model_dump(mode="json")))
+
+
+def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -172,46 +213,27 @@ def read_manifest(store: Store) -> Manifest:
     file = f"{store.url}/{MANIFEST}"
     if value.get("format") != FORMAT:
         raise UserError(f"{file} does not describe a singer feature cache")
-    if value.get("version") == 1:
-        value = _from_version_1(value, file)
-    elif value.get("version") != VERSION:
-        raise UserError(f"{store.url} has cache format version {value.get('version')}; this singer reads 1 and 2")
-    elif not is_sealed(value):
+    if value.get("version") not in (2, VERSION):
+        raise UserError(f"{store.url} has cache format version {value.get('version')}; this singer reads 2 and 3")
+    if not is_sealed(value):
         raise UserError(f"{file} is damaged: it does not match its own checksum")
-    else:
-        del value["sha256"]
+    del value["sha256"]
     manifest = validated(value, Manifest, file)
     if manifest.codec not in CODECS:
         raise UserError(f"{store.url} uses codec {manifest.codec!r}; known: {', '.join(CODECS)}")
     return manifest
 
 
-def _from_version_1(value: dict[str, Any], file: str) -> dict[str, Any]:
-    try:
-        teacher = {k: v for k, v in value["teacher"].items() if k != "name"}
-        first_id = hashlib.sha256(_canonical({**value, "teacher": teacher}).encode()).hexdigest()
-        return {
-            **value,
-            "codec": "int8-plain" if value["codec"] == "int8" else value["codec"],
-            "stored_patches": teacher["grid"][0] * teacher["grid"][1],
-            "lossless": "none",
-            "pixels": None,
-            "first_id": first_id,
-        }
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is damaged: fields are missing") from None
-
-
 @dataclass(frozen=True)
 class Index:
-    """Which image and view each record is, and where the image lies.
+    """Which image and view each record is, and where the image lies. Only images that can be decoded are in it.
 
-    digest: (images,) uint64, or None in version 1; image, view: (records,) int32; box: (records, 4) float32; flip:
-    (records,) bool; color: (records, 4) float32, or None.
+    digest: (images,) uint64; image, view: (records,) int32; box: (records, 4) float32; flip: (records,) bool; color:
+    (records, 4) float32, or None.
     """
 
     images: Images
-    digest: np.ndarray | None
+    digest: np.ndarray
     image: np.ndarray
     view: np.ndarray
     box: np.ndarray
@@ -232,55 +254,99 @@ class Index:
             color = brightness, contrast, saturation, hue
         return View((left, upper, right, lower), bool(self.flip[record]), color)
 
-    def to_bytes(self) -> bytes:
-        columns = {
-            "image.key_bytes": self.images.keys.text,
-            "image.key_end": self.images.keys.ends,
-            "image.label": self.images.labels,
-            "image.shard": self.images.shard,
-            "image.offset": self.images.offset,
-            "image.size": self.images.size,
-            "shard.size": np.array(self.images.shard_sizes, dtype=np.int64),
-            "record.image": self.image,
-            "record.view": self.view,
-            "record.box": self.box,
-            "record.flip": self.flip,
-        }
-        optional = {"image.digest": self.digest, "record.color": self.color}
-        columns |= {name: column for name, column in optional.items() if column is not None}
-        # safetensors writes the memory of an array, whatever its strides.
-        data: bytes = safetensors.numpy.save(
-            {name: np.ascontiguousarray(column) for name, column in columns.items()},
-            metadata={"shards": json.dumps([str(p) for p in self.images.paths])},
-        )
-        return data
+    def record_bytes(self) -> bytes:
+        """What records.safetensors holds: all but what is known from the listed images."""
+        columns = {"image.digest": self.digest, "record.box": self.box, "record.flip": self.flip}
+        return save_columns(columns | ({} if self.color is None else {"record.color": self.color}))
 
 
-def read_index(store: Store) -> Index:
-    """Raises UserError if the index is missing or damaged."""
-    file = f"{store.url}/{INDEX}"
-    try:
-        data = store.read(INDEX)
-        columns = safetensors.numpy.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        images = Images(
-            paths=tuple(Path(p) for p in json.loads(header["__metadata__"]["shards"])),
-            shard_sizes=tuple(columns["shard.size"].tolist()),
-            keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
-            labels=columns["image.label"],
-            shard=columns["image.shard"],
-            offset=columns["image.offset"],
-            size=columns["image.size"],
-        )
+def number_records(images: int, first_view: int, views: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and number of the view of every record, (records,) int32 each: image by image, and view by view."""
+    image = np.repeat(np.arange(images, dtype=np.int32), views)
+    return image, np.tile(np.arange(first_view, first_view + views, dtype=np.int32), images)
+
+
+def image_bytes(images: Images) -> bytes:
+    """What images.safetensors holds: the listed images, and what the shards hold besides."""
+    columns = {
+        "image.key_bytes": images.keys.text,
+        "image.key_end": images.keys.ends,
+        "image.label": images.labels,
+        "image.shard": images.shard,
+        "image.offset": images.offset,
+        "image.size": images.size,
+        "shard.size": np.array(images.shard_sizes, dtype=np.int64),
+    }
+    about = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
+    # One entry: safetensors writes several in whatever order.
+    return save_columns(columns, {"listing": json.dumps(about)})
+
+
+def read_images(store: Store) -> Images:
+    """The images that were listed when a part was begun. Raises UserError if the file is missing or damaged."""
+    with _reading(store, IMAGES) as (columns, about):
+        listing = json.loads(about["listing"])
+        skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
+        return replace(_images(columns, listing["shards"]), skipped=skipped)
+
+
+def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
+    """The index of a complete part, whose readable images are given. Raises UserError as read_images."""
+    with _reading(store, RECORDS) as (columns, _):
+        image, view = number_records(len(images), manifest.views["first"], manifest.views_each)
+        shapes = {columns["image.digest"].shape: (len(images),), columns["record.box"].shape: (len(image), 4)}
+        if any(there != expected for there, expected in shapes.items()) or len(columns["record.flip"]) != len(image):
+            raise ValueError(f"its columns are not those of {len(images)} images")
+        color = columns.get("record.color")
+        return Index(images, columns["image.digest"], image, view, columns["record.box"], columns["record.flip"], color)
+
+
+def read_index_2(store: Store) -> Index:
+    """The index of a part of version 2. Raises UserError as read_images."""
+    with _reading(store, INDEX) as (columns, about):
+        names = ("image.digest", "record.image", "record.view", "record.box", "record.flip")
+        digest, image, view, box, flip = (columns[name] for name in names)
         return Index(
-            images,
-            columns.get("image.digest"),
-            image=columns["record.image"],
-            view=columns["record.view"],
-            box=columns["record.box"],
-            flip=columns["record.flip"],
-            color=columns.get("record.color"),
+            _images(columns, json.loads(about["shards"])), digest, image, view, box, flip, columns.get("record.color")
         )
+
+
+def content_hash_2(images: Images, digest: np.ndarray) -> str:
+    """`data.hash` of version 2: SHA-256 over keys, with NUL between them, labels and digests."""
+    whole = hashlib.sha256("\0".join(images.keys).encode())
+    whole.update(images.labels.astype("<i4").tobytes())
+    whole.update(digest.astype("<u8").tobytes())
+    return whole.hexdigest()
+
+
+def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:
+    return Images(
+        paths=tuple(map(Path, shards)),
+        shard_sizes=tuple(columns["shard.size"].tolist()),
+        keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
+        labels=columns["image.label"],
+        shard=columns["image.shard"],
+        offset=columns["image.offset"],
+        size=columns["image.size"],
+    )
+
+
+def save_columns(columns: Mapping[str, np.ndarray], about: dict[str, str] | None = None) -> bytes:
+    """A safetensors file of some arrays."""
+    # safetensors writes the memory of an array, whatever its strides.
+    rows = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    data: bytes = safetensors.numpy.save(rows, metadata=about)
+    return data
+
+
+@contextmanager
+def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
+    """The arrays of a safetensors file and its metadata; whatever is wrong with them is a UserError."""
+    file = f"{store.url}/{name}"
+    try:
+        data = store.read(name)
+        columns = safetensors.numpy.load(data)
+        yield columns, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -288,20 +354,18 @@ def read_index(store: Store) -> Index:
 
 
 def join(indices: Iterable[Index]) -> Index:
-    """The records of several indices, one behind the other."""
+    """The records of several indices, one after the other."""
     indices = list(indices)
     if len(indices) == 1:
         return indices[0]
     first_image = np.cumsum([0, *(len(i.images) for i in indices)])
     first_shard = np.cumsum([0, *(len(i.images.paths) for i in indices)])
     images = [i.images for i in indices]
-    digests = [i.digest for i in indices]
     colors = [np.tile(_NO_CHANGE, (len(i), 1)) if i.color is None else i.color for i in indices]
-    all_images = replace(
-        images[0],
-        paths=sum((i.paths for i in images), ()),
-        shard_sizes=sum((i.shard_sizes for i in images), ()),
-        keys=Keys.of(key for i in images for key in i.keys),
+    all_images = Images(
+        paths=tuple(chain.from_iterable(i.paths for i in images)),
+        shard_sizes=tuple(chain.from_iterable(i.shard_sizes for i in images)),
+        keys=Keys.join([i.keys for i in images]),
         labels=np.concatenate([i.labels for i in images]),
         shard=np.concatenate([i.shard + s for i, s in zip(images, first_shard, strict=False)]),
         offset=np.concatenate([i.offset for i in images]),
@@ -309,7 +373,7 @@ def join(indices: Iterable[Index]) -> Index:
     )
     return Index(
         all_images,
-        np.concatenate([d for d in digests if d is not None]) if all(d is not None for d in digests) else None,
+        np.concatenate([i.digest for i in indices]),
         np.concatenate([i.image + f for i, f in zip(indices, first_image, strict=False)]),
         np.concatenate([i.view for i in indices]),
         np.concatenate([i.box for i in indices]),

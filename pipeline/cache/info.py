@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import FIDELITY, Manifest
+from pipeline.cache.format import FIDELITY, Manifest, canonical
 from pipeline.cache.parts import Part, read_parts
 from pipeline.cache.reader import joint_id
 from pipeline.outputs import read_json
@@ -107,7 +107,7 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
         width=first.teacher.width,
         codec=first.codec,
         lossless=first.lossless,
-        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
+        records=sum({canonical([p.manifest.data.hash, p.manifest.views]): p.manifest.records for p in parts}.values()),
         shards=sum(p.manifest.shards for p in parts),
         missing=missing,
         feature_bytes=stored,

@@ -2,11 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +13,24 @@ from torch import Tensor
 
 from pipeline.buffers import empty
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
-from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, Manifest, join, read_index
-from pipeline.cache.parts import Part, read_parts
+from pipeline.cache.format import (
+    CALIBRATION,
+    FEATURES,
+    PIXELS,
+    POSITIONS,
+    TAIL,
+    VIEWS,
+    Index,
+    Manifest,
+    join,
+    read_images,
+)
+from pipeline.cache.parts import Files, Part, read_parts
 from pipeline.cache.pixels import resize, stored_views, views_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.outputs import parse_tensors
 from pipeline.progress import say
-from pipeline.shards import ImageFile, content_hash
+from pipeline.shards import ImageFile
 from pipeline.stores import Place, ReadThrough, open_store
 from singer.errors import UserError
 from singer.tail import TeacherTail
@@ -47,11 +57,10 @@ class Encoded:
 
 
 class PartReader:
-    """The arrays of a part. entries: its journal, which it must be complete by."""
+    """The arrays of a part. files: of its shards, at least of those that are read."""
 
-    def __init__(self, part: Part, entries: Mapping[int, dict[str, Any]], local_copy: Path | None = None) -> None:
+    def __init__(self, part: Part, files: Files, local_copy: Path | None = None) -> None:
         self.part = part
-        files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
         self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
         self._source: ByteRanges = part.store
         if local_copy is not None:
@@ -71,6 +80,29 @@ class PartReader:
         """Some records of an array, in the order asked for."""
         order = np.argsort(records)
         return read_arrays([(self.array(name), records[order], order)], len(records))
+
+
+def read_rows(reader: PartReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
+    """Which records, as numbered where they are stored, have an image that can be decoded; and an index of just these.
+
+    The part need not be complete; a record's image has the number of the record in this index.
+    """
+    part, manifest = reader.part, reader.part.manifest
+    if manifest.version == 2:
+        whole = part.index()
+        color = None if whole.color is None else whole.color[rows]
+        image = whole.image[rows]
+        found = (whole.images.select(image), whole.digest[image])
+        return rows, Index(*found, np.arange(len(rows)), whole.view[rows], whole.box[rows], whole.flip[rows], color)
+    stored = reader.read(VIEWS, rows)
+    assert isinstance(stored, Tensor)
+    facts = stored.numpy().reshape(-1).view(manifest.view_form)
+    rows, facts = rows[facts["width"] > 0], facts[facts["width"] > 0]
+    image, view = np.divmod(rows, manifest.views_each)
+    color = facts["color"] if "color" in (facts.dtype.names or ()) else None
+    images = read_images(part.store).select(image)
+    first = manifest.views["first"]
+    return rows, Index(images, facts["digest"], np.arange(len(rows)), first + view, facts["box"], facts["flip"], color)
 
 
 @dataclass(frozen=True)
@@ -117,7 +149,7 @@ class Cache:
         held = sorted({b for p in self._parts for b in p.manifest.blocks})
         self.blocks = tuple(held if blocks is None else sorted(blocks))
         self._spans = self._find_spans(parts)
-        counts = [s.main.manifest.records for s in self._spans]
+        counts = [s.main.records for s in self._spans]
         self._starts, self._count = np.cumsum([0, *counts])[:-1], sum(counts)
         self._codec = CODECS[self.manifest.codec]
         self._calibration: dict[torch.device, dict[int, Calibration]] = {}
@@ -137,7 +169,7 @@ class Cache:
     @property
     def rows(self) -> tuple[str, ...]:
         """Which images and views, in their order: equal for caches that hold the same records."""
-        return tuple(span.main.manifest.rows() for span in self._spans)
+        return tuple(span.main.rows for span in self._spans)
 
     @property
     def record_bytes(self) -> int:
@@ -147,7 +179,7 @@ class Cache:
 
     @cached_property
     def index(self) -> Index:
-        return join(self._read_index(span.main) for span in self._spans)
+        return join(span.main.index() for span in self._spans)
 
     @cached_property
     def has_pixels(self) -> bool:
@@ -204,7 +236,7 @@ class Cache:
     def tail(self) -> TeacherTail:
         """The frozen end of the teacher, on the CPU."""
         part = min(
-            (p for p in self._parts if TAIL in p.manifest.files or p.manifest.version == 1),
+            (p for p in self._parts if TAIL in p.manifest.files),
             key=lambda p: p.manifest.tail_first_block,
         )
         teacher, file = part.manifest.teacher, f"{part.store.url}/{TAIL}"
@@ -218,25 +250,21 @@ class Cache:
         """The parts without those that are still being added."""
         complete = []
         for part in parts:
-            entries = part.entries()
-            pending = part.pending(entries)
-            if not pending:
+            lacks = part.lacks()
+            if lacks is None:
                 complete.append(part)
-                self._readers[part.name] = PartReader(part, entries, local_copy)
+                self._readers[part.name] = PartReader(part, part.files, local_copy)
             elif part.name:
                 say(f"{part.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
             else:
-                raise UserError(
-                    f"{self.place} is incomplete: {len(pending)} of {part.manifest.shards} shards are missing; "
-                    "repeat its cache-teacher command with --resume"
-                )
+                raise UserError(f"{self.place} is incomplete: {lacks}; repeat its cache-teacher command with --resume")
         return complete
 
     def _find_spans(self, everything: list[Part]) -> list[_Span]:
         spans: dict[str, dict[int, Part]] = {}
         for part in self._parts:
-            spans.setdefault(part.manifest.rows(), {}).update(dict.fromkeys(part.manifest.blocks, part))
-        pixels = {p.manifest.rows(): p for p in everything if p.manifest.pixels is not None}
+            spans.setdefault(part.rows, {}).update(dict.fromkeys(part.manifest.blocks, part))
+        pixels = {p.rows: p for p in everything if p.manifest.pixels is not None}
         for blocks in spans.values():
             missing = [b for b in self.blocks if b not in blocks]
             if missing:
@@ -264,7 +292,7 @@ class Cache:
         """Some records of an array that lies in one part of every span."""
         arrays = [self._readers[part.name].array(array) for part in parts]
         count = sum(len(records) for _, records, _ in groups)
-        return read_arrays([(arrays[span], records, places) for span, records, places in groups], count)
+        return read_arrays([(arrays[s], parts[s].stored(records), places) for s, records, places in groups], count)
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
         if device not in self._calibration:
@@ -272,14 +300,6 @@ class Cache:
                 block: read_calibration(self._spans[0].blocks[block])[block].to(device) for block in self.blocks
             }
         return self._calibration[device]
-
-    def _read_index(self, part: Part) -> Index:
-        index = read_index(part.store)
-        known = part.manifest.data.hash
-        same = index.images.place_hash() if index.digest is None else content_hash(index.images, index.digest)
-        if len(index) != part.manifest.records or same != known:
-            raise UserError(f"the index of {part.store.url} does not belong to its manifest; run singer cache verify")
-        return index
 
 
 def is_teacher(manifest: Manifest, name: str) -> bool:
@@ -290,7 +310,7 @@ def is_teacher(manifest: Manifest, name: str) -> bool:
 
 def joint_id(parts: Sequence[Part]) -> str:
     """The id of a cache of these parts; of a single one, its own."""
-    ids = [p.manifest.id() for p in parts]
+    ids = [p.id for p in parts]
     return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 

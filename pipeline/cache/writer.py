@@ -13,41 +13,37 @@ from pipeline.cache.codecs import Calibration, Ragged
 from pipeline.cache.format import (
     CALIBRATION,
     FIDELITY,
-    INDEX,
+    IMAGES,
     MANIFEST,
-    SKIPPED,
     TAIL,
-    Index,
     Manifest,
+    image_bytes,
     journal_file,
     shard_file,
 )
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
 from pipeline.outputs import json_bytes, sealed, tensor_bytes
-from pipeline.shards import Skipped
+from pipeline.shards import Images
 from pipeline.stores import Store
 from singer.errors import UserError
 
 
 def small_files(
     manifest: Manifest,
-    index: Index,
+    images: Images,
     tail: Mapping[str, Tensor] | None,
     calibration: Mapping[int, Calibration],
     fidelity: Mapping[int, Any],
-    skipped: tuple[Skipped, ...],
 ) -> dict[str, bytes]:
-    """{name: content} of everything in a part but the features, their journal and the manifest."""
+    """{name: content} of everything that is written of a part before its features, but the manifest."""
     statistics = {f"{b}.{name}": t for b, c in calibration.items() for name, t in c.tensors().items()}
     compression = {name: manifest.compression(name) for name in manifest.arrays()}
     files = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
-    files[INDEX] = index.to_bytes()
+    files[IMAGES] = image_bytes(images)
     files[CALIBRATION] = tensor_bytes(statistics)
     files[FIDELITY] = json_bytes(fidelity)
     if tail is not None:
         files[TAIL] = tensor_bytes(tail)
-    if skipped:
-        files[SKIPPED] = json_bytes([vars(s) for s in skipped])
     return files
 
 
@@ -70,8 +66,17 @@ def check_same(there: Manifest, here: Manifest, place: str) -> None:
         )
 
 
-def write_shard(store: Store, manifest: Manifest, shard: int, values: Mapping[str, np.ndarray | Ragged]) -> None:
-    """Store one whole shard and journal it. values: {array: its records of the shard}."""
+def write_shard(
+    store: Store,
+    manifest: Manifest,
+    shard: int,
+    values: Mapping[str, np.ndarray | Ragged],
+    unreadable: Mapping[int, str],
+) -> None:
+    """Store one whole shard and journal it.
+
+    values: {array: its records of the shard}; unreadable: {image: why it cannot be decoded}.
+    """
     start, stop = manifest.shard_range(shard)
     files = {}
     for name, form in manifest.arrays().items():
@@ -84,7 +89,8 @@ def write_shard(store: Store, manifest: Manifest, shard: int, values: Mapping[st
             digest = hasher.submit(_sha256, pieces)
             store.write(file, *pieces)
         files[file] = {"sha256": digest.result(), "bytes": sum(len(piece) for piece in pieces)}
-    entry = {"cache": manifest.id(), "shard": shard, "records": [start, stop], "files": files}
+    entry: dict[str, Any] = {"cache": manifest.id(), "shard": shard, "records": [start, stop], "files": files}
+    entry["unreadable"] = {str(number): reason for number, reason in sorted(unreadable.items())}
     store.write(journal_file(shard), json_bytes(sealed(entry)))
 
 

@@ -25,6 +25,8 @@ from pipeline.cache.format import shard_file
 from pipeline.stores import Ranges
 from singer.errors import UserError
 
+# Of shards, whose indices are read together.
+_INDICES_AT_ONCE = 64
 _MISSING = 2**64 - 1
 # Ahead of every byte string: the number of strings in the chunk, and its length.
 _STRING = struct.Struct("<II")
@@ -145,8 +147,7 @@ class ShardedArray:
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
-                for shard in np.unique(shards[~self._known[shards]]).tolist():
-                    self._read_index(shard)
+                self._read_indices(np.unique(shards[~self._known[shards]]))
         if self._places is None:
             return Chunks(shards, within * self.row, np.full(len(records), self.row))
         found = self._places[records]
@@ -170,11 +171,22 @@ class ShardedArray:
         assert self.form is not None
         return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
 
-    def _read_index(self, shard: int) -> None:
+    def _read_indices(self, shards: np.ndarray) -> None:
+        """Read the indices of some shards, many at once: each is a request, and none waits for another."""
+        size = 16 * self._shard_records + 4
+        for some in np.split(shards, np.arange(_INDICES_AT_ONCE, len(shards), _INDICES_AT_ONCE)):
+            files = [self._files[shard] for shard in some.tolist()]
+            ends = np.array([self._sizes[file] for file in files])
+            data = np.empty((len(files), size), np.uint8)
+            numbers = np.arange(len(files))
+            self._store.read_ranges(
+                Ranges(files, numbers, ends - size, np.full(len(files), size), data.reshape(-1), numbers * size)
+            )
+            for shard, index in zip(some.tolist(), data, strict=True):
+                self._take_index(shard, index)
+
+    def _take_index(self, shard: int, data: np.ndarray) -> None:
         file, first = self._files[shard], shard * self._shard_records
-        data = np.empty(16 * self._shard_records + 4, np.uint8)
-        size, zero = np.array([len(data)]), np.zeros(1, np.int64)
-        self._store.read_ranges(Ranges([file], zero, self._sizes[file] - size, size, data, zero))
         encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
         index = np.frombuffer(encoded, dtype="<i8").reshape(-1, 2)[: self._records - first]
         offsets, sizes = index[:, 0], index[:, 1]

@@ -1,9 +1,8 @@
 """WebDataset shards: what is in them, and their images by number."""
 
-from pipeline.shards.image_file import ImageFile, decode, open_image, to_rgb
-from pipeline.shards.images import Images, Keys, Skipped, Survey, content_hash, image_digest, require_labels
+from pipeline.shards.image_file import ImageFile, decode, decoding_quietly, one_line, open_image, open_known, to_rgb
+from pipeline.shards.images import Images, Keys, Skipped, content_hash, image_digest, listing_hash, require_labels
 from pipeline.shards.index import OnError, expand_shards, index_beside, index_shards, relocate
-from pipeline.shards.survey import survey
 
 __all__ = [
     "ImageFile",
@@ -11,16 +10,18 @@ __all__ = [
     "Keys",
     "OnError",
     "Skipped",
-    "Survey",
     "content_hash",
     "decode",
+    "decoding_quietly",
     "expand_shards",
     "image_digest",
     "index_beside",
     "index_shards",
+    "listing_hash",
+    "one_line",
     "open_image",
+    "open_known",
     "relocate",
     "require_labels",
-    "survey",
     "to_rgb",
 ]

@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -119,6 +120,18 @@ def _decoding(where: str) -> Iterator[None]:
         yield
     except Exception as error:  # decoders raise whatever broken data makes them stumble over
         raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
+
+
+@contextmanager
+def decoding_quietly() -> Iterator[None]:
+    """Have images of a suspicious size refused, and all else that PIL grumbles about ignored, in whatever thread.
+
+    The filters belong to the process, so they are set here and not in the threads.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

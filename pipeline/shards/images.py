@@ -2,15 +2,17 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-from pipeline.tars import NO_LABEL
+from pipeline.tars import NO_LABEL, key_hash
 from singer.errors import UserError
+
+_KEYS_AT_ONCE = 1 << 18
 
 
 class Keys(Sequence[str]):
@@ -33,6 +35,13 @@ class Keys(Sequence[str]):
             ends.append(len(text))
         return cls(np.frombuffer(bytes(text), dtype=np.uint8), np.array(ends, dtype=np.int64))
 
+    @classmethod
+    def join(cls, several: Sequence["Keys"]) -> "Keys":
+        """All keys of several lists, one list after the other."""
+        starts = np.cumsum([0, *(len(keys.text) for keys in several)])
+        ends = [keys.ends + start for keys, start in zip(several, starts.tolist(), strict=False)]
+        return cls(np.concatenate([k.text for k in several]), np.concatenate(ends))
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -46,6 +55,36 @@ class Keys(Sequence[str]):
             return tuple(self[number] for number in numbers)
         start = int(self.ends[numbers - 1]) if numbers else 0
         return self.text[start : int(self.ends[numbers])].tobytes().decode()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Keys) and np.array_equal(self.ends, other.ends) and np.array_equal(self.text, other.text)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def select(self, rows: np.ndarray) -> "Keys":
+        """Some of the keys, in the order of `rows`."""
+        lengths = np.diff(self.ends, prepend=0)[rows]
+        starts, ends = self.ends[rows] - lengths, np.cumsum(lengths)
+        text = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
+        # A place in memory for each letter takes eight times as much as the letters: some keys at a time.
+        for a in range(0, len(rows), _KEYS_AT_ONCE):
+            own = slice(a, a + _KEYS_AT_ONCE)
+            first = int(ends[a] - lengths[a])
+            shift = np.repeat(starts[own] - (ends[own] - lengths[own]), lengths[own])
+            text[first : first + len(shift)] = self.text[np.arange(first, first + len(shift)) + shift]
+        return Keys(text, ends)
+
+    def hashes(self) -> np.ndarray:
+        """(n,) uint64: the first 8 bytes of the SHA-256 of each key. Equal hashes are no proof of equal keys."""
+        return np.fromiter((key_hash(key) for key in self._bytes()), dtype=np.uint64, count=len(self))
+
+    def _bytes(self) -> Iterator[bytes]:
+        start, text = 0, self.text.tobytes()
+        for end in self.ends.tolist():
+            yield text[start:end]
+            start = end
 
 
 @dataclass(frozen=True)
@@ -84,49 +123,45 @@ class Images:
     def select(self, rows: np.ndarray) -> "Images":
         """Some of the images, in the order of `rows`."""
         columns = {name: getattr(self, name)[rows] for name in ("labels", "shard", "offset", "size")}
-        return replace(self, keys=Keys.of(self.keys[i] for i in rows.tolist()), **columns)
+        return replace(self, keys=self.keys.select(rows), **columns)
 
     def place_hash(self) -> str:
-        """SHA-256 over keys, labels and places of all images; the bytes of pixels are not read.
-
-        Version 1 of the cache format names its images by it.
-        """
-        digest = hashlib.sha256()
-        digest.update("\0".join([*(p.name for p in self.paths), *self.keys]).encode())
-        for column in (self.labels, self.shard, self.offset, self.size):
-            digest.update(column.astype("<i8").tobytes())
+        """Hash shard names, keys, labels and places of all images; the bytes of pixels are not read."""
+        digest = hashlib.sha256("\0".join(p.name for p in self.paths).encode())
+        for column, kind in ((self.shard, "<i4"), (self.offset, "<i8")):
+            digest.update(column.astype(kind, copy=False).tobytes())
+        digest.update(listing_hash(self).encode())
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What reading all images tells. digest: uint64, see content_hash; width, height: int32, pixels."""
+def listing_hash(images: Images) -> str:
+    """SHA-256 over keys, labels and sizes of all images: the same wherever they lie, whatever shards they are in.
 
-    images: Images
-    digest: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
+    It is known before any image is read. Hashed are the bytes of all keys, their ends (int64), labels (int32) and
+    sizes (int64).
+    """
+    return _hash(images, images.size.astype("<i8", copy=False))
 
-    def select(self, rows: np.ndarray) -> "Survey":
-        """Some of the images, in the order of `rows`."""
-        return Survey(self.images.select(rows), self.digest[rows], self.width[rows], self.height[rows])
+
+def content_hash(images: Images, digest: np.ndarray) -> str:
+    """SHA-256 over keys, labels and digests of all images, as listing_hash with digests in place of sizes.
+
+    digest: (n,) uint64, see image_digest.
+    """
+    assert len(digest) == len(images)
+    return _hash(images, digest.astype("<u8", copy=False))
+
+
+def _hash(images: Images, column: np.ndarray) -> str:
+    whole = hashlib.sha256(images.keys.text.data)
+    for part in (images.keys.ends.astype("<i8", copy=False), images.labels.astype("<i4", copy=False), column):
+        whole.update(np.ascontiguousarray(part).data)
+    return whole.hexdigest()
 
 
 def image_digest(data: bytes) -> int:
     """The first 8 bytes (little-endian) of the SHA-256 of an encoded image."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-
-
-def content_hash(images: Images, digest: np.ndarray) -> str:
-    """SHA-256 over keys, labels and digests of all images: the same wherever they lie, whatever shards they are in.
-
-    digest: (n,) uint64, the first 8 bytes (little-endian) of the SHA-256 of every encoded image.
-    """
-    assert len(digest) == len(images)
-    whole = hashlib.sha256("\0".join(images.keys).encode())
-    whole.update(images.labels.astype("<i4").tobytes())
-    whole.update(digest.astype("<u8").tobytes())
-    return whole.hexdigest()
 
 
 def require_labels(images: Images, what: str) -> None:

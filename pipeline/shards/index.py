@@ -5,9 +5,11 @@ never passed over.
 """
 
 import glob
+import multiprocessing
 import os
-from array import array
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -15,11 +17,15 @@ from typing import Literal
 import numpy as np
 from webdataset.shardlists import expand_urls
 
+from pipeline.progress import meter
 from pipeline.shards.images import Images, Keys, Skipped
-from pipeline.tars import UNSAFE, Defect, contents, read_samples
+from pipeline.tars import UNSAFE, TarListing, list_tar, read_samples
 from singer.errors import UserError
 
 OnError = Literal["fail", "skip"]
+# From so many on, starting processes takes less time than they save.
+_MANY_SHARDS = 64
+_SHARDS_AT_ONCE = 4
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[Path]:
@@ -43,7 +49,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
     if not paths:
         raise UserError("no shards given")
     if len(set(paths)) < len(paths):
-        raise UserError(f"shard {next(p for p in paths if paths.count(p) > 1)} is given twice")
+        raise UserError(f"shard {Counter(paths).most_common(1)[0][0]} is given twice")
     return paths
 
 
@@ -75,43 +81,61 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     the first defect; else defects are listed in `skipped`.
     """
     paths = expand_shards(spec)
+    listings = _list_all(paths)
+    usable = np.concatenate([listing.usable for listing in listings])
+    keys = Keys.join([Keys(listing.key_text, listing.key_ends) for listing in listings])
+    starts = np.cumsum([0, *(len(listing.usable) for listing in listings)])
+    twice = _repeated(keys, np.concatenate([listing.hashes for listing in listings])) & usable
+    found = [(s, *defect) for s, listing in enumerate(listings) for defect in listing.defects]
+    for row in np.flatnonzero(twice).tolist():
+        s = int(np.searchsorted(starts, row, side="right")) - 1
+        found.append((s, row - int(starts[s]), keys[row], "occurs twice"))
     defects = Defects(on_error)
-    keys: list[str] = []
-    labels, shard, offset, size = array("i"), array("i"), array("q"), array("q")
-    seen: set[str] = set()
-    for number, path in enumerate(paths):
-        samples, damage = read_samples(path)
-        if damage is not None:
-            defects.add(path, "", damage)
-        for sample in samples:
-            for extension in sample.repeated:
-                defects.add(path, sample.key, f"has two members .{extension}")
-            try:
-                label, image = contents(sample)
-                if sample.key in seen:
-                    raise Defect("occurs twice")
-            except Defect as defect:
-                defects.add(path, sample.key, str(defect))
-            else:
-                keys.append(sample.key)
-                labels.append(label)
-                shard.append(number)
-                offset.append(image.offset)
-                size.append(image.size)
-            seen.add(sample.key)
-    if not keys:
+    for s, _, key, reason in sorted(found, key=lambda f: f[:2]):
+        defects.add(paths[s], key, reason)
+    rows = np.flatnonzero(usable & ~twice)
+    if not len(rows):
         also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
         raise UserError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
-    return Images(
+    images = Images(
         tuple(p.resolve() for p in paths),
-        tuple(p.stat().st_size for p in paths),
-        Keys.of(keys),
-        np.array(labels, dtype=np.int32),
-        np.array(shard, dtype=np.int32),
-        np.array(offset, dtype=np.int64),
-        np.array(size, dtype=np.int64),
+        tuple(listing.size for listing in listings),
+        keys,
+        np.concatenate([listing.labels for listing in listings]),
+        np.repeat(np.arange(len(paths), dtype=np.int32), np.diff(starts)),
+        np.concatenate([listing.offsets for listing in listings]),
+        np.concatenate([listing.sizes for listing in listings]),
         tuple(defects.skipped),
     )
+    return images if len(rows) == len(images) else images.select(rows)
+
+
+def _list_all(paths: Sequence[Path]) -> list[TarListing]:
+    """List many shards in as many processes as there are cores, for Python reads headers on one core only."""
+    cores = len(os.sched_getaffinity(0))
+    pool: Executor = ThreadPoolExecutor(min(len(paths), 2 * cores))
+    if len(paths) >= _MANY_SHARDS and cores > 1:
+        # Fresh processes: a fork of one that has threads may hang.
+        pool = ProcessPoolExecutor(cores, multiprocessing.get_context("forkserver"))
+    with pool, meter("index", len(paths), "shards") as m:
+        listings = []
+        for listing in pool.map(list_tar, paths, chunksize=_SHARDS_AT_ONCE):
+            listings.append(listing)
+            m.advance(1)
+    return listings
+
+
+def _repeated(keys: Keys, hashes: np.ndarray) -> np.ndarray:
+    """Which keys, (n,) bool, have occurred before."""
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    again = np.zeros(len(keys), dtype=np.bool_)
+    seen: set[str] = set()
+    # Nearly always none: equal keys have equal hashes, and others hardly ever.
+    for row in order[np.union1d(same, same + 1)].tolist():
+        again[row] = keys[row] in seen
+        seen.add(keys[row])
+    return again
 
 
 def index_beside(images: Images, extension: str) -> Images:
@@ -120,9 +144,11 @@ def index_beside(images: Images, extension: str) -> Images:
     Raises UserError naming shard and key where one is missing, empty, no regular file or there twice.
     """
     offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
-    for number, path in enumerate(images.paths):
+    order = np.argsort(images.shard, kind="stable")
+    ends = np.searchsorted(images.shard[order], np.arange(len(images.paths)), side="right").tolist()
+    for path, start, end in zip(images.paths, [0, *ends], ends, strict=False):
         samples = {sample.key: sample for sample in read_samples(path, extension)[0]}
-        for row in np.flatnonzero(images.shard == number).tolist():
+        for row in order[start:end].tolist():
             sample = samples.get(images.keys[row])
             member = None if sample is None else sample.members.get(extension)
             if sample is None or member is None:

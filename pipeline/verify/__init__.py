@@ -37,8 +37,8 @@ def verify(
     """
     store = open_store(place)
     parts = read_parts(store)
-    if repair and parts[0].manifest.version == 1:
-        raise UserError(f"{place} was written by format version 1 and cannot be repaired; make a new cache")
+    if repair and parts[0].manifest.version == 2:
+        raise UserError(f"{place} was written by format version 2 and cannot be repaired; make a new cache")
     extract = load_extractor(config, parts) if live or repair else None
     with store.lock() if repair else nullcontext():
         reports = {part.name: check_part(part) for part in parts}
@@ -46,6 +46,6 @@ def verify(
         if extract is not None:
             for part in mine(parts, extract.teacher):
                 if repair:
-                    repair_part(part, reports[part.name], extract, shards)
+                    repair_part(part, parts, reports[part.name], extract, shards)
                 reports[part.name].live = check_live(part, reports[part.name], extract, shards, sample)
     return VerifyResult(place, all(r.whole for r in reports.values()), list(reports.values()))

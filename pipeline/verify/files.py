@@ -5,24 +5,23 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
+from pipeline.cache.completion import describe_completion
 from pipeline.cache.format import (
-    CALIBRATION,
+    COMPLETE,
+    IMAGES,
     INDEX,
     MANIFEST,
     PARTS,
-    TAIL,
+    RECORDS,
+    SKIPPED,
     Manifest,
     journal_file,
-    read_index,
     shard_file,
 )
 from pipeline.cache.parts import Part
 from pipeline.cache.zarr_shards import array_metadata
-from pipeline.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes, parse_tensors
+from pipeline.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes
 from pipeline.progress import meter
-from pipeline.shards import content_hash
 from pipeline.stores import Store
 from pipeline.verify.findings import UNKNOWN, PartReport
 from singer.errors import UserError
@@ -32,27 +31,15 @@ _READERS = 2
 
 
 def check_part(part: Part) -> PartReport:
-    """Compare every file of a part with its checksum, and the index with the manifest.
-
-    Version 1 has no checksums of its small files: those must be there and readable.
-    """
+    """Compare every file of a part with its checksum, and what is known of its images with the manifest."""
     manifest, store = part.manifest, part.store
     report = PartReport(part.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
     sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
     report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
-    expected: dict[str, str | None] = dict(manifest.files)
-    if manifest.version == 1:
-        expected = dict.fromkeys([INDEX, TAIL, CALIBRATION, *metadata(manifest)])
-    wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in expected.items()}
-    if manifest.version == 1:
-        wrong |= {name: wrong[name] or tensors_defect(store, name) for name in (TAIL, CALIBRATION)}
-    else:
-        wrong[MANIFEST] = sealed_defect(store, sizes, MANIFEST)
-        wrong |= provenance_defects(store, sizes)
-    if wrong.get(INDEX) is None:
-        wrong[INDEX] = index_defect(part)
-
-    known = {MANIFEST, PROVENANCE, CONFIG, *expected}
+    wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
+    wrong[MANIFEST] = sealed_defect(store, sizes, MANIFEST)
+    wrong |= provenance_defects(store, sizes)
+    known = {MANIFEST, PROVENANCE, CONFIG, *manifest.files}
     with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.shards, "shards") as m:
         defects = pool.map(lambda shard: shard_defects(part, sizes, shard), range(manifest.shards))
         for shard, found in enumerate(defects):
@@ -63,9 +50,31 @@ def check_part(part: Part) -> PartReport:
                 report.damaged.append(shard)
                 wrong |= found
             m.advance(1)
+    if manifest.version == 2:
+        wrong[INDEX] = wrong.get(INDEX) or index_defect(part)
+    else:
+        wrong |= completion_defects(part, sizes, whole=not (report.missing or report.damaged))
+        known |= {COMPLETE, RECORDS, SKIPPED}
     wrong |= dict.fromkeys(sorted(set(sizes) - known), UNKNOWN)
     report.files = {within(part, name): why for name, why in wrong.items() if why is not None}
     return report
+
+
+def completion_defects(part: Part, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
+    """What is wrong with the files that end a part. whole: whether its shards are all done and as the journal says."""
+    store = part.store
+    if not whole or file_defect(store, sizes, IMAGES, part.manifest.files[IMAGES]):
+        # They can only be compared with each other. A part that is still being filled has none.
+        wrong = sealed_defect(store, sizes, COMPLETE)
+        found = None if wrong else part.completion
+        named = {} if found is None else found.files
+        wrong_files = {name: file_defect(store, sizes, name, sha256) for name, sha256 in named.items()}
+        return wrong_files | {COMPLETE: None if wrong == "missing" else wrong}
+    done, small = describe_completion(part)
+    contents = small | {COMPLETE: done.to_bytes()}
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    present = {name for name in (COMPLETE, RECORDS, SKIPPED) if name in sizes} - set(expected)
+    return {n: file_defect(store, sizes, n, sha256) for n, sha256 in expected.items()} | dict.fromkeys(present, UNKNOWN)
 
 
 def shard_defects(part: Part, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
@@ -77,8 +86,7 @@ def shard_defects(part: Part, sizes: Mapping[str, int], shard: int) -> dict[str,
         files = part.entry(shard)["files"]
     except (UserError, OSError):
         return {journal: "damaged"}
-    sealed = part.manifest.version == 1 or sealed_defect(part.store, sizes, journal) is None
-    if not sealed or set(files) != set(shard_files(part.manifest, shard)):
+    if sealed_defect(part.store, sizes, journal) is not None or set(files) != set(shard_files(part.manifest, shard)):
         return {journal: "damaged"}
     found = {n: file_defect(part.store, sizes, n, f["sha256"], f["bytes"]) for n, f in files.items()}
     return {name: why for name, why in found.items() if why is not None}
@@ -131,15 +139,6 @@ def sealed_defect(store: Store, sizes: Mapping[str, int], name: str) -> str | No
     return None if whole else "damaged"
 
 
-def tensors_defect(store: Store, name: str) -> str | None:
-    """What is wrong with a safetensors file without a checksum; None if nothing can be seen."""
-    try:
-        parse_tensors(store.read(name), name)
-    except UserError:
-        return "damaged"
-    return None
-
-
 def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str | None]:
     """What is wrong with the files that say how a part was made."""
     wrong = sealed_defect(store, sizes, PROVENANCE)
@@ -148,19 +147,12 @@ def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str 
 
 
 def index_defect(part: Part) -> str | None:
-    """Why the index cannot be that of the manifest; None if it can."""
+    """Why the index of version 2 cannot be that of the manifest; None if it can."""
     try:
-        index = read_index(part.store)
-        manifest, images = part.manifest, index.images
-        same = images.place_hash() if index.digest is None else content_hash(images, index.digest)
-        if same != manifest.data.hash or len(images) != manifest.data.images:
-            return "damaged: its images are not those of the manifest"
-        records = np.unique(np.stack([index.image, index.view]), axis=1).shape[1]
-        if len(index) != manifest.records or records != len(index):
-            return f"damaged: it numbers {records} records, not {manifest.records}"
-        return None if len(set(images.keys)) == len(images) else "damaged: keys occur twice"
+        index = part.index()
     except ValueError:  # also what damaged columns make NumPy stumble over
         return "damaged"
+    return None if len(set(index.images.keys)) == len(index.images) else "damaged: keys occur twice"
 
 
 def unreachable(store: Store, parts: Sequence[Part]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cache.format import CALIBRATION, FIDELITY, INDEX, MANIFEST, SKIPPED, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, INDEX, MANIFEST, RECORDS, SKIPPED, TAIL
 from pipeline.outputs import CONFIG, PROVENANCE
 from pipeline.stores import Place
 from singer.errors import UserError
@@ -92,10 +92,10 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
                 yield f"{place}/{name} belongs to no part of the cache", "remove it"
             elif file == MANIFEST and why == "missing":
                 yield f"{place}/{name} is missing", "repeat the cache-teacher command with --append"
-            elif file in (MANIFEST, INDEX, CALIBRATION, FIDELITY, SKIPPED, PROVENANCE, CONFIG):
+            elif file in (MANIFEST, INDEX, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):
                 remedy = "this cannot be computed again: restore it from a copy or make the cache anew"
                 yield f"{place}/{name} is {why}", remedy
-            elif file in (TAIL, "zarr.json"):
+            elif file in (TAIL, "zarr.json", COMPLETE, RECORDS, SKIPPED):
                 yield f"{place}/{name} is {why}", repair
 
 

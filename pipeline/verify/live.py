@@ -8,10 +8,10 @@ import torch
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encoder import calibration_on
 from pipeline.cache.fidelity import error_sums, errors, token_cosines
-from pipeline.cache.format import CALIBRATION, FEATURES, INDEX, POSITIONS, Index, read_index
+from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS
 from pipeline.cache.parts import Part
 from pipeline.cache.pixels import views_of
-from pipeline.cache.reader import PartReader
+from pipeline.cache.reader import PartReader, read_rows
 from pipeline.cache.writer import first_difference
 from pipeline.cache_teacher import mine
 from pipeline.config import Config
@@ -58,18 +58,15 @@ def load_extractor(config: Config, parts: Sequence[Part]) -> Extractor:
 
 def computable(part: Part, report: PartReport) -> bool:
     """Whether shards can be computed: all else that they need is whole."""
-    return not {within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
+    return not {within(part, IMAGES), within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
 
 
-def check_images(index: Index, records: np.ndarray, shards: str | Sequence[str] | None) -> None:
-    """Raise UserError naming the first image of some records that is not the one that was cached."""
-    if index.digest is None:
-        return
-    with ImageFile(relocate(index.images, shards)) as files:
-        for image in np.unique(index.image[records]).tolist():
-            data, where = files.encoded(image)
-            if image_digest(data) != int(index.digest[image]):
-                raise UserError(f"{where} is not the one that was cached; give its shards with --shards")
+def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> None:
+    """Raise UserError naming the first of some images that is not the one that was cached, if its digest is not 0."""
+    for number in numbers.tolist():
+        data, where = files.encoded(number)
+        if digests[number] not in (0, image_digest(data)):
+            raise UserError(f"{where} is not the one that was cached; give its shards with --shards")
 
 
 def check_live(
@@ -83,23 +80,25 @@ def check_live(
     whole = sorted(set(range(manifest.shards)) - {*report.missing, *report.damaged})
     if not whole or not computable(part, report):
         return None
-    index, device = read_index(part.store), extract.device
-    pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
+    device = extract.device
     rng = np.random.default_rng(int(manifest.id()[:8], 16))
-    records = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
-    check_images(index, records, shards)
-    reader = PartReader(part, {s: part.entry(s) for s in np.unique(records // manifest.shard_records).tolist()})
+    pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
+    chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
+    entries = [part.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
+    reader = PartReader(part, {n: f for entry in entries for n, f in entry["files"].items()})
+    records, index = read_rows(reader, chosen)
+    if not len(records):
+        return None
+    images = relocate(index.images, shards)
     codec, calibration, prefix = CODECS[manifest.codec], calibration_on(part, device), manifest.teacher.prefix_tokens
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
     cosines = []
-    with (
-        ImageFile(relocate(index.images, shards)) as files,
-        meter("live check", len(records), "records") as m,
-    ):
-        for batch in np.array_split(records, -(-len(records) // extract.config.cache.batch_size)):
-            views = views_of(files, index, batch, manifest.teacher.image_size)
+    with ImageFile(images) as files, meter("live check", len(records), "records") as m:
+        check_images(files, np.arange(len(records)), index.digest)
+        for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
+            views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
             features = extract.features(torch.from_numpy(views), manifest.blocks)
-            check_finite(features, batch, index)
+            check_finite(features, own, index.key)
             positions = reader.read(POSITIONS, batch) if manifest.sampled else None
             of_batch = []
             for block, live in features.items():
@@ -119,7 +118,7 @@ def check_live(
         # A cosine that is no number fails too.
         below=int((~(by_record >= codec.min_cosine)).any(0).sum()),
         worst=float(by_record[block, record]),
-        worst_key=index.key(int(records[record])),
+        worst_key=index.key(record),
         worst_block=manifest.blocks[block],
         blocks={b: errors(s) for b, s in sums.items()},
     )

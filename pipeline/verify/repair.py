@@ -2,26 +2,32 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 
 import numpy as np
 import yaml
 
-from pipeline.cache.format import TAIL, journal_file, read_index
+from pipeline.cache.completion import complete_part
+from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file, read_images
 from pipeline.cache.parts import Part
 from pipeline.cache_teacher import fill
 from pipeline.config import CacheConfig, Config
 from pipeline.extract import Extractor
 from pipeline.outputs import CONFIG, tensor_bytes
 from pipeline.progress import say
+from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Store
 from pipeline.verify.files import metadata, shard_defects, shard_files, within
 from pipeline.verify.findings import PartReport
 from pipeline.verify.live import check_images, computable
+from singer.errors import UserError
 from singer.tail import tail_state
 
 
-def repair_part(part: Part, report: PartReport, extract: Extractor, shards: str | Sequence[str] | None) -> None:
+def repair_part(
+    part: Part, parts: Sequence[Part], report: PartReport, extract: Extractor, shards: str | Sequence[str] | None
+) -> None:
     """Write again what is damaged or missing of a part and can be computed; the report is brought up to date."""
     manifest, store = part.manifest, part.store
     again = metadata(manifest)
@@ -37,15 +43,45 @@ def repair_part(part: Part, report: PartReport, extract: Extractor, shards: str 
             say(f"{store.url}/{name} was written by other versions of libraries; restore it from a copy")
 
     wanted = sorted(report.missing + report.damaged)
-    if not wanted or not computable(part, report):
+    if not computable(part, report):
         return
-    check_images(read_index(store), np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]), shards)
+    if wanted:
+        compute_again(part, parts, wanted, report, extract, shards)
+    ends = {within(part, name): name for name in (COMPLETE, RECORDS, SKIPPED)}
+    unfinished = COMPLETE not in store.sizes() or any(place in report.files for place in ends)
+    if unfinished and not (report.missing or report.damaged):
+        for place, name in ends.items():
+            store.remove(name)
+            report.files.pop(place, None)
+        complete_part(part)
+
+
+def compute_again(
+    part: Part,
+    parts: Sequence[Part],
+    wanted: Sequence[int],
+    report: PartReport,
+    extract: Extractor,
+    shards: str | Sequence[str] | None,
+) -> None:
+    """Compute some shards again and bring the report up to date."""
+    manifest, store = part.manifest, part.store
     own = copy(extract)
     own.config = with_batch_size(extract.config, store)
+    digests = None
+    with suppress(UserError):  # of a part that was never completed, or whose index is damaged, they are not known
+        digests = part.digests() if part.completion is not None else None
+    if digests is not None:
+        numbers = np.unique(
+            np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]) // manifest.views_each
+        )
+        with ImageFile(relocate(read_images(store), shards)) as files:
+            check_images(files, numbers, digests)
+    # First: a run that dies from here on leaves the part incomplete and the shard missing, not half new.
+    store.remove(COMPLETE)
     for shard in wanted:
-        # First: a run that dies from here on leaves the shard missing, not half new.
         store.remove(journal_file(shard))
-    fill(part, wanted, own, shards)
+    fill(part, wanted, own, parts, shards, digests)
 
     report.missing, report.damaged, sizes = [], [], store.sizes()
     for shard in wanted:

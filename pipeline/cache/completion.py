@@ -1,0 +1,80 @@
+"""The end of a part: what was found in the pass that fed the teacher becomes its index."""
+
+import hashlib
+
+import numpy as np
+
+from pipeline.cache.format import (
+    COMPLETE,
+    RECORDS,
+    SKIPPED,
+    VIEWS,
+    Completion,
+    Index,
+    number_records,
+    read_images,
+    shard_file,
+)
+from pipeline.cache.parts import Part
+from pipeline.cache.reader import PartReader
+from pipeline.outputs import json_bytes
+from pipeline.shards import Skipped, content_hash
+from pipeline.tars import NO_LABEL
+from singer.errors import UserError
+
+
+def complete_part(part: Part) -> int:
+    """Write the index of a part whose shards are all done, and that it is complete; how many images it leaves out.
+
+    Raises UserError if none of its images can be decoded.
+    """
+    done, small = describe_completion(part)
+    for name, content in small.items():
+        part.store.write(name, content)
+    part.store.write(COMPLETE, done.to_bytes())
+    return part.manifest.data.images - done.images
+
+
+def describe_completion(part: Part) -> tuple[Completion, dict[str, bytes]]:
+    """What is known once all shards are done, and the small files that hold it: a function of what the part holds."""
+    manifest, entries = part.manifest, part.entries()
+    files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
+    stored = PartReader(part, files).read(VIEWS, np.arange(manifest.records))
+    found = stored.numpy().reshape(-1).view(manifest.view_form)  # type: ignore[union-attr]
+    listed = read_images(part.store)
+    # All views of an image tell the same of it.
+    of_image = found[:: manifest.views_each]
+    good = of_image["width"] > 0
+    reasons = {int(n): why for entry in entries.values() for n, why in entry["unreadable"].items()}
+    skipped = [*listed.skipped, *(_skip(listed.paths[int(listed.shard[n])].name, listed.keys[n], reasons[n])
+                                  for n in np.flatnonzero(~good).tolist())]  # fmt: skip
+    if not good.any():
+        raise UserError(f"none of {len(listed)} images can be decoded; the first: {skipped[len(listed.skipped)]}")
+    images = listed if good.all() else listed.select(np.flatnonzero(good))
+    rows = found if good.all() else found[np.repeat(good, manifest.views_each)]
+    image, view = number_records(len(images), manifest.views["first"], manifest.views_each)
+    color = rows["color"] if "color" in (rows.dtype.names or ()) else None
+    index = Index(images, of_image["digest"][good], image, view, rows["box"], rows["flip"], color)
+    small = {RECORDS: index.record_bytes()} | ({SKIPPED: json_bytes([vars(s) for s in skipped])} if skipped else {})
+    done = Completion(
+        part=manifest.id(),
+        hash=content_hash(images, index.digest),
+        images=len(images),
+        labelled=int((images.labels != NO_LABEL).sum()),
+        records=len(index),
+        unreadable=tuple(np.flatnonzero(~good).tolist()),
+        skipped=len(skipped),
+        files={name: hashlib.sha256(content).hexdigest() for name, content in small.items()},
+        arrays={
+            name: [
+                (files[file]["bytes"], files[file]["sha256"])
+                for file in (shard_file(name, form, shard) for shard in range(manifest.shards))
+            ]
+            for name, form in manifest.arrays().items()
+        },
+    )
+    return done, small
+
+
+def _skip(shard: str, key: str, reason: str) -> Skipped:
+    return Skipped(shard, key, f"cannot be decoded: {reason}")

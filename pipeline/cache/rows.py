@@ -1,0 +1,126 @@
+"""The records of a part on their way to the teacher: each image is read and decoded once, and what is found is kept."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.cache.format import Index, Manifest
+from pipeline.config import ViewsConfig
+from pipeline.shards import ImageFile, Images, OnError, image_digest, one_line, open_known, to_rgb
+from pipeline.views import View, apply_view, draw_view
+from singer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a part, before anything is known of its images but where they lie.
+
+    Record = image · views + view. images: the listed ones; first_view, views: numbers of the views of each; drawing:
+    how they are drawn; digests: (images,) uint64 of images that were read before and must not have changed since, 0 for
+    others; replay: index of an earlier part with the same records, whose views are taken.
+    """
+
+    images: Images
+    first_view: int
+    views: int
+    drawing: ViewsConfig
+    digests: np.ndarray | None = None
+    replay: Index | None = None
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, images: Images, digests: np.ndarray | None = None, replay: Index | None = None
+    ) -> "Rows":
+        """The records of a part with this manifest and these listed images."""
+        first, count = manifest.views["first"], manifest.views_each
+        return cls(images, first, count, drawn_as(manifest.views), digests, replay)
+
+    def __len__(self) -> int:
+        return len(self.images) * self.views
+
+    def key(self, record: int) -> str:
+        return self.images.keys[record // self.views]
+
+    def number(self, record: int) -> int:
+        """Of the view."""
+        return self.first_view + record % self.views
+
+    def view(self, record: int, size: tuple[int, int]) -> View:
+        """The view of an image of a size (width, height)."""
+        if self.replay is not None:
+            return self.replay.record_view(record)
+        return draw_view(self.drawing, self.key(record), self.number(record), size)
+
+
+def drawn_as(views: dict[str, Any]) -> ViewsConfig:
+    """The settings that a manifest's `views` came from."""
+    return ViewsConfig.model_validate({k: v for k, v in views.items() if k not in ("first", "count")})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of reading some records' images.
+
+    pixels: {side: (n, side, side, 3) uint8}, black where an image cannot be decoded; found: (n,) of Manifest.view_form;
+    unreadable: {image: why it cannot be decoded}.
+    """
+
+    pixels: dict[int, Tensor]
+    found: np.ndarray
+    unreadable: dict[int, str]
+
+
+class RowReader:
+    """Reads records: an image is read, hashed and decoded once for all of its views and sides that are asked for.
+
+    form: Manifest.view_form; sides: of the views, in pixels.
+    """
+
+    def __init__(
+        self, rows: Rows, files: ImageFile, form: np.dtype[np.void], sides: set[int], on_error: OnError
+    ) -> None:
+        self.rows, self._files, self._form = rows, files, form
+        self._sides, self._on_error = sides, on_error
+
+    def __call__(self, records: np.ndarray) -> Seen:
+        """Raises UserError for an image that has changed and, unless on_error is "skip", for one that is broken."""
+        views = {side: np.zeros((len(records), side, side, 3), np.uint8) for side in self._sides}
+        found = np.zeros(len(records), self._form)
+        unreadable: dict[int, str] = {}
+        last, picture = -1, None
+        for place, record in enumerate(records.tolist()):
+            number = record // self.rows.views
+            if number != last:
+                last, (picture, digest) = number, self._open(number, unreadable)
+            found[place]["digest"] = digest
+            if picture is None:
+                continue
+            view = self.rows.view(record, picture.size)
+            found[place]["width"], found[place]["height"] = picture.size
+            found[place]["box"], found[place]["flip"] = view.box, view.flip
+            if view.color is not None:
+                found[place]["color"] = view.color
+            for side, pixels in views.items():
+                pixels[place] = apply_view(picture, view, side)
+        return Seen({side: torch.from_numpy(pixels) for side, pixels in views.items()}, found, unreadable)
+
+    def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
+        """Image `number`, RGB, and its digest; None if it is broken."""
+        data, where = self._files.encoded(number)
+        digest = image_digest(data)
+        if self.rows.digests is not None and self.rows.digests[number] not in (0, digest):
+            raise UserError(f"image {self.rows.images.keys[number]!r} has changed since it was cached ({where})")
+        try:
+            return to_rgb(open_known(data)), digest
+        except Exception as error:  # decoders raise whatever broken data makes them stumble over
+            if self._on_error == "fail":
+                raise UserError(
+                    f"{where} cannot be decoded: {one_line(error)}; repair it, or go on without it: "
+                    "--resume --on-error skip"
+                ) from None
+            unreadable[number] = one_line(error)
+            return None, digest

@@ -1,0 +1,31 @@
+"""Reading all images of some shards as the pass that feeds the teacher does, without a teacher."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.cache.format import view_form
+from pipeline.cache.rows import RowReader, Rows
+from pipeline.config import ViewsConfig
+from pipeline.prefetch import prefetch
+from pipeline.shards import ImageFile, Images, OnError, decoding_quietly
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """The images that can be decoded, what was found of them, and the names of the others with the reason."""
+
+    images: Images
+    found: np.ndarray
+    unreadable: dict[str, str]
+
+
+def survey(images: Images, workers: int, on_error: OnError) -> Surveyed:
+    rows = Rows(images, 0, 1, ViewsConfig())
+    with ImageFile(images) as files, decoding_quietly():
+        read = RowReader(rows, files, view_form(False), {4}, on_error)
+        seen = list(prefetch(read, np.array_split(np.arange(len(images)), -(-len(images) // 8)), workers))
+    found = np.concatenate([s.found for s in seen])
+    broken = {images.keys[n]: reason for s in seen for n, reason in s.unreadable.items()}
+    good = np.flatnonzero(found["width"])
+    return Surveyed(images.select(good), found[good], broken)
