@@ -48,6 +48,8 @@ from singer.subspaces import BASES, best_rank
 from singer.tail import TeacherTail
 
 STAGE = "refine"
+# What names one of several variants of a teacher.
+OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
 MANIFEST = "refiner.json"
 METRICS = "metrics.json"
@@ -57,7 +59,8 @@ METRICS = "metrics.json"
 class RefinerManifest:
     """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
 
-    ranks: {block: rank of its adapter}; seed and holdout tell which records it was not fitted on.
+    variant: the teacher's; old refiners have None, and the id alone tells it. ranks: {block: rank of its adapter}; seed
+    and holdout tell which records it was not fitted on.
     """
 
     cache: str
@@ -68,6 +71,7 @@ class RefinerManifest:
     teacher: str
     seed: int
     holdout: float
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,18 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     """Fit a refiner to the cache and store it at `out`. Raises UserError for whatever the user can mend."""
     settings = config.refine
     _check_names(settings)
-    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy)
+    begun = None
+    if mode == "resume" and (out / INPUTS).exists():
+        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy, begun, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
         _forget_parts(out)
         return _result(out)
-    if mode == "resume" and (out / INPUTS).exists():
-        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
-        if begun not in cache.ids:
-            raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
+    if begun is not None and begun not in cache.ids:
+        raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
     fit = Fit(cache, settings, split[0], accelerator.device)
@@ -177,7 +182,7 @@ def _fit(fit: Fit, out: Path, accelerator: Accelerator) -> None:
         return
     together = groups(cache.blocks, settings.info_form)
     for group in together[accelerator.process_index :: accelerator.num_processes]:
-        part = Cache(cache.place, settings.teacher, group, settings.local_copy)
+        part = Cache(cache.place, None, group, settings.local_copy, cache.id)
         fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -204,6 +209,7 @@ def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
         teacher=cache.manifest.teacher.weights,
         seed=settings.seed,
         holdout=settings.holdout,
+        variant=cache.manifest.teacher.variant,
     )
     write_json(out / MANIFEST, asdict(manifest))
     _forget_parts(out)
@@ -226,7 +232,12 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
 
     A cache that has grown since is still the same: what was there has not changed.
     """
-    manifest = read_refiner(path)
+    manifest, variant = read_refiner(path), cache.manifest.teacher.variant
+    if manifest.variant not in (None, variant):
+        raise UserError(
+            f"{path} was fitted to features of {manifest.variant}, but those of {cache.place} are of {variant}; "
+            f"fit one to them with singer refine --set refine.teacher={variant}"
+        )
     if manifest.cache not in cache.ids:
         raise UserError(
             f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "

@@ -65,6 +65,15 @@ class TeacherManifest(_Section):
         """All but the name, which may be a path: the weights say which teacher it is."""
         return self.model_dump(mode="json", exclude={"name"})
 
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        return hashlib.sha256(_canonical(self.identity()).encode()).hexdigest()
+
+    @property
+    def variant(self) -> str:
+        """The short name of this teacher as it was run, such as vit_tiny_patch16_224@0a1b2c3d."""
+        return f"{self.architecture}@{self.digest()[:8]}"
+
 
 class DataManifest(_Section):
     """The images. hash: SHA-256 of keys, labels and encoded bytes (shards.content_hash)."""

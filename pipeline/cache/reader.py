@@ -1,6 +1,5 @@
 """Reading a cache: batches of records in any order, decoded on the training device."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from pipeline.buffers import empty
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
-from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, Manifest, join, read_index
+from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, join, read_index
 from pipeline.cache.parts import Part, read_parts
 from pipeline.cache.pixels import resize, stored_views, views_of
+from pipeline.cache.variants import choose_variant, ids_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.outputs import parse_tensors
 from pipeline.progress import say
@@ -92,9 +92,12 @@ _Group = tuple[int, np.ndarray, np.ndarray]
 class Cache:
     """A complete cache, opened for reading. Safe to share between threads.
 
-    place: a folder or a URL. teacher: which one, by name, architecture or the beginning of its weights' hash, where the
-    cache has several; default: the first. blocks: default: all. local_copy: a folder to which shards are copied when
-    they are first read. Raises UserError if there is no cache, if shards are missing, or if records lack a block.
+    place: a folder or a URL. teacher: which one, where the cache has several: a variant (manifest.teacher.variant), or
+    a name, an architecture or the beginning of the weights' hash that fits one variant only; default: the first.
+    blocks: default: all. local_copy: a folder to which shards are copied when they are first read. known: the id that a
+    refiner or a run has of the cache, which opens its variant if it is there. option: what names a variant, for the
+    message. Raises UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a
+    block.
     """
 
     def __init__(
@@ -103,14 +106,13 @@ class Cache:
         teacher: str | None = None,
         blocks: Sequence[int] | None = None,
         local_copy: Path | None = None,
+        known: str | None = None,
+        option: str = "teacher={}",
     ) -> None:
         self.place = place
         self._readers: dict[str, PartReader] = {}
         parts = self._complete(read_parts(open_store(place)), local_copy)
-        self._parts = [p for p in parts if is_teacher(p.manifest, teacher or parts[0].manifest.teacher.weights)]
-        if not self._parts:
-            known = ", ".join(sorted({p.manifest.teacher.name for p in parts}))
-            raise UserError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
+        self._parts = choose_variant(parts, place, teacher, known, option)
         self.manifest = self._parts[0].manifest
         if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
             raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
@@ -125,7 +127,7 @@ class Cache:
     @property
     def ids(self) -> tuple[str, ...]:
         """The cache's id now and, before that, at each time since it began to grow."""
-        return tuple(joint_id(self._parts[:n]) for n in range(len(self._parts), 0, -1))
+        return ids_of(self._parts)
 
     @property
     def id(self) -> str:
@@ -235,7 +237,15 @@ class Cache:
     def _find_spans(self, everything: list[Part]) -> list[_Span]:
         spans: dict[str, dict[int, Part]] = {}
         for part in self._parts:
-            spans.setdefault(part.manifest.rows(), {}).update(dict.fromkeys(part.manifest.blocks, part))
+            span = spans.setdefault(part.manifest.rows(), {})
+            for block in part.manifest.blocks:
+                if block in span:
+                    raise UserError(
+                        f"{span[block].store.url} and {part.store.url} both hold block {block} of "
+                        f"{part.manifest.teacher.variant} for the same records; remove the second and all later "
+                        "parts, then repeat their cache-teacher commands with --append"
+                    )
+                span[block] = part
         pixels = {p.manifest.rows(): p for p in everything if p.manifest.pixels is not None}
         for blocks in spans.values():
             missing = [b for b in self.blocks if b not in blocks]
@@ -280,18 +290,6 @@ class Cache:
         if len(index) != part.manifest.records or same != known:
             raise UserError(f"the index of {part.store.url} does not belong to its manifest; run singer cache verify")
         return index
-
-
-def is_teacher(manifest: Manifest, name: str) -> bool:
-    """Whether `name` is the name or architecture of the manifest's teacher, or the beginning of its weights' hash."""
-    teacher = manifest.teacher
-    return name in (teacher.name, teacher.architecture) or (len(name) >= 6 and teacher.weights.startswith(name))
-
-
-def joint_id(parts: Sequence[Part]) -> str:
-    """The id of a cache of these parts; of a single one, its own."""
-    ids = [p.manifest.id() for p in parts]
-    return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
