@@ -178,9 +178,15 @@ class Cache:
         files: where the images of `index` lie now; not needed if the cache holds the views.
         """
         if self.has_pixels:
-            parts = [s.pixels for s in self._spans if s.pixels is not None]
-            stored = self._read(self._groups(records), PIXELS, parts)
-            return torch.from_numpy(np.stack([resize(view, size) for view in stored_views(stored)]))
+            views = np.empty((len(records), size, size, 3), np.uint8)
+            # Part by part: another teacher may have stored its views at another size, or as another kind.
+            for span, rows, places in self._groups(records):
+                part = self._spans[span].pixels
+                assert part is not None
+                stored = stored_views(self._readers[part.name].read(PIXELS, rows))
+                for row, view in zip(places.tolist(), stored, strict=True):
+                    views[row] = resize(view, size)
+            return torch.from_numpy(views)
         assert files is not None
         return torch.from_numpy(views_of(files, self.index, np.asarray(records), size))
 

@@ -63,7 +63,7 @@ def check_one(fitting: Sequence[TeacherManifest], name: str, place: Place, optio
     if len(variants) > 1:
         raise UserError(
             f"{place} has {len(variants)} variants of teacher {name!r}: {', '.join(describe(variants))}; "
-            f"choose one with {option.replace('{}', variants[0].variant)}"
+            f"name one: {option.replace('{}', variants[0].variant)}"
         )
 
 
