@@ -8,7 +8,7 @@ keep_weight · L_keep; there is no student yet. The normaliser's statistics come
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -227,12 +227,28 @@ def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]
     return Refiner(shapes, settings.cleaner, settings.normaliser)
 
 
-def load_refiner(path: Path, cache: Cache) -> Refiner:
-    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache.
+def open_refined(
+    path: Path, place: Place, teacher: str | None, blocks: Sequence[int] | None, local_copy: Path | None, option: str
+) -> Cache:
+    """The cache of a refiner: the variant and, unless others are asked for, the blocks that it was fitted to.
+
+    The arguments after `path` are those of Cache. Raises UserError if the refiner was fitted to another cache.
+    """
+    manifest = read_refiner(path)
+    try:
+        return Cache(place, teacher, blocks or tuple(manifest.scales), local_copy, manifest.cache, option)
+    except UserError:
+        # That it lacks blocks is no remedy where it is another teacher's.
+        check_belongs(path, manifest, Cache(place, teacher, None, local_copy, manifest.cache, option))
+        raise
+
+
+def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
+    """Raise UserError if the refiner at `path` was fitted to another cache.
 
     A cache that has grown since is still the same: what was there has not changed.
     """
-    manifest, variant = read_refiner(path), cache.manifest.teacher.variant
+    variant = cache.manifest.teacher.variant
     if manifest.variant not in (None, variant):
         raise UserError(
             f"{path} was fitted to features of {manifest.variant}, but those of {cache.place} are of {variant}; "
@@ -243,6 +259,12 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
             f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "
             "run singer refine on this cache"
         )
+
+
+def load_refiner(path: Path, cache: Cache) -> Refiner:
+    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache, or to other blocks."""
+    manifest = read_refiner(path)
+    check_belongs(path, manifest, cache)
     if not set(cache.blocks) <= set(manifest.scales):
         raise UserError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
     settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.outputs import file_hash
-from pipeline.refine import REFINER, RefinerManifest, read_refiner
+from pipeline.refine import REFINER, RefinerManifest, open_refined, read_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
 from singer.errors import UserError
@@ -55,11 +55,13 @@ def open_sources(
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
     notes = [read_refiner(path) if path is not None else None for path in fitted]
     caches = []
-    for number, (place, note, teacher, blocks) in enumerate(zip(listed, notes, teachers, chosen, strict=True), start=1):
-        known = (begun or {}).get(numbered("cache", number))
-        if note is not None:
-            blocks, known = blocks or tuple(note.scales), note.cache
-        caches.append(Cache(place, teacher, blocks, settings.local_copy, known, _option(teachers, number)))
+    for n, (place, path, teacher, blocks) in enumerate(zip(listed, fitted, teachers, chosen, strict=True), start=1):
+        option = _option(teachers, n)
+        if path is not None:
+            caches.append(open_refined(path, place, teacher, blocks, settings.local_copy, option))
+        else:
+            known = (begun or {}).get(numbered("cache", n))
+            caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
     check_records(caches)
     return [Source(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
 

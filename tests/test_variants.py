@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
 from pipeline.distill import distill
 from pipeline.evaluate import learned_from
+from pipeline.export import export
 from pipeline.inspection import inspect
 from pipeline.models import LOCAL
 from pipeline.outputs import Mode
 from pipeline.refine import load_refiner, read_refiner, refine
+from pipeline.report import report
 from pipeline.report.runs import find_cache, read_runs
 from pipeline.shards import index_shards
 from pipeline.sources import open_images
@@ -206,6 +209,12 @@ def test_a_refiner_belongs_to_one_variant(world: Path, both: Path, tmp_path: Pat
             distill(wrong, place, tmp_path / "wrong", adapters)
         with pytest.raises(UserError, match=message):
             inspect(wrong, place, adapters)
+    # A cache without the refiner's blocks is not to get them where it is another teacher's.
+    place = tmp_path / "c"
+    add(world, world_config(world, "cache.precision=bf16", "cache.blocks=[1]"), place, "new")
+    for blocks in ([], ["distill.blocks=[1]"]):
+        with pytest.raises(UserError, match=f"fitted to features of {first}, but those of {place} are of {half};"):
+            distill(world_config(world, *FITTED, *blocks), place, tmp_path / "wrong", both / "first")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -285,6 +294,10 @@ def test_evaluate_and_report_open_the_variant_of_the_run(world: Path, tmp_path: 
         opened = find_cache(read_runs([run.run]), None)
         assert run.teacher is not None
         assert (opened.id, opened.manifest.teacher.variant) == (run.cache, run.teacher.variant)
+        page = report([run.run], tmp_path / f"{run.run.name}.html", records=8).out.read_text()
+        assert f"<code>{run.teacher.variant}</code>" in page and f"{len(opened)} records of 140 images" in page
+        export(config, run.run, tmp_path / f"export-{run.run.name}", "timm")
+        assert f"variant `{run.teacher.variant}`" in (tmp_path / f"export-{run.run.name}" / "README.md").read_text()
     with pytest.raises(UserError, match="a report is about one cache; make one for each"):
         find_cache(read_runs([run.run for run in runs]), place)
 
@@ -299,8 +312,9 @@ def test_a_block_is_held_once(world: Path, tmp_path: Path) -> None:
     assert not (place / "parts" / "002").exists()
     shutil.copytree(place / "parts" / "001", place / "parts" / "002")
     message = r"c/parts/001 and .*c/parts/002 both hold block 2 of \S+@\w{8} for the same records; remove the second"
-    with pytest.raises(UserError, match=message):
-        Cache(place)
+    for read in (Cache, partial(verify, config)):
+        with pytest.raises(UserError, match=message):
+            read(place)
     shutil.rmtree(place / "parts" / "002")
     assert equal(features(Cache(place)), before)
 

@@ -16,7 +16,7 @@ from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
 from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, Index, join, read_index
 from pipeline.cache.parts import Part, read_parts
 from pipeline.cache.pixels import resize, stored_views, views_of
-from pipeline.cache.variants import choose_variant, ids_of
+from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.outputs import parse_tensors
 from pipeline.progress import say
@@ -113,6 +113,7 @@ class Cache:
         self._readers: dict[str, PartReader] = {}
         parts = self._complete(read_parts(open_store(place)), local_copy)
         self._parts = choose_variant(parts, place, teacher, known, option)
+        check_held_once(self._parts)
         self.manifest = self._parts[0].manifest
         if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
             raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
@@ -243,15 +244,7 @@ class Cache:
     def _find_spans(self, everything: list[Part]) -> list[_Span]:
         spans: dict[str, dict[int, Part]] = {}
         for part in self._parts:
-            span = spans.setdefault(part.manifest.rows(), {})
-            for block in part.manifest.blocks:
-                if block in span:
-                    raise UserError(
-                        f"{span[block].store.url} and {part.store.url} both hold block {block} of "
-                        f"{part.manifest.teacher.variant} for the same records; remove the second and all later "
-                        "parts, then repeat their cache-teacher commands with --append"
-                    )
-                span[block] = part
+            spans.setdefault(part.manifest.rows(), {}).update(dict.fromkeys(part.manifest.blocks, part))
         pixels = {p.manifest.rows(): p for p in everything if p.manifest.pixels is not None}
         for blocks in spans.values():
             missing = [b for b in self.blocks if b not in blocks]

@@ -57,6 +57,21 @@ def choose_variant(
     return fitting[0]
 
 
+def check_held_once(parts: Sequence[Part]) -> None:
+    """Raise UserError if two parts hold a block of one variant for the same records: readers would take either."""
+    held: dict[tuple[str, str, int], Part] = {}
+    for part in parts:
+        teacher = part.manifest.teacher
+        for block in part.manifest.blocks:
+            earlier = held.setdefault((teacher.digest(), part.manifest.rows(), block), part)
+            if earlier is not part:
+                raise UserError(
+                    f"{earlier.store.url} and {part.store.url} both hold block {block} of {teacher.variant} for the "
+                    "same records; remove the second and all later parts, then repeat their cache-teacher commands "
+                    "with --append"
+                )
+
+
 def check_one(fitting: Sequence[TeacherManifest], name: str, place: Place, option: str) -> None:
     """Raise UserError, which lists the variants that a name fits, if there are several. option: see choose_variant."""
     variants = list({t.digest(): t for t in fitting}.values())

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from itertools import chain, islice
 
 from pipeline.cache.parts import read_parts
+from pipeline.cache.variants import check_held_once
 from pipeline.cache_teacher import mine
 from pipeline.config import Config
 from pipeline.stores import Place, open_store
@@ -35,11 +36,12 @@ def verify(
     A teacher is run as for each of its variants in the cache; teacher.name may name a single one.
 
     shards: where the images lie now, if they have moved; sample: records of each part. Nothing is written, nor a lock
-    taken, except for `repair`. Raises UserError if a manifest cannot be read, the teacher is none of the cache's, or
-    what `repair` needs is gone.
+    taken, except for `repair`. Raises UserError if a manifest cannot be read, two parts hold the same, the teacher is
+    none of the cache's, or what `repair` needs is gone.
     """
     store = open_store(place)
     parts = read_parts(store)
+    check_held_once(parts)
     if repair and parts[0].manifest.version == 1:
         raise UserError(f"{place} was written by format version 1 and cannot be repaired; make a new cache")
     extractors = load_extractors(config, parts) if live or repair else iter(())
