@@ -52,8 +52,12 @@ def choose_variant(
     for variant in fitting if known is not None else ():
         if known in ids_of(variant):
             return variant
-    if teacher is not None:
-        check_one([v[0].manifest.teacher for v in fitting], teacher, place, option)
+    if teacher is not None and len(fitting) > 1:
+        teachers = [v[0].manifest.teacher for v in fitting]
+        raise UserError(
+            f"{place} has {len(teachers)} variants of teacher {teacher!r}: {', '.join(describe(teachers))}; "
+            f"name one: {option.replace('{}', teachers[0].variant)}"
+        )
     return fitting[0]
 
 
@@ -70,16 +74,6 @@ def check_held_once(parts: Sequence[Part]) -> None:
                     "same records; remove the second and all later parts, then repeat their cache-teacher commands "
                     "with --append"
                 )
-
-
-def check_one(fitting: Sequence[TeacherManifest], name: str, place: Place, option: str) -> None:
-    """Raise UserError, which lists the variants that a name fits, if there are several. option: see choose_variant."""
-    variants = list({t.digest(): t for t in fitting}.values())
-    if len(variants) > 1:
-        raise UserError(
-            f"{place} has {len(variants)} variants of teacher {name!r}: {', '.join(describe(variants))}; "
-            f"name one: {option.replace('{}', variants[0].variant)}"
-        )
 
 
 def fits(teacher: TeacherManifest, name: str) -> bool:

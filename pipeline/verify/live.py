@@ -35,11 +35,11 @@ def load_extractors(config: Config, parts: Sequence[Part]) -> Iterator[Extractor
     """
     given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(parts)]
     asked = given.name if "name" in given.model_fields_set else None
-    named = [t for t in teachers if asked in (t.variant, t.name)] or teachers
-    sized = [t for t in named if t.image_size == given.image_size] or named
-    set_ = config.cache.precision if "precision" in config.cache.model_fields_set else None
-    fitting = [t for t in sized if t.precision == set_] or sized
+    named = [t for t in teachers if asked in (t.variant, t.name)]
+    fitting = _as_set(config, named or teachers)
     known = fitting[0]
+    if asked != known.variant:  # weights of a file may be those of a teacher by another name
+        fitting += [t for t in _as_set(config, teachers) if t not in fitting]
     name = known.name if asked in (None, known.variant) else asked
     first = _extractor(config, name, known)
     here, matched = first.teacher, False
@@ -56,6 +56,13 @@ def load_extractors(config: Config, parts: Sequence[Part]) -> Iterator[Extractor
         key, there, now = difference
         source = f" with {given.weights}" if given.weights else ""
         raise UserError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {now} ({name}{source})")
+
+
+def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherManifest]:
+    """Those at the image size and precision that the configuration gives, as far as there are any."""
+    sized = [t for t in teachers if t.image_size == config.teacher.image_size] or teachers
+    given = "precision" in config.cache.model_fields_set
+    return [t for t in sized if given and t.precision == config.cache.precision] or list(sized)
 
 
 def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
