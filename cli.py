@@ -332,7 +332,7 @@ def cache_plan(
 @cache_app.command("verify")
 def cache_verify(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
-    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher; default: the cache's first.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher or variant; else the first.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Records that the teacher computes again.")] = 64,

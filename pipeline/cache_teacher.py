@@ -34,8 +34,9 @@ from pipeline.cache.format import (
 )
 from pipeline.cache.growth import Addition, plan_additions
 from pipeline.cache.parts import Part, part_name, read_parts
-from pipeline.cache.reader import joint_id, read_calibration
+from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.variants import joint_id
 from pipeline.cache.writer import check_same, create_part, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
@@ -59,11 +60,13 @@ _MAX_SHARD_RECORDS = 4096
 class CacheResult:
     """What a run of stage 1 did. records, blocks, bytes: of the whole cache; seconds, images_per_second: of this run.
 
-    skipped: images and shards left out for their defects, listed in skipped.json.
+    variant: names the teacher, as it was run, in refine.teacher and distill.teacher; skipped: images and shards left
+    out for their defects, listed in skipped.json.
     """
 
     cache: Place
     id: str
+    variant: str
     records: int
     blocks: tuple[int, ...]
     codec: str
@@ -106,6 +109,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
     return CacheResult(
         cache=out,
         id=joint_id(parts),
+        variant=extract.teacher.variant,
         records=sum({p.rows: p.records for p in parts}.values()),
         blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
         codec=config.cache.codec,

@@ -137,7 +137,7 @@ class RefineConfig(Section):
     statistics_records: Positive = Field(4096, description="records from which thresholds and statistics come")
     sample_records: Positive = Field(512, description="records from which subspaces and curvature come")
     seed: Seed = 0
-    teacher: str | None = Field(None, description="which of a cache's teachers; default: the first")
+    teacher: str | None = Field(None, description="which of a cache's teachers, by its variant; default: the first")
     blocks: tuple[int, ...] | None = Field(None, description="which of its blocks; default: all")
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
 
@@ -204,7 +204,9 @@ class DistillConfig(Section):
     )
     seed: Seed = 0
     teacher: str | tuple[str | None, ...] | None = Field(
-        None, description="which of a cache's teachers; default: the adapters', or the first. Of several caches: a list"
+        None,
+        description="which of a cache's teachers, by its variant; default: the adapters', or the first. Of several "
+        "caches: a list",
     )
     blocks: tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | None = Field(
         None, description="which of its blocks; default: the adapters', or all. Of several caches: a list of lists"

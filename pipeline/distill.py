@@ -32,6 +32,7 @@ from pipeline.outputs import (
     check_inputs,
     check_output,
     claimed_output,
+    read_as,
     write_json,
     write_tensors,
 )
@@ -110,7 +111,7 @@ def fan_out(
     check_shared(jobs)
     settings = jobs[0].config.distill
     check_sharding(settings.precision)
-    taught = [open_sources(job.config.distill, caches, job.adapters) for job in jobs]
+    taught = [open_sources(job.config.distill, caches, job.adapters, _begun(job.out, mode)) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
@@ -139,6 +140,12 @@ def fan_out(
         if made:
             results |= run_jobs(made, images, mode, accelerator)
     return [results[job.out] for job in jobs]
+
+
+def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
+    """The inputs of a run that goes on."""
+    going_on = mode == "resume" and (out / INPUTS).exists()
+    return read_as(out / INPUTS, dict[str, str | None], "run") if going_on else None
 
 
 def check_shared(jobs: Sequence[Job]) -> None:
@@ -217,7 +224,7 @@ class NewStudent:
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t, note = source.cache.manifest.teacher, source.note
             adapters = str(source.adapters) if source.adapters is not None else None
-            teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token)
+            teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
             found.append(Taught(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place)))
         return found

@@ -128,7 +128,7 @@ def learned_from(run: DistillResult, test: Images) -> bool:
         try:
             if taught.cache_place is None or is_remote(taught.cache_place):
                 continue
-            cache = Cache(taught.cache_place, taught.teacher.weights if taught.teacher is not None else None)
+            cache = Cache(taught.cache_place, known=taught.cache)
             if taught.cache in cache.ids and cache.index.digest is not None:
                 known.update(cache.index.digest.tolist())
         except (UserError, OSError):  # moved, deleted or another one: nothing can be told

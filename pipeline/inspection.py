@@ -20,7 +20,7 @@ from pipeline.figures import as_data_url, render, without_ticks
 from pipeline.measure import gather_evidence, measure_blocks, measure_scales, spread
 from pipeline.outputs import Mode, check_output, claimed_output, write_json
 from pipeline.progress import say
-from pipeline.refine import load_refiner, read_refiner, split_records
+from pipeline.refine import OPTION, load_refiner, open_refined, read_refiner, split_records
 from pipeline.sources import open_images
 from pipeline.stores import Place, write_atomic
 from singer.artifacts import norm_summary, patch_norms
@@ -82,11 +82,12 @@ def inspect(
     whatever the user can mend.
     """
     settings = config.refine
-    teacher, blocks = settings.teacher, settings.blocks
+    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copy
     fitted = read_refiner(adapters) if adapters is not None else None
-    if fitted is not None:
-        teacher, blocks = teacher or fitted.teacher, blocks or tuple(fitted.scales)
-    cache = Cache(cache_path, teacher, blocks, settings.local_copy)
+    if adapters is not None:
+        cache = open_refined(adapters, cache_path, teacher, blocks, local_copy, OPTION)
+    else:
+        cache = Cache(cache_path, teacher, blocks, local_copy, option=OPTION)
     if out is not None:
         check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters])])
     refiner = load_refiner(adapters, cache) if adapters is not None else None

@@ -8,7 +8,7 @@ keep_weight · L_keep; there is no student yet. The normaliser's statistics come
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ from singer.subspaces import BASES, best_rank
 from singer.tail import TeacherTail
 
 STAGE = "refine"
+# What names one of several variants of a teacher.
+OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
 MANIFEST = "refiner.json"
 METRICS = "metrics.json"
@@ -57,7 +59,8 @@ METRICS = "metrics.json"
 class RefinerManifest:
     """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
 
-    ranks: {block: rank of its adapter}; seed and holdout tell which records it was not fitted on.
+    variant: the teacher's; old refiners have None, and the id alone tells it. ranks: {block: rank of its adapter}; seed
+    and holdout tell which records it was not fitted on.
     """
 
     cache: str
@@ -68,6 +71,7 @@ class RefinerManifest:
     teacher: str
     seed: int
     holdout: float
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,17 +94,18 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     """Fit a refiner to the cache and store it at `out`. Raises UserError for whatever the user can mend."""
     settings = config.refine
     _check_names(settings)
-    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy)
+    begun = None
+    if mode == "resume" and (out / INPUTS).exists():
+        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy, begun, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
         _forget_parts(out)
         return _result(out)
-    if mode == "resume" and (out / INPUTS).exists():
-        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
-        if begun not in cache.ids:
-            raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
+    if begun is not None and begun not in cache.ids:
+        raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
     fit = Fit(cache, settings, split[0], accelerator.device)
@@ -177,7 +182,7 @@ def _fit(fit: Fit, out: Path, accelerator: Accelerator) -> None:
         return
     together = groups(cache.blocks, settings.info_form)
     for group in together[accelerator.process_index :: accelerator.num_processes]:
-        part = Cache(cache.place, settings.teacher, group, settings.local_copy)
+        part = Cache(cache.place, None, group, settings.local_copy, cache.id)
         fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -204,6 +209,7 @@ def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
         teacher=cache.manifest.teacher.weights,
         seed=settings.seed,
         holdout=settings.holdout,
+        variant=cache.manifest.teacher.variant,
     )
     write_json(out / MANIFEST, asdict(manifest))
     _forget_parts(out)
@@ -221,17 +227,44 @@ def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]
     return Refiner(shapes, settings.cleaner, settings.normaliser)
 
 
-def load_refiner(path: Path, cache: Cache) -> Refiner:
-    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache.
+def open_refined(
+    path: Path, place: Place, teacher: str | None, blocks: Sequence[int] | None, local_copy: Path | None, option: str
+) -> Cache:
+    """The cache of a refiner: the variant and, unless others are asked for, the blocks that it was fitted to.
+
+    The arguments after `path` are those of Cache. Raises UserError if the refiner was fitted to another cache.
+    """
+    manifest = read_refiner(path)
+    try:
+        return Cache(place, teacher, blocks or tuple(manifest.scales), local_copy, manifest.cache, option)
+    except UserError:
+        # That it lacks blocks is no remedy where it is another teacher's.
+        check_belongs(path, manifest, Cache(place, teacher, None, local_copy, manifest.cache, option))
+        raise
+
+
+def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
+    """Raise UserError if the refiner at `path` was fitted to another cache.
 
     A cache that has grown since is still the same: what was there has not changed.
     """
-    manifest = read_refiner(path)
+    variant = cache.manifest.teacher.variant
+    if manifest.variant not in (None, variant):
+        raise UserError(
+            f"{path} was fitted to features of {manifest.variant}, but those of {cache.place} are of {variant}; "
+            f"fit one to them with singer refine --set refine.teacher={variant}"
+        )
     if manifest.cache not in cache.ids:
         raise UserError(
             f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "
             "run singer refine on this cache"
         )
+
+
+def load_refiner(path: Path, cache: Cache) -> Refiner:
+    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache, or to other blocks."""
+    manifest = read_refiner(path)
+    check_belongs(path, manifest, cache)
     if not set(cache.blocks) <= set(manifest.scales):
         raise UserError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
     settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)

@@ -1,7 +1,7 @@
 """Whose features a student learns from: the caches of one or several teachers, each with its refiner, in one order."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.outputs import file_hash
-from pipeline.refine import REFINER, RefinerManifest, read_refiner
+from pipeline.refine import REFINER, RefinerManifest, open_refined, read_refiner
 from pipeline.shards import ImageFile, relocate
 from pipeline.stores import Place
 from singer.errors import UserError
@@ -37,11 +37,14 @@ class Source:
     weight: float
 
 
-def open_sources(settings: DistillConfig, places: Places, adapters: Adapters) -> list[Source]:
+def open_sources(
+    settings: DistillConfig, places: Places, adapters: Adapters, begun: Mapping[str, str | None] | None = None
+) -> list[Source]:
     """The teachers of a run, with the blocks asked for, or else their refiners'.
 
-    Raises UserError if there is no such cache or refiner, if there is not one of a list's values for each cache, and
-    if the caches hold different records.
+    begun: input_hashes of a run that goes on. Raises UserError if there is no such cache or refiner, if a name fits
+    several variants of a teacher, if there is not one of a list's values for each cache, and if the caches hold
+    different records.
     """
     listed = as_places(places)
     count = len(listed)
@@ -52,10 +55,13 @@ def open_sources(settings: DistillConfig, places: Places, adapters: Adapters) ->
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
     notes = [read_refiner(path) if path is not None else None for path in fitted]
     caches = []
-    for place, note, teacher, blocks in zip(listed, notes, teachers, chosen, strict=True):
-        if note is not None:
-            blocks, teacher = blocks or tuple(note.scales), teacher or note.teacher
-        caches.append(Cache(place, teacher, blocks, settings.local_copy))
+    for n, (place, path, teacher, blocks) in enumerate(zip(listed, fitted, teachers, chosen, strict=True), start=1):
+        option = _option(teachers, n)
+        if path is not None:
+            caches.append(open_refined(path, place, teacher, blocks, settings.local_copy, option))
+        else:
+            known = (begun or {}).get(numbered("cache", n))
+            caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
     check_records(caches)
     return [Source(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
 
@@ -94,6 +100,14 @@ def input_hashes(sources: Sequence[Source]) -> dict[str, str | None]:
         kind = f"{source.note.cleaner}, {source.note.normaliser}" if source.note is not None else None
         hashes[numbered("refiner", number)] = kind
     return hashes
+
+
+def _option(teachers: Sequence[str | None], number: int) -> str:
+    """What names the variant of the cache of this number (from 1), with {} for it."""
+    if len(teachers) == 1:
+        return "--set distill.teacher={}"
+    names = ["{}" if n == number else name or "null" for n, name in enumerate(teachers, start=1)]
+    return f"--set 'distill.teacher=[{', '.join(names)}]'"
 
 
 def numbered(name: str, number: int) -> str:

@@ -17,13 +17,17 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class TeacherNote:
-    """Whose features a student learned from. weights: SHA-256, as in the cache's manifest."""
+    """Whose features a student learned from. weights: SHA-256, as in the cache's manifest.
+
+    variant: the name of its weights, precision, size and preprocessing together; old runs have None.
+    """
 
     name: str
     architecture: str
     weights: str
     image_size: int
     class_token: bool
+    variant: str | None = None
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
     assert (small.blocks, small.features([7], CPU)[3].shape) == ((3,), (1, 5, 12))
     alone = make(second, shards(world), tmp_path / "alone")
     same_features(small, alone)
-    with pytest.raises(UserError, match="has no features of a teacher 'x'; it has: local-dir"):
+    with pytest.raises(UserError, match="has no features of a teacher 'x'; it has: vit_.*@.{8} .name local-dir"):
         Cache(tmp_path / "c", teacher="x")
     refine(
         second.model_copy(update={"refine": second.refine.model_copy(update={"teacher": second.teacher.name})}),

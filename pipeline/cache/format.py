@@ -72,6 +72,15 @@ class TeacherManifest(_Section):
         """All but the name, which may be a path: the weights say which teacher it is."""
         return self.model_dump(mode="json", exclude={"name"})
 
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
+
+    @property
+    def variant(self) -> str:
+        """The short name of this teacher as it was run, such as vit_tiny_patch16_224@0a1b2c3d."""
+        return f"{self.architecture}@{self.digest()[:8]}"
+
 
 class DataManifest(_Section):
     """The images that the shards list. hash: shards.listing_hash; in version 2, of keys, labels and encoded bytes."""
@@ -158,6 +167,10 @@ class Manifest(_Section):
     def compression(self, array: str) -> str:
         """Only features are compressed, and of these only the parts of one size."""
         return self.lossless if array.startswith(FEATURES) and self.arrays()[array] is not None else "none"
+
+    def rows(self) -> str:
+        """Which listed images and views: equal for parts of whole images that hold other blocks of the same records."""
+        return canonical([self.data.hash, self.views])
 
     def identity(self) -> dict[str, Any]:
         """What a cache must agree in to be the same: all but names and places."""

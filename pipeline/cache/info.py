@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import FIDELITY, Manifest, canonical
+from pipeline.cache.format import FIDELITY, Manifest
 from pipeline.cache.parts import Part, read_parts
-from pipeline.cache.reader import joint_id
+from pipeline.cache.variants import joint_id, variants_of
 from pipeline.outputs import read_json
 from pipeline.stores import Place, open_store
 
@@ -16,14 +16,15 @@ from pipeline.stores import Place, open_store
 class TeacherInfo:
     """One teacher's features in a cache. records: views of images; missing: shards still to do.
 
-    feature_bytes: of its stored features; ratio: how many times smaller than float16 of all tokens; fidelity: {block:
-    norms of patch tokens, errors of the codec on prefix, clean and artifact tokens} as measured when the block was
-    first cached, on a sample of its records.
+    variant: names it in refine.teacher and distill.teacher; feature_bytes: of its stored features; ratio: how many
+    times smaller than float16 of all tokens; fidelity: {block: norms of patch tokens, errors of the codec on prefix,
+    clean and artifact tokens} as measured when the block was first cached, on a sample of its records.
     """
 
+    variant: str
     name: str
     weights: str
-    id: str
+    id: str | None
     image_size: int
     precision: str
     blocks: tuple[int, ...]
@@ -60,9 +61,6 @@ def cache_info(place: Place) -> CacheInfo:
     parts = read_parts(store)
     manifests = [p.manifest for p in parts]
     by_images = {m.data.hash: m.data for m in manifests}
-    teachers: dict[str, list[Part]] = {}
-    for part in parts:
-        teachers.setdefault(str(part.manifest.teacher.identity()), []).append(part)
     return CacheInfo(
         cache=place,
         version=manifests[0].version,
@@ -72,7 +70,7 @@ def cache_info(place: Place) -> CacheInfo:
         pixels=next((m.pixels.kind for m in manifests if m.pixels), "none"),
         parts=len(parts),
         bytes=sum(store.sizes().values()),
-        teachers=[_teacher_info(p) for p in teachers.values()],
+        teachers=[_teacher_info(p) for p in variants_of(parts)],
     )
 
 
@@ -97,9 +95,10 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
             figures = read_json(part.store, FIDELITY, "part of a cache")
             fidelity |= {b: figures.get(str(b)) for b in m.blocks}
     return TeacherInfo(
+        variant=first.teacher.variant,
         name=first.teacher.name,
         weights=first.teacher.weights,
-        id=joint_id(parts),
+        id=None if any(p.lacks() for p in parts) else joint_id(parts),
         image_size=first.teacher.image_size,
         precision=first.teacher.precision,
         blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
@@ -107,7 +106,7 @@ def _teacher_info(parts: list[Part]) -> TeacherInfo:
         width=first.teacher.width,
         codec=first.codec,
         lossless=first.lossless,
-        records=sum({canonical([p.manifest.data.hash, p.manifest.views]): p.manifest.records for p in parts}.values()),
+        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
         shards=sum(p.manifest.shards for p in parts),
         missing=missing,
         feature_bytes=stored,

@@ -1,6 +1,5 @@
 """Reading a cache: batches of records in any order, decoded on the training device."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from pipeline.cache.format import (
     TAIL,
     VIEWS,
     Index,
-    Manifest,
     join,
     read_images,
 )
 from pipeline.cache.parts import Files, Part, read_parts
 from pipeline.cache.pixels import resize, stored_views, views_of
+from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.outputs import parse_tensors
 from pipeline.progress import say
@@ -124,9 +123,12 @@ _Group = tuple[int, np.ndarray, np.ndarray]
 class Cache:
     """A complete cache, opened for reading. Safe to share between threads.
 
-    place: a folder or a URL. teacher: which one, by name, architecture or the beginning of its weights' hash, where the
-    cache has several; default: the first. blocks: default: all. local_copy: a folder to which shards are copied when
-    they are first read. Raises UserError if there is no cache, if shards are missing, or if records lack a block.
+    place: a folder or a URL. teacher: which one, where the cache has several: a variant (manifest.teacher.variant), or
+    a name, an architecture or the beginning of the weights' hash that fits one variant only; default: the first.
+    blocks: default: all. local_copy: a folder to which shards are copied when they are first read. known: the id that a
+    refiner or a run has of the cache, which opens its variant if it is there. option: what names a variant, for the
+    message. Raises UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a
+    block.
     """
 
     def __init__(
@@ -135,14 +137,14 @@ class Cache:
         teacher: str | None = None,
         blocks: Sequence[int] | None = None,
         local_copy: Path | None = None,
+        known: str | None = None,
+        option: str = "teacher={}",
     ) -> None:
         self.place = place
         self._readers: dict[str, PartReader] = {}
         parts = self._complete(read_parts(open_store(place)), local_copy)
-        self._parts = [p for p in parts if is_teacher(p.manifest, teacher or parts[0].manifest.teacher.weights)]
-        if not self._parts:
-            known = ", ".join(sorted({p.manifest.teacher.name for p in parts}))
-            raise UserError(f"{place} has no features of a teacher {teacher!r}; it has: {known}")
+        self._parts = choose_variant(parts, place, teacher, known, option)
+        check_held_once(self._parts)
         self.manifest = self._parts[0].manifest
         if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
             raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
@@ -157,7 +159,7 @@ class Cache:
     @property
     def ids(self) -> tuple[str, ...]:
         """The cache's id now and, before that, at each time since it began to grow."""
-        return tuple(joint_id(self._parts[:n]) for n in range(len(self._parts), 0, -1))
+        return ids_of(self._parts)
 
     @property
     def id(self) -> str:
@@ -208,9 +210,15 @@ class Cache:
         files: where the images of `index` lie now; not needed if the cache holds the views.
         """
         if self.has_pixels:
-            parts = [s.pixels for s in self._spans if s.pixels is not None]
-            stored = self._read(self._groups(records), PIXELS, parts)
-            return torch.from_numpy(np.stack([resize(view, size) for view in stored_views(stored)]))
+            views = np.empty((len(records), size, size, 3), np.uint8)
+            # Part by part: another teacher may have stored its views at another size, or as another kind.
+            for span, rows, places in self._groups(records):
+                part = self._spans[span].pixels
+                assert part is not None
+                stored = stored_views(self._readers[part.name].read(PIXELS, part.stored(rows)))
+                for row, view in zip(places.tolist(), stored, strict=True):
+                    views[row] = resize(view, size)
+            return torch.from_numpy(views)
         assert files is not None
         return torch.from_numpy(views_of(files, self.index, np.asarray(records), size))
 
@@ -300,18 +308,6 @@ class Cache:
                 block: read_calibration(self._spans[0].blocks[block])[block].to(device) for block in self.blocks
             }
         return self._calibration[device]
-
-
-def is_teacher(manifest: Manifest, name: str) -> bool:
-    """Whether `name` is the name or architecture of the manifest's teacher, or the beginning of its weights' hash."""
-    teacher = manifest.teacher
-    return name in (teacher.name, teacher.architecture) or (len(name) >= 6 and teacher.weights.startswith(name))
-
-
-def joint_id(parts: Sequence[Part]) -> str:
-    """The id of a cache of these parts; of a single one, its own."""
-    ids = [p.id for p in parts]
-    return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:

@@ -103,14 +103,13 @@ def look_at_features(
 
 def load_source(cache: Cache, source: Source) -> tuple[Cache, Refiner]:
     """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises UserError if it is damaged."""
-    weights = cache.manifest.teacher.weights
     if not source.joint:
-        part = Cache(cache.place, weights, tuple(read_refiner(source.folder).scales))
+        part = Cache(cache.place, None, tuple(read_refiner(source.folder).scales), known=cache.id)
         return part, load_refiner(source.folder, part)
     # Of adapters that were trained with a student only their tensors are kept.
     state = read_tensors(source.folder / ADAPTERS)
     ranks = {int(name.split(".")[1]): x.shape[1] for name, x in state.items() if name.endswith(".down")}
-    part = Cache(cache.place, weights, tuple(ranks))
+    part = Cache(cache.place, None, tuple(ranks), known=cache.id)
     refiner = Refiner({b: shape_of(part, rank) for b, rank in ranks.items()}, "adapter", "none")
     try:
         refiner.load_state_dict(state)

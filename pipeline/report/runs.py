@@ -155,12 +155,8 @@ def _search(run: Trained) -> Cache:
 
 
 def _open(place: Place, run: Trained) -> Cache:
-    """For the teacher that the run had."""
-    teachers = run.config.distill.teachers or (None,)
-    teacher = run.result.teacher.weights if run.result.teacher is not None else teachers[0]
-    if teacher is None and run.source is not None and not run.source.joint:
-        teacher = read_refiner(run.source.folder).teacher
-    return Cache(place, teacher)
+    """For the variant of the teacher that the run learned from."""
+    return Cache(place, known=run.result.cache)
 
 
 def _cache_option(run: Path) -> str | None:

@@ -241,9 +241,9 @@ def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
 
 
 def _section(draft: _Draft) -> str:
-    refine, teachers = draft.config.refine.model_dump(mode="json"), draft.config.distill.teacher
-    # Of several caches, each is refined for the teacher that students learn from.
-    return _key([refine, teachers] if isinstance(teachers, tuple) else refine)
+    refine, teachers = draft.config.refine.model_dump(mode="json"), draft.config.distill.teachers
+    # Each cache is refined for the teacher that students learn from.
+    return _key([refine, teachers] if teachers is not None else refine)
 
 
 def _refiner_name(draft: _Draft) -> str:

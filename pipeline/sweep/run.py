@@ -33,7 +33,7 @@ from pipeline.progress import say
 from pipeline.refine import MANIFEST
 from pipeline.shards import Images, index_shards
 from pipeline.sources import Places, as_places, check_records, numbered
-from pipeline.stores import open_store, write_atomic
+from pipeline.stores import Place, open_store, write_atomic
 from pipeline.sweep.board import Board
 from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
@@ -100,6 +100,8 @@ def sweep(
     opened = [Cache(place) for place in places]
     check_records(opened)
     check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
+    if mode != "resume":  # what was begun goes on with what it was begun on
+        _check_teachers(plan, places, path)
     images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = Setting(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
@@ -169,6 +171,18 @@ def _check_unchanged(plan: Plan, setting: Setting) -> None:
             _refuse(f"run {run.name}", out, "refiner none, not fit" if fitted else "refiner fit, not none")
         sections = ["student", "distill", *(["refine"] if fitted or joint else [])]
         _refuse(f"run {run.name}", out, config_change(open_store(folder), run.config, sections))
+
+
+def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
+    """Raise UserError if a teacher that a refiner or a run names is none of its cache's, or several variants."""
+    for number, place in enumerate(places):
+        named = {refiner_config(config, number).refine.teacher: "refine.teacher" for config in plan.refiners.values()}
+        for teachers in {run.config.distill.teachers for run in plan.runs}:
+            if teachers is not None and number < len(teachers):
+                named[teachers[number]] = "distill.teacher"
+        for teacher, key in named.items():
+            if teacher is not None:
+                Cache(place, teacher, option=f"{key}: {{}} in {file.name}")
 
 
 def _refuse(what: str, out: Path, change: str | None) -> None:

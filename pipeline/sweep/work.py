@@ -96,9 +96,9 @@ def _fit(setting: Setting, member: Member) -> None:
 
 
 def refiner_config(config: Config, number: int) -> Config:
-    """Of the refiner of one cache, counted from 0: where the students' teachers are a list, it is fitted to its own."""
-    teachers = config.distill.teacher
-    if not isinstance(teachers, tuple) or number >= len(teachers):
+    """Of the refiner of one cache, counted from 0: where the students' teachers are named, it is fitted to its own."""
+    teachers = config.distill.teachers
+    if teachers is None or number >= len(teachers):
         return config
     return config.model_copy(update={"refine": config.refine.model_copy(update={"teacher": teachers[number]})})
 

@@ -6,14 +6,16 @@ computed anew for a random sample and compared with the stored ones. --repair co
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain, islice
 
 from pipeline.cache.parts import read_parts
+from pipeline.cache.variants import check_held_once
 from pipeline.cache_teacher import mine
 from pipeline.config import Config
 from pipeline.stores import Place, open_store
 from pipeline.verify.files import check_part, unreachable
 from pipeline.verify.findings import LiveCheck, PartReport, VerifyResult
-from pipeline.verify.live import check_live, load_extractor
+from pipeline.verify.live import check_live, load_extractors
 from pipeline.verify.repair import repair_part
 from singer.errors import UserError
 
@@ -31,19 +33,23 @@ def verify(
 ) -> VerifyResult:
     """Check the cache at `place`, complete or not; with `live` or `repair`, load config.teacher for a sample too.
 
+    A teacher is run as for each of its variants in the cache; teacher.name may name a single one.
+
     shards: where the images lie now, if they have moved; sample: records of each part. Nothing is written, nor a lock
-    taken, except for `repair`. Raises UserError if a manifest cannot be read, the teacher is none of the cache's, or
-    what `repair` needs is gone.
+    taken, except for `repair`. Raises UserError if a manifest cannot be read, two parts hold the same, the teacher is
+    none of the cache's, or what `repair` needs is gone.
     """
     store = open_store(place)
     parts = read_parts(store)
+    check_held_once(parts)
     if repair and parts[0].manifest.version == 2:
         raise UserError(f"{place} was written by format version 2 and cannot be repaired; make a new cache")
-    extract = load_extractor(config, parts) if live or repair else None
+    extractors = load_extractors(config, parts) if live or repair else iter(())
+    first = list(islice(extractors, 1))  # before hours of reading
     with store.lock() if repair else nullcontext():
         reports = {part.name: check_part(part) for part in parts}
         reports[""].files |= unreachable(store, parts)
-        if extract is not None:
+        for extract in chain(first, extractors):
             for part in mine(parts, extract.teacher):
                 if repair:
                     repair_part(part, parts, reports[part.name], extract, shards)

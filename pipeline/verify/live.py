@@ -1,6 +1,6 @@
 """Stored features against what the teacher computes now."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -8,12 +8,12 @@ import torch
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encoder import calibration_on
 from pipeline.cache.fidelity import error_sums, errors, token_cosines
-from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS
+from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS, TeacherManifest
 from pipeline.cache.parts import Part
 from pipeline.cache.pixels import views_of
 from pipeline.cache.reader import PartReader, read_rows
+from pipeline.cache.variants import variants_of
 from pipeline.cache.writer import first_difference
-from pipeline.cache_teacher import mine
 from pipeline.config import Config
 from pipeline.devices import make_accelerator
 from pipeline.extract import Extractor, check_finite
@@ -26,34 +26,57 @@ from singer.errors import UserError
 from singer.matching import take_patches
 
 
-def load_extractor(config: Config, parts: Sequence[Part]) -> Extractor:
-    """The teacher of config.teacher, run as for the cache; its first teacher if config names none.
+def load_extractors(config: Config, parts: Sequence[Part]) -> Iterator[Extractor]:
+    """The teacher of config.teacher, run as for each of its variants in the cache; the cache's first if none is named.
 
-    Raises UserError naming both sides if the cache holds no features of it.
+    teacher.name may be that of a variant, which is then the only one; teacher.image_size and cache.precision choose
+    among several. Use one before asking for the next: they share the device's settings. The first raises UserError,
+    naming both sides, if the cache holds no features of it.
     """
-    teachers = [p.manifest.teacher for p in parts]
-    given = config.teacher
-    named = [t for t in teachers if "name" in given.model_fields_set and t.name == given.name]
-    sized = [t for t in named or teachers if t.image_size == given.image_size]
-    known = (sized or named or teachers)[0]
-    name = given.name if "name" in given.model_fields_set else known.name
+    given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(parts)]
+    asked = given.name if "name" in given.model_fields_set else None
+    named = [t for t in teachers if asked in (t.variant, t.name)]
+    fitting = _as_set(config, named or teachers)
+    known = fitting[0]
+    if asked != known.variant:  # weights of a file may be those of a teacher by another name
+        fitting += [t for t in _as_set(config, teachers) if t not in fitting]
+    name = known.name if asked in (None, known.variant) else asked
+    first = _extractor(config, name, known)
+    here, matched = first.teacher, False
+    for teacher in fitting:
+        # Only these weights at other sizes and precisions: other teachers may not even load so.
+        if (teacher.architecture, teacher.weights) == (here.architecture, here.weights):
+            extract = first if teacher is known else _extractor(config, name, teacher)
+            if extract.teacher.digest() == teacher.digest():
+                matched = True
+                yield extract
+    if not matched:
+        difference = first_difference(known.identity(), here.identity())
+        assert difference is not None
+        key, there, now = difference
+        source = f" with {given.weights}" if given.weights else ""
+        raise UserError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {now} ({name}{source})")
+
+
+def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherManifest]:
+    """Those at the image size and precision that the configuration gives, as far as there are any."""
+    sized = [t for t in teachers if t.image_size == config.teacher.image_size] or teachers
+    given = "precision" in config.cache.model_fields_set
+    return [t for t in sized if given and t.precision == config.cache.precision] or list(sized)
+
+
+def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
+    """A teacher at the image size and precision of one in the cache."""
     config = config.model_copy(
         update={
-            "teacher": given.model_copy(update={"name": name, "image_size": known.image_size}),
+            "teacher": config.teacher.model_copy(update={"name": name, "image_size": known.image_size}),
             "cache": config.cache.model_copy(update={"precision": known.precision}),
         }
     )
     vit = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
     vit.model.to(accelerator.device)
-    extract = Extractor(config, vit, accelerator)
-    if not mine(parts, extract.teacher):
-        difference = first_difference(known.identity(), extract.teacher.identity())
-        assert difference is not None
-        key, there, here = difference
-        source = f" with {given.weights}" if given.weights else ""
-        raise UserError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {here} ({name}{source})")
-    return extract
+    return Extractor(config, vit, accelerator)
 
 
 def computable(part: Part, report: PartReport) -> bool:
