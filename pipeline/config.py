@@ -214,6 +214,22 @@ class DistillConfig(Section):
     )
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
 
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
+                f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
+            )
+        if self.accumulate > self.batch_size:
+            raise UserError(f"accumulate: a batch of {self.batch_size} records has no {self.accumulate} parts")
+        if self.read_block > self.shuffle_window:
+            raise UserError(
+                f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
+                f"{self.shuffle_window}, which would mix nothing else; make the window larger"
+            )
+        return self
+
     @property
     def objectives(self) -> dict[str, float]:
         """{name: weight}"""
@@ -405,6 +421,8 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 def _explain(error: ErrorDetails) -> str:
     # Behind section and key come places in lists, and names of types that a value might also have.
     where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
+    if error["type"] == "value_error":  # a section's own check, which names the key
+        return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
     section, _, key = where.rpartition(".")

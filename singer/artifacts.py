@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 # The factor that makes the median absolute deviation estimate the standard deviation of a normal distribution.
 MAD_TO_SIGMA = 1.4826
-# Of the median norm: the least that sigma is taken to be. Where most norms are equal, the deviation is zero, and all that
-# differ at all would be artifacts. Norms of real teachers spread by 7 % and more (docs/results.md).
+# The least sigma, as a share of the median norm. Where most norms are equal the deviation is zero, and every token that
+# differs at all would be an artifact. At every block of the real teacher sigma is 7 % or more (docs/refining.md).
 _LEAST_SIGMA = 0.05
-# Artifacts are a few percent of the tokens. What more than this share exceeds is the teacher's other half, not a spoiled one.
+# Artifacts are a few percent of the tokens. Norms that a larger share than this reaches are common ones.
 _MOST_ARTIFACTS = 0.25
 
 
