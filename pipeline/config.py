@@ -178,9 +178,7 @@ class DistillConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     final_lr: Annotated[float, Field(ge=0, le=1)] = Field(1e-4, description="at the end, as a factor of lr")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="linear; the paper's 100-epoch recipes take 5"
-    )
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.5, description="linear; the paper takes 5 of 100")
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     accumulate: Positive = Field(1, description="parts in which a batch goes through the model, to save memory")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
