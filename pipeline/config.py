@@ -178,9 +178,7 @@ class DistillConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     final_lr: Annotated[float, Field(ge=0, le=1)] = Field(1e-4, description="at the end, as a factor of lr")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="linear; the paper's 100-epoch recipes take 5"
-    )
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(0.5, description="linear; the paper takes 5 of 100")
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     accumulate: Positive = Field(1, description="parts in which a batch goes through the model, to save memory")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -215,6 +213,22 @@ class DistillConfig(Section):
         None, description="of several caches: what each teacher's objective counts; default: equal, 1 in all"
     )
     local_copy: Path | None = Field(None, description="folder to which shards are copied when they are first read")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
+                f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
+            )
+        if self.accumulate > self.batch_size:
+            raise UserError(f"accumulate: a batch of {self.batch_size} records has no {self.accumulate} parts")
+        if self.read_block > self.shuffle_window:
+            raise UserError(
+                f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
+                f"{self.shuffle_window}, which would mix nothing else; make the window larger"
+            )
+        return self
 
     @property
     def objectives(self) -> dict[str, float]:
@@ -407,6 +421,8 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 def _explain(error: ErrorDetails) -> str:
     # Behind section and key come places in lists, and names of types that a value might also have.
     where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
+    if error["type"] == "value_error":  # a section's own check, which names the key
+        return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
     section, _, key = where.rpartition(".")

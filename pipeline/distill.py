@@ -12,10 +12,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -71,6 +73,9 @@ SHARED = (
     "seed", "epochs", "batch_size", "precision", "workers", "read_block", "shuffle_window", "teacher", "blocks",
     "local_copy",
 )  # fmt: skip
+
+# What never decays beside vectors and biases: CLS, register and mask tokens, positions, scales of more than one axis.
+_NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
 
 
 @dataclass(frozen=True)
@@ -255,8 +260,7 @@ class NewStudent:
                 shard(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        trainable = [p for p in self.distiller.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(trainable, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), lr=settings.lr)
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
@@ -275,6 +279,17 @@ class NewStudent:
             else None
         )
         return Trainee(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
+
+
+def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
+    """Group what is trained for an optimiser: weights that decay, and those that do not.
+
+    Biases, norms and scales, tokens and position embeddings do not, nor what the student's architecture names.
+    """
+    named: Any = getattr(distiller.student, "no_weight_decay", set)
+    spared = {f"student.{name}" for name in named()} | set(_NO_DECAY)
+    groups: list[dict[str, Any]] = param_groups_weight_decay(distiller, weight_decay, no_weight_decay_list=spared)
+    return groups
 
 
 def run_jobs(

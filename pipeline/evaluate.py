@@ -21,11 +21,11 @@ from pipeline.models import check_known, load_model, load_saved
 from pipeline.outputs import PROVENANCE, read_json, write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
-from pipeline.probes.trial import Computed, EvaluateResult, Trial
+from pipeline.probes.trial import Answer, Computed, EvaluateResult, Trial
 from pipeline.progress import say
 from pipeline.shards import ImageFile, Images, image_digest, index_shards
 from pipeline.stores import is_remote
-from pipeline.trained import RUN, STAGE, STUDENT, DistillResult, load_result
+from pipeline.trained import RUN, STAGE, STUDENT, DistillResult, Taught, load_result
 from singer.errors import UserError
 
 Shards = str | Sequence[str]
@@ -93,12 +93,16 @@ def evaluate_tasks(
         vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
     else:
         vit = load_model(str(model), weights, config.evaluate.image_size)
+    learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
         made = load_result(run)
         for caveat in caveats(vit, made):
             say(f"note: {caveat}")
-        if learned_from(made, shards[1]):
+        learned, reason = learned_from(made, shards[1])
+        if learned == "yes":
             say("note: the student learned from images of --test; are --train and --test swapped?")
+        elif learned == "unknown":
+            say(f"note: it is unknown whether the student learned from images of --test: {reason}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vit.model.to(device)
     place = out or run
@@ -110,6 +114,7 @@ def evaluate_tasks(
         named = None if own else f"{model} {weights}"
         file = result_file(place, task, shards, config, named) if place is not None else None
         result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+        object.__setattr__(result, "learned_from_test", learned)
         result.train.extend(train_names)
         result.test.extend(test_names)
         if file is not None:
@@ -121,22 +126,38 @@ def evaluate_tasks(
     return results
 
 
-def learned_from(run: DistillResult, test: Images) -> bool:
-    """Whether the caches that a run learned from hold any of some test images; False of caches that are not there."""
-    known: set[int] = set()
+def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
+    """Tell whether the caches that a run learned from hold any of some test images; if that is unknown, why.
+
+    The caches of a run hold the same images, so that one of them is enough.
+    """
+    reasons = []
     for taught in run.taught:
-        try:
-            if taught.cache_place is None or is_remote(taught.cache_place):
-                continue
-            cache = Cache(taught.cache_place, known=taught.cache)
-            if taught.cache in cache.ids and cache.index.digest is not None:
-                known.update(cache.index.digest.tolist())
-        except (UserError, OSError):  # moved, deleted or another one: nothing can be told
+        known = _cached_images(taught)
+        if isinstance(known, str):
+            reasons.append(known)
             continue
-    if not known:
-        return False
-    with ImageFile(test) as files:
-        return any(image_digest(files.encoded(int(n))[0]) in known for n in spread(np.arange(len(test)), _LOOKED_FOR))
+        with ImageFile(test) as files:
+            looked_for = spread(np.arange(len(test)), _LOOKED_FOR)
+            digests = np.array([image_digest(files.encoded(n)[0]) for n in looked_for.tolist()], dtype=np.uint64)
+        return ("yes" if np.isin(digests, known).any() else "no"), ""
+    return "unknown", "; ".join(dict.fromkeys(reasons))
+
+
+def _cached_images(taught: Taught) -> np.ndarray | str:
+    """The digests of the images that a cache holds, or why they are unknown."""
+    place = taught.cache_place
+    if place is None:
+        return "the run does not say where its cache is"
+    if is_remote(place):
+        return f"its cache {place} is not on this machine"
+    try:
+        cache = Cache(place, known=taught.cache)
+    except (UserError, OSError) as error:  # moved, deleted, damaged
+        return f"its cache cannot be read: {error}"
+    if taught.cache not in cache.ids:
+        return f"there is another cache at {place} now"
+    return cache.index.digest
 
 
 def _check_model(model: Path | str, weights: Path | None) -> None:

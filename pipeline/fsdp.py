@@ -84,7 +84,9 @@ class WholeOptimiser:
         return get_optimizer_state_dict(self._model, self._optimiser, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Raises UserError for a state with numbers in place of names."""
-        if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+        """Raises UserError for a state with other groups: torch would give weights the decay of the new ones."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        groups = [{names[id(p)] for p in group["params"]} for group in self._optimiser.param_groups]
+        if [set(group["params"]) for group in state["param_groups"]] != groups:
             raise UserError("it was made by another version of singer; start the run anew (--overwrite)")
         set_optimizer_state_dict(self._model, self._optimiser, state, options=_WHOLE)

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from urllib.error import URLError
 
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -256,6 +260,7 @@ def _create(
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
     # The hub's client warns of every retry; what comes of them is said here, once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    subject = f"{what} {name}"
     try:
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
@@ -263,33 +268,72 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         if isinstance(outline, VisionTransformer):
             patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
             if size is not None and size % patch:
-                near = max(1, round(size / patch)) * patch
-                raise TypeError(f"image_size {size} is not a multiple of the patch size {patch}; the nearest is {near}")
+                near = f"the nearest is {max(1, round(size / patch)) * patch}"
+                raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
         elif what == "teacher.name":
-            raise TypeError(f"it is a {type(outline).__name__}, not a VisionTransformer of timm")
+            raise UserError(f"{subject}: it is a {type(outline).__name__}, not a VisionTransformer of timm")
         elif not outline.pretrained_cfg.get("fixed_input_size"):
             # It takes any size, and no argument for it.
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
-        model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:  # also an argument that the architecture does not take
-        raise UserError(f"{what} {name}: {_first_line(error)}") from None
+        if pretrained and weights is None:
+            subject = f"weights of {subject} were not loaded"
+        elif weights is not None:
+            subject = f"weights {weights} do not fit {name}"
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except UserError:
+        raise
     except Exception as error:  # timm, the hub client and torch each raise their own
-        if weights is not None:
-            message = f"weights {weights} do not fit {name}: {_first_mismatch(error)}"
-        elif pretrained:
-            own = isinstance(error, RuntimeError) or getattr(error, "errno", None)  # of timm, or of the disk
-            reason = _first_line(error) if own else "no network, or no such open model on the hub"
-            message = f"weights of {what} {name} could not be had: {reason}; {_REMEDIES[what]}"
-        else:
-            message = f"{what} {name}: {_first_line(error)}"
-        raise UserError(message) from None
-    return model
+        reason = _not_fetched(error)
+        if reason is not None:
+            raise UserError(f"weights of {what} {name} were not fetched: {reason}; {_REMEDIES[what]}") from error
+        if not isinstance(error, _OF_WHAT_WAS_GIVEN) and "unexpected keyword argument" not in str(error):
+            raise  # a defect, or the disk
+        remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
+        raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error
 
 
-def _first_line(error: Exception) -> str:
+# What timm and torch raise for arguments, names and weights that are wrong, each in its own way; others are defects.
+_OF_WHAT_WAS_GIVEN = (
+    AssertionError, FileNotFoundError, KeyError, RuntimeError, SafetensorError, UnpicklingError, ValueError,
+)  # fmt: skip
+_HINTS = {401: "no such model, or one that needs a login", 403: "access is not granted", 404: "no such model or file"}
+_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+
+
+def _not_fetched(error: BaseException) -> str | None:
+    """Why something did not come from the network; None if that is not what an error is about.
+
+    The hub's client says of most that the file is not on this disk; the cause is behind that.
+    """
+    chain = []
+    while error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error
+    for link in chain:
+        status = getattr(getattr(link, "response", None), "status_code", None) or getattr(link, "code", None)
+        if isinstance(status, int):
+            hints = {
+                401: "no such model, or one that needs a login",
+                403: "access is not granted",
+                404: "no such model or file",
+            }
+            hint = f" ({hints[status]})" if status in hints else ""
+            return f"the server answered {status}{hint}: {_first_line(link)}"
+    for link in reversed(chain):
+        if isinstance(link, ConnectionError | TimeoutError | URLError | LocalEntryNotFoundError) or (
+            type(link).__module__.split(".")[0] in _CLIENTS
+        ):
+            return f"no network ({type(link).__name__}: {_first_line(link)})"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _first_mismatch(error: Exception) -> str:
+    """The first tensor that a state dict does not fit, or an error's first line."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    return " ".join(lines[1:2] if len(lines) > 1 else lines)[:300] or type(error).__name__
+    if lines and lines[0].startswith("Error(s) in loading"):
+        return " ".join(lines[1:2])[:300]
+    return f"{type(error).__name__} {error}" if isinstance(error, KeyError) else _first_line(error)

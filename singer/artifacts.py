@@ -1,5 +1,6 @@
 """Artifact tokens: patch tokens of abnormally high norm on raw block outputs (Darcet et al., arXiv 2309.16588)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,11 @@ from torch.nn import functional as F
 
 # The factor that makes the median absolute deviation estimate the standard deviation of a normal distribution.
 MAD_TO_SIGMA = 1.4826
+# The least sigma, as a share of the median norm. Where most norms are equal the deviation is zero, and every token that
+# differs at all would be an artifact. At every block of the real teacher sigma is 7 % or more (docs/refining.md).
+_LEAST_SIGMA = 0.05
+# Artifacts are a few percent of the tokens. Norms that a larger share than this reaches are common ones.
+_MOST_ARTIFACTS = 0.25
 
 
 @dataclass(frozen=True)
@@ -24,14 +30,17 @@ def block_scale(norms: Tensor, k: float) -> BlockScale:
 
 
 def robust_threshold(norms: Tensor, k: float) -> float:
-    """median + k sigma of token norms, sigma from the median absolute deviation.
+    """Compute median + k sigma of token norms, sigma from the median absolute deviation.
 
     Unlike a quantile per image, it punishes no clean image, and artifacts cannot move it while they are a minority.
-    norms: any shape, of the original teacher features.
+    sigma is at least a share of the median, and at most a quarter of the tokens are above the threshold, whatever their
+    norms. norms: any shape, of the original teacher features.
     """
-    median = norms.float().median()
-    sigma = MAD_TO_SIGMA * (norms.float() - median).abs().median()
-    return float(median + k * sigma)
+    flat = norms.flatten().float()
+    median = flat.median()
+    sigma = torch.maximum(MAD_TO_SIGMA * (flat - median).abs().median(), _LEAST_SIGMA * median)
+    common = flat.kthvalue(math.ceil((1 - _MOST_ARTIFACTS) * len(flat))).values
+    return float(torch.maximum(median + k * sigma, common))
 
 
 def patch_norms(tokens: Tensor, prefix: int) -> Tensor:
@@ -56,7 +65,7 @@ def norm_summary(norms: Tensor, threshold: float) -> dict[str, float]:
     }
 
 
-def clean_mask(norms: Tensor, threshold: float) -> Tensor:
+def clean_mask(norms: Tensor, threshold: Tensor | float) -> Tensor:
     """True (B, N) where a token is no artifact."""
     clean: Tensor = norms <= threshold
     return clean
@@ -64,14 +73,19 @@ def clean_mask(norms: Tensor, threshold: float) -> Tensor:
 
 def clip_norms(patches: Tensor, threshold: Tensor | float) -> Tensor:
     """Patch tokens (B, n, d), those above the threshold scaled down to it."""
-    norms = patches.norm(dim=-1, keepdim=True)
+    norms = patches.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(patches.dtype).tiny)
     clipped: Tensor = patches * (threshold / norms).clamp_max(1)
     return clipped
 
 
-def expected_patches(patches: Tensor, clean: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """What is expected at each patch (B, n, d): x̃ if the grid is whole, else the mean of the image's clean ones."""
-    return neighbour_mean(patches, clean, grid) if grid is not None else clean_mean(patches, clean).expand_as(patches)
+def expected_patches(patches: Tensor, threshold: Tensor | float, grid: tuple[int, int] | None) -> Tensor:
+    """Give what is expected at each patch (B, n, d): x̃ if the grid is whole, else the mean of the image's clean ones.
+
+    An image without a clean patch tells nothing but its own: there, patches scaled down to the threshold.
+    """
+    clean = clean_mask(patches.norm(dim=-1), threshold)
+    near = neighbour_mean(patches, clean, grid) if grid is not None else clean_mean(patches, clean).expand_as(patches)
+    return torch.where(clean.any(1)[:, None, None], near, clip_norms(patches, threshold))
 
 
 def clean_mean(patches: Tensor, clean: Tensor) -> Tensor:

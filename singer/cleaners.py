@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from singer.artifacts import clip_norms, expected_patches
+from singer.artifacts import clean_mask, clip_norms, expected_patches
 from singer.curvature import curvature
 from singer.evidence import Evidence
 
@@ -70,12 +70,13 @@ class Clip(Cleaner):
 class Neighbour(Clip):
     """`neighbour`: artifacts become the mean of the clean patches around them (SINDER, arXiv 2407.16826).
 
-    Where the cache holds a share of the patches, the mean of all clean ones of the image.
+    Where the cache holds a share of the patches, the mean of all clean ones of the image. Where an image has no clean
+    patch, as `clip`.
     """
 
     def patches(self, patches: Tensor) -> Tensor:
-        clean = patches.norm(dim=-1) <= self.threshold
-        return torch.where(clean.unsqueeze(-1), patches, expected_patches(patches, clean, self.shape.grid))
+        clean = clean_mask(patches.norm(dim=-1), self.threshold)
+        return torch.where(clean.unsqueeze(-1), patches, expected_patches(patches, self.threshold, self.shape.grid))
 
 
 class Projector(Neighbour):

@@ -41,9 +41,10 @@ class Evidence:
     def artifact_energy(self) -> Tensor:
         """A = E over artifact tokens of (x - x̃)(x - x̃)ᵀ, (d, d) float64; zero where there are none.
 
-        x̃ is the mean of the clean neighbours, or of all clean tokens of the image where the grid is not whole.
+        x̃ is the mean of the clean neighbours, or of all clean tokens of the image where the grid is not whole; in an
+        image without a clean token, the token scaled down to the threshold.
         """
-        patches, clean = self.patches, self.clean
-        expected = expected_patches(patches, clean, self.grid)
-        excess = (patches - expected)[~clean].double()
+        patches = self.patches
+        expected = expected_patches(patches, self.scale.threshold, self.grid)
+        excess = (patches - expected)[~self.clean].double()
         return excess.T @ excess / max(1, len(excess))

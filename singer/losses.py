@@ -43,7 +43,7 @@ InfoForm = Callable[[Exchange, int], Tensor]
 
 def robust_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
     """Mean squared excess over a fixed robust threshold, in units of the median norm: no clean image is punished."""
-    return ((norms - scale.threshold).clamp_min(0) / scale.median).square().mean()
+    return ((norms - scale.threshold).clamp_min(0) / max(scale.median, 1e-12)).square().mean()
 
 
 def paper_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:

@@ -7,6 +7,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import make_vit
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.config import StudentConfig, TeacherConfig, load_config
 from pipeline.models import LOCAL, load_saved, load_teacher, new_student, read_weights, save_backbone, weight_hash
@@ -102,12 +103,12 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def offline(name: str, pretrained: bool = False, **kwargs: object) -> object:
         if pretrained:
-            raise FileNotFoundError("An error happened while trying to locate the file on the Hub and we cannot find")
+            raise LocalEntryNotFoundError("we cannot find the requested files") from ConnectionError("unreachable")
         return create(name, **kwargs)
 
     monkeypatch.setattr("pipeline.models.timm.create_model", offline)
-    message = "of teacher.name vit_tiny_patch16_224 could not be had: no network, or no such open model on the "
-    with pytest.raises(UserError, match=message + r"hub; give a local file with --weights FILE \(teacher.weights\)$"):
+    message = r"of teacher.name vit_tiny_patch16_224 were not fetched: no network \(ConnectionError: unreachable\); "
+    with pytest.raises(UserError, match=message + r"give a local file with --weights FILE \(teacher.weights\)$"):
         load_teacher(load_config(sets=["teacher.name=vit_tiny_patch16_224"]).teacher)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from singer.backbones import block_outputs, depth, final_norm
 from singer.errors import UserError
 
 T = TypeVar("T")
+Answer = Literal["yes", "no", "unknown"]
 _FEW_CLASSES = 10
 
 
@@ -70,9 +71,14 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """What the results of all tasks have; each adds its figures. train, test: names of shards, which evaluate adds."""
+    """What the results of all tasks have; each adds its figures. train, test: names of shards, which evaluate adds.
+
+    learned_from_test: whether the student was trained on images of --test; None of a model that is no run. evaluate
+    adds it, too.
+    """
 
     model: Path | str
+    learned_from_test: Answer | None = field(default=None, init=False)
     train: list[str] = field(default_factory=list, init=False)
     test: list[str] = field(default_factory=list, init=False)
     train_images: int

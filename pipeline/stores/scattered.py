@@ -2,7 +2,7 @@
 
 A call for each record costs the interpreter more time than the system takes to copy it, and threads then wait for the
 interpreter's lock (docs/log.md). Linux takes a list of reads at once (io_submit(2)), without that lock. Elsewhere, or
-where that is forbidden, ranges are read one after the other.
+where that is forbidden, ranges are read one after the other, which a process says once.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.progress import say
 from pipeline.stores.base import too_short
 
 # Numbers of io_setup, io_destroy, io_getevents and io_submit, for which the C library has no functions.
@@ -142,6 +143,8 @@ class _Queue:
             self._requests[:count, _FLAGS] = flags << 32
             # What is behind a request that is refused outright remains undone.
             missing = _call(self._submit, self._handle, count, self._sent)
+            if missing < count and not flags:
+                _tell("io_submit", ctypes.get_errno() if missing < 0 else errno.EAGAIN)
             while missing > 0:
                 done = _call(self._wait, self._handle, missing, missing, self._done, 0)
                 # A signal may end the call early, but the system still writes to where these reads go.
@@ -162,11 +165,23 @@ def _give_back(destroy: int, handle: int, process: int) -> None:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _local = threading.local()
+# Held from the first message on.
+_told = threading.Lock()
 
 
 def _call(number: int, *arguments: int) -> int:
     result: int = _libc.syscall(*[ctypes.c_long(n) for n in (number, *arguments)])
     return result
+
+
+def _tell(call: str, error: int) -> None:
+    """Say once in a process that reads are not batched, with the reason."""
+    if _told.acquire(blocking=False):
+        remedy = "; more are possible with a larger fs.aio-max-nr (sysctl)" if error == errno.EAGAIN else ""
+        say(
+            "note: features are read one range after the other, which is slower; the system gives no batched reads "
+            f"({call}: {os.strerror(error)}){remedy}"
+        )
 
 
 @contextmanager
@@ -179,7 +194,8 @@ def _queue() -> Iterator[_Queue | None]:
     if queue is None or queue.process != os.getpid():
         try:
             queue = _Queue()
-        except OSError:
+        except OSError as error:
+            _tell("io_setup", error.errno or errno.ENOSYS)
             queue = None
     try:
         yield queue
