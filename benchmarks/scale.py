@@ -415,7 +415,7 @@ def watched(args: Sequence[str]) -> None:
         happened("read", len(records))
         return found
 
-    Meter.advance, Cache.read = advanced, was_read  # type: ignore[method-assign]
+    Meter.advance, Cache.read = advanced, was_read  # type: ignore[method-assign, assignment]
     own: dict[str, Callable[..., None]] = {
         "index": lambda spec: list_images(spec, happened),
         "open": open_cache,
