@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import zarr
-from conftest import make_vit, tree_bytes, world_config
+from conftest import make_vit, seeded, tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL, read_manifest
@@ -63,7 +63,7 @@ def test_features_are_the_teachers(world: Path, config: Config) -> None:
 def test_scattered_reads_equal_a_whole_read(world: Path) -> None:
     cache = Cache(world / "cache")
     whole = cache.features(np.arange(len(cache)), CPU)
-    order = np.random.default_rng(0).permutation(len(cache))
+    order = np.random.default_rng(seeded(0)).permutation(len(cache))
     scattered = cache.features(order, CPU)
     for block in cache.blocks:
         assert torch.equal(scattered[block], whole[block][torch.from_numpy(order)])

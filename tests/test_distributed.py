@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import tree_bytes, world_config
+from conftest import seeded, tree_bytes, world_config
 from ranks import launch
 
 from pipeline.cache import Cache
@@ -140,7 +140,7 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
     sets = ["student.name=test_resnet", *own, "distill.epochs=1", "distill.batch_size=100"]
     options = [part for value in sets for part in ("--set", value)]
     launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "run", "--config", config_file, *options)
-    torch.manual_seed(0)
+    torch.manual_seed(seeded(0))
     student = new_student(world_config(world, *sets).student, 32)
     cache = Cache(world / "cache")
     mine = share(EpochOrder(100, 0, 0), 0, 100, 0, 2).records

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import draw_images, make_vit, world_config
+from conftest import draw_images, make_vit, seeded, world_config
 from safetensors.torch import save_file
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
@@ -38,9 +38,9 @@ QUICK = "evaluate.strengths=[0.1]"
 
 
 def blobs(noise: float, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     labels = rng.integers(0, classes, 400)
-    centres = np.random.default_rng(99).normal(size=(classes, 8))
+    centres = np.random.default_rng(seeded(99)).normal(size=(classes, 8))
     return torch.from_numpy((centres[labels] + noise * rng.normal(size=(400, 8))).astype("f4")), torch.from_numpy(
         labels
     )
@@ -60,7 +60,7 @@ def test_perfect_features_and_chance() -> None:
 
 def test_two_classes_and_classes_without_images() -> None:
     settings = load_config().evaluate
-    x, y = make_classification(200, 6, random_state=0, class_sep=4.0)
+    x, y = make_classification(200, 6, random_state=seeded(0), class_sep=4.0)
     x, y = torch.from_numpy(x.astype("f4")), torch.from_numpy(3 * y.astype("i8"))  # labels 0 and 3 of 4
     scores = linear_scores(x, y, x, 4, settings)
     assert scores.shape == (200, 4) and topk_percent(scores, y, 1) > 90
@@ -209,7 +209,7 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
 
 def test_linear_probe_is_logistic_regression() -> None:
     """Within half a point of scikit-learn as anyone would use it, on features that are neither easy nor hopeless."""
-    x, y = make_classification(3000, 20, n_informative=10, n_classes=5, random_state=1)
+    x, y = make_classification(3000, 20, n_informative=10, n_classes=5, random_state=seeded(1))
     train, test = slice(0, 1000), slice(1000, None)
     plain = LogisticRegression(max_iter=5000).fit(x[train], y[train]).score(x[test], y[test])
     features_, labels = torch.from_numpy(x.astype("f4")), torch.from_numpy(y)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images, make_vit, tree_bytes, world_config
+from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
 from pipeline import fit
 from pipeline.cache import Cache
@@ -271,7 +271,7 @@ def test_scales_against_numpy(world: Path) -> None:
 
 
 def test_moments_against_numpy() -> None:
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seeded(0))
     patches, prefix = rng.normal(3, 2, (500, 6)).astype("f4"), rng.normal(-1, 5, (40, 2, 6)).astype("f4")
     moments = Moments(Shape(6, 2, None))
     for a, b in ((0, 200), (200, 500)):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import config_with, draw_images, tree_bytes
+from conftest import config_with, draw_images, seeded, tree_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import headers, mutations
@@ -51,7 +51,7 @@ def png(size: tuple[int, int] = (4, 4), mode: str = "RGB") -> bytes:
 
 
 def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(np.random.default_rng(seeded(seed)).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def write_tar(path: Path, members: Members, form: int = tarfile.PAX_FORMAT) -> Path:

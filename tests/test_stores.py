@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import obstore
 import pytest
+from conftest import seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
@@ -724,7 +725,7 @@ class Uneven:
     """A queue that brings only some of what it is asked for, as a system does whose memory does not hold it all."""
 
     def __init__(self, queue: scattered._Queue, seed: int) -> None:
-        self._queue, self._random = queue, np.random.default_rng(seed)
+        self._queue, self._random = queue, np.random.default_rng(seeded(seed))
 
     def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
         results = self._queue.read(reads, flags)
@@ -744,12 +745,12 @@ def test_ranges_are_scattered_to_their_places(
     tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, at_once: int, seed: int
 ) -> None:
     """Whatever lies between them, in whichever files and order, and however much of them the system has in memory."""
-    data = [bytes(np.random.default_rng(n).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
+    data = [bytes(np.random.default_rng(seeded(n)).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
     for n in range(3):
         (tmp_path / f"{n}").write_bytes(data[n])
     ends = np.cumsum([gap + length for gap, length, _ in gaps], dtype=np.int64)
     lengths, files = (np.array([g[i] for g in gaps], np.int64) for i in (1, 2))
-    order = np.random.default_rng(seed).permutation(len(gaps)) if seed else np.arange(len(gaps))
+    order = np.random.default_rng(seeded(seed)).permutation(len(gaps)) if seed else np.arange(len(gaps))
     which, offsets, lengths = files[order], (ends - lengths)[order], lengths[order]
     places = np.cumsum(lengths) - lengths
     if seed % 2:
@@ -772,7 +773,7 @@ def test_ranges_are_scattered_to_their_places(
 
 
 def test_what_is_not_in_memory_is_asked_for_and_read(tmp_path: Path) -> None:
-    store, content = LocalStore(tmp_path), np.random.default_rng(0).bytes(1 << 22)
+    store, content = LocalStore(tmp_path), np.random.default_rng(seeded(0)).bytes(1 << 22)
     store.write("a", content)
     file = os.open(tmp_path / "a", os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
