@@ -36,7 +36,7 @@ def seeded(number: int) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis draws the same examples in every run, and others for another SINGER_TEST_SEED."""
     if config.getoption("--hypothesis-seed") is None:
-        config.option.hypothesis_seed = SEED
+        config.option.hypothesis_seed = str(SEED)
 
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 24, 4

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from conftest import seeded, world_config
 from PIL import Image
 
 import cli
-from pipeline.config import Config, dump_config, load_config
+from pipeline.config import Config, EvaluateConfig, dump_config, load_config
 from pipeline.distill import distill
 from pipeline.evaluate import evaluate
-from pipeline.models import load_teacher, save_backbone
+from pipeline.models import load_saved, load_teacher, save_backbone
 from pipeline.prepare import prepare
 from pipeline.probes.dense import nearest
 from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head
@@ -152,7 +153,7 @@ def test_run_from_the_command_line(
     first, second = results
     assert first == second
     assert (first["train_images"], first["test_images"], first["classes"]) == (24, 9, CLASSES)
-    assert 40 < first["miou"] < 100 and first["pixel_accuracy"] > 60
+    assert 40 < first["miou"] <= 100 and first["pixel_accuracy"] > 60
     assert first["miou"] == pytest.approx(np.mean(first["class_iou"]), rel=1e-5)
     (file,) = (tmp_path / "run").glob("evaluate-*.json")
     stored = json.loads(file.read_text())
@@ -160,17 +161,40 @@ def test_run_from_the_command_line(
     assert stored["test"] == ["test-000000.tar"]
 
 
-def test_tokens_size_and_seed_are_respected(world: Path, frames: Path) -> None:
+def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the head learns from: figures of two heads may be the same."""
     teacher, shards = world / "teacher", (frames / "train", frames / "test")
+    learnt: list[tuple[torch.Tensor, int]] = []
+
+    def watched(x: torch.Tensor, labels: torch.Tensor, classes: int, settings: EvaluateConfig, device: Any) -> Any:
+        learnt.append((x, settings.seed))
+        return fit_head(x, labels, classes, settings, device)
+
+    monkeypatch.setattr("pipeline.probes.segmentation.fit_head", watched)
     plain = probe(world_config(world, f"evaluate.seg_classes={CLASSES}"), teacher, *shards)
     assert plain.written is None
+    (block, _), (norm, _) = learnt
+    with torch.inference_mode():
+        torch.testing.assert_close(norm, load_saved(teacher).model.norm(block))
     found = {}
     for other in ("tokens=norm", "image_size=64", "seed=1"):
         changed = world_config(world, f"evaluate.seg_classes={CLASSES}", "evaluate.tokens=block", f"evaluate.{other}")
+        learnt.clear()
         found[other] = probe(changed, teacher, *shards)
-        assert found[other].class_iou != plain.class_iou, other
+        ((x, seed),) = learnt
+        assert x.shape == (24, 64 if other == "image_size=64" else 16, 24)
+        assert torch.equal(x, norm) if other == "tokens=norm" else torch.equal(x, block) == (other == "seed=1")
+        assert seed == (1 if other == "seed=1" else seeded(0))
     normed = found["tokens=norm"]
     assert plain.normed == {k: getattr(normed, k) for k in ("miou", "pixel_accuracy", "class_iou", "lr")}
+
+
+def test_the_heads_seed_decides() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        settings = load_config(sets=[f"evaluate.seed={seed}", "evaluate.seg_lrs=[0.01]", "evaluate.seg_passes=2"])
+        weights.append(fit_head(*known(0.5), CLASSES, settings.evaluate, CPU)[0].weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_ignored_label_and_absent_classes(world: Path, frames: Path) -> None:
