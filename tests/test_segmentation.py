@@ -174,6 +174,7 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
     plain = probe(world_config(world, f"evaluate.seg_classes={CLASSES}"), teacher, *shards)
     assert plain.written is None
     (block, _), (norm, _) = learnt
+    assert not torch.allclose(block, norm, atol=0.1)
     with torch.inference_mode():
         torch.testing.assert_close(norm, load_saved(teacher).model.norm(block))
     found = {}
@@ -183,7 +184,8 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
         found[other] = probe(changed, teacher, *shards)
         ((x, seed),) = learnt
         assert x.shape == (24, 64 if other == "image_size=64" else 16, 24)
-        assert torch.equal(x, norm) if other == "tokens=norm" else torch.equal(x, block) == (other == "seed=1")
+        if other != "image_size=64":
+            torch.testing.assert_close(x, norm if other == "tokens=norm" else block, atol=1e-4, rtol=1e-4)
         assert seed == (1 if other == "seed=1" else seeded(0))
     normed = found["tokens=norm"]
     assert plain.normed == {k: getattr(normed, k) for k in ("miou", "pixel_accuracy", "class_iou", "lr")}
