@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export OPENBLAS_NUM_THREADS ?= 1
 BIN := .venv/bin
 
-.PHONY: setup demo test lint types check slow clean
+.PHONY: setup demo test lint types check slow luck clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -23,6 +23,10 @@ test: setup
 
 slow: setup
 	$(BIN)/pytest -m slow
+
+# The tests with other seeds, instruction sets and numbers of threads, and beside other work: thrice as long as `test`.
+luck: setup
+	PYTHON=$(BIN)/python tests/prove_luck.sh
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """A tiny world: images in shards, a random teacher with one planted artifact direction, and what the stages make."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from pipeline.cache_teacher import cache_teacher
@@ -16,10 +17,27 @@ from pipeline.models import LOCAL, Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
 
-torch.set_num_threads(1)
+# The tests' processes, and those that they start, have one number of threads: results depend on it in the last bits.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+# The one place from which every seed of the tests derives; `make luck` changes it.
+SEED = int(os.environ.get("SINGER_TEST_SEED", "0"))
+torch.set_num_threads(THREADS)
 # Machines with other work take their time.
-settings.register_profile("patient", deadline=None)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def seeded(number: int) -> int:
+    """The seed that a test calls `number`: that number itself, unless SINGER_TEST_SEED changes them all."""
+    return 1000 * SEED + number
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis draws the same examples in every run, and others for another SINGER_TEST_SEED."""
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = str(SEED)
+
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 24, 4
 SETTINGS = [
@@ -41,6 +59,7 @@ SETTINGS = [
     "distill.workers=1",
     "distill.trackers=[]",
     "evaluate.workers=1",
+    *(f"{section}.seed={seeded(0)}" for section in ("refine", "distill", "evaluate")),
 ]
 
 
@@ -54,7 +73,7 @@ def make_vit(architecture: str = "vit_tiny_patch16_224", seed: int = 0, **args: 
         "img_size": SIZE,
         "num_classes": 5,
     } | args
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     model = timm.create_model(architecture, pretrained=False, **args).eval()
     return Backbone(model, architecture, dict(args), int(str(args["img_size"])), (0.5,) * 3, (0.5,) * 3)
 
@@ -67,7 +86,7 @@ def plant_artifacts(vit: Backbone, token: int = 5) -> None:
 
 def draw_images(folder: Path, classes: int, each: int, seed: int = 0, start: int = 0) -> None:
     """Random images whose class is their colour."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     for c in range(classes):
         (folder / f"class{c}").mkdir(parents=True, exist_ok=True)
         for i in range(start, start + each):
@@ -116,7 +135,7 @@ def config(world: Path) -> Config:
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Results must not depend on what ran before."""
-    torch.manual_seed(0)
+    torch.manual_seed(seeded(0))
     yield
 
 

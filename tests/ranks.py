@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing import get_context
@@ -24,12 +23,14 @@ _server.set_forkserver_preload(["pipeline.cache_teacher", "pipeline.refine", "pi
 
 def launch(count: int, *args: object, environment: Mapping[str, str] | None = None) -> tuple[dict[str, object], str]:
     """`singer ARGS --json`; the JSON object that it prints, and what it says besides."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    place |= {"WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **(environment or {})}
+    # Held until all have ended, so that nobody else is given the port; the first process may listen on it all the same.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+    place |= {"WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true", **(environment or {})}
     words = ["singer", *map(str, args), "--json"]
-    with TemporaryDirectory() as folder:
+    with held, TemporaryDirectory() as folder:
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(count)]
         for file in itertools.chain.from_iterable(files):
             file.touch()
@@ -41,8 +42,7 @@ def launch(count: int, *args: object, environment: Mapping[str, str] | None = No
         ]
         for rank in ranks:
             rank.start()
-        deadline = time.monotonic() + 240
-        while (running := [r for r in ranks if r.exitcode is None]) and time.monotonic() < deadline:
+        while running := [r for r in ranks if r.exitcode is None]:
             wait([r.sentinel for r in running], 1)
             if any(r.exitcode for r in ranks):
                 break  # the others wait for the one that failed

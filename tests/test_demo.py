@@ -44,7 +44,6 @@ def test_teacher_reads_digits_and_has_the_planted_artifacts() -> None:
     assert (resource(TEACHER) / "model.safetensors").stat().st_size <= 4_000_000
 
 
-@pytest.mark.timeout(200)
 def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortened: one drawing of each digit, one epoch; the page must hold all it promises."""
     monkeypatch.setattr("pipeline.demo.COPIES", {"train": 1, "test": 1})

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import world_config
+from conftest import seeded, world_config
 from PIL import Image
 from test_segmentation import SHARED, WEIGHTS, packed, png
 
@@ -27,7 +27,7 @@ QUICK = ["evaluate.depth_bins=32", "evaluate.depth_lrs=[0.01,0.03]"]
 
 def stepped(folder: Path, count: int, seed: int) -> None:
     """Frames whose quarters are nearer the brighter they are; a row of pixels is missing, another far beyond 10 m."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     folder.mkdir(parents=True)
     for number in range(count):
         near = rng.integers(0, 5, (2, 2)).repeat(20, axis=0).repeat(24, axis=1)
@@ -56,7 +56,7 @@ def probe(config: Config, model: Path, train: Path, test: Path) -> Depth:
 
 def known(count: int = 48, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (n, patches, d) that tell their depth, smooth over the frame, and depths (n, GRID, GRID)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     slope, middle = rng.uniform(-1, 1, (count, 1, 1)), rng.uniform(2, 6, (count, 1, 1))
     depth = middle + slope * np.linspace(-1, 1, GRID)[None, :, None] + np.zeros((1, 1, GRID))
     kinds = np.exp(-(((depth[..., None] - np.arange(8)) / 0.7) ** 2))

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import draw_images, make_vit, tree_bytes, world_config
+from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -242,7 +242,7 @@ def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) ->
         "| teacher block -> student block | 2 -> 1, 3 -> 2 |",
         "| objective | mse |",
         "| epochs, steps | 1, 7 |",
-        "| seed | 0 |",
+        f"| seed | {seeded(0)} |",
         "| parameters | 8,208 |",
         f"| linear | cls | {probe['linear']['cls']['top1']:.1f} | {probe['linear']['cls']['top5']:.1f} |",
         f"| k-NN | mean_patch | {probe['knn']['mean_patch']['top1']:.1f} |",

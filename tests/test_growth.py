@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images, make_vit, tree_bytes, world_config
+from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache_teacher import cache_teacher
@@ -72,7 +72,7 @@ def test_images(world: Path, config: Config, tmp_path: Path) -> None:
     # Same teacher, same images; the codec's statistics do not matter to float16.
     same_features(grown, whole)
     assert sorted(grown.index.images.keys) == sorted(whole.index.images.keys)
-    order = np.random.default_rng(0).permutation(100)
+    order = np.random.default_rng(seeded(0)).permutation(100)
     shuffled = grown.features(order, CPU)[3]
     assert torch.equal(shuffled, grown.features(np.arange(100), CPU)[3][torch.from_numpy(order)])
 
@@ -88,7 +88,7 @@ def test_all_at_once_and_a_codec_with_outliers(world: Path, tmp_path: Path) -> N
     whole = make(config, shards(world), tmp_path / "whole")
     seen = {(grown.index.key(r), int(grown.index.view[r])) for r in range(200)}
     assert seen == {(whole.index.key(r), int(whole.index.view[r])) for r in range(200)}
-    order = np.random.default_rng(0).permutation(200)
+    order = np.random.default_rng(seeded(0)).permutation(200)
     for block, x in grown.features(order, CPU).items():
         assert torch.equal(x, grown.features(np.arange(200), CPU)[block][torch.from_numpy(order)])
         exact = {(whole.index.key(r), int(whole.index.view[r])): r for r in range(200)}

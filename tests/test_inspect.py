@@ -26,7 +26,8 @@ def test_cache_alone(world: Path, config: Config) -> None:
 def test_refiner_and_page(world: Path, config: Config, tmp_path: Path) -> None:
     result = inspect(config, world / "cache", world / "adapters", tmp_path / "i")
     for figures in result.blocks.values():
-        assert figures["refined"]["artifact_percent"] < 2
+        # As in test_refine.py.
+        assert figures["refined"]["artifact_percent"] < 0.8 * figures["artifacts"]["artifact_percent"]
         assert set(figures["drift"]) == {"branch", "next-norm", "final-norm"}
         for reader in figures["drift"].values():
             assert 0 < reader["clean_l2"] < 60 and reader["artifact_l2"] > reader["clean_l2"]

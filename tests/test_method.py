@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import DEPTH, WIDTH, make_vit
+from conftest import DEPTH, WIDTH, make_vit, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
@@ -28,7 +28,7 @@ def make_tail(first: int = 2, **args: object) -> TeacherTail:
 
 
 def test_threshold_ignores_a_minority_of_artifacts() -> None:
-    norms = torch.from_numpy(np.random.default_rng(0).normal(10, 1, 20_000)).float()
+    norms = torch.from_numpy(np.random.default_rng(seeded(0)).normal(10, 1, 20_000)).float()
     assert robust_threshold(norms, 6) == pytest.approx(16, abs=0.2)
     spoiled = norms.clone()
     spoiled[:400] = 570
@@ -210,7 +210,7 @@ def test_cosine_is_blind_to_length() -> None:
 
 
 def test_knn_against_scikit_learn() -> None:
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seeded(1))
     labels = rng.integers(0, 4, 200)
     train = rng.normal(size=(200, 6)) + labels[:, None]
     test = rng.normal(size=(50, 6)) + rng.integers(0, 4, 50)[:, None]

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import make_vit
+from conftest import make_vit, seeded
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.config import StudentConfig, TeacherConfig, load_config
@@ -79,7 +79,7 @@ def test_nothing_behind_the_last_block_is_computed() -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_local_weight_file(tmp_path: Path, suffix: str) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(seeded(1))
     model = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
     file = tmp_path / f"w{suffix}"
     if suffix == ".pth":

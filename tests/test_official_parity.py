@@ -1,11 +1,10 @@
-"""The `official` variant against what the authors' released code computes (fixtures; skipped where they are absent).
+"""The `official` variant against what the authors' released code computes.
 
-SINGER_PARITY_FIXTURES names their folder. Every fixture holds a small teacher and student, all intermediate values of
-one step, and the losses and adapters of 25 steps of joint training.
+Every fixture in tests/parity holds a small teacher and student, all intermediate values of one step, and the losses and
+adapters of 25 steps of joint training.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +33,8 @@ from singer.refiner import Refiner
 from singer.subspaces import BASES, weights_official
 from singer.tail import TeacherTail, tail_state
 
-FOLDER = Path(os.environ.get("SINGER_PARITY_FIXTURES", Path(__file__).parents[2] / "shared" / "parity"))
-NAMES = sorted(f.stem for f in FOLDER.glob("*.json"))
-pytestmark = pytest.mark.skipif(not NAMES, reason=f"no parity fixtures in {FOLDER}")
+FOLDER = Path(__file__).with_name("parity")
+NAMES = ("one_intermediate", "two_intermediate")
 ARCHITECTURE = "vit_tiny_patch16_224"
 NO_SCALE = BlockScale(1.0, float("inf"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tree_bytes, world_config
+from conftest import seeded, tree_bytes, world_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,7 +36,7 @@ def shards(world: Path) -> str:
 def write_shards(folder: Path, count: int, each: int, broken: tuple[int, ...] = ()) -> str:
     """Small images whose key is their number; the broken ones are cut short."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seeded(0))
     for shard in range(count):
         with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
             for number in range(shard * each, (shard + 1) * each):
@@ -97,7 +97,7 @@ def test_broken_images_are_passed_over(world: Path, tmp_path: Path, small_shards
     cache_teacher(config, str(alone / "*.tar"), tmp_path / "d")
     other = Cache(tmp_path / "d")
     assert cache.index.digest.tolist() == other.index.digest.tolist() and (cache.index.box == other.index.box).all()
-    order = np.random.default_rng(1).permutation(len(cache))
+    order = np.random.default_rng(seeded(1)).permutation(len(cache))
     for block, x in cache.features(order, CPU).items():
         torch.testing.assert_close(x, other.features(order, CPU)[block], atol=2e-2, rtol=2e-2)
     assert verify(config, tmp_path / "c", live=True, sample=20).whole

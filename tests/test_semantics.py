@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import WIDTH, make_vit, world_config
+from conftest import WIDTH, make_vit, seeded, world_config
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,7 +96,7 @@ def test_thresholds_of_any_norms(values: list[float], k: float, factor: float) -
 )
 def test_thresholds_of_distributions_without_outliers(shape: str, spread: float, equal: float, seed: int) -> None:
     """However small their deviation, and whatever share of the norms is one and the same."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     drawn = {
         "normal": lambda: rng.normal(0, 1, 4000),
         "uniform": lambda: rng.uniform(-(3**0.5), 3**0.5, 4000),
@@ -147,7 +147,7 @@ def evidence_with(tokens: Tensor, grid: tuple[int, int] | None) -> Evidence:
 @pytest.mark.parametrize("grid", [(4, 4), None], ids=["grid", "sampled"])
 @pytest.mark.parametrize("cleaner", ["neighbour", "projector"])
 def test_an_image_of_artifacts_alone_is_clipped(cleaner: str, grid: tuple[int, int] | None) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seeded(0))
     tokens = torch.randn(6, 17, WIDTH, generator=generator)
     tokens[2, 1:] *= 50
     tokens[3, 4] *= 50

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import obstore
 import pytest
+from conftest import seeded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
@@ -51,8 +52,8 @@ sys.stdin.read()
 """
 
 
-# Long enough for a machine with other work, short enough to wait for.
-LOCK_SECONDS = 1.5
+# A dead lock is waited for; a live one is renewed four times in so long, on a machine with other work too.
+LOCK_SECONDS = 4.0
 
 
 class Server:
@@ -280,12 +281,16 @@ def test_large_objects_travel_in_pieces(url: str, server: Server, monkeypatch: p
     seen: list[dict[str, int]] = []
     done = threading.Event()
 
+    looked = threading.Event()
+
     def look() -> None:
         while not done.wait(0.01):
             seen.append(store.sizes())
+            looked.set()
 
     thread = threading.Thread(target=look)
     thread.start()
+    assert looked.wait(600)
     store.write("large", data[: 2**20], memoryview(data)[2**20 :])
     done.set()
     thread.join()
@@ -395,34 +400,33 @@ def test_a_dead_lock_is_taken_over(url: str, capfd: pytest.CaptureFixture[str]) 
     with open_store(url).lock():
         assert time.monotonic() - start > locks.SECONDS
         assert f"process {os.getpid()}" in lock_object(url)
-    assert f"{url} is locked by somewhere process 7; watching for 2 s" in capfd.readouterr().err
+    assert f"{url} is locked by somewhere process 7; watching for 4 s" in capfd.readouterr().err
     assert obstore.list(raw(url)).collect() == []
 
 
 def test_a_live_lock_is_renewed_and_respected(url: str) -> None:
-    start = time.monotonic()
     with open_store(url).lock():
-        first = lock_object(url)
-        with pytest.raises(UserError, match=rf"{url} is being written by .* \(\S+ process {os.getpid()}\)"):
-            open_store(url).lock().__enter__()
-        assert time.monotonic() - start < 0.9 * locks.SECONDS  # it sees a sign of life and does not wait
-        time.sleep(1.2 * locks.SECONDS)
-        assert lock_object(url) != first
-        with pytest.raises(UserError, match="is being written by another run"):
-            open_store(url).lock().__enter__()
+        for _ in range(2):
+            before = lock_object(url)
+            with pytest.raises(UserError, match=rf"{url} is being written by .* \(\S+ process {os.getpid()}\)"):
+                open_store(url).lock().__enter__()
+            assert lock_object(url) != before  # the sign of life that it has seen
 
 
 def test_of_two_who_take_over_one_wins(url: str) -> None:
     obstore.put(raw(url), LOCK, b"somewhere process 7\ntoken 1")
     results: list[str] = []
+    refused = threading.Semaphore(0)
 
     def take() -> None:
         try:
             with open_store(url).lock():
-                time.sleep(1)
                 results.append("held")
+                for _ in range(2):
+                    refused.acquire(timeout=600)
         except UserError as error:
             results.append(str(error))
+            refused.release()
 
     threads = [threading.Thread(target=take) for _ in range(3)]
     for thread in threads:
@@ -441,8 +445,7 @@ def test_who_loses_the_lock_stops(url: str) -> None:
     with pytest.raises(UserError, match=f"{url} has been taken over by another run"), store.lock():
         part.write("mine", b"1")
         obstore.put(raw(url), LOCK, b"other process 8\ntoken 1")
-        deadline = time.monotonic() + 10
-        while not locks.lost and time.monotonic() < deadline:
+        while not locks.lost:
             time.sleep(0.01)
         other.write("free", b"1")
         for victim in (part, open_store(url)):
@@ -614,11 +617,11 @@ ACTIONS: dict[str, Callable[[Store], object]] = {
 
 
 def one_line(action: Callable[[Store], object], place: str) -> str:
-    """The message of the OSError that an action ends with, soon."""
+    """The message of the OSError that an action ends with, before the patience of whoever waits for an outage ends."""
     start = time.monotonic()
     with pytest.raises(OSError) as caught:
         action(open_store(place))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     message = str(caught.value)
     assert "\n" not in message and message.startswith(place) and len(message) < 300
     assert message.endswith("; check the URL, and the endpoint and credentials in the environment")
@@ -724,7 +727,7 @@ class Uneven:
     """A queue that brings only some of what it is asked for, as a system does whose memory does not hold it all."""
 
     def __init__(self, queue: scattered._Queue, seed: int) -> None:
-        self._queue, self._random = queue, np.random.default_rng(seed)
+        self._queue, self._random = queue, np.random.default_rng(seeded(seed))
 
     def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
         results = self._queue.read(reads, flags)
@@ -744,12 +747,12 @@ def test_ranges_are_scattered_to_their_places(
     tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, at_once: int, seed: int
 ) -> None:
     """Whatever lies between them, in whichever files and order, and however much of them the system has in memory."""
-    data = [bytes(np.random.default_rng(n).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
+    data = [bytes(np.random.default_rng(seeded(n)).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
     for n in range(3):
         (tmp_path / f"{n}").write_bytes(data[n])
     ends = np.cumsum([gap + length for gap, length, _ in gaps], dtype=np.int64)
     lengths, files = (np.array([g[i] for g in gaps], np.int64) for i in (1, 2))
-    order = np.random.default_rng(seed).permutation(len(gaps)) if seed else np.arange(len(gaps))
+    order = np.random.default_rng(seeded(seed)).permutation(len(gaps)) if seed else np.arange(len(gaps))
     which, offsets, lengths = files[order], (ends - lengths)[order], lengths[order]
     places = np.cumsum(lengths) - lengths
     if seed % 2:
@@ -772,7 +775,7 @@ def test_ranges_are_scattered_to_their_places(
 
 
 def test_what_is_not_in_memory_is_asked_for_and_read(tmp_path: Path) -> None:
-    store, content = LocalStore(tmp_path), np.random.default_rng(0).bytes(1 << 22)
+    store, content = LocalStore(tmp_path), np.random.default_rng(seeded(0)).bytes(1 << 22)
     store.write("a", content)
     file = os.open(tmp_path / "a", os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

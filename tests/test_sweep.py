@@ -364,25 +364,48 @@ def test_probes_are_checked_before_anything_is_trained(
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def waiting(tmp_path: Path) -> tuple[Path, Path]:
+    """(a Python whose workers wait where they have written a checkpoint, as long as this file exists, the file)."""
+    python, gate = tmp_path / "python", tmp_path / "gate"
+    gate.touch()
+    python.write_text(
+        f"#!{sys.executable}\n"
+        "import runpy, time\n"
+        "from pathlib import Path\n"
+        "from pipeline.checkpoint import Checkpoint\n"
+        "save = Checkpoint.save\n"
+        "def waits(*args, **options):\n"
+        "    save(*args, **options)\n"
+        f"    while Path({str(gate)!r}).exists():\n"
+        "        time.sleep(0.01)\n"
+        "Checkpoint.save = waits\n"
+        "runpy.run_module('pipeline.sweep.worker', run_name='__main__')\n"
+    )
+    python.chmod(0o755)
+    return python, gate
+
+
 def test_two_workers_killed_and_resumed_give_the_same_students(
-    world: Path, file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: Path, file: Path, whole: Path, tmp_path: Path, waiting: tuple[Path, Path]
 ) -> None:
     """kill -9 of the sweep takes its workers along; what they were at goes on, in this process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "cli.py", "sweep", file, "--cache", world / "cache", "--out", out]
-    process = subprocess.Popen([*map(str, command), "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    program = f"import sys; sys.executable = {str(waiting[0])!r}; import cli; cli.main()"
+    command = [sys.executable, "-c", program, "sweep", file, "--cache", world / "cache", "--out", out, "--workers", 2]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     runs = out / "runs"
-    deadline = time.monotonic() + 120
-    while not list(runs.glob("*/checkpoint.pt")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
+    try:
+        while len(list(runs.glob("*/checkpoint.pt"))) < 2 and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        process.kill()
     _, told = process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, told
     assert "on worker 0" in told and "on worker 1" in told
-    assert students(out).keys() < students(whole).keys(), "it was killed too late"
+    assert not students(out)
     # The locks of its workers are free as soon as they are gone.
-    while any(is_held(lock) for lock in runs.glob(".*.lock")) and time.monotonic() < deadline:
+    while any(is_held(lock) for lock in runs.glob(".*.lock")):
         time.sleep(0.01)
     result = run(world, file, out, "resume")
     assert result.done == 4 and students(out) == students(whole)
@@ -409,7 +432,6 @@ def test_two_workers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The same bytes as one, and every job done once."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
     result = run(world, file, out, workers=2, probed=True)
     assert result.done == 4 and students(out) == students(whole)
@@ -441,26 +463,28 @@ def test_members_of_a_pass_outlive_their_worker(
     file: Path,
     whole: Path,
     tmp_path: Path,
+    waiting: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed with three students on it, they go on one by one, and end as if nothing had been."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    out, do, killers = tmp_path / "out", Worker.do, []
+    (python, gate), out, do, killers = waiting, tmp_path / "out", Worker.do, []
 
-    def kill(worker: Worker) -> None:
-        while not (out / "runs" / "mse" / "checkpoint.pt").exists():
-            time.sleep(0.002)
+    def kill(worker: Worker, names: list[str]) -> None:
+        while not any((out / "runs" / name / "checkpoint.pt").exists() for name in names):
+            time.sleep(0.01)
         assert worker._process is not None
         worker._process.kill()
+        gate.unlink()
 
     def watched(self: Worker, job: Job) -> dict[str, str]:
         if len(job.members) == 3:
-            killers.append(threading.Thread(target=kill, args=(self,)))
+            killers.append(threading.Thread(target=kill, args=(self, [m.name for m in job.members]), daemon=True))
             killers[0].start()
         return do(self, job)
 
     monkeypatch.setattr(Worker, "do", watched)
+    monkeypatch.setattr(sys, "executable", str(python))
     tree = yaml.safe_load(file.read_text())
     result = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 4}), out, workers=2)
     killers[0].join()

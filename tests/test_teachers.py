@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_vit, world_config
+from conftest import make_vit, seeded, world_config
 
 import cli
 from pipeline.cache import Cache
@@ -85,14 +85,14 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
     cache = Cache(world / "cache")
     grads, sums = [], []
     for weights in ([1.0], [0.5, 0.5]):
-        torch.manual_seed(0)
+        torch.manual_seed(seeded(0))
         student = new_student(world_config(world).student, 32)
         targets = Targets(cache, load_refiner(world / "adapters", cache), student, CPU)
         heads = []
         for n, weight in enumerate(weights):
-            torch.manual_seed(1)
+            torch.manual_seed(seeded(1))
             heads.append(Head(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}"))
-        torch.manual_seed(2)
+        torch.manual_seed(seeded(2))
         shown = [Shown(cache.features(range(6), CPU))] * len(weights)
         lesson = Lesson(torch.randn(6, 3, 32, 32), shown, torch.full((6,), 1 / 6), torch.zeros(6))
         losses = Distiller(student, heads)(lesson)
