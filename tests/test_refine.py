@@ -32,7 +32,7 @@ def test_artifacts_vanish_and_information_stays(world: Path) -> None:
     for block in metrics["blocks"].values():
         assert block["before"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)  # one of 16 patches
         assert block["before"]["max_over_median"] > 5
-        # Over eight seeds 0 to 0.6 of them were left, barely above the threshold.
+        # Over six seeds 0 to 0.6 of them were left, barely above the threshold.
         assert block["after"]["artifact_percent"] < 0.8 * block["before"]["artifact_percent"]
         assert block["after"]["max_over_median"] < 2
         assert block["clean_drift_percent"] < 35
