@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as ready_of
@@ -25,6 +25,9 @@ from singer.errors import UserError
 
 if TYPE_CHECKING:  # what only shows progress needs no torch
     from accelerate import Accelerator
+
+# Where the first rank listens: its port, and a word by which the others are known.
+Place = tuple[int, str]
 
 SECONDS = "SINGER_RANK_SECONDS"
 _DEFAULT_SECONDS = 300.0
@@ -139,10 +142,8 @@ class Ranks:
 class _Watched(Ranks):
     """A rank among others: its main thread reports, and a thread watches."""
 
-    def __init__(self, stage: str, accelerator: "Accelerator") -> None:
-        from accelerate.utils import broadcast_object_list
-
-        super().__init__(stage, accelerator.process_index, accelerator.num_processes)
+    def __init__(self, stage: str, rank: int, world: int, share: Callable[[Place], Place]) -> None:
+        super().__init__(stage, rank, world)
         self._limit = limit_seconds()
         self._tick = min(1.0, self._limit / 10)
         self._status = Status(self.rank, socket.gethostname(), patience=_SLOW * self._limit)
@@ -156,8 +157,8 @@ class _Watched(Ranks):
         for end in (self._wake_end, self._alarm):
             end.setblocking(False)
         self._told = threading.Event()
-        server, place = _listen() if accelerator.is_main_process else (None, None)
-        port, token = broadcast_object_list([place])[0]
+        server, place = _listen() if rank == 0 else (None, (0, ""))
+        port, token = share(place)
         self._peers: dict[int, _Connection] = {}
         self._known: dict[int, Status] = {}
         self._heard: dict[int, float] = {}
@@ -417,7 +418,7 @@ def _master() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def _listen() -> tuple[socket.socket, tuple[int, str]]:
+def _listen() -> tuple[socket.socket, Place]:
     """A server for the other ranks; its port, and a word by which they are known."""
     if _master() in ("127.0.0.1", "localhost"):
         server = socket.create_server(("127.0.0.1", 0))
@@ -448,7 +449,13 @@ def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
     if accelerator.num_processes == 1:
         yield _ALONE
         return
-    with _Watched(stage, accelerator) as ranks:
+    from accelerate.utils import broadcast_object_list
+
+    def share(place: Place) -> Place:
+        port, token = broadcast_object_list([place])[0]
+        return port, token
+
+    with _Watched(stage, accelerator.process_index, accelerator.num_processes, share) as ranks:
         _current = ranks
         try:
             yield ranks
