@@ -1,6 +1,7 @@
 """A rank that dies, stops or hangs: the others end with one line that names it."""
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -113,7 +114,8 @@ def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: F
     assert codes == {rank: 2 for rank in range(world) if rank != victim}, said
     (line,) = said
     assert line.startswith(f"error: rank {victim} on {socket.gethostname()} {why}"), line
-    assert "last seen at step 2 of distill; this run ends. Continue it with --resume" in line
+    # One that dies at once has not said yet that it came to the last step.
+    assert re.search("last seen at step [12] of distill; this run ends. Continue it with --resume", line)
 
 
 @pytest.mark.timeout(300)
