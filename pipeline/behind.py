@@ -7,6 +7,8 @@ from typing import Generic, ParamSpec, Self
 
 import torch
 
+from pipeline.ranks import current
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -43,7 +45,8 @@ class Behind(Generic[Arguments]):
 
     def _wait(self) -> None:
         if self._last is not None:
-            self._last.result()
+            with current().slow():  # a shard may go to slow storage
+                self._last.result()
 
 
 def _compute_alone() -> None:

@@ -7,7 +7,7 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -45,6 +45,7 @@ from pipeline.models import load_teacher, local_folder
 from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
+from pipeline.ranks import current, watched
 from pipeline.shards import ImageFile, Images, decoding_quietly, expand_shards, index_shards, listing_hash, relocate
 from pipeline.stores import Place, Store, open_store
 from pipeline.tars import NO_LABEL
@@ -86,15 +87,17 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
     teacher = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
     main = accelerator.is_main_process
-    # Before the output is claimed: what is wrong with the shards leaves none. A resumed run has the list already.
-    listed = index_shards(shards, config.cache.on_error) if main and not (begun and mode == "resume") else None
-    teacher.model.to(accelerator.device)
-    extract = Extractor(config, teacher, accelerator)
-    resolve_blocks(config.cache.blocks, extract.teacher.depth)
+    with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
+        # Before the output is claimed: what is wrong with the shards leaves none. A resumed run has the list already.
+        listed = index_shards(shards, config.cache.on_error) if main and not (begun and mode == "resume") else None
+        teacher.model.to(accelerator.device)
+        extract = Extractor(config, teacher, accelerator)
+        resolve_blocks(config.cache.blocks, extract.teacher.depth)
 
-    start, done = time.perf_counter(), 0
-    with claimed_output(out, mode, STAGE, config, seed=None) if main else nullcontext():
-        accelerator.wait_for_everyone()
+        start, done = time.perf_counter(), 0
+        if main:
+            claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None))
+        ranks.wait()
         if begun and mode == "resume":
             check_begun(config, store, extract.teacher)
         if begun:
@@ -102,7 +105,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
             done += fill_parts(store, extract, shards if mode == "resume" else None)
         if main and listed is not None:
             create_parts(config, listed, out, mode, extract)
-        accelerator.wait_for_everyone()
+        ranks.wait()
         done += fill_parts(store, extract)
     parts = mine(read_parts(store), extract.teacher)
     seconds = time.perf_counter() - start
@@ -276,24 +279,27 @@ def fill_parts(store: Store, extract: Extractor, shards: str | Sequence[str] | N
 
     shards: where the images of the first part lie now, if they may have moved.
     """
-    done, accelerator = 0, extract.accelerator
+    done, accelerator, ranks = 0, extract.accelerator, current()
     parts = read_parts(store)
     for part in mine(parts, extract.teacher):
         lacks = part.lacks() if accelerator.is_main_process else None
         # One list for all processes: a quick one may have finished a shard before a slow one looks.
-        (pending,) = broadcast_object_list([None if lacks is None else part.pending()])
+        ours = None if lacks is None else part.pending()
+        ranks.wait()
+        with ranks.together():
+            (pending,) = broadcast_object_list([ours])
         if pending is None:
             continue
         if accelerator.is_main_process:
             # A shard that is computed again may differ in its last bits, where the machine is another one.
             part.store.remove(COMPLETE)
         done += fill(part, pending, extract, parts, None if part.name else shards)
-        accelerator.wait_for_everyone()
+        ranks.wait()
         if accelerator.is_main_process:
             left_out = complete_part(part)
             if left_out:
                 say(f"{left_out} images cannot be decoded and are left out; {part.store.url}/{SKIPPED} lists them")
-        accelerator.wait_for_everyone()
+        ranks.wait()
     return done
 
 

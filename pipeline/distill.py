@@ -39,6 +39,7 @@ from pipeline.outputs import (
     write_tensors,
 )
 from pipeline.progress import Meter, say
+from pipeline.ranks import current, watched
 from pipeline.readplan import steps_per_epoch
 from pipeline.refine import load_refiner
 from pipeline.shards import ImageFile
@@ -133,13 +134,13 @@ def fan_out(
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
     images = open_images(taught[0][0].cache, shards)
     accelerator = make_accelerator(settings.precision)
-    made = [
-        NewStudent(job, sources, accelerator)
-        for job, sources in zip(jobs, taught, strict=True)
-        if job.out not in results
-    ]
     main = accelerator.is_main_process
-    with ExitStack() as claims:
+    with watched(accelerator, STAGE), ExitStack() as claims:
+        made = [
+            NewStudent(job, sources, accelerator)
+            for job, sources in zip(jobs, taught, strict=True)
+            if job.out not in results
+        ]
         for new in made if main else ():
             claims.enter_context(claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed))
         if made:
@@ -306,8 +307,10 @@ def run_jobs(
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
             say(f"note: nothing trains the student behind block {supervised}; probes read its last block, {last}")
-    accelerator.wait_for_everyone()
-    trainees = [new.trainee(mode, accelerator) for new in made]
+    ranks = current()
+    ranks.wait()
+    with ranks.together():
+        trainees = [new.trainee(mode, accelerator) for new in made]
     caches = [source.cache for source in made[0].sources]
     for new, trainee in zip(made, trainees, strict=True):
         if trainee.first_step and accelerator.is_main_process:
@@ -319,14 +322,14 @@ def run_jobs(
     results = {}
     for new, trainee in zip(made, trainees, strict=True):
         results[new.job.out] = result = describe(new, trainee, m)
-        student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
-        trained = WholeModel(new.distiller).state_dict()
+        with ranks.together():
+            student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
+            trained = WholeModel(new.distiller).state_dict()
         if accelerator.is_main_process:
             store(new, result, student, trained)
             trainee.checkpoint.path.unlink(missing_ok=True)
             if trainee.tracking is not None:
                 trainee.tracking.close()
-    accelerator.wait_for_everyone()
     return results
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from pipeline.progress import Meter
+from pipeline.ranks import current
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -38,6 +39,7 @@ def prefetch(
 
 
 def _take(ahead: deque[Future[Batch]], meter: Meter | None) -> Batch:
+    current().beat()
     future = ahead.popleft()
     if meter is None:
         return future.result()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.ranks import current
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 20.0
 # Of a traceback: the innermost ones.
@@ -50,6 +52,7 @@ class Meter:
 
     def advance(self, count: int, note: str = "") -> None:
         self._done += count
+        current().step(f"{self._what} {self._done} of {self._total} {self._unit}")
         if self._quiet:
             return
         text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
@@ -66,8 +69,17 @@ class Meter:
 def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0) -> Iterator[Meter]:
     """A Meter shown until the block ends. done: items finished by an earlier run; quiet: show nothing."""
     m = Meter(what, total, unit, quiet, done)
+    try:
+        with _shown(m, what, total, done, quiet):
+            yield m
+    finally:
+        current().rest()
+
+
+@contextmanager
+def _shown(m: Meter, what: str, total: int, done: int, quiet: bool) -> Iterator[None]:
     if quiet or not sys.stderr.isatty():
-        yield m
+        yield
         return
     columns = (
         TextColumn(what),
@@ -78,7 +90,7 @@ def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 
     )
     with Progress(*columns, console=console, transient=True) as progress:
         m._bar = progress, progress.add_task(what, total=total, completed=done, text="")
-        yield m
+        yield
 
 
 def say(message: str) -> None:

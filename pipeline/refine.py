@@ -16,7 +16,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from pipeline.outputs import (
     write_tensors,
 )
 from pipeline.progress import say
+from pipeline.ranks import Ranks, watched
 from pipeline.stores import Place
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
@@ -108,16 +108,16 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
         raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
-    fit = Fit(cache, settings, split[0], accelerator.device)
     main = accelerator.is_main_process
-    with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
-        if main:
-            write_json(out / INPUTS, {"cache": cache.id})
-        accelerator.wait_for_everyone()
-        _fit(fit, out, accelerator)
-        if main:
-            _store(fit, out, split[1], start)
-        accelerator.wait_for_everyone()
+    with watched(accelerator, STAGE) as ranks:
+        fit = Fit(cache, settings, split[0], accelerator.device)
+        with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+            if main:
+                write_json(out / INPUTS, {"cache": cache.id})
+            ranks.wait()
+            _fit(fit, out, ranks)
+            if main:
+                _store(fit, out, split[1], start)
     return _result(out)
 
 
@@ -175,17 +175,17 @@ def start_directions(
     return starts
 
 
-def _fit(fit: Fit, out: Path, accelerator: Accelerator) -> None:
+def _fit(fit: Fit, out: Path, ranks: Ranks) -> None:
     """Train this process's share of the adapters; return when all processes have done theirs."""
     cache, settings = fit.cache, fit.settings
     if not fit.starts:
         return
     together = groups(cache.blocks, settings.info_form)
-    for group in together[accelerator.process_index :: accelerator.num_processes]:
+    for group in together[ranks.rank :: ranks.world]:
         part = Cache(cache.place, None, group, settings.local_copy, cache.id)
         fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    ranks.wait()
+    if ranks.rank == 0:
         for group in together:
             load_fitted(fit.refiner, group, out)
 

@@ -21,6 +21,7 @@ from pipeline.distiller import Lesson, Shown
 from pipeline.models import Backbone
 from pipeline.prefetch import prefetch
 from pipeline.progress import Meter, meter, say
+from pipeline.ranks import current
 from pipeline.readplan import WINDOW_BYTES, Share, lists_ahead, reads_windows, share_lists, steps_per_epoch
 from pipeline.shards import ImageFile
 from pipeline.tracking import Tracking
@@ -125,6 +126,7 @@ class Trainee:
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
                 losses = self.model(part)
+                current().beat()
                 accelerator.backward(torch.stack(list(losses.values())).sum())
             for name, loss in losses.items():
                 self._sums[name] = self._sums.get(name, 0) + loss.detach()
@@ -137,7 +139,7 @@ class Trainee:
 
     def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
         """A log line of the mean losses since the last. Raises UserError if they are not finite."""
-        parts = {name: float(v) / self._since for name, v in accelerator.reduce(self._sums, "mean").items()}
+        parts = {name: float(v) / self._since for name, v in _mean(self._sums, accelerator).items()}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
             raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
@@ -168,6 +170,7 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
 
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
+    ranks = current()
     for trainee in trainees:
         trainee.model.train()
     if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
@@ -186,8 +189,10 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
             going = [t for t in trainees if t.first_step <= step]
             lessons = prepare(batch, going, accelerator.device, load.caches)
             for trainee, lesson in zip(going, lessons, strict=True):
-                trainee.update(step, per_epoch, lesson, accelerator)
+                with ranks.together():
+                    trainee.update(step, per_epoch, lesson, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
+            ranks.step(f"step {step + 1}")
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
@@ -195,7 +200,9 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
                     trainee.report(step, per_epoch, m, accelerator)
                     # Only here are all running sums empty, so that a checkpoint needs none of them.
                     if step + 1 < total and (epoch_ends or _agreed(trainee.checkpoint.due, accelerator)):
-                        trainee.checkpoint.save(step + 1, write=main)
+                        with ranks.together(), ranks.slow():
+                            trainee.checkpoint.save(step + 1, write=main)
+                        ranks.wait()  # for the first process, which writes
     return m
 
 
@@ -213,7 +220,15 @@ def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, cac
 
 def _agreed(due: bool, accelerator: Accelerator) -> bool:
     """What the first process's clock says: all must gather the state together."""
-    return bool(broadcast(torch.tensor(due, device=accelerator.device)))
+    with current().together():
+        return bool(broadcast(torch.tensor(due, device=accelerator.device)))
+
+
+def _mean(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Over all processes."""
+    with current().together():
+        found: dict[str, Tensor] = accelerator.reduce(sums, "mean")
+        return found
 
 
 def _note(trainees: Sequence[Trainee]) -> str:
