@@ -61,6 +61,7 @@ def test_lists_hold_every_step_once(
     """The shares are those of single steps; a list is what begins in one window, if that is small enough, or else a
     step or a few small ones.
     """
+    window = max(window, block)
     config = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, epochs=2, seed=3)
     per_epoch = steps_per_epoch(records, batch)
     in_windows = reads_windows(config, size)
