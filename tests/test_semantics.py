@@ -104,8 +104,8 @@ def test_thresholds_of_distributions_without_outliers(shape: str, spread: float,
         "gamma": lambda: (rng.gamma(9, 1, 4000) - 9) / 3,
     }[shape]()
     drawn[: int(equal * len(drawn))] = 0
-    # Sigma is at least a twentieth of the median, so that the threshold lies two deviations or more above it, beyond which
-    # these distributions have 3.5 % at most.
+    # Sigma is at least a twentieth of the median, so that the threshold is two deviations or more above it, and beyond
+    # that these distributions have 3.5 % at most.
     assert flagged(torch.from_numpy(20 * (1 + spread * drawn)).float()) <= 0.05
 
 
