@@ -7,7 +7,6 @@ same bytes. --append adds blocks, images, views or another teacher to a cache.
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -42,7 +41,7 @@ from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
 from pipeline.extract import Extractor
 from pipeline.models import load_teacher, local_folder
-from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
+from pipeline.outputs import Mode, check_output, claimed_output, process_log, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
 from pipeline.shards import ImageFile, Images, decoding_quietly, expand_shards, index_shards, listing_hash, relocate
@@ -93,7 +92,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
     resolve_blocks(config.cache.blocks, extract.teacher.depth)
 
     start, done = time.perf_counter(), 0
-    with claimed_output(out, mode, STAGE, config, seed=None) if main else nullcontext():
+    with claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out):
         accelerator.wait_for_everyone()
         if begun and mode == "resume":
             check_begun(config, store, extract.teacher)

@@ -35,6 +35,7 @@ from pipeline.outputs import (
     check_output,
     claimed_output,
     read_as,
+    process_log,
     write_json,
     write_tensors,
 )
@@ -140,8 +141,9 @@ def fan_out(
     ]
     main = accelerator.is_main_process
     with ExitStack() as claims:
-        for new in made if main else ():
-            claims.enter_context(claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed))
+        for new in made:
+            claim = claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed)
+            claims.enter_context(claim if main else process_log(new.job.out))
         if made:
             results |= run_jobs(made, images, mode, accelerator)
     return [results[job.out] for job in jobs]

@@ -8,8 +8,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config import Config
+from pipeline.machine import versions
 from pipeline.models import LOCAL, Backbone
-from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
+from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json
 from pipeline.probes.classification import Accuracies
 from pipeline.sources import numbered
 from pipeline.trained import DistillResult, Taught

@@ -9,7 +9,6 @@ keep_weight · L_keep; there is no student yet. The normaliser's statistics come
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +29,7 @@ from pipeline.outputs import (
     Mode,
     check_output,
     claimed_output,
+    process_log,
     read_as,
     read_json,
     read_tensors,
@@ -110,7 +110,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     start = time.perf_counter()
     fit = Fit(cache, settings, split[0], accelerator.device)
     main = accelerator.is_main_process
-    with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+    with claimed_output(out, mode, STAGE, config, settings.seed) if main else process_log(out):
         if main:
             write_json(out / INPUTS, {"cache": cache.id})
         accelerator.wait_for_everyone()
