@@ -170,7 +170,7 @@ class _File(logging.FileHandler):
 
     def note(self, text: str, level: int) -> None:
         """Write to this file alone, whatever its level."""
-        self.emit(logging.LogRecord(logger.name, level, "", 0, text, None, None))
+        self.handle(logging.LogRecord(logger.name, level, "", 0, text, None, None))
 
 
 _open: list[_File] = []

@@ -14,7 +14,7 @@ from typing import IO
 from pydantic import TypeAdapter
 
 from pipeline.failures import Failure
-from pipeline.logs import log_file, on_console
+from pipeline.logs import log_file
 from pipeline.progress import say
 from pipeline.sweep.work import Job, Setting, attempt
 
@@ -116,7 +116,7 @@ def main() -> None:
     setting = _SETTING.validate_json(lines.get())
     _, log = sys.argv
     sys.argv = setting.command
-    with on_console(), log_file(Path(log)):
+    with log_file(Path(log)):
         while True:
             failed = attempt(setting, _JOB.validate_json(lines.get()))
             answers.write(_ANSWER.dump_json(failed).decode() + "\n")
