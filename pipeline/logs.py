@@ -211,7 +211,9 @@ def keep_traceback(error: BaseException) -> Path:
     """
     known = vars(error).get(_KEPT)
     if known is None:  # the first that catches it is the innermost
-        text = "".join(traceback.format_exception(error)).rstrip()
+        # An error on its way out knows nothing yet of the calls that it has not come to.
+        calls = "".join(traceback.format_stack(sys._getframe(1)))
+        text = f"Calls:\n{calls}{''.join(traceback.format_exception(error)).rstrip()}"
         if _open:
             known = _open[-1].path
             _open[-1].note(text, logging.ERROR)

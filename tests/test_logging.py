@@ -84,9 +84,9 @@ def test_a_defect_is_short_on_the_console_and_whole_in_the_log(
     text = (out / LOG).read_text()
     assert "Traceback" in text and "in bursts" in text and text.count("Traceback") == 1
     # The console has the innermost frames alone, unless it is asked for all.
-    assert "in refine" in text and "cli.py" not in "\n".join(shown)
+    assert "in run_with_messages" in text and "in run_with_messages" not in "\n".join(shown)
     assert run(monkeypatch, "--verbose", *refine(world, config_file, out, "--overwrite")) == 1
-    assert "cli.py" in capfd.readouterr().err
+    assert "in run_with_messages" in capfd.readouterr().err
 
 
 def test_a_defect_without_an_output_has_a_log_too(
