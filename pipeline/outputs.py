@@ -165,6 +165,12 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None)
         store.write(CONFIG, text)
 
 
+def read_versions(folder: Path) -> dict[str, str]:
+    """{package: version} that made what is in a folder. Raises UserError naming the file if it is damaged."""
+    found = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
+    return validated(found, dict[str, str], f"{folder / PROVENANCE}")
+
+
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     """Raise UserError if the run at `path` was started on another cache or other adapters."""
     before = read_as(path / INPUTS, dict[str, str | None], "run")

@@ -69,7 +69,7 @@ READERS = {
     "cache verify": ("cache verify {r}/cache", ["cache/index.safetensors", "cache/config.yaml", "cache/zarr.json"]),
     "refine": (
         f"refine --cache {{r}}/cache --out {{o}} --cleaner clip {CONFIG}",
-        ["cache/index.safetensors", "cache/tail.safetensors", "cache/calibration.safetensors"],
+        ["cache/manifest.json", "cache/tail.safetensors", "cache/calibration.safetensors"],
     ),
     "refine again": (
         f"refine --cache {{r}}/cache --out {{r}}/adapters --resume {CONFIG}",
@@ -106,6 +106,12 @@ DAMAGES = {
 HARMLESS = {
     ("cache-teacher", "config.yaml", "empty"),
     ("report", "run/config.yaml", "empty"),
+    ("cache info", "cache/journal/000000.json", "a folder"),  # a missing shard
+    ("refine again", "adapters/config.yaml", "a folder"),  # as of a run that died before it was written
+    ("distill again", "run/config.yaml", "a folder"),
+    ("report", "run/provenance.json", "an object"),  # versions are not told
+    ("export", "run/provenance.json", "an object"),
+    ("evaluate", "run/run.json", "a folder"),  # a run that is not finished
 }
 
 
