@@ -209,6 +209,8 @@ def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
 
 def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
     """Raise UserError if what is to be added does not go together with what is there."""
+    if not parts:
+        raise UserError(f"{place} has no {MANIFEST}: nothing can be added; begin it with --resume")
     there = parts[0].manifest
     if there.version == 2:
         raise UserError(f"{place} was written by format version 2 and cannot grow; make a new cache")

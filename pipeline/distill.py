@@ -34,8 +34,8 @@ from pipeline.outputs import (
     check_inputs,
     check_output,
     claimed_output,
-    read_as,
     process_log,
+    read_as,
     write_json,
     write_tensors,
 )
