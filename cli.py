@@ -6,12 +6,24 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+VERBOSE = "--verbose"
+
+
+class Commands(TyperGroup):
+    """Takes --verbose before the command and after it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, sorted(args, key=lambda word: word != VERBOSE))
+
 
 app = typer.Typer(
     name="singer",
+    cls=Commands,
     help="Distil large Vision Transformers into small ones from a feature cache, without their artifact tokens.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,6 +54,18 @@ TASK_HELP = (
 )
 ADAPTERS_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
+
+
+@app.callback()
+def every_command(
+    verbose: Annotated[
+        bool, typer.Option(VERBOSE, help="Show details, what libraries tell, and whole tracebacks.")
+    ] = False,
+) -> None:
+    if verbose:
+        from pipeline.logs import be_verbose
+
+        be_verbose()
 
 
 @app.command()
@@ -442,24 +466,16 @@ def _size(count: int) -> str:
 
 def run_with_messages(command: Callable[[], object]) -> None:
     """Run a command; what the user can fix is one line on stderr and exit code 2, a defect of ours is code 1."""
-    try:
-        command()
-    except Exception as error:
-        # Imported late: `singer --help` needs no torch.
-        from pipeline.progress import report_defect
-        from singer.errors import UserError
+    from pipeline.logs import on_console
 
-        if isinstance(error, UserError):
-            _fail(str(error))
-        if isinstance(error, OSError):  # the disk's or the network's
-            _fail(f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""))
-        report_defect(error)
-        sys.exit(1)
+    with on_console():
+        try:
+            command()
+        except Exception as error:
+            # Imported late: `singer --help` needs no torch.
+            from pipeline.failures import report
 
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+            sys.exit(report(error))
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from PIL import Image
 import cli
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
+from pipeline.logs import is_log
 from pipeline.models import Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.shards import index_shards
@@ -203,7 +204,7 @@ def fork(rank: int, world: int, port: int, root: Path, out: Path, extra: list[st
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in _OF_THE_RUN)
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in _OF_THE_RUN and not is_log(f.name))
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
@@ -250,7 +251,7 @@ def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
     cache_teacher(config, str(root / "train" / "*.tar"), cache)
     more = load_config(sets=[*settings(root), "cache.blocks=[0]"])
     cache_teacher(more, str(root / "train" / "*.tar"), cache, "append")
-    files = [f for f in sorted(cache.rglob("*")) if f.is_file()]
+    files = [f for f in sorted(cache.rglob("*")) if f.is_file() and not is_log(f.name)]
     weights = [f.stat().st_size for f in files]
     missed = []
     sys.stderr = io.StringIO()

@@ -47,7 +47,9 @@ def check_parts(
     image = torch.zeros(1, 3, student.image_size, student.image_size).to(next(trial.parameters()))
     try:
         block_outputs(trial, image, [last_block])
-    except ValueError:  # "Expected more than 1 value per channel when training"
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's own words for it
+            raise
         raise UserError(
             f"{records} records in batches of {settings.batch_size}, on {world} processes in {settings.accumulate} "
             f"parts each, leave a part of one record, and batch normalisation in {student.architecture} cannot be "

@@ -42,7 +42,7 @@ from pipeline.config import Config, ViewsConfig
 from pipeline.devices import make_accelerator
 from pipeline.extract import Extractor
 from pipeline.models import load_teacher, local_folder
-from pipeline.outputs import Mode, check_output, claimed_output, read_json, write_provenance
+from pipeline.outputs import Mode, check_output, claimed_output, process_log, read_json, write_provenance
 from pipeline.prefetch import prefetch
 from pipeline.progress import meter, say
 from pipeline.ranks import current, watched
@@ -95,8 +95,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
 
         start, done = time.perf_counter(), 0
-        if main:
-            claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None))
+        claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))
         ranks.wait()
         if begun and mode == "resume":
             check_begun(config, store, extract.teacher)
@@ -213,6 +212,8 @@ def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
 
 def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
     """Raise UserError if what is to be added does not go together with what is there."""
+    if not parts:
+        raise UserError(f"{place} has no {MANIFEST}: nothing can be added; begin it with --resume")
     there = parts[0].manifest
     if there.version == 2:
         raise UserError(f"{place} was written by format version 2 and cannot grow; make a new cache")

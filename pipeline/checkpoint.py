@@ -73,11 +73,14 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines log; one that a crash cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    """The lines of a JSON-lines log; one that a crash cut short is left out. Raises UserError if it is another file."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             break
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            raise UserError(f"{path} is damaged: line {len(lines) + 1} is of no step; remove the file to go without it")
+        lines.append(line)
     return lines

@@ -388,7 +388,7 @@ def _read(file: str | Path) -> dict[str, Any]:
         path = bundled
     try:
         tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree or {}, dict):
         raise UserError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")

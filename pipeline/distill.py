@@ -34,6 +34,7 @@ from pipeline.outputs import (
     check_inputs,
     check_output,
     claimed_output,
+    process_log,
     read_as,
     write_json,
     write_tensors,
@@ -141,8 +142,9 @@ def fan_out(
             for job, sources in zip(jobs, taught, strict=True)
             if job.out not in results
         ]
-        for new in made if main else ():
-            claims.enter_context(claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed))
+        for new in made:
+            claim = claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed)
+            claims.enter_context(claim if main else process_log(new.job.out))
         if made:
             results |= run_jobs(made, images, mode, accelerator)
     return [results[job.out] for job in jobs]

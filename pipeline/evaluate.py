@@ -6,6 +6,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,7 +19,7 @@ from pipeline.config import Config
 from pipeline.measure import spread
 from pipeline.model_card import caveats
 from pipeline.models import check_known, load_model, load_saved
-from pipeline.outputs import PROVENANCE, read_json, write_json
+from pipeline.outputs import PROVENANCE, process_log, read_json, stage_log, write_json
 from pipeline.probes import TASKS
 from pipeline.probes.classification import Classification
 from pipeline.probes.trial import Answer, Computed, EvaluateResult, Trial
@@ -110,19 +111,22 @@ def evaluate_tasks(
     train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
     computed: Computed = {}
     results = {}
-    for task in dict.fromkeys(tasks):
-        named = None if own else f"{model} {weights}"
-        file = result_file(place, task, shards, config, named) if place is not None else None
-        result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
-        object.__setattr__(result, "learned_from_test", learned)
-        result.train.extend(train_names)
-        result.test.extend(test_names)
-        if file is not None:
-            # A run may move; whatever else is named by its place.
-            about = {"model": None if own else str(model), "written": None, "task": task}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
-        results[task], started = result, time.perf_counter()
+    # A folder of the user's gets a log only of what went wrong.
+    log = stage_log(place, config) if own and place else process_log(place) if place is not None else nullcontext()
+    with log:
+        for task in dict.fromkeys(tasks):
+            named = None if own else f"{model} {weights}"
+            file = result_file(place, task, shards, config, named) if place is not None else None
+            result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+            object.__setattr__(result, "learned_from_test", learned)
+            result.train.extend(train_names)
+            result.test.extend(test_names)
+            if file is not None:
+                # A run may move; whatever else is named by its place.
+                about = {"model": None if own else str(model), "written": None, "task": task}
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
+            results[task], started = result, time.perf_counter()
     return results
 
 

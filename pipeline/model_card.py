@@ -8,8 +8,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.config import Config
+from pipeline.machine import versions
 from pipeline.models import LOCAL, Backbone
-from pipeline.outputs import INPUTS, PROVENANCE, read_as, read_json, versions
+from pipeline.outputs import INPUTS, read_as, read_json, read_versions
 from pipeline.probes.classification import Accuracies
 from pipeline.sources import numbered
 from pipeline.trained import DistillResult, Taught
@@ -79,7 +80,7 @@ def write_card(card: Card) -> str:
         norm=describe_norm(model) if card.vit.is_vit else "What timm puts behind the last stage was not trained.",
         caveats=caveats(card.vit, card.trained),
         probes=read_probes(run),
-        made_with=read_json(run, PROVENANCE, "output of singer").get("versions", {}),
+        made_with=read_versions(run),
         exported_with=versions(("singer", "torch", "timm", *card.packages)),
     )
 

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.logs import adopt_libraries
 from pipeline.outputs import read_json, read_tensors, write_json, write_tensors
 from singer.backbones import is_vit, layout
 from singer.errors import UserError
@@ -279,6 +280,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             subject = f"weights of {subject} were not loaded"
         elif weights is not None:
             subject = f"weights {weights} do not fit {name}"
+        adopt_libraries()
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except UserError:
         raise

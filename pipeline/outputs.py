@@ -1,14 +1,14 @@
 """Output folders: claimed before work starts, never overwritten by accident, with the provenance of what they hold."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
+import logging
 import re
-import shlex
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline.config import Config, dump_config
+from pipeline.failures import setting
+from pipeline.logs import LOG, command_line, log_file, logger, rank_log
+from pipeline.machine import versions
 from pipeline.stores import Place, Store, is_remote, open_store, write_atomic
 from singer.errors import UserError
 
@@ -27,7 +30,6 @@ PROVENANCE = "provenance.json"
 CONFIG = "config.yaml"
 # What a run was started on, by hash.
 INPUTS = "inputs.json"
-_PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accelerate", "numpy", "pillow")
 # The sections of the configuration that each stage's result depends on; None: the stage does not resume.
 _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "prepare": None,
@@ -41,6 +43,8 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
 }
 # Keys of these sections that do not: speed, and places of files whose content is compared by hash.
 _FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error", "trackers")
+# What others load or publish has no log of ours in it.
+_LOGLESS = ("export",)
 Mode = Literal["new", "resume", "overwrite", "append"]
 Value = TypeVar("Value")
 
@@ -96,7 +100,7 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
 
 @contextmanager
 def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: int | None) -> Iterator[None]:
-    """The output for as long as the stage runs, emptied if overwriting, with its provenance and config.
+    """The output for as long as the stage runs, emptied if overwriting, with its provenance, config and log.
 
     A second run on the same output is refused meanwhile.
     """
@@ -107,18 +111,64 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
             store.clear(last=PROVENANCE)
         if mode != "append":
             write_provenance(store, stage, config, seed)
-        yield
+        with nullcontext() if stage in _LOGLESS else stage_log(place, config):
+            yield
+
+
+def stage_log(place: Place, config: Config) -> AbstractContextManager[None]:
+    """The log file of an output, to which a stage adds its messages as long as it runs."""
+    header = partial(setting, dump_config(config))
+    return _uploaded_log(str(place), header) if is_remote(place) else log_file(Path(place) / LOG, header)
+
+
+def process_log(place: Place) -> AbstractContextManager[None]:
+    """The log file of a process other than the first, which is there once there is a warning or an error."""
+    folder = Path(tempfile.gettempdir()) if is_remote(place) else Path(place)
+    return log_file(folder / rank_log(), setting, logging.WARNING)
+
+
+@contextmanager
+def _uploaded_log(url: str, header: Callable[[], str]) -> Iterator[None]:
+    """A log among the temporary files, since objects cannot be added to; at the end it is added to the store's."""
+    file = Path(tempfile.mkdtemp(prefix="singer-")) / LOG
+    logger.info("the log is %s until the end, then %s/%s", file, url, LOG)
+
+    def upload() -> None:
+        store = open_store(url)
+        before = b""
+        with suppress(FileNotFoundError):
+            before = store.read(LOG)
+        store.write(LOG, before + file.read_bytes())
+
+    try:
+        with log_file(file, header):
+            yield
+    except OSError:
+        raise  # perhaps out of reach
+    except BaseException:
+        with suppress(UserError, OSError):
+            upload()
+        raise  # the file stays, as it is what the message names
+    with suppress(UserError, OSError):
+        upload()
+        shutil.rmtree(file.parent)
 
 
 def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:
     """The resolved configuration, and what made it, unless they are there already."""
     if not {CONFIG, PROVENANCE} <= set(store.sizes()):
         text = dump_config(config).encode()
-        value = {"stage": stage, "command": shlex.join(sys.argv), "seed": seed, "versions": versions()}
+        value = {"stage": stage, "command": command_line(), "seed": seed, "versions": versions()}
         value["config_sha256"] = hashlib.sha256(text).hexdigest()
         # First: a folder with a configuration alone would pass for somebody else's.
         store.write(PROVENANCE, json_bytes(sealed(value)))
         store.write(CONFIG, text)
+
+
+def read_versions(folder: Path) -> dict[str, str]:
+    """{package: version} that made what is in a folder. Raises UserError naming the file if it is damaged."""
+    found = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
+    return validated(found, dict[str, str], f"{folder / PROVENANCE}")
 
 
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
@@ -195,7 +245,7 @@ def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
         if not is_remote(store.url) and not Path(store.url).exists():
             raise UserError(f"{store.url} does not exist") from None
         raise UserError(f"{store.url} is no {what}: it has no {name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is damaged: it holds no JSON") from None
     if not isinstance(value, dict):
         raise UserError(f"{file} is damaged: it holds no JSON object")
@@ -217,18 +267,6 @@ def read_as(path: Path, kind: type[Value], what: str) -> Value:
     return validated(read_json(path.parent, path.name, what), kind, str(path))
 
 
-def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """{name: version} of Python and the installed packages."""
-    return {"python": platform.python_version()} | {p: _version(p) for p in packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
     """What was otherwise in these sections when the run in `store` began: "distill.lr 0.1, not 0.2"; None if nothing.
 
@@ -239,7 +277,7 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
         pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
     except FileNotFoundError:
         return None  # it died before it wrote anything
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
         if there != here and (key not in _FREE or (section, key) == ("student", "name")):

@@ -95,7 +95,7 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     """
     try:
         classes = [str(name) for name in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"prepare.classes: {file} is no classes.json of singer prepare") from None
     unknown = [name for name in listing.classes if name not in classes]
     if unknown:

@@ -1,20 +1,16 @@
-"""Progress of long work, on stderr: a live line on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work, on stderr: a live line on a terminal, a plain line now and then elsewhere and in the log."""
 
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.logs import console, logger
 from pipeline.ranks import current
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 20.0
-# Of a traceback: the innermost ones.
-_FRAMES = 4
 
 
 class Meter:
@@ -59,10 +55,12 @@ class Meter:
         if self._bar is not None:
             progress, task = self._bar
             progress.update(task, completed=self._done, text=text)
-        elif time.perf_counter() - self._shown > _PLAIN_SECONDS:
+        if time.perf_counter() - self._shown > _PLAIN_SECONDS:
             self._shown = time.perf_counter()
             left = (self._total - self._done) / max(self.rate, 1e-9)
-            console.print(f"{self._what}: {self._done}/{self._total}, {text}, {left:.0f} s left", markup=False)
+            line = f"{self._what}: {self._done}/{self._total}, {text}, {left:.0f} s left"
+            # With a live line on the console, this one is for the log file.
+            logger.info("%s", line, extra={"on_bar": self._bar is not None})
 
 
 @contextmanager
@@ -94,15 +92,8 @@ def _shown(m: Meter, what: str, total: int, done: int, quiet: bool) -> Iterator[
 
 
 def say(message: str) -> None:
-    """A line for the user, on stderr."""
-    console.print(message, markup=False)
-
-
-def report_defect(error: Exception) -> None:
-    """Print the end of an error's traceback, and that the defect is this package's."""
-    lines = traceback.format_exception(error, limit=-_FRAMES)
-    say("".join(lines).rstrip())
-    say("this is a defect of singer, not of what it was given; please report it with the lines above")
+    """A line for the user: a message of the logger singer, which a command shows on stderr and adds to the log."""
+    logger.info("%s", message)
 
 
 def duration(seconds: float) -> str:

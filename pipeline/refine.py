@@ -9,7 +9,6 @@ keep_weight · L_keep; there is no student yet. The normaliser's statistics come
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +28,7 @@ from pipeline.outputs import (
     Mode,
     check_output,
     claimed_output,
+    process_log,
     read_as,
     read_json,
     read_tensors,
@@ -111,7 +111,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     main = accelerator.is_main_process
     with watched(accelerator, STAGE) as ranks:
         fit = Fit(cache, settings, split[0], accelerator.device)
-        with claimed_output(out, mode, STAGE, config, settings.seed) if main else nullcontext():
+        with claimed_output(out, mode, STAGE, config, settings.seed) if main else process_log(out):
             if main:
                 write_json(out / INPUTS, {"cache": cache.id})
             ranks.wait()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, dump_config, load_config
+from pipeline.logs import is_log, on_console
 from pipeline.models import LOCAL, Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
@@ -139,10 +140,17 @@ def one_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def messages() -> Iterator[None]:
+    """Functions tell on stderr what their commands would."""
+    with on_console():
+        yield
+
+
 def tree_bytes(folder: Path, *leave_out: str) -> dict[str, bytes]:
-    """Every file below a folder with its content."""
+    """Every file below a folder with its content; logs belong to no output."""
     return {
         str(f.relative_to(folder)): f.read_bytes()
         for f in sorted(folder.rglob("*"))
-        if f.is_file() and f.name not in leave_out
+        if f.is_file() and f.name not in leave_out and not is_log(f.name)
     }

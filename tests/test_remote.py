@@ -19,6 +19,7 @@ from pipeline.cache.writer import write_shard as real_write_shard
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
 from pipeline.distill import distill
+from pipeline.logs import is_log
 from pipeline.refine import refine
 from pipeline.stores import Store, locks, open_store
 from pipeline.verify import verify
@@ -63,13 +64,15 @@ def caches(world: Path, server: Server, tmp_path_factory: pytest.TempPathFactory
 
 
 def objects(place: Path | str, *leave_out: str) -> dict[str, bytes]:
-    """Everything there with its content, locks and provenance aside, as others than singer see it."""
+    """Everything there with its content, provenance and logs aside, as others than singer see it."""
     hidden = ("provenance.json", *leave_out)
     if isinstance(place, Path):
         return tree_bytes(place, *hidden)
     client = raw(place)
     names = [entry["path"] for entry in client.list().collect()]
-    return {n: bytes(client.get(n).bytes()) for n in sorted(names) if n.rpartition("/")[2] not in hidden}
+    return {
+        n: bytes(client.get(n).bytes()) for n in sorted(names) if not is_log(n) and n.rpartition("/")[2] not in hidden
+    }
 
 
 def copied(place: str, to: str) -> str:

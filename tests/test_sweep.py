@@ -21,6 +21,7 @@ import cli
 import pipeline.sweep.work as work
 from pipeline.cache import Cache
 from pipeline.config import Config, recipes
+from pipeline.failures import DefectsFound
 from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
 from pipeline.sweep.leaderboard import Leaderboard
@@ -330,13 +331,17 @@ def test_a_failing_run_stops_no_other(
     assert "<li>bad: distill.objective: unknown &#39;msee&#39;" in (out / "leaderboard.html").read_text()
 
     def bursts(*args: Any, **options: Any) -> None:
-        raise RuntimeError("out of\nmemory")
+        raise RuntimeError("out of\norder")
 
     # Put right, only what failed is done again; and no exception at all gets past its run.
     runs[0]["set"] = {"refiner": "none", "distill.seed": 3}
     monkeypatch.setattr(work, "fan_out", bursts)
     again = run(world, write(world, file, runs=[runs[0], runs[2]]), out, "resume")
-    assert again.done == 1 and again.failed == {"bad": "RuntimeError: out of memory"}
+    log = out / "singer.log"
+    assert again.done == 1 and again.failed == {"bad": f"defect: RuntimeError: out of order; see {log}"}
+    assert again.defects == ["bad"] and "in bursts" in log.read_text()
+    with pytest.raises(DefectsFound, match="1 of 2 runs failed: bad"):
+        again.check()
 
 
 def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Path) -> None:

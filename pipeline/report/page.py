@@ -12,8 +12,9 @@ from typing import Any
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.figures import render
+from pipeline.machine import versions
 from pipeline.models import LOCAL
-from pipeline.outputs import read_json, versions
+from pipeline.outputs import read_json
 from pipeline.progress import duration
 from pipeline.report import charts, facts, pictures
 from pipeline.report.facts import Row

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
-from pipeline.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json
+from pipeline.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json, read_versions
 from pipeline.progress import say
 from pipeline.refine import MANIFEST, REFINER, read_refiner
 from pipeline.stores import Place, is_remote
@@ -118,8 +118,7 @@ def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
         source = _find_refiner(folder, result, digest, adapters)
         if (source.folder / CONFIG).is_file():
             config = config.model_copy(update={"refine": load_config(source.folder / CONFIG).refine})
-    versions = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
-    return Trained(name, folder, result, config, source, versions)
+    return Trained(name, folder, result, config, source, read_versions(folder))
 
 
 def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> Source:
@@ -165,7 +164,7 @@ def _cache_option(run: Path) -> str | None:
         words = shlex.split(str(read_json(run, PROVENANCE, "output of singer").get("command", "")))
     except ValueError:
         return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--cache":
             return following
         if word.startswith("--cache="):

@@ -109,7 +109,9 @@ def read_figures(folder: Path) -> Figures:
                 int(value["test_images"]),
                 tuple((key, _hashable(settings[key])) for key in (*_COMMON, *_OWN[task])),
             )
-        except (KeyError, TypeError, AttributeError):
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
         if models.setdefault(probe, value.get("model")) != value.get("model"):
             both = f"{models[probe] or 'a model without name'} and {value.get('model') or 'a model without name'}"

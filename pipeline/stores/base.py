@@ -49,7 +49,7 @@ class Store(Protocol):
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """{name: bytes} of all objects below the folder `prefix`; locks and unfinished objects are none."""
+        """{name: bytes} of all objects below the folder `prefix`; locks, logs and unfinished objects are none."""
         ...
 
     def remove(self, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.logs import is_log
 from pipeline.stores.base import Ranges, missing
 from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
 from pipeline.stores.scattered import read_scattered
@@ -60,7 +61,7 @@ class LocalStore:
         self._forget(name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        return {name: size for name, size in self._everything(prefix) if not name.endswith(TEMPORARY)}
+        return {name: size for name, size in self._everything(prefix) if not (name.endswith(TEMPORARY) or is_log(name))}
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
+from pipeline.logs import is_log
 from pipeline.stores import locks
 from pipeline.stores.base import LOCK, Ranges, missing, too_short
 from singer.errors import UserError
@@ -114,6 +115,10 @@ class RemoteStore:
             )
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {name: size for name, size in self._everything(prefix).items() if not is_log(name)}
+
+    def _everything(self, prefix: str = "") -> dict[str, int]:
+        """Logs too."""
         start = len(self._prefix)
         with self._one_line():
             batches = obstore.list(self._client, prefix=self._prefix + prefix or None)
@@ -125,7 +130,7 @@ class RemoteStore:
             obstore.delete(self._client, self._prefix + name)
 
     def clear(self, last: str = "") -> None:
-        names = self.sizes()
+        names = self._everything()
         if others := [self._prefix + name for name in names if name != last]:
             with self._one_line():
                 obstore.delete(self._client, others)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from pipeline.failures import Failure
 from pipeline.progress import duration, say
 from pipeline.sweep.work import Job
 
@@ -16,7 +17,7 @@ class Board:
     thread at a time.
     """
 
-    def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, str]], None]) -> None:
+    def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, Failure]], None]) -> None:
         self._waiting = list(jobs)
         self._unfitted = {job.names for job in jobs if job.kind == "refiner"}
         self._changed = changed
@@ -25,9 +26,9 @@ class Board:
         self._started = time.monotonic()
         self._first = self.done = done
         self._runs = done + sum(len(job.members) for job in jobs if job.kind == "run")
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, Failure] = {}
 
-    def serve(self, do: Callable[[Job], dict[str, str]], where: str) -> None:
+    def serve(self, do: Callable[[Job], dict[str, Failure]], where: str) -> None:
         """Do jobs at one place until none is left. Whatever is raised here ends the sweep."""
         try:
             while (job := self._take()) is not None:
@@ -58,7 +59,7 @@ class Board:
                 self._condition.wait()
             return None
 
-    def _finish(self, job: Job, what: str, failed: dict[str, str], seconds: float) -> None:
+    def _finish(self, job: Job, what: str, failed: dict[str, Failure], seconds: float) -> None:
         with self._condition:
             if self._stopped:
                 return
@@ -69,17 +70,18 @@ class Board:
             else:
                 self.failed |= failed
                 self.done += len(job.members) - len(failed)
-            told = "; ".join(f"{name} failed: {error}" for name, error in failed.items()) or f"{seconds:.0f} s"
+            told = "; ".join(f"{name} failed: {error.message}" for name, error in failed.items()) or f"{seconds:.0f} s"
             say(f"{what}: {told}; {self._progress()}")
             self._changed(self.failed)
             self._condition.notify_all()
 
-    def _drop(self, refiner: str, error: str) -> None:
+    def _drop(self, refiner: str, error: Failure) -> None:
         """The runs that wait for a refiner that cannot be fitted."""
         waiting = []
         for job in self._waiting:
             kept = tuple(m for m in job.members if m.needs != refiner)
-            self.failed |= {m.name: f"refiner {refiner}: {error}" for m in job.members if m.needs == refiner}
+            told = replace(error, message=f"refiner {refiner}: {error.message}")
+            self.failed |= {m.name: told for m in job.members if m.needs == refiner}
             if kept:
                 waiting.append(replace(job, members=kept))
         self._waiting = waiting

@@ -116,7 +116,7 @@ def read_plan(path: Path) -> Plan:
     """Raises UserError, in one line, for whatever is wrong in the file."""
     try:
         return make_plan(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -18,6 +18,7 @@ import torch
 from pipeline.cache.reader import Cache
 from pipeline.distill import SHARED
 from pipeline.evaluate import result_file
+from pipeline.failures import DefectsFound, Failure
 from pipeline.outputs import (
     INPUTS,
     Mode,
@@ -61,14 +62,16 @@ class SweepResult:
     runs: int
     done: int
     failed: dict[str, str]
+    defects: list[str]
     rank_by: str | None
     leaderboard: list[dict[str, Any]]
 
     def check(self) -> None:
-        """Raise UserError naming the runs that failed, if any did."""
+        """Raise UserError naming the runs that failed, if any did; DefectsFound if one failed by a defect of singer."""
         if self.failed:
             each = "; ".join(f"{name} ({error})" for name, error in self.failed.items())
-            raise UserError(f"{len(self.failed)} of {self.runs} runs failed: {each}")
+            kind = DefectsFound if self.defects else UserError
+            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {each}")
 
 
 def sweep(
@@ -126,7 +129,8 @@ def _sweep(
 ) -> SweepResult:
     out = setting.out
 
-    def write(failed: dict[str, str]) -> None:
+    def write(failures: dict[str, Failure]) -> None:
+        failed = {name: failure.message for name, failure in failures.items()}
         states = {}
         for run in plan.runs:
             done = is_done(out / RUNS / run.name, files[run.name])
@@ -146,7 +150,8 @@ def _sweep(
         page=leaderboard.page,
         runs=len(plan.runs),
         done=board.done,
-        failed=board.failed,
+        failed={name: failure.message for name, failure in board.failed.items()},
+        defects=[name for name, failure in board.failed.items() if failure.defect],
         rank_by=leaderboard.rank_by,
         leaderboard=leaderboard.summary(),
     )

@@ -1,7 +1,5 @@
 """One piece of a sweep: a refiner to fit, or students to train on one pass and to probe."""
 
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +10,12 @@ from pipeline.config import Config
 from pipeline.distill import Job as Student
 from pipeline.distill import fan_out
 from pipeline.evaluate import evaluate_tasks
+from pipeline.failures import Failure, failure
 from pipeline.outputs import Mode
 from pipeline.progress import say
 from pipeline.refine import refine
 from pipeline.stores import Place
 from pipeline.trained import RUN
-from singer.errors import UserError
 
 REFINERS = "refiners"
 RUNS = "runs"
@@ -64,8 +62,8 @@ class Job:
         return ", ".join(m.name for m in self.members)
 
 
-def attempt(setting: Setting, job: Job) -> dict[str, str]:
-    """Do the job as far as it is not done; {member: what went wrong, in one line}."""
+def attempt(setting: Setting, job: Job) -> dict[str, Failure]:
+    """Do the job as far as it is not done; {member: what went wrong}."""
     if job.kind == "refiner":
         (member,) = job.members
         return _failures(member, partial(_fit, setting, member))
@@ -73,20 +71,17 @@ def attempt(setting: Setting, job: Job) -> dict[str, str]:
     # Where one of several cannot be trained, each is left to its own pass, so that none takes the others along.
     if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
         say("these runs do not train together; now one by one")
-    failed: dict[str, str] = {}
+    failed: dict[str, Failure] = {}
     for member in job.members:
         failed |= _failures(member, partial(_finish, setting, member))
     return failed
 
 
-def _failures(member: Member, do: Callable[[], object]) -> dict[str, str]:
+def _failures(member: Member, do: Callable[[], object]) -> dict[str, Failure]:
     try:
         do()
-    except (UserError, OSError) as error:
-        return {member.name: one_line(error)}
     except Exception as error:  # no run may take the others along, whatever its model or its GPU does
-        traceback.print_exc(file=sys.stderr)
-        return {member.name: f"{type(error).__name__}: {one_line(error)}"}
+        return {member.name: failure(error)}
     return {}
 
 
@@ -127,10 +122,6 @@ def is_done(run: Path, figures: Mapping[str, Path]) -> bool:
 
 def _mode(out: Path) -> Mode:
     return "resume" if out.exists() else "new"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def as_list(shards: str | Sequence[str] | None) -> list[str]:

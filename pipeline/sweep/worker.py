@@ -1,6 +1,5 @@
 """A process that does the jobs of a sweep, one after the other: JSON lines in, JSON lines out. Its log is stderr."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,10 +13,12 @@ from typing import IO
 
 from pydantic import TypeAdapter
 
+from pipeline.failures import Failure
+from pipeline.logs import log_file
 from pipeline.progress import say
 from pipeline.sweep.work import Job, Setting, attempt
 
-_SETTING, _JOB = TypeAdapter(Setting), TypeAdapter(Job)
+_SETTING, _JOB, _ANSWER = TypeAdapter(Setting), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
 
 
 class Worker:
@@ -35,7 +36,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._killed = False
 
-    def do(self, job: Job) -> dict[str, str]:
+    def do(self, job: Job) -> dict[str, Failure]:
         """As attempt(). Where the process dies of several members, each goes on in its own, from its last checkpoint;
         where it dies of one, that is the error of this one.
         """
@@ -46,14 +47,15 @@ class Worker:
         _send(self._process, _JOB.dump_json(job))
         assert self._process.stdout is not None
         answer = self._process.stdout.readline()
-        failed: dict[str, str] = json.loads(answer) if answer else {}
         if answer:
-            return failed
+            return _ANSWER.validate_json(answer)
         code = self._end(self._process)
         error = f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
         if len(job.members) == 1 or self._killed:
-            return {member.name: error for member in job.members}
+            # A signal is the system's, most often for want of memory; nothing else may end a worker.
+            return {member.name: Failure(error, defect=code > 0) for member in job.members}
         say(f"{job.names}: {error}; now one by one")
+        failed: dict[str, Failure] = {}
         for member in job.members:
             failed |= self.do(replace(job, members=(member,)))
         return failed
@@ -77,7 +79,7 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: a folder "pipeline" of the user's, where the command was given, is not ours.
-        command = [sys.executable, "-P", "-m", __name__]
+        command = [sys.executable, "-P", "-m", __name__, str(self._log)]
         with self._log.open("a") as log:
             process = subprocess.Popen(
                 command,
@@ -112,11 +114,13 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     setting = _SETTING.validate_json(lines.get())
+    _, log = sys.argv
     sys.argv = setting.command
-    while True:
-        failed = attempt(setting, _JOB.validate_json(lines.get()))
-        answers.write(json.dumps(failed) + "\n")
-        answers.flush()
+    with log_file(Path(log)):
+        while True:
+            failed = attempt(setting, _JOB.validate_json(lines.get()))
+            answers.write(_ANSWER.dump_json(failed).decode() + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,244 @@
+"""The log of each output, what the console shows, and that neither changes what is made."""
+
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tree_bytes
+
+import cli
+from pipeline.cache.info import cache_info
+from pipeline.cache_teacher import cache_teacher
+from pipeline.config import Config
+from pipeline.logs import LOG, is_log, log_file, logger, on_console
+from pipeline.outputs import process_log
+from pipeline.progress import say
+from pipeline.verify import verify
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def refine(world: Path, config_file: Path, out: Path, *more: str) -> list[object]:
+    return ["refine", "--cache", world / "cache", "--out", out, "--cleaner", "clip", "--config", config_file, *more]
+
+
+def test_a_log_has_all_that_a_report_of_a_defect_needs(
+    world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "adapters"
+    assert run(monkeypatch, *refine(world, config_file, out)) == 0
+    text = (out / LOG).read_text()
+    for part in ("command: singer refine --cache", "versions: python 3", "torch ", "CPU cores", "GB of memory"):
+        assert part in text
+    assert "configuration:" in text and "cleaner: clip" in text
+    assert "T" in text.split()[0] and ":" in text.split()[0]  # a time stamp
+    assert run(monkeypatch, *refine(world, config_file, out, "--overwrite")) == 0
+    assert (out / LOG).read_text().count("command: ") == 1
+
+
+def test_resuming_appends(world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "adapters"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.refine._store", _bursts)
+        assert run(patch, *refine(world, config_file, out)) == 1
+    assert run(monkeypatch, *refine(world, config_file, out, "--resume")) == 0
+    text = (out / LOG).read_text()
+    assert text.count("command: ") == 2 and text.index("KeyError") < text.rindex("command: ")
+
+
+def _bursts(*args: object) -> None:
+    np.zeros(3).reshape(2, 2) if len(args) == 0 else {}["no such thing"]
+
+
+@pytest.mark.parametrize("kind", ["numpy's ValueError", "a KeyError"])
+def test_a_defect_is_short_on_the_console_and_whole_in_the_log(
+    kind: str,
+    world: Path,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def bursts(*args: object) -> None:
+        if kind == "a KeyError":
+            raise KeyError("no such thing")
+        np.zeros(3).reshape(2, 2)
+
+    monkeypatch.setattr("pipeline.refine._store", bursts)
+    out = tmp_path / "adapters"
+    assert run(monkeypatch, *refine(world, config_file, out)) == 1
+    *shown, last = capfd.readouterr().err.strip().splitlines()
+    assert "this is a defect of singer" in last and str(out / LOG) in last
+    assert len(shown) < 20 and "bursts" in "\n".join(shown)
+    text = (out / LOG).read_text()
+    assert "Traceback" in text and "in bursts" in text and text.count("Traceback") == 1
+    # The console has the innermost frames alone, unless it is asked for all.
+    assert "in run_with_messages" in text and "in run_with_messages" not in "\n".join(shown)
+    assert run(monkeypatch, "--verbose", *refine(world, config_file, out, "--overwrite")) == 1
+    assert "in run_with_messages" in capfd.readouterr().err
+
+
+def test_a_defect_without_an_output_has_a_log_too(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.cache.info._views", _bursts)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run(monkeypatch, "cache", "info", world / "cache") == 1
+    (log,) = tmp_path.glob("singer-*.log")
+    assert str(log) in capfd.readouterr().err
+    assert "in _bursts" in log.read_text() and "command: singer cache info" in log.read_text()
+
+
+def test_a_log_is_no_part_of_a_cache(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "cache"
+    cache_teacher(config, str(world / "train" / "*.tar"), place)
+    assert (place / LOG).is_file() and tree_bytes(place) == tree_bytes(world / "cache", "provenance.json") | {
+        "provenance.json": (place / "provenance.json").read_bytes()
+    }
+    before = cache_info(place).bytes
+    (place / "singer-rank1.log").write_text("x")
+    assert cache_info(place).bytes == before
+    result = verify(config, place)
+    assert result.whole and not result.parts[0].files
+    (place / "singer.txt").write_text("x")
+    assert not verify(config, place).whole
+
+
+def test_a_folder_with_a_log_alone_is_free_and_a_strangers_is_not_ours(
+    world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, strange = tmp_path / "ours", tmp_path / "strange"
+    for folder in (ours, strange):
+        folder.mkdir()
+        (folder / LOG).write_text("what went wrong\n")
+    (strange / "thesis.tex").write_text("years of work")
+    assert run(monkeypatch, *refine(world, config_file, strange, "--overwrite")) == 2
+    assert (strange / "thesis.tex").read_text() == "years of work"
+    assert run(monkeypatch, *refine(world, config_file, ours)) == 0
+    assert (ours / LOG).read_text().startswith("what went wrong\n")
+
+
+def test_which_files_are_logs() -> None:
+    assert all(map(is_log, ["singer.log", "runs/a/singer.log", "singer-rank12.log"]))
+    assert not any(map(is_log, ["log.jsonl", "worker-0.log", "singer.log/x", "my-singer.log"]))
+
+
+def test_an_object_store_gets_the_log_at_the_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import outputs
+
+    objects = {LOG: b"before\n"}
+
+    class Memory:
+        def read(self, name: str) -> bytes:
+            return objects[name]
+
+        def write(self, name: str, *parts: bytes) -> None:
+            objects[name] = b"".join(parts)
+
+    monkeypatch.setattr(outputs, "open_store", lambda place: Memory())
+    with outputs.stage_log("s3://bucket/cache", config):
+        say("something")
+    text = objects[LOG].decode()
+    assert text.startswith("before\n") and "command: " in text and "something" in text
+
+
+def test_another_process_has_a_file_once_it_has_something_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with on_console():
+        with process_log(tmp_path):
+            say("all is well")
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(ZeroDivisionError), process_log(tmp_path):
+            _ = 1 // 0
+        assert "all is well" not in capfd.readouterr().err
+        logger.error("an error")
+        assert "error: an error" in capfd.readouterr().err
+    (log,) = tmp_path.iterdir()
+    assert log.name == "singer-rank1.log" and "ZeroDivisionError" in log.read_text()
+
+
+def test_warnings_are_shown_once_as_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(), on_console(), log_file(tmp_path / LOG):
+        warnings.simplefilter("always")
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)  # as pytest puts its own in the way
+        for _ in range(3):
+            warnings.warn("features\nare odd", UserWarning, stacklevel=1)
+        warnings.warn("features\nare odd", UserWarning, stacklevel=1)
+        for _ in range(2):
+            logging.getLogger("timm.models").warning("no such weights")
+            logging.getLogger("timm.models").info("looking")
+    shown = capfd.readouterr().err.splitlines()
+    assert len(shown) == 2, shown
+    assert shown[0].startswith("warning: ") and shown[0].endswith("UserWarning: features are odd")
+    assert shown[1] == "warning: timm.models: no such weights"
+    text = (tmp_path / LOG).read_text()
+    # At most once a place: there are two here.
+    assert text.count("UserWarning: features") == 2 and text.count("no such weights") == 1
+
+
+def test_verbose_goes_before_or_after_the_command(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def talks(place: Path) -> dict[str, int]:
+        logger.debug("a detail")
+        logging.getLogger("timm").info("a library's")
+        return {"one": 1}
+
+    monkeypatch.setattr("pipeline.cache.info.cache_info", talks)
+    command = ["cache", "info", world / "cache"]
+    for args, told in (
+        (command, []),
+        (["--verbose", *command], ["a detail", "timm: a library's"]),
+        ([*command, "--verbose"], ["a detail", "timm: a library's"]),
+        (command, []),  # what one command was asked for does not stay
+    ):
+        assert run(monkeypatch, *args) == 0
+        assert capfd.readouterr().err.splitlines() == told
+
+
+def test_importing_installs_no_handler(tmp_path: Path) -> None:
+    code = (
+        "import logging, pipeline.distill, pipeline.cache_teacher\n"
+        "from pipeline.progress import say\n"
+        "assert not logging.getLogger('singer').handlers and not logging.getLogger().handlers\n"
+        "say('silent')\n"
+        "logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')\n"
+        "say('heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "singer heard\n"
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys, cli\n"
+        "sys.argv = ['singer', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_a_full_disk_stops_the_log_and_not_the_work(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with log_file(Path("/dev/full")):
+        say("goes on")
+    assert capfd.readouterr().err == "goes on\n"
