@@ -154,7 +154,9 @@ with scratch(Path(sys.argv[1])) as place:
 
 def test_scratch_is_removed_by_a_signal(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "cache")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         assert (tmp_path / SCRATCH / "some").exists()
         process.send_signal(signal.SIGTERM)
