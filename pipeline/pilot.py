@@ -470,7 +470,14 @@ def train_on(
             return sum(len(share.records) for share in group)
 
         def read() -> Generator[int, None, None]:
-            yield from prefetch(read_group, lists(), settings.workers, None, ahead)
+            done = len(cache)
+            for count in prefetch(read_group, lists(), settings.workers, None, ahead):
+                if done >= len(cache) and not is_remote(pilot.place):
+                    # Once a pass: what was read lately would come from memory.
+                    forget_files(Path(pilot.place))
+                    done = 0
+                yield count
+                done += count
 
         def decode() -> Generator[int, None, None]:
             for share, _ in prefetch(load.pixels, shares(), settings.workers):
@@ -512,8 +519,6 @@ def train_on(
 
         reading = not_measured("no --out")
         if on_disk:
-            if not is_remote(pilot.place):
-                forget_files(Path(pilot.place))
             reading = rate_of(read(), seconds)
         steps = {"student images": decode, "student": student, "cached": cached, "online": online}
         return {"reading": reading, **{n: rate_of(of(), seconds, device) for n, of in steps.items()}}, targets
