@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate, few_records
 from pipeline.cache.fidelity import fidelity
-from pipeline.cache.format import FEATURES, POSITIONS, TAIL
+from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.zarr_shards import pack_shard
 from pipeline.cache_teacher import check_codec
 from pipeline.config import Config
@@ -278,7 +278,7 @@ class Scale:
         self.config, self.vit, self.images, self.free = config, vit, images, free
         self._features, self._calibration = features, calibration
         self.tail_bytes = sizes[TAIL]
-        fixed = {name: size for name, size in sizes.items() if name.rpartition("/")[2] in _FIXED}
+        fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
         growing = {name: size for name, size in sizes.items() if name not in fixed}
         other = sum(size for name, size in growing.items() if not name.startswith((f"{FEATURES}/", f"{POSITIONS}/")))
         self._fixed, self._other = sum(fixed.values()), other / records
