@@ -404,12 +404,7 @@ def measure_speeds(
         # After the disk, whose own cache is full by now.
         image_bytes = max(1.0, float(sample.images.size.mean())) + config.views.count * cache_bytes / records
         room = _MOST_IMAGES if free is None else int(free / 10 / _REPEATS / image_bytes)
-        expected = caching["teacher"].per_second
-        caching["caching"] = (
-            not_measured("the teacher's speed is not known")
-            if expected is None
-            else pilot.grow(expected, seconds, room)
-        )
+        caching["caching"] = pilot.grow(pilot.first.images_per_second, seconds, room)
         if (rate := caching["caching"].per_second) is not None:
             setup = max(0.0, pilot.first.seconds - pilot.first.records / rate)
     say(f"measuring the steps of a student, {part:g} s each")
