@@ -332,13 +332,16 @@ def cache_plan(
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
     views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
-    out: Annotated[str | None, typer.Option(help="Where the cache would lie: whose free disk counts.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long the teacher runs.")] = 20.0,
+    out: Annotated[str | None, typer.Option(help="Where the cache would be: its disk is written to.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long caching runs; 0: measure bytes alone.")] = 20.0,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache would cost: bytes, hours, and which codec, blocks and views fit the disk. Writes nothing."""
+    """What a cache would cost: bytes, hours, what fits the disk, and from how many students on it pays off.
+
+    Writes a temporary folder on the disk of --out, at most a tenth of what is free there, and removes it.
+    """
     from pipeline.config import load_config
     from pipeline.plan import plan as run
 
@@ -350,7 +353,9 @@ def cache_plan(
         "cache.codec": codec,
         "views.count": views,
     }
-    _report(run(load_config(config, sets or (), options), shards, out, seconds), as_json)
+    value = dataclasses.asdict(run(load_config(config, sets or (), options), shards, out, seconds))
+    nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
+    _report(value if as_json else _unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
 
 
 @cache_app.command("verify")
@@ -398,6 +403,15 @@ def _report(result: Any, as_json: bool) -> None:
         return
     value = result if isinstance(result, dict) else dataclasses.asdict(result)
     print(json.dumps(value, default=str) if as_json else "\n".join(_lines(value)), flush=True)
+
+
+def _unmeasured(value: Any) -> Any:
+    """The same, with the words "not measured" in the place of None."""
+    if isinstance(value, dict):
+        return {name: _unmeasured(field) for name, field in value.items()}
+    if isinstance(value, list):
+        return [_unmeasured(field) for field in value]
+    return "not measured" if value is None else value
 
 
 def _lines(value: dict[Any, Any]) -> Iterator[str]:

@@ -1,39 +1,50 @@
 """What a cache would cost, before it is made: `singer cache plan --teacher ... --shards ... --out CACHE`.
 
-The teacher runs for some seconds on images from all over the shards, and every codec is tried on what it gives.
+The real stages run for some seconds on images from all over the shards, in a temporary folder on the disk of the cache
+that is to be; every codec is tried. What was not measured is None, and nothing is promised of it.
 """
 
 import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.behind import Behind
-from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate
-from pipeline.cache.encoder import Batch, Encoder, Values
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate, few_records
 from pipeline.cache.fidelity import fidelity
-from pipeline.cache.format import FEATURES, PIXELS, VIEWS, Manifest, image_bytes
-from pipeline.cache.growth import Addition
-from pipeline.cache.rows import RowReader, Rows
-from pipeline.cache.zarr_shards import array_metadata, pack_shard
-from pipeline.cache_teacher import check_codec, describe
+from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
+from pipeline.cache.zarr_shards import pack_shard
+from pipeline.cache_teacher import check_codec
 from pipeline.config import Config
+from pipeline.costs import (
+    Rate,
+    StudentCost,
+    Work,
+    bottleneck,
+    break_even,
+    cached_hours,
+    caching_hours,
+    online_hours,
+    slowest,
+    student_costs,
+    verdict,
+)
 from pipeline.devices import make_accelerator
-from pipeline.extract import Extractor, check_finite
-from pipeline.models import load_teacher
-from pipeline.prefetch import prefetch
-from pipeline.progress import say
-from pipeline.shards import ImageFile, decoding_quietly, index_shards
-from pipeline.stores import Place, is_remote
-from singer.backbones import resolve_blocks
+from pipeline.models import Backbone, load_teacher
+from pipeline.outputs import CONFIG, PROVENANCE
+from pipeline.pilot import Pilot, Sample, Speeds, Teacher, existing, measure_speeds, no_speeds, scratch
+from pipeline.resources import memory_bytes
+from pipeline.shards import ImageFile, Images, index_shards
+from pipeline.stores import Place, is_remote, open_store
+from singer.backbones import depth, resolve_blocks
 from singer.errors import UserError
-from singer.tail import tail_state
+from singer.matching import take_patches
 
 # Images that are drawn; records of which features are kept, at most so many bytes of them.
 _IMAGES = 1024
@@ -43,6 +54,18 @@ _SHARES = (1.0, 0.5)
 # Of the free disk; the rest is for what else grows there.
 _USABLE = 0.95
 _END_OF_SHARD = 4
+# Of a cache, what does not grow with its records; the rest that is no feature does.
+_FIXED = (
+    "tail.safetensors",
+    "calibration.safetensors",
+    "fidelity.json",
+    "manifest.json",
+    "complete.json",
+    "zarr.json",
+    CONFIG,
+    PROVENANCE,
+)
+_INDEX_ENTRY = 16
 
 
 @dataclass(frozen=True)
@@ -64,24 +87,51 @@ class PlanOption:
 
 
 @dataclass(frozen=True)
-class PlanResult:
-    """images_per_second: views that the teacher sees, with decoding and encoding; hours: for all views, on this device.
+class Stage:
+    """A measured speed. per_second: views; spread_percent: half of the range of the repeats; status: "measured ...", or
 
-    online_hours: of the teacher for the `epochs` of one student that runs it anew for every image; the cache pays off
-    from break_even_students on. chosen: as configured; best_fit: of the options that fit, the one with the smallest
-    error, all tokens before fewer; tail_bytes: of the teacher's frozen end, which every option has once; free_bytes:
-    where the cache would lie.
+    "not measured: " and why, and then per_second is None.
+    """
+
+    stage: str
+    per_second: float | None
+    spread_percent: float | None
+    status: str
+
+    @classmethod
+    def of(cls, name: str, rate: Rate) -> "Stage":
+        spread = None if rate.spread is None else 100 * rate.spread
+        return cls(name, rate.per_second, spread, rate.status)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What is None was not measured; `stages` says why.
+
+    images_per_second, hours: views that cache-teacher stores, and how long it takes for all. students: hours until 1, 5
+    and 20 students are trained for `epochs` passes over all views, with the teacher in every step, or from the cache
+    with caching included. break_even_students: from how many on the cache takes no longer; verdict says it in words.
+    caching_bottleneck, training_bottleneck: the slowest stage. written_bytes: written to the disk to measure it.
+    targets: of the student whose steps were measured. chosen: as configured; best_fit: of the options that fit, the
+    one with the smallest error, all tokens before fewer; tail_bytes: of the teacher's frozen end, which every option
+    has once; free_bytes: where the cache would be.
     """
 
     images: int
     views: int
     blocks: tuple[int, ...]
     pixels: str
-    images_per_second: float
-    hours: float
     epochs: int
-    online_hours: float
-    break_even_students: int
+    images_per_second: float | None
+    hours: float | None
+    caching_bottleneck: str | None
+    training_bottleneck: str | None
+    students: list[StudentCost]
+    break_even_students: int | None
+    verdict: str
+    targets: str
+    stages: list[Stage]
+    written_bytes: int
     tail_bytes: int
     free_bytes: int | None
     chosen: PlanOption
@@ -90,133 +140,153 @@ class PlanResult:
 
 
 def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
-    """Run the teacher for some seconds; nothing is written. out: where the cache would lie.
+    """Run the real stages for some seconds in a temporary place beside `out`. out: where the cache would be.
 
-    Images are read from memory after the first time, so a slow disk can make the real run slower. Raises UserError for
-    whatever the user can mend.
+    seconds: how long caching runs, and how long the disk is written to at most; each other stage has a quarter of it.
+    0: only bytes are measured. Without `out` nothing is known of a disk, and so of no hours with a cache. Raises
+    UserError for whatever the user can fix.
     """
     check_codec(config.cache.codec)
-    images = index_shards(shards, config.cache.on_error)
-    rng = np.random.default_rng(0)
-    chosen = np.sort(rng.choice(len(images), min(len(images), _IMAGES), replace=False))
-    few = images.select(chosen)
+    listed = index_shards(shards, config.cache.on_error)
     vit = load_teacher(config.teacher)
-    accelerator = make_accelerator(config.cache.precision)
-    vit.model.to(accelerator.device)
-    extract = Extractor(config, vit, accelerator)
-    blocks = tuple(resolve_blocks(config.cache.blocks, extract.teacher.depth))
-    addition = Addition(blocks, few, 0, config.views.count)
-    manifest = describe(config, addition, extract.teacher)
-    rows = Rows.of(manifest, few)
-
-    records = rng.permutation(len(rows))
-    with ImageFile(few) as files, decoding_quietly():
-        sides = {extract.teacher.image_size} | ({manifest.pixels.size} if manifest.pixels is not None else set())
-        read = RowReader(rows, files, manifest.view_form, sides, config.cache.on_error)
-        features = sample_features(extract, read, records, blocks)
-        calibration = {b: calibrate(x, extract.teacher.prefix_tokens) for b, x in features.items()}
-        encode = Encoder(manifest, rows, calibration)
-        say(f"the teacher runs for {seconds:g} s")
-        rate = measure_rate(extract, encode, read, records, blocks, seconds)
-        sample = records[: len(features[blocks[0]])]
-        pixels = encode.load(read, sample).extra.get(PIXELS)
-    probe = Probe(
-        config=config,
-        extract=extract,
-        addition=addition,
-        rows=rows,
-        images=len(images),
-        sample=sample,
-        features=features,
-        calibration=calibration,
-        pixel_bytes=0.0 if pixels is None else sum(packed([(PIXELS, pixels)], manifest, len(sample)).values()),
-        free=None if out is None or is_remote(out) else free_bytes(Path(out)),
-        tail_bytes=sum(map(tensor_size, tail_state(vit.model.state_dict(), blocks[0]).values())),
-    )
-    codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
-    shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
-    options = [option for codec in codecs for option in probe.options(codec, shares)]
-    own = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
+    blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
+    device = make_accelerator(config.cache.precision).device
+    with ExitStack() as stack:
+        place = stack.enter_context(scratch(out)) if out is not None else None
+        local = Path(place) if place is not None and not is_remote(place) else None
+        if local is not None:
+            local.mkdir(exist_ok=True)
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
+        images = draw_images(config, listed)
+        sample = Sample(config, images, stack.enter_context(ImageFile(images)))
+        teacher = Teacher(config, vit, blocks, device)
+        features = sample_features(config, sample, teacher)
+        calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}
+        pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
+        free = free_bytes(Path(out)) if out is not None and local is not None else None
+        scale = Scale(config, vit, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
+        shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
+        codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
+        options = [option for codec in codecs for option in scale.options(codec, shares)]
+        chosen = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
+        speeds = no_speeds("--seconds 0")
+        if seconds > 0:
+            store = open_store(place) if place is not None else None
+            speeds = measure_speeds(listed, sample, teacher, calibration, pilot, store, free, chosen.bytes, seconds)
     fitting = [o for o in options if o.fits]
-    epochs, views = config.distill.epochs, config.views.count
     return PlanResult(
-        images=len(images),
-        views=views,
+        images=len(listed),
+        views=config.views.count,
         blocks=blocks,
         pixels=config.views.pixels,
-        images_per_second=rate,
-        hours=len(images) * views / rate / 3600,
-        epochs=epochs,
-        online_hours=len(images) * epochs / rate / 3600,
-        break_even_students=-(-views // epochs),
-        tail_bytes=probe.tail_bytes,
-        free_bytes=probe.free,
-        chosen=own,
+        epochs=config.distill.epochs,
+        **judge(Work(len(listed), config.views.count, config.distill.epochs), speeds, chosen.bytes),
+        tail_bytes=scale.tail_bytes,
+        free_bytes=free,
+        chosen=chosen,
         best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
         options=options,
     )
 
 
-def sample_features(
-    extract: Extractor, read: RowReader, records: np.ndarray, blocks: Sequence[int]
-) -> dict[int, Tensor]:
-    """{block: features (n, N, d)} of the first of some records, on the teacher's device."""
-    teacher, size = extract.teacher, extract.config.cache.batch_size
-    record_bytes = 4 * len(blocks) * (teacher.prefix_tokens + teacher.patches) * teacher.width
-    count = min(len(records), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
+    """The fields of a PlanResult that follow from speeds. cache_bytes: of the whole cache."""
+    caching, training = speeds.caching, speeds.training
+    # Features that are written overlap with those that are computed, but the disk tires only after gigabytes.
+    together = slowest([caching["caching"], caching["images"], caching["writing"]])
+    parts = {name: rate for name, rate in caching.items() if name != "caching"}
+    in_memory = cache_bytes <= memory_bytes()
+    hours = caching_hours(work, together, speeds.setup_seconds)
+    cached = cached_hours(work, training["cached"], training["reading"], in_memory)
+    online = online_hours(work, training["online"])
+    of_student = {name: training[name] for name in ("reading", "student images", "student")}
+    return {
+        "images_per_second": together.per_second,
+        "hours": hours,
+        "caching_bottleneck": bottleneck(parts, together),
+        "training_bottleneck": bottleneck(of_student, training["cached"]),
+        "students": student_costs(hours, cached, online),
+        "break_even_students": break_even(hours, cached, online),
+        "verdict": verdict(hours, cached, online),
+        "targets": speeds.targets,
+        "stages": [Stage.of(name, rate) for name, rate in {**caching, **training}.items()],
+        "written_bytes": speeds.written_bytes,
+    }
+
+
+def draw_images(config: Config, listed: Images) -> Images:
+    """Some of the images, from all over the shards; broken ones are left out if they are to be skipped."""
+    chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
+    images = listed.select(chosen)
+    if config.cache.on_error == "fail":
+        return images
+    with ImageFile(images) as files:
+        whole = [n for n in range(len(images)) if readable(files, n)]
+    if not whole:
+        raise UserError(f"none of {len(images)} images can be decoded, the first of them {images.keys[0]!r}")
+    return images.select(np.array(whole))
+
+
+def readable(files: ImageFile, number: int) -> bool:
+    try:
+        files.read(number)
+    except UserError:
+        return False
+    return True
+
+
+def sample_features(config: Config, sample: Sample, teacher: Teacher) -> dict[int, Tensor]:
+    """{block: features (n, N, d)} of some records, on the teacher's device. Raises UserError if they are not finite."""
+    vit, size = teacher.vit, config.cache.batch_size
+    tokens = vit.prefix + vit.grid[0] * vit.grid[1]
+    record_bytes = 4 * len(teacher.blocks) * tokens * vit.width
+    count = min(len(sample), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+    (records, *_) = sample.batches(count)
     outputs = []
-    for batch in np.split(records[:count], range(size, count, size)):
-        outputs.append(extract.features(read(batch).pixels[teacher.image_size], blocks))
-        check_finite(outputs[-1], batch, read.rows.key)
-    return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
+    for start in range(0, count, size):
+        views = sample.load(records[start : start + size], vit.image_size)
+        outputs.append(teacher(views))
+    features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
+    for block, x in features.items():
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bad.any():
+            key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
+            raise UserError(
+                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
+            )
+    return features
 
 
-def measure_rate(
-    extract: Extractor,
-    encode: Encoder,
-    read: RowReader,
-    records: np.ndarray,
-    blocks: Sequence[int],
-    seconds: float,
-) -> float:
-    """Records a second that are decoded, run through the teacher and encoded."""
-    size = extract.config.cache.batch_size
-    batches = np.split(records, range(size, len(records), size))
-    done, start = 0, time.perf_counter()
+class Scale:
+    """Weighs a cache for each way to store the features.
 
-    def store(features: dict[int, Tensor], batch: Batch) -> None:
-        for _, values in encode(features, batch):
-            values.to("cpu")
+    images: of the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a small cache
+    with so many records, for all that is no feature; free: bytes of the disk, None if not known.
+    """
 
-    with Behind(store, "encode") as behind:
-        for batch in prefetch(lambda r: encode.load(read, r), cycle(batches), extract.config.cache.workers):
-            behind(extract.features(batch.pixels, blocks), batch)
-            done += len(batch.records)
-            if time.perf_counter() - start >= seconds:
-                break
-    return done / (time.perf_counter() - start)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is measured once for all options. addition, rows: images drawn; sample: records that `features` are of."""
-
-    config: Config
-    extract: Extractor
-    addition: Addition
-    rows: Rows
-    images: int
-    sample: np.ndarray
-    features: Mapping[int, Tensor]
-    calibration: Mapping[int, Calibration]
-    pixel_bytes: float
-    free: int | None
-    tail_bytes: int
+    def __init__(
+        self,
+        config: Config,
+        vit: Backbone,
+        images: int,
+        features: Mapping[int, Tensor],
+        calibration: Mapping[int, Calibration],
+        sizes: Mapping[str, int],
+        records: int,
+        free: int | None,
+    ) -> None:
+        self.config, self.vit, self.images, self.free = config, vit, images, free
+        self._features, self._calibration = features, calibration
+        self.tail_bytes = sizes[TAIL]
+        fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
+        growing = {name: size for name, size in sizes.items() if name not in fixed}
+        other = sum(size for name, size in growing.items() if not name.startswith((f"{FEATURES}/", f"{POSITIONS}/")))
+        self._fixed, self._other = sum(fixed.values()), other / records
 
     def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
         """One for every share of tokens; none if a codec that is not the chosen one cannot hold these features."""
         try:
-            measured = [fidelity(CODECS[codec], x, self.calibration[b]) for b, x in self.features.items()]
+            measured = [fidelity(CODECS[codec], x, self._calibration[b]) for b, x in self._features.items()]
             error = max(m["clean"]["relative_error"] for m in measured)
             return [self.option(codec, share, error) for share in shares]
         except UserError:  # beyond its range
@@ -225,27 +295,20 @@ class Probe:
             return []
 
     def option(self, codec: str, share: float, error: float) -> PlanOption:
-        cache = self.config.cache.model_copy(update={"codec": codec, "token_share": share})
-        teacher, views = self.extract.teacher, self.config.views.count
-        manifest = describe(self.config.model_copy(update={"cache": cache}), self.addition, teacher)
-        encode = Encoder(manifest, self.rows, self.calibration)
-        seen: Values = {VIEWS: torch.zeros(len(self.sample), manifest.view_form.itemsize, dtype=torch.uint8)}
-        batch = Batch(self.sample, torch.empty(0), {**seen, **encode.positions(self.sample)}, {})
-        arrays = packed(encode(dict(self.features), batch), manifest, len(self.sample))
-        of_features = sum(size for name, size in arrays.items() if name.startswith(FEATURES))
-        beside = sum(arrays.values()) - of_features + self.pixel_bytes
-        # The images drawn stand for all.
-        indexed = len(image_bytes(self.rows.images)) / len(self.rows) + manifest.view_form.itemsize
-        fixed = self.fixed_bytes(manifest)
+        views, blocks = self.config.views.count, len(self._features)
+        patches = self.vit.grid[0] * self.vit.grid[1]
+        stored = max(1, round(share * patches))
+        features = sum(self.block_bytes(codec, block, stored) for block in self._features)
+        beside = self._other + (2 * stored + _INDEX_ENTRY if stored < patches else 0)
 
-        def total(views: float, blocks: float) -> float:
-            return self.images * views * (of_features * blocks / len(manifest.blocks) + beside + indexed) + fixed
+        def total(views: float, count: float) -> float:
+            return self.images * views * (features * count / blocks + beside) + self._fixed
 
-        whole, an_image = round(total(views, len(manifest.blocks))), round(views * of_features)
+        whole, an_image = round(total(views, blocks)), round(views * features)
         if self.free is None:
             return PlanOption(codec, share, error, an_image, whole, None, None, None)
         room = _USABLE * self.free
-        a_view = total(1, len(manifest.blocks)) - fixed
+        a_view = total(1, blocks) - self._fixed
         a_block = total(views, 1) - total(views, 0)
         return PlanOption(
             codec=codec,
@@ -254,36 +317,28 @@ class Probe:
             bytes_per_image=an_image,
             bytes=whole,
             fits=whole <= room,
-            max_views=max(0, int((room - fixed) / a_view)),
-            max_blocks=max(0, min(teacher.depth, int((room - total(views, 0)) / a_block))),
+            max_views=max(0, int((room - self._fixed) / a_view)),
+            max_blocks=max(0, min(depth(self.vit.model), int((room - total(views, 0)) / a_block))),
         )
 
-    def fixed_bytes(self, manifest: Manifest) -> int:
-        """Of what does not grow with the images: mostly the end of the teacher."""
-        calibration = [t for c in self.calibration.values() for t in c.tensors().values()]
-        compression = {name: manifest.compression(name) for name in manifest.arrays()}
-        small = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
-        return self.tail_bytes + sum(map(tensor_size, calibration)) + sum(map(len, small.values()))
-
-
-def tensor_size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def packed(values: Iterable[tuple[str, Tensor | Ragged]], manifest: Manifest, records: int) -> dict[str, float]:
-    """{array: stored bytes a record} of the values of so many records, given in parts."""
-    sizes: dict[str, float] = {}
-    for name, part in values:
-        stored = part.to("cpu") if isinstance(part, Ragged) else part.cpu().numpy()
-        count = len(stored.lengths) if isinstance(stored, Ragged) else len(stored)
-        pieces = pack_shard(stored, count, manifest.compression(name))
-        sizes[name] = sizes.get(name, 0.0) + (sum(map(len, pieces)) - _END_OF_SHARD) / records
-    return sizes
+    def block_bytes(self, codec: str, block: int, stored: int) -> float:
+        """Stored bytes of a record's features of a block, of so many patches."""
+        x, prefix = self._features[block], self.vit.prefix
+        patches = x.shape[1] - prefix
+        if stored < patches:
+            generator = torch.Generator().manual_seed(0)
+            drawn = [torch.randperm(patches, generator=generator)[:stored].sort().values for _ in range(len(x))]
+            x = take_patches(x, prefix, torch.stack(drawn).to(x.device))
+        size = 0.0
+        for few in few_records(x):
+            for values in CODECS[codec].encode(few, self._calibration[block]).values():
+                ragged = isinstance(values, Ragged)
+                on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
+                pieces = pack_shard(on_host, len(few), "none" if ragged else self.config.cache.lossless)
+                size += sum(map(len, pieces)) - _END_OF_SHARD
+        return size / len(x)
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder lies or will lie."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Of the disk on which a folder is or will be."""
+    return shutil.disk_usage(existing(folder)).free
