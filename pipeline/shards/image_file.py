@@ -2,7 +2,6 @@
 
 import io
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.images import Images
-from pipeline.stores import allow_open_files
+from pipeline.stores import Opened, OpenFile
 from singer.errors import UserError
 
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
@@ -22,16 +21,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageFile:
-    """Reads images of `Images` by number; safe to share between threads, opens a shard once.
+    """Reads images of `Images` by number; safe to share between threads.
 
     what: the word for them in messages.
     """
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
-        allow_open_files(len(images.paths))
-        self._lock = threading.Lock()
-        self._files: dict[int, int] = {}
+        self._files = self._closed()
+        # Of every shard when it was first opened.
+        self._stamps: dict[int, tuple[int, int]] = {}
 
     def read(self, number: int) -> Image.Image:
         """Image `number`, RGB. Raises UserError naming key and shard if it cannot be decoded."""
@@ -57,24 +56,24 @@ class ImageFile:
         where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
         size = size if most is None else min(size, most)
-        data = os.pread(self._descriptor(shard), size, offset)
+        file = self._files[shard]
+        try:
+            with Opened((file,)) as (descriptor,):
+                data, stamp = os.pread(descriptor, size, offset), file.stamp
+        except OSError as error:
+            raise UserError(f"shard {file.path}: {error.strerror}") from None
+        # It may have been closed and opened again since, and in another file these places hold something else.
+        if self._stamps.setdefault(shard, stamp) != stamp:
+            raise UserError(f"{where}: the shard has changed since this run began; start it again")
         if len(data) < size:
             raise UserError(f"{where}: the shard ends {size - len(data)} bytes too early")
         return data, where
 
-    def _descriptor(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                try:
-                    self._files[shard] = os.open(self.images.paths[shard], os.O_RDONLY)
-                except OSError as error:
-                    raise UserError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
-            return self._files[shard]
-
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._files = self._closed()
+
+    def _closed(self) -> list[OpenFile]:
+        return [OpenFile(path) for path in self.images.paths]
 
     def __enter__(self) -> "ImageFile":
         return self

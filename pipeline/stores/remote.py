@@ -5,15 +5,17 @@ GOOGLE_APPLICATION_CREDENTIALS ...).
 """
 
 import re
+import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import from_url
 
 from pipeline.logs import is_log
@@ -22,7 +24,10 @@ from pipeline.stores.base import LOCK, Ranges, missing, too_short
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
+    from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+Result = TypeVar("Result")
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 # Whatever is larger travels in pieces of so many bytes, several at once: none takes long, and a lost one costs little.
@@ -36,8 +41,25 @@ _RETRY: "RetryConfig" = {
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+# For what the client's own retries do not fix: an object that is replaced while its pieces come, a list or an error
+# that is cut off, and an upload that the store no longer knows, as it completed it (the answer was lost) or gave it up.
+_TRIES = 3
+_PASSING = re.compile("response body error|<Code>NoSuchUpload</Code>")
 # Plain HTTP is spoken only where the environment names such an endpoint.
-_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s", "allow_http": True}
+_CLIENT: "ClientConfig" = {
+    "connect_timeout": "5s",
+    "read_timeout": "30s",
+    "timeout": "60s",
+    "allow_http": True,
+    "pool_max_idle_per_host": "16",
+}
+
+
+@cache
+def _requests_at_once() -> threading.BoundedSemaphore:
+    """For the whole process, as each request takes a descriptor: an eighth of what the user's soft limit allows."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return threading.BoundedSemaphore(64 if soft == resource.RLIM_INFINITY else max(1, min(64, soft // 8)))
 
 
 class RemoteStore:
@@ -65,30 +87,38 @@ class RemoteStore:
         return self._url
 
     def read(self, name: str) -> bytes:
-        key = self._prefix + name
-        with self._one_line(name):
-            found = obstore.get(self._client, key)
-            size = found.meta["size"]
-            if size <= _PIECE:
-                return bytes(found.bytes())
-            del found  # unread
+        return self._repeat(lambda: self._read(name), name)
 
-            def piece(start: int) -> memoryview:
-                return memoryview(obstore.get_range(self._client, key, start=start, end=min(start + _PIECE, size)))
+    def _read(self, name: str) -> bytes:
+        found = obstore.get(self._client, self._prefix + name)
+        size, version = found.meta["size"], found.meta["e_tag"]
+        if size <= _PIECE:
+            return bytes(found.bytes())
+        del found  # unread
 
-            with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-                return b"".join(pool.map(piece, range(0, size, _PIECE)))
+        def piece(start: int) -> memoryview:
+            return self._range(name, start, min(start + _PIECE, size), version)
+
+        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+            return b"".join(pool.map(piece, range(0, size, _PIECE)))
+
+    def _range(self, name: str, start: int, end: int, version: str | None = None) -> memoryview:
+        """Bytes `start` to `end` of an object, all of them, and of this version if one is given."""
+        options: GetOptions = {"range": (start, end)}
+        if version is not None:
+            options["if_match"] = version
+        with _requests_at_once():
+            data = memoryview(obstore.get(self._client, self._prefix + name, options=options).bytes())
+        if len(data) != end - start:
+            raise too_short(f"{self._url}/{name}")
+        return data
 
     def read_ranges(self, ranges: Ranges) -> None:
         def fetch(group: Sequence[_Range]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
-            with self._one_line(name):
-                data = memoryview(obstore.get_range(self._client, self._prefix + name, start=start, end=end))
+            data = self._repeat(lambda: self._range(name, start, end), name)
             for r in group:
-                found = data[r.start - start : r.end - start]
-                if len(found) != r.end - r.start:
-                    raise too_short(f"{self._url}/{name}")
-                whole[r.place : r.place + len(found)] = found
+                whole[r.place : r.place + r.end - r.start] = data[r.start - start : r.end - start]
 
         names, which, offsets, lengths, out, places = ranges
         whole = out.data
@@ -104,7 +134,8 @@ class RemoteStore:
         locks.check(self._url)
         # The pieces of a large object become one in a single step of the store, when it has them all.
         large = sum(map(len, parts)) > _PIECE
-        with self._one_line(name):
+
+        def put() -> None:
             obstore.put(
                 self._client,
                 self._prefix + name,
@@ -114,26 +145,29 @@ class RemoteStore:
                 max_concurrency=_PIECES_AT_ONCE,
             )
 
+        self._repeat(put, name)
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         return {name: size for name, size in self._everything(prefix).items() if not is_log(name)}
 
     def _everything(self, prefix: str = "") -> dict[str, int]:
         """Logs too."""
-        start = len(self._prefix)
-        with self._one_line():
+
+        def found() -> dict[str, int]:
             batches = obstore.list(self._client, prefix=self._prefix + prefix or None)
-            found = {entry["path"][start:]: entry["size"] for batch in batches for entry in batch}
-        return {name: size for name, size in found.items() if name != LOCK}
+            return {entry["path"][start:]: entry["size"] for batch in batches for entry in batch}
+
+        start = len(self._prefix)
+        return {name: size for name, size in self._repeat(found).items() if name != LOCK}
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._one_line(name):
-            obstore.delete(self._client, self._prefix + name)
+        with suppress(FileNotFoundError):
+            self._repeat(lambda: obstore.delete(self._client, self._prefix + name), name)
 
     def clear(self, last: str = "") -> None:
         names = self._everything()
         if others := [self._prefix + name for name in names if name != last]:
-            with self._one_line():
-                obstore.delete(self._client, others)
+            self._repeat(lambda: obstore.delete(self._client, others))
         if last in names:
             self.remove(last)
 
@@ -183,6 +217,17 @@ class RemoteStore:
         finally:
             released.set()
             locks.lost.discard(self._url)
+
+    def _repeat(self, action: Callable[[], Result], name: str = "") -> Result:
+        """Do again what the client's own retries do not fix. Raises errors of one line."""
+        with self._one_line(name):
+            for _ in range(_TRIES - 1):
+                try:
+                    return action()
+                except (BaseError, FileNotFoundError) as error:
+                    if not isinstance(error, PreconditionError) and not _PASSING.search(str(error)):
+                        raise
+            return action()
 
     @contextmanager
     def _one_line(self, name: str = "") -> Iterator[None]:

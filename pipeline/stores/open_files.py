@@ -1,0 +1,190 @@
+"""Files that stay open between reads. All readers of this process share one pool, which bounds how many are open."""
+
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+# More than the shards of ImageNet-1k, where the user's limit allows it.
+_MOST = 8192
+# Part of the user's soft limit; the rest is for sockets, files that are written, and whatever libraries open.
+_SHARE = 0.5
+
+
+class _Descriptor:
+    """A file's place in the pool. number: -1 while closed; stamp: (bytes, time of change in ns) when it was opened."""
+
+    __slots__ = ("number", "opening", "readers", "stamp")
+
+    def __init__(self) -> None:
+        self.number, self.stamp, self.readers = -1, (0, 0), 0
+        self.opening = threading.Lock()
+
+
+class Pool:
+    """Keeps at most `most` files open; closes those unused for longest first, and none that somebody reads.
+
+    most: default: half of the soft limit that the process has at first use, which is never raised.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._given = most
+        # In the order of their last use: what is open, or is being opened.
+        self._places: OrderedDict[_Descriptor, None] = OrderedDict()
+        # Nobody will ask for these again.
+        self._abandoned: deque[_Descriptor] = deque()
+        self.after_fork()
+
+    @cached_property
+    def most(self) -> int:
+        if self._given is not None:
+            return self._given
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, int(soft * _SHARE)))
+
+    @property
+    def group(self) -> int:
+        """How many files may be used at once: a quarter, so that several threads have theirs at the same time."""
+        return max(1, self.most // 4)
+
+    def after_fork(self) -> None:
+        """Free what other threads of the parent used or locked: they are not in the child.
+
+        Descriptors are copies: to close one here closes none of the parent. Positions are given with each read.
+        """
+        self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
+        # Files in use, counted once for each use.
+        self._uses = 0
+        for file in list(self._places):
+            file.readers, file.opening = 0, threading.Lock()
+            if file.number < 0:
+                del self._places[file]
+
+    def acquire(self, files: "Sequence[OpenFile]") -> list[int]:
+        """The descriptors of the files, open until `release`. Waits while others use too many.
+
+        Raises OSError naming a file that cannot be opened; then none is held.
+        """
+        with self._lock:
+            while self._uses + len(files) > self.most:
+                self._released.wait()
+            self._uses += len(files)
+            self._close_abandoned()
+            for file in files:
+                place = file.place
+                # One of the places is idle, as there are no more uses than places.
+                if place not in self._places and len(self._places) >= self.most:
+                    self._close_idle()
+                self._places[place] = None
+                self._places.move_to_end(place)
+                place.readers += 1
+        try:
+            for file in files:
+                if file.place.number < 0:
+                    self._open(file)
+        except BaseException:
+            self.release(files)
+            raise
+        return [file.place.number for file in files]
+
+    def release(self, files: "Sequence[OpenFile]") -> None:
+        with self._lock:
+            self._uses -= len(files)
+            for file in files:
+                place = file.place
+                place.readers -= 1
+                if place.number < 0 and not place.readers:  # could not be opened
+                    del self._places[place]
+            self._released.notify_all()
+
+    def abandon(self, place: _Descriptor) -> None:
+        """Close a file that nobody refers to any more, now or at the next use of the pool.
+
+        Garbage is collected at any moment, also in a thread that holds the lock.
+        """
+        self._abandoned.append(place)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_abandoned()
+            finally:
+                self._lock.release()
+
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self._close(self._abandoned.popleft())
+
+    def _close_idle(self) -> bool:
+        """Close the file that nobody has used for longest; False if all are in use."""
+        idle = next((place for place in self._places if not place.readers), None)
+        if idle is not None:
+            self._close(idle)
+        return idle is not None
+
+    def _close(self, place: _Descriptor) -> None:
+        self._places.pop(place, None)
+        number, place.number = place.number, -1
+        if number >= 0:
+            os.close(number)
+
+    def _open(self, file: "OpenFile") -> None:
+        """Open a file that has a place. The lock is not held: a network's file system may take its time."""
+        place = file.place
+        with place.opening:
+            while place.number < 0:
+                try:
+                    number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    # Others in this process have taken more than their share.
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    with self._lock:
+                        if not self._close_idle():
+                            raise
+                else:
+                    found = os.fstat(number)
+                    place.stamp = found.st_size, found.st_mtime_ns
+                    place.number = number
+
+
+shared = Pool()
+os.register_at_fork(after_in_child=shared.after_fork)
+
+
+class OpenFile:
+    """A file that is opened when it is used, and stays open while its pool has room and somebody refers to it.
+
+    Safe to share between threads, and in a child of fork(2).
+    """
+
+    __slots__ = ("path", "place", "pool")
+
+    def __init__(self, path: Path, pool: Pool = shared) -> None:
+        self.path, self.pool, self.place = path, pool, _Descriptor()
+
+    def __del__(self) -> None:
+        self.pool.abandon(self.place)
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """(bytes, time of change in ns) when it was opened; constant while it is used."""
+        return self.place.stamp
+
+
+class Opened:
+    """`with Opened(files) as numbers`: the descriptors of up to `group` files of one pool. Not to be nested."""
+
+    __slots__ = ("_files", "_pool")
+
+    def __init__(self, files: Sequence[OpenFile]) -> None:
+        self._files, self._pool = files, files[0].pool
+
+    def __enter__(self) -> list[int]:
+        return self._pool.acquire(self._files)
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.release(self._files)
