@@ -317,19 +317,6 @@ def test_files_stay_open_only_as_long_as_needed(tmp_path: Path) -> None:
     assert count() == 0
 
 
-def test_many_files(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_now = len(list(Path("/proc/self/fd").iterdir()))
-    store = LocalStore(tmp_path)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
-    try:
-        for i in range(40):
-            store.write(f"{i}", b"%d" % (i % 10))
-            assert ranges(store, f"{i}", [0], [1]) == [b"%d" % (i % 10)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def kill_while_writing(code: str) -> None:
     """Run it in a process that dies by SIGKILL where it would make its bytes durable."""
     start = "import os, signal; from pathlib import Path; from pipeline.stores import *\n"

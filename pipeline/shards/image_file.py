@@ -2,7 +2,6 @@
 
 import io
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.images import Images
-from pipeline.stores import allow_open_files
+from pipeline.stores import OpenFiles
 from singer.errors import UserError
 
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
@@ -22,16 +21,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageFile:
-    """Reads images of `Images` by number; safe to share between threads, opens a shard once.
+    """Reads images of `Images` by number; safe to share between threads.
 
     what: the word for them in messages.
     """
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
-        allow_open_files(len(images.paths))
-        self._lock = threading.Lock()
-        self._files: dict[int, int] = {}
+        self._files: OpenFiles[int] = OpenFiles(images.paths.__getitem__)
+        # Bytes and time of change of every shard when it was first opened.
+        self._stamps: dict[int, tuple[int, int]] = {}
 
     def read(self, number: int) -> Image.Image:
         """Image `number`, RGB. Raises UserError naming key and shard if it cannot be decoded."""
@@ -57,24 +56,21 @@ class ImageFile:
         where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
         size = size if most is None else min(size, most)
-        data = os.pread(self._descriptor(shard), size, offset)
+        try:
+            with self._files.use([shard]) as (file,):
+                data, found = os.pread(file, size, offset), os.fstat(file)
+        except OSError as error:
+            raise UserError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
+        # A shard may have been closed meanwhile, and the places of another file's images are others.
+        stamp = found.st_size, found.st_mtime_ns
+        if self._stamps.setdefault(shard, stamp) != stamp:
+            raise UserError(f"{where}: the shard has changed since this run began; start it again")
         if len(data) < size:
             raise UserError(f"{where}: the shard ends {size - len(data)} bytes too early")
         return data, where
 
-    def _descriptor(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                try:
-                    self._files[shard] = os.open(self.images.paths[shard], os.O_RDONLY)
-                except OSError as error:
-                    raise UserError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
-            return self._files[shard]
-
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self._files.close()
 
     def __enter__(self) -> "ImageFile":
         return self

@@ -6,20 +6,21 @@ Objects are written whole and appear all at once; they are read whole or by byte
 from pathlib import Path
 
 from pipeline.stores.base import LOCK, Place, Ranges, Store, is_remote
-from pipeline.stores.files import allow_open_files, write_atomic
+from pipeline.stores.files import write_atomic
 from pipeline.stores.local import LocalStore
+from pipeline.stores.open_files import OpenFiles
 from pipeline.stores.remote import RemoteStore
 from pipeline.stores.through import ReadThrough
 
 __all__ = [
     "LOCK",
     "LocalStore",
+    "OpenFiles",
     "Place",
     "Ranges",
     "ReadThrough",
     "RemoteStore",
     "Store",
-    "allow_open_files",
     "is_remote",
     "open_store",
     "write_atomic",

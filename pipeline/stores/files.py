@@ -1,14 +1,10 @@
-"""Files that are written whole, and how many may be open."""
+"""Files that are written whole."""
 
 import os
-import resource
 import threading
 from pathlib import Path
 
-from singer.errors import UserError
-
 TEMPORARY = ".singer-tmp"
-_OTHER_FILES = 256
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
@@ -48,13 +44,3 @@ def is_at(file: int, path: Path) -> bool:
         return os.fstat(file).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
-
-
-def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files to what `count` shards need, as far as the hard limit allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
-            raise UserError(f"{count} shards are more than the {hard} files that this system lets a process open")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, min(2 * soft, hard)), hard))

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,30 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.stores.base import Ranges, missing
-from pipeline.stores.files import TEMPORARY, allow_open_files, is_at, write_atomic
+from pipeline.stores.files import TEMPORARY, is_at, write_atomic
+from pipeline.stores.open_files import OpenFiles
 from pipeline.stores.scattered import read_scattered
 from singer.errors import UserError
 
 
-class _File:
-    """An open file that closes when nobody reads from it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
-
-
 class LocalStore:
-    """A folder. Files that are read by ranges stay open until this very store replaces or removes them."""
+    """A folder. Files that are read by ranges stay open, if there is room, until this very store replaces them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._guard = threading.Lock()
-        self._files: dict[str, _File] = {}
+        self._files: OpenFiles[str] = OpenFiles(path.joinpath)
 
     @property
     def url(self) -> str:
@@ -48,31 +35,34 @@ class LocalStore:
 
     def read_ranges(self, ranges: Ranges) -> None:
         names, which, offsets, lengths, out, places = ranges
-        needed = {n: self._open(names[n]) for n in np.unique(which).tolist()}
-        files = np.zeros(len(names), np.int64)
-        files[list(needed)] = [file.number for file in needed.values()]
-        read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
+        needed = np.unique(which).tolist()
+        for start in range(0, len(needed), self._files.group):
+            group = needed[start : start + self._files.group]
+            if len(group) < len(needed):
+                own = (which >= group[0]) & (which <= group[-1])
+                self._read_group(group, Ranges(names, which[own], offsets[own], lengths[own], out, places[own]))
+            else:
+                self._read_group(group, ranges)
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, *parts)
-        self._forget(name)
+        self._files.forget(name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         return {name: size for name, size in self._everything(prefix) if not name.endswith(TEMPORARY)}
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
-        self._forget(name)
+        self._files.forget(name)
 
     def clear(self, last: str = "") -> None:
         if self.path.exists():
             # Away in one step: a half-removed folder could not be told from a stranger's.
             self.path.rename(self._removed)
             shutil.rmtree(self._removed)
-        with self._guard:
-            self._files.clear()
+        self._files.close()
 
     def child(self, name: str) -> "LocalStore":
         return LocalStore(self.path / name)
@@ -121,17 +111,13 @@ class LocalStore:
                     with suppress(FileNotFoundError):  # renamed meanwhile by a writer
                         yield entry.path[start:], entry.stat().st_size
 
-    def _open(self, name: str) -> _File:
-        with self._guard:
-            if name not in self._files:
-                allow_open_files(len(self._files) + 1)
-                try:
-                    self._files[name] = _File(self.path / name)
-                except (FileNotFoundError, NotADirectoryError):
-                    raise missing(self.path / name) from None
-            return self._files[name]
-
-    def _forget(self, name: str) -> None:
-        """The next read opens the new file; those under way finish with the old one."""
-        with self._guard:
-            self._files.pop(name, None)
+    def _read_group(self, group: list[int], ranges: Ranges) -> None:
+        """Read from so few objects that all can be open."""
+        names, which, offsets, lengths, out, places = ranges
+        try:
+            with self._files.use([names[n] for n in group]) as numbers:
+                files = np.zeros(len(names), np.int64)
+                files[group] = numbers
+                read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise missing(error.filename) from None
