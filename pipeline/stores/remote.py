@@ -5,15 +5,17 @@ GOOGLE_APPLICATION_CREDENTIALS ...).
 """
 
 import re
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import from_url
 
 from pipeline.stores import locks
@@ -21,6 +23,7 @@ from pipeline.stores.base import LOCK, Ranges, missing, too_short
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
+    from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
@@ -35,8 +38,18 @@ _RETRY: "RetryConfig" = {
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+# Of what the client's own retries do not mend: short answers, an object replaced while it is read, a lost upload.
+_TRIES = 3
 # Plain HTTP is spoken only where the environment names such an endpoint.
 _CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s", "allow_http": True}
+_CLIENT["pool_max_idle_per_host"] = "16"
+
+
+@cache
+def _requests_at_once() -> threading.BoundedSemaphore:
+    """For the whole process, as each request takes a descriptor: an eighth of what the user's soft limit allows."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return threading.BoundedSemaphore(64 if soft == resource.RLIM_INFINITY else max(1, min(64, soft // 8)))
 
 
 class RemoteStore:
@@ -64,30 +77,45 @@ class RemoteStore:
         return self._url
 
     def read(self, name: str) -> bytes:
-        key = self._prefix + name
         with self._one_line(name):
-            found = obstore.get(self._client, key)
-            size = found.meta["size"]
-            if size <= _PIECE:
-                return bytes(found.bytes())
-            del found  # unread
+            for _ in range(_TRIES - 1):
+                with suppress(PreconditionError):  # replaced by another version while its pieces came
+                    return self._read(name)
+            return self._read(name)
 
-            def piece(start: int) -> memoryview:
-                return memoryview(obstore.get_range(self._client, key, start=start, end=min(start + _PIECE, size)))
+    def _read(self, name: str) -> bytes:
+        """Raises PreconditionError if the object is replaced meanwhile."""
+        found = obstore.get(self._client, self._prefix + name)
+        size, version = found.meta["size"], found.meta["e_tag"]
+        if size <= _PIECE:
+            return bytes(found.bytes())
+        del found  # unread
 
-            with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
-                return b"".join(pool.map(piece, range(0, size, _PIECE)))
+        def piece(start: int) -> memoryview:
+            return self._range(name, start, min(start + _PIECE, size), version)
+
+        with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+            return b"".join(pool.map(piece, range(0, size, _PIECE)))
+
+    def _range(self, name: str, start: int, end: int, version: str | None = None) -> memoryview:
+        """Bytes `start` to `end` of an object, all of them. Raises UserError if it ends before."""
+        options: GetOptions = {"range": (start, end)}
+        if version is not None:
+            options["if_match"] = version
+        for _ in range(_TRIES):
+            with _requests_at_once():
+                data = memoryview(obstore.get(self._client, self._prefix + name, options=options).bytes())
+            if len(data) == end - start:
+                return data
+        raise too_short(f"{self._url}/{name}")
 
     def read_ranges(self, ranges: Ranges) -> None:
         def fetch(group: Sequence[_Range]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
             with self._one_line(name):
-                data = memoryview(obstore.get_range(self._client, self._prefix + name, start=start, end=end))
+                data = self._range(name, start, end)
             for r in group:
-                found = data[r.start - start : r.end - start]
-                if len(found) != r.end - r.start:
-                    raise too_short(f"{self._url}/{name}")
-                whole[r.place : r.place + len(found)] = found
+                whole[r.place : r.place + r.end - r.start] = data[r.start - start : r.end - start]
 
         names, which, offsets, lengths, out, places = ranges
         whole = out.data
@@ -104,14 +132,21 @@ class RemoteStore:
         # The pieces of a large object become one in a single step of the store, when it has them all.
         large = sum(map(len, parts)) > _PIECE
         with self._one_line(name):
-            obstore.put(
-                self._client,
-                self._prefix + name,
-                iter(parts) if large else b"".join(parts),
-                use_multipart=large,
-                chunk_size=_PIECE,
-                max_concurrency=_PIECES_AT_ONCE,
-            )
+            for last in (*[False] * (_TRIES - 1), True):
+                try:
+                    obstore.put(
+                        self._client,
+                        self._prefix + name,
+                        iter(parts) if large else b"".join(parts),
+                        use_multipart=large,
+                        chunk_size=_PIECE,
+                        max_concurrency=_PIECES_AT_ONCE,
+                    )
+                    return
+                except (BaseError, FileNotFoundError) as error:
+                    # The upload was completed, but the answer got lost; or the store gave it up. The same bytes again.
+                    if last or "<Code>NoSuchUpload</Code>" not in str(error):
+                        raise
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         start = len(self._prefix)

@@ -1,0 +1,255 @@
+"""Open files: one bounded pool for the process, whose readers never meet a wrong byte or too many open files."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import draw_images, make_vit, world_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import dump_config
+from pipeline.models import save_backbone
+from pipeline.prepare import prepare
+from pipeline.shards import ImageFile, index_shards
+from pipeline.stores import LocalStore, OpenFiles, Ranges, open_files
+from pipeline.stores.open_files import Pool
+from singer.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 256
+
+
+def open_below(folder: Path) -> int:
+    """How many descriptors this process has of files below a folder."""
+    count = 0
+    for file in Path("/proc/self/fd").iterdir():
+        try:
+            count += str(file.readlink()).startswith(f"{folder}/")
+        except FileNotFoundError:  # the one that lists them
+            continue
+    return count
+
+
+def read_first(files: OpenFiles[str], names: Sequence[str]) -> list[bytes]:
+    with files.use(names) as numbers:
+        return [os.pread(number, 100, 0) for number in numbers]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    most=st.integers(4, 12),
+    plans=st.lists(
+        st.lists(st.tuples(st.sampled_from(["read", "replace", "forget"]), st.integers(0, 14)), max_size=25),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_threads_share_the_pool(tmp_path: Path, most: int, plans: list[list[tuple[str, int]]]) -> None:
+    """Every read gives the file's own bytes, of its version at the beginning or a later one; no more are ever open."""
+    folder = tmp_path / "files"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    versions, guard = dict.fromkeys(range(15), 0), threading.Lock()
+    for n in versions:
+        (folder / f"{n}").write_bytes(b"%d:0" % n)
+    pool = Pool(most)
+    files: OpenFiles[str] = OpenFiles(folder.joinpath, pool)
+    wrong: list[object] = []
+
+    def run(plan: list[tuple[str, int]]) -> None:
+        for action, n in plan:
+            if action == "forget":
+                files.forget(f"{n}")
+            elif action == "replace":
+                with guard:
+                    version = versions[n] + 1
+                    unfinished = folder / f"new-{n}"
+                    unfinished.write_bytes(b"%d:%d" % (n, version))
+                    unfinished.replace(folder / f"{n}")
+                    files.forget(f"{n}")
+                    versions[n] = version
+            else:
+                wanted = sorted({(n + i) % 15 for i in range(pool.group)})
+                before = [versions[m] for m in wanted]
+                for m, least, data in zip(wanted, before, read_first(files, [f"{m}" for m in wanted]), strict=True):
+                    number, version = map(int, data.split(b":"))
+                    if number != m or version < least:
+                        wrong.append((m, least, data))
+                if len(pool._files) > most:
+                    wrong.append(len(pool._files))
+
+    with ThreadPoolExecutor(len(plans)) as threads:
+        list(threads.map(run, plans))
+    assert not wrong and open_below(folder) == len(pool._files) <= most
+    files.close()
+    assert open_below(folder) == len(pool._files) == 0
+
+
+def test_none_is_closed_while_it_is_read(tmp_path: Path) -> None:
+    """Who needs room waits until there is some."""
+    for n in range(4):
+        (tmp_path / f"{n}").write_bytes(b"%d" % n)
+    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, Pool(2))
+    with ThreadPoolExecutor(1) as thread:
+        with files.use(["0"]) as (first,):
+            files.forget("0")
+            assert read_first(files, ["1"]) == [b"1"] and read_first(files, ["2"]) == [b"2"]
+            with files.use(["3"]):
+                late = thread.submit(read_first, files, ["1"])
+                assert open_below(tmp_path) == 2 and not late.done()
+            assert late.result() == [b"1"] and os.pread(first, 1, 0) == b"0"
+        assert open_below(tmp_path) == 1
+
+
+def test_a_file_that_cannot_be_opened_leaves_no_trace(tmp_path: Path) -> None:
+    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, pool := Pool(4))
+    for _ in range(10):
+        with pytest.raises(FileNotFoundError) as caught:
+            read_first(files, ["a"])
+        assert caught.value.filename == str(tmp_path / "a") and not pool._files
+    (tmp_path / "a").write_bytes(b"1")
+    assert read_first(files, ["a"]) == [b"1"]
+
+
+def test_others_may_have_taken_all_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then one that nobody uses is closed instead."""
+    for n in range(9):
+        (tmp_path / f"{n}").write_bytes(b"%d" % n)
+    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, pool := Pool(100))
+    really = os.open
+
+    def limited(path: Path, flags: int) -> int:
+        if open_below(tmp_path) >= 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return really(path, flags)
+
+    monkeypatch.setattr(os, "open", limited)
+    assert [read_first(files, [f"{n}"]) for n in range(9)] == [[b"%d" % n] for n in range(9)]
+    with pytest.raises(OSError, match="Too many open files"):
+        read_first(files, ["0", "1", "2", "3"])
+    assert len(pool._files) <= 3 and read_first(files, ["5"]) == [b"5"]
+
+
+def test_a_batch_of_more_files_than_the_pool_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_files, "_pool", pool := Pool(8))
+    store = LocalStore(tmp_path)
+    store._files = OpenFiles(tmp_path.joinpath, pool)
+    names = [f"{n}" for n in range(30)]
+    for n in names:
+        store.write(n, f"{n:>4}".encode())
+    which = np.random.default_rng(0).permutation(60) % 30
+    zeros, sizes = np.zeros(60, np.int64), np.full(60, 4)
+
+    def read(_: int) -> bool:
+        out = np.empty(240, np.uint8)
+        store.read_ranges(Ranges(names, which, zeros, sizes, out, 4 * np.arange(60)))
+        return bool(out.tobytes() == b"".join(b"%4d" % n for n in which))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(20)))
+    assert open_below(tmp_path) <= 8
+
+
+def test_a_child_reads_while_the_parents_threads_did(tmp_path: Path) -> None:
+    """What other threads used at the time of fork(2) is free in the child, and no lock of theirs is held there."""
+    code = f"""
+import os, threading
+from pathlib import Path
+from pipeline.stores import OpenFiles, open_files
+pool = open_files._pool
+pool._given = 4
+files = OpenFiles(Path({str(tmp_path)!r}).joinpath)
+held, go = threading.Barrier(5), threading.Event()
+def hold(n):
+    with files.use([str(n)]):
+        held.wait()
+        go.wait()
+threads = [threading.Thread(target=hold, args=(n,)) for n in range(4)]
+for t in threads: t.start()
+held.wait()
+pool._changed.acquire()
+child = os.fork()
+if not child:
+    for n in range(8):
+        with files.use([str(n)]) as (number,):
+            assert os.pread(number, 9, 0) == str(n).encode() and len(pool._files) <= 4
+    os._exit(7)
+pool._changed.release()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+go.set()
+for t in threads: t.join()
+"""
+    for n in range(8):
+        (tmp_path / f"{n}").write_text(f"{n}")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=200)
+
+
+@pytest.mark.parametrize(("soft", "most"), [(256, 128), (1024, 512), (resource.RLIM_INFINITY, 8192), (1, 1)])
+def test_the_users_limit_decides_and_stays(soft: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
+    monkeypatch.delattr(resource, "setrlimit")
+    assert Pool().most == most
+
+
+def test_an_archive_that_changed_is_not_read(world: Path, tmp_path: Path) -> None:
+    """Its images' places were those of another file."""
+    shard = tmp_path / "a.tar"
+    shutil.copy(sorted((world / "train").glob("*.tar"))[0], shard)
+    with ImageFile(index_shards(str(shard))) as files:
+        first = files.encoded(0)
+        assert files.encoded(0) == first
+        other = tmp_path / "other"
+        other.write_bytes(bytes(shard.stat().st_size))
+        other.replace(shard)
+        files.close()  # as when another file needs its place
+        with pytest.raises(UserError, match=r"a\.tar: the shard has changed since this run began; start it again"):
+            files.encoded(0)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_with_few_descriptors(tmp_path: Path) -> None:
+    """More archives and more shards of a cache than the system lets a process open."""
+    teacher = make_vit()
+    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
+    draw_images(tmp_path / "images", 4, 75)
+    one = world_config(tmp_path, "prepare.shard_images=1")
+    prepare(one, tmp_path / "images", tmp_path / "train")
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(world_config(tmp_path, "distill.epochs=1", "refine.steps=5", "cache.workers=4")))
+    assert len(list((tmp_path / "train").glob("*.tar"))) > LIMIT
+
+    def singer(*arguments: object) -> None:
+        # Shards of a megabyte would need many more records.
+        code = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
+import pipeline.cache_teacher
+pipeline.cache_teacher._MAX_SHARD_RECORDS = 1
+import cli
+sys.argv = ["singer", *{list(map(str, arguments))!r}]
+cli.main()
+"""
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+    shards, cache = tmp_path / "train" / "*.tar", tmp_path / "cache"
+    make = "cache-teacher", "--config", config, "--shards", shards, "--out", cache
+    singer(*make)
+    singer(*make, "--append", "--set", "cache.blocks=[1]")
+    assert sum("/c/" in str(f) for f in cache.rglob("*") if f.is_file()) > 2 * LIMIT
+    adapters, run = tmp_path / "adapters", tmp_path / "run"
+    singer("refine", "--config", config, "--cache", cache, "--out", adapters)
+    singer("distill", "--config", config, "--cache", cache, "--adapters", adapters, "--out", run)
+    singer("cache", "verify", cache)
+    singer("inspect", cache, "--config", config, "--adapters", adapters, "--shards", shards)
+    singer("evaluate", run, "--config", config, "--train", shards, "--test", shards)
