@@ -21,7 +21,7 @@ from pipeline.config import dump_config
 from pipeline.models import save_backbone
 from pipeline.prepare import prepare
 from pipeline.shards import ImageFile, index_shards
-from pipeline.stores import LocalStore, OpenFiles, Ranges, open_files
+from pipeline.stores import LocalStore, Opened, OpenFile, Ranges
 from pipeline.stores.open_files import Pool
 from singer.errors import UserError
 
@@ -40,9 +40,17 @@ def open_below(folder: Path) -> int:
     return count
 
 
-def read_first(files: OpenFiles[str], names: Sequence[str]) -> list[bytes]:
-    with files.use(names) as numbers:
+def read(*files: OpenFile) -> list[bytes]:
+    with Opened(files) as numbers:
         return [os.pread(number, 100, 0) for number in numbers]
+
+
+def numbered(folder: Path, count: int, most: int) -> tuple[Pool, list[OpenFile]]:
+    """A pool, and files that hold their numbers."""
+    pool = Pool(most)
+    for n in range(count):
+        (folder / f"{n}").write_text(f"{n}")
+    return pool, [OpenFile(folder / f"{n}", pool) for n in range(count)]
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,69 +71,91 @@ def test_threads_share_the_pool(tmp_path: Path, most: int, plans: list[list[tupl
     for n in versions:
         (folder / f"{n}").write_bytes(b"%d:0" % n)
     pool = Pool(most)
-    files: OpenFiles[str] = OpenFiles(folder.joinpath, pool)
+    files = {n: OpenFile(folder / f"{n}", pool) for n in versions}
     wrong: list[object] = []
 
     def run(plan: list[tuple[str, int]]) -> None:
         for action, n in plan:
             if action == "forget":
-                files.forget(f"{n}")
+                files[n] = OpenFile(folder / f"{n}", pool)
             elif action == "replace":
                 with guard:
                     version = versions[n] + 1
-                    unfinished = folder / f"new-{n}"
+                    unfinished = tmp_path / f"new-{n}"
                     unfinished.write_bytes(b"%d:%d" % (n, version))
                     unfinished.replace(folder / f"{n}")
-                    files.forget(f"{n}")
+                    files[n] = OpenFile(folder / f"{n}", pool)
                     versions[n] = version
             else:
                 wanted = sorted({(n + i) % 15 for i in range(pool.group)})
                 before = [versions[m] for m in wanted]
-                for m, least, data in zip(wanted, before, read_first(files, [f"{m}" for m in wanted]), strict=True):
+                for m, least, data in zip(wanted, before, read(*(files[m] for m in wanted)), strict=True):
                     number, version = map(int, data.split(b":"))
                     if number != m or version < least:
                         wrong.append((m, least, data))
-                if len(pool._files) > most:
-                    wrong.append(len(pool._files))
+                if (count := open_below(folder)) > most:
+                    wrong.append(count)
 
     with ThreadPoolExecutor(len(plans)) as threads:
         list(threads.map(run, plans))
-    assert not wrong and open_below(folder) == len(pool._files) <= most
-    files.close()
-    assert open_below(folder) == len(pool._files) == 0
+    assert not wrong and open_below(folder) <= most
+    files.clear()
+    assert open_below(folder) == 0
 
 
-def test_none_is_closed_while_it_is_read(tmp_path: Path) -> None:
+def test_none_is_closed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who needs room waits until there is some."""
-    for n in range(4):
-        (tmp_path / f"{n}").write_bytes(b"%d" % n)
-    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, Pool(2))
+    pool, files = numbered(tmp_path, 4, 2)
+    waits = threading.Event()
+    wait = pool._released.wait
+
+    def told() -> bool:
+        waits.set()
+        return wait()
+
+    monkeypatch.setattr(pool._released, "wait", told)
     with ThreadPoolExecutor(1) as thread:
-        with files.use(["0"]) as (first,):
-            files.forget("0")
-            assert read_first(files, ["1"]) == [b"1"] and read_first(files, ["2"]) == [b"2"]
-            with files.use(["3"]):
-                late = thread.submit(read_first, files, ["1"])
-                assert open_below(tmp_path) == 2 and not late.done()
-            assert late.result() == [b"1"] and os.pread(first, 1, 0) == b"0"
-        assert open_below(tmp_path) == 1
+        with Opened(files[:1]) as (first,):
+            assert read(files[1]) == [b"1"] and read(files[2]) == [b"2"]
+            with Opened(files[3:]):
+                assert not waits.is_set()
+                late = thread.submit(read, files[1])
+                assert waits.wait(200) and open_below(tmp_path) == 2 and not late.done()
+            assert late.result(200) == [b"1"] and os.pread(first, 1, 0) == b"0"
+    del files
+    assert open_below(tmp_path) == 0
+
+
+def test_one_that_is_dropped_while_it_is_read_stays_open(tmp_path: Path) -> None:
+    _, files = numbered(tmp_path, 1, 2)
+    with Opened([files.pop()]) as (number,):
+        assert os.pread(number, 1, 0) == b"0"
+    assert open_below(tmp_path) == 0
+
+
+def test_garbage_of_a_thread_that_holds_the_lock(tmp_path: Path) -> None:
+    """It cannot wait for itself: the next use closes what was dropped."""
+    pool, files = numbered(tmp_path, 2, 4)
+    read(*files)
+    with pool._lock:
+        files.pop()
+        assert open_below(tmp_path) == 2
+    assert read(files[0]) == [b"0"] and open_below(tmp_path) == 1
 
 
 def test_a_file_that_cannot_be_opened_leaves_no_trace(tmp_path: Path) -> None:
-    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, pool := Pool(4))
-    for _ in range(10):
+    file = OpenFile(tmp_path / "a", pool := Pool(1))
+    for _ in range(3):
         with pytest.raises(FileNotFoundError) as caught:
-            read_first(files, ["a"])
-        assert caught.value.filename == str(tmp_path / "a") and not pool._files
+            read(file)
+        assert caught.value.filename == str(tmp_path / "a") and not pool._places and not pool._uses
     (tmp_path / "a").write_bytes(b"1")
-    assert read_first(files, ["a"]) == [b"1"]
+    assert read(file) == [b"1"]
 
 
 def test_others_may_have_taken_all_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then one that nobody uses is closed instead."""
-    for n in range(9):
-        (tmp_path / f"{n}").write_bytes(b"%d" % n)
-    files: OpenFiles[str] = OpenFiles(tmp_path.joinpath, pool := Pool(100))
+    pool, files = numbered(tmp_path, 9, 100)
     really = os.open
 
     def limited(path: Path, flags: int) -> int:
@@ -134,30 +164,27 @@ def test_others_may_have_taken_all_descriptors(tmp_path: Path, monkeypatch: pyte
         return really(path, flags)
 
     monkeypatch.setattr(os, "open", limited)
-    assert [read_first(files, [f"{n}"]) for n in range(9)] == [[b"%d" % n] for n in range(9)]
+    assert [read(file) for file in files] == [[b"%d" % n] for n in range(9)]
     with pytest.raises(OSError, match="Too many open files"):
-        read_first(files, ["0", "1", "2", "3"])
-    assert len(pool._files) <= 3 and read_first(files, ["5"]) == [b"5"]
+        read(*files[:4])
+    assert len(pool._places) <= 3 and read(files[5]) == [b"5"]
 
 
-def test_a_batch_of_more_files_than_the_pool_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_files, "_pool", pool := Pool(8))
-    store = LocalStore(tmp_path)
-    store._files = OpenFiles(tmp_path.joinpath, pool)
+def test_a_batch_of_more_files_than_the_pool_holds(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, Pool(8))
     names = [f"{n}" for n in range(30)]
     for n in names:
         store.write(n, f"{n:>4}".encode())
     which = np.random.default_rng(0).permutation(60) % 30
     zeros, sizes = np.zeros(60, np.int64), np.full(60, 4)
 
-    def read(_: int) -> bool:
+    def right(_: int) -> bool:
         out = np.empty(240, np.uint8)
         store.read_ranges(Ranges(names, which, zeros, sizes, out, 4 * np.arange(60)))
-        return bool(out.tobytes() == b"".join(b"%4d" % n for n in which))
+        return bool(out.tobytes() == b"".join(b"%4d" % n for n in which) and open_below(tmp_path) <= 8)
 
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(read, range(20)))
-    assert open_below(tmp_path) <= 8
+        assert all(threads.map(right, range(20)))
 
 
 def test_a_child_reads_while_the_parents_threads_did(tmp_path: Path) -> None:
@@ -165,26 +192,25 @@ def test_a_child_reads_while_the_parents_threads_did(tmp_path: Path) -> None:
     code = f"""
 import os, threading
 from pathlib import Path
-from pipeline.stores import OpenFiles, open_files
-pool = open_files._pool
-pool._given = 4
-files = OpenFiles(Path({str(tmp_path)!r}).joinpath)
+from pipeline.stores.open_files import Opened, OpenFile, Pool
+pool = Pool(4)
+os.register_at_fork(after_in_child=pool.after_fork)
+files = [OpenFile(Path({str(tmp_path)!r}) / str(n), pool) for n in range(8)]
 held, go = threading.Barrier(5), threading.Event()
 def hold(n):
-    with files.use([str(n)]):
+    with Opened([files[n]]):
         held.wait()
         go.wait()
 threads = [threading.Thread(target=hold, args=(n,)) for n in range(4)]
 for t in threads: t.start()
 held.wait()
-pool._changed.acquire()
-child = os.fork()
+with pool._lock:
+    child = os.fork()
 if not child:
-    for n in range(8):
-        with files.use([str(n)]) as (number,):
-            assert os.pread(number, 9, 0) == str(n).encode() and len(pool._files) <= 4
+    for n, file in enumerate(files):
+        with Opened([file]) as (number,):
+            assert os.pread(number, 9, 0) == str(n).encode() and len(pool._places) <= 4
     os._exit(7)
-pool._changed.release()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 go.set()
 for t in threads: t.join()

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.shards.images import Images
-from pipeline.stores import OpenFiles
+from pipeline.stores import Opened, OpenFile
 from singer.errors import UserError
 
 # Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
@@ -28,8 +28,8 @@ class ImageFile:
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
-        self._files: OpenFiles[int] = OpenFiles(images.paths.__getitem__)
-        # Bytes and time of change of every shard when it was first opened.
+        self._files = self._closed()
+        # Of every shard when it was first opened.
         self._stamps: dict[int, tuple[int, int]] = {}
 
     def read(self, number: int) -> Image.Image:
@@ -56,13 +56,13 @@ class ImageFile:
         where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
         size, offset = int(self.images.size[number]), int(self.images.offset[number])
         size = size if most is None else min(size, most)
+        file = self._files[shard]
         try:
-            with self._files.use([shard]) as (file,):
-                data, found = os.pread(file, size, offset), os.fstat(file)
+            with Opened((file,)) as (descriptor,):
+                data, stamp = os.pread(descriptor, size, offset), file.stamp
         except OSError as error:
-            raise UserError(f"shard {self.images.paths[shard]}: {error.strerror}") from None
-        # A shard may have been closed meanwhile, and the places of another file's images are others.
-        stamp = found.st_size, found.st_mtime_ns
+            raise UserError(f"shard {file.path}: {error.strerror}") from None
+        # It may have been closed and opened again since, and in another file these places hold something else.
         if self._stamps.setdefault(shard, stamp) != stamp:
             raise UserError(f"{where}: the shard has changed since this run began; start it again")
         if len(data) < size:
@@ -70,7 +70,10 @@ class ImageFile:
         return data, where
 
     def close(self) -> None:
-        self._files.close()
+        self._files = self._closed()
+
+    def _closed(self) -> list[OpenFile]:
+        return [OpenFile(path) for path in self.images.paths]
 
     def __enter__(self) -> "ImageFile":
         return self

@@ -8,14 +8,15 @@ from pathlib import Path
 from pipeline.stores.base import LOCK, Place, Ranges, Store, is_remote
 from pipeline.stores.files import write_atomic
 from pipeline.stores.local import LocalStore
-from pipeline.stores.open_files import OpenFiles
+from pipeline.stores.open_files import Opened, OpenFile
 from pipeline.stores.remote import RemoteStore
 from pipeline.stores.through import ReadThrough
 
 __all__ = [
     "LOCK",
     "LocalStore",
-    "OpenFiles",
+    "OpenFile",
+    "Opened",
     "Place",
     "Ranges",
     "ReadThrough",

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.stores.base import Ranges, missing
 from pipeline.stores.files import TEMPORARY, is_at, write_atomic
-from pipeline.stores.open_files import OpenFiles
+from pipeline.stores.open_files import Opened, OpenFile, Pool, shared
 from pipeline.stores.scattered import read_scattered
 from singer.errors import UserError
 
@@ -19,9 +19,9 @@ from singer.errors import UserError
 class LocalStore:
     """A folder. Files that are read by ranges stay open, if there is room, until this very store replaces them."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files: OpenFiles[str] = OpenFiles(path.joinpath)
+    def __init__(self, path: Path, pool: Pool = shared) -> None:
+        self.path, self._pool = path, pool
+        self._files: dict[str, OpenFile] = {}
 
     @property
     def url(self) -> str:
@@ -36,8 +36,8 @@ class LocalStore:
     def read_ranges(self, ranges: Ranges) -> None:
         names, which, offsets, lengths, out, places = ranges
         needed = np.unique(which).tolist()
-        for start in range(0, len(needed), self._files.group):
-            group = needed[start : start + self._files.group]
+        for start in range(0, len(needed), self._pool.group):
+            group = needed[start : start + self._pool.group]
             if len(group) < len(needed):
                 own = (which >= group[0]) & (which <= group[-1])
                 self._read_group(group, Ranges(names, which[own], offsets[own], lengths[own], out, places[own]))
@@ -48,21 +48,21 @@ class LocalStore:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, *parts)
-        self._files.forget(name)
+        self._files.pop(name, None)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         return {name: size for name, size in self._everything(prefix) if not name.endswith(TEMPORARY)}
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
-        self._files.forget(name)
+        self._files.pop(name, None)
 
     def clear(self, last: str = "") -> None:
         if self.path.exists():
             # Away in one step: a half-removed folder could not be told from a stranger's.
             self.path.rename(self._removed)
             shutil.rmtree(self._removed)
-        self._files.close()
+        self._files.clear()
 
     def child(self, name: str) -> "LocalStore":
         return LocalStore(self.path / name)
@@ -115,9 +115,12 @@ class LocalStore:
         """Read from so few objects that all can be open."""
         names, which, offsets, lengths, out, places = ranges
         try:
-            with self._files.use([names[n] for n in group]) as numbers:
+            with Opened([self._file(names[n]) for n in group]) as numbers:
                 files = np.zeros(len(names), np.int64)
                 files[group] = numbers
                 read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
         except (FileNotFoundError, NotADirectoryError) as error:
             raise missing(error.filename) from None
+
+    def _file(self, name: str) -> OpenFile:
+        return self._files.get(name) or self._files.setdefault(name, OpenFile(self.path / name, self._pool))

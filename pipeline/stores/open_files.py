@@ -1,65 +1,43 @@
-"""Files that stay open between reads. All that read in this process share one pool of so many descriptors."""
+"""Files that stay open between reads. All readers of this process share one pool, which bounds how many are open."""
 
 import errno
-import itertools
 import os
 import resource
 import threading
-import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
-
-Key = TypeVar("Key", bound=Hashable)
 
 # More than the shards of ImageNet-1k, where the user's limit allows it.
 _MOST = 8192
-# Of the user's soft limit; the rest is for sockets, files that are written, and whatever libraries open.
+# Part of the user's soft limit; the rest is for sockets, files that are written, and whatever libraries open.
 _SHARE = 0.5
 
 
-class _File:
-    """An entry of the pool. number: the descriptor, -1 until it is open; leases: who uses it now."""
+class _Descriptor:
+    """A file's place in the pool. number: -1 while closed; stamp: (bytes, time of change in ns) when it was opened."""
 
-    __slots__ = ("failed", "leases", "name", "number")
-
-    def __init__(self, name: tuple[int, Hashable]) -> None:
-        self.name, self.number, self.failed = name, -1, False
-        self.leases: set[_Lease] = set()
-
-
-class _Lease:
-    """What a thread uses for one read. files: all of them; own: those that it opens itself."""
+    __slots__ = ("number", "opening", "readers", "stamp")
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.files: list[_File] = []
-        self.own: list[tuple[_File, Path]] = []
+        self.number, self.stamp, self.readers = -1, (0, 0), 0
+        self.opening = threading.Lock()
 
 
 class Pool:
-    """At most `most` open files; those longest unused are closed first, and none that somebody reads from.
+    """Keeps at most `most` files open; closes those unused for longest first, and none that somebody reads.
 
     most: default: half of the soft limit that the process has at first use, which is never raised.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._given = most
-        self._numbers = itertools.count()
-        self._reset()
-
-    def _reset(self) -> None:
-        # Held by the one that waits for room; others queue up, so that small reads do not starve a large one.
-        self._turn = threading.Lock()
-        self._changed = threading.Condition(threading.Lock())
-        # All that take a place in the order of their last use: also those that are being opened, or were forgotten.
-        self._files: OrderedDict[_File, None] = OrderedDict()
-        self._known: dict[tuple[int, Hashable], _File] = {}
-        # Owners that are gone. Garbage is collected at any moment, also of a thread that holds the lock.
-        self._orphans: deque[int] = deque()
+        # In the order of their last use: what is open, or is being opened.
+        self._places: OrderedDict[_Descriptor, None] = OrderedDict()
+        # Nobody will ask for these again.
+        self._abandoned: deque[_Descriptor] = deque()
+        self.after_fork()
 
     @cached_property
     def most(self) -> int:
@@ -70,189 +48,143 @@ class Pool:
 
     @property
     def group(self) -> int:
-        """How many files one lease may have: several threads find room for theirs at the same time."""
+        """How many files may be used at once: a quarter, so that several threads have theirs at the same time."""
         return max(1, self.most // 4)
 
-    def owner(self) -> int:
-        """A number under which files are known. The same file under another one is another entry."""
-        return next(self._numbers)
+    def after_fork(self) -> None:
+        """Free what other threads of the parent used or locked: they are not in the child.
 
-    @contextmanager
-    def lease(self, owner: int, keys: Sequence[Key], path: Callable[[Key], Path]) -> Iterator[list[int]]:
-        """The descriptors of up to `group` files, open until the `with` block ends. No lease may be taken within one.
-
-        path: of a key. Raises OSError naming the file that cannot be opened.
+        Descriptors are copies: to close one here closes none of the parent. Positions are given with each read.
         """
-        assert len(keys) <= self.group
-        lease = _Lease()
+        self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
+        # Files in use, counted once for each use.
+        self._uses = 0
+        for file in list(self._places):
+            file.readers, file.opening = 0, threading.Lock()
+            if file.number < 0:
+                del self._places[file]
+
+    def acquire(self, files: "Sequence[OpenFile]") -> list[int]:
+        """The descriptors of the files, open until `release`. Waits while others use too many.
+
+        Raises OSError naming a file that cannot be opened; then none is held.
+        """
+        with self._lock:
+            while self._uses + len(files) > self.most:
+                self._released.wait()
+            self._uses += len(files)
+            self._close_abandoned()
+            for file in files:
+                place = file.place
+                # One of the places is idle, as there are no more uses than places.
+                if place not in self._places and len(self._places) >= self.most:
+                    self._close_idle()
+                self._places[place] = None
+                self._places.move_to_end(place)
+                place.readers += 1
         try:
-            while not self._take(lease, owner, keys, path):
-                self._release(lease)  # somebody else was to open a file, and could not
-            yield [file.number for file in lease.files]
-        finally:
-            self._release(lease)
+            for file in files:
+                if file.place.number < 0:
+                    self._open(file)
+        except BaseException:
+            self.release(files)
+            raise
+        return [file.place.number for file in files]
 
-    def _take(self, lease: _Lease, owner: int, keys: Sequence[Key], path: Callable[[Key], Path]) -> bool:
-        """Have the lease hold the files, all open; False if another thread was to open one and failed."""
-        with self._changed:
-            there = all((owner, key) in self._known for key in keys)
-            if there:
-                self._enter(lease, owner, keys, path)
-        if not there:
-            with self._turn, self._changed:
-                self._changed.wait_for(lambda: self._room(owner, keys))
-                self._enter(lease, owner, keys, path)
-        # Without the lock: a network's file system may take its time.
-        for file, place in lease.own:
-            number = self._open(place)
-            with self._changed:
-                file.number = number
-                self._changed.notify_all()
-        if any(file.number < 0 for file in lease.files):
-            with self._changed:
-                self._changed.wait_for(lambda: all(file.number >= 0 or file.failed for file in lease.files))
-        return not any(file.failed for file in lease.files)
+    def release(self, files: "Sequence[OpenFile]") -> None:
+        with self._lock:
+            self._uses -= len(files)
+            for file in files:
+                place = file.place
+                place.readers -= 1
+                if place.number < 0 and not place.readers:  # could not be opened
+                    del self._places[place]
+            self._released.notify_all()
 
-    def _room(self, owner: int, keys: Sequence[Key]) -> bool:
-        """Whether there is room for the files that are not there, after others were closed for them."""
-        for key in keys:
-            if (file := self._known.get((owner, key))) is not None:
-                self._files.move_to_end(file)
-        while len(self._files) + sum((owner, key) not in self._known for key in keys) > self.most:
-            if not self._close_idle():
-                return False
-        return True
+    def abandon(self, place: _Descriptor) -> None:
+        """Close a file that nobody refers to any more, now or at the next use of the pool.
 
-    def _enter(self, lease: _Lease, owner: int, keys: Sequence[Key], path: Callable[[Key], Path]) -> None:
-        for key in keys:
-            file = self._known.get((owner, key))
-            if file is None:
-                file = _File((owner, key))
-                lease.own.append((file, path(key)))
-            # In this order, an interruption at any place leaves what _release puts right.
-            lease.files.append(file)
-            file.leases.add(lease)
-            self._files[file] = None
-            self._files.move_to_end(file)
-            self._known[file.name] = file
-
-    def _open(self, path: Path) -> int:
-        while True:
+        Garbage is collected at any moment, also in a thread that holds the lock.
+        """
+        self._abandoned.append(place)
+        if self._lock.acquire(blocking=False):
             try:
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                # Others in this process have taken more than their share.
-                if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    raise
-                with self._changed:
-                    if not self._close_idle():
-                        raise
+                self._close_abandoned()
+            finally:
+                self._lock.release()
+
+    def _close_abandoned(self) -> None:
+        while self._abandoned:
+            self._close(self._abandoned.popleft())
 
     def _close_idle(self) -> bool:
         """Close the file that nobody has used for longest; False if all are in use."""
-        idle = next((file for file in self._files if not file.leases), None)
+        idle = next((place for place in self._places if not place.readers), None)
         if idle is not None:
             self._close(idle)
         return idle is not None
 
-    def _close(self, file: _File) -> None:
-        self._files.pop(file, None)
-        if self._known.get(file.name) is file:
-            del self._known[file.name]
-        number, file.number = file.number, -1
+    def _close(self, place: _Descriptor) -> None:
+        self._places.pop(place, None)
+        number, place.number = place.number, -1
         if number >= 0:
             os.close(number)
 
-    def _release(self, lease: _Lease) -> None:
-        with self._changed:
-            for file, _ in lease.own:
-                if file.number < 0:
-                    # Whoever waits for it tries itself.
-                    file.failed = True
-                    if self._known.get(file.name) is file:
-                        del self._known[file.name]
-            for file in lease.files:
-                file.leases.discard(lease)
-                if not file.leases and self._known.get(file.name) is not file:
-                    self._close(file)
-            lease.files.clear()
-            lease.own.clear()
-            self._bury()
-            self._changed.notify_all()
-
-    def forget(self, owner: int, key: Hashable) -> None:
-        """The next read opens the file that is there then; those under way finish with this one."""
-        with self._changed:
-            file = self._known.pop((owner, key), None)
-            if file is not None and not file.leases:
-                self._close(file)
-                self._changed.notify_all()
-
-    def abandon(self, owner: int) -> None:
-        """Forget all files of an owner."""
-        self._orphans.append(owner)
-        # Where the lock is held, its holder or the next one does it.
-        if self._changed.acquire(blocking=False):
-            try:
-                self._bury()
-                self._changed.notify_all()
-            finally:
-                self._changed.release()
-
-    def _bury(self) -> None:
-        gone = set()
-        while self._orphans:
-            gone.add(self._orphans.popleft())
-        for name in [name for name in self._known if name[0] in gone] if gone else ():
-            file = self._known.pop(name)
-            if not file.leases:
-                self._close(file)
-
-    def after_fork(self) -> None:
-        """Of the parent's threads only the one that forked is here; what the others used is idle, their locks are not.
-
-        Descriptors are copies: to close one here closes none of the parent. Positions are given with each read.
-        """
-        files, known, here = self._files, self._known, threading.get_ident()
-        orphans = self._orphans
-        self._reset()
-        self._orphans.extend(orphans)
-        for file in list(files):
-            file.leases = {lease for lease in file.leases if lease.thread == here}
-            if file.number >= 0:
-                self._files[file] = None
-                if known.get(file.name) is file:
-                    self._known[file.name] = file
-                elif not file.leases:
-                    self._close(file)
+    def _open(self, file: "OpenFile") -> None:
+        """Open a file that has a place. The lock is not held: a network's file system may take its time."""
+        place = file.place
+        with place.opening:
+            while place.number < 0:
+                try:
+                    number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    # Others in this process have taken more than their share.
+                    if error.errno not in (errno.EMFILE, errno.ENFILE):
+                        raise
+                    with self._lock:
+                        if not self._close_idle():
+                            raise
+                else:
+                    found = os.fstat(number)
+                    place.stamp = found.st_size, found.st_mtime_ns
+                    place.number = number
 
 
-_pool = Pool()
-os.register_at_fork(after_in_child=_pool.after_fork)
+shared = Pool()
+os.register_at_fork(after_in_child=shared.after_fork)
 
 
-class OpenFiles(Generic[Key]):
-    """The files of one owner, such as a store: opened when they are read, and closed when others need their place.
+class OpenFile:
+    """A file that is opened when it is used, and stays open while its pool has room and somebody refers to it.
 
-    path: of a key, under which a file is asked for. Safe to share between threads, and in a child of fork(2).
+    Safe to share between threads, and in a child of fork(2).
     """
 
-    def __init__(self, path: Callable[[Key], Path], pool: Pool = _pool) -> None:
-        self._path, self._pool, self._owner = path, pool, pool.owner()
-        weakref.finalize(self, pool.abandon, self._owner).atexit = False
+    __slots__ = ("path", "place", "pool")
+
+    def __init__(self, path: Path, pool: Pool = shared) -> None:
+        self.path, self.pool, self.place = path, pool, _Descriptor()
+
+    def __del__(self) -> None:
+        self.pool.abandon(self.place)
 
     @property
-    def group(self) -> int:
-        """How many may be used at once."""
-        return self._pool.group
+    def stamp(self) -> tuple[int, int]:
+        """(bytes, time of change in ns) when it was opened; constant while it is used."""
+        return self.place.stamp
 
-    def use(self, keys: Sequence[Key]) -> AbstractContextManager[list[int]]:
-        return self._pool.lease(self._owner, keys, self._path)
 
-    def forget(self, key: Key) -> None:
-        """The next read opens the file that is there then; those under way finish with the old one."""
-        self._pool.forget(self._owner, key)
+class Opened:
+    """`with Opened(files) as numbers`: the descriptors of up to `group` files of one pool. Not to be nested."""
 
-    def close(self) -> None:
-        """Forget all."""
-        self._pool.abandon(self._owner)
+    __slots__ = ("_files", "_pool")
+
+    def __init__(self, files: Sequence[OpenFile]) -> None:
+        self._files, self._pool = files, files[0].pool
+
+    def __enter__(self) -> list[int]:
+        return self._pool.acquire(self._files)
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.release(self._files)

@@ -7,12 +7,12 @@ GOOGLE_APPLICATION_CREDENTIALS ...).
 import re
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # obstore has no such names at run time
     from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
+Result = TypeVar("Result")
+
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 # Whatever is larger travels in pieces of so many bytes, several at once: none takes long, and a lost one costs little.
 _PIECE = 8 * 2**20
@@ -38,11 +40,18 @@ _RETRY: "RetryConfig" = {
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-# Of what the client's own retries do not mend: short answers, an object replaced while it is read, a lost upload.
+# Of what the client's own retries do not fix: an object that is replaced while its pieces come, an answer that is cut
+# off, and an upload that the store no longer knows: it has completed it and the answer was lost, or it gave it up.
 _TRIES = 3
+_PASSING = ("response body error", "<Code>NoSuchUpload</Code>")
 # Plain HTTP is spoken only where the environment names such an endpoint.
-_CLIENT: "ClientConfig" = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s", "allow_http": True}
-_CLIENT["pool_max_idle_per_host"] = "16"
+_CLIENT: "ClientConfig" = {
+    "connect_timeout": "5s",
+    "read_timeout": "30s",
+    "timeout": "60s",
+    "allow_http": True,
+    "pool_max_idle_per_host": "16",
+}
 
 
 @cache
@@ -77,14 +86,9 @@ class RemoteStore:
         return self._url
 
     def read(self, name: str) -> bytes:
-        with self._one_line(name):
-            for _ in range(_TRIES - 1):
-                with suppress(PreconditionError):  # replaced by another version while its pieces came
-                    return self._read(name)
-            return self._read(name)
+        return self._repeat(lambda: self._read(name), name)
 
     def _read(self, name: str) -> bytes:
-        """Raises PreconditionError if the object is replaced meanwhile."""
         found = obstore.get(self._client, self._prefix + name)
         size, version = found.meta["size"], found.meta["e_tag"]
         if size <= _PIECE:
@@ -98,22 +102,20 @@ class RemoteStore:
             return b"".join(pool.map(piece, range(0, size, _PIECE)))
 
     def _range(self, name: str, start: int, end: int, version: str | None = None) -> memoryview:
-        """Bytes `start` to `end` of an object, all of them. Raises UserError if it ends before."""
+        """Bytes `start` to `end` of an object, all of them, and of this version if one is given."""
         options: GetOptions = {"range": (start, end)}
         if version is not None:
             options["if_match"] = version
-        for _ in range(_TRIES):
-            with _requests_at_once():
-                data = memoryview(obstore.get(self._client, self._prefix + name, options=options).bytes())
-            if len(data) == end - start:
-                return data
-        raise too_short(f"{self._url}/{name}")
+        with _requests_at_once():
+            data = memoryview(obstore.get(self._client, self._prefix + name, options=options).bytes())
+        if len(data) != end - start:
+            raise too_short(f"{self._url}/{name}")
+        return data
 
     def read_ranges(self, ranges: Ranges) -> None:
         def fetch(group: Sequence[_Range]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
-            with self._one_line(name):
-                data = self._range(name, start, end)
+            data = self._repeat(lambda: self._range(name, start, end), name)
             for r in group:
                 whole[r.place : r.place + r.end - r.start] = data[r.start - start : r.end - start]
 
@@ -131,39 +133,35 @@ class RemoteStore:
         locks.check(self._url)
         # The pieces of a large object become one in a single step of the store, when it has them all.
         large = sum(map(len, parts)) > _PIECE
-        with self._one_line(name):
-            for last in (*[False] * (_TRIES - 1), True):
-                try:
-                    obstore.put(
-                        self._client,
-                        self._prefix + name,
-                        iter(parts) if large else b"".join(parts),
-                        use_multipart=large,
-                        chunk_size=_PIECE,
-                        max_concurrency=_PIECES_AT_ONCE,
-                    )
-                    return
-                except (BaseError, FileNotFoundError) as error:
-                    # The upload was completed, but the answer got lost; or the store gave it up. The same bytes again.
-                    if last or "<Code>NoSuchUpload</Code>" not in str(error):
-                        raise
+
+        def put() -> None:
+            obstore.put(
+                self._client,
+                self._prefix + name,
+                iter(parts) if large else b"".join(parts),
+                use_multipart=large,
+                chunk_size=_PIECE,
+                max_concurrency=_PIECES_AT_ONCE,
+            )
+
+        self._repeat(put, name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        start = len(self._prefix)
-        with self._one_line():
+        def found() -> dict[str, int]:
             batches = obstore.list(self._client, prefix=self._prefix + prefix or None)
-            found = {entry["path"][start:]: entry["size"] for batch in batches for entry in batch}
-        return {name: size for name, size in found.items() if name != LOCK}
+            return {entry["path"][start:]: entry["size"] for batch in batches for entry in batch}
+
+        start = len(self._prefix)
+        return {name: size for name, size in self._repeat(found).items() if name != LOCK}
 
     def remove(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._one_line(name):
-            obstore.delete(self._client, self._prefix + name)
+        with suppress(FileNotFoundError):
+            self._repeat(lambda: obstore.delete(self._client, self._prefix + name), name)
 
     def clear(self, last: str = "") -> None:
         names = self.sizes()
         if others := [self._prefix + name for name in names if name != last]:
-            with self._one_line():
-                obstore.delete(self._client, others)
+            self._repeat(lambda: obstore.delete(self._client, others))
         if last in names:
             self.remove(last)
 
@@ -213,6 +211,17 @@ class RemoteStore:
         finally:
             released.set()
             locks.lost.discard(self._url)
+
+    def _repeat(self, action: Callable[[], Result], name: str = "") -> Result:
+        """Do again what the client's own retries do not fix. Raises errors of one line."""
+        with self._one_line(name):
+            for _ in range(_TRIES - 1):
+                try:
+                    return action()
+                except (BaseError, FileNotFoundError) as error:
+                    if not any(sign in str(error) for sign in _PASSING) and not isinstance(error, PreconditionError):
+                        raise
+            return action()
 
     @contextmanager
     def _one_line(self, name: str = "") -> Iterator[None]:
