@@ -7,19 +7,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import draw_images, make_vit, world_config
+from conftest import world_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_one_pass import write_shards
 
 from pipeline.config import dump_config
-from pipeline.models import save_backbone
-from pipeline.prepare import prepare
 from pipeline.shards import ImageFile, index_shards
 from pipeline.stores import LocalStore, Opened, OpenFile, Ranges
 from pipeline.stores.open_files import Pool
@@ -114,14 +112,13 @@ def test_none_is_closed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.Mon
         return wait()
 
     monkeypatch.setattr(pool._released, "wait", told)
-    with ThreadPoolExecutor(1) as thread:
-        with Opened(files[:1]) as (first,):
-            assert read(files[1]) == [b"1"] and read(files[2]) == [b"2"]
-            with Opened(files[3:]):
-                assert not waits.is_set()
-                late = thread.submit(read, files[1])
-                assert waits.wait(200) and open_below(tmp_path) == 2 and not late.done()
-            assert late.result(200) == [b"1"] and os.pread(first, 1, 0) == b"0"
+    with ThreadPoolExecutor(1) as thread, Opened(files[:1]) as (first,):
+        assert read(files[1]) == [b"1"] and read(files[2]) == [b"2"]
+        with Opened(files[3:]):
+            assert not waits.is_set()
+            late = thread.submit(read, files[1])
+            assert waits.wait(200) and open_below(tmp_path) == 2 and not late.done()
+        assert late.result(200) == [b"1"] and os.pread(first, 1, 0) == b"0"
     del files
     assert open_below(tmp_path) == 0
 
@@ -242,40 +239,50 @@ def test_an_archive_that_changed_is_not_read(world: Path, tmp_path: Path) -> Non
             files.encoded(0)
 
 
-@pytest.mark.slow
-def test_the_whole_chain_with_few_descriptors(tmp_path: Path) -> None:
-    """More archives and more shards of a cache than the system lets a process open."""
-    teacher = make_vit()
-    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
-    draw_images(tmp_path / "images", 4, 75)
-    one = world_config(tmp_path, "prepare.shard_images=1")
-    prepare(one, tmp_path / "images", tmp_path / "train")
-    config = tmp_path / "config.yaml"
-    config.write_text(dump_config(world_config(tmp_path, "distill.epochs=1", "refine.steps=5", "cache.workers=4")))
-    assert len(list((tmp_path / "train").glob("*.tar"))) > LIMIT
-
-    def singer(*arguments: object) -> None:
-        # Shards of a megabyte would need many more records.
-        code = f"""
+def run_with_few_descriptors(*commands: tuple[object, ...]) -> None:
+    """Commands of singer, one after the other in one process that may open `LIMIT` files."""
+    code = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
-import pipeline.cache_teacher
-pipeline.cache_teacher._MAX_SHARD_RECORDS = 1
-import cli
-sys.argv = ["singer", *{list(map(str, arguments))!r}]
-cli.main()
+import torch, cli, pipeline.cache_teacher
+torch.set_num_threads(1)
+pipeline.cache_teacher._MAX_SHARD_RECORDS = 1  # shards of the usual size would need many more records
+for command in {[tuple(map(str, command)) for command in commands]!r}:
+    sys.argv = ["singer", *command]
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code:
+            raise
 """
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
-    shards, cache = tmp_path / "train" / "*.tar", tmp_path / "cache"
-    make = "cache-teacher", "--config", config, "--shards", shards, "--out", cache
-    singer(*make)
-    singer(*make, "--append", "--set", "cache.blocks=[1]")
-    assert sum("/c/" in str(f) for f in cache.rglob("*") if f.is_file()) > 2 * LIMIT
-    adapters, run = tmp_path / "adapters", tmp_path / "run"
-    singer("refine", "--config", config, "--cache", cache, "--out", adapters)
-    singer("distill", "--config", config, "--cache", cache, "--adapters", adapters, "--out", run)
-    singer("cache", "verify", cache)
-    singer("inspect", cache, "--config", config, "--adapters", adapters, "--shards", shards)
-    singer("evaluate", run, "--config", config, "--train", shards, "--test", shards)
+
+def chain(world: Path, root: Path, *sets: str) -> list[tuple[object, ...]]:
+    """From images to a student, with an appended block, over more archives and shards than may be open."""
+    shards = write_shards(root / "train", LIMIT + 4, 1)
+    config = root / "config.yaml"
+    config.write_text(dump_config(world_config(world, "distill.epochs=1", "refine.steps=2", "cache.workers=4", *sets)))
+    common, cache, adapters, run = ("--config", config), root / "cache", root / "adapters", root / "run"
+    make = "cache-teacher", *common, "--shards", shards, "--out", cache
+    return [
+        make,
+        (*make, "--append", "--set", "cache.blocks=[1]"),
+        ("refine", *common, "--cache", cache, "--out", adapters),
+        ("distill", *common, "--cache", cache, "--adapters", adapters, "--out", run),
+        ("cache", "verify", cache),
+        ("inspect", cache, *common, "--adapters", adapters, "--shards", shards),
+        ("evaluate", run, *common, "--train", shards, "--test", shards),
+    ]
+
+
+def test_the_chain_with_few_descriptors(world: Path, tmp_path: Path) -> None:
+    commands = chain(world, tmp_path, "cache.blocks=[3]", "cache.codec=float16")
+    run_with_few_descriptors(*commands[:5])
+    assert sum("/c/" in str(f) for f in (tmp_path / "cache").rglob("*") if f.is_file()) > 2 * LIMIT
+
+
+@pytest.mark.slow
+def test_all_commands_with_few_descriptors(world: Path, tmp_path: Path) -> None:
+    run_with_few_descriptors(*chain(world, tmp_path))

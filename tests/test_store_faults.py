@@ -13,10 +13,14 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from conftest import world_config
+from obstore.store import S3Store
 from test_remote import fill, objects, singer
 from test_stores import Server, ranges
 
 from pipeline.config import load_config
+from pipeline.distill import distill
+from pipeline.refine import refine
 from pipeline.stores import open_store, remote
 from pipeline.verify import verify
 
@@ -62,7 +66,7 @@ class Proxy:
                 if fault == "lost":
                     handler.reset()
                     return
-                handler.answer(reply.status, headers, data, size, cut=fault == "short" and handler.command == "GET")
+                handler.answer(reply.status, headers, data, size, cut=fault == "short")
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = serve
 
@@ -92,6 +96,10 @@ class Proxy:
         self.endpoint = f"http://127.0.0.1:{self._httpd.server_port}"
         self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
+
+    def client(self, url: str) -> S3Store:
+        """One that asks the server itself."""
+        return S3Store.from_url(url, endpoint=self.target, client_options={"allow_http": True})
 
     def stop(self) -> None:
         self._httpd.shutdown()
@@ -131,6 +139,9 @@ def every(count: int, *faults: Fault) -> Callable[[int, str, str], Fault]:
     return lambda number, *_: faults[number // count % len(faults)] if number % count == count - 1 else "pass"
 
 
+some = every(3, "503", "lost", "short", "500", "reset", "slow")
+
+
 @pytest.mark.parametrize("fault", ["slow", "500", "503", "short", "reset", "lost"])
 def test_one_fault_does_no_harm(proxy: Proxy, fault: Fault) -> None:
     """Neither to a read nor to a write, at whichever request."""
@@ -146,7 +157,7 @@ def test_one_fault_does_no_harm(proxy: Proxy, fault: Fault) -> None:
         assert store.sizes() == {} and len(proxy.seen) <= 8
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "reset", "lost"])
+@pytest.mark.parametrize("fault", ["500", "503", "short", "reset", "lost"])
 @pytest.mark.parametrize("step", ["POST .*uploads", "PUT .*partNumber=2", "POST .*uploadId"])
 def test_a_large_write_survives(proxy: Proxy, fault: Fault, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At its beginning, in its middle, and where its pieces become one."""
@@ -171,17 +182,9 @@ def test_an_object_replaced_while_it_is_read(proxy: Proxy, monkeypatch: pytest.M
     def replace(number: int, *_: str) -> Fault:
         if number == 1 and not replaced:
             replaced.append(1)
-            direct(new)
+            proxy.client(store.url).put("a", new, use_multipart=False)
         return "pass"
 
-    def direct(data: bytes) -> None:
-        import obstore
-        from obstore.store import S3Store
-
-        client = S3Store.from_url("s3://bucket/replaced", endpoint=target, client_options={"allow_http": True})
-        obstore.put(client, "a", data, use_multipart=False)
-
-    target = proxy.target
     proxy.fault = replace
     assert store.read("a") == new
 
@@ -194,7 +197,8 @@ def test_a_short_answer_is_never_data(proxy: Proxy) -> None:
     for read in (lambda: store.read("a"), lambda: ranges(store, "a", [0], [10])):
         with pytest.raises(OSError, match="s3://bucket/short/a: .*; check the URL"):
             read()
-    assert len(proxy.seen) <= 2 * 8
+    # The client tries 7 times; what it gives up is tried 3 times.
+    assert len(proxy.seen) <= 2 * 3 * 7
 
 
 def test_a_cache_through_faults(
@@ -208,21 +212,39 @@ def test_a_cache_through_faults(
     """Written, interrupted by an outage, resumed and checked: the bytes of a local one."""
     local, place = tmp_path / "local", "s3://bucket/cache"
     fill(world, local)
-    proxy.fault = every(3, "503", "lost", "short", "500", "reset", "slow")
     make = ["cache-teacher", "--config", config_file, "--shards", world / "train" / "*.tar", "--out", place]
     shards = [0]
 
     def outage(number: int, method: str, path: str) -> Fault:
         shards[0] += method == "PUT" and "/journal/" in path
-        return "503" if shards[0] > 2 else every(3, "503", "lost", "short", "500", "reset", "slow")(number)
+        return "503" if shards[0] > 2 else some(number)
 
     proxy.fault = outage
     assert singer(monkeypatch, *make) == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error")]
     assert line.startswith(f"error: {place}/") and "Please reduce your request rate" in line
-    proxy.fault = every(3, "503", "lost", "short", "500", "reset", "slow")
-    monkeypatch.setattr("pipeline.stores.locks.SECONDS", 0.5)
+    proxy.client(place).delete("writer.lock")  # as nobody renews it
+    proxy.fault = some
     assert singer(monkeypatch, *make, "--resume") == 0
     assert verify(load_config(), place).whole
     proxy.fault = lambda *_: "pass"
     assert objects(place) == objects(local)
+
+
+def test_distillation_through_faults(world: Path, proxy: Proxy, tmp_path: Path) -> None:
+    """The student of a faultless store, at one more request for each fault."""
+    place = fill(world, "s3://bucket/distilled", "new", "cache.blocks=[3]")
+    config = world_config(world, "refine.steps=2", "distill.epochs=1")
+    found, requests = [], []
+    for name, fault in (("calm", lambda *_: "pass"), ("faulty", some)):
+        proxy.seen.clear()
+        proxy.fault = fault
+        refine(config, place, tmp_path / f"{name}-adapters")
+        result = distill(config, place, tmp_path / name, tmp_path / f"{name}-adapters")
+        refiner = tmp_path / f"{name}-adapters" / "refiner.safetensors"
+        found.append((refiner.read_bytes(), (result.student / "model.safetensors").read_bytes(), result.loss))
+        requests.append(len(proxy.seen))
+    assert found[0] == found[1]
+    faults = [fault for *_, fault in proxy.seen if fault not in ("pass", "slow")]
+    assert len(faults) > 20 and set(faults) == {"500", "503", "short", "reset", "lost"}
+    assert requests[0] < requests[1] <= requests[0] + len(faults)

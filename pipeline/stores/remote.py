@@ -40,10 +40,10 @@ _RETRY: "RetryConfig" = {
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-# Of what the client's own retries do not fix: an object that is replaced while its pieces come, an answer that is cut
-# off, and an upload that the store no longer knows: it has completed it and the answer was lost, or it gave it up.
+# For what the client's own retries do not fix: an object that is replaced while its pieces come, a list or an error
+# that is cut off, and an upload that the store no longer knows, as it completed it (the answer was lost) or gave it up.
 _TRIES = 3
-_PASSING = ("response body error", "<Code>NoSuchUpload</Code>")
+_PASSING = re.compile("response body error|<Code>NoSuchUpload</Code>")
 # Plain HTTP is spoken only where the environment names such an endpoint.
 _CLIENT: "ClientConfig" = {
     "connect_timeout": "5s",
@@ -219,7 +219,7 @@ class RemoteStore:
                 try:
                     return action()
                 except (BaseError, FileNotFoundError) as error:
-                    if not any(sign in str(error) for sign in _PASSING) and not isinstance(error, PreconditionError):
+                    if not isinstance(error, PreconditionError) and not _PASSING.search(str(error)):
                         raise
             return action()
 
