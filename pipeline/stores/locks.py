@@ -71,8 +71,7 @@ class RemoteLock:
             try:
                 return obstore.put(self._client, self._key, content, mode=mode)
             except BaseError as error:
-                first = str(error).partition("\n")[0]
-                if "error sending request" not in first or " retries" in first:
+                if not is_connection_lost(error):
                     raise
         return obstore.put(self._client, self._key, content, mode=mode)
 
@@ -113,3 +112,9 @@ def _version(result: Mapping[str, Any]) -> "UpdateVersion":
 
 def is_bucket_missing(error: Exception) -> bool:
     return "<Code>NoSuchBucket</Code>" in str(error)
+
+
+def is_connection_lost(error: Exception) -> bool:
+    """Whether a connection was lost with a request that the client does not repeat by itself."""
+    first = str(error).partition("\n")[0]
+    return "error sending request" in first and " retries" not in first
