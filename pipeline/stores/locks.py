@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from pipeline.progress import say
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
-    from obstore import PutMode, UpdateVersion
+    from obstore import PutMode, PutResult, UpdateVersion
     from obstore.store import ObjectStore
 
 # A lock that has not been renewed for so long is dead; it is renewed four times as often.
 SECONDS = 60.0
+_TRIES = 3
 
 
 class RemoteLock:
@@ -53,7 +54,7 @@ class RemoteLock:
         self._count += 1
         content = f"{self._holder}\n{self._token} {self._count}".encode()
         try:
-            self._version = _version(obstore.put(self._client, self._key, content, mode=mode))
+            self._version = _version(self._put_again(content, mode))
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
             if is_bucket_missing(error):
                 raise
@@ -63,6 +64,16 @@ class RemoteLock:
                 return False
             self._version = found[1]
         return True
+
+    def _put_again(self, content: bytes, mode: "PutMode") -> "PutResult":
+        """Put; where a connection was lost, again. The client itself does not, as a second try may meet the first."""
+        for _ in range(_TRIES - 1):
+            try:
+                return obstore.put(self._client, self._key, content, mode=mode)
+            except BaseError as error:
+                if not is_connection_lost(error):
+                    raise
+        return obstore.put(self._client, self._key, content, mode=mode)
 
     def _look(self, content: bytes | None = None) -> "tuple[str, UpdateVersion] | None":
         """Holder and version of the lock, if there is one; with `content`, only if it is that."""
@@ -101,3 +112,9 @@ def _version(result: Mapping[str, Any]) -> "UpdateVersion":
 
 def is_bucket_missing(error: Exception) -> bool:
     return "<Code>NoSuchBucket</Code>" in str(error)
+
+
+def is_connection_lost(error: Exception) -> bool:
+    """Whether a connection was lost with a request that the client does not repeat by itself."""
+    first = str(error).partition("\n")[0]
+    return "error sending request" in first and " retries" not in first

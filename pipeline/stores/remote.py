@@ -42,7 +42,8 @@ _RETRY: "RetryConfig" = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 # For what the client's own retries do not fix: an object that is replaced while its pieces come, a list or an error
-# that is cut off, and an upload that the store no longer knows, as it completed it (the answer was lost) or gave it up.
+# that is cut off, a removal whose connection is lost, and an upload that the store no longer knows, as it completed
+# it (the answer was lost) or gave it up.
 _TRIES = 3
 _PASSING = re.compile("response body error|<Code>NoSuchUpload</Code>")
 # Plain HTTP is spoken only where the environment names such an endpoint.
@@ -225,7 +226,11 @@ class RemoteStore:
                 try:
                     return action()
                 except (BaseError, FileNotFoundError) as error:
-                    if not isinstance(error, PreconditionError) and not _PASSING.search(str(error)):
+                    if not (
+                        isinstance(error, PreconditionError)
+                        or locks.is_connection_lost(error)
+                        or _PASSING.search(str(error))
+                    ):
                         raise
             return action()
 
