@@ -25,6 +25,9 @@ def _version(package: str) -> str:
 def machine() -> str:
     """The platform, the CPU cores that this process may use, the memory and the GPUs, in one line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    gpus = [
+        torch.cuda.get_device_properties(number)
+        for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
     listed = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus) or "no GPU"
     return f"{platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores, {memory:.0f} GB of memory, {listed}"

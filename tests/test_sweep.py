@@ -21,7 +21,7 @@ import cli
 import pipeline.sweep.work as work
 from pipeline.cache import Cache
 from pipeline.config import Config, recipes
-from pipeline.failures import DefectsFound
+from pipeline.failures import DefectsFound, Failure
 from pipeline.probes import TASKS
 from pipeline.sweep import SweepResult, sweep
 from pipeline.sweep.leaderboard import Leaderboard
@@ -376,7 +376,7 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
     gate.touch()
     python.write_text(
         f"#!{sys.executable}\n"
-        "import runpy, time\n"
+        "import runpy, sys, time\n"
         "from pathlib import Path\n"
         "from pipeline.checkpoint import Checkpoint\n"
         "save = Checkpoint.save\n"
@@ -385,6 +385,9 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
         f"    while Path({str(gate)!r}).exists():\n"
         "        time.sleep(0.01)\n"
         "Checkpoint.save = waits\n"
+        # Given are -P, -m, the module and its arguments.
+        "sys.modules.pop('pipeline.sweep.worker', None)\n"
+        "sys.argv[1:4] = []\n"
         "runpy.run_module('pipeline.sweep.worker', run_name='__main__')\n"
     )
     python.chmod(0o755)
@@ -506,7 +509,7 @@ def test_the_member_that_kills_its_worker_is_found(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", answer], **options))
     worker = Worker(Setting([tmp_path], tmp_path, None, [], [], []), None, 1, tmp_path / "log")
     members = tuple(Member(name, Config()) for name in ("a", "bad", "b"))
-    assert worker.do(Job("run", members)) == {"bad": "its process died (exit code 7); see log"}
+    assert worker.do(Job("run", members)) == {"bad": Failure("its process died (exit code 7); see log", defect=True)}
     worker.kill()
     assert set(worker.do(Job("run", members[::2]))) == {"a", "b"}, "what was killed stays so"
     worker.close()
