@@ -167,7 +167,7 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
     learnt: list[tuple[torch.Tensor, int]] = []
 
     def watched(x: torch.Tensor, labels: torch.Tensor, classes: int, settings: EvaluateConfig, device: Any) -> Any:
-        learnt.append((x, settings.seed))
+        learnt.append((x.clone(), settings.seed))
         return fit_head(x, labels, classes, settings, device)
 
     monkeypatch.setattr("pipeline.probes.segmentation.fit_head", watched)
