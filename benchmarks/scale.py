@@ -511,6 +511,8 @@ def print_table(sizes: dict[int, Legs], stages: dict[str, str]) -> None:
         if len(found) == 2:
             time_, processor, memory, own = (b / a for a, b in zip(*found, strict=True))
             row += [f"{time_:.2f}", f"{processor:.2f}", f"{memory:.2f} ({own:.2f})"]
+        elif len(sizes) > 1:
+            row += [""] * 3
         print(f"| {' | '.join(row)} |")
 
 
