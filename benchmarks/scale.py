@@ -107,7 +107,8 @@ def chain(folder: Path, images: int, seed: int, fork: bool) -> None:
     for stage in STAGES:
         kill = round(images * rng.uniform(0.3, 0.7)) if stage in KILLED else None
         while not legs.finished(stage):
-            legs.run(stage, arguments(folder, stage, images), None if legs.of(stage) else kill)
+            killed = any(leg.ended == "killed" for leg in legs.of(stage))
+            legs.run(stage, arguments(folder, stage, images), None if killed else kill)
 
 
 def arguments(folder: Path, stage: str, images: int) -> list[str]:
@@ -479,8 +480,9 @@ def print_tables(work: Path) -> None:
     if sizes:
         print_table({size: Legs(work / str(size) / "legs") for size in sizes[-2:]}, STAGES)
     for size in sizes:
-        for stage in KILLED:
-            print(f"\n{size:,} images, {stage}: {twice(Legs(work / str(size) / 'legs').of(stage), stage, size)}")
+        legs = Legs(work / str(size) / "legs")
+        for stage in filter(legs.finished, KILLED):
+            print(f"\n{size:,} images, {stage}: {twice(legs.of(stage), stage, size)}")
     for size in sorted(int(f.name.removeprefix("index-")) for f in work.glob("index-*")):
         print()
         print_table({size: Legs(work / f"index-{size}" / "legs")}, INDEX_STAGES)
