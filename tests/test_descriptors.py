@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import world_config
+from conftest import seeded, world_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_one_pass import write_shards
@@ -172,7 +172,7 @@ def test_a_batch_of_more_files_than_the_pool_holds(tmp_path: Path) -> None:
     names = [f"{n}" for n in range(30)]
     for n in names:
         store.write(n, f"{n:>4}".encode())
-    which = np.random.default_rng(0).permutation(60) % 30
+    which = np.random.default_rng(seeded(0)).permutation(60) % 30
     zeros, sizes = np.zeros(60, np.int64), np.full(60, 4)
 
     def right(_: int) -> bool:

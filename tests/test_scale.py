@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "scale.py"
 
 
@@ -18,6 +20,7 @@ def run(work: Path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_chain_is_killed_resumed_and_measured(tmp_path: Path) -> None:
     """Both kills happen, both stages go on, every stage is in the table; what is done is not done again."""
     said = run(tmp_path, "--images", "300", "--index-only", "1500", "--table")
