@@ -281,3 +281,17 @@ def test_keys(keys: list[str], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(keys)))
     assert Keys.join([Keys.of(keys[:cut]), Keys.of(keys[cut:])]) == stored
     assert [int(h) for h in stored.hashes()] == [int(h) for key in keys for h in Keys.of([key]).hashes()]
+
+
+def test_a_broken_image_that_is_appended_is_left_out_as_printed(
+    world: Path, tmp_path: Path, small_shards: None
+) -> None:
+    first = write_shards(tmp_path / "a", 1, 10)
+    write_shards(tmp_path / "b", 3, 10, (23,))
+    config = world_config(world)
+    cache_teacher(config, first, tmp_path / "c")
+    rest = [str(tmp_path / "b" / f"{n:04d}.tar") for n in (1, 2)]
+    with pytest.raises(UserError, match=r"\(--append --on-error skip, if it was being appended\)"):
+        cache_teacher(config, rest, tmp_path / "c", "append")
+    cache_teacher(world_config(world, "cache.on_error=skip"), rest, tmp_path / "c", "append")
+    assert len(Cache(tmp_path / "c")) == 29

@@ -120,7 +120,7 @@ class RowReader:
             if self._on_error == "fail":
                 raise UserError(
                     f"{where} cannot be decoded: {one_line(error)}; repair it, or go on without it: "
-                    "--resume --on-error skip"
+                    "--resume --on-error skip (--append --on-error skip, if it was being appended)"
                 ) from None
             unreadable[number] = one_line(error)
             return None, digest
