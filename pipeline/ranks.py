@@ -62,7 +62,7 @@ class Status:
     rank: int
     host: str
     state: str = "runs"
-    where: str = "its start"
+    where: str = "the start"
     count: int = 0
     age: float = 0.0
     patience: float = 0.0

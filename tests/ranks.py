@@ -6,23 +6,51 @@ They are forked from one process that has imported everything: imports would tak
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import cli
+from pipeline.ranks import _Watched
 
 _server = get_context("forkserver")
 _server.set_forkserver_preload(["pipeline.cache_teacher", "pipeline.refine", "pipeline.distill"])
 
 
+@dataclass(frozen=True)
+class Fate:
+    """What one rank does instead of its `step`-th report: SIGKILL or SIGSTOP itself, or wait for ever (None)."""
+
+    rank: int
+    step: int
+    signal: signal.Signals | None
+
+
 def launch(count: int, *args: object, environment: Mapping[str, str] | None = None) -> tuple[dict[str, object], str]:
     """`singer ARGS --json`; the JSON object that it prints, and what it says besides."""
+    codes, said, told = start(count, *args, environment=environment)
+    assert codes == [0] * count, told
+    assert said.count("\n") == 1, "only the first process speaks"
+    value = json.loads(said)
+    assert isinstance(value, dict)
+    return value, told
+
+
+def start(
+    count: int, *args: object, environment: Mapping[str, str] | None = None, fate: Fate | None = None
+) -> tuple[list[int | None], str, str]:
+    """`singer ARGS --json`; the exit codes, and what is said on stdout and stderr.
+
+    Ends all if one fails; with a fate, when all others have ended.
+    """
     # Held until all have ended, so that nobody else is given the port; the first process may listen on it all the same.
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,32 +64,31 @@ def launch(count: int, *args: object, environment: Mapping[str, str] | None = No
             file.touch()
         ranks = [
             _server.Process(
-                target=_run, args=(words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n]), daemon=True
+                target=_run, args=(words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n], fate), daemon=True
             )
             for n in range(count)
         ]
         for rank in ranks:
             rank.start()
-        while running := [r for r in ranks if r.exitcode is None]:
+        others = [r for n, r in enumerate(ranks) if fate is None or n != fate.rank]
+        while running := [r for r in others if r.exitcode is None]:
             wait([r.sentinel for r in running], 1)
-            if any(r.exitcode for r in ranks):
+            if fate is None and any(r.exitcode for r in ranks):
                 break  # the others wait for the one that failed
         for rank in ranks:
             rank.kill()
             rank.join()
         said, told = ("".join(file.read_text() for file in of_all) for of_all in zip(*files, strict=True))
-    assert [rank.exitcode for rank in ranks] == [0] * count, told
-    assert said.count("\n") == 1, "only the first process speaks"
-    value = json.loads(said)
-    assert isinstance(value, dict)
-    return value, told
+    return [rank.exitcode for rank in ranks], said, told
 
 
-def _run(words: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+def _run(words: list[str], environment: dict[str, str], out: Path, err: Path, fate: Fate | None) -> None:
     os.environ |= environment
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY), number)
     sys.argv = words
+    if fate is not None and environment["RANK"] == str(fate.rank):
+        _await(fate)
     try:
         cli.main()
     except SystemExit as stop:
@@ -69,3 +96,17 @@ def _run(words: list[str], environment: dict[str, str], out: Path, err: Path) ->
     except BaseException:
         traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def _await(fate: Fate) -> None:
+    steps, report = itertools.count(1), _Watched.step
+
+    def step(self: _Watched, where: str) -> None:
+        if next(steps) < fate.step:
+            report(self, where)
+        elif fate.signal is None:
+            threading.Event().wait()
+        else:
+            os.kill(os.getpid(), fate.signal)
+
+    _Watched.step = step  # type: ignore[method-assign]

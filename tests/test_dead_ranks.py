@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from conftest import tree_bytes
+from ranks import Fate, launch, start
 
 from pipeline.ranks import SECONDS, Ranks, _Watched, limit_seconds
 from singer.errors import UserError
@@ -50,11 +54,11 @@ def slow_checkpoint(ranks: Ranks) -> None:
         time.sleep(1.5 * LIMIT)
 
 
-Fate = Callable[[Ranks], None]
+Work = Callable[[Ranks], None]
 
 
 def work(
-    rank: int, world: int, victim: int, fate: Fate, places: list[tuple[Connection, Connection]], err: Path
+    rank: int, world: int, victim: int, fate: Work, places: list[tuple[Connection, Connection]], err: Path
 ) -> None:
     """Three steps, each with what stands for a collective operation; the victim meets its fate after the second."""
     os.environ[SECONDS] = str(LIMIT)
@@ -77,7 +81,7 @@ def work(
             ranks.wait()
 
 
-def run(folder: Path, world: int, victim: int, fate: Fate) -> tuple[dict[int, int | None], list[str]]:
+def run(folder: Path, world: int, victim: int, fate: Work) -> tuple[dict[int, int | None], list[str]]:
     """Exit codes of all but a victim that never ends, and what was said."""
     places = [_processes.Pipe(duplex=False) for _ in range(world)]
     errs = [folder / str(rank) for rank in range(world)]
@@ -109,7 +113,7 @@ def run(folder: Path, world: int, victim: int, fate: Fate) -> tuple[dict[int, in
         (2, 1, hanging_together, "has made no progress for"),
     ],
 )
-def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: Fate, why: str) -> None:
+def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: Work, why: str) -> None:
     codes, said = run(tmp_path, world, victim, fate)
     assert codes == {rank: 2 for rank in range(world) if rank != victim}, said
     (line,) = said
@@ -120,7 +124,7 @@ def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: F
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fate", [slow, slow_checkpoint])
-def test_slow_rank_lives(tmp_path: Path, fate: Fate) -> None:
+def test_slow_rank_lives(tmp_path: Path, fate: Work) -> None:
     assert run(tmp_path, 2, 1, fate) == ({0: 0, 1: 0}, [])
 
 
@@ -128,3 +132,91 @@ def test_limit_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECONDS, "soon")
     with pytest.raises(UserError, match="SINGER_RANK_SECONDS is 'soon'"):
         limit_seconds()
+
+
+_FATES = {"is dead": signal.SIGKILL, "has not answered for": signal.SIGSTOP, "has made no progress for": None}
+
+
+def _cases() -> list[object]:
+    """Every stage with every fate; those that must wait for the limit are slow."""
+    return [
+        pytest.param(stage, why, marks=() if fate is signal.SIGKILL else pytest.mark.slow)
+        for stage in ("cache-teacher", "refine", "distill")
+        for why, fate in _FATES.items()
+    ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("stage", "why"), _cases())
+def test_stage_ends_and_resumes(world: Path, config_file: Path, tmp_path: Path, stage: str, why: str) -> None:
+    """One of two ranks fails; the other ends with one line, and the same command with --resume ends the work."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    # The world's images are one shard of the cache, which the first rank writes.
+    victim, step = {"cache-teacher": (0, 3), "refine": (1, 20), "distill": (1, 5)}[stage]
+    inputs: list[object] = {
+        "cache-teacher": ["--shards", world / "train" / "*.tar"],
+        "refine": ["--cache", world / "cache"],
+        "distill": ["--cache", world / "cache", "--set", "distill.checkpoint_minutes=1e-9"],
+    }[stage]
+    command = [stage, *inputs, "--config", config_file, "--out"]
+    codes, _, told = start(2, *command, out, environment={SECONDS: "10"}, fate=Fate(victim, step, _FATES[why]))
+    assert codes[1 - victim] == 2, told
+    (line,) = re.findall("^error: .*", told, re.M)
+    assert line.startswith(f"error: rank {victim} on {socket.gethostname()} {why}"), line
+    assert re.search(rf"last seen at .* of {stage}; this run ends. Continue it with --resume", line)
+    launch(2, *command, out, "--resume")
+    if stage == "distill":
+        launch(2, *command, whole)
+        names = ["student/model.safetensors", "projectors.safetensors"]
+        assert [(out / name).read_bytes() for name in names] == [(whole / name).read_bytes() for name in names]
+    elif stage == "refine":
+        name = "refiner.safetensors"
+        assert (out / name).read_bytes() == (world / "adapters" / name).read_bytes()
+    else:
+        ignored = ("provenance.json", "config.yaml")
+        assert tree_bytes(out, *ignored) == tree_bytes(world / "cache", *ignored)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("end", ["a rank is killed", "the launcher is told to end"])
+def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path, end: str) -> None:
+    """torchrun sends SIGTERM to the ranks that are left: the line that names the dead one comes all the same."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(__file__).parent.parent / "cli.py"), "distill", "--cache", str(world / "cache")]
+    command += ["--config", str(config_file), "--set", "distill.checkpoint_minutes=1e-9", "--out", str(out)]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    endless = [*command, "--set", "distill.epochs=100000"]
+    with (tmp_path / "said").open("w+") as said:
+        launcher = subprocess.Popen(endless, env=variables, stdout=said, stderr=said)
+        try:
+            while not (out / "log.jsonl").exists():
+                assert launcher.poll() is None, said.seek(0) or said.read()
+                time.sleep(0.1)
+            ranks = _ranks(launcher.pid)
+            if end == "a rank is killed":
+                os.kill(ranks[1], signal.SIGKILL)
+            else:
+                launcher.terminate()
+            launcher.wait(120)
+        finally:
+            launcher.kill()
+        said.seek(0)
+        text = said.read()
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+    if end == "a rank is killed":
+        assert re.search(
+            rf"^error: rank 1 on {socket.gethostname()} is dead, last seen at .* of distill", text, re.M
+        ), text
+    assert "this is a defect" not in text, text
+
+
+def _ranks(launcher: int) -> dict[int, int]:
+    """{rank: process} of a torchrun."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        (rank,) = (int(v[5:]) for v in variables if v.startswith(b"RANK="))
+        found[rank] = int(child)
+    return found
