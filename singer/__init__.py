@@ -4,16 +4,20 @@ Shapes used throughout: B images, N tokens (prefix tokens first, then patches in
 tokens (CLS and registers), d channels, r adapter rank. Block numbers are 0-based.
 """
 
-from singer.artifacts import BlockScale, robust_threshold
-from singer.backbones import block_outputs
-from singer.cleaners import CLEANERS, Shape
-from singer.evidence import Evidence
-from singer.matching import match_blocks, resize_tokens
-from singer.normalisers import NORMALISERS
-from singer.objectives import OBJECTIVES
-from singer.refiner import Refiner
-from singer.subspaces import BASES
-from singer.tail import TeacherTail
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from singer.artifacts import BlockScale, robust_threshold
+    from singer.backbones import block_outputs
+    from singer.cleaners import CLEANERS, Shape
+    from singer.evidence import Evidence
+    from singer.matching import match_blocks, resize_tokens
+    from singer.normalisers import NORMALISERS
+    from singer.objectives import OBJECTIVES
+    from singer.refiner import Refiner
+    from singer.subspaces import BASES
+    from singer.tail import TeacherTail
 
 __all__ = [
     "BASES",
@@ -30,3 +34,26 @@ __all__ = [
     "resize_tokens",
     "robust_threshold",
 ]
+
+_MODULES = {
+    "BASES": "singer.subspaces",
+    "CLEANERS": "singer.cleaners",
+    "NORMALISERS": "singer.normalisers",
+    "OBJECTIVES": "singer.objectives",
+    "BlockScale": "singer.artifacts",
+    "Evidence": "singer.evidence",
+    "Refiner": "singer.refiner",
+    "Shape": "singer.cleaners",
+    "TeacherTail": "singer.tail",
+    "block_outputs": "singer.backbones",
+    "match_blocks": "singer.matching",
+    "resize_tokens": "singer.matching",
+    "robust_threshold": "singer.artifacts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name where it is first used: who needs only an error class need not wait for torch (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,9 +1,11 @@
 """A tiny world: images in shards, a random teacher with one planted artifact direction, and what the stages make."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -11,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+import cli
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, dump_config, load_config
 from pipeline.logs import is_log, on_console
@@ -18,6 +21,9 @@ from pipeline.models import LOCAL, Backbone, save_backbone
 from pipeline.prepare import prepare
 from pipeline.refine import refine
 
+# No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 # The tests' processes, and those that they start, have one number of threads: results depend on it in the last bits.
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 # The one place from which every seed of the tests derives; `make luck` changes it.
@@ -94,6 +100,16 @@ def draw_images(folder: Path, classes: int, each: int, seed: int = 0, start: int
             pixels = rng.integers(0, 90, (20 + i % 3 * 5, 24, 3), dtype=np.uint8)
             pixels[..., c % 3] += 40 * (1 + c // 3)
             Image.fromarray(pixels).save(folder / f"class{c}" / f"{i}.png")
+
+
+def run_singer(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """Run a command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 def config_with(*sets: str) -> Config:

@@ -1,7 +1,4 @@
-"""Commands in several processes on the CPU that find each other as torchrun's do.
-
-They are forked from one process that has imported everything: imports would take longer than what is tested.
-"""
+"""Commands in several processes on the CPU that find each other as torchrun's do."""
 
 import itertools
 import json
@@ -13,16 +10,14 @@ import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from forked import forked
+
 import cli
 from pipeline.ranks import _Watched
-
-_server = get_context("forkserver")
-_server.set_forkserver_preload(["pipeline.cache_teacher", "pipeline.refine", "pipeline.distill"])
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,7 @@ def start(
         for file in itertools.chain.from_iterable(files):
             file.touch()
         ranks = [
-            _server.Process(
-                target=_run, args=(words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n], fate), daemon=True
-            )
-            for n in range(count)
+            forked(_run, words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n], fate) for n in range(count)
         ]
         for rank in ranks:
             rank.start()

@@ -4,27 +4,29 @@ import io
 import json
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import zarr
-from conftest import make_vit, seeded, tree_bytes, world_config
+from conftest import make_vit, run_singer, seeded, tree_bytes, world_config
+from forked import event, forked
 
-from pipeline.cache import Cache
-from pipeline.cache.format import JOURNAL, read_manifest
+from pipeline.cache import Cache, filling
+from pipeline.cache.format import JOURNAL, Manifest, read_manifest
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, dump_config, load_config
 from pipeline.models import load_saved, load_teacher, save_backbone
+from pipeline.outputs import claimed_output
 from pipeline.shards import ImageFile
-from pipeline.stores import open_store
+from pipeline.stores import Store, open_store
 from pipeline.verify import verify
 from pipeline.views import normalise
 from singer.backbones import block_outputs
@@ -204,26 +206,38 @@ def test_resume_with_other_settings_names_both_sides(world: Path, config: Config
     assert len(Cache(out)) == 100
 
 
+def hold(out: Path, held: Event) -> None:
+    with claimed_output(out, "resume", "cache-teacher", load_config(out / "config.yaml"), None):
+        held.set()
+        time.sleep(3600)
+
+
 def test_second_writer_is_refused(world: Path, config: Config, tmp_path: Path) -> None:
     out = fill(config, world, tmp_path / "c")
-    code = (
-        "import time; from pathlib import Path\n"
-        "from pipeline.config import load_config; from pipeline.outputs import claimed_output\n"
-        f"out = Path({str(out)!r})\n"
-        "with claimed_output(out, 'resume', 'cache-teacher', load_config(out / 'config.yaml'), None):\n"
-        "    print('held', flush=True); time.sleep(3600)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    held = event()
+    holder = forked(hold, out, held)
+    holder.start()
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert held.wait(200)
         for mode in ("resume", "overwrite"):
             with pytest.raises(UserError, match="is being written by another run"):
                 fill(config, world, out, mode)
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     assert len(Cache(fill(config, world, out, "resume"))) == 100
     assert not list(tmp_path.glob(".*"))
+
+
+def stop_after_three_shards(command: list[str]) -> None:
+    def stops(store: Store, manifest: Manifest, shard: int, *args: Any) -> None:
+        write(store, manifest, shard, *args) if shard < 3 else time.sleep(3600)
+
+    write = filling.write_shard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 10)
+        patch.setattr(filling, "write_shard", stops)
+        run_singer(patch, *command)
 
 
 def test_kill_and_resume_gives_the_same_bytes(
@@ -234,21 +248,16 @@ def test_kill_and_resume_gives_the_same_bytes(
     whole, part = fill(config, world, tmp_path / "whole"), tmp_path / "part"
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))
-    program = (
-        "import time, pipeline.cache_teacher as stage, pipeline.cache.filling as filling, cli\n"
-        "stage._MAX_SHARD_RECORDS = 10; write = filling.write_shard\n"
-        "def stops(store, manifest, shard, *a): write(store, manifest, shard, *a) if shard < 3 else time.sleep(3600)\n"
-        "filling.write_shard = stops; cli.main()"
-    )
     options = ["--shards", world / "train" / "*.tar", "--out", part, "--config", file]
-    command = [sys.executable, "-c", program, "cache-teacher", *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked(stop_after_three_shards, ["cache-teacher", *map(str, options)])
+    process.start()
     try:
-        while len(list(part.glob(f"{JOURNAL}/*.json"))) < 3 and process.poll() is None:
+        while len(list(part.glob(f"{JOURNAL}/*.json"))) < 3 and process.is_alive():
             time.sleep(0.05)
     finally:
         process.kill()
-    assert process.wait() == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(list(part.glob(f"{JOURNAL}/*.json"))) == 3
     fill(config, world, part, "resume")
     assert tree_bytes(part, "provenance.json") == tree_bytes(whole, "provenance.json")
@@ -269,7 +278,9 @@ def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_broken_images_are_refused_or_listed(world: Path, tmp_path: Path) -> None:
+def test_broken_images_are_refused_or_listed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     shard = tmp_path / "broken.tar"
     whole = (world / "train").glob("*000000.tar")
     with tarfile.open(next(whole)) as good, tarfile.open(shard, "w") as tar:
@@ -280,21 +291,19 @@ def test_broken_images_are_refused_or_listed(world: Path, tmp_path: Path) -> Non
                 member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     out = tmp_path / "c"
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--shards", str(shard), "--out", str(out)]
+    command = ["cache-teacher", "--shards", shard, "--out", out]
     command += [f"--set=teacher.name=local-dir:{world / 'teacher'}", "--set=teacher.image_size=32"]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert refused.returncode == 2 and "cannot be decoded" in refused.stderr
-    found = re.search(r"go on without it: (--resume --on-error skip) \((--append --on-error skip), if", refused.stderr)
-    assert found is not None, refused.stderr
-    remedy = found[1]
-    accepted = subprocess.run([*command, *remedy.split(), "--json"], capture_output=True, text=True, cwd=ROOT)
-    assert accepted.returncode == 0, accepted.stderr
-    assert json.loads(accepted.stdout.splitlines()[-1])["skipped"] == len(
-        json.loads((out / "skipped.json").read_text())
-    )
+    assert run_singer(monkeypatch, *command) == 2
+    refused = capfd.readouterr().err
+    assert "cannot be decoded" in refused
+    found = re.search(r"go on without it: (--resume --on-error skip) \((--append --on-error skip), if", refused)
+    assert found is not None, refused
+    assert run_singer(monkeypatch, *command, *found[1].split(), "--json") == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["skipped"] == len(json.loads((out / "skipped.json").read_text()))
     out = tmp_path / "whole"
-    result = cache_teacher(world_config(world, "cache.on_error=skip"), str(shard), out)
+    made = cache_teacher(world_config(world, "cache.on_error=skip"), str(shard), out)
     listed = json.loads((out / "skipped.json").read_text())
     assert broken in [entry["key"] for entry in listed]
-    assert result.skipped == len(listed) and result.records == 30 - len(listed)
+    assert made.skipped == len(listed) and made.records == 30 - len(listed)
     assert broken not in set(Cache(out).index.images.keys)

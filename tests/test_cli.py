@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_vit, tree_bytes
+from conftest import make_vit, run_singer, tree_bytes
 
 import cli
 from pipeline.models import save_backbone
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def test_chain_with_json(
@@ -32,7 +23,7 @@ def test_chain_with_json(
 ) -> None:
     def result(*args: object) -> dict[str, Any]:
         config = [] if args[:2] == ("cache", "info") else ["--config", config_file]
-        assert run(monkeypatch, *args, *config, "--json") == 0
+        assert run_singer(monkeypatch, *args, *config, "--json") == 0
         value = json.loads(capfd.readouterr().out.splitlines()[-1])
         assert isinstance(value, dict)
         return value
@@ -226,7 +217,7 @@ def test_mistake(
     if "--config" not in args and not command.startswith(("cache info", "report")):
         args += ["--config", str(config_file)]
     before = tree_bytes(world)
-    assert run(monkeypatch, *args) == 2
+    assert run_singer(monkeypatch, *args) == 2
     error = capfd.readouterr().err.strip().splitlines()
     assert len(error) == 1 and error[0].startswith("error: "), error
     assert message.format(**extras) in error[0]
@@ -237,12 +228,12 @@ def test_mistake(
 def test_a_damaged_cache_is_reported_before_the_error(
     extras: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "cache", "verify", extras["d"], "--json") == 2
+    assert run_singer(monkeypatch, "cache", "verify", extras["d"], "--json") == 2
     value = json.loads(capsys.readouterr().out)
     (part,) = value["parts"]
     assert value["whole"] is False and part["damaged"] == [1, 3] and part["live"] is None
     assert part["files"]["features/2/values/c/1/0/0"] == "missing"
-    assert run(monkeypatch, "cache", "verify", extras["d"]) == 2
+    assert run_singer(monkeypatch, "cache", "verify", extras["d"]) == 2
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert {"whole: no", "damaged: 1, 3", "missing: none", "features/2/values/c/1/0/0: missing"} < set(lines)
 
@@ -288,8 +279,8 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, "refine") == 2
-    assert run(monkeypatch, "frobnicate") == 2
+    assert run_singer(monkeypatch, "refine") == 2
+    assert run_singer(monkeypatch, "frobnicate") == 2
 
 
 def test_help_lists_every_command() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import seeded, world_config
+from conftest import run_singer, seeded, world_config
+from forked import forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_one_pass import write_shards
@@ -241,22 +242,19 @@ def test_an_archive_that_changed_is_not_read(world: Path, tmp_path: Path) -> Non
 
 def run_with_few_descriptors(*commands: tuple[object, ...]) -> None:
     """Commands of singer, one after the other in one process that may open `LIMIT` files."""
-    code = f"""
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, ({LIMIT}, {LIMIT}))
-import torch, cli, pipeline.cache_teacher
-torch.set_num_threads(1)
-pipeline.cache_teacher._MAX_SHARD_RECORDS = 1  # shards of the usual size would need many more records
-for command in {[tuple(map(str, command)) for command in commands]!r}:
-    sys.argv = ["singer", *command]
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    process = forked(run_all, [tuple(map(str, command)) for command in commands], daemon=False)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def run_all(commands: list[tuple[str, ...]]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
+    with pytest.MonkeyPatch.context() as patch:
+        # Shards of the usual size would need many more records.
+        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 1)
+        for command in commands:
+            assert run_singer(patch, *command) == 0, command
 
 
 def chain(world: Path, root: Path, *sets: str) -> list[tuple[object, ...]]:

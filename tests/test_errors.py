@@ -2,12 +2,11 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import world_config
+from conftest import run_singer, world_config
 
 import cli
 from pipeline.config import dump_config
@@ -16,15 +15,6 @@ from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.failures import DefectsFound, failure, is_defect
 from singer.errors import UserError
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +129,7 @@ def test_damaged_files_are_one_line(
             file.unlink()
             file.mkdir() if data is None else file.write_bytes(data)
             out = tmp_path / f"{file.name}-{damage}".replace(" ", "-")
-            code = run(monkeypatch, *(word.format(r=made, o=out) for word in words.split()))
+            code = run_singer(monkeypatch, *(word.format(r=made, o=out) for word in words.split()))
             told = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error: ", "Traceback"))]
             harmless = (command, name, damage) in HARMLESS or name in _OPTIONAL
             if not (((code, len(told)) == (2, 1) and told[0].startswith("error: ")) or (code == 0 and harmless)):
@@ -185,7 +175,7 @@ def test_what_users_can_fix(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    assert run(monkeypatch, *(word.format(r=made, o=out) for word in words.split())) == 2
+    assert run_singer(monkeypatch, *(word.format(r=made, o=out) for word in words.split())) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and re.search(message, line), line
     assert not out.exists()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tree_bytes
+from conftest import run_singer, tree_bytes
 
-import cli
 from pipeline.cache.info import cache_info
 from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
@@ -18,15 +17,6 @@ from pipeline.logs import LOG, is_log, log_file, logger, on_console
 from pipeline.outputs import process_log
 from pipeline.progress import say
 from pipeline.verify import verify
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["singer", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def refine(world: Path, config_file: Path, out: Path, *more: str) -> list[object]:
@@ -37,13 +27,13 @@ def test_a_log_has_all_that_a_report_of_a_defect_needs(
     world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "adapters"
-    assert run(monkeypatch, *refine(world, config_file, out)) == 0
+    assert run_singer(monkeypatch, *refine(world, config_file, out)) == 0
     text = (out / LOG).read_text()
     for part in ("command: singer refine --cache", "versions: python 3", "torch ", "CPU cores", "GB of memory"):
         assert part in text
     assert "configuration:" in text and "cleaner: clip" in text
     assert "T" in text.split()[0] and ":" in text.split()[0]  # a time stamp
-    assert run(monkeypatch, *refine(world, config_file, out, "--overwrite")) == 0
+    assert run_singer(monkeypatch, *refine(world, config_file, out, "--overwrite")) == 0
     assert (out / LOG).read_text().count("command: ") == 1
 
 
@@ -51,8 +41,8 @@ def test_resuming_appends(world: Path, config_file: Path, tmp_path: Path, monkey
     out = tmp_path / "adapters"
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.refine._store", _bursts)
-        assert run(patch, *refine(world, config_file, out)) == 1
-    assert run(monkeypatch, *refine(world, config_file, out, "--resume")) == 0
+        assert run_singer(patch, *refine(world, config_file, out)) == 1
+    assert run_singer(monkeypatch, *refine(world, config_file, out, "--resume")) == 0
     text = (out / LOG).read_text()
     assert text.count("command: ") == 2 and text.index("KeyError") < text.rindex("command: ")
 
@@ -77,7 +67,7 @@ def test_a_defect_is_short_on_the_console_and_whole_in_the_log(
 
     monkeypatch.setattr("pipeline.refine._store", bursts)
     out = tmp_path / "adapters"
-    assert run(monkeypatch, *refine(world, config_file, out)) == 1
+    assert run_singer(monkeypatch, *refine(world, config_file, out)) == 1
     *shown, last = capfd.readouterr().err.strip().splitlines()
     assert "this is a defect of singer" in last and str(out / LOG) in last
     assert len(shown) < 20 and "bursts" in "\n".join(shown)
@@ -85,7 +75,7 @@ def test_a_defect_is_short_on_the_console_and_whole_in_the_log(
     assert "Traceback" in text and "in bursts" in text and text.count("Traceback") == 1
     # The console has the innermost frames alone, unless it is asked for all.
     assert "in run_with_messages" in text and "in run_with_messages" not in "\n".join(shown)
-    assert run(monkeypatch, "--verbose", *refine(world, config_file, out, "--overwrite")) == 1
+    assert run_singer(monkeypatch, "--verbose", *refine(world, config_file, out, "--overwrite")) == 1
     assert "in run_with_messages" in capfd.readouterr().err
 
 
@@ -94,7 +84,7 @@ def test_a_defect_without_an_output_has_a_log_too(
 ) -> None:
     monkeypatch.setattr("pipeline.cache.info._views", _bursts)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert run(monkeypatch, "cache", "info", world / "cache") == 1
+    assert run_singer(monkeypatch, "cache", "info", world / "cache") == 1
     (log,) = tmp_path.glob("singer-*.log")
     assert str(log) in capfd.readouterr().err
     assert "in _bursts" in log.read_text() and "command: singer cache info" in log.read_text()
@@ -125,9 +115,9 @@ def test_a_folder_with_a_log_alone_is_free_and_a_strangers_is_not_ours(
         folder.mkdir()
         (folder / LOG).write_text("what went wrong\n")
     (strange / "thesis.tex").write_text("years of work")
-    assert run(monkeypatch, *refine(world, config_file, strange, "--overwrite")) == 2
+    assert run_singer(monkeypatch, *refine(world, config_file, strange, "--overwrite")) == 2
     assert (strange / "thesis.tex").read_text() == "years of work"
-    assert run(monkeypatch, *refine(world, config_file, ours)) == 0
+    assert run_singer(monkeypatch, *refine(world, config_file, ours)) == 0
     assert (ours / LOG).read_text().startswith("what went wrong\n")
 
 
@@ -208,7 +198,7 @@ def test_verbose_goes_before_or_after_the_command(
         ([*command, "--verbose"], ["a detail", "timm: a library's"]),
         (command, []),  # what one command was asked for does not stay
     ):
-        assert run(monkeypatch, *args) == 0
+        assert run_singer(monkeypatch, *args) == 0
         assert capfd.readouterr().err.splitlines() == told
 
 

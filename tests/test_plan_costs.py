@@ -1,14 +1,14 @@
 """The costs of a plan: what follows from rates, what is refused, and what is left on the disk."""
 
-import os
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Generator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import event, forked
 
 from pipeline.config import Config
 from pipeline.costs import Rate, Work, bottleneck, break_even, cached_hours, caching_hours, online_hours, verdict
@@ -140,27 +140,22 @@ def test_scratch_is_removed_after_errors_and_leftovers_are_removed(tmp_path: Pat
         pass
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from pipeline.pilot import scratch
-with scratch(Path(sys.argv[1])) as place:
-    place.mkdir()
-    (place / "some").write_bytes(b"1")
-    print("ready", flush=True)
-    time.sleep(600)
-"""
+def use_scratch(out: Path, ready: Event) -> None:
+    with scratch(out) as place:
+        place.mkdir()
+        (place / "some").write_bytes(b"1")
+        ready.set()
+        time.sleep(600)
 
 
 def test_scratch_is_removed_by_a_signal(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "cache")]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        assert (tmp_path / SCRATCH / "some").exists()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == 128 + signal.SIGTERM
+    ready = event()
+    process = forked(use_scratch, tmp_path / "cache", ready)
+    process.start()
+    assert ready.wait(200) and (tmp_path / SCRATCH / "some").exists()
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 

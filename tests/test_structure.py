@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What arithmetic may use.
-PURE = {"collections", "dataclasses", "functools", "math", "numpy", "scipy", "singer", "timm", "torch", "typing"}
+PURE = {"collections", "dataclasses", "functools", "importlib", "math", "numpy", "scipy", "singer", "timm", "torch"}
+PURE |= {"typing"}
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -41,7 +42,18 @@ def test_pipeline_does_not_know_the_command_line() -> None:
 
 
 def test_singer_is_importable_alone(tmp_path: Path) -> None:
-    code = "import sys, singer; assert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
+    """With each of its names, which are imported where they are used."""
+    code = (
+        "import sys, singer; assert singer.__all__ == list(singer._MODULES)\n"
+        "from singer import *\n"
+        "assert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("module", ["cli", "singer.errors", "pipeline.config", "pipeline.stores", "pipeline.shards"])
+def test_what_needs_no_torch_does_not_wait_for_it(module: str, tmp_path: Path) -> None:
+    code = f"import sys, {module}; assert not {{'torch', 'timm', 'accelerate'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from webdataset.shardlists import expand_urls
 
 from pipeline.progress import meter
 from pipeline.shards.images import Images, Keys, Skipped
@@ -33,6 +32,8 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
 
     Raises UserError if one stands for nothing, or a file is missing.
     """
+    from webdataset.shardlists import expand_urls  # which imports torch
+
     paths: list[Path] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
         for name in expand_urls(os.fspath(pattern)):

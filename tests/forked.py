@@ -1,0 +1,22 @@
+"""Processes forked from one that has imported everything: imports would take longer than what is tested."""
+
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Event
+
+_server = get_context("forkserver")
+_server.set_forkserver_preload(["pipeline.cache_teacher", "pipeline.refine", "pipeline.distill", "pipeline.pilot"])
+
+
+def forked(target: Callable[..., None], *args: object, daemon: bool = True) -> ForkServerProcess:
+    """A process that runs a function of a module, not yet started.
+
+    daemon: it is killed when this process ends, and may have no processes of its own.
+    """
+    return _server.Process(target=target, args=args, daemon=daemon)
+
+
+def event() -> Event:
+    """An event to be shared with such a process."""
+    return _server.Event()
