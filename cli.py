@@ -63,7 +63,7 @@ def every_command(
     ] = False,
 ) -> None:
     if verbose:
-        from pipeline.logs import be_verbose
+        from pipeline.runtime.logs import be_verbose
 
         be_verbose()
 
@@ -82,8 +82,8 @@ def prepare(
 ) -> None:
     """Pack a folder of images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
     from pipeline.config import load_config
-    from pipeline.outputs import output_mode
-    from pipeline.prepare import prepare as run
+    from pipeline.stages.prepare import prepare as run
+    from pipeline.storage.outputs import output_mode
 
     options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
     tree = load_config(config, sets or (), options)
@@ -110,9 +110,9 @@ def cache_teacher(
     as_json: JsonOption = False,
 ) -> None:
     """Stage 1: run the teacher once and store the features of chosen blocks."""
-    from pipeline.cache_teacher import cache_teacher as run
     from pipeline.config import load_config
-    from pipeline.outputs import output_mode
+    from pipeline.stages.cache_teacher import cache_teacher as run
+    from pipeline.storage.outputs import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -147,8 +147,8 @@ def refine(
 ) -> None:
     """Stage 2: fit a refiner that removes artifacts and keeps information, on the cache alone."""
     from pipeline.config import load_config
-    from pipeline.outputs import output_mode
-    from pipeline.refine import refine as run
+    from pipeline.stages.refine import refine as run
+    from pipeline.storage.outputs import output_mode
 
     options = {
         "refine.variant": variant,
@@ -176,8 +176,8 @@ def inspect(
 ) -> None:
     """Norms and artifacts of a cache's features, and what a refiner does to them."""
     from pipeline.config import load_config
-    from pipeline.inspection import inspect as run
-    from pipeline.outputs import output_mode
+    from pipeline.stages.inspect import inspect as run
+    from pipeline.storage.outputs import output_mode
 
     tree = load_config(config, sets or ())
     _report(run(tree, cache, adapters, out, output_mode(False, overwrite), shards), as_json)
@@ -204,8 +204,8 @@ def distill(
 ) -> None:
     """Stage 3: train a student on the refined targets."""
     from pipeline.config import load_config
-    from pipeline.distill import distill as run
-    from pipeline.outputs import output_mode
+    from pipeline.stages.distill import distill as run
+    from pipeline.storage.outputs import output_mode
 
     options = {
         "student.name": student,
@@ -236,8 +236,8 @@ def evaluate(
 ) -> None:
     """Probe a frozen model: a student, a teacher, any of timm's."""
     from pipeline.config import load_config
-    from pipeline.evaluate import evaluate_tasks
-    from pipeline.probes.trial import without_top5
+    from pipeline.evaluation.context import without_top5
+    from pipeline.stages.evaluate import evaluate_tasks
 
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
     results = evaluate_tasks(tree, model, train, test, task or ["classification"], out, weights)
@@ -260,7 +260,7 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Train, probe and rank many students from one cache."""
-    from pipeline.outputs import output_mode
+    from pipeline.storage.outputs import output_mode
     from pipeline.sweep import sweep as run
 
     mode = output_mode(resume, overwrite)
@@ -305,8 +305,8 @@ def export(
 ) -> None:
     """Write the student alone, with a model card, in a format that others load."""
     from pipeline.config import load_config
-    from pipeline.export import export as write
-    from pipeline.outputs import output_mode
+    from pipeline.stages.export import export as write
+    from pipeline.storage.outputs import output_mode
 
     tree = load_config(config, sets or (), {"export.output": output})
     _report(write(tree, run, out, to, output_mode(False, overwrite)), as_json)
@@ -343,7 +343,7 @@ def cache_plan(
     Writes a temporary folder on the disk of --out, at most a tenth of what is free there, and removes it.
     """
     from pipeline.config import load_config
-    from pipeline.plan import plan as run
+    from pipeline.planning.plan import plan as run
 
     options = {
         "teacher.name": teacher,
@@ -371,8 +371,8 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum and, given the teacher, a sample with what it computes now."""
+    from pipeline.cache.verify import verify as run
     from pipeline.config import load_config
-    from pipeline.verify import verify as run
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
@@ -391,8 +391,8 @@ def demo(
 ) -> None:
     """The whole chain, offline, on digits that scikit-learn brings; ends in a report.html."""
     from pipeline.config import load_config
-    from pipeline.demo import demo as run
-    from pipeline.outputs import output_mode
+    from pipeline.demo.chain import demo as run
+    from pipeline.storage.outputs import output_mode
 
     _report(run(load_config(config or "demo", sets or ()), out, output_mode(False, overwrite)), as_json)
 
@@ -465,7 +465,7 @@ def _text(value: Any, name: object = "") -> str:
 
 
 def _duration(hours: float) -> str:
-    from pipeline.progress import duration
+    from pipeline.runtime.progress import duration
 
     return duration(3600 * hours)
 
@@ -480,14 +480,14 @@ def _size(count: int) -> str:
 
 def run_with_messages(command: Callable[[], object]) -> None:
     """Run a command; what the user can fix is one line on stderr and exit code 2, a defect of ours is code 1."""
-    from pipeline.logs import on_console
+    from pipeline.runtime.logs import on_console
 
     with on_console():
         try:
             command()
         except Exception as error:
             # Imported late: `singer --help` needs no torch.
-            from pipeline.failures import report
+            from pipeline.runtime.failures import report
 
             sys.exit(report(error))
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from setting import DEVICE, DEVICE_NAME, Student, Teacher, add_options, make_cache, read_config, seconds
 from torch import Tensor
 
-from pipeline.prefetch import prefetch
-from pipeline.readplan import EpochOrder, Share, share
-from pipeline.refine import refine
-from pipeline.shards import ImageFile, relocate
-from pipeline.train import BatchLoader
+from pipeline.data import ImageFile, relocate
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import EpochOrder, Share, share
+from pipeline.stages.refine import refine
+from pipeline.training.trainer import BatchLoader
 
 
 def main() -> None:

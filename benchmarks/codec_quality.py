@@ -14,12 +14,12 @@ import numpy as np
 from results import RECIPE, mode
 
 from pipeline.cache.info import cache_info
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.probes.classification import Classification
-from pipeline.refine import refine
+from pipeline.evaluation.classification import Classification
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.refine import refine
 
 # name: (codec, share of the patch tokens)
 KINDS = {

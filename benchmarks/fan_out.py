@@ -15,10 +15,10 @@ from pathlib import Path
 from setting import DEVICE_NAME, Student, add_options, make_cache, read_config, seconds
 from torch import Tensor
 
-from pipeline.readplan import EpochOrder, share
-from pipeline.refine import refine
-from pipeline.shards import ImageFile, relocate
-from pipeline.train import Batch, BatchLoader
+from pipeline.data import ImageFile, relocate
+from pipeline.data.sampler import EpochOrder, share
+from pipeline.stages.refine import refine
+from pipeline.training.trainer import Batch, BatchLoader
 
 
 def main() -> None:

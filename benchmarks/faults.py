@@ -26,13 +26,13 @@ import torch
 from PIL import Image
 
 import cli
-from pipeline.cache_teacher import cache_teacher
+from pipeline.cache.verify import verify
 from pipeline.config import load_config
-from pipeline.logs import is_log
-from pipeline.models import Backbone, save_backbone
-from pipeline.prepare import prepare
-from pipeline.shards import index_shards
-from pipeline.verify import verify
+from pipeline.data import index_shards
+from pipeline.runtime.logs import is_log
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.prepare import prepare
+from pipeline.teachers.models import Backbone, save_backbone
 from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -94,7 +94,7 @@ def settings(root: Path) -> list[str]:
 
 
 def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
-    import pipeline.cache_teacher as stage
+    import pipeline.stages.cache_teacher as stage
 
     stage._MAX_SHARD_RECORDS = 4
     whole = root / "whole"

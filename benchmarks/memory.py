@@ -21,9 +21,9 @@ from read_speed import synthetic_manifest, write_synthetic
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.reader import Cache
 from pipeline.config import load_config
-from pipeline.distill import distill
-from pipeline.prefetch import prefetch
-from pipeline.readplan import EpochOrder
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import EpochOrder
+from pipeline.stages.distill import distill
 
 TOKENS, WIDTH, PIXELS = 65, 192, 32
 TIMES = 10

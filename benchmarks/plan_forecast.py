@@ -13,11 +13,11 @@ from pathlib import Path
 
 from setting import DEVICE_NAME, add_options, read_config
 
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.distill import distill
-from pipeline.plan import plan
-from pipeline.refine import refine
+from pipeline.planning.plan import plan
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.refine import refine
 
 
 def main() -> None:

@@ -40,15 +40,15 @@ from pipeline.cache.format import (
     TeacherManifest,
     shard_file,
 )
-from pipeline.cache.parts import read_parts
 from pipeline.cache.reader import Cache
+from pipeline.cache.segments import read_parts
 from pipeline.cache.writer import create_part, small_files, write_shard
 from pipeline.config import DistillConfig
-from pipeline.prefetch import prefetch
-from pipeline.readplan import WINDOW_BYTES, lists_ahead, share_lists
-from pipeline.shards import Images, Keys, listing_hash
-from pipeline.stores import LocalStore
-from pipeline.train import BatchLoader
+from pipeline.data import Images, Keys, listing_hash
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import WINDOW_BYTES, lists_ahead, share_lists
+from pipeline.storage import LocalStore
+from pipeline.training.trainer import BatchLoader
 
 BLOCK, TOKENS = 0, 197
 # Of what is written, and of what other engines read.

@@ -22,14 +22,14 @@ import numpy as np
 import yaml
 from webdataset import TarWriter, WebDataset
 
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.outputs import Mode
-from pipeline.refine import refine
-from pipeline.sweep.plan import REFINER, SweepFile, find_sweep
-from pipeline.trained import RUN
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.refine import refine
+from pipeline.storage.outputs import Mode
+from pipeline.sweep.file import REFINER, SweepFile, find_sweep
+from pipeline.training.run_directory import RUN
 
 RECIPE = "tinyimagenet-ti-to-w96"
 PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]

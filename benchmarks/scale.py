@@ -390,7 +390,7 @@ def watched(args: Sequence[str]) -> None:
     import_all()
     import cli
     from pipeline.cache.reader import Cache
-    from pipeline.progress import Meter
+    from pipeline.runtime.progress import Meter
 
     victim, _, limit = kill.partition(":")
     file = os.open(events, os.O_WRONLY | os.O_APPEND)
@@ -431,7 +431,7 @@ def watched(args: Sequence[str]) -> None:
 
 
 def list_images(spec: str, happened: Callable[[str, float], None]) -> None:
-    from pipeline.shards import index_shards
+    from pipeline.data import index_shards
 
     happened("index", len(index_shards(spec)))
 
@@ -439,7 +439,7 @@ def list_images(spec: str, happened: Callable[[str, float], None]) -> None:
 def open_cache(place: str) -> None:
     """Open a cache and its index, and read a shuffled batch."""
     from pipeline.cache.reader import Cache
-    from pipeline.readplan import EpochOrder
+    from pipeline.data.sampler import EpochOrder
 
     cache = Cache(place)
     assert len(cache.index) == len(cache)
@@ -451,7 +451,7 @@ def make_teacher(folder: str) -> None:
     import timm
     import torch
 
-    from pipeline.models import Backbone, save_backbone
+    from pipeline.teachers.models import Backbone, save_backbone
 
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"

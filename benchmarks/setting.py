@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, load_config
-from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
-from pipeline.models import load_teacher, new_student
-from pipeline.refine import load_refiner
-from pipeline.views import normalise
+from pipeline.data.views import normalise
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.refine import load_refiner
+from pipeline.teachers.models import load_teacher, new_student
+from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 

@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from pipeline.readplan import EpochOrder
+from pipeline.data.sampler import EpochOrder
 
 BLOCKS = (1, 16, 64, 256)
 WINDOWS = (4096, 16384, 65536)

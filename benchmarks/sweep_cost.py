@@ -17,13 +17,13 @@ from setting import DEVICE_NAME, Student, Teacher, add_options, read_config, sec
 from torch import Tensor, from_numpy
 
 from pipeline.cache.reader import Cache
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.distill import Job, fan_out
-from pipeline.prefetch import prefetch
-from pipeline.readplan import EpochOrder, Share, share, steps_per_epoch
-from pipeline.refine import refine
-from pipeline.shards import ImageFile, relocate
+from pipeline.data import ImageFile, relocate
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import EpochOrder, Share, share, steps_per_epoch
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import Job, fan_out
+from pipeline.stages.refine import refine
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:

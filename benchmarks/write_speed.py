@@ -25,20 +25,20 @@ import torch
 from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_features, synthetic_manifest, synthetic_views
 from torch import Tensor
 
-from pipeline import cache_teacher as stage
+from pipeline.stages import cache_teacher as stage
+from pipeline.cache.background_writer import filling
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encoder import Batch, Encoder, Values, calibration_on
-from pipeline.cache.filling import filling
+from pipeline.cache.encode import Batch, Encoder, Values, calibration_on
+from pipeline.cache.extract import Extractor
 from pipeline.cache.format import VIEWS, read_images
-from pipeline.cache.parts import read_parts
 from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.segments import read_parts
 from pipeline.config import load_config
-from pipeline.devices import make_accelerator
-from pipeline.extract import Extractor
-from pipeline.models import load_teacher
-from pipeline.prefetch import prefetch
-from pipeline.shards import ImageFile, index_shards
-from pipeline.stores import LocalStore
+from pipeline.data import ImageFile, index_shards
+from pipeline.data.prefetch import prefetch
+from pipeline.runtime.devices import make_accelerator
+from pipeline.storage import LocalStore
+from pipeline.teachers.models import load_teacher
 
 # Small ones, so that every turn also writes; larger ones are synced less often.
 SHARD_RECORDS = 128

@@ -13,7 +13,6 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from pipeline.resources import resource
 from singer.errors import UserError
 
 # YAML reads a bare `no` as false.
@@ -317,7 +316,7 @@ class ExportConfig(Section):
 class PrepareConfig(Section):
     """A folder of images -> WebDataset shards."""
 
-    layout: str = Field("folder", description="how the images lie on disk: a name among pipeline/layouts/")
+    layout: str = Field("folder", description="how the images lie on disk: a name among pipeline/data/importers/")
     split: str | None = Field(None, description="which split of a layout that has several")
     shard_images: Positive = 1000
     classes: Path | None = Field(None, description="classes.json of another split, to number classes as there")
@@ -373,6 +372,13 @@ def load_config(
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that load_config reads back to the same tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def resource(name: str) -> Path:
+    """Find configs/ or data/...: inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    inside = here / name
+    return inside if inside.exists() else here.parent / name
 
 
 def recipes() -> list[str]:

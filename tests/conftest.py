@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import cli
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config, dump_config, load_config
-from pipeline.logs import is_log, on_console
-from pipeline.models import LOCAL, Backbone, save_backbone
-from pipeline.prepare import prepare
-from pipeline.refine import refine
+from pipeline.runtime.logs import is_log, on_console
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.prepare import prepare
+from pipeline.stages.refine import refine
+from pipeline.teachers.models import LOCAL, Backbone, save_backbone
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"

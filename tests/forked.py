@@ -6,7 +6,9 @@ from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Event
 
 _server = get_context("forkserver")
-_server.set_forkserver_preload(["pipeline.cache_teacher", "pipeline.refine", "pipeline.distill", "pipeline.pilot"])
+_server.set_forkserver_preload(
+    ["pipeline.stages.cache_teacher", "pipeline.stages.refine", "pipeline.stages.distill", "pipeline.planning.pilot"]
+)
 
 
 def forked(target: Callable[..., None], *args: object, daemon: bool = True) -> ForkServerProcess:

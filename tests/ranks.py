@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from forked import forked
 
 import cli
-from pipeline.ranks import _Watched
+from pipeline.runtime.ranks import _Watched
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import numpy as np
 from pipeline.cache.format import view_form
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.config import ViewsConfig
-from pipeline.prefetch import prefetch
-from pipeline.shards import ImageFile, Images, OnError, decoding_quietly
+from pipeline.data import ImageFile, Images, OnError, decoding_quietly
+from pipeline.data.prefetch import prefetch
 
 
 @dataclass(frozen=True)

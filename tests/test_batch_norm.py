@@ -11,12 +11,12 @@ from conftest import world_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.batch_norm import synchronise
 from pipeline.config import StudentConfig
-from pipeline.distill import distill
-from pipeline.distiller import Lesson, Shown
-from pipeline.models import new_student
-from pipeline.readplan import EpochOrder, share, smallest_part
+from pipeline.data.sampler import EpochOrder, share, smallest_part
+from pipeline.stages.distill import distill
+from pipeline.teachers.models import new_student
+from pipeline.training.batch_norm import synchronise
+from pipeline.training.distiller import Lesson, Shown
 from singer.errors import UserError
 
 RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]

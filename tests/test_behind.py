@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from pipeline.behind import Behind
+from pipeline.data.background import Behind
 
 
 def test_calls_come_in_order_and_one_at_a_time() -> None:

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_vit, run_singer, tree_bytes
 
 import cli
-from pipeline.models import save_backbone
+from pipeline.teachers.models import save_backbone
 
 
 def test_chain_with_json(
@@ -180,8 +180,8 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     from conftest import world_config
     from PIL import Image
 
-    from pipeline.cache_teacher import cache_teacher
-    from pipeline.prepare import prepare
+    from pipeline.stages.cache_teacher import cache_teacher
+    from pipeline.stages.prepare import prepare
 
     root = tmp_path_factory.mktemp("extras")
     wide = make_vit(embed_dim=32)
@@ -189,7 +189,7 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     config = world_config(world)
     cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 10)
+        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
         cache_teacher(config, str(world / "test" / "*.tar"), root / "d")
     (root / "d" / "features/2/values/c/1/0/0").unlink()
     (root / "d" / "features/3/values/c/3/0/0").write_bytes(b"")

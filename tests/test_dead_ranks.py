@@ -17,12 +17,12 @@ import pytest
 from conftest import tree_bytes
 from ranks import Fate, launch, start
 
-from pipeline.ranks import SECONDS, Ranks, _Watched, limit_seconds
+from pipeline.runtime.ranks import SECONDS, Ranks, _Watched, limit_seconds
 from singer.errors import UserError
 
 LIMIT = 6.0
 _processes = get_context("forkserver")
-_processes.set_forkserver_preload(["pipeline.ranks"])
+_processes.set_forkserver_preload(["pipeline.runtime.ranks"])
 
 
 def dead(ranks: Ranks) -> None:

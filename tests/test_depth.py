@@ -11,12 +11,12 @@ from PIL import Image
 from test_segmentation import SHARED, WEIGHTS, packed, png
 
 from pipeline.config import Config, load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.models import load_teacher, save_backbone
-from pipeline.prepare import prepare
-from pipeline.probes.depth import Depth, fit_heads, read_depths
-from pipeline.shards import index_beside, index_shards
+from pipeline.data import index_beside, index_shards
+from pipeline.evaluation.depth import Depth, fit_heads, read_depths
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.prepare import prepare
+from pipeline.teachers.models import load_teacher, save_backbone
 from singer.errors import UserError
 from singer.probes import depth_figures, depth_sums
 

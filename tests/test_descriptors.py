@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from test_one_pass import write_shards
 
 from pipeline.config import dump_config
-from pipeline.shards import ImageFile, index_shards
-from pipeline.stores import LocalStore, Opened, OpenFile, Ranges
-from pipeline.stores.open_files import Pool
+from pipeline.data import ImageFile, index_shards
+from pipeline.storage import LocalStore, Opened, OpenFile, Ranges
+from pipeline.storage.open_files import Pool
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -190,7 +190,7 @@ def test_a_child_reads_while_the_parents_threads_did(tmp_path: Path) -> None:
     code = f"""
 import os, threading
 from pathlib import Path
-from pipeline.stores.open_files import Opened, OpenFile, Pool
+from pipeline.storage.open_files import Opened, OpenFile, Pool
 pool = Pool(4)
 os.register_at_fork(after_in_child=pool.after_fork)
 files = [OpenFile(Path({str(tmp_path)!r}) / str(n), pool) for n in range(8)]
@@ -252,7 +252,7 @@ def run_all(commands: list[tuple[str, ...]]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
     with pytest.MonkeyPatch.context() as patch:
         # Shards of the usual size would need many more records.
-        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 1)
+        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 1)
         for command in commands:
             assert run_singer(patch, *command) == 0, command
 

@@ -12,20 +12,20 @@ import timm
 import torch
 from conftest import seeded, tree_bytes, world_config
 
-import pipeline.train as stage
+import pipeline.training.trainer as stage
 from pipeline import readplan
 from pipeline.cache import Cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
-from pipeline.distill import Job, distill, fan_out
-from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
-from pipeline.models import load_saved, new_student
-from pipeline.outputs import file_hash
-from pipeline.refine import REFINER, load_refiner, refine
-from pipeline.shards import relocate
-from pipeline.train import learning_rate
-from pipeline.trained import RefinerNote, load_result
+from pipeline.data import relocate
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import Job, distill, fan_out
+from pipeline.stages.refine import REFINER, load_refiner, refine
+from pipeline.storage.outputs import file_hash
+from pipeline.teachers.models import load_saved, new_student
+from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
+from pipeline.training.run_directory import RefinerNote, load_result
+from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 

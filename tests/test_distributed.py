@@ -14,13 +14,13 @@ from conftest import seeded, tree_bytes, world_config
 from ranks import launch
 
 from pipeline.cache import Cache
-from pipeline.checkpoint import Checkpoint, read_log
-from pipeline.distill import distill
-from pipeline.fsdp import WholeModel, WholeOptimiser, check_sharding
-from pipeline.models import new_student
-from pipeline.readplan import EpochOrder, share
-from pipeline.shards import ImageFile
-from pipeline.views import normalise
+from pipeline.data import ImageFile
+from pipeline.data.sampler import EpochOrder, share
+from pipeline.data.views import normalise
+from pipeline.stages.distill import distill
+from pipeline.teachers.models import new_student
+from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_sharding
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent

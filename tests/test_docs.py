@@ -36,17 +36,17 @@ from test_stores import Server
 
 import cli
 import pipeline.config
-import pipeline.evaluate
-import pipeline.plan
-import pipeline.sweep.plan
-from pipeline.cache_teacher import cache_teacher
+import pipeline.planning.plan
+import pipeline.stages.evaluate
+import pipeline.sweep.file
 from pipeline.config import Config, load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.models import LOCAL, save_backbone
-from pipeline.prepare import prepare
-from pipeline.refine import refine
-from pipeline.sweep.plan import read_plan
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.prepare import prepare
+from pipeline.stages.refine import refine
+from pipeline.sweep.file import read_plan
+from pipeline.teachers.models import LOCAL, save_backbone
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -350,13 +350,15 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
         "timm.models.vision_transformer.trunc_normal_", lambda x, **how: x if x.is_meta else draw(x, **how)
     )
     monkeypatch.setattr(pipeline.config, "load_config", last)
-    monkeypatch.setattr(pipeline.sweep.plan, "load_config", first)
-    load_model = pipeline.evaluate.load_model
+    monkeypatch.setattr(pipeline.sweep.file, "load_config", first)
+    load_model = pipeline.stages.evaluate.load_model
     monkeypatch.setattr(
-        pipeline.evaluate, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
+        pipeline.stages.evaluate, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
     )
-    plan = pipeline.plan.plan
-    monkeypatch.setattr(pipeline.plan, "plan", lambda config, shards, out, seconds=1.0: plan(config, shards, out, 0.01))
+    plan = pipeline.planning.plan.plan
+    monkeypatch.setattr(
+        pipeline.planning.plan, "plan", lambda config, shards, out, seconds=1.0: plan(config, shards, out, 0.01)
+    )
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from conftest import run_singer, world_config
 
 import cli
 from pipeline.config import dump_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.export import export
-from pipeline.failures import DefectsFound, failure, is_defect
+from pipeline.runtime.failures import DefectsFound, failure, is_defect
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.export import export
 from singer.errors import UserError
 
 

@@ -16,19 +16,19 @@ from sklearn.linear_model import LogisticRegression
 
 import cli
 from pipeline.config import Config, dump_config, load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.models import load_model, load_saved, save_backbone
-from pipeline.prepare import prepare
-from pipeline.probes.classification import Classification, linear_scores
-from pipeline.probes.classification import probe as probe_classification
-from pipeline.probes.domain_shift import DomainShift
-from pipeline.probes.head import OwnHead
-from pipeline.probes.pooled import features
-from pipeline.probes.retrieval import Retrieval
-from pipeline.probes.trial import Trial, tokens
-from pipeline.shards import ImageFile, index_shards
-from pipeline.views import apply_view, crop_view, normalise
+from pipeline.data import ImageFile, index_shards
+from pipeline.data.views import apply_view, crop_view, normalise
+from pipeline.evaluation.classification import Classification, linear_scores
+from pipeline.evaluation.classification import probe as probe_classification
+from pipeline.evaluation.context import Trial, tokens
+from pipeline.evaluation.domain_shift import DomainShift
+from pipeline.evaluation.global_features import features
+from pipeline.evaluation.own_head import OwnHead
+from pipeline.evaluation.retrieval import Retrieval
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.prepare import prepare
+from pipeline.teachers.models import load_model, load_saved, save_backbone
 from singer.errors import UserError
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
@@ -144,7 +144,8 @@ def test_tasks_of_one_command_share_features(
     alone = {task: asdict(evaluate(config, world / "teacher", *shards, task)) for task in tasks}
     passes = []
     monkeypatch.setattr(
-        "pipeline.probes.pooled.tokens", lambda vit, images, *rest: passes.append(images) or tokens(vit, images, *rest)
+        "pipeline.evaluation.global_features.tokens",
+        lambda vit, images, *rest: passes.append(images) or tokens(vit, images, *rest),
     )
     (tmp_path / "config.yaml").write_text(dump_config(config))
     named = [word for task in tasks for word in ("--task", task)]

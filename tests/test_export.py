@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-import pipeline.export as stage
+import pipeline.stages.export as stage
 from pipeline.config import Config, load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.export import CARD, FORMATS, ExportResult, Student, Written, export
-from pipeline.models import load_model, load_saved, save_backbone
-from pipeline.views import normalise
+from pipeline.data.views import normalise
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.export import CARD, FORMATS, ExportResult, Student, Written, export
+from pipeline.teachers.models import load_model, load_saved, save_backbone
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

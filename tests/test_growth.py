@@ -8,12 +8,12 @@ import torch
 from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
 from pipeline.cache import Cache
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.distill import distill
-from pipeline.models import save_backbone
-from pipeline.prepare import prepare
-from pipeline.refine import refine
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.prepare import prepare
+from pipeline.stages.refine import refine
+from pipeline.teachers.models import save_backbone
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -168,7 +168,7 @@ def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_p
 
 def test_interrupted_growth(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old cache stays readable, and the same command goes on."""
-    monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
     old = make(config, shards(world), tmp_path / "c")
     more = world_config(world, "cache.blocks=[1]")
     grown = make(more, shards(world), tmp_path / "c", "append")

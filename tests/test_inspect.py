@@ -8,7 +8,7 @@ import pytest
 from conftest import world_config
 
 from pipeline.config import Config
-from pipeline.inspection import inspect
+from pipeline.stages.inspect import inspect
 from singer.errors import UserError
 
 
@@ -45,7 +45,7 @@ def test_refiner_and_page(world: Path, config: Config, tmp_path: Path) -> None:
 
 
 def test_sampled_tokens_have_no_maps(world: Path, tmp_path: Path) -> None:
-    from pipeline.cache_teacher import cache_teacher
+    from pipeline.stages.cache_teacher import cache_teacher
 
     config = world_config(world, "cache.token_share=0.5")
     cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "c")
@@ -54,7 +54,7 @@ def test_sampled_tokens_have_no_maps(world: Path, tmp_path: Path) -> None:
 
 
 def test_lost_images_are_no_reason_to_stop(world: Path, config: Config, tmp_path: Path) -> None:
-    from pipeline.cache_teacher import cache_teacher
+    from pipeline.stages.cache_teacher import cache_teacher
 
     shards = tmp_path / "shards"
     shards.mkdir()

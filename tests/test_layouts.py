@@ -12,8 +12,8 @@ from conftest import config_with
 from PIL import Image
 from scipy.io import savemat
 
-from pipeline.layouts import LAYOUTS
-from pipeline.prepare import prepare
+from pipeline.data.importers import LAYOUTS
+from pipeline.stages.prepare import prepare
 from singer.errors import UserError
 
 

@@ -11,12 +11,12 @@ import pytest
 from conftest import run_singer, tree_bytes
 
 from pipeline.cache.info import cache_info
-from pipeline.cache_teacher import cache_teacher
+from pipeline.cache.verify import verify
 from pipeline.config import Config
-from pipeline.logs import LOG, is_log, log_file, logger, on_console
-from pipeline.outputs import process_log
-from pipeline.progress import say
-from pipeline.verify import verify
+from pipeline.runtime.logs import LOG, is_log, log_file, logger, on_console
+from pipeline.runtime.progress import say
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.storage.outputs import process_log
 
 
 def refine(world: Path, config_file: Path, out: Path, *more: str) -> list[object]:
@@ -40,7 +40,7 @@ def test_a_log_has_all_that_a_report_of_a_defect_needs(
 def test_resuming_appends(world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "adapters"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.refine._store", _bursts)
+        patch.setattr("pipeline.stages.refine._store", _bursts)
         assert run_singer(patch, *refine(world, config_file, out)) == 1
     assert run_singer(monkeypatch, *refine(world, config_file, out, "--resume")) == 0
     text = (out / LOG).read_text()
@@ -65,7 +65,7 @@ def test_a_defect_is_short_on_the_console_and_whole_in_the_log(
             raise KeyError("no such thing")
         np.zeros(3).reshape(2, 2)
 
-    monkeypatch.setattr("pipeline.refine._store", bursts)
+    monkeypatch.setattr("pipeline.stages.refine._store", bursts)
     out = tmp_path / "adapters"
     assert run_singer(monkeypatch, *refine(world, config_file, out)) == 1
     *shown, last = capfd.readouterr().err.strip().splitlines()
@@ -204,8 +204,8 @@ def test_verbose_goes_before_or_after_the_command(
 
 def test_importing_installs_no_handler(tmp_path: Path) -> None:
     code = (
-        "import logging, pipeline.distill, pipeline.cache_teacher\n"
-        "from pipeline.progress import say\n"
+        "import logging, pipeline.stages.distill, pipeline.stages.cache_teacher\n"
+        "from pipeline.runtime.progress import say\n"
         "assert not logging.getLogger('singer').handlers and not logging.getLogger().handlers\n"
         "say('silent')\n"
         "logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')\n"

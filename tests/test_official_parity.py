@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.distiller import Distiller, Head, Joint, Lesson, Shown, Targets
-from pipeline.models import Backbone
+from pipeline.teachers.models import Backbone
+from pipeline.training.distiller import Distiller, Head, Joint, Lesson, Shown, Targets
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.cache import Cache
+from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, JOURNAL
-from pipeline.cache_teacher import cache_teacher
+from pipeline.cache.verify import verify
 from pipeline.config import Config, ViewsConfig
-from pipeline.extract import Extractor
-from pipeline.shards import ImageFile, Keys, index_shards
-from pipeline.stores import LocalStore
-from pipeline.tars import _plain_file
-from pipeline.verify import verify
-from pipeline.views import draw_view
+from pipeline.data import ImageFile, Keys, index_shards
+from pipeline.data.tars import _plain_file
+from pipeline.data.views import draw_view
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.storage import LocalStore
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def write_shards(folder: Path, count: int, each: int, broken: tuple[int, ...] = 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_resume_repeats_nothing(
     def refuse(*_: object) -> None:
         raise AssertionError("the tars are listed again")
 
-    monkeypatch.setattr("pipeline.cache_teacher.index_shards", refuse)
+    monkeypatch.setattr("pipeline.stages.cache_teacher.index_shards", refuse)
     result = cache_teacher(config, shards(world), out, "resume")
     assert sorted(reads) == [*range(20, 30), *range(70, 80)] and result.records == 100
     assert tree_bytes(out, "provenance.json") == whole
@@ -195,7 +195,7 @@ def test_opening_does_not_grow_with_shards(
         return listed(self, prefix)
 
     for records in (30, 1):
-        monkeypatch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", records)
+        monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", records)
         cache_teacher(config, shards(world), tmp_path / str(records))
     monkeypatch.setattr(LocalStore, "read", counted)
     monkeypatch.setattr(LocalStore, "sizes", counted_sizes)
@@ -231,7 +231,7 @@ def test_listing_in_processes_is_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "in" / "0003.tar").write_bytes((tmp_path / "in" / "0001.tar").read_bytes())  # keys twice
     (tmp_path / "in" / "0006.tar").write_bytes(b"no tar")
     alone = index_shards(spec, "skip")
-    monkeypatch.setattr("pipeline.shards.index._MANY_SHARDS", 2)
+    monkeypatch.setattr("pipeline.data.shard_index._MANY_SHARDS", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     together = index_shards(spec, "skip")
     assert alone.keys == together.keys and alone.skipped == together.skipped and alone.paths == together.paths
@@ -247,7 +247,7 @@ def test_a_centred_view_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object) -> None:
         raise AssertionError("numbers are drawn")
 
-    monkeypatch.setattr("pipeline.views._generator", refuse)
+    monkeypatch.setattr("pipeline.data.views._generator", refuse)
     view = draw_view(ViewsConfig(), "a", 0, (30, 20))
     assert view.box == before.box and not view.flip and view.color is None
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import world_config
 
 from pipeline.cache.info import cache_info
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.logs import is_log
-from pipeline.plan import PlanResult, free_bytes, plan
+from pipeline.planning.plan import PlanResult, free_bytes, plan
+from pipeline.runtime.logs import is_log
+from pipeline.stages.cache_teacher import cache_teacher
 from singer.errors import UserError
 
 VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_cache(sets: tuple[str, ...], world: Path, tmp_pa
 
 
 def test_figures_fit_each_other(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.plan.free_bytes", lambda _: 400_000)
+    monkeypatch.setattr("pipeline.planning.plan.free_bytes", lambda _: 400_000)
     result = quick(world, world_config(world, *VIEWS, "distill.epochs=3"), out=tmp_path / "somewhere")
     assert (result.images, result.views, result.blocks, result.epochs) == (100, 2, (2, 3), 3)
     options = {(o.codec, o.token_share): o for o in result.options}
@@ -71,7 +71,7 @@ def test_figures_fit_each_other(world: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_what_fits_is_what_is_said(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One view or block more than said does not fit; as many as said do."""
-    monkeypatch.setattr("pipeline.plan.free_bytes", lambda _: 500_000)
+    monkeypatch.setattr("pipeline.planning.plan.free_bytes", lambda _: 500_000)
 
     def fits(*sets: str) -> bool | None:
         return quick(world, world_config(world, "cache.codec=int8", "views.flip=0.5", *sets), out=tmp_path).chosen.fits
@@ -107,7 +107,7 @@ def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
     import torch
     from conftest import make_vit
 
-    from pipeline.models import save_backbone
+    from pipeline.teachers.models import save_backbone
 
     loud = make_vit()
     with torch.no_grad():

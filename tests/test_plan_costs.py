@@ -11,10 +11,19 @@ import pytest
 from forked import event, forked
 
 from pipeline.config import Config
-from pipeline.costs import Rate, Work, bottleneck, break_even, cached_hours, caching_hours, online_hours, verdict
-from pipeline.pilot import SCRATCH, Speeds, no_speeds, rate_of, scratch, sustained
-from pipeline.plan import judge, plan
-from pipeline.stores import open_store
+from pipeline.planning.costs import (
+    Rate,
+    Work,
+    bottleneck,
+    break_even,
+    cached_hours,
+    caching_hours,
+    online_hours,
+    verdict,
+)
+from pipeline.planning.pilot import SCRATCH, Speeds, no_speeds, rate_of, scratch, sustained
+from pipeline.planning.plan import judge, plan
+from pipeline.storage import open_store
 from singer.errors import UserError
 
 
@@ -166,7 +175,7 @@ def test_a_plan_that_fails_leaves_nothing(
         assert any((tmp_path / SCRATCH).rglob("manifest.json"))
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr("pipeline.plan.measure_speeds", fail)
+    monkeypatch.setattr("pipeline.planning.plan.measure_speeds", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         plan(config, str(world / "train" / "*.tar"), tmp_path / "cache", 0.05)
     assert list(tmp_path.iterdir()) == []

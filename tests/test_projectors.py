@@ -9,10 +9,10 @@ import torch
 from conftest import world_config
 from torch.nn import functional as F
 
-from pipeline.cache_teacher import cache_teacher
-from pipeline.checkpoint import read_log
-from pipeline.distill import distill
-from pipeline.refine import refine
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.refine import refine
+from pipeline.training.checkpoint import read_log
 from singer.errors import UserError
 from singer.projectors import Ends, Lift
 

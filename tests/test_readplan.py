@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import DistillConfig
-from pipeline.readplan import (
+from pipeline.data.sampler import (
     PIECE_BYTES,
     WINDOW_BYTES,
     EpochOrder,

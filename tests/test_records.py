@@ -15,15 +15,15 @@ from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
 from pipeline.cache.reader import read_arrays
 from pipeline.cache.zarr_shards import ShardedArray
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import Config
-from pipeline.distill import distill
-from pipeline.distiller import Targets
-from pipeline.models import load_saved, new_student
-from pipeline.refine import load_refiner, refine
-from pipeline.shards import ImageFile
-from pipeline.stores import LocalStore
-from pipeline.views import apply_view, normalise
+from pipeline.data import ImageFile
+from pipeline.data.views import apply_view, normalise
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.refine import load_refiner, refine
+from pipeline.storage import LocalStore
+from pipeline.teachers.models import load_saved, new_student
+from pipeline.training.distiller import Targets
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.matching import take_patches

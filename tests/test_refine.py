@@ -10,15 +10,15 @@ from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
 from pipeline import fit
 from pipeline.cache import Cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.checkpoint import read_log
+from pipeline.cache.statistics import measure_scales
 from pipeline.config import Config
-from pipeline.fit import batch_order
-from pipeline.measure import measure_scales
-from pipeline.models import save_backbone
-from pipeline.outputs import read_json
-from pipeline.prepare import prepare
-from pipeline.refine import load_refiner, refine, split_records
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.prepare import prepare
+from pipeline.stages.refine import load_refiner, refine, split_records
+from pipeline.storage.outputs import read_json
+from pipeline.teachers.models import save_backbone
+from pipeline.training.adapters import batch_order
+from pipeline.training.checkpoint import read_log
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape
 from singer.errors import UserError
@@ -107,7 +107,7 @@ def test_other_refiners(world: Path, tmp_path: Path, cleaner: str, normaliser: s
 
 
 def test_adapters_of_another_cache_are_refused(world: Path, tmp_path: Path) -> None:
-    from pipeline.cache_teacher import cache_teacher
+    from pipeline.stages.cache_teacher import cache_teacher
 
     other = cache_teacher(world_config(world), str(world / "test" / "*.tar"), tmp_path / "other")
     with pytest.raises(UserError, match="was fitted to cache .*, but .* is .*; run singer refine on this cache"):
@@ -290,7 +290,7 @@ def test_moments_against_numpy() -> None:
 def test_a_fit_goes_on_on_its_own_cache_only(
     world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.cache_teacher import cache_teacher
+    from pipeline.stages.cache_teacher import cache_teacher
 
     def dying(*args: Any) -> Any:
         raise KeyboardInterrupt

@@ -15,14 +15,14 @@ import cli
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
+from pipeline.cache.verify import verify
 from pipeline.cache.writer import write_shard as real_write_shard
-from pipeline.cache_teacher import cache_teacher
 from pipeline.config import load_config
-from pipeline.distill import distill
-from pipeline.logs import is_log
-from pipeline.refine import refine
-from pipeline.stores import Store, locks, open_store
-from pipeline.verify import verify
+from pipeline.runtime.logs import is_log
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.refine import refine
+from pipeline.storage import Store, locks, open_store
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         patch.setattr(locks, "SECONDS", LOCK_SECONDS)
-        patch.setattr("pipeline.cache_teacher._MAX_SHARD_RECORDS", 30)
+        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
         yield server
     server.stop()
 
@@ -152,7 +152,7 @@ def test_a_broken_run_is_resumed(
         real_write_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
-        patch.setattr("pipeline.cache.filling.write_shard", write)
+        patch.setattr("pipeline.cache.background_writer.write_shard", write)
         fill(world, place)
     left = objects(place)
     assert "writer.lock" in left
@@ -210,7 +210,7 @@ def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.Monk
         while not locks.lost:
             time.sleep(0.01)
 
-    monkeypatch.setattr("pipeline.cache.filling.write_shard", write)
+    monkeypatch.setattr("pipeline.cache.background_writer.write_shard", write)
     with pytest.raises(UserError, match=f"{place} has been taken over by another run"):
         fill(world, place)
     assert [n for n in objects(place) if n.startswith(JOURNAL)] == [f"{JOURNAL}/000000.json"]
@@ -318,7 +318,7 @@ def test_a_full_disk(
     out = tmp_path / "full"
     make = ["cache-teacher", "--config", config_file, "--shards", world / "train" / "*.tar", "--out", out]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.filling.write_shard", write)
+        patch.setattr("pipeline.cache.background_writer.write_shard", write)
         assert singer(patch, *make) == 2
     error = capfd.readouterr().err.splitlines()
     assert error == [f"error: File too large ({out}/features/2/values/c/2/0/0)"]

@@ -18,12 +18,12 @@ from PIL import Image
 
 import cli
 from pipeline.config import Config, EvaluateConfig, dump_config, load_config
-from pipeline.distill import distill
-from pipeline.evaluate import evaluate
-from pipeline.models import load_saved, load_teacher, save_backbone
-from pipeline.prepare import prepare
-from pipeline.probes.dense import nearest
-from pipeline.probes.segmentation import VOID, Segmentation, count_pixels, fit_head
+from pipeline.evaluation.dense import nearest
+from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.prepare import prepare
+from pipeline.teachers.models import load_saved, load_teacher, save_backbone
 from singer.errors import UserError
 from singer.probes import class_iou, confusion
 
@@ -170,7 +170,7 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
         learnt.append((x.clone(), settings.seed))
         return fit_head(x, labels, classes, settings, device)
 
-    monkeypatch.setattr("pipeline.probes.segmentation.fit_head", watched)
+    monkeypatch.setattr("pipeline.evaluation.segmentation.fit_head", watched)
     plain = probe(world_config(world, f"evaluate.seg_classes={CLASSES}"), teacher, *shards)
     assert plain.written is None
     (block, _), (norm, _) = learnt

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import StudentConfig, TeacherConfig, load_config
-from pipeline.distill import decay_groups, distill
-from pipeline.distiller import Distiller, Head, Targets, new_joint
-from pipeline.evaluate import evaluate
-from pipeline.fsdp import WholeOptimiser
-from pipeline.models import load_teacher, new_student
-from pipeline.stores import LocalStore, scattered
+from pipeline.stages.distill import decay_groups, distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.storage import LocalStore, batched_reads
+from pipeline.teachers.models import load_teacher, new_student
+from pipeline.training.distiller import Distiller, Head, Targets, new_joint
+from pipeline.training.fsdp import WholeOptimiser
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape
@@ -117,8 +117,8 @@ def test_the_floor_changes_no_threshold_of_the_real_teacher() -> None:
     files = sorted(DATA.glob("tinyimagenet50-val-*.tar"))
     if not files:
         pytest.skip("no real images")
-    from pipeline.shards import ImageFile, index_shards
-    from pipeline.views import apply_view, crop_view, normalise
+    from pipeline.data import ImageFile, index_shards
+    from pipeline.data.views import apply_view, crop_view, normalise
 
     images = index_shards(str(files[0]))
     with ImageFile(images) as opened:
@@ -366,9 +366,9 @@ def test_refused_queues_are_told_once(
 ) -> None:
     store = LocalStore(tmp_path)
     store.write("ten", b"0123456789")
-    monkeypatch.setattr(scattered, "_told", threading.Lock())
-    monkeypatch.setattr(scattered, "_local", threading.local())
-    monkeypatch.setattr(scattered, "_Queue", refused_queue(number))
+    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
+    monkeypatch.setattr(batched_reads, "_local", threading.local())
+    monkeypatch.setattr(batched_reads, "_Queue", refused_queue(number))
     threads = [threading.Thread(target=read_back, args=[store]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -383,11 +383,11 @@ def test_refused_reads_are_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The system has a queue to give, but takes no read of this file."""
-    store, call = LocalStore(tmp_path), scattered._call
+    store, call = LocalStore(tmp_path), batched_reads._call
     store.write("ten", b"0123456789")
-    monkeypatch.setattr(scattered, "_told", threading.Lock())
-    monkeypatch.setattr(scattered, "_local", threading.local())
-    with scattered._queue() as queue:
+    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
+    monkeypatch.setattr(batched_reads, "_local", threading.local())
+    with batched_reads._queue() as queue:
         if queue is None:
             pytest.skip("this system has no queues")
     capfd.readouterr()
@@ -400,7 +400,7 @@ def test_refused_reads_are_told_once(
         ctypes.set_errno(errno.EINVAL)
         return -1
 
-    monkeypatch.setattr(scattered, "_call", refuse)
+    monkeypatch.setattr(batched_reads, "_call", refuse)
     assert read_back(store) == read_back(store) == b"89012"
     assert capfd.readouterr().err.count("(io_submit: Invalid argument)") == 1
 
@@ -453,7 +453,7 @@ def test_the_cause_is_kept(monkeypatch: pytest.MonkeyPatch, error: Exception, me
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
     with pytest.raises(UserError) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224"))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
@@ -479,7 +479,7 @@ def test_a_defect_is_none_of_the_networks(
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
     weights = tmp_path / "w.safetensors" if given else None
     with pytest.raises(type(error)) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224", weights=weights))

@@ -23,8 +23,7 @@ from PIL import Image
 from surveying import survey
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.prepare import prepare
-from pipeline.shards import (
+from pipeline.data import (
     ImageFile,
     Keys,
     Skipped,
@@ -34,7 +33,8 @@ from pipeline.shards import (
     listing_hash,
     to_rgb,
 )
-from pipeline.tars import NO_LABEL
+from pipeline.data.tars import NO_LABEL
+from pipeline.stages.prepare import prepare
 from singer.errors import UserError
 
 Members = dict[str, bytes] | list[tuple[str, bytes]]
@@ -557,7 +557,7 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
-    monkeypatch.setattr("pipeline.shards.image_file.MAX_PIXELS", 399)
+    monkeypatch.setattr("pipeline.data.image_file.MAX_PIXELS", 399)
     with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
         files.read(0)
     assert survey(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}

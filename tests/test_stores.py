@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, S3Store
 
-from pipeline.stores import (
+from pipeline.storage import (
     LOCK,
     LocalStore,
     Ranges,
@@ -324,7 +324,7 @@ def test_files_stay_open_only_as_long_as_needed(tmp_path: Path) -> None:
 
 def kill_while_writing(code: str) -> None:
     """Run it in a process that dies by SIGKILL where it would make its bytes durable."""
-    start = "import os, signal; from pathlib import Path; from pipeline.stores import *\n"
+    start = "import os, signal; from pathlib import Path; from pipeline.storage import *\n"
     start += "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
     assert subprocess.run([sys.executable, "-c", start + code]).returncode == -signal.SIGKILL
 

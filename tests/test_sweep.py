@@ -18,16 +18,16 @@ import yaml
 from conftest import tree_bytes, world_config
 
 import cli
-import pipeline.sweep.work as work
+import pipeline.sweep.tasks as work
 from pipeline.cache import Cache
 from pipeline.config import Config, recipes
-from pipeline.failures import DefectsFound, Failure
-from pipeline.probes import TASKS
+from pipeline.evaluation import TASKS
+from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.sweep import SweepResult, sweep
+from pipeline.sweep.file import FIGURES, find_sweep, in_percent, make_plan, read_plan
 from pipeline.sweep.leaderboard import Leaderboard
-from pipeline.sweep.plan import FIGURES, find_sweep, in_percent, make_plan, read_plan
 from pipeline.sweep.run import _passes, gpus
-from pipeline.sweep.work import Job, Member, Setting
+from pipeline.sweep.tasks import Job, Member, Setting
 from pipeline.sweep.worker import Worker
 from singer.errors import UserError
 
@@ -378,7 +378,7 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
         f"#!{sys.executable}\n"
         "import runpy, sys, time\n"
         "from pathlib import Path\n"
-        "from pipeline.checkpoint import Checkpoint\n"
+        "from pipeline.training.checkpoint import Checkpoint\n"
         "save = Checkpoint.save\n"
         "def waits(*args, **options):\n"
         "    save(*args, **options)\n"

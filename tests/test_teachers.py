@@ -10,17 +10,17 @@ from conftest import make_vit, seeded, world_config
 
 import cli
 from pipeline.cache import Cache
-from pipeline.cache_teacher import cache_teacher
-from pipeline.checkpoint import Checkpoint, read_log
 from pipeline.config import Config
-from pipeline.distill import Job, distill, fan_out
-from pipeline.distiller import Distiller, Head, Lesson, Shown, Targets
-from pipeline.export import export
-from pipeline.models import LOCAL, new_student, save_backbone
-from pipeline.refine import load_refiner, refine
+from pipeline.data.views import View
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import Job, distill, fan_out
+from pipeline.stages.export import export
+from pipeline.stages.refine import load_refiner, refine
 from pipeline.sweep import sweep
-from pipeline.trained import load_result
-from pipeline.views import View
+from pipeline.teachers.models import LOCAL, new_student, save_backbone
+from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.training.run_directory import load_result
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -12,22 +12,22 @@ from conftest import tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
-from pipeline.cache_teacher import cache_teacher
+from pipeline.cache.verify import verify
 from pipeline.config import Config
-from pipeline.distill import distill
-from pipeline.evaluate import learned_from
-from pipeline.export import export
-from pipeline.inspection import inspect
-from pipeline.models import LOCAL
-from pipeline.outputs import Mode
-from pipeline.refine import load_refiner, read_refiner, refine
+from pipeline.data import index_shards
 from pipeline.report import report
 from pipeline.report.runs import find_cache, read_runs
-from pipeline.shards import index_shards
-from pipeline.sources import open_images
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import learned_from
+from pipeline.stages.export import export
+from pipeline.stages.inspect import inspect
+from pipeline.stages.refine import load_refiner, read_refiner, refine
+from pipeline.storage.outputs import Mode
 from pipeline.sweep import sweep
-from pipeline.trained import load_result
-from pipeline.verify import verify
+from pipeline.teachers.models import LOCAL
+from pipeline.training.run_directory import load_result
+from pipeline.training.teachers import open_images
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -267,10 +267,10 @@ def test_a_name_that_became_ambiguous_does_not_stop_what_was_begun(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.refine.fit_adapters", die)
+        patch.setattr("pipeline.stages.refine.fit_adapters", die)
         refine(config, place, tmp_path / "adapters")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.distill.train", die)
+        patch.setattr("pipeline.stages.distill.train", die)
         distill(config, place, tmp_path / "run")
     first = Cache(place).id
     add(world, world_config(world, "cache.precision=bf16"), place)

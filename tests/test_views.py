@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop, functional
 
 from pipeline.config import ViewsConfig
-from pipeline.views import View, apply_view, crop_view, draw_positions, draw_view, normalise
+from pipeline.data.views import View, apply_view, crop_view, draw_positions, draw_view, normalise
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 CROPS = ViewsConfig(kind="random-resized-crop", flip=0.5, color=(0.4, 0.4, 0.2, 0.1), count=2, seed=7)

@@ -15,11 +15,11 @@ from pipeline.cache.format import (
     read_images,
     shard_file,
 )
-from pipeline.cache.parts import Part
 from pipeline.cache.reader import PartReader
-from pipeline.outputs import json_bytes
-from pipeline.shards import Skipped, content_hash
-from pipeline.tars import NO_LABEL
+from pipeline.cache.segments import Part
+from pipeline.data import Skipped, content_hash
+from pipeline.data.tars import NO_LABEL
+from pipeline.storage.outputs import json_bytes
 from singer.errors import UserError
 
 

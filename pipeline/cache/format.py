@@ -15,10 +15,10 @@ import safetensors.numpy
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.codecs import CODECS, Fixed, Layout
-from pipeline.outputs import is_sealed, json_bytes, read_json, sealed, validated
-from pipeline.shards import Images, Keys, Skipped
-from pipeline.stores import Store
-from pipeline.views import View
+from pipeline.data import Images, Keys, Skipped
+from pipeline.data.views import View
+from pipeline.storage import Store
+from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated
 from singer.errors import UserError
 
 FORMAT = "singer-feature-cache"

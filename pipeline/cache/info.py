@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.format import FIDELITY, Manifest
-from pipeline.cache.parts import Part, read_parts
+from pipeline.cache.segments import Part, read_parts
 from pipeline.cache.variants import joint_id, variants_of
-from pipeline.outputs import read_json
-from pipeline.stores import Place, open_store
+from pipeline.storage import Place, open_store
+from pipeline.storage.outputs import read_json
 
 
 @dataclass(frozen=True)

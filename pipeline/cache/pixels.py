@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.cache.codecs import Ragged
 from pipeline.cache.format import Index
-from pipeline.shards import ImageFile
-from pipeline.views import apply_view
+from pipeline.data import ImageFile
+from pipeline.data.views import apply_view
 
 
 def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.buffers import empty
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
 from pipeline.cache.format import (
     CALIBRATION,
@@ -23,14 +22,15 @@ from pipeline.cache.format import (
     join,
     read_images,
 )
-from pipeline.cache.parts import Files, Part, read_parts
 from pipeline.cache.pixels import resize, stored_views, views_of
+from pipeline.cache.segments import Files, Part, read_parts
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
-from pipeline.outputs import parse_tensors
-from pipeline.progress import say
-from pipeline.shards import ImageFile
-from pipeline.stores import Place, ReadThrough, open_store
+from pipeline.data import ImageFile
+from pipeline.data.buffers import empty
+from pipeline.runtime.progress import say
+from pipeline.storage import Place, ReadThrough, open_store
+from pipeline.storage.outputs import parse_tensors
 from singer.errors import UserError
 from singer.tail import TeacherTail
 

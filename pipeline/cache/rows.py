@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pipeline.cache.format import Index, Manifest
 from pipeline.config import ViewsConfig
-from pipeline.shards import ImageFile, Images, OnError, image_digest, one_line, open_known, to_rgb
-from pipeline.views import View, apply_view, draw_view
+from pipeline.data import ImageFile, Images, OnError, image_digest, one_line, open_known, to_rgb
+from pipeline.data.views import View, apply_view, draw_view
 from singer.errors import UserError
 
 

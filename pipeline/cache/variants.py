@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache.format import TeacherManifest
-from pipeline.cache.parts import Part
-from pipeline.stores import Place
+from pipeline.cache.segments import Part
+from pipeline.storage import Place
 from singer.errors import UserError
 
 _SHORTEST_HASH = 6

@@ -22,9 +22,9 @@ from pipeline.cache.format import (
     shard_file,
 )
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
-from pipeline.outputs import json_bytes, sealed, tensor_bytes
-from pipeline.shards import Images
-from pipeline.stores import Store
+from pipeline.data import Images
+from pipeline.storage import Store
+from pipeline.storage.outputs import json_bytes, sealed, tensor_bytes
 from singer.errors import UserError
 
 

@@ -22,7 +22,7 @@ from zarr.errors import UnstableSpecificationWarning
 
 from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
-from pipeline.stores import Ranges
+from pipeline.storage import Ranges
 from singer.errors import UserError
 
 # Of shards, whose indices are read together.

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.checkpoint import read_log
-from pipeline.figures import as_svg
-from pipeline.report.groups import Group
-from pipeline.report.looks import Look
+from pipeline.report.measurements import Look
+from pipeline.report.pages import as_svg
 from pipeline.report.scores import Column, Score
+from pipeline.report.seeds import Group
 from pipeline.sweep.leaderboard import Mean
+from pipeline.training.checkpoint import read_log
 
 # Of middle lightness: these can be told apart on white and on black.
 COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a08300", "#e5484d")

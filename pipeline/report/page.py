@@ -11,21 +11,21 @@ from typing import Any
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
-from pipeline.figures import render
-from pipeline.machine import versions
-from pipeline.models import LOCAL
-from pipeline.outputs import read_json
-from pipeline.progress import duration
-from pipeline.report import charts, facts, pictures
-from pipeline.report.facts import Row
-from pipeline.report.gallery import Measured, measure
-from pipeline.report.groups import differences, group_runs
+from pipeline.report import charts, pictures, tables
+from pipeline.report.figures import Measured, measure
+from pipeline.report.pages import render
 from pipeline.report.runs import find_cache, find_runs, read_runs
 from pipeline.report.scores import Column, Figures, columns_of, rank, ranking_column, read_figures, score
-from pipeline.sources import open_images
-from pipeline.stores import Place, write_atomic
+from pipeline.report.seeds import differences, group_runs
+from pipeline.report.tables import Row
+from pipeline.runtime.machine import versions
+from pipeline.runtime.progress import duration
+from pipeline.storage import Place, write_atomic
+from pipeline.storage.outputs import read_json
 from pipeline.sweep.leaderboard import NAME, Mean
-from pipeline.trained import LOG
+from pipeline.teachers.models import LOCAL
+from pipeline.training.run_directory import LOG
+from pipeline.training.teachers import open_images
 from singer.errors import UserError
 
 # What tells a page of ours from other files.
@@ -96,7 +96,7 @@ def report(
         runs=len(trained),
         best=rows[0].group.name if by is not None else None,
         rank_by=by.key if by is not None else None,
-        leaderboard=[facts.flat(row, columns) for row in rows],
+        leaderboard=[tables.flat(row, columns) for row in rows],
         mean_max_over_median={look.title: look.mean_max_over_median for look in measured.looks}
         | {row.group.name: row.norm.mean for row in rows},
     )
@@ -138,7 +138,7 @@ def _page(
     reference = {c: teacher[c.probe][c.figure] for c in columns if c.figure in teacher.get(c.probe, {})}
     drawn = groups[: len(charts.COLOURS)]
     tints = {row.group.name: row.colour for row in rows}
-    fits = facts.fit_curves(groups)
+    fits = tables.fit_curves(groups)
     info = cache_info(cache.place)
     known = cache.manifest.teacher
     of = next(t for t in info.teachers if t.variant == known.variant)
@@ -150,11 +150,11 @@ def _page(
         "fits": charts.fits(fits) if fits else None,
     }
     return render(
-        "report.html.j2",
+        Path(__file__).with_name("report.html.j2"),
         generator=GENERATOR,
         title=title,
         note=note,
-        cards=facts.cards(rows, by, measured, known),
+        cards=tables.cards(rows, by, measured, known),
         rows=rows,
         columns=columns,
         by=by,
@@ -167,7 +167,7 @@ def _page(
         info=info,
         of=of,
         data=cache.manifest.data,
-        refiners=facts.refiners(groups),
+        refiners=tables.refiners(groups),
         differences=differences(groups),
         figures=figures,
         fits=fits,
@@ -175,7 +175,7 @@ def _page(
         block=measured.looks[0].block,
         gradients={"norms": pictures.gradient(pictures.NORMS), "cosines": pictures.gradient(pictures.COSINES)},
         most=pictures.MOST_MEDIANS,
-        recipes={group.name: facts.recipe(group) for group in groups},
+        recipes={group.name: tables.recipe(group) for group in groups},
         made_with=groups[0].runs[0].versions,
         written_with=versions(("singer", "torch", "timm")),
         duration=duration,

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig
-from pipeline.outputs import read_json, validated
-from pipeline.probes.trial import without_top5
-from pipeline.report.groups import Group
+from pipeline.evaluation.context import without_top5
+from pipeline.report.seeds import Group
+from pipeline.storage.outputs import read_json, validated
+from pipeline.sweep.file import DEFAULT_FIGURE, FIGURES, in_percent
 from pipeline.sweep.leaderboard import Mean, with_bounds, words_of
-from pipeline.sweep.plan import DEFAULT_FIGURE, FIGURES, in_percent
 from singer.errors import UserError
 
 RESULTS = "evaluate-*.json"

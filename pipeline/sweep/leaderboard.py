@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.figures import render
-from pipeline.outputs import read_json, write_json
-from pipeline.stores import write_atomic
-from pipeline.sweep.plan import REFINER, Plan, Run, figures_of, in_percent
-from pipeline.sweep.work import RUNS, is_done
-from pipeline.trained import load_result
+from pipeline.report.pages import render
+from pipeline.storage import write_atomic
+from pipeline.storage.outputs import read_json, write_json
+from pipeline.sweep.file import REFINER, Plan, Run, figures_of, in_percent
+from pipeline.sweep.tasks import RUNS, is_done
+from pipeline.training.run_directory import load_result
 
 NAME = "leaderboard"
 _WORDS = {
@@ -113,7 +113,7 @@ class Leaderboard:
         means = [mean for row in rows for mean in row.figures.values()]
         first = 0 if len(self._plan.probes) > 1 else 1
         page = render(
-            f"{NAME}.html.j2",
+            Path(__file__).with_name(f"{NAME}.html.j2"),
             rows=rows,
             figures=figures,
             labels={f: words_of(f)[first:] for f in self._figures},

@@ -16,10 +16,15 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.distill import SHARED
-from pipeline.evaluate import result_file
-from pipeline.failures import DefectsFound, Failure
-from pipeline.outputs import (
+from pipeline.data import Images, index_shards
+from pipeline.evaluation import TASKS
+from pipeline.runtime.failures import DefectsFound, Failure
+from pipeline.runtime.progress import say
+from pipeline.stages.distill import SHARED
+from pipeline.stages.evaluate import result_file
+from pipeline.stages.refine import MANIFEST
+from pipeline.storage import Place, open_store, write_atomic
+from pipeline.storage.outputs import (
     INPUTS,
     Mode,
     check_inputs,
@@ -29,18 +34,13 @@ from pipeline.outputs import (
     read_json,
     write_json,
 )
-from pipeline.probes import TASKS
-from pipeline.progress import say
-from pipeline.refine import MANIFEST
-from pipeline.shards import Images, index_shards
-from pipeline.sources import Places, as_places, check_records, numbered
-from pipeline.stores import Place, open_store, write_atomic
-from pipeline.sweep.board import Board
+from pipeline.sweep.file import Plan, Run, find_sweep, read_plan
 from pipeline.sweep.leaderboard import Leaderboard
-from pipeline.sweep.plan import Plan, Run, find_sweep, read_plan
-from pipeline.sweep.work import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
+from pipeline.sweep.scheduler import Board
+from pipeline.sweep.tasks import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
 from pipeline.sweep.worker import Worker
-from pipeline.trained import RUN
+from pipeline.training.run_directory import RUN
+from pipeline.training.teachers import Places, as_places, check_records, numbered
 from singer.errors import UserError
 
 STAGE = "sweep"

@@ -13,10 +13,10 @@ from typing import IO
 
 from pydantic import TypeAdapter
 
-from pipeline.failures import Failure
-from pipeline.logs import log_file
-from pipeline.progress import say
-from pipeline.sweep.work import Job, Setting, attempt
+from pipeline.runtime.failures import Failure
+from pipeline.runtime.logs import log_file
+from pipeline.runtime.progress import say
+from pipeline.sweep.tasks import Job, Setting, attempt
 
 _SETTING, _JOB, _ANSWER = TypeAdapter(Setting), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
 

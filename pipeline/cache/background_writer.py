@@ -1,0 +1,69 @@
+"""What follows the teacher: its features are encoded and whole shards written while it computes the next ones."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.cache.codecs import Fixed, Ragged
+from pipeline.cache.encode import Batch, Encoder
+from pipeline.cache.segments import Part
+from pipeline.cache.writer import write_shard
+from pipeline.data.background import Behind
+from pipeline.data.buffers import empty
+
+
+class Gathered:
+    """The values of some records' arrays, brought a few records at a time to where they are written from.
+
+    arrays: {name: form}; records: how many there will be.
+    """
+
+    def __init__(self, arrays: Mapping[str, Fixed | None], records: int) -> None:
+        self._records = records
+        self._fixed = {n: empty((records, *form.shape), form.dtype) for n, form in arrays.items() if form is not None}
+        self._filled = dict.fromkeys(self._fixed, 0)
+        self._ragged: dict[str, list[Ragged]] = {n: [] for n, form in arrays.items() if form is None}
+        self.unreadable: dict[int, str] = {}
+
+    def add(self, name: str, values: Tensor | Ragged) -> None:
+        """The array's next records, from any device."""
+        if isinstance(values, Ragged):
+            self._ragged[name].append(values.to("cpu"))
+            return
+        start = self._filled[name]
+        self._filled[name] = start + len(values)
+        self._fixed[name][start : self._filled[name]].copy_(values)
+
+    def whole(self) -> dict[str, np.ndarray | Ragged]:
+        ragged = {name: Ragged.cat(strings) for name, strings in self._ragged.items()}
+        assert {*self._filled.values(), *(len(r.lengths) for r in ragged.values())} == {self._records}
+        return {name: values.numpy() for name, values in self._fixed.items()} | ragged
+
+
+@contextmanager
+def filling(part: Part, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], Batch], None]]:
+    """Gives what is to be called with the features of every batch, in order; a batch lies within one shard.
+
+    A batch is encoded and a shard written while the next is on its way. Once the `with` block has ended, all shards
+    whose last record has come are done. An error of encoding or writing is raised by one of the next calls, or then.
+    """
+    manifest = part.manifest
+    gathered: Gathered | None = None
+
+    def add(features: dict[int, Tensor], batch: Batch) -> None:
+        nonlocal gathered
+        shard = int(batch.records[0]) // manifest.shard_records
+        start, stop = manifest.shard_range(shard)
+        if gathered is None:
+            gathered = Gathered(manifest.arrays(), stop - start)
+        gathered.unreadable |= batch.unreadable
+        for name, values in encode(features, batch):
+            gathered.add(name, values)
+        if batch.records[-1] == stop - 1:
+            write(part.store, manifest, shard, gathered.whole(), gathered.unreadable)
+            gathered = None
+
+    with Behind(write_shard, "write") as write, Behind(add, "encode") as store:
+        yield store

@@ -1,0 +1,93 @@
+"""The teacher at work: views of records -> features of its blocks."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.cache.format import TeacherManifest
+from pipeline.cache.rows import RowReader
+from pipeline.config import Config
+from pipeline.data.prefetch import prefetch
+from pipeline.data.views import normalise
+from pipeline.teachers.models import Backbone, weight_hash
+from singer.backbones import block_outputs, depth, grid_size
+from singer.errors import UserError
+
+_CALIBRATION_RECORDS = 256
+
+
+class Extractor:
+    """Images of records -> features of blocks, and what is stored of them."""
+
+    def __init__(self, config: Config, vit: Backbone, accelerator: Accelerator) -> None:
+        self.config, self.vit, self.accelerator = config, vit, accelerator
+        self.teacher = TeacherManifest(
+            name=config.teacher.name,
+            architecture=vit.architecture,
+            model_args=vit.model_args,
+            weights=weight_hash(vit.model.state_dict()),
+            depth=depth(vit.model),
+            width=vit.width,
+            prefix_tokens=vit.prefix,
+            class_token=vit.has_cls,
+            grid=grid_size(vit.model),
+            image_size=vit.image_size,
+            mean=vit.mean,
+            std=vit.std,
+            precision=config.cache.precision,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """(n, size, size, 3) uint8 -> {block: (n, N, d) float32}."""
+        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+        with self.accelerator.autocast():
+            outputs = block_outputs(self.vit.model, images, blocks)
+        return {block: x.float() for block, x in outputs.items()}
+
+    def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """{block: features} of a fixed sample that is spread over all records, on the CPU, without broken images.
+
+        Raises UserError if all of them are broken.
+        """
+        if not blocks:
+            return {}
+        rows, settings = read.rows, self.config.cache
+        count = min(_CALIBRATION_RECORDS, len(rows))
+        records = np.linspace(0, len(rows) - 1, count).round().astype(np.int64)
+        batches = np.array_split(records, -(-count // settings.batch_size))
+        outputs: list[dict[int, Tensor]] = []
+        broken: dict[int, str] = {}
+        for batch, seen in zip(batches, prefetch(read, batches, settings.workers), strict=True):
+            broken |= seen.unreadable
+            good = seen.found["width"] > 0
+            if good.any():
+                pixels = seen.pixels[self.teacher.image_size][torch.from_numpy(good)]
+                outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks).items()})
+                check_finite(outputs[-1], batch[good], rows.key)
+        if not outputs:
+            first, why = next(iter(broken.items()))
+            key = rows.images.keys[first]
+            raise UserError(f"none of {count} images can be decoded that were tried; the first is {key!r}: {why}")
+        return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
+
+
+def check_finite(features: dict[int, Tensor], records: np.ndarray, key: Callable[[int], str]) -> None:
+    """Raise UserError naming the image of the first record with a NaN or Inf. key: record -> name of its image."""
+    for block, x in features.items():
+        if torch.isfinite(x.sum()):  # thirty times as fast as looking at every number
+            continue
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bad.any():
+            name = key(int(records[int(bad.nonzero()[0])]))
+            raise UserError(
+                f"block {block} gives NaN or Inf for image {name!r}; run the teacher with cache.precision no"
+            )

@@ -1,0 +1,130 @@
+"""What is measured on a cache's records: a block's normal norms, samples, channel moments, what refining changed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.data.prefetch import prefetch
+from singer.artifacts import BlockScale, block_scale, clean_mask, norm_summary, patch_norms
+from singer.cleaners import Shape
+from singer.evidence import Evidence
+from singer.normalisers import Moments
+from singer.refiner import Refiner
+from singer.tail import TeacherTail
+
+_BATCH = 64
+
+
+def batches(cache: Cache, records: np.ndarray, device: torch.device) -> Iterator[dict[int, Tensor]]:
+    """The features of some records, {block: (n, N, d)}, a batch at a time."""
+    parts = [records[i : i + _BATCH] for i in range(0, len(records), _BATCH)]
+    for encoded in prefetch(cache.read, parts, 1):
+        yield cache.decode(encoded, device)
+
+
+def spread(records: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the records, evenly spread over them."""
+    chosen: np.ndarray = records[np.linspace(0, len(records) - 1, min(len(records), count)).astype(int)]
+    return chosen
+
+
+def shape_of(cache: Cache, rank: int = 1, softness: float = 1.0) -> Shape:
+    """The shape of the cached features of any block."""
+    teacher = cache.manifest.teacher
+    grid = None if cache.manifest.sampled else teacher.grid
+    return Shape(teacher.width, teacher.prefix_tokens, grid, rank, softness)
+
+
+def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
+    """Median norm and artifact threshold of every block, from the ORIGINAL features."""
+    norms: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
+    for features in batches(cache, records, torch.device("cpu")):
+        for block, x in features.items():
+            norms[block].append(patch_norms(x, cache.manifest.teacher.prefix_tokens))
+    return {b: block_scale(torch.cat(n), k) for b, n in norms.items()}
+
+
+def gather_evidence(
+    cache: Cache, records: np.ndarray, block: int, scale: BlockScale, tail: TeacherTail, device: torch.device, seed: int
+) -> Evidence:
+    """Evidence of one block from some records, possibly none, held in memory."""
+    shape = shape_of(cache)
+    none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
+    tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
+    return Evidence(tail, block, tokens, scale, shape.prefix, shape.grid, seed)
+
+
+def clean_moments(
+    cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
+) -> dict[int, Moments]:
+    """{block: moments of refined tokens}: of patches that were no artifacts, and of each prefix position.
+
+    As the block's normaliser wants them prepared.
+    """
+    shape = shape_of(cache)
+    prefix = shape.prefix
+    moments = {b: Moments(shape, refiner.normaliser(b).needs_covariance) for b in cache.blocks}
+    for features in batches(cache, records, device):
+        for block, x in features.items():
+            refined = refiner.normaliser(block).prepare(refiner.clean(x, block))
+            clean = clean_mask(patch_norms(x, prefix), scales[block].threshold)
+            moments[block].add(refined[:, :prefix], refined[:, prefix:][clean])
+    return moments
+
+
+def measure_blocks(
+    cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
+) -> dict[int, dict[str, object]]:
+    """{block: norms before and after cleaning, and how far clean tokens moved}, on some records."""
+    prefix = cache.manifest.teacher.prefix_tokens
+    found = {b: _Measured() for b in cache.blocks}
+    for features in batches(cache, records, device):
+        for block, x in features.items():
+            measured, refined = found[block], refiner.clean(x, block)
+            clean = clean_mask(patch_norms(x, prefix), scales[block].threshold)
+            measured.before.append(patch_norms(x, prefix).cpu())
+            measured.after.append(patch_norms(refined, prefix).cpu())
+            measured.change.add((refined - x)[:, prefix:][clean])
+            measured.tokens.add(x[:, prefix:][clean])
+    return {block: measured.figures(scales[block].threshold) for block, measured in found.items()}
+
+
+class _Measured:
+    """Of one block: norms, batch by batch, and the spread of clean tokens and of their change."""
+
+    def __init__(self) -> None:
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+        self.change, self.tokens = Spread(), Spread()
+
+    def figures(self, threshold: float) -> dict[str, object]:
+        return {
+            "threshold": threshold,
+            "before": norm_summary(torch.cat(self.before), threshold),
+            "after": norm_summary(torch.cat(self.after), threshold),
+            # Shares of the clean tokens' variance around their mean: a shift common to all tokens is no loss.
+            "clean_drift_percent": 100 * (self.change.variance() / max(self.tokens.variance(), 1e-30)) ** 0.5,
+        }
+
+
+class Spread:
+    """Running variance, in float64, of vectors around their mean."""
+
+    def __init__(self) -> None:
+        self._count, self._squares = 0, 0.0
+        self._sum: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """x (n, d)."""
+        x = x.double()
+        self._count += len(x)
+        self._sum = self._sum + x.sum(0)
+        self._squares += float(x.square().sum())
+
+    def variance(self) -> float:
+        """Summed over the channels."""
+        mean = torch.as_tensor(self._sum) / max(1, self._count)
+        return max(0.0, self._squares / max(1, self._count) - float(mean.square().sum()))

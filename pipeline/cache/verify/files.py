@@ -1,0 +1,169 @@
+"""Every file of a part against its checksum, and the index against the manifest."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.cache.completion import describe_completion
+from pipeline.cache.format import (
+    COMPLETE,
+    IMAGES,
+    INDEX,
+    MANIFEST,
+    PARTS,
+    RECORDS,
+    SKIPPED,
+    Manifest,
+    journal_file,
+    shard_file,
+)
+from pipeline.cache.segments import Part
+from pipeline.cache.verify.findings import UNKNOWN, PartReport
+from pipeline.cache.zarr_shards import array_metadata
+from pipeline.runtime.progress import meter
+from pipeline.storage import Store
+from pipeline.storage.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes
+from singer.errors import UserError
+
+# Each holds a whole file in memory.
+_READERS = 2
+
+
+def check_part(part: Part) -> PartReport:
+    """Compare every file of a part with its checksum, and what is known of its images with the manifest."""
+    manifest, store = part.manifest, part.store
+    report = PartReport(part.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
+    sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
+    report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
+    wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
+    wrong[MANIFEST] = sealed_defect(store, sizes, MANIFEST)
+    wrong |= provenance_defects(store, sizes)
+    known = {MANIFEST, PROVENANCE, CONFIG, *manifest.files}
+    with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.shards, "shards") as m:
+        defects = pool.map(lambda shard: shard_defects(part, sizes, shard), range(manifest.shards))
+        for shard, found in enumerate(defects):
+            known |= {journal_file(shard), *shard_files(manifest, shard)}
+            if found is None:
+                report.missing.append(shard)
+            elif found:
+                report.damaged.append(shard)
+                wrong |= found
+            m.advance(1)
+    if manifest.version == 2:
+        wrong[INDEX] = wrong.get(INDEX) or index_defect(part)
+    else:
+        wrong |= completion_defects(part, sizes, whole=not (report.missing or report.damaged))
+        known |= {COMPLETE, RECORDS, SKIPPED}
+    wrong |= dict.fromkeys(sorted(set(sizes) - known), UNKNOWN)
+    report.files = {within(part, name): why for name, why in wrong.items() if why is not None}
+    return report
+
+
+def completion_defects(part: Part, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
+    """What is wrong with the files that end a part. whole: whether its shards are all done and as the journal says."""
+    store = part.store
+    if not whole or file_defect(store, sizes, IMAGES, part.manifest.files[IMAGES]):
+        # They can only be compared with each other. A part that is still being filled has none.
+        wrong = sealed_defect(store, sizes, COMPLETE)
+        found = None if wrong else part.completion
+        named = {} if found is None else found.files
+        wrong_files = {name: file_defect(store, sizes, name, sha256) for name, sha256 in named.items()}
+        return wrong_files | {COMPLETE: None if wrong == "missing" else wrong}
+    done, small = describe_completion(part)
+    contents = small | {COMPLETE: done.to_bytes()}
+    expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    present = {name for name in (COMPLETE, RECORDS, SKIPPED) if name in sizes} - set(expected)
+    return {n: file_defect(store, sizes, n, sha256) for n, sha256 in expected.items()} | dict.fromkeys(present, UNKNOWN)
+
+
+def shard_defects(part: Part, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
+    """{file: what is wrong with it} of a shard; None if it was never finished."""
+    journal = journal_file(shard)
+    if journal not in sizes:
+        return None
+    try:
+        files = part.entry(shard)["files"]
+    except (UserError, OSError):
+        return {journal: "damaged"}
+    if sealed_defect(part.store, sizes, journal) is not None or set(files) != set(shard_files(part.manifest, shard)):
+        return {journal: "damaged"}
+    found = {n: file_defect(part.store, sizes, n, f["sha256"], f["bytes"]) for n, f in files.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def shard_files(manifest: Manifest, shard: int) -> list[str]:
+    return [shard_file(name, form, shard) for name, form in manifest.arrays().items()]
+
+
+def metadata(manifest: Manifest) -> dict[str, bytes]:
+    """{name: content} of the zarr.json files of a part."""
+    arrays = manifest.arrays()
+    compression = {name: manifest.compression(name) for name in arrays}
+    return array_metadata(arrays, compression, manifest.records, manifest.shard_records)
+
+
+def within(part: Part, name: str) -> str:
+    """The place of a part's file in the cache."""
+    return f"{part.name}/{name}" if part.name else name
+
+
+def file_defect(
+    store: Store, sizes: Mapping[str, int], name: str, sha256: str | None, size: int | None = None
+) -> str | None:
+    """What is wrong with a file; None if nothing is. sha256, size: what it should have, if known."""
+    if name not in sizes:
+        return "missing"
+    if size is not None and sizes[name] != size:
+        return f"damaged: {sizes[name]} bytes, not {size}"
+    try:
+        data = store.read(name)
+    except OSError as error:
+        return f"unreadable: {error.strerror or error}"
+    return None if sha256 in (None, hashlib.sha256(data).hexdigest()) else "damaged"
+
+
+def sealed_defect(store: Store, sizes: Mapping[str, int], name: str) -> str | None:
+    """What is wrong with a JSON file that holds its own checksum; None if nothing is."""
+    if name not in sizes:
+        return "missing"
+    try:
+        data = store.read(name)
+        value = json.loads(data)
+        # The checksum is that of the value: blanks, say, could have changed beside it.
+        whole = isinstance(value, dict) and is_sealed(value) and json_bytes(value) == data
+    except OSError as error:
+        return f"unreadable: {error.strerror or error}"
+    except ValueError:
+        whole = False
+    return None if whole else "damaged"
+
+
+def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str | None]:
+    """What is wrong with the files that say how a part was made."""
+    wrong = sealed_defect(store, sizes, PROVENANCE)
+    known = json.loads(store.read(PROVENANCE)).get("config_sha256") if wrong is None else None
+    return {PROVENANCE: wrong, CONFIG: file_defect(store, sizes, CONFIG, known)}
+
+
+def index_defect(part: Part) -> str | None:
+    """Why the index of version 2 cannot be that of the manifest; None if it can."""
+    try:
+        index = part.index()
+    except ValueError:  # also what damaged columns make NumPy stumble over
+        return "damaged"
+    return None if len(set(index.images.keys)) == len(index.images) else "damaged: keys occur twice"
+
+
+def unreachable(store: Store, parts: Sequence[Part]) -> dict[str, str]:
+    """{file: what is wrong with it} of what lies among the parts but belongs to none."""
+    reached = {part.name for part in parts}
+    found = {}
+    for name in sorted(store.sizes(PARTS)):
+        folder = "/".join(name.split("/")[:2])
+        if name == folder:
+            found[name] = UNKNOWN
+        elif folder not in reached:
+            # An appending run that died before this, or a lost file.
+            found[f"{PARTS}/{len(parts):03d}/{MANIFEST}"] = "missing"
+    return found

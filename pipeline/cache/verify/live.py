@@ -1,0 +1,147 @@
+"""Stored features against what the teacher computes now."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.encode import calibration_on
+from pipeline.cache.extract import Extractor, check_finite
+from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS, TeacherManifest
+from pipeline.cache.pixels import views_of
+from pipeline.cache.quantization import error_sums, errors, token_cosines
+from pipeline.cache.reader import PartReader, read_rows
+from pipeline.cache.segments import Part
+from pipeline.cache.variants import variants_of
+from pipeline.cache.verify.files import within
+from pipeline.cache.verify.findings import LiveCheck, PartReport
+from pipeline.cache.writer import first_difference
+from pipeline.config import Config
+from pipeline.data import ImageFile, image_digest, relocate
+from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.progress import meter
+from pipeline.teachers.models import load_teacher
+from singer.errors import UserError
+from singer.matching import take_patches
+
+
+def load_extractors(config: Config, parts: Sequence[Part]) -> Iterator[Extractor]:
+    """The teacher of config.teacher, run as for each of its variants in the cache; the cache's first if none is named.
+
+    teacher.name may be that of a variant, which is then the only one; teacher.image_size and cache.precision choose
+    among several. Use one before asking for the next: they share the device's settings. The first raises UserError,
+    naming both sides, if the cache holds no features of it.
+    """
+    given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(parts)]
+    asked = given.name if "name" in given.model_fields_set else None
+    named = [t for t in teachers if asked in (t.variant, t.name)]
+    fitting = _as_set(config, named or teachers)
+    known = fitting[0]
+    if asked != known.variant:  # weights of a file may be those of a teacher by another name
+        fitting += [t for t in _as_set(config, teachers) if t not in fitting]
+    name = known.name if asked in (None, known.variant) else asked
+    first = _extractor(config, name, known)
+    here, matched = first.teacher, False
+    for teacher in fitting:
+        # Only these weights at other sizes and precisions: other teachers may not even load so.
+        if (teacher.architecture, teacher.weights) == (here.architecture, here.weights):
+            extract = first if teacher is known else _extractor(config, name, teacher)
+            if extract.teacher.digest() == teacher.digest():
+                matched = True
+                yield extract
+    if not matched:
+        difference = first_difference(known.identity(), here.identity())
+        assert difference is not None
+        key, there, now = difference
+        source = f" with {given.weights}" if given.weights else ""
+        raise UserError(f"the cache's teacher.{key} is {there} ({known.name}), here it is {now} ({name}{source})")
+
+
+def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherManifest]:
+    """Those at the image size and precision that the configuration gives, as far as there are any."""
+    sized = [t for t in teachers if t.image_size == config.teacher.image_size] or teachers
+    given = "precision" in config.cache.model_fields_set
+    return [t for t in sized if given and t.precision == config.cache.precision] or list(sized)
+
+
+def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
+    """A teacher at the image size and precision of one in the cache."""
+    config = config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update={"name": name, "image_size": known.image_size}),
+            "cache": config.cache.model_copy(update={"precision": known.precision}),
+        }
+    )
+    vit = load_teacher(config.teacher)
+    accelerator = make_accelerator(config.cache.precision)
+    vit.model.to(accelerator.device)
+    return Extractor(config, vit, accelerator)
+
+
+def computable(part: Part, report: PartReport) -> bool:
+    """Whether shards can be computed: all else that they need is whole."""
+    return not {within(part, IMAGES), within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
+
+
+def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> None:
+    """Raise UserError naming the first of some images that is not the one that was cached, if its digest is not 0."""
+    for number in numbers.tolist():
+        data, where = files.encoded(number)
+        if digests[number] not in (0, image_digest(data)):
+            raise UserError(f"{where} is not the one that was cached; give its shards with --shards")
+
+
+def check_live(
+    part: Part, report: PartReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
+) -> LiveCheck | None:
+    """Compute the features of a random sample of a part's whole shards anew and compare them with the stored ones.
+
+    None if there is nothing to compare.
+    """
+    manifest = part.manifest
+    whole = sorted(set(range(manifest.shards)) - {*report.missing, *report.damaged})
+    if not whole or not computable(part, report):
+        return None
+    device = extract.device
+    rng = np.random.default_rng(int(manifest.id()[:8], 16))
+    pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
+    chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
+    entries = [part.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
+    reader = PartReader(part, {n: f for entry in entries for n, f in entry["files"].items()})
+    records, index = read_rows(reader, chosen)
+    if not len(records):
+        return None
+    images = relocate(index.images, shards)
+    codec, calibration, prefix = CODECS[manifest.codec], calibration_on(part, device), manifest.teacher.prefix_tokens
+    sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
+    cosines = []
+    with ImageFile(images) as files, meter("live check", len(records), "records") as m:
+        check_images(files, np.arange(len(records)), index.digest)
+        for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
+            views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
+            features = extract.features(torch.from_numpy(views), manifest.blocks)
+            check_finite(features, own, index.key)
+            positions = reader.read(POSITIONS, batch) if manifest.sampled else None
+            of_batch = []
+            for block, live in features.items():
+                parts = {n: reader.read(f"{FEATURES}/{block}/{n}", batch).to(device) for n in manifest.layout(block)}
+                stored = codec.decode(parts, calibration[block])
+                if isinstance(positions, torch.Tensor):
+                    live = take_patches(live, prefix, positions)
+                sums[block] = sums[block] + error_sums(stored, live, prefix, calibration[block].threshold)
+                of_batch.append(token_cosines(stored, live).mean(-1).cpu())
+            cosines.append(torch.stack(of_batch))
+            m.advance(len(batch))
+    by_record = torch.cat(cosines, 1)  # (blocks, records)
+    block, record = divmod(int(by_record.argmin()), len(records))
+    return LiveCheck(
+        records=len(records),
+        gate=codec.min_cosine,
+        # A cosine that is no number fails too.
+        below=int((~(by_record >= codec.min_cosine)).any(0).sum()),
+        worst=float(by_record[block, record]),
+        worst_key=index.key(record),
+        worst_block=manifest.blocks[block],
+        blocks={b: errors(s) for b, s in sums.items()},
+    )

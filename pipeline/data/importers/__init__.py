@@ -1,0 +1,33 @@
+"""How data sets lie on disk, for `singer prepare --layout`: a new one is a function here and a registry line."""
+
+from pathlib import Path
+
+from pipeline.data.importers import folders, lists, maps
+from pipeline.data.importers.listing import Layout, Listing
+from singer.errors import UserError
+
+LAYOUTS: dict[str, Layout] = {
+    "folder": Layout(folders.folder),
+    "imagenet-1k": Layout(folders.imagenet_1k, ("train", "val")),
+    "imagenet-r": Layout(folders.imagenet_r),
+    "imagenet-v2": Layout(folders.imagenet_v2),
+    "ade20k": Layout(maps.ade20k, ("train", "val")),
+    "nyud-v2": Layout(maps.nyud_v2, ("train", "test")),
+    "inat2019": Layout(lists.inat2019, ("train", "val")),
+    "fgvc-aircraft": Layout(lists.fgvc_aircraft, ("train", "val", "trainval", "test")),
+    "oxford-pets": Layout(lists.oxford_pets, ("trainval", "test")),
+    "food-101": Layout(lists.food_101, ("train", "test")),
+    "flowers-102": Layout(lists.flowers_102, ("train", "val", "test")),
+}
+
+
+def list_layout(name: str, root: Path, split: str | None) -> Listing:
+    """The images of a split. Raises UserError for an unknown layout or split, and what a layout finds wrong."""
+    if name not in LAYOUTS:
+        raise UserError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
+    splits = LAYOUTS[name].splits
+    if not splits and split is not None:
+        raise UserError(f"--split {split}: the layout {name} has no splits; leave it out")
+    if splits and split not in splits:
+        raise UserError(f"--split: the layout {name} has {', '.join(splits)}; give one of them, not {split or 'none'}")
+    return LAYOUTS[name].entries(root, split or "")

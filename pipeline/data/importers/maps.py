@@ -1,0 +1,42 @@
+"""Data sets with a mask or a depth map for every image."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.importers.listing import Entry, Listing, existing, images_in
+from singer.errors import UserError
+
+
+def ade20k(root: Path, split: str) -> Listing:
+    """images/{training,validation}/*.jpg and annotations/ likewise, *.png (ADEChallengeData2016).
+
+    There class 0 is void and the 150 classes begin with 1; stored are 0 to 149, with 255 for void.
+    """
+    folder = {"train": "training", "val": "validation"}[split]
+    entries = []
+    for file in images_in(root / "images" / folder):
+        mask = root / "annotations" / folder / f"{file.stem}.png"
+        entries.append(Entry(file, None, {"seg.png": existing(mask, f"it is the mask of {file}")}))
+    return Listing(entries, [], {"seg.png": _without_void})
+
+
+def _without_void(mask: np.ndarray) -> np.ndarray:
+    # Of uint8: 0 becomes 255.
+    return mask - np.uint8(1)
+
+
+def nyud_v2(root: Path, split: str) -> Listing:
+    """SPLIT/SCENE/rgb_NUMBER.jpg with sync_depth_NUMBER.png beside it, uint16 millimeters.
+
+    That is how the official split is mostly passed on, aligned and filled in (by BTS and what builds on it).
+    """
+    scenes = sorted(f for f in (root / split).glob("*") if f.is_dir())
+    files = [file for scene in scenes for file in sorted(scene.glob("rgb_*")) if file.suffix in (".jpg", ".png")]
+    if not files:
+        raise UserError(f"{root / split} holds no SCENE/rgb_*.jpg; this layout needs them there")
+    entries = []
+    for file in files:
+        depth = file.with_name(f"sync_depth_{file.stem.removeprefix('rgb_')}.png")
+        entries.append(Entry(file, None, {"depth.png": existing(depth, f"it is the depth map of {file}")}))
+    return Listing(entries, [])

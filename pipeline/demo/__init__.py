@@ -1,0 +1,1 @@
+"""The whole chain on images that scikit-learn brings, offline."""

@@ -1,0 +1,151 @@
+"""Linear and k-NN classification, on CLS and on the mean patch: shards with NAME.cls beside NAME.jpg.
+
+Nothing is selected on the test shards: the linear probe's penalty is chosen on a split of the training shards.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images, require_labels
+from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.global_features import pooled
+from pipeline.stages.prepare import CLASSES
+from singer.errors import UserError
+from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
+
+_FIT_SHARE = 0.8
+_ITERATIONS = 1000
+
+# {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent; low and high: the
+# 95 % confidence interval of top1. Where classes differ in training images: top1_many, top1_medium, top1_few.
+Accuracies = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classification(EvaluateResult):
+    """Accuracies (%) of both probes; a model without CLS has only mean_patch. normed: the same of normed tokens."""
+
+    classes: int
+    linear: Accuracies
+    knn: Accuracies
+    normed: dict[str, Accuracies] | None
+
+
+def probe(trial: Trial) -> Classification:
+    """Raises UserError as `check`."""
+    settings = trial.settings
+    check(trial.train, trial.test, settings)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
+    train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
+    classes = int(train_labels.max()) + 1
+    groups = _shots(train_labels, test_labels, classes, settings)
+
+    def figures(train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, Accuracies]:
+        linear: Accuracies = {}
+        knn: Accuracies = {}
+        for name, x in train.items():
+            scores = linear_scores(x, train_labels, test[name], classes, settings)
+            linear[name] = accuracy(scores, test_labels, groups)
+            scores = knn_scores(x, train_labels, test[name], classes, settings.neighbours, settings.temperature)
+            knn[name] = accuracy(scores, test_labels, groups)
+        return {"linear": linear, "knn": knn}
+
+    first, normed = first_and_normed({k: figures(train_features[k], test_features[k]) for k in train_features})
+    return Classification(
+        model=trial.model,
+        train_images=len(train_labels),
+        test_images=len(test_labels),
+        seconds=trial.seconds,
+        written=trial.file,
+        classes=classes,
+        **first,
+        normed=normed,
+    )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise UserError for images without labels, a single class, and labels that only --test has."""
+    require_labels(train, "--train")
+    require_labels(test, "--test")
+    check_classes(train, test)
+    require_classes(train.labels)
+    classes = int(train.labels.max()) + 1
+    if int(test.labels.max()) >= classes:
+        raise UserError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
+
+
+def require_classes(labels: np.ndarray) -> None:
+    if len(np.unique(labels)) < 2:
+        raise UserError("--train has images of one class only; a classifier needs two")
+
+
+def check_classes(train: Images, test: Images) -> None:
+    """Raise UserError if both sets name their classes (in a classes.json beside the shards) and differ."""
+    files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
+    if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
+        raise UserError(
+            f"{files[0]} and {files[1]} number classes differently; prepare the second with "
+            f"--set prepare.classes={files[0]}"
+        )
+
+
+def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> Tensor:
+    """Class scores (m, classes) of a logistic regression on standardised features (n, d), (m, d).
+
+    Its penalty is the one of settings.strengths that is best on a held-out fifth of the training images.
+    """
+    x, y = train.numpy(), labels.numpy()
+    strength = settings.strengths[0]
+    if len(settings.strengths) > 1:
+        fit, held_out = train_test_split(np.arange(len(y)), train_size=_FIT_SHARE, random_state=settings.seed)
+        right = [_logistic(x[fit], y[fit], c).score(x[held_out], y[held_out]) for c in settings.strengths]
+        strength = settings.strengths[int(np.argmax(right))]
+    probe = _logistic(x, y, strength)
+    decision = probe.decision_function(test.numpy())
+    if decision.ndim == 1:  # two classes: one score, for the second
+        decision = np.stack([-decision, decision], axis=1)
+    # Label numbers that no training image has score lowest.
+    scores = torch.full((len(test), classes), -torch.inf)
+    scores[:, torch.from_numpy(probe.classes_)] = torch.from_numpy(decision).float()
+    return scores
+
+
+def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
+    require_classes(y)  # also of a split
+    with warnings.catch_warnings():
+        # Out of iterations is good enough: accuracy has settled long before the gradient has.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS)).fit(x, y)
+
+
+def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> dict[str, Tensor]:
+    """{group: mask (m,)} of the test images by the training images of their class, without empty groups.
+
+    {} if evaluate.shots is none, or all are in one group, whose figure would be that of all images.
+    """
+    if settings.shots is None:
+        return {}
+    masks = shot_groups(torch.bincount(train, minlength=classes), settings.shots)
+    groups = {name: mask[test] for name, mask in masks.items() if mask[test].any()}
+    return groups if len(groups) > 1 else {}
+
+
+def accuracy(scores: Tensor, labels: Tensor, groups: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Figures (%) of scores (m, classes), see Accuracies. groups: {name: mask (m,)} with a top1_NAME each."""
+    figures = {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
+    figures["top1_low"], figures["top1_high"] = wilson_percent(int((scores.argmax(1) == labels).sum()), len(labels))
+    for name, rows in (groups or {}).items():
+        figures[f"top1_{name}"] = topk_percent(scores[rows], labels[rows], 1)
+    return figures

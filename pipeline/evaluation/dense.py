@@ -1,0 +1,175 @@
+"""What the tasks with a value for every pixel share: linear heads on patch tokens, and the maps beside the images.
+
+The model sees the whole frame, squeezed into its square. A linear layer on standardised tokens gives maps on the patch
+grid, which are upsampled bilinearly. Nothing is selected on the test shards: the learning rate is chosen on a split of
+the training shards.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data import ImageFile, Images, decode
+from pipeline.data.prefetch import prefetch
+from pipeline.data.views import View
+from pipeline.evaluation.context import Trial, tokens
+from pipeline.runtime.progress import meter
+from singer.errors import UserError
+
+# Side of the training labels, in patches.
+_LABELS_A_PATCH = 2
+_FIT_SHARE = 0.8
+_BATCH = 16
+_WEIGHT_DECAY = 1e-2
+
+
+def patch_tokens(trial: Trial, images: Images) -> Iterator[Tensor]:
+    """Raw patch tokens (B, patches, d) of whole frames, batch by batch."""
+
+    def whole(image: Image.Image) -> View:
+        return View((0.0, 0.0, 1.0, 1.0))
+
+    for x in tokens(trial.vit, images, trial.settings, trial.device, whole):
+        yield x[:, trial.vit.prefix :].float()
+
+
+def of_every_kind(trial: Trial, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tokens) of raw tokens (n, patches, d) on the CPU, one kind after the other in the memory of x."""
+    for kind, convert in trial.kinds.items():
+        for part in x.split(_BATCH):
+            part.copy_(convert(part.to(trial.device)))
+        yield kind, x
+
+
+def label_side(trial: Trial) -> int:
+    """The side of the maps that heads learn from, in pixels."""
+    return _LABELS_A_PATCH * trial.vit.grid[0]
+
+
+def read_maps(
+    images: Images, maps: Images, what: str, values: Callable[[Image.Image, bytes, str], np.ndarray], workers: int
+) -> Iterator[np.ndarray]:
+    """The maps beside the images, in full: what `values` makes of a decoded PNG, its bytes and its place in messages.
+
+    what: the word for a map in messages. Raises UserError naming key and shard.
+    """
+    with ImageFile(images) as image_files, ImageFile(maps, what) as files:
+
+        def load(number: int) -> np.ndarray:
+            data, where = files.encoded(number)
+            image, size = decode(data, where, ("PNG",)), image_files.dimensions(number)
+            array = values(image, data, where)
+            if image.size != size:
+                width, height = image.size
+                raise UserError(
+                    f"{where} has {width} x {height} pixels, its image {size[0]} x {size[1]}; make them alike"
+                )
+            return array
+
+        yield from prefetch(load, range(len(images)), workers)
+
+
+def nearest(values: np.ndarray, side: int) -> np.ndarray:
+    """(H, W) -> (side, side): what is in the middle of each cell; labels and missing values cannot be averaged."""
+    rows, columns = (((np.arange(side) + 0.5) * length / side).astype(np.int64) for length in values.shape)
+    cells: np.ndarray = values[rows[:, None], columns]
+    return cells
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear layer on standardised tokens. mean, std: (d,); weight: (outputs, d); bias: (outputs,)."""
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def maps(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, patches, d) on a square grid -> (B, outputs, *size), upsampled bilinearly."""
+        grid = round(x.shape[1] ** 0.5)
+        maps = F.linear((x - self.mean) / self.std, self.weight, self.bias)
+        return upsample(maps.transpose(1, 2).unflatten(2, (grid, grid)), size)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, (..., h, w) -> (..., *size). As two matrix products, its gradient is deterministic on every device."""
+    rows, columns = (
+        F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0]
+        for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows.T @ maps @ columns
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a head learns, and how.
+
+    name: "seg" or "depth", as the keys of the section evaluate begin; outputs: maps of the head; loss: of maps
+    (B, outputs, side, side) against labels (B, side, side); score: of a head on pairs of tokens (patches, d) and
+    labels (side, side), higher is better; lrs: learning rates to choose from; passes: over the training images;
+    spread: standard deviation of the initial weights.
+    """
+
+    name: str
+    outputs: int
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Head, Iterable[tuple[Tensor, Tensor]]], float]
+    lrs: Sequence[float]
+    passes: int
+    seed: int
+    spread: float = 0.0
+
+
+def fit_head(x: Tensor, labels: Tensor, lesson: Lesson, device: torch.device) -> tuple[Head, float]:
+    """A head, and its learning rate: the one with the best score on a held-out fifth of the images.
+
+    x: (n, patches, d); labels: (n, side, side). All images are used in the end.
+    """
+    lr = lesson.lrs[0]
+    if len(lesson.lrs) > 1:
+        if len(x) < 2:
+            raise UserError(
+                f"--train has one image only; give more, or one learning rate in evaluate.{lesson.name}_lrs"
+            )
+        split = train_test_split(np.arange(len(x)), train_size=_FIT_SHARE, random_state=lesson.seed)
+        fit, held_out = map(torch.from_numpy, split)
+        heads = _train_heads(x[fit], labels[fit], lesson, lesson.lrs, device)
+        held = [(x[i].to(device), labels[i]) for i in held_out.tolist()]
+        lr = lesson.lrs[int(np.argmax([lesson.score(head, held) for head in heads]))]
+    (head,) = _train_heads(x, labels, lesson, (lr,), device)
+    return head, lr
+
+
+def _train_heads(x: Tensor, labels: Tensor, lesson: Lesson, lrs: Sequence[float], device: torch.device) -> list[Head]:
+    """A head for every learning rate, all from the same start and batches: AdamW, cosine decay."""
+    std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
+    mean, std = mean.to(device), std.clamp(min=1e-6).to(device)
+    random = torch.Generator().manual_seed(lesson.seed)
+    start = lesson.spread * torch.randn(lesson.outputs, x.shape[2], generator=random)
+    weights = [start.to(device, copy=True).requires_grad_() for _ in lrs]
+    biases = [torch.zeros(lesson.outputs, device=device, requires_grad=True) for _ in lrs]
+    groups = [{"params": [w, b], "lr": lr} for w, b, lr in zip(weights, biases, lrs, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.passes * -(-len(x) // _BATCH))
+    size = (labels.shape[1], labels.shape[2])
+    order = torch.Generator().manual_seed(lesson.seed)
+    with meter(f"{lesson.name} head", lesson.passes, "passes") as m:
+        for _ in range(lesson.passes):
+            for rows in torch.randperm(len(x), generator=order).split(_BATCH):
+                # The heads as one layer, which is faster; each has a loss, and so gradients, of its own.
+                together = Head(mean, std, torch.cat(weights), torch.cat(biases))
+                maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)
+                optimizer.zero_grad()
+                losses = [lesson.loss(own, target) for own in maps.split(lesson.outputs, dim=1)]
+                torch.stack(losses).sum().backward()
+                optimizer.step()
+                schedule.step()
+            m.advance(1)
+    return [Head(mean, std, w.detach(), b.detach()) for w, b in zip(weights, biases, strict=True)]

@@ -1,0 +1,186 @@
+"""Linear depth on patch tokens: shards with NAME.depth.png, uint16 millimeters (0: missing), beside NAME.jpg.
+
+Two heads. `bins`: weights of depths spread evenly over evaluate.depth_min to depth_max, as in AdaBins and DINOv2's
+linear head, by the scale-invariant logarithmic loss. `regression`: depth itself, in units of the training maps' mean
+and deviation, by the L1 loss. They learn on a grid of depths read by nearest neighbour; in testing this grid is
+upsampled bilinearly to the map itself. Pixels that are missing or outside the range never count.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images, index_beside
+from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.dense import (
+    Head,
+    Lesson,
+    fit_head,
+    label_side,
+    nearest,
+    of_every_kind,
+    patch_tokens,
+    read_maps,
+    upsample,
+)
+from singer.errors import UserError
+from singer.probes import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
+
+MAP = "depth.png"
+_MILLIMETERS = np.float32(1000)
+# Standard deviation of the initial weights of the bins: from 0 on, relu would pass no gradient.
+_SPREAD = 0.01
+
+# Tokens (patches, d) and a size (H, W) -> depth (H, W) in meters, on the CPU.
+Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth(EvaluateResult):
+    """Figures of both heads over all pixels that count, at the maps' own resolution: see depth_figures.
+
+    Each head's also hold lr, the learning rate that was chosen. pixels: how many count; normed: the same of normed
+    tokens.
+    """
+
+    pixels: int
+    bins: dict[str, float]
+    regression: dict[str, float]
+    normed: dict[str, dict[str, float]] | None
+
+
+def probe(trial: Trial) -> Depth:
+    """Raises UserError for missing and unusable depth maps, and if none has a pixel that counts."""
+    settings, side = trial.settings, label_side(trial)
+    train_maps, test_maps = index_beside(trial.train, MAP), index_beside(trial.test, MAP)
+    # All maps are read before the model runs, so that a bad one is known at once.
+    pixels = count_pixels(trial.test, test_maps, settings)
+    labels = torch.from_numpy(
+        np.stack([nearest(depth, side) for depth in read_depths(trial.train, train_maps, settings)])
+    )
+    require_pixels("--train", int(labels.count_nonzero()), settings)
+    require_pixels("--test", pixels, settings)
+
+    x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
+    heads = {kind: fit_heads(tokens, labels, settings, trial.device) for kind, tokens in of_every_kind(trial, x)}
+    sums = {kind: {name: torch.zeros(4, dtype=torch.float64) for name in both} for kind, both in heads.items()}
+    patches = (image for batch in patch_tokens(trial, trial.test) for image in batch)
+    for image, depth in zip(patches, read_depths(trial.test, test_maps, settings), strict=True):
+        size, true = (depth.shape[0], depth.shape[1]), torch.from_numpy(depth)
+        for kind, both in heads.items():
+            tokens = trial.kinds[kind](image)
+            for name, (predict, _) in both.items():
+                sums[kind][name] += depth_sums(predict(tokens, size), true)
+
+    first, normed = first_and_normed(
+        {
+            kind: {name: {**depth_figures(sums[kind][name]), "lr": lr} for name, (_, lr) in both.items()}
+            for kind, both in heads.items()
+        }
+    )
+    return Depth(
+        model=trial.model,
+        train_images=len(trial.train),
+        test_images=len(trial.test),
+        seconds=trial.seconds,
+        written=trial.file,
+        pixels=pixels,
+        **first,
+        normed=normed,
+    )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise UserError as `probe`, for which all maps are read."""
+    for what, images in (("--train", train), ("--test", test)):
+        require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
+
+
+def count_pixels(images: Images, maps: Images, settings: EvaluateConfig) -> int:
+    """That count. Raises UserError for a map that cannot be used."""
+    return sum(int(np.count_nonzero(depth)) for depth in read_depths(images, maps, settings))
+
+
+def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:
+    if not count:
+        raise UserError(
+            f"{what}: no depth map has a value from evaluate.depth_min={settings.depth_min} to "
+            f"depth_max={settings.depth_max} meters; correct the maps or the range"
+        )
+
+
+def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:
+    """The depth maps in full, (H, W) float32 meters, 0 where nothing counts. Raises UserError naming key and shard."""
+
+    def meters(image: Image.Image, _: bytes, where: str) -> np.ndarray:
+        # PIL opens greys of 16 bits, and no others, in this mode.
+        if image.mode != "I;16":
+            raise UserError(f"{where} holds no millimeters; store it as a PNG of 16-bit grey")
+        depth = np.asarray(image) / _MILLIMETERS
+        depth[(depth < settings.depth_min) | (depth > settings.depth_max)] = 0
+        return depth
+
+    return read_maps(images, maps, "depth map", meters, settings.workers)
+
+
+def fit_heads(
+    x: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device
+) -> dict[str, tuple[Predictor, float]]:
+    """Both heads by name, and their learning rates: those of depth_lrs with the least RMSE on a held-out fifth.
+
+    x: (n, patches, d); labels: (n, side, side) in meters, 0 where nothing counts.
+    """
+    seen = labels[labels > 0]
+    std, mean = (float(value) for value in torch.std_mean(seen, correction=0))
+
+    def bins(maps: Tensor) -> Tensor:
+        return expected_depth(maps, settings.depth_min, settings.depth_max)
+
+    def regression(maps: Tensor) -> Tensor:
+        return mean + std * maps[:, 0]
+
+    kinds = {
+        "bins": (settings.depth_bins, bins, silog_loss, _SPREAD),
+        "regression": (1, regression, l1_loss, 0.0),
+    }
+    return {name: _fit_head(x, labels, *kind, settings, device) for name, kind in kinds.items()}
+
+
+def _fit_head(
+    x: Tensor,
+    labels: Tensor,
+    outputs: int,
+    decode: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    spread: float,
+    settings: EvaluateConfig,
+    device: torch.device,
+) -> tuple[Predictor, float]:
+    """decode: maps of the head (B, outputs, h, w) -> depth (B, h, w); loss: of depth against labels."""
+    grid = (labels.shape[1], labels.shape[2])
+
+    def predicted(head: Head, image: Tensor, size: tuple[int, int]) -> Tensor:
+        depth = upsample(decode(head.maps(image[None], grid)), size)[0]
+        return depth.clamp(settings.depth_min, settings.depth_max).cpu()
+
+    def score(head: Head, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
+        sums = [depth_sums(predicted(head, image, grid), depth) for image, depth in held_out]
+        return -depth_figures(torch.stack(sums).sum(0))["rmse"]
+
+    lesson = Lesson(
+        "depth",
+        outputs,
+        lambda maps, target: loss(decode(maps), target),
+        score,
+        settings.depth_lrs,
+        settings.depth_passes,
+        settings.seed,
+        spread,
+    )
+    head, lr = fit_head(x, labels, lesson, device)
+    return lambda image, size: predicted(head, image, size), lr

@@ -1,0 +1,126 @@
+"""Domain shift: a linear head trained on --train and tested, as it is, on --test, whose labels may be other numbers.
+
+evaluate.class_map says which training class a test label is, such as ImageNet-R's 200 of ImageNet's 1000; then only
+these classes compete. Nothing is selected on the test shards: see classification.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images, require_labels
+from pipeline.evaluation.classification import Accuracies, accuracy, check_classes, linear_scores, require_classes
+from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.global_features import pooled
+from singer.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainShift(EvaluateResult):
+    """Accuracies (%) on --test; a model without CLS has only mean_patch.
+
+    classes: how many compete; normed: the same of normed tokens.
+    """
+
+    classes: int
+    linear: Accuracies
+    normed: dict[str, Accuracies] | None
+
+
+def probe(trial: Trial) -> DomainShift:
+    """Raises UserError as `check`."""
+    settings = trial.settings
+    check(trial.train, trial.test, settings)
+    rivals, right = compete(class_map(trial.train, trial.test, settings), trial.test)
+
+    train_labels = torch.from_numpy(trial.train.labels)
+    train_features = pooled(trial, trial.train)
+    test_features = pooled(trial, trial.test)
+
+    def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
+        figures = {}
+        for name, x in train.items():
+            scores = linear_scores(x, train_labels, test[name], int(train_labels.max()) + 1, settings)
+            figures[name] = accuracy(scores[:, rivals], right)
+        return {"linear": figures}
+
+    first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})
+    return DomainShift(
+        model=trial.model,
+        train_images=len(trial.train),
+        test_images=len(trial.test),
+        seconds=trial.seconds,
+        written=trial.file,
+        classes=len(rivals),
+        **first,
+        normed=normed,
+    )
+
+
+def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
+    """Raise UserError for images without labels, and for labels that the other side or the class map lacks."""
+    require_labels(train, "--train")
+    require_labels(test, "--test")
+    require_classes(train.labels)
+    if settings.class_map is None:
+        check_classes(train, test)
+    _check_labels(train, test, class_map(train, test, settings), settings.class_map)
+
+
+def class_map(train: Images, test: Images, settings: EvaluateConfig) -> dict[int, int]:
+    """{test label: train label}; without a map labels are the same on both sides."""
+    if settings.class_map is None:
+        return {int(label): int(label) for label in np.unique(train.labels)}
+    return read_class_map(settings.class_map, test)
+
+
+def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes that compete, those of the map (k,), and which of them is right for each test image (n,)."""
+    rivals = sorted(set(mapped.values()))
+    place = {label: i for i, label in enumerate(rivals)}
+    return torch.tensor(rivals), torch.tensor([place[mapped[int(label)]] for label in test.labels])
+
+
+def read_class_map(file: Path, test: Images) -> dict[int, int]:
+    """{test label: class} of a JSON object, or of a list by position.
+
+    Raises UserError naming the file if it is neither, or lacks a label of the test images.
+    """
+    form = (
+        f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
+    )
+    try:
+        tree = json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"evaluate.class_map: {file}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(form) from None
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    mapped = {}
+    for label, right in pairs:
+        # A bool is an int to Python.
+        if not str(label).isdecimal() or type(right) is not int or right < 0:
+            raise UserError(f"{form}; found {label!r}: {right!r}")
+        mapped[int(label)] = right
+    if not mapped:
+        raise UserError(form)
+    missing = sorted(set(test.labels.tolist()) - set(mapped))
+    if missing:
+        raise UserError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
+    return mapped
+
+
+def _check_labels(train: Images, test: Images, mapped: dict[int, int], file: Path | None) -> None:
+    unknown = sorted(set(test.labels.tolist()) - set(mapped))
+    if unknown:
+        raise UserError(
+            f"--test has label {unknown[0]}, of which --train has no images; if it numbers classes differently, give "
+            "evaluate.class_map"
+        )
+    absent = sorted(set(mapped.values()) - set(train.labels.tolist()))
+    if absent:
+        raise UserError(f"evaluate.class_map: {file} names label {absent[0]}, of which --train has no images")

@@ -1,0 +1,37 @@
+"""Features of whole images, for the tasks with a label for each: CLS and the mean patch of the last block."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images
+from pipeline.data.views import View, crop_view
+from pipeline.evaluation.context import Features, Trial, kinds_of, tokens
+from pipeline.teachers.models import Backbone
+
+
+def pooled(trial: Trial, images: Images) -> Features:
+    """Features of the images, computed by the first task that asks for them."""
+    key = images.paths, images.place_hash()
+    if key not in trial.computed:
+        trial.computed[key] = features(trial.vit, images, trial.settings, trial.device)
+    return trial.computed[key]
+
+
+def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:
+    """Of every kind in evaluate.tokens, on one pass of the model over the images."""
+
+    def view(image: Image.Image) -> View:
+        return crop_view(settings.crop, image.size)
+
+    kinds = kinds_of(vit, settings)
+    names = ("cls", "mean_patch") if vit.has_cls else ("mean_patch",)
+    parts: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in kinds}
+    for raw in tokens(vit, images, settings, device, view):
+        for kind, convert in kinds.items():
+            x = convert(raw)
+            parts[kind]["mean_patch"].append(x[:, vit.prefix :].mean(1).float().cpu())
+            if vit.has_cls:
+                parts[kind]["cls"].append(x[:, 0].float().cpu())
+    return {kind: {name: torch.cat(rows) for name, rows in named.items()} for kind, named in parts.items()}

@@ -1,0 +1,94 @@
+"""The model's own classification head, such as a teacher's, as it is: nothing is learnt, and --train plays no part.
+
+Labels are numbers of the head's classes, or evaluate.class_map says which class a label is; then only the mapped
+classes compete, as in domain_shift.py.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images, require_labels
+from pipeline.data.views import View, crop_view
+from pipeline.evaluation.classification import accuracy
+from pipeline.evaluation.context import EvaluateResult, Trial, inputs
+from pipeline.evaluation.domain_shift import compete, read_class_map
+from pipeline.stages.prepare import CLASSES
+from singer.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnHead(EvaluateResult):
+    """Accuracies (%) with the 95 % confidence interval of top1. classes: how many compete."""
+
+    top1: float
+    top5: float
+    top1_low: float
+    top1_high: float
+    classes: int
+
+
+def probe(trial: Trial) -> OwnHead:
+    """Raises UserError for a model without a head, and for labels that it has no class for."""
+    check(trial.learn_from, trial.test, trial.settings)
+    rivals, right = compete(_class_of_label(trial), trial.test)
+
+    def view(image: Image.Image) -> View:
+        return crop_view(trial.settings.crop, image.size)
+
+    with torch.no_grad():
+        batches = inputs(trial.vit, trial.test, trial.settings, trial.device, view)
+        logits = torch.cat([trial.vit.model(x).float().cpu() for x in batches])
+    return OwnHead(
+        model=trial.model,
+        train_images=0,
+        test_images=len(trial.test),
+        seconds=trial.seconds,
+        written=trial.file,
+        classes=len(rivals),
+        **accuracy(logits[:, rivals], right),
+    )
+
+
+def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
+    """Raise UserError for images without labels, and for a class map that cannot be used."""
+    require_labels(test, "--test")
+    if settings.class_map is not None:
+        read_class_map(settings.class_map, test)
+
+
+def _class_of_label(trial: Trial) -> dict[int, int]:
+    count = int(trial.vit.model.num_classes)
+    if not count:
+        raise UserError(f"--task head: {trial.model} has no classification head; take a task that trains one")
+    file = trial.settings.class_map
+    if file is not None:
+        mapped = read_class_map(file, trial.test)
+        if max(mapped.values()) >= count:
+            raise UserError(
+                f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
+            )
+        return mapped
+    named, most = _named(trial.test), int(trial.test.labels.max())
+    if named is not None and named != count:
+        found = f"{named} classes"
+    elif most >= count:
+        found = f"label {most}"
+    else:
+        return {label: label for label in range(count)}
+    raise UserError(
+        f"--task head: --test has {found}, but the head of {trial.model} has {count} classes; if the images number "
+        "theirs differently, give evaluate.class_map"
+    )
+
+
+def _named(images: Images) -> int | None:
+    """How many classes the classes.json beside the shards names, if there is one."""
+    file = images.paths[0].with_name(CLASSES)
+    try:
+        return len(json.loads(file.read_text())) if file.is_file() else None
+    except (ValueError, TypeError):
+        raise UserError(f"{file} is damaged: it holds no list of classes") from None

@@ -1,0 +1,55 @@
+"""Retrieval without training: every test image looks for the others of its class, on CLS and on the mean patch.
+
+Shards with NAME.cls beside NAME.jpg; --train plays no part.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images, require_labels
+from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.global_features import pooled
+from singer.errors import UserError
+from singer.probes import retrieval_figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(EvaluateResult):
+    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5.
+
+    normed: the same of normed tokens.
+    """
+
+    queries: int
+    retrieval: dict[str, dict[str, float]]
+    normed: dict[str, dict[str, dict[str, float]]] | None
+
+
+def probe(trial: Trial) -> Retrieval:
+    """Raises UserError as `check`."""
+    check(None, trial.test, trial.settings)
+    labels = torch.from_numpy(trial.test.labels)
+    counts = labels.unique(return_counts=True)[1]
+    found = pooled(trial, trial.test)
+    first, normed = first_and_normed(
+        {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
+    )
+    return Retrieval(
+        model=trial.model,
+        train_images=0,
+        test_images=len(trial.test),
+        seconds=trial.seconds,
+        written=trial.file,
+        queries=int(counts[counts > 1].sum()),
+        retrieval=first,
+        normed=None if normed is None else {"retrieval": normed},
+    )
+
+
+def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
+    """Raise UserError for images without labels, and if no class has two images."""
+    require_labels(test, "--test")
+    if int(torch.from_numpy(test.labels).unique(return_counts=True)[1].max()) < 2:
+        raise UserError("--test: no class has two images, so that there is nothing to retrieve; give more images")

@@ -1,0 +1,1 @@
+"""What a cache would cost, before it is made."""

@@ -1,0 +1,344 @@
+"""What a cache would cost, before it is made: `singer cache plan --teacher ... --shards ... --out CACHE`.
+
+The real stages run for some seconds on images from all over the shards, in a temporary folder on the disk of the cache
+that is to be; every codec is tried. What was not measured is None, and nothing is promised of it.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate, few_records
+from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
+from pipeline.cache.quantization import fidelity
+from pipeline.cache.zarr_shards import pack_shard
+from pipeline.config import Config
+from pipeline.data import ImageFile, Images, index_shards
+from pipeline.planning.costs import (
+    Rate,
+    StudentCost,
+    Work,
+    bottleneck,
+    break_even,
+    cached_hours,
+    caching_hours,
+    online_hours,
+    slowest,
+    student_costs,
+    verdict,
+)
+from pipeline.planning.pilot import Pilot, Sample, Speeds, Teacher, existing, measure_speeds, no_speeds, scratch
+from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.machine import memory_bytes
+from pipeline.stages.cache_teacher import check_codec
+from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.outputs import CONFIG, PROVENANCE
+from pipeline.teachers.models import Backbone, load_teacher
+from singer.backbones import depth, resolve_blocks
+from singer.errors import UserError
+from singer.matching import take_patches
+
+# Images that are drawn; records of which features are kept, at most so many bytes of them.
+_IMAGES = 1024
+_RECORDS = 32
+_FEATURE_BYTES = 2**30
+_SHARES = (1.0, 0.5)
+# Of the free disk; the rest is for what else grows there.
+_USABLE = 0.95
+_END_OF_SHARD = 4
+# Of a cache, what does not grow with its records; the rest that is no feature does.
+_FIXED = (
+    "tail.safetensors",
+    "calibration.safetensors",
+    "fidelity.json",
+    "manifest.json",
+    "complete.json",
+    "zarr.json",
+    CONFIG,
+    PROVENANCE,
+)
+_INDEX_ENTRY = 16
+
+
+@dataclass(frozen=True)
+class PlanOption:
+    """A way to store the features. bytes: of the whole cache; bytes_per_image: of features, all blocks and views.
+
+    error: relative error of clean patch tokens, at the worst block; fits: on the free disk; max_views, max_blocks: how
+    many views of these blocks, and how many blocks of these views, would fit at most. None where the disk is not known.
+    """
+
+    codec: str
+    token_share: float
+    error: float
+    bytes_per_image: int
+    bytes: int
+    fits: bool | None
+    max_views: int | None
+    max_blocks: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A measured speed. per_second: views; spread_percent: half of the range of the repeats; status: "measured ...", or
+
+    "not measured: " and why, and then per_second is None.
+    """
+
+    stage: str
+    per_second: float | None
+    spread_percent: float | None
+    status: str
+
+    @classmethod
+    def of(cls, name: str, rate: Rate) -> "Stage":
+        spread = None if rate.spread is None else 100 * rate.spread
+        return cls(name, rate.per_second, spread, rate.status)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What is None was not measured; `stages` says why.
+
+    images_per_second, hours: views that cache-teacher stores, and how long it takes for all. students: hours until 1, 5
+    and 20 students are trained for `epochs` passes over all views, with the teacher in every step, or from the cache
+    with caching included. break_even_students: from how many on the cache takes no longer; verdict says it in words.
+    caching_bottleneck, training_bottleneck: the slowest stage. written_bytes: written to the disk to measure it.
+    targets: of the student whose steps were measured. chosen: as configured; best_fit: of the options that fit, the
+    one with the smallest error, all tokens before fewer; tail_bytes: of the teacher's frozen end, which every option
+    has once; free_bytes: where the cache would be.
+    """
+
+    images: int
+    views: int
+    blocks: tuple[int, ...]
+    pixels: str
+    epochs: int
+    images_per_second: float | None
+    hours: float | None
+    caching_bottleneck: str | None
+    training_bottleneck: str | None
+    students: list[StudentCost]
+    break_even_students: int | None
+    verdict: str
+    targets: str
+    stages: list[Stage]
+    written_bytes: int
+    tail_bytes: int
+    free_bytes: int | None
+    chosen: PlanOption
+    best_fit: PlanOption | None
+    options: list[PlanOption]
+
+
+def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
+    """Run the real stages for some seconds in a temporary place beside `out`. out: where the cache would be.
+
+    seconds: how long caching runs, and how long the disk is written to at most; each other stage has a quarter of it.
+    0: only bytes are measured. Without `out` nothing is known of a disk, and so of no hours with a cache. Raises
+    UserError for whatever the user can fix.
+    """
+    check_codec(config.cache.codec)
+    listed = index_shards(shards, config.cache.on_error)
+    vit = load_teacher(config.teacher)
+    blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
+    device = make_accelerator(config.cache.precision).device
+    with ExitStack() as stack:
+        place = stack.enter_context(scratch(out)) if out is not None else None
+        local = Path(place) if place is not None and not is_remote(place) else None
+        if local is not None:
+            local.mkdir(exist_ok=True)
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
+        images = draw_images(config, listed)
+        sample = Sample(config, images, stack.enter_context(ImageFile(images)))
+        teacher = Teacher(config, vit, blocks, device)
+        features = sample_features(config, sample, teacher)
+        calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}
+        pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
+        free = free_bytes(Path(out)) if out is not None and local is not None else None
+        scale = Scale(config, vit, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
+        shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
+        codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
+        options = [option for codec in codecs for option in scale.options(codec, shares)]
+        chosen = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
+        speeds = no_speeds("--seconds 0")
+        if seconds > 0:
+            store = open_store(place) if place is not None else None
+            speeds = measure_speeds(listed, sample, teacher, calibration, pilot, store, free, chosen.bytes, seconds)
+    fitting = [o for o in options if o.fits]
+    return PlanResult(
+        images=len(listed),
+        views=config.views.count,
+        blocks=blocks,
+        pixels=config.views.pixels,
+        epochs=config.distill.epochs,
+        **judge(Work(len(listed), config.views.count, config.distill.epochs), speeds, chosen.bytes),
+        tail_bytes=scale.tail_bytes,
+        free_bytes=free,
+        chosen=chosen,
+        best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
+        options=options,
+    )
+
+
+def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
+    """The fields of a PlanResult that follow from speeds. cache_bytes: of the whole cache."""
+    caching, training = speeds.caching, speeds.training
+    # Features that are written overlap with those that are computed, but the disk tires only after gigabytes.
+    together = slowest([caching["caching"], caching["images"], caching["writing"]])
+    parts = {name: rate for name, rate in caching.items() if name != "caching"}
+    in_memory = cache_bytes <= memory_bytes()
+    hours = caching_hours(work, together, speeds.setup_seconds)
+    cached = cached_hours(work, training["cached"], training["reading"], in_memory)
+    online = online_hours(work, training["online"])
+    of_student = {name: training[name] for name in ("reading", "student images", "student")}
+    return {
+        "images_per_second": together.per_second,
+        "hours": hours,
+        "caching_bottleneck": bottleneck(parts, together),
+        "training_bottleneck": bottleneck(of_student, training["cached"]),
+        "students": student_costs(hours, cached, online),
+        "break_even_students": break_even(hours, cached, online),
+        "verdict": verdict(hours, cached, online),
+        "targets": speeds.targets,
+        "stages": [Stage.of(name, rate) for name, rate in {**caching, **training}.items()],
+        "written_bytes": speeds.written_bytes,
+    }
+
+
+def draw_images(config: Config, listed: Images) -> Images:
+    """Some of the images, from all over the shards; broken ones are left out if they are to be skipped."""
+    chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
+    images = listed.select(chosen)
+    if config.cache.on_error == "fail":
+        return images
+    with ImageFile(images) as files:
+        whole = [n for n in range(len(images)) if readable(files, n)]
+    if not whole:
+        raise UserError(f"none of {len(images)} images can be decoded, the first of them {images.keys[0]!r}")
+    return images.select(np.array(whole))
+
+
+def readable(files: ImageFile, number: int) -> bool:
+    try:
+        files.read(number)
+    except UserError:
+        return False
+    return True
+
+
+def sample_features(config: Config, sample: Sample, teacher: Teacher) -> dict[int, Tensor]:
+    """{block: features (n, N, d)} of some records, on the teacher's device. Raises UserError if they are not finite."""
+    vit, size = teacher.vit, config.cache.batch_size
+    tokens = vit.prefix + vit.grid[0] * vit.grid[1]
+    record_bytes = 4 * len(teacher.blocks) * tokens * vit.width
+    count = min(len(sample), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+    (records, *_) = sample.batches(count)
+    outputs = []
+    for start in range(0, count, size):
+        views = sample.load(records[start : start + size], vit.image_size)
+        outputs.append(teacher(views))
+    features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
+    for block, x in features.items():
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bad.any():
+            key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
+            raise UserError(
+                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
+            )
+    return features
+
+
+class Scale:
+    """Weighs a cache for each way to store the features.
+
+    images: of the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a small cache
+    with so many records, for all that is no feature; free: bytes of the disk, None if not known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vit: Backbone,
+        images: int,
+        features: Mapping[int, Tensor],
+        calibration: Mapping[int, Calibration],
+        sizes: Mapping[str, int],
+        records: int,
+        free: int | None,
+    ) -> None:
+        self.config, self.vit, self.images, self.free = config, vit, images, free
+        self._features, self._calibration = features, calibration
+        self.tail_bytes = sizes[TAIL]
+        fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
+        growing = {name: size for name, size in sizes.items() if name not in fixed}
+        other = sum(size for name, size in growing.items() if not name.startswith((f"{FEATURES}/", f"{POSITIONS}/")))
+        self._fixed, self._other = sum(fixed.values()), other / records
+
+    def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
+        """One for every share of tokens; none if a codec that is not the chosen one cannot hold these features."""
+        try:
+            measured = [fidelity(CODECS[codec], x, self._calibration[b]) for b, x in self._features.items()]
+            error = max(m["clean"]["relative_error"] for m in measured)
+            return [self.option(codec, share, error) for share in shares]
+        except UserError:  # beyond its range
+            if codec == self.config.cache.codec:
+                raise
+            return []
+
+    def option(self, codec: str, share: float, error: float) -> PlanOption:
+        views, blocks = self.config.views.count, len(self._features)
+        patches = self.vit.grid[0] * self.vit.grid[1]
+        stored = max(1, round(share * patches))
+        features = sum(self.block_bytes(codec, block, stored) for block in self._features)
+        beside = self._other + (2 * stored + _INDEX_ENTRY if stored < patches else 0)
+
+        def total(views: float, count: float) -> float:
+            return self.images * views * (features * count / blocks + beside) + self._fixed
+
+        whole, an_image = round(total(views, blocks)), round(views * features)
+        if self.free is None:
+            return PlanOption(codec, share, error, an_image, whole, None, None, None)
+        room = _USABLE * self.free
+        a_view = total(1, blocks) - self._fixed
+        a_block = total(views, 1) - total(views, 0)
+        return PlanOption(
+            codec=codec,
+            token_share=share,
+            error=error,
+            bytes_per_image=an_image,
+            bytes=whole,
+            fits=whole <= room,
+            max_views=max(0, int((room - self._fixed) / a_view)),
+            max_blocks=max(0, min(depth(self.vit.model), int((room - total(views, 0)) / a_block))),
+        )
+
+    def block_bytes(self, codec: str, block: int, stored: int) -> float:
+        """Stored bytes of a record's features of a block, of so many patches."""
+        x, prefix = self._features[block], self.vit.prefix
+        patches = x.shape[1] - prefix
+        if stored < patches:
+            generator = torch.Generator().manual_seed(0)
+            drawn = [torch.randperm(patches, generator=generator)[:stored].sort().values for _ in range(len(x))]
+            x = take_patches(x, prefix, torch.stack(drawn).to(x.device))
+        size = 0.0
+        for few in few_records(x):
+            for values in CODECS[codec].encode(few, self._calibration[block]).values():
+                ragged = isinstance(values, Ragged)
+                on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
+                pieces = pack_shard(on_host, len(few), "none" if ragged else self.config.cache.lossless)
+                size += sum(map(len, pieces)) - _END_OF_SHARD
+        return size / len(x)
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk on which a folder is or will be."""
+    return shutil.disk_usage(existing(folder)).free

@@ -1,0 +1,94 @@
+"""What is measured for a page: norms of all models on one sample of records, and pictures of a few images of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import spread
+from pipeline.data import ImageFile
+from pipeline.report import pictures
+from pipeline.report.measurements import Look, Sample, Students, choose_shown, look_at_features, norms_of, sources_of
+from pipeline.report.runs import Source, Trained
+from pipeline.report.seeds import Group
+from pipeline.stages.refine import read_refiner
+from singer.artifacts import robust_threshold
+
+_IMAGES = 6
+# Students of which there are pictures.
+_PICTURED = 6
+_PHOTO = 224
+
+
+@dataclass(frozen=True)
+class Measured:
+    """looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student.
+
+    threshold: of artifacts in the teacher's units; strips: {kind: rows of pictures}; more: students without pictures.
+    """
+
+    looks: list[Look]
+    norms: dict[Trained, float]
+    threshold: float
+    records: int
+    strips: dict[str, list[pictures.Strip]]
+    more: int
+
+
+def measure(cache: Cache, groups: Sequence[Group], files: ImageFile | None, count: int) -> Measured:
+    """Look at `count` records. groups: best first; files: where the images lie, if the cache does not hold them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    records = spread(np.arange(len(cache)), count)
+    firsts = [group.runs[0] for group in groups]
+    matched = [b for b in firsts[0].result.matching if b in cache.blocks]
+    block = max(matched or cache.blocks)
+    norms = norms_of(cache, records, device)
+    threshold = _threshold(firsts, norms[block], block)
+    sample = Sample(records, choose_shown(norms[block], threshold, _IMAGES))
+    students = Students(cache, files, sample, device)
+    seen = {run: students.look(run, group.name, block) for group in groups for run in group.runs}
+    ratios = {run: look.mean_max_over_median for run, look in seen.items()}
+    pictured = choose_pictured(firsts, ratios)
+    sources = [source for source in sources_of(pictured) if source.cleans]
+    looks = [look_at_features(cache, "teacher", block, sample, device)]
+    for source in sources:
+        looks.append(look_at_features(cache, _source_title(source, sources, pictured), block, sample, device, source))
+    looks += [seen[run] for run in pictured]
+    images = cache.pixels(records[sample.shown], _PHOTO, files).numpy()
+    grid = cache.manifest.teacher.grid
+    places = pictures.choose_places(looks)
+    plain, marked = pictures.photos(images, grid), pictures.photos(images, grid, places)
+    strips = {
+        "norms": [plain, *pictures.norm_strips(looks)],
+        "cosines": [marked, *pictures.cosine_strips(looks, places)],
+        "components": [plain, *pictures.pca_strips(looks)],
+    }
+    return Measured(looks, ratios, threshold, len(records), strips, len(groups) - len(pictured))
+
+
+def choose_pictured(runs: Sequence[Trained], ratios: Mapping[Trained, float]) -> list[Trained]:
+    """The first runs, best first, and in the last place, if there are more, the one with the largest outliers."""
+    best, rest = list(runs[:_PICTURED]), runs[_PICTURED:]
+    worst = max(runs, key=lambda run: ratios[run])
+    return [*best[:-1], worst] if worst in rest else best
+
+
+def _threshold(runs: Sequence[Trained], norms: Tensor, block: int) -> float:
+    """Of artifacts at a block: the refiner's, or, without one, that of the measured records."""
+    for run in runs:
+        if run.source is not None and not run.source.joint:
+            scale = read_refiner(run.source.folder).scales.get(block)
+            if scale is not None:
+                return scale.threshold
+    return robust_threshold(norms, runs[0].config.refine.threshold_k)
+
+
+def _source_title(source: Source, sources: Sequence[Source], runs: Sequence[Trained]) -> str:
+    if len(sources) == 1:
+        return "refined teacher"
+    if [s.title for s in sources].count(source.title) == 1:
+        return f"refined: {source.title}"
+    return f"refined for {next(r.name for r in runs if r.source is not None and r.source.hash == source.hash)}"

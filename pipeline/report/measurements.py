@@ -1,0 +1,164 @@
+"""What teacher, refined teacher and students make of the same images: patch norms, and patches for pictures."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import batches, shape_of, spread
+from pipeline.data import ImageFile
+from pipeline.data.views import normalise
+from pipeline.report.runs import Source, Trained
+from pipeline.runtime.progress import meter
+from pipeline.stages.refine import load_refiner, read_refiner
+from pipeline.storage.outputs import read_tensors
+from pipeline.teachers.models import load_saved
+from pipeline.training.run_directory import ADAPTERS
+from singer.artifacts import patch_norms
+from singer.backbones import block_outputs, depth
+from singer.errors import UserError
+from singer.refiner import Refiner
+
+Kind = Literal["teacher", "refined", "student"]
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Look:
+    """A model on the measured images, and closer on the shown ones.
+
+    block: whose maps are shown; grid: (rows, columns) of its patches, None where only some are stored; norms: {block:
+    patch norms (n, P)}; patches: (shown, P, d) of `block`, None where there is no grid. All on the CPU.
+    """
+
+    title: str
+    kind: Kind
+    block: int
+    grid: tuple[int, int] | None
+    norms: dict[int, Tensor]
+    patches: Tensor | None
+
+    @property
+    def mean_max_over_median(self) -> float:
+        """Mean over the images of the largest patch norm over the median of all, at `block`."""
+        norms = self.norms[self.block]
+        return float((norms.amax(1) / norms.median()).mean())
+
+    def above(self, threshold: float) -> float:
+        """Share (%) of the patches at `block` with a norm above the threshold."""
+        # A token clipped to the threshold is none, whatever its last bit.
+        return 100 * float((self.norms[self.block] > threshold * (1 + 1e-5)).float().mean())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Records of a cache that are measured, and those among them that are shown (rows of `records`)."""
+
+    records: np.ndarray
+    shown: np.ndarray
+
+
+def choose_shown(norms: Tensor, threshold: float, count: int) -> np.ndarray:
+    """Rows of patch norms (n, P), spread evenly over those that have an artifact; over all, if too few have one."""
+    rows = np.arange(len(norms))
+    striking = rows[(norms > threshold).any(1).numpy()]
+    return spread(striking if len(striking) >= count else rows, count)
+
+
+@torch.no_grad()
+def norms_of(
+    cache: Cache, records: np.ndarray, device: torch.device, refiner: Refiner | None = None
+) -> dict[int, Tensor]:
+    """{block: patch norms (n, P)} of cached features, refined if there is a refiner. On the CPU."""
+    prefix = cache.manifest.teacher.prefix_tokens
+    found: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
+    for features in batches(cache, records, device):
+        for block, x in features.items():
+            found[block].append(patch_norms(x if refiner is None else refiner.clean(x, block), prefix).cpu())
+    return {block: torch.cat(parts) for block, parts in found.items()}
+
+
+def look_at_features(
+    cache: Cache, title: str, block: int, sample: Sample, device: torch.device, source: Source | None = None
+) -> Look:
+    """The teacher; or, with a source, what it is refined to, still in its own units."""
+    refiner = None
+    if source is not None:
+        cache, refiner = load_source(cache, source)
+        refiner = refiner.to(device)
+        block = block if block in cache.blocks else max(cache.blocks)
+    norms = norms_of(cache, sample.records, device, refiner)
+    grid = None if cache.manifest.sampled else cache.manifest.teacher.grid
+    patches = None
+    if grid is not None:
+        x = cache.features(sample.records[sample.shown], device)[block]
+        x = x if refiner is None else refiner.clean(x, block)
+        patches = x[:, cache.manifest.teacher.prefix_tokens :].cpu()
+    return Look(title, "teacher" if source is None else "refined", block, grid, norms, patches)
+
+
+def load_source(cache: Cache, source: Source) -> tuple[Cache, Refiner]:
+    """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises UserError if it is damaged."""
+    if not source.joint:
+        part = Cache(cache.place, None, tuple(read_refiner(source.folder).scales), known=cache.id)
+        return part, load_refiner(source.folder, part)
+    # Of adapters that were trained with a student only their tensors are kept.
+    state = read_tensors(source.folder / ADAPTERS)
+    ranks = {int(name.split(".")[1]): x.shape[1] for name, x in state.items() if name.endswith(".down")}
+    part = Cache(cache.place, None, tuple(ranks), known=cache.id)
+    refiner = Refiner({b: shape_of(part, rank) for b, rank in ranks.items()}, "adapter", "none")
+    try:
+        refiner.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source.folder / ADAPTERS} is damaged: {str(error).splitlines()[0]}") from None
+    return part, refiner.requires_grad_(False)
+
+
+class Students:
+    """Students on the sampled images, which are read once for each resolution."""
+
+    def __init__(self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device) -> None:
+        self._cache, self._files, self._sample, self._device = cache, files, sample, device
+        self._pixels: dict[int, Tensor] = {}
+
+    def pixels(self, size: int) -> Tensor:
+        """(n, size, size, 3) uint8"""
+        if size not in self._pixels:
+            self._pixels[size] = self._cache.pixels(self._sample.records, size, self._files)
+        return self._pixels[size]
+
+    @torch.inference_mode()
+    def look(self, run: Trained, title: str, block: int | None = None) -> Look:
+        """A run's student. block: the teacher's, whose match is shown; default: the last one matched."""
+        student = load_saved(run.result.student)
+        student.model.to(self._device)
+        matching = run.result.matching
+        own = matching.get(block, max(matching.values())) if block is not None else max(matching.values())
+        blocks = range(depth(student.model))
+        norms: dict[int, list[Tensor]] = {b: [] for b in blocks}
+        kept: list[Tensor] = []
+        shown = set(self._sample.shown.tolist())
+        pixels = self.pixels(student.image_size)
+        with meter(title, len(pixels), "images") as m:
+            for start in range(0, len(pixels), _BATCH):
+                part = pixels[start : start + _BATCH]
+                outputs = block_outputs(
+                    student.model, normalise(part, student.mean, student.std, self._device), list(blocks)
+                )
+                for b, x in outputs.items():
+                    norms[b].append(patch_norms(x, student.prefix).cpu())
+                rows = [i for i in range(len(part)) if start + i in shown]
+                kept.append(outputs[own][rows, student.prefix :].float().cpu())
+                m.advance(len(part))
+        return Look(
+            title, "student", own, student.layout[own][1], {b: torch.cat(n) for b, n in norms.items()}, torch.cat(kept)
+        )
+
+
+def sources_of(runs: Iterable[Trained]) -> list[Source]:
+    """The refiners of some runs, each once."""
+    return list({(s.hash, s.title): s for run in runs if (s := run.source) is not None}.values())

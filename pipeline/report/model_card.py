@@ -1,0 +1,142 @@
+"""The model card of an exported student: what it is, where it comes from, how to load it, what to beware of."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jinja2
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from pipeline.config import Config
+from pipeline.evaluation.classification import Accuracies
+from pipeline.runtime.machine import versions
+from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
+from pipeline.teachers.models import LOCAL, Backbone
+from pipeline.training.run_directory import DistillResult, Taught
+from pipeline.training.teachers import numbered
+from singer.backbones import depth, final_norm
+
+_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
+_POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card tells of. format: as given to --to; difference: of the export from the student.
+
+    snippet: Python that loads it; packages: those beside torch and timm that wrote it.
+    """
+
+    format: str
+    output: str
+    run: Path
+    trained: DistillResult
+    recipe: Config
+    vit: Backbone
+    difference: float
+    snippet: str
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Of an evaluate-*.json, what a card shows. config: the section evaluate that it was made with."""
+
+    linear: Accuracies
+    knn: Accuracies
+    classes: int
+    train_images: int
+    test_images: int
+    config: dict[str, object]
+
+
+def write_card(card: Card) -> str:
+    """The card as Markdown. Raises UserError naming a file of the run that is missing or damaged."""
+    run, model = card.run, card.vit.model
+    hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(_TEMPLATE.read_text()).render(
+        card=card,
+        vit=card.vit,
+        trained=card.trained,
+        settings=card.recipe.distill,
+        teachers=[
+            {
+                "learned": learned,
+                "name": describe_teacher(learned),
+                "refiner": describe_refiner(learned, hashes.get(numbered("adapters", number))),
+            }
+            for number, learned in enumerate(card.trained.taught, start=1)
+        ],
+        depth=depth(model),
+        heads=model.blocks[0].attn.num_heads if card.vit.is_vit else None,
+        patch=model.patch_embed.patch_size[0] if card.vit.is_vit else None,
+        tokens=card.vit.prefix + card.vit.grid[0] * card.vit.grid[1],
+        pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
+        if card.vit.is_vit
+        else "timm's pooling of the last feature map",
+        norm=describe_norm(model) if card.vit.is_vit else "What timm puts behind the last stage was not trained.",
+        caveats=caveats(card.vit, card.trained),
+        probes=read_probes(run),
+        made_with=read_versions(run),
+        exported_with=versions(("singer", "torch", "timm", *card.packages)),
+    )
+
+
+def read_probes(run: Path) -> list[Probe]:
+    """The run's classification figures."""
+    files = sorted(run.glob("evaluate-*.json"))
+    tasks = {f: read_json(run, f.name, "result of evaluate").get("task", "classification") for f in files}
+    return [read_as(f, Probe, "result of evaluate") for f, task in tasks.items() if task == "classification"]
+
+
+def describe_teacher(learned: Taught) -> str:
+    """Its name, or its architecture if the name is a path of the machine where it was cached."""
+    if learned.teacher is None:
+        return "a teacher that the run does not name (the cache's manifest does)"
+    return learned.teacher.architecture if learned.teacher.name.startswith(LOCAL) else learned.teacher.name
+
+
+def describe_refiner(learned: Taught, file_hash: str | None) -> str:
+    if learned.adapters is None:
+        return "none: raw features (FitNet)"
+    what = "kind not recorded"
+    if learned.refiner is not None:
+        what = ", ".join(f"{name} {value}" for name, value in asdict(learned.refiner).items())
+    return f"{what}; SHA-256 `{file_hash}`"
+
+
+def describe_norm(model: VisionTransformer) -> str:
+    """What the final norm is: training looks at raw block outputs only, and leaves the norm as it was."""
+    norm = final_norm(model)
+    if norm is None:
+        return "The model has no final norm."
+    plain = all(torch.equal(p, torch.full_like(p, float(n == "weight"))) for n, p in norm.named_parameters())
+    if plain:
+        return (
+            "The final norm was not trained and is still at its initial values (weight 1, bias 0): it standardises "
+            "each token over its channels and does nothing else. It is kept, so that the model is an ordinary one of "
+            "timm."
+        )
+    return (
+        "The final norm was not trained: its weights are those of the pretrained model that the student began as, "
+        "and were not made for the features that it now gets."
+    )
+
+
+def caveats(vit: Backbone, trained: DistillResult) -> list[str]:
+    """What was never trained and makes outputs worthless, in sentences."""
+    found = []
+    last, supervised = depth(vit.model) - 1, max(b for t in trained.taught for b in t.matching.values())
+    if supervised < last:
+        found.append(
+            f"no target reached the blocks behind block {supervised} (of 0 to {last}): they are untrained, and so is "
+            f"whatever the last one gives; take the output of block {supervised}"
+        )
+    if vit.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
+        found.append("the teacher has no CLS token, so that the student's had no target; use the patch tokens")
+    if getattr(vit.model, "attn_pool", None) is not None:
+        found.append("the attention pooling is untrained, and so is the pooled output; use tokens")
+    return found

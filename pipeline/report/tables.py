@@ -1,0 +1,153 @@
+"""The page in figures: the leaderboard's rows, the cards on top, refiners, recipes."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from pipeline.cache.format import TeacherManifest
+from pipeline.report import charts
+from pipeline.report.figures import Measured
+from pipeline.report.measurements import sources_of
+from pipeline.report.scores import Column, Score
+from pipeline.report.seeds import Group
+from pipeline.runtime.progress import duration
+from pipeline.stages.refine import METRICS
+from pipeline.storage.outputs import read_json
+from pipeline.sweep.leaderboard import Mean
+from pipeline.training.run_directory import LOG
+
+_STYLES = ("solid", "dashed", "dotted")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the leaderboard. norm: mean_max_over_median of its students, as in ReportResult."""
+
+    rank: int | None
+    group: Group
+    colour: str
+    scores: dict[Column, Score]
+    norm: Mean
+
+    def mean(self, name: str) -> Mean:
+        """Of a field of the runs' results, over the seeds."""
+        return Mean.of([float(getattr(run.result, name)) for run in self.group.runs])
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the figures that the page begins with. text: what it says."""
+
+    title: str
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refiner's own figures on some held-out records: {block: as in its metrics.json}. runs: what learned from it."""
+
+    title: str
+    runs: list[str]
+    hash: str
+    seconds: float | None
+    blocks: dict[int, Any]
+    records: int | None
+
+
+def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: TeacherManifest) -> list[Card]:
+    """What matters first: which student won, what became of the artifacts, what it cost."""
+    first = rows[0]
+    name, run = first.group.name, first.group.runs[0].result
+    found = []
+    if by is not None and by in first.scores:
+        others = [row for row in rows[1:] if by in row.scores]
+        behind = f"; then {others[0].group.name}, {others[0].scores[by].mean.text(by.form)}" if others else ""
+        found.append(
+            Card("best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{behind}")
+        )
+    teachers, *others_seen = measured.looks
+    refined = next((look for look in others_seen if look.kind == "refined"), None)
+    before = f"{teachers.above(measured.threshold):.2f}"
+    if refined is not None:
+        after = f"{refined.above(measured.threshold):.2f}"
+        text = "of the teacher's patch tokens, before and after refining"
+        several = sum(look.kind == "refined" for look in others_seen) > 1
+        text += f" ({refined.title.removeprefix('refined: ')})" if several else ""
+        found.append(Card("artifacts", f"{before} → {after} %", text))
+    else:
+        found.append(Card("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
+    text = f"mean over images of largest / median norm: {name}; the teacher has {teachers.mean_max_over_median:.1f}"
+    found.append(Card("student's outliers", f"{first.norm.mean:.1f}", text))
+    count = parameters(teacher)
+    text = f"parameters; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
+    found.append(Card("size", f"{run.parameters / 1e6:.2f} M", text))
+    wait = first.mean("data_wait_percent").mean
+    speed = f"of training at {first.mean('images_per_second').mean:.0f} images/s, {wait:.0f} % of it waiting for data"
+    found.append(Card("cost", duration(first.mean("seconds").mean), speed))
+    return found
+
+
+def parameters(teacher: TeacherManifest) -> int:
+    """How many the teacher has, its head included."""
+    with torch.device("meta"):
+        model = timm.create_model(teacher.architecture, **teacher.model_args)
+    return sum(p.numel() for p in model.parameters())
+
+
+def refiners(groups: Sequence[Group]) -> list[Refined]:
+    """Those of the first run of every group, each once; of joint adapters no figures exist."""
+    found = []
+    firsts = [group.runs[0] for group in groups]
+    for source in sources_of(firsts):
+        metrics = {} if source.joint else read_json(source.folder, METRICS, "finished refiner")
+        names = [g.name for g in groups if (s := g.runs[0].source) and (s.hash, s.title) == (source.hash, source.title)]
+        blocks = {int(block): figures for block, figures in metrics.get("blocks", {}).items()}
+        seconds, records = metrics.get("seconds"), metrics.get("held_out_records")
+        found.append(Refined(source.title, names, source.hash, seconds, blocks, records))
+    return found
+
+
+def fit_curves(groups: Sequence[Group]) -> list[charts.Curve]:
+    """What the losses of adapters were, alone or in joint training, of the first run of every group."""
+    curves = []
+    for number, group in enumerate(groups):
+        source = group.runs[0].source
+        if source is None:
+            continue
+        # The last block's first: it has the plain line.
+        logs = charts.read_fit(source.folder, LOG if source.joint else "log-*.jsonl")
+        for stem, style in zip(sorted(logs, key=_block, reverse=True), itertools.cycle(_STYLES), strict=False):
+            what = "joint" if source.joint else stem.replace("log-", "block ")
+            curves.append(charts.Curve(f"{group.name}, {what}", charts.colour(number), style, logs[stem]))
+    return curves
+
+
+def _block(stem: str) -> int:
+    """log-11 -> 11; blocks that were fitted together are called by the first."""
+    numbers = re.findall(r"\d+", stem)
+    return int(numbers[0]) if numbers else 0
+
+
+def recipe(group: Group) -> str:
+    """The sections that made the students, as YAML; of several runs the first one's."""
+    run = group.runs[0]
+    tree = run.config.model_dump(mode="json")
+    sections = ["refine"] * (run.source is not None) + ["student", "distill"]
+    return yaml.safe_dump({section: tree[section] for section in sections}, sort_keys=False)
+
+
+def flat(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
+    """A row as plain values, for the command line."""
+    means = {c.key: row.scores[c].mean.mean if c in row.scores else None for c in columns}
+    ranked: dict[str, Any] = {"rank": row.rank} if columns else {}
+    return {
+        **ranked, "run": row.group.name, "seeds": len(row.group.runs), **means, "mean max / median norm": row.norm.mean,
+        "parameters": row.group.runs[0].result.parameters, "seconds": row.mean("seconds").mean,
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The process and its surroundings: messages, progress, failures, the machine, other ranks."""

@@ -1,0 +1,241 @@
+"""Messages: the logger `singer`, what of it the console shows, and log files.
+
+Importing singer installs no handler. A command shows messages on stderr, see on_console(); every stage adds them to the
+log file of its output, see log_file().
+"""
+
+import logging
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rich.console import Console
+
+LOG = "singer.log"
+logger = logging.getLogger("singer")
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_WARNINGS = "py.warnings"
+# Of a traceback: the innermost ones.
+_FRAMES = 4
+# Where the whole traceback of an error is: an attribute of the error.
+_KEPT = "singer_log"
+
+
+def is_log(name: str) -> bool:
+    """Whether a file of this name, in whatever folder, is a log: it is no part of an output."""
+    base = name.rpartition("/")[2]
+    return base == LOG or (base.startswith("singer-rank") and base.endswith(".log"))
+
+
+def rank() -> int:
+    """The number of this process among those of a command; 0 is the one that speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def rank_log() -> str:
+    return f"singer-rank{rank()}.log" if rank() else LOG
+
+
+class _Screen(logging.Handler):
+    """Shows records on the console: a line each, and each warning once. Of other processes than the first: errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO if rank() == 0 else logging.ERROR)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "on_bar", False):
+            return
+        text = _text(record)
+        if not (_is_ours(record) or record.name == _WARNINGS):
+            text = f"{record.name}: {text}"
+        if record.levelno >= logging.WARNING:
+            # Without its place: one message from two lines of a library is the same to the user.
+            key = text.partition(": ")[2] if record.name == _WARNINGS else text
+            if record.levelno == logging.WARNING and key in self._shown:
+                return
+            self._shown.add(key)
+            text = f"{record.levelname.lower()}: {' '.join(text.split())}"
+        try:
+            console.print(text, markup=False)
+        except OSError:
+            self.handleError(record)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] == logger.name
+
+
+def _text(record: logging.LogRecord) -> str:
+    """The message; of a Python warning without the line of source that Python adds."""
+    text = record.getMessage().rstrip()
+    lines = text.splitlines()
+    return "\n".join(lines[:-1]) if record.name == _WARNINGS and len(lines) > 1 and lines[-1][:2] == "  " else text
+
+
+_screen: _Screen | None = None
+
+
+@contextmanager
+def on_console() -> Iterator[None]:
+    """Show on stderr, until the block ends, the messages of singer and the warnings of all libraries."""
+    global _screen
+    root, before = logging.getLogger(), _screen
+    level = root.level
+    _screen = _Screen()
+    if before is not None:
+        root.removeHandler(before)
+    root.addHandler(_screen)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        root.removeHandler(_screen)
+        root.setLevel(level)
+        _screen = before
+        if before is None:
+            logging.captureWarnings(False)
+            logger.setLevel(logging.INFO)
+        else:
+            root.addHandler(before)
+
+
+def be_verbose() -> None:
+    """Show singer's debug messages too, what libraries tell, and whole tracebacks."""
+    logger.setLevel(logging.DEBUG)
+    logging.getLogger().setLevel(logging.INFO)
+    if _screen is not None and rank() == 0:
+        _screen.setLevel(logging.DEBUG)
+
+
+def adopt_libraries() -> None:
+    """Have libraries that print their messages themselves (torch, huggingface_hub) leave that to the console's handler.
+
+    Does nothing outside of on_console().
+    """
+    if _screen is None:
+        return
+    for known in list(logging.Logger.manager.loggerDict.values()):
+        if isinstance(known, logging.Logger):
+            for handler in list(known.handlers):
+                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                    known.removeHandler(handler)
+                    known.propagate = True
+
+
+class _File(logging.FileHandler):
+    """A log file, which begins with `header()` when it is opened. A full disk stops the log, not the work."""
+
+    def __init__(self, path: Path, level: int, header: Callable[[], str]) -> None:
+        super().__init__(path, "a", encoding="utf-8", delay=level > logging.INFO)
+        self.path, self._header = path, header
+        self.setLevel(level)
+        self._places: set[str] = set()
+        form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+        self.setFormatter(form)
+        if level <= logging.INFO:
+            self._begin()
+
+    def _begin(self) -> None:
+        begin, self._header = self._header, str
+        if text := begin():
+            self.note(text, logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not _is_ours(record):
+            place = f"{record.pathname}:{record.lineno}: {_text(record)}"
+            if place in self._places:
+                return
+            self._places.add(place)
+        if self.stream is None:
+            with suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._begin()
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+    def note(self, text: str, level: int) -> None:
+        """Write to this file alone, whatever its level."""
+        self.handle(logging.LogRecord(logger.name, level, "", 0, text, None, None))
+
+
+_open: list[_File] = []
+
+
+@contextmanager
+def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.DEBUG) -> Iterator[None]:
+    """Add messages to a file until the block ends, with the end of the block if that is an error.
+
+    header: what comes first. level: with WARNING, the file appears with the first warning or error.
+    """
+    file = _File(path, level, header)
+    # In a command, libraries' messages too; a program that uses singer has its own place for those.
+    top = logging.getLogger() if _screen is not None else logger
+    adopt_libraries()
+    top.addHandler(file)
+    _open.append(file)
+    try:
+        yield
+    except BaseException as error:
+        from pipeline.runtime.failures import is_defect  # late: a command's help needs no torch
+
+        if isinstance(error, Exception) and is_defect(error):
+            keep_traceback(error)
+        if file.stream is not None:
+            file.note(f"ended by {type(error).__name__}: {' '.join(str(error).split())}", logging.ERROR)
+        raise
+    finally:
+        top.removeHandler(file)
+        _open.remove(file)
+        file.close()
+
+
+def keep_traceback(error: BaseException) -> Path:
+    """Write an error's whole traceback, if that has not been done; the file that holds it.
+
+    It is the innermost log file that is open, or a new one among the temporary files of the system.
+    """
+    known = vars(error).get(_KEPT)
+    if known is None:  # the first that catches it is the innermost
+        # An error on its way out knows nothing yet of the calls that it has not come to.
+        calls = "".join(traceback.format_stack(sys._getframe(1)))
+        text = f"Calls:\n{calls}{''.join(traceback.format_exception(error)).rstrip()}"
+        if _open:
+            known = _open[-1].path
+            _open[-1].note(text, logging.ERROR)
+        else:
+            from pipeline.runtime.failures import setting
+
+            number, name = tempfile.mkstemp(prefix="singer-", suffix=".log")
+            os.close(number)
+            known = Path(name)
+            file = _File(known, logging.DEBUG, setting)
+            file.note(text, logging.ERROR)
+            file.close()
+        vars(error)[_KEPT] = known
+    return Path(known)
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the innermost frames of an error's traceback, or with --verbose all of it."""
+    verbose = _screen is not None and _screen.level <= logging.DEBUG
+    lines = traceback.format_exception(error, limit=None if verbose else -_FRAMES)
+    print("".join(lines).rstrip(), file=sys.stderr)
+
+
+def command_line() -> str:
+    return shlex.join(sys.argv)

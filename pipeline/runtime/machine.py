@@ -1,0 +1,38 @@
+"""What a command runs on: the versions of its packages, and the machine."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+
+_PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accelerate", "numpy", "pillow")
+
+
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """{name: version} of Python and the installed packages."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> str:
+    """The platform, the CPU cores that this process may use, the memory and the GPUs, in one line."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    gpus = [
+        torch.cuda.get_device_properties(number)
+        for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    listed = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus) or "no GPU"
+    return f"{platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores, {memory:.0f} GB of memory, {listed}"
+
+
+def memory_bytes() -> int:
+    """Count the bytes of this machine's memory, in use or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,104 @@
+"""Progress of long work, on stderr: a live line on a terminal, a plain line now and then elsewhere and in the log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pipeline.runtime.logs import console, logger
+from pipeline.runtime.ranks import current
+
+_PLAIN_SECONDS = 20.0
+
+
+class Meter:
+    """Counts items; shows rate, time left and the share of time spent waiting for data."""
+
+    def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._done = self._first = done
+        self._start = self._shown = time.perf_counter()
+        self._quiet = quiet
+        self._bar: tuple[Progress, TaskID] | None = None
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is waiting for data."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Items a second since the start of this run."""
+        return (self._done - self._first) / max(self.seconds, 1e-9)
+
+    @property
+    def wait_percent(self) -> float:
+        return 100 * self.waited / max(self.seconds, 1e-9)
+
+    def advance(self, count: int, note: str = "") -> None:
+        self._done += count
+        current().step(f"{self._what} {self._done} of {self._total} {self._unit}")
+        if self._quiet:
+            return
+        text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.update(task, completed=self._done, text=text)
+        if time.perf_counter() - self._shown > _PLAIN_SECONDS:
+            self._shown = time.perf_counter()
+            left = (self._total - self._done) / max(self.rate, 1e-9)
+            line = f"{self._what}: {self._done}/{self._total}, {text}, {left:.0f} s left"
+            # With a live line on the console, this one is for the log file.
+            logger.info("%s", line, extra={"on_bar": self._bar is not None})
+
+
+@contextmanager
+def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0) -> Iterator[Meter]:
+    """A Meter shown until the block ends. done: items finished by an earlier run; quiet: show nothing."""
+    m = Meter(what, total, unit, quiet, done)
+    try:
+        with _shown(m, what, total, done, quiet):
+            yield m
+    finally:
+        current().rest()
+
+
+@contextmanager
+def _shown(m: Meter, what: str, total: int, done: int, quiet: bool) -> Iterator[None]:
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        m._bar = progress, progress.add_task(what, total=total, completed=done, text="")
+        yield
+
+
+def say(message: str) -> None:
+    """A line for the user: a message of the logger singer, which a command shows on stderr and adds to the log."""
+    logger.info("%s", message)
+
+
+def duration(seconds: float) -> str:
+    """5000 -> 1 h 23 min"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

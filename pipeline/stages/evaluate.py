@@ -1,0 +1,196 @@
+"""After stage 3: probes of a frozen model on labelled shards.
+
+`singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/evaluation/ holds the tasks.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import spread
+from pipeline.config import Config
+from pipeline.data import ImageFile, Images, image_digest, index_shards
+from pipeline.evaluation import TASKS
+from pipeline.evaluation.classification import Classification
+from pipeline.evaluation.context import Answer, Computed, EvaluateResult, Trial
+from pipeline.report.model_card import caveats
+from pipeline.runtime.progress import say
+from pipeline.storage import is_remote
+from pipeline.storage.outputs import PROVENANCE, process_log, read_json, stage_log, write_json
+from pipeline.teachers.models import check_known, load_model, load_saved
+from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, Taught, load_result
+from singer.errors import UserError
+
+Shards = str | Sequence[str]
+# Images of --test that are looked for among those that the student learned from.
+_LOOKED_FOR = 256
+
+
+@overload
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    task: Literal["classification"] = "classification",
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> Classification: ...
+@overload
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    task: str,
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> EvaluateResult: ...
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    task: str = "classification",
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> EvaluateResult:
+    """One task of evaluate_tasks."""
+    (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
+    return result
+
+
+def evaluate_tasks(
+    config: Config,
+    model: Path | str,
+    train: Shards | None,
+    test: Shards,
+    tasks: Sequence[str],
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> dict[str, EvaluateResult]:
+    """Probe a run (its student), a folder in timm's layout, or a model that timm knows by name; {task: its figures}.
+
+    train: None if all tasks learn nothing. out: a folder for the figures; default: the run, and nowhere for other
+    models. weights: a file for a model given by name; default: those that timm fetches. Tasks with a label for each
+    image share the model's passes over the shards. Raises UserError for what the user can mend.
+    """
+    started = time.perf_counter()
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    run = Path(model) if (Path(model) / STUDENT).is_dir() else None
+    _check_model(model, weights)
+    shards = None if train is None else index_shards(train), index_shards(test)
+    if Path(model).exists():
+        vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
+    else:
+        vit = load_model(str(model), weights, config.evaluate.image_size)
+    learned: Answer | None = None
+    if run is not None and (run / RUN).is_file():
+        made = load_result(run)
+        for caveat in caveats(vit, made):
+            say(f"note: {caveat}")
+        learned, reason = learned_from(made, shards[1])
+        if learned == "yes":
+            say("note: the student learned from images of --test; are --train and --test swapped?")
+        elif learned == "unknown":
+            say(f"note: it is unknown whether the student learned from images of --test: {reason}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vit.model.to(device)
+    place = out or run
+    own = place is not None and run is not None and place.resolve() == run.resolve()
+    train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
+    computed: Computed = {}
+    results = {}
+    # A folder of the user's gets a log only of what went wrong.
+    log = stage_log(place, config) if own and place else process_log(place) if place is not None else nullcontext()
+    with log:
+        for task in dict.fromkeys(tasks):
+            named = None if own else f"{model} {weights}"
+            file = result_file(place, task, shards, config, named) if place is not None else None
+            result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+            object.__setattr__(result, "learned_from_test", learned)
+            result.train.extend(train_names)
+            result.test.extend(test_names)
+            if file is not None:
+                # A run may move; whatever else is named by its place.
+                about = {"model": None if own else str(model), "written": None, "task": task}
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
+            results[task], started = result, time.perf_counter()
+    return results
+
+
+def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
+    """Tell whether the caches that a run learned from hold any of some test images; if that is unknown, why.
+
+    The caches of a run hold the same images, so that one of them is enough.
+    """
+    reasons = []
+    for taught in run.taught:
+        known = _cached_images(taught)
+        if isinstance(known, str):
+            reasons.append(known)
+            continue
+        with ImageFile(test) as files:
+            looked_for = spread(np.arange(len(test)), _LOOKED_FOR)
+            digests = np.array([image_digest(files.encoded(n)[0]) for n in looked_for.tolist()], dtype=np.uint64)
+        return ("yes" if np.isin(digests, known).any() else "no"), ""
+    return "unknown", "; ".join(dict.fromkeys(reasons))
+
+
+def _cached_images(taught: Taught) -> np.ndarray | str:
+    """The digests of the images that a cache holds, or why they are unknown."""
+    place = taught.cache_place
+    if place is None:
+        return "the run does not say where its cache is"
+    if is_remote(place):
+        return f"its cache {place} is not on this machine"
+    try:
+        cache = Cache(place, known=taught.cache)
+    except (UserError, OSError) as error:  # moved, deleted, damaged
+        return f"its cache cannot be read: {error}"
+    if taught.cache not in cache.ids:
+        return f"there is another cache at {place} now"
+    return cache.index.digest
+
+
+def _check_model(model: Path | str, weights: Path | None) -> None:
+    folder = Path(model)
+    if not folder.exists():
+        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
+    elif weights is not None:
+        raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
+    elif (folder / PROVENANCE).is_file() and not ((folder / STUDENT).is_dir() or (folder / "config.json").is_file()):
+        stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
+        if stage == STAGE:
+            raise UserError(f"{model} is no finished run: repeat its distill command with --resume")
+        raise UserError(
+            f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
+            "hf, or a model"
+        )
+
+
+def result_file(
+    place: Path, task: str, shards: tuple[Images | None, Images], config: Config, model: str | None = None
+) -> Path:
+    """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own.
+
+    model: what sets it apart from others of the same folder; None for the run that the folder is.
+    """
+    what: list[Any] = [
+        task,
+        [images.place_hash() if images else None for images in shards],
+        config.evaluate.model_dump_json(),
+    ]
+    what += [] if model is None else [model]
+    return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"

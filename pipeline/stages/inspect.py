@@ -1,0 +1,251 @@
+"""What is in a cache, and what a refiner makes of it: norms, artifacts, drift at the teacher's readers, pictures.
+
+`singer inspect CACHE [--adapters ADAPTERS] [--out FOLDER]`. Figures come from records that were held
+out, those of a refiner from the ones that it was not fitted on; thresholds are the refiner's, or come from the others.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import gather_evidence, measure_blocks, measure_scales, spread
+from pipeline.config import Config
+from pipeline.report.pages import as_data_url, render, without_ticks
+from pipeline.runtime.progress import say
+from pipeline.stages.refine import OPTION, load_refiner, open_refined, read_refiner, split_records
+from pipeline.storage import Place, write_atomic
+from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
+from pipeline.training.teachers import open_images
+from singer.artifacts import norm_summary, patch_norms
+from singer.errors import UserError
+from singer.evidence import Evidence
+from singer.inspection import (
+    artifact_direction,
+    artifact_map,
+    loss_share,
+    norm_quantiles,
+    reader_drift,
+    splice,
+)
+from singer.maps import cosine_to
+from singer.refiner import Refiner
+
+STAGE = "inspect"
+_SHOWN = 6
+_PIXELS = 224
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """Figures of every block. page: the HTML page, if one was asked for.
+
+    blocks: {block: {"norms", "artifacts", "direction", "loss_share"} and, with a refiner, {"refined", "drift",
+    "spliced", "loss_share_refined", "clean_drift_percent"}}.
+    """
+
+    cache: str
+    adapters: str | None
+    records: int
+    blocks: dict[int, dict[str, Any]]
+    page: Path | None
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A block for the page. maps: {title: (n, rows, columns) patch norms}; similar: the same of cosines to a patch."""
+
+    block: int
+    norms: Tensor
+    where: Tensor | None
+    maps: dict[str, Tensor]
+    similar: dict[str, Tensor]
+
+
+def inspect(
+    config: Config,
+    cache_path: Place,
+    adapters: Path | None = None,
+    out: Path | None = None,
+    mode: Mode = "new",
+    shards: str | Sequence[str] | None = None,
+) -> InspectResult:
+    """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
+
+    shards: where the images lie now, if they have moved; without them the page has none. Raises UserError for
+    whatever the user can mend.
+    """
+    settings = config.refine
+    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copy
+    fitted = read_refiner(adapters) if adapters is not None else None
+    if adapters is not None:
+        cache = open_refined(adapters, cache_path, teacher, blocks, local_copy, OPTION)
+    else:
+        cache = Cache(cache_path, teacher, blocks, local_copy, option=OPTION)
+    if out is not None:
+        check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters])])
+    refiner = load_refiner(adapters, cache) if adapters is not None else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if fitted is not None:
+        settings = settings.model_copy(update={"seed": fitted.seed, "holdout": fitted.holdout})
+    train, held_out = split_records(cache, settings)
+    scales = (
+        fitted.scales
+        if fitted is not None
+        else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
+    )
+    sample = spread(held_out, settings.sample_records)
+    tail = cache.tail().to(device)
+    refiner = refiner.to(device) if refiner is not None else None
+    figures, shown, chosen = {}, [], np.empty(0, np.int64)
+    measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
+    for block in cache.blocks:
+        say(f"block {block}")
+        evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
+        figures[block] = _block_figures(evidence, refiner)
+        if block in measured:
+            figures[block]["refined"] = measured[block]["after"]
+            figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
+        if not len(chosen):
+            chosen = _choose(evidence)
+        shown.append(_show(evidence, refiner, chosen))
+    result = InspectResult(
+        cache=cache.id,
+        adapters=str(adapters) if adapters is not None else None,
+        records=len(sample),
+        blocks=figures,
+        page=out / "inspect.html" if out is not None else None,
+    )
+    if out is not None:
+        with claimed_output(out, mode, STAGE, config, settings.seed):
+            write_json(out / "inspect.json", {**asdict(result), "page": None})
+            write_atomic(out / "inspect.html", _page(cache, result, shown, sample[chosen], shards).encode())
+    return result
+
+
+def _block_figures(evidence: Evidence, refiner: Refiner | None) -> dict[str, Any]:
+    norms = patch_norms(evidence.tokens, evidence.prefix)
+    figures: dict[str, Any] = {
+        "threshold": evidence.scale.threshold,
+        "norms": norm_quantiles(norms),
+        "artifacts": norm_summary(norms, evidence.scale.threshold),
+        "direction": artifact_direction(evidence),
+        "loss_share": loss_share(evidence),
+    }
+    if refiner is not None:
+        clean = _cleaner(refiner, evidence.block)
+        figures |= {
+            # A share of the patches is not what the teacher's blocks read.
+            "drift": reader_drift(evidence, clean) if evidence.grid is not None else {},
+            "spliced": splice(evidence, clean) if evidence.grid is not None else {},
+            # Of the targets as students get them: standardising may blow up again what a cleaner has left.
+            "loss_share_refined": loss_share(evidence, lambda x: refiner({evidence.block: x})[evidence.block]),
+        }
+    return figures
+
+
+def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
+    return lambda tokens: refiner.clean(tokens, block)
+
+
+def _choose(evidence: Evidence) -> np.ndarray:
+    """Records for pictures: half of them those with the largest patch norms, the others the first."""
+    largest = patch_norms(evidence.tokens, evidence.prefix).amax(1).cpu().numpy()
+    worst = np.argsort(-largest, kind="stable")[: _SHOWN // 2]
+    others = np.setdiff1d(np.arange(len(largest)), worst)[: _SHOWN - len(worst)]
+    return np.concatenate([worst, others])
+
+
+def _show(evidence: Evidence, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
+    """What the page shows of a block; without a grid, only the norms."""
+    norms = patch_norms(evidence.tokens, evidence.prefix).cpu()
+    if evidence.grid is None:
+        return _Shown(evidence.block, norms, None, {}, {})
+    kinds = {"teacher": evidence.tokens[torch.from_numpy(chosen)]}
+    if refiner is not None:
+        kinds["refined"] = refiner.clean(kinds["teacher"], evidence.block)
+    rows, columns = evidence.grid
+    marked = (rows // 2) * columns + columns // 2
+    patches = {name: x[:, evidence.prefix :].cpu() for name, x in kinds.items()}
+    return _Shown(
+        evidence.block,
+        norms,
+        artifact_map(evidence).cpu(),
+        {name: x.norm(dim=-1).unflatten(1, evidence.grid) for name, x in patches.items()},
+        {name: cosine_to(x, torch.full((len(x),), marked)).unflatten(1, evidence.grid) for name, x in patches.items()},
+    )
+
+
+def _page(
+    cache: Cache,
+    result: InspectResult,
+    shown: list[_Shown],
+    records: np.ndarray,
+    shards: str | Sequence[str] | None,
+) -> str:
+    images = None
+    try:
+        with open_images(cache, shards) as files:
+            images = cache.pixels(records, _PIXELS, files).numpy()
+    except UserError as error:
+        say(f"the page has no images: {error}")
+    pictures = {"norms": _draw_norms(shown)}
+    for part in shown:
+        if part.maps:
+            pictures[f"maps of block {part.block}"] = _draw_maps(part, images)
+    teacher, place = cache.manifest.teacher, str(cache.place)
+    return render(
+        Path(__file__).with_name("inspect.html.j2"), result=result, teacher=teacher, place=place, pictures=pictures
+    )
+
+
+def _draw_norms(shown: list[_Shown]) -> str:
+    """Box plots of patch norms by block (the paper's Figure 5), and where artifacts sit."""
+    wheres = [part for part in shown if part.where is not None]
+    figure = Figure(figsize=(3.2 * (1 + len(wheres)), 3.2), layout="constrained")
+    first, *others = np.atleast_1d(figure.subplots(1, 1 + len(wheres)))
+    first.boxplot(
+        [part.norms.flatten().numpy() for part in shown],
+        tick_labels=[f"block {part.block}" for part in shown], whis=(1, 99), flierprops={"markersize": 2},
+    )  # fmt: skip
+    first.set_yscale("log")
+    first.set_ylabel("patch norm")
+    for axis, part in zip(others, wheres, strict=True):
+        assert part.where is not None
+        picture = axis.imshow(part.where.numpy(), vmin=0, cmap="magma")
+        axis.set_title(f"artifacts, block {part.block}", fontsize=9)
+        without_ticks(axis)
+        figure.colorbar(picture, ax=axis, shrink=0.7, label="% of images")
+    return as_data_url(figure)
+
+
+def _draw_maps(part: _Shown, images: np.ndarray | None) -> str:
+    """Images over maps of patch norms and of the cosine to the middle patch (the paper's Figure 2)."""
+    median = float(part.norms.median())
+    rows: list[tuple[str, Tensor, dict[str, Any]]] = []
+    for name, maps in part.maps.items():
+        rows.append((f"{name}\nnorm / median", maps / median, {"vmin": 0, "vmax": 5, "cmap": "viridis"}))
+    for name, maps in part.similar.items():
+        rows.append((f"{name}\ncosine", maps, {"vmin": -0.2, "vmax": 1, "cmap": "coolwarm"}))
+    count = len(rows[0][1])
+    figure = Figure(figsize=(1.5 * count, 1.55 * (1 + len(rows))), layout="constrained")
+    axes = figure.subplots(1 + len(rows), count, squeeze=False)
+    for column in range(count):
+        if images is not None:
+            axes[0, column].imshow(images[column])
+        for row, (_, maps, look) in enumerate(rows, start=1):
+            axes[row, column].imshow(maps[column].numpy(), **look)
+            if "cmap" in look and look["cmap"] == "coolwarm":
+                height, width = maps.shape[1:]
+                axes[row, column].plot(width // 2, height // 2, "kx", markersize=5)
+    for row, title in enumerate(["image", *(title for title, _, _ in rows)]):
+        axes[row, 0].set_ylabel(title, fontsize=9)
+    for axis in axes.flat:
+        without_ticks(axis)
+    return as_data_url(figure)

@@ -1,0 +1,127 @@
+"""A folder."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.runtime.logs import is_log
+from pipeline.storage.atomic import TEMPORARY, is_at, write_atomic
+from pipeline.storage.base import Ranges, missing
+from pipeline.storage.batched_reads import read_scattered
+from pipeline.storage.open_files import Opened, OpenFile, Pool, shared
+from singer.errors import UserError
+
+
+class LocalStore:
+    """A folder. Files that are read by ranges stay open, if there is room, until this very store replaces them."""
+
+    def __init__(self, path: Path, pool: Pool = shared) -> None:
+        self.path, self._pool = path, pool
+        self._files: dict[str, OpenFile] = {}
+
+    @property
+    def url(self) -> str:
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(error.errno, error.strerror, str(self.path / name)) from None
+
+    def read_ranges(self, ranges: Ranges) -> None:
+        names, which, offsets, lengths, out, places = ranges
+        needed = np.unique(which).tolist()
+        for start in range(0, len(needed), self._pool.group):
+            group = needed[start : start + self._pool.group]
+            if len(group) < len(needed):
+                own = (which >= group[0]) & (which <= group[-1])
+                self._read_group(group, Ranges(names, which[own], offsets[own], lengths[own], out, places[own]))
+            else:
+                self._read_group(group, ranges)
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, *parts)
+        self._files.pop(name, None)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        return {name: size for name, size in self._everything(prefix) if not (name.endswith(TEMPORARY) or is_log(name))}
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+        self._files.pop(name, None)
+
+    def clear(self, last: str = "") -> None:
+        if self.path.exists():
+            # Away in one step: a half-removed folder could not be told from a stranger's.
+            self.path.rename(self._removed)
+            shutil.rmtree(self._removed)
+        self._files.clear()
+
+    def child(self, name: str) -> "LocalStore":
+        return LocalStore(self.path / name)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """An flock on `.NAME.lock` beside the folder; the system frees it at any kind of death."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.parent / f".{self.path.name}.lock"
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The last holder removes the file: a lock on a removed one keeps nobody out.
+                held = is_at(file.fileno(), lock)
+            except BlockingIOError:
+                held = False
+            if not held:
+                raise UserError(f"{self.path} is being written by another run")
+            try:
+                # What holders that died have left:
+                shutil.rmtree(self._removed, ignore_errors=True)
+                for name, _ in self._everything():
+                    if name.endswith(TEMPORARY):
+                        self.remove(name)
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    @property
+    def _removed(self) -> Path:
+        return self.path.parent / f".{self.path.name}.removed"
+
+    def _everything(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        folders = [str(self.path / prefix)]
+        start = len(str(self.path)) + 1
+        while folders:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    found = list(entries)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # renamed meanwhile by a writer
+                        yield entry.path[start:], entry.stat().st_size
+
+    def _read_group(self, group: list[int], ranges: Ranges) -> None:
+        """Read from so few objects that all can be open."""
+        names, which, offsets, lengths, out, places = ranges
+        try:
+            with Opened([self._file(names[n]) for n in group]) as numbers:
+                files = np.zeros(len(names), np.int64)
+                files[group] = numbers
+                read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise missing(error.filename) from None
+
+    def _file(self, name: str) -> OpenFile:
+        return self._files.get(name) or self._files.setdefault(name, OpenFile(self.path / name, self._pool))

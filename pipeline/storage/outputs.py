@@ -1,0 +1,285 @@
+"""Output folders: claimed before work starts, never overwritten by accident, with the provenance of what they hold."""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import safetensors
+import safetensors.torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from pipeline.config import Config, dump_config
+from pipeline.runtime.failures import setting
+from pipeline.runtime.logs import LOG, command_line, log_file, logger, rank_log
+from pipeline.runtime.machine import versions
+from pipeline.storage import Place, Store, is_remote, open_store, write_atomic
+from singer.errors import UserError
+
+# Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
+PROVENANCE = "provenance.json"
+CONFIG = "config.yaml"
+# What a run was started on, by hash.
+INPUTS = "inputs.json"
+# The sections of the configuration that each stage's result depends on; None: the stage does not resume.
+_SECTIONS: dict[str, tuple[str, ...] | None] = {
+    "prepare": None,
+    "cache-teacher": ("teacher", "views", "cache"),
+    "refine": ("refine",),
+    "distill": ("student", "distill"),
+    "inspect": None,
+    "export": None,
+    "demo": None,
+    "sweep": (),  # each of its runs is checked by itself, and more may come
+}
+# Keys of these sections that do not: speed, and places of files whose content is compared by hash.
+_FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error", "trackers")
+# What others load or publish has no log of ours in it.
+_LOGLESS = ("export",)
+Mode = Literal["new", "resume", "overwrite", "append"]
+Value = TypeVar("Value")
+
+
+def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
+    modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
+    chosen = [mode for mode, given in modes.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    return chosen[0] if chosen else "new"
+
+
+def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: Sequence[Place] = ()) -> None:
+    """Raise UserError if `stage` may not write to `place`; changes nothing.
+
+    inputs: what the stage reads. They may neither lie in the output nor hold it.
+    """
+    if isinstance(place, Path) and re.match("[a-z0-9]{2,}:/", str(place)):
+        raise UserError(f"--out {place}: only a cache can lie at a URL; give a folder")
+    if not is_remote(place):
+        here = Path(place).resolve()
+        for source in (i for i in inputs if not is_remote(i)):
+            there = Path(source).resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise UserError(f"--out {place} is or touches the input {source}; give another --out")
+        if here.exists() and not here.is_dir():
+            raise UserError(f"{place} exists and is no folder; give another --out")
+    store = open_store(place)
+    present = store.sizes()
+    if not present:
+        if mode == "append":
+            raise UserError(f"{place} does not exist; there is nothing to append to")
+        return
+    sections = _SECTIONS[stage]
+    if mode == "new":
+        remedies = ["continue it with --resume"] * (sections is not None) + ["replace it with --overwrite"]
+        raise UserError(f"{place} exists; {', '.join(remedies)}, or give another --out")
+    if PROVENANCE not in present:
+        raise UserError(f"{place} was not written by singer and is left alone; give another --out")
+    written = read_json(store, PROVENANCE, "output of singer").get("stage")
+    if written != stage:
+        raise UserError(f"{place} was written by singer {written}, not by {stage}; give another --out")
+    if mode == "resume":
+        assert sections is not None
+        if stage == "distill" and config.distill.joint:
+            sections = (*sections, "refine")
+        change = config_change(store, config, sections)
+        if change is not None:
+            raise UserError(
+                f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
+            )
+
+
+@contextmanager
+def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: int | None) -> Iterator[None]:
+    """The output for as long as the stage runs, emptied if overwriting, with its provenance, config and log.
+
+    A second run on the same output is refused meanwhile.
+    """
+    store = open_store(place)
+    with store.lock():
+        check_output(place, mode, stage, config)
+        if mode == "overwrite":
+            store.clear(last=PROVENANCE)
+        if mode != "append":
+            write_provenance(store, stage, config, seed)
+        with nullcontext() if stage in _LOGLESS else stage_log(place, config):
+            yield
+
+
+def stage_log(place: Place, config: Config) -> AbstractContextManager[None]:
+    """The log file of an output, to which a stage adds its messages as long as it runs."""
+    header = partial(setting, dump_config(config))
+    return _uploaded_log(str(place), header) if is_remote(place) else log_file(Path(place) / LOG, header)
+
+
+def process_log(place: Place) -> AbstractContextManager[None]:
+    """The log file of a process other than the first, which is there once there is a warning or an error."""
+    folder = Path(tempfile.gettempdir()) if is_remote(place) else Path(place)
+    return log_file(folder / rank_log(), setting, logging.WARNING)
+
+
+@contextmanager
+def _uploaded_log(url: str, header: Callable[[], str]) -> Iterator[None]:
+    """A log among the temporary files, since objects cannot be added to; at the end it is added to the store's."""
+    file = Path(tempfile.mkdtemp(prefix="singer-")) / LOG
+    logger.info("the log is %s until the end, then %s/%s", file, url, LOG)
+
+    def upload() -> None:
+        store = open_store(url)
+        before = b""
+        with suppress(FileNotFoundError):
+            before = store.read(LOG)
+        store.write(LOG, before + file.read_bytes())
+
+    try:
+        with log_file(file, header):
+            yield
+    except OSError:
+        raise  # perhaps out of reach
+    except BaseException:
+        with suppress(UserError, OSError):
+            upload()
+        raise  # the file stays, as it is what the message names
+    with suppress(UserError, OSError):
+        upload()
+        shutil.rmtree(file.parent)
+
+
+def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:
+    """The resolved configuration, and what made it, unless they are there already."""
+    if not {CONFIG, PROVENANCE} <= set(store.sizes()):
+        text = dump_config(config).encode()
+        value = {"stage": stage, "command": command_line(), "seed": seed, "versions": versions()}
+        value["config_sha256"] = hashlib.sha256(text).hexdigest()
+        # First: a folder with a configuration alone would pass for somebody else's.
+        store.write(PROVENANCE, json_bytes(sealed(value)))
+        store.write(CONFIG, text)
+
+
+def read_versions(folder: Path) -> dict[str, str]:
+    """{package: version} that made what is in a folder. Raises UserError naming the file if it is damaged."""
+    found = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
+    return validated(found, dict[str, str], f"{folder / PROVENANCE}")
+
+
+def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
+    """Raise UserError if the run at `path` was started on another cache or other adapters."""
+    before = read_as(path / INPUTS, dict[str, str | None], "run")
+    for name in {**inputs, **before}:
+        if before.get(name) != inputs.get(name):
+            raise UserError(f"{path} cannot be continued: it was started with another {name}; use that or --overwrite")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json_bytes(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value with its own checksum, so that a flipped bit in the file is noticed."""
+    return {**value, "sha256": _digest(value)}
+
+
+def is_sealed(value: dict[str, Any]) -> bool:
+    rest = {k: v for k, v in value.items() if k != "sha256"}
+    return bool(value.get("sha256") == _digest(rest))
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_atomic(path, tensor_bytes(tensors))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Raises UserError naming the file if it is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(path, device=device)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file's bytes. Raises UserError naming the file if it is damaged."""
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
+    """The JSON object in a file of singer's. Raises UserError naming the file if it is missing or broken."""
+    store = open_store(place) if isinstance(place, Path) else place
+    file = f"{store.url}/{name}"
+    try:
+        value = json.loads(store.read(name))
+    except FileNotFoundError:
+        if not is_remote(store.url) and not Path(store.url).exists():
+            raise UserError(f"{store.url} does not exist") from None
+        raise UserError(f"{store.url} is no {what}: it has no {name}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is damaged: it holds no JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: it holds no JSON object")
+    return value
+
+
+def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
+    """A JSON object as a validated model or dataclass. Raises UserError naming the file."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file} is damaged: {place}: {first['msg'].lower()}") from None
+
+
+def read_as(path: Path, kind: type[Value], what: str) -> Value:
+    """The JSON in a file of singer's as a validated model or dataclass. Raises UserError naming the file."""
+    return validated(read_json(path.parent, path.name, what), kind, str(path))
+
+
+def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
+    """What was otherwise in these sections when the run in `store` began: "distill.lr 0.1, not 0.2"; None if nothing.
+
+    Raises UserError if its configuration is damaged.
+    """
+    try:
+        before = yaml.safe_load(store.read(CONFIG))
+        pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
+    except FileNotFoundError:
+        return None  # it died before it wrote anything
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
+        raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
+    for section, key, there, here in pairs:
+        if there != here and (key not in _FREE or (section, key) == ("student", "name")):
+            return f"{section}.{key} {there}, not {here}"
+    return None

@@ -1,0 +1,98 @@
+"""Who does what: every job of a sweep goes to one worker, runs after the refiner that they need."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pipeline.runtime.failures import Failure
+from pipeline.runtime.progress import duration, say
+from pipeline.sweep.tasks import Job
+
+
+class Board:
+    """The jobs that wait, shared by the threads that serve the workers.
+
+    done: runs that need nothing more; failed: {run: what went wrong}. changed: called after every run that ends, by one
+    thread at a time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, Failure]], None]) -> None:
+        self._waiting = list(jobs)
+        self._unfitted = {job.names for job in jobs if job.kind == "refiner"}
+        self._changed = changed
+        self._condition = threading.Condition()
+        self._stopped = False
+        self._started = time.monotonic()
+        self._first = self.done = done
+        self._runs = done + sum(len(job.members) for job in jobs if job.kind == "run")
+        self.failed: dict[str, Failure] = {}
+
+    def serve(self, do: Callable[[Job], dict[str, Failure]], where: str) -> None:
+        """Do jobs at one place until none is left. Whatever is raised here ends the sweep."""
+        try:
+            while (job := self._take()) is not None:
+                what = job.names if job.kind == "run" else f"refiner {job.names}"
+                say(f"{what}: on {where}")
+                started = time.monotonic()
+                failed = do(job)
+                self._finish(job, what, failed, time.monotonic() - started)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Hand out no more jobs, and take no notice of how those under way end."""
+        with self._condition:
+            self._stopped = True
+            self._waiting.clear()
+            self._condition.notify_all()
+
+    def _take(self) -> Job | None:
+        """The first job that can begin, as soon as there is one."""
+        with self._condition:
+            while self._waiting:
+                for job in self._waiting:
+                    if not {m.needs for m in job.members} & self._unfitted:
+                        self._waiting.remove(job)
+                        return job
+                self._condition.wait()
+            return None
+
+    def _finish(self, job: Job, what: str, failed: dict[str, Failure], seconds: float) -> None:
+        with self._condition:
+            if self._stopped:
+                return
+            if job.kind == "refiner":
+                self._unfitted.discard(job.names)
+                for name, error in failed.items():
+                    self._drop(name, error)
+            else:
+                self.failed |= failed
+                self.done += len(job.members) - len(failed)
+            told = "; ".join(f"{name} failed: {error.message}" for name, error in failed.items()) or f"{seconds:.0f} s"
+            say(f"{what}: {told}; {self._progress()}")
+            self._changed(self.failed)
+            self._condition.notify_all()
+
+    def _drop(self, refiner: str, error: Failure) -> None:
+        """The runs that wait for a refiner that cannot be fitted."""
+        waiting = []
+        for job in self._waiting:
+            kept = tuple(m for m in job.members if m.needs != refiner)
+            told = replace(error, message=f"refiner {refiner}: {error.message}")
+            self.failed |= {m.name: told for m in job.members if m.needs == refiner}
+            if kept:
+                waiting.append(replace(job, members=kept))
+        self._waiting = waiting
+
+    def _progress(self) -> str:
+        text = f"{self.done} of {self._runs} runs are done"
+        left = self._runs - self.done - len(self.failed)
+        if self.failed:
+            text += f", {len(self.failed)} failed"
+        if left and self.done > self._first:
+            # Of all that has been spent so far, refiners and failures too, over what has come of it.
+            each = (time.monotonic() - self._started) / (self.done - self._first)
+            text += f", about {duration(each * left)} left"
+        return text

@@ -1,0 +1,1 @@
+"""From cached features to a student: refiners, targets, the loop, the folder of a run."""

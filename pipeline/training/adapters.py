@@ -1,0 +1,171 @@
+"""Fitting adapters by gradient on a cache: the training half of stage 2.
+
+Blocks share no parameter, so each is fitted by itself, until it has converged: processes share the blocks out, and any
+number of them gives the same adapters. Only where a loss couples blocks (the authors' L_info) are they fitted together.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.config import RefineConfig
+from pipeline.data.prefetch import prefetch
+from pipeline.runtime.progress import meter
+from pipeline.storage.outputs import read_tensors, write_tensors
+from pipeline.training.checkpoint import Checkpoint, RunLog
+from singer.artifacts import BlockScale
+from singer.cleaners import Adapter
+from singer.errors import UserError
+from singer.losses import COUPLED, Exchange, adapter_losses
+from singer.refiner import Refiner
+from singer.tail import TeacherTail
+
+_WINDOW = 50
+_FACTOR = 0.3
+_DROPS = 3
+_LOG_EVERY = 10
+_SAVE_MINUTES = 0.25
+
+
+def groups(blocks: tuple[int, ...], info_form: str) -> list[tuple[int, ...]]:
+    """The blocks that must be fitted together."""
+    return [blocks] if info_form in COUPLED else [(b,) for b in blocks]
+
+
+def fitted_file(out: Path, group: tuple[int, ...]) -> Path:
+    return out / f"fitted-{_name(group)}.safetensors"
+
+
+def log_file(out: Path, group: tuple[int, ...]) -> Path:
+    return out / f"log-{_name(group)}.jsonl"
+
+
+def _name(group: tuple[int, ...]) -> str:
+    return "-".join(map(str, group))
+
+
+@dataclass
+class Plateau:
+    """Whether to go on: the rate falls when the mean loss of a window is hardly better than the best, and then ends."""
+
+    tolerance: float
+    best: float = float("inf")
+    drops: int = 0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, loss: float) -> None:
+        self.total += loss
+        self.count += 1
+        if self.count == _WINDOW:
+            mean = self.total / self.count
+            if not mean < (1 - self.tolerance) * self.best:
+                self.drops += 1
+            self.best = min(self.best, mean)
+            self.total, self.count = 0.0, 0
+
+    @property
+    def factor(self) -> float:
+        """Of the learning rate."""
+        return _FACTOR**self.drops
+
+    @property
+    def over(self) -> bool:
+        return self.drops > _DROPS
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, "drops": self.drops, "total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.best, self.total = state["best"], state["total"]
+        self.drops, self.count = int(state["drops"]), int(state["count"])
+
+
+def fit_adapters(
+    cache: Cache,
+    refiner: Refiner,
+    tail: TeacherTail,
+    starts: Mapping[int, Tensor],
+    scales: dict[int, BlockScale],
+    records: np.ndarray,
+    settings: RefineConfig,
+    group: tuple[int, ...],
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Fit the adapters of a group of blocks and store them in `out`. Goes on where it was interrupted.
+
+    cache: opened for just these blocks. Raises UserError if the fit diverges.
+    """
+    file = fitted_file(out, group)
+    if file.exists():
+        return
+    adapters = torch.nn.ModuleDict({str(b): refiner.cleaner(b) for b in group})
+    for block in group:
+        adapter = refiner.cleaner(block)
+        assert isinstance(adapter, Adapter)
+        adapter.start(starts[block].to(device), settings.start == "doubled")
+    optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    plateau = Plateau(settings.tolerance)
+    checkpoint = Checkpoint(
+        out / f"checkpoint-{_name(group)}.pt",
+        {"adapters": adapters, "optimiser": optimiser, "plateau": plateau},
+        _SAVE_MINUTES,
+    )
+    first = checkpoint.restore()
+    log = RunLog(log_file(out, group), first, True)
+    weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
+    order = batch_order(records, settings, settings.steps if plateau.over else first)
+    with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
+        for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
+            features = cache.decode(encoded, device)
+            refined = {b: refiner.clean(x, b) for b, x in features.items()}
+            exchange = Exchange(features, refined, tail, scales, cache.manifest.teacher.prefix_tokens)
+            losses = adapter_losses(
+                exchange, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
+            )
+            total = torch.stack([weights[n] * v for n, of in losses.items() for v in of.values()]).sum() / len(group)
+            optimiser.zero_grad(set_to_none=True)
+            total.backward()
+            for options in optimiser.param_groups:
+                options["lr"] = settings.lr * plateau.factor
+            optimiser.step()
+            loss = float(total.detach())
+            if not np.isfinite(loss):
+                raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+            plateau.add(loss)
+            m.advance(1, f"loss {loss:.4f}")
+            done = step + 1
+            if done % _LOG_EVERY == 0 or plateau.over or done == settings.steps:
+                parts = {f"{n}.{b}": float(v.detach()) for n, of in losses.items() for b, v in of.items()}
+                log.write(step=done, loss=loss, lr=settings.lr * plateau.factor, **parts)
+                if checkpoint.due:
+                    checkpoint.save(done)
+            if plateau.over:
+                break
+    if not all(torch.isfinite(p).all() for p in adapters.parameters()):
+        raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+    write_tensors(file, adapters.state_dict())
+    checkpoint.path.unlink(missing_ok=True)
+
+
+def load_fitted(refiner: Refiner, group: tuple[int, ...], out: Path) -> None:
+    """Give the refiner the adapters that some process has fitted."""
+    adapters = torch.nn.ModuleDict({str(b): refiner.cleaner(b) for b in group})
+    adapters.load_state_dict(read_tensors(fitted_file(out, group)))
+
+
+def batch_order(records: np.ndarray, settings: RefineConfig, first: int = 0) -> Iterator[np.ndarray]:
+    """Batches of records from step `first` to `steps`, epoch after epoch; a pure function of the seed."""
+    per_epoch = len(records) // settings.batch_size
+    shuffled = records
+    for step in range(first, settings.steps):
+        epoch, within = divmod(step, per_epoch)
+        if within == 0 or step == first:
+            shuffled = np.random.default_rng([settings.seed, 1, epoch]).permutation(records)
+        yield shuffled[within * settings.batch_size : (within + 1) * settings.batch_size]

@@ -1,0 +1,57 @@
+"""Batch normalisation in students: over all processes where a device can, and never over a single value."""
+
+import copy
+
+import torch
+from accelerate import Accelerator
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.config import DistillConfig
+from pipeline.data.sampler import smallest_part
+from pipeline.runtime.progress import say
+from pipeline.teachers.models import Backbone
+from singer.backbones import block_outputs
+from singer.errors import UserError
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
+    """Have batch normalisation take its statistics over all processes; say so where it cannot."""
+    if accelerator.num_processes == 1 or not has_batch_norm(model):
+        return
+    if accelerator.device.type == "cuda":
+        # timm's: that of torch drops the activation that timm's own layers hold.
+        convert_sync_batchnorm(model)
+    elif accelerator.is_main_process:
+        say(
+            f"note: on the {accelerator.device.type} each process normalises its own part of a batch, and the running "
+            "statistics of batch normalisation are those of the first process"
+        )
+
+
+def check_parts(
+    student: Backbone, last_block: int, settings: DistillConfig, records: int, accelerator: Accelerator
+) -> None:
+    """Raise UserError if a part of some batch is one record, and the blocks cannot be trained on one."""
+    world = accelerator.num_processes
+    if smallest_part(records, settings.batch_size, world, settings.accumulate) > 1 or not has_batch_norm(student.model):
+        return
+    if any(isinstance(module, nn.SyncBatchNorm) for module in student.model.modules()):
+        return  # each process has a part
+    trial = copy.deepcopy(student.model).train()
+    image = torch.zeros(1, 3, student.image_size, student.image_size).to(next(trial.parameters()))
+    try:
+        block_outputs(trial, image, [last_block])
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # torch's own words for it
+            raise
+        raise UserError(
+            f"{records} records in batches of {settings.batch_size}, on {world} processes in {settings.accumulate} "
+            f"parts each, leave a part of one record, and batch normalisation in {student.architecture} cannot be "
+            "trained on one; change distill.batch_size or distill.accumulate"
+        ) from None

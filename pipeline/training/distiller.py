@@ -1,0 +1,288 @@
+"""What stage 3 trains, and on what: a student, its projectors and objective for each teacher, targets from stored
+features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.config import RefineConfig
+from pipeline.data.sampler import part_size
+from pipeline.stages.refine import Fit
+from pipeline.teachers.models import Backbone
+from singer.artifacts import BlockScale
+from singer.backbones import block_outputs, freeze_unused
+from singer.cleaners import Adapter
+from singer.losses import Exchange, adapter_losses
+from singer.matching import resize_tokens, take_patches
+from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
+from singer.projectors import PROJECTORS, Ends
+from singer.refiner import Refiner
+from singer.tail import TeacherTail
+
+# {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
+Kinds = dict[bool, dict[int, Tensor]]
+_PROJECTORS = {False: "projectors", True: "unit_projectors"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A teacher's part of a batch on the device. features {block: (B, N, d)} as it left them; positions (B, k): of
+    sampled patches.
+    """
+
+    features: dict[int, Tensor]
+    positions: Tensor | None = None
+
+    def rows(self, rows: slice) -> "Shown":
+        positions = self.positions[rows] if self.positions is not None else None
+        return Shown({b: x[rows] for b, x in self.features.items()}, positions)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch on the device. images (B, 3, H, W); shown: by each teacher; weights (B,): of each record in the mean;
+    labels (B,), negative where there is none.
+    """
+
+    images: Tensor
+    shown: Sequence[Shown]
+    weights: Tensor
+    labels: Tensor
+
+    def split(self, parts: int) -> Iterator["Lesson"]:
+        """In as many parts, or fewer if there are not enough records."""
+        size = part_size(len(self.weights), parts)
+        for start in range(0, len(self.weights), size):
+            rows = slice(start, start + size)
+            shown = [s.rows(rows) for s in self.shown]
+            yield Lesson(self.images[rows], shown, self.weights[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
+
+    tail: TeacherTail
+    scales: dict[int, BlockScale]
+    settings: RefineConfig
+    prefix: int
+
+    @property
+    def weights(self) -> dict[str, float]:
+        s = self.settings
+        return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
+
+    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
+        s = self.settings
+        found = adapter_losses(
+            Exchange(original, refined, self.tail, self.scales, self.prefix),
+            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
+        )  # fmt: skip
+        return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
+
+
+class Head:
+    """What a student has for one teacher: a projector to its width at every matched block, an objective and, in joint
+    training, the adapters that refine its targets. weight: of the objective; name: among several teachers.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        matching: dict[int, int],
+        targets: "Targets",
+        objectives: Mapping[str, float],
+        projector: str = "linear",
+        adapters: Refiner | None = None,
+        joint: Joint | None = None,
+        weight: float = 1.0,
+        name: str = "",
+    ) -> None:
+        self.name, self.weight = name, weight
+        self.targets, self.joint, self.adapters = targets, joint, adapters
+        self.prefix, self.layout = student.prefix, student.layout
+        project = PROJECTORS[projector]
+        setting = targets.setting(tuple(matching), [OBJECTIVES[o] for o in objectives])
+        self.objective = Mixture({o: OBJECTIVES[o](setting) for o in objectives}, objectives)
+        # Only what is compared: a projector without a gradient would stop DDP.
+        self.kinds = self.objective.reads()
+        self.projectors: dict[bool, nn.ModuleDict] = {}
+        for kind, blocks in self.kinds.items():
+            ends = {t: Ends(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks}
+            self.projectors[kind] = nn.ModuleDict({str(t): project(ends[t]) for t in blocks})
+        self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
+        # On which projected tokens are.
+        self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """What is trained for this teacher alone, by name."""
+        projectors = {_PROJECTORS[kind]: made for kind, made in self.projectors.items()}
+        adapters = {} if self.adapters is None else {"adapters": self.adapters}
+        return {"objective": self.objective, **projectors, **adapters}
+
+    def tokens(self, outputs: Mapping[int, Tensor]) -> Kinds:
+        """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block.
+
+        outputs: {student block: (B, N, d)}
+        """
+        kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
+        return {
+            kind: {t: self.projectors[kind][str(t)](kept[self.matching[t]]).float() for t in blocks}
+            for kind, blocks in self.kinds.items()
+        }
+
+    def losses(self, outputs: Mapping[int, Tensor], shown: Shown, weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Lesson."""
+        targets, device = self.targets, weights.device.type
+        losses: dict[str, Tensor] = {}
+        if self.joint is None:
+            wanted = targets.refine(shown.features)
+        else:
+            assert self.adapters is not None
+            with torch.autocast(device, enabled=False):
+                refined = self.adapters(shown.features)
+                losses = self._joint_losses(shown.features, refined, weights)
+            wanted = {True: refined, False: refined}
+        tokens = {kind: targets.meet(x, self.grids, shown.positions) for kind, x in self.tokens(outputs).items()}
+        wanted = {
+            kind: targets.arrange({b: wanted[kind][b] for b in blocks}, shown.positions)
+            for kind, blocks in self.kinds.items()
+        }
+        # Small differences of large products, as in Grams, are lost in half precision.
+        with torch.autocast(device, enabled=False):
+            found = self.objective(tokens, wanted, labels)
+        return {name: (loss * weights).sum() * self.weight for name, loss in found.items()} | losses
+
+    def _joint_losses(
+        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor
+    ) -> dict[str, Tensor]:
+        """The adapters' losses, in proportion to the records of this part of the batch, so that parts add up."""
+        assert self.joint is not None
+        real = weights > 0  # the last batch of an epoch may be filled up
+        if not real.any():
+            nothing = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+            return dict.fromkeys(self.joint.weights, nothing)
+        losses = self.joint.losses({b: x[real] for b, x in features.items()}, {b: x[real] for b, x in refined.items()})
+        return {name: loss * weights.sum() for name, loss in losses.items()}
+
+
+class Distiller(nn.Module):
+    """All that is trained, and its losses: a student, and what it has for each teacher."""
+
+    def __init__(self, student: Backbone, heads: Sequence[Head]) -> None:
+        super().__init__()
+        self.student = student.model
+        self.heads = list(heads)
+        # An only teacher has no name among parameters and losses.
+        named = {head.name: nn.ModuleDict(head.trained) for head in heads} if len(heads) > 1 else heads[0].trained
+        for name, module in named.items():
+            self.add_module(name, module)
+        self.blocks = sorted({block for head in heads for block in head.matching.values()})
+        freeze_unused(self.student, self.blocks[-1], student.image_size)
+
+    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Named scalar losses, whose sum is to be minimised."""
+        outputs = block_outputs(self.student, lesson.images, self.blocks)
+        losses: dict[str, Tensor] = {}
+        for head, shown in zip(self.heads, lesson.shown, strict=True):
+            found = head.losses(outputs, shown, lesson.weights, lesson.labels)
+            prefix = f"{head.name}." if len(self.heads) > 1 else ""
+            losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
+        return losses
+
+
+def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
+    """CLS (if kept) and patches of tokens (B, N, d); registers never meet those of another model."""
+    patches = tokens[:, prefix:]
+    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+
+
+class Targets:
+    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several or
+    its tokens are lifted there.
+    """
+
+    def __init__(
+        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
+    ) -> None:
+        self.cache, self.device = cache, device
+        self.refiner = refiner.to(device) if refiner is not None else None
+        self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
+        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
+
+    @property
+    def meeting_grid(self) -> tuple[int, int] | None:
+        """The grid on which tokens are compared; None where the cache holds a share of the patches."""
+        return None if self.cache.manifest.sampled else self.grid
+
+    def features(self, encoded: Encoded) -> dict[int, Tensor]:
+        """The teacher's features {block: (B, N, d)} on the device."""
+        return self.cache.decode(encoded, self.device)
+
+    def setting(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> Setting:
+        """What these objectives may know; the end of the teacher only if one reads with it."""
+        teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
+        classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
+        return Setting(
+            blocks,
+            teacher.width,
+            int(self.keep_cls),
+            self.meeting_grid,
+            self.cache.tail().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
+            teacher.prefix_tokens,
+            classes,
+        )
+
+    @torch.no_grad()
+    def refine(self, features: dict[int, Tensor]) -> Kinds:
+        """Cleaned and normalised by the frozen refiner, if there is one. In full precision: refinement takes small
+
+        differences of large values.
+        """
+        if self.refiner is None:
+            return {True: features, False: features}
+        with torch.autocast(self.device.type, enabled=False):
+            cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
+            return {True: cleaned, False: {b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}}
+
+    def arrange(self, features: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+        """The tokens that students have counterparts of, on the common grid unless they were sampled."""
+        teacher = self.cache.manifest.teacher
+        targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
+        if positions is not None:
+            return targets
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
+
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        return self.arrange(self.refine(self.features(encoded))[False], encoded.positions)
+
+    def meet(
+        self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions.
+
+        grids: of the student's tokens, by teacher block.
+        """
+        prefix = int(self.keep_cls)
+        if positions is None:
+            return {b: resize_tokens(x, prefix, grids[b], self.grid) for b, x in tokens.items()}
+        grid = self.cache.manifest.teacher.grid
+        return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}
+
+
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[Joint, Refiner]:
+    """Fresh adapters for joint training, in their starting subspace, and what their losses need."""
+    settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
+    fit = Fit(cache, settings, np.arange(len(cache)), device)
+    for block, start in fit.starts.items():
+        adapter = fit.refiner.cleaner(block)
+        assert isinstance(adapter, Adapter)
+        adapter.start(start, settings.start == "doubled")
+    return Joint(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -1,0 +1,136 @@
+"""Whose features a student learns from: the caches of one or several teachers, each with its refiner, in one order."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.cache.reader import Cache
+from pipeline.config import DistillConfig
+from pipeline.data import ImageFile, relocate
+from pipeline.stages.refine import REFINER, RefinerManifest, open_refined, read_refiner
+from pipeline.storage import Place
+from pipeline.storage.outputs import file_hash
+from singer.errors import UserError
+
+# Of an only teacher without a list; otherwise one for each, in one order.
+Places = Place | Sequence[Place]
+Adapters = Path | Sequence[Path | None] | None
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher: its opened cache, and the refiner of its features, if any.
+
+    name: what its losses are called after beside those of others; weight: of its objective.
+    """
+
+    name: str
+    cache: Cache
+    adapters: Path | None
+    note: RefinerManifest | None
+    weight: float
+
+
+def open_sources(
+    settings: DistillConfig, places: Places, adapters: Adapters, begun: Mapping[str, str | None] | None = None
+) -> list[Source]:
+    """The teachers of a run, with the blocks asked for, or else their refiners'.
+
+    begun: input_hashes of a run that goes on. Raises UserError if there is no such cache or refiner, if a name fits
+    several variants of a teacher, if there is not one of a list's values for each cache, and if the caches hold
+    different records.
+    """
+    listed = as_places(places)
+    count = len(listed)
+    given = [adapters] if isinstance(adapters, Path) else adapters
+    fitted = _each("--adapters (none for raw targets)", given, count, None)
+    teachers = _each("distill.teacher", settings.teachers, count, None)
+    chosen = _each("distill.blocks", settings.blocks_by_teacher, count, None)
+    weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
+    notes = [read_refiner(path) if path is not None else None for path in fitted]
+    caches = []
+    for n, (place, path, teacher, blocks) in enumerate(zip(listed, fitted, teachers, chosen, strict=True), start=1):
+        option = _option(teachers, n)
+        if path is not None:
+            caches.append(open_refined(path, place, teacher, blocks, settings.local_copy, option))
+        else:
+            known = (begun or {}).get(numbered("cache", n))
+            caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
+    check_records(caches)
+    return [Source(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
+
+
+def as_places(places: Places) -> list[Place]:
+    return [places] if isinstance(places, str | Path) else list(places)
+
+
+def _same_views(a: Cache, b: Cache) -> bool:
+    """Of the same rows: whether they were drawn alike, too; rules have changed."""
+    return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip", "color"))
+
+
+def check_records(caches: Sequence[Cache]) -> None:
+    """Raise UserError, naming both sides, unless all caches hold the same views of the same images in one order."""
+    first, *others = caches
+    for other in others:
+        if other.rows != first.rows or not _same_views(other, first):
+            ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
+            raise UserError(
+                f"{ours} and {theirs} do not hold the same views of the same images in the same order; "
+                "cache both teachers with the same shards and views"
+            )
+
+
+def input_hashes(sources: Sequence[Source]) -> dict[str, str | None]:
+    """{"cache": its id, "adapters": hash of their file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}
+
+    Refiners of different kinds may hold the same tensors.
+    """
+    hashes: dict[str, str | None] = {}
+    for number, source in enumerate(sources, start=1):
+        hashes[numbered("cache", number)] = source.cache.id
+        adapters = source.adapters
+        hashes[numbered("adapters", number)] = file_hash(adapters / REFINER) if adapters is not None else None
+        kind = f"{source.note.cleaner}, {source.note.normaliser}" if source.note is not None else None
+        hashes[numbered("refiner", number)] = kind
+    return hashes
+
+
+def _option(teachers: Sequence[str | None], number: int) -> str:
+    """What names the variant of the cache of this number (from 1), with {} for it."""
+    if len(teachers) == 1:
+        return "--set distill.teacher={}"
+    names = ["{}" if n == number else name or "null" for n, name in enumerate(teachers, start=1)]
+    return f"--set 'distill.teacher=[{', '.join(names)}]'"
+
+
+def numbered(name: str, number: int) -> str:
+    """The first goes without its number, as an only one does."""
+    return name if number == 1 else f"{name} {number}"
+
+
+def _each(key: str, values: Sequence[Value] | None, count: int, default: Value) -> Sequence[Value]:
+    """A value for each cache."""
+    if values is None:
+        return [default] * count
+    if len(values) != count:
+        raise UserError(f"{key}: {len(values)} given for {count} --cache; give one for each, in the same order")
+    return values
+
+
+def _names(caches: Sequence[Cache]) -> list[str]:
+    """The teachers' architectures, numbered where they are the same."""
+    names = [cache.manifest.teacher.architecture for cache in caches]
+    counts = Counter(names)
+    return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
+
+
+def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
+    """The cached images where they lie now; None if the cache holds the views. Raises UserError as relocate."""
+    return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))

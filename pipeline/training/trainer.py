@@ -1,0 +1,249 @@
+"""The loop of stage 3: students that share the data, each with its own optimiser, on one pass over a cache."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.config import DistillConfig
+from pipeline.data import ImageFile
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import WINDOW_BYTES, Share, lists_ahead, reads_windows, share_lists, steps_per_epoch
+from pipeline.data.views import normalise
+from pipeline.runtime.progress import Meter, meter, say
+from pipeline.runtime.ranks import current
+from pipeline.teachers.models import Backbone
+from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.distiller import Lesson, Shown
+from pipeline.training.loggers import Tracking
+from singer.errors import UserError
+
+_LOG_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in one step. pixels {side: (n, side, side, 3) uint8}, stored features of each teacher,
+    weights (n,), labels (n,), negative where there is none.
+    """
+
+    pixels: dict[int, Tensor]
+    encoded: Sequence[Encoded]
+    weights: Tensor
+    labels: Tensor
+
+
+class BatchLoader:
+    """Shares -> batches: the stored views, decoded anew at the students' resolutions, and the stored features.
+
+    caches: of the same records; views and labels come from the first.
+    """
+
+    def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
+        self.caches, self.files, self.sides = caches, files, sorted(set(sides))
+        index = caches[0].index
+        self.labels = torch.from_numpy(index.images.labels[index.image])
+
+    def __len__(self) -> int:
+        """Records."""
+        return len(self.caches[0])
+
+    @property
+    def record_bytes(self) -> int:
+        """Of a record's features, as they are stored."""
+        return sum(cache.record_bytes for cache in self.caches)
+
+    def __call__(
+        self, lists: Iterable[Sequence[Share]], workers: int, meter: Meter | None = None, most: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
+
+        most: lists that are read ahead; default: as many as shares of images.
+        """
+        lists, again = itertools.tee(lists)
+        images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)
+        features = prefetch(self.features, again, workers, meter, most)
+        with closing(images), closing(features):
+            for (share, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
+                labels = self.labels[torch.from_numpy(share.records)]
+                yield Batch(pixels, encoded, torch.from_numpy(share.weights), labels)
+
+    def pixels(self, share: Share) -> tuple[Share, dict[int, Tensor]]:
+        """{side: (n, side, side, 3) uint8} of a share's records."""
+        return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
+
+    def features(self, shares: Sequence[Share]) -> list[list[Encoded]]:
+        """The stored features of each share, by each cache."""
+        records = np.concatenate([share.records for share in shares])
+        counts = [len(share.records) for share in shares]
+        return [list(of_all) for of_all in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
+
+
+class Trainee:
+    """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
+
+    first_step: the step from which it goes on.
+    """
+
+    def __init__(
+        self,
+        settings: DistillConfig,
+        student: Backbone,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        checkpoint: Checkpoint,
+        log: RunLog,
+        tracking: Tracking | None,
+        first_step: int,
+        ema: ModelEmaV3 | None,
+    ) -> None:
+        self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
+        self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
+        self.first_step, self.ema = first_step, ema
+        self.loss = 0.0
+        self._sums: dict[str, Tensor] = {}
+        self._since = 0
+
+    def update(self, step: int, per_epoch: int, lesson: Lesson, accelerator: Accelerator) -> None:
+        """One step of the optimiser."""
+        # Whatever a model draws (drop path, dropout, masks) depends on the step alone, so that a resumed run repeats
+        # it, and a student among others draws as it would alone.
+        torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.settings, step, per_epoch)
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = list(lesson.split(self.settings.accumulate))
+        for number, part in enumerate(parts, start=1):
+            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
+                losses = self.model(part)
+                current().beat()
+                accelerator.backward(torch.stack(list(losses.values())).sum())
+            for name, loss in losses.items():
+                self._sums[name] = self._sums.get(name, 0) + loss.detach()
+        if self.settings.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.optimiser.step()
+        if self.ema is not None:
+            self.ema.update(self.student.model, step)
+        self._since += 1
+
+    def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
+        """A log line of the mean losses since the last. Raises UserError if they are not finite."""
+        parts = {name: float(v) / self._since for name, v in _mean(self._sums, accelerator).items()}
+        self.loss = sum(parts.values())
+        if not math.isfinite(self.loss):
+            raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
+        figures = {
+            "epoch": (step + 1) / per_epoch,
+            "lr": learning_rate(self.settings, step, per_epoch),
+            "loss": self.loss,
+            "images_per_second": m.rate,
+            "data_wait_percent": m.wait_percent,
+        }
+        self.log.write(step=step + 1, **figures, parts=parts)
+        if self.tracking is not None:
+            self.tracking.log(step + 1, figures | {f"loss/{name}": value for name, value in parts.items()})
+        self._sums, self._since = {}, 0
+
+
+def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerator) -> Meter:
+    """From where the furthest behind goes on to the end of the last epoch. All have one order of the data."""
+    settings, records = trainees[0].settings, len(load)
+    per_epoch = steps_per_epoch(records, settings.batch_size)
+    total = settings.epochs * per_epoch
+    first = min(t.first_step for t in trainees)
+
+    def seen(step: int) -> int:
+        """Records that all processes have trained on before `step`."""
+        epoch, within = divmod(step, per_epoch)
+        return epoch * records + min(records, within * settings.batch_size)
+
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
+    ranks = current()
+    for trainee in trainees:
+        trainee.model.train()
+    if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
+        few = WINDOW_BYTES // load.record_bytes
+        say(
+            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
+            f"which is faster; the largest that would be is distill.shuffle_window={few}"
+        )
+    lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
+    ahead = lists_ahead(settings, load.record_bytes, world)
+    with (
+        meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
+        closing(load(lists, settings.workers, m, ahead)) as batches,
+    ):
+        for step, batch in enumerate(batches, start=first):
+            going = [t for t in trainees if t.first_step <= step]
+            lessons = prepare(batch, going, accelerator.device, load.caches)
+            for trainee, lesson in zip(going, lessons, strict=True):
+                with ranks.together():
+                    trainee.update(step, per_epoch, lesson, accelerator)
+            m.advance(seen(step + 1) - seen(step), _note(going))
+            ranks.step(f"step {step + 1}")
+
+            epoch_ends = (step + 1) % per_epoch == 0
+            if (step + 1) % log_every == 0 or epoch_ends:
+                for trainee in going:
+                    trainee.report(step, per_epoch, m, accelerator)
+                    # Only here are all running sums empty, so that a checkpoint needs none of them.
+                    if step + 1 < total and (epoch_ends or _agreed(trainee.checkpoint.due, accelerator)):
+                        with ranks.together(), ranks.slow():
+                            trainee.checkpoint.save(step + 1, write=main)
+                        ranks.wait()  # for the first process, which writes
+    return m
+
+
+def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, caches: Sequence[Cache]) -> list[Lesson]:
+    """A lesson for each: features are moved and decoded once, images once for each size and normalisation."""
+    shown = [Shown(c.decode(e, device), e.positions) for c, e in zip(caches, batch.encoded, strict=True)]
+    weights, labels = batch.weights.to(device), batch.labels.to(device).long()
+    images: dict[tuple[object, ...], Tensor] = {}
+    for student in (t.student for t in trainees):
+        key = student.image_size, student.mean, student.std
+        if key not in images:
+            images[key] = normalise(batch.pixels[student.image_size], student.mean, student.std, device)
+    return [Lesson(images[s.image_size, s.mean, s.std], shown, weights, labels) for s in (t.student for t in trainees)]
+
+
+def _agreed(due: bool, accelerator: Accelerator) -> bool:
+    """What the first process's clock says: all must gather the state together."""
+    with current().together():
+        return bool(broadcast(torch.tensor(due, device=accelerator.device)))
+
+
+def _mean(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Over all processes."""
+    with current().together():
+        found: dict[str, Tensor] = accelerator.reduce(sums, "mean")
+        return found
+
+
+def _note(trainees: Sequence[Trainee]) -> str:
+    losses = [f"{t.loss:.4f}" for t in trainees if t.loss]
+    return f"loss {', '.join(losses)}" if losses else ""
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
+
+
+def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Linear warm-up over warmup_epochs, then half a cosine down to final_lr · lr at the last step."""
+    warm = settings.warmup_epochs * per_epoch
+    if step < warm:
+        return settings.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
