@@ -261,7 +261,7 @@ def sweep(
 ) -> None:
     """Train, probe and rank many students from one cache."""
     from pipeline.storage.outputs import output_mode
-    from pipeline.sweep import sweep as run
+    from pipeline.sweeps import sweep as run
 
     mode = output_mode(resume, overwrite)
     result = run(file, cache, out, mode, train=train, test=test, shards=shards, workers=workers)
@@ -283,7 +283,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """One HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
-    from pipeline.report import report as run
+    from pipeline.stages.report import report as run
 
     result = run(
         runs, out, cache=cache, adapters=adapters or (), shards=shards, teacher_probes=teacher_probes,
@@ -371,8 +371,8 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum and, given the teacher, a sample with what it computes now."""
-    from pipeline.cache.verify import verify as run
     from pipeline.config import load_config
+    from pipeline.stages.verify import verify as run
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
@@ -390,8 +390,8 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """The whole chain, offline, on digits that scikit-learn brings; ends in a report.html."""
+    from pipeline.chains.demo import demo as run
     from pipeline.config import load_config
-    from pipeline.demo.chain import demo as run
     from pipeline.storage.outputs import output_mode
 
     _report(run(load_config(config or "demo", sets or ()), out, output_mode(False, overwrite)), as_json)

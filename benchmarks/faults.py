@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 
 import cli
-from pipeline.cache.verify import verify
 from pipeline.config import load_config
 from pipeline.data import index_shards
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
+from pipeline.stages.verify import verify
 from pipeline.teachers.models import Backbone, save_backbone
 from singer.errors import UserError
 
@@ -94,9 +94,9 @@ def settings(root: Path) -> list[str]:
 
 
 def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
-    import pipeline.stages.cache_teacher as stage
+    from pipeline.cache import create
 
-    stage._MAX_SHARD_RECORDS = 4
+    create._MAX_SHARD_RECORDS = 4
     whole = root / "whole"
     start = time.monotonic()
     run_processes(root, whole, 1, [])

@@ -28,7 +28,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
 from pipeline.storage.outputs import Mode
-from pipeline.sweep.file import REFINER, SweepFile, find_sweep
+from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
 from pipeline.training.run_directory import RUN
 
 RECIPE = "tinyimagenet-ti-to-w96"

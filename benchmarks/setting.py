@@ -15,9 +15,10 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.refine import load_refiner
-from pipeline.teachers.models import load_teacher, new_student
+from pipeline.students.new import new_student
+from pipeline.teachers.models import load_teacher
 from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.training.refiners import load_refiner
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 

@@ -22,8 +22,9 @@ from pipeline.data import ImageFile, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import EpochOrder, Share, share, steps_per_epoch
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import Job, fan_out
+from pipeline.stages.distill import fan_out
 from pipeline.stages.refine import refine
+from pipeline.training.student_run import Job
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:

@@ -25,11 +25,12 @@ import torch
 from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_features, synthetic_manifest, synthetic_views
 from torch import Tensor
 
-from pipeline.stages import cache_teacher as stage
+from pipeline.cache import create
 from pipeline.cache.background_writer import filling
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encode import Batch, Encoder, Values, calibration_on
 from pipeline.cache.extract import Extractor
+from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS, read_images
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import read_parts
@@ -65,7 +66,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     accelerator = make_accelerator(config.cache.precision)
     vit.model.to(accelerator.device)
     extract = Extractor(config, vit, accelerator)
-    stage.create_parts(config, index_shards(options.shards), scratch, "new", extract)
+    create.create_parts(config, index_shards(options.shards), scratch, "new", extract)
     (part,) = read_parts(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store)
     rows = Rows.of(manifest, images)
@@ -85,7 +86,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
                 torch.cuda.synchronize()
 
     def fill(group: Sequence[int]) -> None:
-        stage.fill(part, group, extract, [part])
+        fill_segment(part, group, extract, [part])
 
     turns, order = [], [bare, fill]
     for number in range(options.rounds + 1):
@@ -190,7 +191,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
     options = parser.parse_args()
     if options.teacher is not None:
-        stage._MAX_SHARD_RECORDS = SHARD_RECORDS
+        create._MAX_SHARD_RECORDS = SHARD_RECORDS
         print_teacher(options)
     print_memory(options)
 

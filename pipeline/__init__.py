@@ -1,1 +1,106 @@
-"""The stages and what passes between them. Each command of the CLI has its Python twin here."""
+"""The Python API: each command is a function of a configuration and paths, which returns a result object.
+
+    from pipeline import cache_teacher, distill, load_config, refine
+
+All raise singer.errors.UserError for what the caller can fix; docs/python.md has examples. Names are imported where they
+are first used, so that `import pipeline` takes no time.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.cache.info import CacheInfo, cache_info
+    from pipeline.cache.reader import Cache
+    from pipeline.chains.demo import DemoResult, demo
+    from pipeline.config import Config, load_config
+    from pipeline.evaluation.context import EvaluateResult
+    from pipeline.planning.plan import PlanResult, plan
+    from pipeline.stages.cache_teacher import CacheResult, cache_teacher
+    from pipeline.stages.distill import distill, fan_out
+    from pipeline.stages.evaluate import evaluate, evaluate_tasks
+    from pipeline.stages.export import ExportResult, export
+    from pipeline.stages.inspect import InspectResult, inspect
+    from pipeline.stages.prepare import PrepareResult, prepare
+    from pipeline.stages.refine import RefineResult, refine
+    from pipeline.stages.report import ReportResult, report
+    from pipeline.stages.verify import VerifyResult, verify
+    from pipeline.sweeps.run import SweepResult, sweep
+    from pipeline.training.run_directory import DistillResult
+    from pipeline.training.student_run import Job
+
+__all__ = [
+    "Cache",
+    "CacheInfo",
+    "CacheResult",
+    "Config",
+    "DemoResult",
+    "DistillResult",
+    "EvaluateResult",
+    "ExportResult",
+    "InspectResult",
+    "Job",
+    "PlanResult",
+    "PrepareResult",
+    "RefineResult",
+    "ReportResult",
+    "SweepResult",
+    "VerifyResult",
+    "cache_info",
+    "cache_teacher",
+    "demo",
+    "distill",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "fan_out",
+    "inspect",
+    "load_config",
+    "plan",
+    "prepare",
+    "refine",
+    "report",
+    "sweep",
+    "verify",
+]
+
+_MODULES = {
+    "Cache": "pipeline.cache.reader",
+    "CacheInfo": "pipeline.cache.info",
+    "CacheResult": "pipeline.stages.cache_teacher",
+    "Config": "pipeline.config",
+    "DemoResult": "pipeline.chains.demo",
+    "DistillResult": "pipeline.training.run_directory",
+    "EvaluateResult": "pipeline.evaluation.context",
+    "ExportResult": "pipeline.stages.export",
+    "InspectResult": "pipeline.stages.inspect",
+    "Job": "pipeline.training.student_run",
+    "PlanResult": "pipeline.planning.plan",
+    "PrepareResult": "pipeline.stages.prepare",
+    "RefineResult": "pipeline.stages.refine",
+    "ReportResult": "pipeline.stages.report",
+    "SweepResult": "pipeline.sweeps.run",
+    "VerifyResult": "pipeline.stages.verify",
+    "cache_info": "pipeline.cache.info",
+    "cache_teacher": "pipeline.stages.cache_teacher",
+    "demo": "pipeline.chains.demo",
+    "distill": "pipeline.stages.distill",
+    "evaluate": "pipeline.stages.evaluate",
+    "evaluate_tasks": "pipeline.stages.evaluate",
+    "export": "pipeline.stages.export",
+    "fan_out": "pipeline.stages.distill",
+    "inspect": "pipeline.stages.inspect",
+    "load_config": "pipeline.config",
+    "plan": "pipeline.planning.plan",
+    "prepare": "pipeline.stages.prepare",
+    "refine": "pipeline.stages.refine",
+    "report": "pipeline.stages.report",
+    "sweep": "pipeline.sweeps.run",
+    "verify": "pipeline.stages.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

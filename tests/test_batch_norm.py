@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipeline.config import StudentConfig
 from pipeline.data.sampler import EpochOrder, share, smallest_part
 from pipeline.stages.distill import distill
-from pipeline.teachers.models import new_student
+from pipeline.students.new import new_student
 from pipeline.training.batch_norm import synchronise
 from pipeline.training.distiller import Lesson, Shown
 from singer.errors import UserError

@@ -21,11 +21,11 @@ from forked import event, forked
 from pipeline.cache import Cache, filling
 from pipeline.cache.format import JOURNAL, Manifest, read_manifest
 from pipeline.cache.info import cache_info
-from pipeline.cache.verify import verify
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
 from pipeline.storage.outputs import claimed_output
 from pipeline.teachers.models import load_saved, load_teacher, save_backbone
@@ -43,7 +43,7 @@ def fill(config: Config, world: Path, out: Path, mode: str = "new") -> Path:
 
 @pytest.fixture
 def tiny_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
 
 
 def test_features_are_the_teachers(world: Path, config: Config) -> None:
@@ -235,7 +235,7 @@ def stop_after_three_shards(command: list[str]) -> None:
 
     write = filling.write_shard
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
+        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
         patch.setattr(filling, "write_shard", stops)
         run_singer(patch, *command)
 
@@ -244,7 +244,7 @@ def test_kill_and_resume_gives_the_same_bytes(
     world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL in the middle of writing, where the journal has three of ten shards, then --resume."""
-    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
     whole, part = fill(config, world, tmp_path / "whole"), tmp_path / "part"
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))

@@ -189,7 +189,7 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     config = world_config(world)
     cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
+        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
         cache_teacher(config, str(world / "test" / "*.tar"), root / "d")
     (root / "d" / "features/2/values/c/1/0/0").unlink()
     (root / "d" / "features/3/values/c/3/0/0").write_bytes(b"")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.chains.demo import TEACHER, demo
+from pipeline.chains.digits import digit_image, digit_images, split_indices
 from pipeline.config import load_config, resource
 from pipeline.data.views import normalise
-from pipeline.demo.chain import TEACHER, demo
-from pipeline.demo.digits import digit_image, digit_images, split_indices
 from pipeline.teachers.models import load_saved
 from singer.artifacts import patch_norms, robust_threshold
 from singer.backbones import block_outputs
@@ -45,7 +45,7 @@ def test_teacher_reads_digits_and_has_the_planted_artifacts() -> None:
 
 def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shortened: one drawing of each digit, one epoch; the page must hold all it promises."""
-    monkeypatch.setattr("pipeline.demo.chain.COPIES", {"train": 1, "test": 1})
+    monkeypatch.setattr("pipeline.chains.demo.COPIES", {"train": 1, "test": 1})
     config = load_config("demo", ["distill.epochs=1", "refine.steps=30", "evaluate.strengths=[0.1]"])
     result = demo(config, tmp_path / "demo")
     page = result.report.read_text()

@@ -252,7 +252,7 @@ def run_all(commands: list[tuple[str, ...]]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
     with pytest.MonkeyPatch.context() as patch:
         # Shards of the usual size would need many more records.
-        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 1)
+        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 1)
         for command in commands:
             assert run_singer(patch, *command) == 0, command
 

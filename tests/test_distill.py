@@ -18,13 +18,16 @@ from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data import relocate
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import Job, distill, fan_out
-from pipeline.stages.refine import REFINER, load_refiner, refine
+from pipeline.stages.distill import distill, fan_out
+from pipeline.stages.refine import refine
 from pipeline.storage.outputs import file_hash
-from pipeline.teachers.models import load_saved, new_student
+from pipeline.students.new import new_student
+from pipeline.teachers.models import load_saved
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
+from pipeline.training.refiners import REFINER, load_refiner
 from pipeline.training.run_directory import RefinerNote, load_result
+from pipeline.training.student_run import Job
 from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES

@@ -18,7 +18,7 @@ from pipeline.data import ImageFile
 from pipeline.data.sampler import EpochOrder, share
 from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
-from pipeline.teachers.models import new_student
+from pipeline.students.new import new_student
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_sharding
 from singer.errors import UserError

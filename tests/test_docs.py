@@ -38,14 +38,14 @@ import cli
 import pipeline.config
 import pipeline.planning.plan
 import pipeline.stages.evaluate
-import pipeline.sweep.file
+import pipeline.sweeps.file
 from pipeline.config import Config, load_config
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.sweep.file import read_plan
+from pipeline.sweeps.file import read_plan
 from pipeline.teachers.models import LOCAL, save_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -350,7 +350,7 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
         "timm.models.vision_transformer.trunc_normal_", lambda x, **how: x if x.is_meta else draw(x, **how)
     )
     monkeypatch.setattr(pipeline.config, "load_config", last)
-    monkeypatch.setattr(pipeline.sweep.file, "load_config", first)
+    monkeypatch.setattr(pipeline.sweeps.file, "load_config", first)
     load_model = pipeline.stages.evaluate.load_model
     monkeypatch.setattr(
         pipeline.stages.evaluate, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)

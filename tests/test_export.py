@@ -24,7 +24,8 @@ from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.export import CARD, FORMATS, ExportResult, Student, Written, export
+from pipeline.stages.export import CARD, ExportResult, export
+from pipeline.students.formats import FORMATS, Student, Written
 from pipeline.teachers.models import load_model, load_saved, save_backbone
 from singer.backbones import block_outputs
 from singer.errors import UserError

@@ -168,7 +168,7 @@ def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_p
 
 def test_interrupted_growth(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old cache stays readable, and the same command goes on."""
-    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
     old = make(config, shards(world), tmp_path / "c")
     more = world_config(world, "cache.blocks=[1]")
     grown = make(more, shards(world), tmp_path / "c", "append")

@@ -11,11 +11,11 @@ import pytest
 from conftest import run_singer, tree_bytes
 
 from pipeline.cache.info import cache_info
-from pipeline.cache.verify import verify
 from pipeline.config import Config
 from pipeline.runtime.logs import LOG, is_log, log_file, logger, on_console
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.verify import verify
 from pipeline.storage.outputs import process_log
 
 

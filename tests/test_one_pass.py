@@ -16,12 +16,12 @@ from PIL import Image
 from pipeline.cache import Cache
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, JOURNAL
-from pipeline.cache.verify import verify
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Keys, index_shards
 from pipeline.data.tars import _plain_file
 from pipeline.data.views import draw_view
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.verify import verify
 from pipeline.storage import LocalStore
 from singer.errors import UserError
 
@@ -52,7 +52,7 @@ def write_shards(folder: Path, count: int, each: int, broken: tuple[int, ...] = 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_opening_does_not_grow_with_shards(
         return listed(self, prefix)
 
     for records in (30, 1):
-        monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", records)
+        monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", records)
         cache_teacher(config, shards(world), tmp_path / str(records))
     monkeypatch.setattr(LocalStore, "read", counted)
     monkeypatch.setattr(LocalStore, "sizes", counted_sizes)

@@ -20,10 +20,12 @@ from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
-from pipeline.stages.refine import load_refiner, refine
+from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
-from pipeline.teachers.models import load_saved, new_student
+from pipeline.students.new import new_student
+from pipeline.teachers.models import load_saved
 from pipeline.training.distiller import Targets
+from pipeline.training.refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.matching import take_patches

@@ -14,11 +14,12 @@ from pipeline.cache.statistics import measure_scales
 from pipeline.config import Config
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
-from pipeline.stages.refine import load_refiner, refine, split_records
+from pipeline.stages.refine import refine
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.models import save_backbone
 from pipeline.training.adapters import batch_order
 from pipeline.training.checkpoint import read_log
+from pipeline.training.refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape
 from singer.errors import UserError

@@ -15,13 +15,13 @@ import cli
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
-from pipeline.cache.verify import verify
 from pipeline.cache.writer import write_shard as real_write_shard
 from pipeline.config import load_config
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
+from pipeline.stages.verify import verify
 from pipeline.storage import Store, locks, open_store
 from singer.errors import UserError
 
@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         patch.setattr(locks, "SECONDS", LOCK_SECONDS)
-        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
+        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
         yield server
     server.stop()
 

@@ -16,17 +16,17 @@ from sklearn.decomposition import PCA
 from pipeline.cache import Cache
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
-from pipeline.report import ReportResult, report
-from pipeline.report.charts import box_of
-from pipeline.report.measurements import choose_shown
-from pipeline.report.runs import find_cache, find_runs, read_runs
-from pipeline.report.scores import columns_of, ranking_column, read_figures
-from pipeline.report.seeds import differences, group_runs
+from pipeline.reports.charts import box_of
+from pipeline.reports.measurements import choose_shown
+from pipeline.reports.runs import find_cache, find_runs, read_runs
+from pipeline.reports.scores import columns_of, ranking_column, read_figures
+from pipeline.reports.seeds import differences, group_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.refine import load_refiner
+from pipeline.stages.report import ReportResult, report
 from pipeline.teachers.models import load_saved
+from pipeline.training.refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.maps import cosine_to, principal_scores, turn_towards

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import StudentConfig, TeacherConfig, load_config
-from pipeline.stages.distill import decay_groups, distill
+from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
-from pipeline.teachers.models import load_teacher, new_student
+from pipeline.students.new import new_student
+from pipeline.teachers.models import load_teacher
 from pipeline.training.distiller import Distiller, Head, Targets, new_joint
 from pipeline.training.fsdp import WholeOptimiser
+from pipeline.training.student_run import decay_groups
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape

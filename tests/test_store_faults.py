@@ -18,10 +18,10 @@ from obstore.store import S3Store
 from test_remote import fill, objects, singer
 from test_stores import Server, ranges
 
-from pipeline.cache.verify import verify
 from pipeline.config import load_config
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
+from pipeline.stages.verify import verify
 from pipeline.storage import open_store, remote
 
 Fault = str
@@ -129,7 +129,7 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
     monkeypatch.setitem(remote._RETRY, "backoff", backoff)
     monkeypatch.setitem(remote._RETRY, "max_retries", 6)
-    monkeypatch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
     yield proxy
     proxy.stop()
 

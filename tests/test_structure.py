@@ -1,28 +1,56 @@
 """The house: imports go one way, the method does no I/O, nothing is unpickled, the wheel is whole."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import pipeline
+import singer
+
 ROOT = Path(__file__).parent.parent
+# Rooms, the highest floor first: a room imports from its own and from lower floors, and from no other on its floor.
+FLOORS = [
+    {"cli"},
+    {"sweeps", "planning", "chains"},
+    {"stages"},
+    {"reports"},
+    {"evaluation"},
+    {"training"},
+    {"cache"},
+    {"students"},
+    {"teachers"},
+    {"data"},
+    {"storage"},
+    {"runtime"},
+    {"config"},
+    {"singer"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What arithmetic may use.
 PURE = {"collections", "dataclasses", "functools", "importlib", "math", "numpy", "scipy", "singer", "timm", "torch"}
 PURE |= {"typing"}
 
 
-def imported(file: Path) -> Iterator[str]:
+def modules_of(file: Path) -> Iterator[str]:
+    """What a file imports, wherever in it."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            yield (node.module or "").split(".")[0]
+            yield node.module or ""
+
+
+def imported(file: Path) -> Iterator[str]:
+    return (module.split(".")[0] for module in modules_of(file))
 
 
 def test_singer_is_pure() -> None:
@@ -36,6 +64,34 @@ def test_singer_is_pure() -> None:
         assert not {"open", "print", "input", "exec", "eval"} & set(calls), file
 
 
+def room(module: str) -> str:
+    """Of pipeline.cache.reader, cache; of cli and singer, themselves."""
+    top, *below = module.split(".")
+    return below[0] if top == "pipeline" and below else top
+
+
+def test_every_module_has_a_room() -> None:
+    found = {
+        f.name.removesuffix(".py")
+        for f in (ROOT / "pipeline").iterdir()
+        if f.name not in ("__init__.py", "__pycache__", "py.typed")
+    }
+    assert found == set(FLOOR) - {"cli", "singer"}
+
+
+def test_imports_go_down() -> None:
+    """One list of rooms, and no stage imports another."""
+    wrong = []
+    for file in [ROOT / "cli.py", *(ROOT / "pipeline").rglob("*.py")]:
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for name in (n for n in modules_of(file) if n.split(".")[0] in ("cli", "pipeline", "singer")):
+            here, there = room(module), room(name)
+            beside = here == there and here == "stages"
+            if module != "pipeline" and (FLOOR[there] < FLOOR[here] + (here != there) or beside):
+                wrong.append(f"{module} imports {name}")
+    assert not wrong
+
+
 def test_pipeline_does_not_know_the_command_line() -> None:
     for file in (ROOT / "pipeline").rglob("*.py"):
         assert not {"cli", "typer"} & set(imported(file)), file
@@ -44,14 +100,26 @@ def test_pipeline_does_not_know_the_command_line() -> None:
 def test_singer_is_importable_alone(tmp_path: Path) -> None:
     """With each of its names, which are imported where they are used."""
     code = (
-        "import sys, singer; assert singer.__all__ == list(singer._MODULES)\n"
-        "from singer import *\n"
-        "assert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
+        "import sys; from singer import *\nassert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize("module", ["cli", "singer.errors", "pipeline.config", "pipeline.storage", "pipeline.data"])
+@pytest.mark.parametrize("package", [pipeline, singer], ids=lambda p: p.__name__)
+def test_what_is_public_is_there(package: ModuleType) -> None:
+    """Listed once for readers and type checkers, once for the import, and each is what it is called."""
+    assert package.__all__ == list(package._MODULES) and (Path(package.__path__[0]) / "py.typed").exists()
+    for name in package.__all__:
+        value = getattr(package, name)
+        assert getattr(value, "__name__", name) == name and not isinstance(value, ModuleType)
+        assert inspect.getdoc(value) or not callable(value), name
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module", ["cli", "pipeline", "singer.errors", "pipeline.config", "pipeline.storage", "pipeline.data"]
+)
 def test_what_needs_no_torch_does_not_wait_for_it(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'timm', 'accelerate'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -18,17 +18,18 @@ import yaml
 from conftest import tree_bytes, world_config
 
 import cli
-import pipeline.sweep.tasks as work
+import pipeline.sweeps.tasks as work
 from pipeline.cache import Cache
 from pipeline.config import Config, recipes
 from pipeline.evaluation import TASKS
+from pipeline.evaluation.figures import FIGURES, in_percent
 from pipeline.runtime.failures import DefectsFound, Failure
-from pipeline.sweep import SweepResult, sweep
-from pipeline.sweep.file import FIGURES, find_sweep, in_percent, make_plan, read_plan
-from pipeline.sweep.leaderboard import Leaderboard
-from pipeline.sweep.run import _passes, gpus
-from pipeline.sweep.tasks import Job, Member, Setting
-from pipeline.sweep.worker import Worker
+from pipeline.sweeps import SweepResult, sweep
+from pipeline.sweeps.file import find_sweep, make_plan, read_plan
+from pipeline.sweeps.leaderboard import Leaderboard
+from pipeline.sweeps.run import _passes, gpus
+from pipeline.sweeps.tasks import Job, Member, Setting
+from pipeline.sweeps.worker import Worker
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -386,9 +387,9 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
         "        time.sleep(0.01)\n"
         "Checkpoint.save = waits\n"
         # Given are -P, -m, the module and its arguments.
-        "sys.modules.pop('pipeline.sweep.worker', None)\n"
+        "sys.modules.pop('pipeline.sweeps.worker', None)\n"
         "sys.argv[1:4] = []\n"
-        "runpy.run_module('pipeline.sweep.worker', run_name='__main__')\n"
+        "runpy.run_module('pipeline.sweeps.worker', run_name='__main__')\n"
     )
     python.chmod(0o755)
     return python, gate

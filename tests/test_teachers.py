@@ -13,14 +13,17 @@ from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data.views import View
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import Job, distill, fan_out
+from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.export import export
-from pipeline.stages.refine import load_refiner, refine
-from pipeline.sweep import sweep
-from pipeline.teachers.models import LOCAL, new_student, save_backbone
+from pipeline.stages.refine import refine
+from pipeline.students.new import new_student
+from pipeline.sweeps import sweep
+from pipeline.teachers.models import LOCAL, save_backbone
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.training.refiners import load_refiner
 from pipeline.training.run_directory import load_result
+from pipeline.training.student_run import Job
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -12,20 +12,21 @@ from conftest import tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
-from pipeline.cache.verify import verify
 from pipeline.config import Config
 from pipeline.data import index_shards
-from pipeline.report import report
-from pipeline.report.runs import find_cache, read_runs
+from pipeline.reports.runs import find_cache, read_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import learned_from
 from pipeline.stages.export import export
 from pipeline.stages.inspect import inspect
-from pipeline.stages.refine import load_refiner, read_refiner, refine
+from pipeline.stages.refine import refine
+from pipeline.stages.report import report
+from pipeline.stages.verify import verify
 from pipeline.storage.outputs import Mode
-from pipeline.sweep import sweep
+from pipeline.sweeps import sweep
 from pipeline.teachers.models import LOCAL
+from pipeline.training.refiners import load_refiner, read_refiner
 from pipeline.training.run_directory import load_result
 from pipeline.training.teachers import open_images
 from singer.errors import UserError

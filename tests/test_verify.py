@@ -12,10 +12,10 @@ from conftest import make_vit, plant_artifacts, seeded, tree_bytes, world_config
 
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL, read_images
-from pipeline.cache.verify import PartReport, VerifyResult, verify
 from pipeline.config import Config, load_config
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.verify import PartReport, VerifyResult, verify
 from pipeline.storage import LocalStore
 from pipeline.teachers.models import save_backbone
 from singer.errors import UserError
@@ -28,7 +28,7 @@ SETTINGS = ("views.kind=random-resized-crop", "views.count=2", "cache.token_shar
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.stages.cache_teacher._MAX_SHARD_RECORDS", 30)
+        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
         yield
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from pipeline.demo.digits import digit_images  # noqa: E402
+from pipeline.chains.digits import digit_images  # noqa: E402
 
 SIZE, PATCH = 64, 8
 GRID = SIZE // PATCH

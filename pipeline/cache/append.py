@@ -12,8 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.format import (
+    MANIFEST,
+    Manifest,
+)
 from pipeline.cache.segments import Part
 from pipeline.data import Images
+from pipeline.storage import Place
 from singer.errors import UserError
 
 
@@ -102,3 +107,29 @@ def _left_out(part: Part, hashes: np.ndarray, listed: Images) -> np.ndarray:
 def _of(part: Part) -> str:
     shards = part.manifest.data.shards
     return shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
+
+
+def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
+    """Raise UserError if what is to be added does not go together with what is there."""
+    if not parts:
+        raise UserError(f"{place} has no {MANIFEST}: nothing can be added; begin it with --resume")
+    there = parts[0].manifest
+    if there.version == 2:
+        raise UserError(f"{place} was written by format version 2 and cannot grow; make a new cache")
+    for part in parts:
+        if part.lacks() is not None:
+            raise UserError(f"{part.store.url} is incomplete; repeat its cache-teacher command with --append first")
+    same = [p.manifest for p in parts if p.manifest.teacher.identity() == here.teacher.identity()]
+
+    def compared(m: Manifest) -> dict[str, Any]:
+        views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
+        own = (
+            {"codec": m.codec, "stored_patches": m.stored_patches, "lossless": m.lossless} if m in [*same, here] else {}
+        )
+        return views | own
+
+    for before in [there, *same[:1]]:
+        for name, value in compared(before).items():
+            now = compared(here).get(name, value)
+            if now != value:
+                raise UserError(f"{place} cannot grow: its {name} is {value}, this run has {now}")

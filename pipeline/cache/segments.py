@@ -4,7 +4,7 @@ A part holds some blocks of one teacher for some records (its rows), and never c
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from pipeline.cache.format import (
     Completion,
     Index,
     Manifest,
+    TeacherManifest,
     canonical,
     content_hash_2,
     journal_file,
@@ -31,7 +32,11 @@ from pipeline.cache.format import (
 )
 from pipeline.data import Images, content_hash
 from pipeline.storage import Store
-from pipeline.storage.outputs import is_sealed, read_json, validated
+from pipeline.storage.outputs import (
+    is_sealed,
+    read_json,
+    validated,
+)
 from singer.errors import UserError
 
 _READERS = 16
@@ -220,3 +225,8 @@ def _appended(store: Store) -> Iterator[Part]:
 
 def part_name(number: int) -> str:
     return f"{PARTS}/{number:03d}" if number else ""
+
+
+def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
+    """The parts that hold features of this very teacher."""
+    return [p for p in parts if p.manifest.teacher.identity() == teacher.identity()]

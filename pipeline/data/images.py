@@ -12,6 +12,8 @@ import numpy as np
 from pipeline.data.tars import NO_LABEL, key_hash
 from singer.errors import UserError
 
+CLASSES = "classes.json"
+
 _KEYS_AT_ONCE = 1 << 18
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
+from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
 from pipeline.evaluation.global_features import pooled
-from pipeline.stages.prepare import CLASSES
 from singer.errors import UserError
 from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
 

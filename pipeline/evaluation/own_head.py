@@ -12,11 +12,11 @@ from PIL import Image
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
+from pipeline.data.images import CLASSES
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import accuracy
 from pipeline.evaluation.context import EvaluateResult, Trial, inputs
 from pipeline.evaluation.domain_shift import compete, read_class_map
-from pipeline.stages.prepare import CLASSES
 from singer.errors import UserError
 
 

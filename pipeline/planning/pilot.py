@@ -30,11 +30,11 @@ from pipeline.planning.costs import Rate, not_measured
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import Job, NewStudent
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, Store, is_remote, open_store
 from pipeline.teachers.models import Backbone
 from pipeline.training.distiller import Lesson, Shown
+from pipeline.training.student_run import Job, NewStudent
 from pipeline.training.teachers import open_images, open_sources
 from pipeline.training.trainer import BatchLoader, prepare
 from singer.backbones import block_outputs

@@ -8,26 +8,13 @@ and minimises their weighted sum. Several students that share the data train on 
 it would alone.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
-from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data import ImageFile
-from pipeline.data.sampler import steps_per_epoch
 from pipeline.runtime.devices import make_accelerator
-from pipeline.runtime.progress import Meter, say
-from pipeline.runtime.ranks import current, watched
-from pipeline.stages.refine import load_refiner
+from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import (
     INPUTS,
     Mode,
@@ -36,60 +23,26 @@ from pipeline.storage.outputs import (
     claimed_output,
     process_log,
     read_as,
-    write_json,
-    write_tensors,
 )
-from pipeline.teachers.models import Backbone, new_student, save_backbone
-from pipeline.training.batch_norm import check_parts, synchronise
-from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Distiller, Head, Joint, Targets, new_joint
-from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_sharding, shard, wants_shards
-from pipeline.training.loggers import Tracking, check_trackers
+from pipeline.training.fsdp import check_sharding
 from pipeline.training.run_directory import (
-    ADAPTERS,
     CHECKPOINT,
-    LOG,
-    PROJECTORS_FILE,
     RUN,
     STAGE,
-    STUDENT,
     DistillResult,
-    RefinerNote,
-    Taught,
-    TeacherNote,
     load_result,
 )
+from pipeline.training.student_run import Job, NewStudent, run_jobs
 from pipeline.training.teachers import Adapters, Places, Source, as_places, input_hashes, open_images, open_sources
-from pipeline.training.trainer import BatchLoader, Trainee, train
-from singer.backbones import depth
 from singer.errors import UserError
-from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
-from singer.refiner import Refiner
-
-State = Mapping[str, Tensor]
 
 # What students must share to be trained on one pass.
 SHARED = (
     "seed", "epochs", "batch_size", "precision", "workers", "read_block", "shuffle_window", "teacher", "blocks",
     "local_copy",
 )  # fmt: skip
-
-# What never decays beside vectors and biases: CLS, register and mask tokens, positions, scales of more than one axis.
-_NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any.
-
-    adapters: of several caches one for each, or None for all.
-    """
-
-    config: Config
-    out: Path
-    adapters: Adapters = None
 
 
 def distill(
@@ -188,184 +141,3 @@ def check_job(job: Job, sources: Sequence[Source]) -> None:
         raise UserError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
     if job.config.distill.joint and len(sources) > 1:
         raise UserError("distill.joint is for one teacher; refine each cache first and give its --adapters")
-
-
-class NewStudent:
-    """A student that is built, with all it needs, but has not touched its output yet."""
-
-    def __init__(self, job: Job, sources: Sequence[Source], accelerator: Accelerator) -> None:
-        self.job, self.sources = job, sources
-        settings, device = job.config.distill, accelerator.device
-        refiners = [load_refiner(s.adapters, s.cache) if s.adapters is not None else None for s in sources]
-        set_seed(settings.seed)
-        self.student: Backbone = new_student(job.config.student, sources[0].cache.manifest.teacher.image_size)
-        synchronise(self.student.model, accelerator)
-        if job.config.student.checkpointing:
-            self.student.model.set_grad_checkpointing(True)
-        check_trackers(settings.trackers)
-        joint: Joint | None = None
-        self.fresh: Refiner | None = None
-        heads = []
-        for source, refiner in zip(sources, refiners, strict=True):
-            cache = source.cache
-            matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device, PROJECTORS[settings.projector].lifts)
-            if settings.joint:
-                joint, self.fresh = new_joint(cache, job.config.refine, device)
-            weight = settings.kd_weight * source.weight
-            heads.append(
-                Head(
-                    self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint, weight,
-                    source.name,
-                )
-            )  # fmt: skip
-        self.distiller = Distiller(self.student, heads).to(device)
-        check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
-        # Weights in shards and buffers do not go through one foreach.
-        foreach = not wants_shards(accelerator)
-        self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
-
-    @property
-    def taught(self) -> list[Taught]:
-        """By each teacher. The matching is without blocks that the objectives do not read."""
-        found = []
-        for source, head in zip(self.sources, self.distiller.heads, strict=True):
-            t, note = source.cache.manifest.teacher, source.note
-            adapters = str(source.adapters) if source.adapters is not None else None
-            teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
-            refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(Taught(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place)))
-        return found
-
-    def matched(self) -> list[str]:
-        """A line for each teacher: 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
-
-        def place(block: int, width: int, grid: tuple[int, int]) -> str:
-            return f"{block} ({width}, {grid[0]} x {grid[1]})"
-
-        lines = []
-        for source, head in zip(self.sources, self.distiller.heads, strict=True):
-            t = source.cache.manifest.teacher
-            pairs = [f"{place(b, t.width, t.grid)} -> {place(s, *head.layout[s])}" for b, s in head.matching.items()]
-            of = f"of {source.name} " if len(self.sources) > 1 else ""
-            lines.append(f"teacher block {of}-> student block (width, grid): {', '.join(pairs)}")
-        return lines
-
-    def trainee(self, mode: Mode, accelerator: Accelerator) -> Trainee:
-        """Ready to train, from its last checkpoint if it has one."""
-        settings, out = self.job.config.distill, self.job.out
-        sharded = wants_shards(accelerator)
-        model = accelerator.prepare_model(self.distiller, evaluation_mode=sharded)  # which is without DDP
-        average = self.ema.module if self.ema is not None else None
-        if sharded:
-            kept, weights = shard(self.distiller, accelerator)
-            if average is not None:
-                shard(average, accelerator)
-            if accelerator.is_main_process:
-                say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), lr=settings.lr)
-        parts = {
-            "model": WholeModel(self.distiller),
-            "optimiser": WholeOptimiser(self.distiller, optimiser),
-            "scaler": accelerator.scaler,
-            "ema": WholeModel(average) if average is not None else None,
-        }
-        checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
-        first = checkpoint.restore() if mode == "resume" else 0
-        optimiser = accelerator.prepare_optimizer(optimiser)
-        if settings.compile:
-            model = torch.compile(model)
-        log = RunLog(out / LOG, first, accelerator.is_main_process)
-        tracking = (
-            Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))
-            if accelerator.is_main_process
-            else None
-        )
-        return Trainee(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
-
-
-def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
-    """Group what is trained for an optimiser: weights that decay, and those that do not.
-
-    Biases, norms and scales, tokens and position embeddings do not, nor what the student's architecture names.
-    """
-    named: Any = getattr(distiller.student, "no_weight_decay", set)
-    spared = {f"student.{name}" for name in named()} | set(_NO_DECAY)
-    groups: list[dict[str, Any]] = param_groups_weight_decay(distiller, weight_decay, no_weight_decay_list=spared)
-    return groups
-
-
-def run_jobs(
-    made: Sequence[NewStudent],
-    images: AbstractContextManager[ImageFile | None],
-    mode: Mode,
-    accelerator: Accelerator,
-) -> dict[Path, DistillResult]:
-    """Train and store, once everything has been checked and the outputs are ours."""
-    for new in made if accelerator.is_main_process else ():
-        write_json(new.job.out / INPUTS, input_hashes(new.sources))
-        for line in new.matched():
-            say(line)
-        last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
-        if supervised < last:
-            say(f"note: nothing trains the student behind block {supervised}; probes read its last block, {last}")
-    ranks = current()
-    ranks.wait()
-    with ranks.together():
-        trainees = [new.trainee(mode, accelerator) for new in made]
-    caches = [source.cache for source in made[0].sources]
-    for new, trainee in zip(made, trainees, strict=True):
-        if trainee.first_step and accelerator.is_main_process:
-            step, epochs = trainee.first_step, trainee.settings.epochs
-            done = step / steps_per_epoch(len(caches[0]), trainee.settings.batch_size)
-            say(f"{new.job.out} goes on from step {step}: {done:.1f} of {epochs} epochs are done")
-    with images as files:
-        m = train(trainees, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
-    results = {}
-    for new, trainee in zip(made, trainees, strict=True):
-        results[new.job.out] = result = describe(new, trainee, m)
-        with ranks.together():
-            student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
-            trained = WholeModel(new.distiller).state_dict()
-        if accelerator.is_main_process:
-            store(new, result, student, trained)
-            trainee.checkpoint.path.unlink(missing_ok=True)
-            if trainee.tracking is not None:
-                trainee.tracking.close()
-    return results
-
-
-def describe(new: NewStudent, trainee: Trainee, m: Meter) -> DistillResult:
-    settings, job = new.job.config.distill, new.job
-    first, *others = new.taught
-    return DistillResult(
-        **vars(first),
-        others=others,
-        run=job.out,
-        student=job.out / STUDENT,
-        parameters=sum(p.numel() for p in new.student.model.parameters()),
-        steps=settings.epochs * steps_per_epoch(len(new.sources[0].cache), settings.batch_size),
-        loss=trainee.loss,
-        seconds=m.seconds,
-        images_per_second=m.rate,
-        data_wait_percent=m.wait_percent,
-    )
-
-
-def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
-    """The student (its moving average, if there is one) and what was trained beside it; the result comes last."""
-    out = new.job.out
-    save_backbone(new.student, student, out / STUDENT)
-    write_tensors(out / PROJECTORS_FILE, {
-        name.removeprefix("projectors."): t
-        for name, t in trained.items()
-        if not name.startswith(("student.", "adapters."))
-    })  # fmt: skip
-    if new.fresh is not None:
-        adapters = {n.removeprefix("adapters."): t for n, t in trained.items() if n.startswith("adapters.")}
-        write_tensors(out / ADAPTERS, adapters)
-    # Without the place where it was made: a run may move.
-    value = {**asdict(result), "run": ".", "student": STUDENT}
-    if not result.others:
-        del value["others"]
-    write_json(out / RUN, value)

@@ -21,7 +21,7 @@ from pipeline.data import ImageFile, Images, image_digest, index_shards
 from pipeline.evaluation import TASKS
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, Computed, EvaluateResult, Trial
-from pipeline.report.model_card import caveats
+from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
 from pipeline.storage.outputs import PROVENANCE, process_log, read_json, stage_log, write_json

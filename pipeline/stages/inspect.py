@@ -17,11 +17,11 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import gather_evidence, measure_blocks, measure_scales, spread
 from pipeline.config import Config
-from pipeline.report.pages import as_data_url, render, without_ticks
+from pipeline.reports.pages import as_data_url, render, without_ticks
 from pipeline.runtime.progress import say
-from pipeline.stages.refine import OPTION, load_refiner, open_refined, read_refiner, split_records
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
+from pipeline.training.refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
 from pipeline.training.teachers import open_images
 from singer.artifacts import norm_summary, patch_norms
 from singer.errors import UserError

@@ -1,8 +1,8 @@
 """Before stage 1: a folder of images -> WebDataset shards.
 
 `singer prepare IMAGES --out SHARDS`. Sub-folders are classes (ImageFolder); a flat folder has no labels. A mask or a
-depth map lies beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of known data
-sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
+depth map lies beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of known
+data sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
 """
 
 import io
@@ -18,13 +18,13 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data import open_image, to_rgb
+from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.listing import CONVERTED, KEPT, Convert, Entry, Listing
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
 from singer.errors import UserError
 
-CLASSES = "classes.json"
 STAGE = "prepare"
 # Whatever a file is called, no other decoder sees it: some run interpreters.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

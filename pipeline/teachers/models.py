@@ -18,15 +18,13 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.config import TeacherConfig
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json, read_tensors, write_json, write_tensors
 from singer.backbones import is_vit, layout
 from singer.errors import UserError
 
 LOCAL = "local-dir:"
-# The architecture that a `vit` of given dimensions is built from; its own are all replaced.
-PLAIN_VIT = "vit_tiny_patch16_224"
 # How every image is brought to the models' size (views.apply_view).
 INTERPOLATION = "bicubic"
 # Where ViTs and other architectures keep the weight of their head.
@@ -86,37 +84,9 @@ def local_folder(name: str) -> Path | None:
 
 def load_teacher(config: TeacherConfig) -> Backbone:
     """The teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
-    return _frozen(_create(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher.name"))
-
-
-def new_student(config: StudentConfig, image_size: int) -> Backbone:
-    """A student to be trained, without a head. image_size: used where the config gives none."""
-    dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
-    given = {k: v for k, v in dims.items() if v is not None}
-    if config.name == "vit":
-        missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
-        if missing:
-            raise UserError(f"student.name vit needs student.{missing[0]} too (or name a timm model)")
-        if given["embed_dim"] % given["num_heads"]:
-            raise UserError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
-        if config.pretrained:
-            raise UserError("student.pretrained needs the student.name of a timm model")
-    elif given:
-        check_known(config.name, f"student.name: timm has no model {config.name!r}")
-        raise UserError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
-    args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
-    if config.drop_path:
-        args["drop_path_rate"] = config.drop_path
-    name = PLAIN_VIT if config.name == "vit" else config.name
-    size = config.image_size or image_size
-    student = _create(name, size, args, None, pretrained=config.pretrained, what="student.name")
-    try:
-        student.layout  # noqa: B018 - what runs once runs again
-    except Exception as error:  # each architecture raises its own
-        raise UserError(
-            f"student.name {config.name} gives no feature maps at {size} pixels: {_first_line(error)}"
-        ) from None
-    return student
+    return _frozen(
+        create_model(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher.name")
+    )
 
 
 def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
@@ -129,7 +99,7 @@ def load_model(name: str, weights: Path | None = None, image_size: int | None = 
 
     weights: a local file; default: the folder's, or those that timm fetches. image_size: pixels; default: the model's.
     """
-    return _frozen(_create(name, image_size, {}, weights, pretrained=True, what="model"))
+    return _frozen(create_model(name, image_size, {}, weights, pretrained=True, what="model"))
 
 
 def check_known(name: str, message: str) -> None:
@@ -197,7 +167,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and header errors differ in type
-        raise UserError(f"weights {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights {path} cannot be read: {first_line(error)}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -206,7 +176,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _create(
+def create_model(
     name: str,
     image_size: int | None,
     args: Mapping[str, Any],
@@ -320,16 +290,16 @@ def _not_fetched(error: BaseException) -> str | None:
                 404: "no such model or file",
             }
             hint = f" ({hints[status]})" if status in hints else ""
-            return f"the server answered {status}{hint}: {_first_line(link)}"
+            return f"the server answered {status}{hint}: {first_line(link)}"
     for link in reversed(chain):
         if isinstance(link, ConnectionError | TimeoutError | URLError | LocalEntryNotFoundError) or (
             type(link).__module__.split(".")[0] in _CLIENTS
         ):
-            return f"no network ({type(link).__name__}: {_first_line(link)})"
+            return f"no network ({type(link).__name__}: {first_line(link)})"
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -338,4 +308,4 @@ def _first_mismatch(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if lines and lines[0].startswith("Error(s) in loading"):
         return " ".join(lines[1:2])[:300]
-    return f"{type(error).__name__} {error}" if isinstance(error, KeyError) else _first_line(error)
+    return f"{type(error).__name__} {error}" if isinstance(error, KeyError) else first_line(error)

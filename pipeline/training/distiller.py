@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
 from pipeline.data.sampler import part_size
-from pipeline.stages.refine import Fit
 from pipeline.teachers.models import Backbone
+from pipeline.training.refiner_fit import Fit
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs, freeze_unused
 from singer.cleaners import Adapter

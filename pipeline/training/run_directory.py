@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pipeline.storage.outputs import read_as
 
+RUNS = "runs"
+
 STAGE = "distill"
 STUDENT = "student"
 PROJECTORS_FILE = "projectors.safetensors"

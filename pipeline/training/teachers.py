@@ -12,9 +12,9 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, relocate
-from pipeline.stages.refine import REFINER, RefinerManifest, open_refined, read_refiner
 from pipeline.storage import Place
 from pipeline.storage.outputs import file_hash
+from pipeline.training.refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
 # Of an only teacher without a list; otherwise one for each, in one order.

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline.cache.completion import complete_part
 from pipeline.cache.extract import Extractor
+from pipeline.cache.fill import fill
 from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file, read_images
 from pipeline.cache.segments import Part
 from pipeline.cache.verify.files import metadata, shard_defects, shard_files, within
@@ -18,7 +19,6 @@ from pipeline.cache.verify.live import check_images, computable
 from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, relocate
 from pipeline.runtime.progress import say
-from pipeline.stages.cache_teacher import fill
 from pipeline.storage import Store
 from pipeline.storage.outputs import CONFIG, tensor_bytes
 from singer.errors import UserError

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.report.measurements import Look
+from pipeline.reports.measurements import Look
 from singer.maps import cosine_to, principal_scores, turn_towards
 
 NORMS, COSINES = "magma", "viridis"

@@ -22,7 +22,6 @@ from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
 from pipeline.stages.evaluate import result_file
-from pipeline.stages.refine import MANIFEST
 from pipeline.storage import Place, open_store, write_atomic
 from pipeline.storage.outputs import (
     INPUTS,
@@ -34,12 +33,13 @@ from pipeline.storage.outputs import (
     read_json,
     write_json,
 )
-from pipeline.sweep.file import Plan, Run, find_sweep, read_plan
-from pipeline.sweep.leaderboard import Leaderboard
-from pipeline.sweep.scheduler import Board
-from pipeline.sweep.tasks import REFINERS, RUNS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
-from pipeline.sweep.worker import Worker
-from pipeline.training.run_directory import RUN
+from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
+from pipeline.sweeps.leaderboard import Leaderboard
+from pipeline.sweeps.scheduler import Board
+from pipeline.sweeps.tasks import REFINERS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
+from pipeline.sweeps.worker import Worker
+from pipeline.training.refiners import MANIFEST
+from pipeline.training.run_directory import RUN, RUNS
 from pipeline.training.teachers import Places, as_places, check_records, numbered
 from singer.errors import UserError
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
 from pipeline.data import ImageFile
-from pipeline.report import pictures
-from pipeline.report.measurements import Look, Sample, Students, choose_shown, look_at_features, norms_of, sources_of
-from pipeline.report.runs import Source, Trained
-from pipeline.report.seeds import Group
-from pipeline.stages.refine import read_refiner
+from pipeline.reports import pictures
+from pipeline.reports.measurements import Look, Sample, Students, choose_shown, look_at_features, norms_of, sources_of
+from pipeline.reports.runs import Source, Trained
+from pipeline.reports.seeds import Group
+from pipeline.training.refiners import read_refiner
 from singer.artifacts import robust_threshold
 
 _IMAGES = 6

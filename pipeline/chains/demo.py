@@ -9,16 +9,16 @@ import glob
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.chains.digits import SPLITS, digit_images
 from pipeline.config import Config, resource
-from pipeline.demo.digits import SPLITS, digit_images
 from pipeline.evaluation.classification import Accuracies
-from pipeline.report import report
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
+from pipeline.stages.report import report
 from pipeline.storage.outputs import Mode, check_output, claimed_output
 from pipeline.teachers.models import LOCAL
 

@@ -1,4 +1,4 @@
-"""What was trained on what, what came of it and what it looks like: one page that needs no other file.
+"""After stage 3: one page on what was trained on what, what came of it and what it looks like.
 
 `singer report RUN... --out FILE.html`. Figures of tasks are those that `singer evaluate` has stored; norms and pictures
 are measured now, on records spread evenly over the cache.
@@ -9,27 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache.info import cache_info
-from pipeline.cache.reader import Cache
-from pipeline.report import charts, pictures, tables
-from pipeline.report.figures import Measured, measure
-from pipeline.report.pages import render
-from pipeline.report.runs import find_cache, find_runs, read_runs
-from pipeline.report.scores import Column, Figures, columns_of, rank, ranking_column, read_figures, score
-from pipeline.report.seeds import differences, group_runs
-from pipeline.report.tables import Row
-from pipeline.runtime.machine import versions
-from pipeline.runtime.progress import duration
+from pipeline.evaluation.figures import LEADERBOARD, Mean
+from pipeline.reports import charts, tables
+from pipeline.reports.figures import measure
+from pipeline.reports.page import GENERATOR, render_page
+from pipeline.reports.runs import find_cache, find_runs, read_runs
+from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
+from pipeline.reports.seeds import group_runs
+from pipeline.reports.tables import Row
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import read_json
-from pipeline.sweep.leaderboard import NAME, Mean
-from pipeline.teachers.models import LOCAL
-from pipeline.training.run_directory import LOG
 from pipeline.training.teachers import open_images
 from singer.errors import UserError
 
-# What tells a page of ours from other files.
-GENERATOR = "singer report"
 RECORDS = 256
 
 
@@ -88,7 +80,7 @@ def report(
         Row(place, group, charts.colour(n), table[group], Mean.of([measured.norms[run] for run in group.runs]))
         for n, (place, group) in enumerate(order)
     ]
-    page = _page(opened, rows, columns, by, teacher, measured, title, note)
+    page = render_page(opened, rows, columns, by, teacher, measured, title, note)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page.encode())
     return ReportResult(
@@ -104,9 +96,9 @@ def report(
 
 def _asked(runs: Sequence[Path]) -> str | None:
     """What a sweep ranks by, if the report is about one sweep alone."""
-    if len(runs) != 1 or not (runs[0] / f"{NAME}.json").is_file():
+    if len(runs) != 1 or not (runs[0] / f"{LEADERBOARD}.json").is_file():
         return None
-    asked: str | None = read_json(runs[0], f"{NAME}.json", "sweep").get("rank_by")
+    asked: str | None = read_json(runs[0], f"{LEADERBOARD}.json", "sweep").get("rank_by")
     return asked
 
 
@@ -122,61 +114,3 @@ def check_page(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")
     if f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:4096]:
         raise UserError(f"{out} was not written by {GENERATOR} and is left alone; give another --out")
-
-
-def _page(
-    cache: Cache,
-    rows: Sequence[Row],
-    columns: Sequence[Column],
-    by: Column | None,
-    teacher: Figures,
-    measured: Measured,
-    title: str,
-    note: str | None,
-) -> str:
-    groups = [row.group for row in rows]
-    reference = {c: teacher[c.probe][c.figure] for c in columns if c.figure in teacher.get(c.probe, {})}
-    drawn = groups[: len(charts.COLOURS)]
-    tints = {row.group.name: row.colour for row in rows}
-    fits = tables.fit_curves(groups)
-    info = cache_info(cache.place)
-    known = cache.manifest.teacher
-    of = next(t for t in info.teachers if t.variant == known.variant)
-    means = [score.mean for row in rows for score in row.scores.values()]
-    figures = {
-        "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
-        "losses": charts.losses(groups, LOG),
-        "norms": charts.norms(measured.looks, tints),
-        "fits": charts.fits(fits) if fits else None,
-    }
-    return render(
-        Path(__file__).with_name("report.html.j2"),
-        generator=GENERATOR,
-        title=title,
-        note=note,
-        cards=tables.cards(rows, by, measured, known),
-        rows=rows,
-        columns=columns,
-        by=by,
-        teacher=known,
-        teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
-        teacher_norm=measured.looks[0].mean_max_over_median,
-        reference=reference,
-        several=any(mean.std is not None for mean in means),
-        intervals=any(mean.interval is not None for mean in means),
-        info=info,
-        of=of,
-        data=cache.manifest.data,
-        refiners=tables.refiners(groups),
-        differences=differences(groups),
-        figures=figures,
-        fits=fits,
-        measured=measured,
-        block=measured.looks[0].block,
-        gradients={"norms": pictures.gradient(pictures.NORMS), "cosines": pictures.gradient(pictures.COSINES)},
-        most=pictures.MOST_MEDIANS,
-        recipes={group.name: tables.recipe(group) for group in groups},
-        made_with=groups[0].runs[0].versions,
-        written_with=versions(("singer", "torch", "timm")),
-        duration=duration,
-    )

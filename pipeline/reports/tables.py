@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from pipeline.cache.format import TeacherManifest
-from pipeline.report import charts
-from pipeline.report.figures import Measured
-from pipeline.report.measurements import sources_of
-from pipeline.report.scores import Column, Score
-from pipeline.report.seeds import Group
+from pipeline.evaluation.figures import Mean
+from pipeline.reports import charts
+from pipeline.reports.figures import Measured
+from pipeline.reports.measurements import sources_of
+from pipeline.reports.scores import Column, Score
+from pipeline.reports.seeds import Group
 from pipeline.runtime.progress import duration
-from pipeline.stages.refine import METRICS
 from pipeline.storage.outputs import read_json
-from pipeline.sweep.leaderboard import Mean
+from pipeline.training.refiners import METRICS
 from pipeline.training.run_directory import LOG
 
 _STYLES = ("solid", "dashed", "dotted")

@@ -1,5 +1,5 @@
 """Many students from one cache: `singer sweep FILE --cache CACHE --out FOLDER`."""
 
-from pipeline.sweep.run import SweepResult, sweep
+from pipeline.sweeps.run import SweepResult, sweep
 
 __all__ = ["SweepResult", "sweep"]

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pipeline.report.measurements import Look
-from pipeline.report.pages import as_svg
-from pipeline.report.scores import Column, Score
-from pipeline.report.seeds import Group
-from pipeline.sweep.leaderboard import Mean
+from pipeline.evaluation.figures import Mean
+from pipeline.reports.measurements import Look
+from pipeline.reports.pages import as_svg
+from pipeline.reports.scores import Column, Score
+from pipeline.reports.seeds import Group
 from pipeline.training.checkpoint import read_log
 
 # Of middle lightness: these can be told apart on white and on black.

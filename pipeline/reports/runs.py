@@ -9,11 +9,10 @@ from typing import Any
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
 from pipeline.runtime.progress import say
-from pipeline.stages.refine import MANIFEST, REFINER, read_refiner
 from pipeline.storage import Place, is_remote
 from pipeline.storage.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json, read_versions
-from pipeline.sweep.tasks import RUNS
-from pipeline.training.run_directory import ADAPTERS, RUN, DistillResult, load_result
+from pipeline.training.refiners import MANIFEST, REFINER, read_refiner
+from pipeline.training.run_directory import ADAPTERS, RUN, RUNS, DistillResult, load_result
 from singer.errors import UserError
 
 # Keys that change a student in nothing.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.runs import Trained
+from pipeline.reports.runs import Trained
 from singer.cleaners import CLEANERS
 
 # Of the section refine: those that a refiner's title tells, and those that matter to all refiners.

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.logs import log_file
 from pipeline.runtime.progress import say
-from pipeline.sweep.tasks import Job, Setting, attempt
+from pipeline.sweeps.tasks import Job, Setting, attempt
 
 _SETTING, _JOB, _ANSWER = TypeAdapter(Setting), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
 

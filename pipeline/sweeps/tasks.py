@@ -9,16 +9,15 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.runtime.failures import Failure, failure
 from pipeline.runtime.progress import say
-from pipeline.stages.distill import Job as Student
 from pipeline.stages.distill import fan_out
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage import Place
 from pipeline.storage.outputs import Mode
-from pipeline.training.run_directory import RUN
+from pipeline.training.run_directory import RUN, RUNS
+from pipeline.training.student_run import Job as Student
 
 REFINERS = "refiners"
-RUNS = "runs"
 
 
 @dataclass(frozen=True)

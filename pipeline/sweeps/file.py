@@ -21,21 +21,12 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
+from pipeline.evaluation.figures import DEFAULT_FIGURE, figures_of
 from singer.errors import UserError
 
 # What may vary while the cache stays the same.
 SECTIONS = ("refine", "student", "distill", "evaluate")
 REFINER = "refiner"
-# The figures of each task that are shown, by their place in its result. All are better where they are larger.
-FIGURES = {
-    "classification": ("linear.cls.top1", "linear.mean_patch.top1", "knn.cls.top1", "knn.mean_patch.top1"),
-    "segmentation": ("miou", "pixel_accuracy"),
-    "depth": ("bins.delta1", "regression.delta1"),
-    "retrieval": ("retrieval.cls.map", "retrieval.mean_patch.map"),
-    "domain-shift": ("linear.cls.top1", "linear.mean_patch.top1"),
-    "head": ("top1", "top5"),
-}
-DEFAULT_FIGURE = "classification.linear.mean_patch.top1"
 _LONGEST = 80
 
 Value = Any
@@ -89,16 +80,6 @@ class Plan:
     probes: tuple[str, ...]
     rank_by: str
     together: int = 1
-
-
-def in_percent(figure: str, value: float) -> float:
-    """A stored figure as it is shown: shares, such as delta1, are stored as such; the others are in percent."""
-    return 100 * value if figure.endswith("delta1") else float(value)
-
-
-def figures_of(probes: Iterable[str]) -> list[str]:
-    """Names of all figures, such as classification.linear.cls.top1."""
-    return [f"{task}.{figure}" for task in probes for figure in FIGURES[task]]
 
 
 def find_sweep(file: str | Path) -> Path:

@@ -7,10 +7,9 @@ from typing import Any
 
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.context import without_top5
-from pipeline.report.seeds import Group
+from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
+from pipeline.reports.seeds import Group
 from pipeline.storage.outputs import read_json, validated
-from pipeline.sweep.file import DEFAULT_FIGURE, FIGURES, in_percent
-from pipeline.sweep.leaderboard import Mean, with_bounds, words_of
 from singer.errors import UserError
 
 RESULTS = "evaluate-*.json"

@@ -2,70 +2,18 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.report.pages import render
+from pipeline.evaluation.figures import LEADERBOARD, Mean, figures_of, in_percent, with_bounds, words_of
+from pipeline.reports.pages import render
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import read_json, write_json
-from pipeline.sweep.file import REFINER, Plan, Run, figures_of, in_percent
-from pipeline.sweep.tasks import RUNS, is_done
-from pipeline.training.run_directory import load_result
-
-NAME = "leaderboard"
-_WORDS = {
-    "knn": "k-NN",
-    "cls": "CLS",
-    "top1": "top-1",
-    "top5": "top-5",
-    "miou": "mIoU",
-    "map": "mAP",
-    "rmse": "RMSE (m)",
-}
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Over the seeds. std: of the sample; None of a single run, whose 95 % interval over test images may be known."""
-
-    mean: float
-    std: float | None
-    interval: tuple[float, float] | None = None
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Mean":
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
-
-    @classmethod
-    def of_figure(cls, runs: Sequence[Mapping[str, float]], figure: str) -> "Mean":
-        """runs: {figure: value} of each, with the bounds of `with_bounds` where they are known."""
-        found, bounds = cls.of([run[figure] for run in runs]), with_bounds(figure)[1:]
-        if len(runs) > 1 or not all(bound in runs[0] for bound in bounds):
-            return found
-        low, high = (runs[0][bound] for bound in bounds)
-        return replace(found, interval=(low, high))
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Of the line that shows how uncertain it is."""
-        return self.interval or (self.mean - (self.std or 0), self.mean + (self.std or 0))
-
-    def text(self, form: str) -> str:
-        return form % self.mean + (f" ± {form % self.std}" if self.std is not None else "")
-
-
-def words_of(figure: str) -> list[str]:
-    """Of its parts, for people."""
-    return [_WORDS.get(part, part.replace("_", " ")) for part in figure.split(".")]
-
-
-def with_bounds(figure: str) -> tuple[str, str, str]:
-    """A figure, and where evaluate stores its 95 % interval, if it does."""
-    return figure, f"{figure}_low", f"{figure}_high"
+from pipeline.sweeps.file import REFINER, Plan, Run
+from pipeline.sweeps.tasks import is_done
+from pipeline.training.run_directory import RUNS, load_result
 
 
 @dataclass(frozen=True)
@@ -92,7 +40,7 @@ class Leaderboard:
     """files: {run: {task: its figures, once it is probed}}; ranked: whether there are probes."""
 
     def __init__(self, plan: Plan, out: Path, files: dict[str, dict[str, Path]], ranked: bool) -> None:
-        self.page = out / f"{NAME}.html"
+        self.page = out / f"{LEADERBOARD}.html"
         self.rank_by = plan.rank_by if ranked else None
         self._figures = figures_of(plan.probes) if ranked else []
         self._plan, self._out, self._files = plan, out, files
@@ -113,7 +61,7 @@ class Leaderboard:
         means = [mean for row in rows for mean in row.figures.values()]
         first = 0 if len(self._plan.probes) > 1 else 1
         page = render(
-            Path(__file__).with_name(f"{NAME}.html.j2"),
+            Path(__file__).with_name(f"{LEADERBOARD}.html.j2"),
             rows=rows,
             figures=figures,
             labels={f: words_of(f)[first:] for f in self._figures},

@@ -12,11 +12,11 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import batches, shape_of, spread
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
-from pipeline.report.runs import Source, Trained
+from pipeline.reports.runs import Source, Trained
 from pipeline.runtime.progress import meter
-from pipeline.stages.refine import load_refiner, read_refiner
 from pipeline.storage.outputs import read_tensors
 from pipeline.teachers.models import load_saved
+from pipeline.training.refiners import load_refiner, read_refiner
 from pipeline.training.run_directory import ADAPTERS
 from singer.artifacts import patch_norms
 from singer.backbones import block_outputs, depth

@@ -1,0 +1,133 @@
+"""The manifest and the small files of a new segment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.append import Addition, check_growth, plan_additions
+from pipeline.cache.codecs import CODECS, Calibration, calibrate
+from pipeline.cache.extract import Extractor
+from pipeline.cache.fill import rows_of
+from pipeline.cache.format import (
+    FIDELITY,
+    MANIFEST,
+    DataManifest,
+    Manifest,
+    PixelsManifest,
+    TeacherManifest,
+)
+from pipeline.cache.quantization import fidelity
+from pipeline.cache.reader import read_calibration
+from pipeline.cache.rows import RowReader
+from pipeline.cache.segments import Part, mine, part_name, read_parts
+from pipeline.cache.writer import create_part, small_files
+from pipeline.config import Config, ViewsConfig
+from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash
+from pipeline.data.tars import NO_LABEL
+from pipeline.runtime.progress import say
+from pipeline.storage import Place, open_store
+from pipeline.storage.outputs import Mode, read_json, write_provenance
+from singer.backbones import resolve_blocks
+from singer.tail import TeacherTail, tail_state
+
+STAGE = "cache-teacher"
+
+_MAX_SHARD_RECORDS = 4096
+
+
+def create_parts(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
+    """Create the parts that lack: the whole cache, or what --append adds. Numbers all records."""
+    store = open_store(out)
+    for skipped in listed.skipped:
+        say(f"skipped: {skipped}")
+    parts = read_parts(store) if MANIFEST in store.sizes() else []
+    known = mine(parts, extract.teacher)
+    wanted = config.cache.blocks
+    if wanted is None and mode == "append" and known:
+        wanted = known[0].manifest.blocks
+    blocks = tuple(resolve_blocks(wanted, extract.teacher.depth))
+    whole = Addition(blocks, listed, 0, config.views.count)
+    additions = [whole]
+    if mode == "append":
+        check_growth(parts, describe(config, whole, extract.teacher), out)
+        additions = plan_additions(parts, known, listed, config.views.count, blocks)
+        if not additions:
+            say("everything is there already")
+    for addition in additions:
+        name = part_name(len(parts))
+        child = store.child(name) if name else store
+        manifest, files = build_part(config, addition, extract, parts)
+        if name:
+            write_provenance(child, STAGE, config, seed=None)
+        create_part(child, manifest, files)
+        parts.append(Part(name, child, manifest))
+
+
+def build_part(
+    config: Config, addition: Addition, extract: Extractor, parts: Sequence[Part]
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Manifest and small files of a part. parts: the earlier ones; this teacher's calibration holds on."""
+    manifest, known = describe(config, addition, extract.teacher), mine(parts, extract.teacher)
+    earlier = [p.manifest.tail_first_block for p in known]
+    tail = None
+    if not earlier or manifest.blocks[0] < min(earlier):
+        tail = tail_state(extract.vit.model.state_dict(), manifest.blocks[0])
+        # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
+        TeacherTail(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], tail)
+    else:
+        manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
+    calibration: dict[int, Calibration] = {}
+    measured: dict[int, Any] = {}
+    for part in known:
+        figures = read_json(part.store, FIDELITY, "part of a cache")
+        calibration |= read_calibration(part)
+        measured |= {b: figures[str(b)] for b in part.manifest.blocks}
+    unknown = [b for b in manifest.blocks if b not in calibration]
+    rows = rows_of(manifest, addition.images, parts)
+    with ImageFile(addition.images) as files, decoding_quietly():
+        read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
+        for block, x in extract.sample(read, unknown).items():
+            calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
+            measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
+    ours = {b: calibration[b] for b in manifest.blocks}
+    return manifest, small_files(manifest, addition.images, tail, ours, {b: measured[b] for b in manifest.blocks})
+
+
+def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
+    """The manifest of a part: all that its features depend on but the images, known before any is read."""
+    images, records = addition.images, len(addition.images) * addition.views
+    pixels = None
+    if addition.drawing is None and config.views.pixels != "none":
+        quality = config.views.jpeg_quality if config.views.pixels == "jpeg" else None
+        pixels = PixelsManifest(
+            kind=config.views.pixels, size=config.views.pixel_size or teacher.image_size, quality=quality
+        )
+    manifest = Manifest(
+        teacher=teacher,
+        data=DataManifest(
+            shards=tuple(p.name for p in images.paths),
+            images=len(images),
+            labelled=int((images.labels != NO_LABEL).sum()),
+            hash=listing_hash(images),
+        ),
+        views=(addition.drawing or drawing(config.views)) | {"first": addition.first_view, "count": addition.views},
+        blocks=addition.blocks,
+        codec=config.cache.codec,
+        stored_patches=max(1, round(config.cache.token_share * teacher.patches)),
+        lossless=config.cache.lossless,
+        pixels=pixels,
+        records=records,
+        shard_records=1,
+        tail_first_block=addition.blocks[0],
+    )
+    forms = [form for form in manifest.arrays().values() if form is not None]
+    record_bytes = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in forms)
+    fitting = max(1, config.cache.shard_mb * 2**20 // record_bytes)
+    return manifest.model_copy(update={"shard_records": min(_MAX_SHARD_RECORDS, fitting, records)})
+
+
+def drawing(views: ViewsConfig) -> dict[str, Any]:
+    """The settings on which the drawn views depend."""
+    unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
+    return views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", *unused})

@@ -1,1 +1,0 @@
-"""The whole chain on images that scikit-learn brings, offline."""

@@ -1,0 +1,78 @@
+"""The page of a report, filled from what was read and measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cache.info import cache_info
+from pipeline.cache.reader import Cache
+from pipeline.reports import charts, pictures, tables
+from pipeline.reports.figures import Measured
+from pipeline.reports.pages import render
+from pipeline.reports.scores import Column, Figures
+from pipeline.reports.seeds import differences
+from pipeline.reports.tables import Row
+from pipeline.runtime.machine import versions
+from pipeline.runtime.progress import duration
+from pipeline.teachers.models import LOCAL
+from pipeline.training.run_directory import LOG
+
+# What tells a page of ours from other files.
+GENERATOR = "singer report"
+
+
+def render_page(
+    cache: Cache,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    by: Column | None,
+    teacher: Figures,
+    measured: Measured,
+    title: str,
+    note: str | None,
+) -> str:
+    groups = [row.group for row in rows]
+    reference = {c: teacher[c.probe][c.figure] for c in columns if c.figure in teacher.get(c.probe, {})}
+    drawn = groups[: len(charts.COLOURS)]
+    tints = {row.group.name: row.colour for row in rows}
+    fits = tables.fit_curves(groups)
+    info = cache_info(cache.place)
+    known = cache.manifest.teacher
+    of = next(t for t in info.teachers if t.variant == known.variant)
+    means = [score.mean for row in rows for score in row.scores.values()]
+    figures = {
+        "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
+        "losses": charts.losses(groups, LOG),
+        "norms": charts.norms(measured.looks, tints),
+        "fits": charts.fits(fits) if fits else None,
+    }
+    return render(
+        Path(__file__).with_name("report.html.j2"),
+        generator=GENERATOR,
+        title=title,
+        note=note,
+        cards=tables.cards(rows, by, measured, known),
+        rows=rows,
+        columns=columns,
+        by=by,
+        teacher=known,
+        teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
+        teacher_norm=measured.looks[0].mean_max_over_median,
+        reference=reference,
+        several=any(mean.std is not None for mean in means),
+        intervals=any(mean.interval is not None for mean in means),
+        info=info,
+        of=of,
+        data=cache.manifest.data,
+        refiners=tables.refiners(groups),
+        differences=differences(groups),
+        figures=figures,
+        fits=fits,
+        measured=measured,
+        block=measured.looks[0].block,
+        gradients={"norms": pictures.gradient(pictures.NORMS), "cosines": pictures.gradient(pictures.COSINES)},
+        most=pictures.MOST_MEDIANS,
+        recipes={group.name: tables.recipe(group) for group in groups},
+        made_with=groups[0].runs[0].versions,
+        written_with=versions(("singer", "torch", "timm")),
+        duration=duration,
+    )

@@ -1,0 +1,40 @@
+"""New students: timm models, or plain Vision Transformers of given dimensions."""
+
+from typing import Any
+
+from pipeline.config import StudentConfig
+from pipeline.teachers.models import Backbone, check_known, create_model, first_line
+from singer.errors import UserError
+
+# The architecture that a `vit` of given dimensions is built from; its own are all replaced.
+PLAIN_VIT = "vit_tiny_patch16_224"
+
+
+def new_student(config: StudentConfig, image_size: int) -> Backbone:
+    """A student to be trained, without a head. image_size: used where the config gives none."""
+    dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
+    given = {k: v for k, v in dims.items() if v is not None}
+    if config.name == "vit":
+        missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
+        if missing:
+            raise UserError(f"student.name vit needs student.{missing[0]} too (or name a timm model)")
+        if given["embed_dim"] % given["num_heads"]:
+            raise UserError(f"student.dim {config.dim} is not a multiple of student.heads {config.heads}")
+        if config.pretrained:
+            raise UserError("student.pretrained needs the student.name of a timm model")
+    elif given:
+        check_known(config.name, f"student.name: timm has no model {config.name!r}")
+        raise UserError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
+    args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
+    if config.drop_path:
+        args["drop_path_rate"] = config.drop_path
+    name = PLAIN_VIT if config.name == "vit" else config.name
+    size = config.image_size or image_size
+    student = create_model(name, size, args, None, pretrained=config.pretrained, what="student.name")
+    try:
+        student.layout  # noqa: B018 - what runs once runs again
+    except Exception as error:  # each architecture raises its own
+        raise UserError(
+            f"student.name {config.name} gives no feature maps at {size} pixels: {first_line(error)}"
+        ) from None
+    return student

@@ -1,0 +1,73 @@
+"""A refiner in the making: its parts with a closed form, and where its adapters start."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import clean_moments, gather_evidence, measure_scales, spread
+from pipeline.config import RefineConfig
+from pipeline.runtime.progress import say
+from pipeline.training.refiners import (
+    empty_refiner,
+)
+from singer.artifacts import BlockScale
+from singer.cleaners import CLEANERS
+from singer.errors import UserError
+from singer.losses import COUPLED
+from singer.subspaces import BASES, best_rank
+from singer.tail import TeacherTail
+
+
+class Fit:
+    """A refiner in the making: what is known of the cache's blocks before anything is trained."""
+
+    def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
+        self.cache, self.settings, self.records, self.device = cache, settings, records, device
+        self.statistics = spread(records, settings.statistics_records)
+        self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
+        self.tail = cache.tail().to(device)
+        self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
+        if CLEANERS[settings.cleaner].trained:
+            if settings.info_form in COUPLED and len(cache.blocks) < 2:
+                raise UserError(
+                    f"refine.info_form {settings.info_form} needs an intermediate block beside the last; cache another"
+                )
+            self.starts = start_directions(cache, self.tail, self.scales, self.statistics, settings, device)
+            self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
+        self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
+
+    def close(self) -> None:
+        """Everything with a closed form, once the adapters are there: cleaners, then normalisers behind them."""
+        cache, settings = self.cache, self.settings
+        self.refiner.requires_grad_(False)
+        looks = CLEANERS[settings.cleaner].looks
+        sample = spread(self.statistics, settings.sample_records) if looks else self.statistics[:0]
+        for block in cache.blocks:
+            evidence = gather_evidence(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
+            self.refiner.cleaner(block).fit(evidence)
+        moments = clean_moments(cache, self.refiner, self.scales, self.statistics, self.device)
+        for block in cache.blocks:
+            self.refiner.normaliser(block).fit(moments[block])
+
+
+def start_directions(
+    cache: Cache,
+    tail: TeacherTail,
+    scales: dict[int, BlockScale],
+    records: np.ndarray,
+    settings: RefineConfig,
+    device: torch.device,
+) -> dict[int, Tensor]:
+    """{block: (d, rank)}: where the adapters start."""
+    starts = {}
+    for block in cache.blocks:
+        sample = spread(records, settings.sample_records)
+        evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
+        rank = settings.rank
+        if rank == "auto":
+            rank, curve = best_rank(evidence, settings.basis)
+            removed, drift = curve[rank - 1]
+            say(f"block {block}: rank {rank} takes {removed:.1%} of the artifact energy and {drift:.1%} of the drift")
+        starts[block] = BASES[settings.basis](evidence, rank)
+    return starts

@@ -1,0 +1,138 @@
+"""Refiners on disk: what they were fitted to, and whether they belong to a cache."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import shape_of
+from pipeline.config import RefineConfig
+from pipeline.storage import Place
+from pipeline.storage.outputs import (
+    read_as,
+    read_tensors,
+)
+from singer.artifacts import BlockScale
+from singer.cleaners import CLEANERS
+from singer.errors import UserError
+from singer.losses import INFO_FORMS, OUTLIER_FORMS
+from singer.normalisers import NORMALISERS
+from singer.refiner import Refiner
+from singer.subspaces import BASES
+
+# What names one of several variants of a teacher.
+OPTION = "--set refine.teacher={}"
+REFINER = "refiner.safetensors"
+MANIFEST = "refiner.json"
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class RefinerManifest:
+    """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
+
+    variant: the teacher's; old refiners have None, and the id alone tells it. ranks: {block: rank of its adapter}; seed
+    and holdout tell which records it was not fitted on.
+    """
+
+    cache: str
+    cleaner: str
+    normaliser: str
+    ranks: dict[int, Annotated[int, Field(ge=1)]]
+    scales: dict[int, BlockScale]
+    teacher: str
+    seed: int
+    holdout: float
+    variant: str | None = None
+
+
+def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
+    shapes = {b: shape_of(cache, ranks[b], settings.softness) for b in cache.blocks}
+    return Refiner(shapes, settings.cleaner, settings.normaliser)
+
+
+def open_refined(
+    path: Path, place: Place, teacher: str | None, blocks: Sequence[int] | None, local_copy: Path | None, option: str
+) -> Cache:
+    """The cache of a refiner: the variant and, unless others are asked for, the blocks that it was fitted to.
+
+    The arguments after `path` are those of Cache. Raises UserError if the refiner was fitted to another cache.
+    """
+    manifest = read_refiner(path)
+    try:
+        return Cache(place, teacher, blocks or tuple(manifest.scales), local_copy, manifest.cache, option)
+    except UserError:
+        # That it lacks blocks is no remedy where it is another teacher's.
+        check_belongs(path, manifest, Cache(place, teacher, None, local_copy, manifest.cache, option))
+        raise
+
+
+def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
+    """Raise UserError if the refiner at `path` was fitted to another cache.
+
+    A cache that has grown since is still the same: what was there has not changed.
+    """
+    variant = cache.manifest.teacher.variant
+    if manifest.variant not in (None, variant):
+        raise UserError(
+            f"{path} was fitted to features of {manifest.variant}, but those of {cache.place} are of {variant}; "
+            f"fit one to them with singer refine --set refine.teacher={variant}"
+        )
+    if manifest.cache not in cache.ids:
+        raise UserError(
+            f"{path} was fitted to cache {manifest.cache[:12]}, but {cache.place} is {cache.id[:12]}; "
+            "run singer refine on this cache"
+        )
+
+
+def load_refiner(path: Path, cache: Cache) -> Refiner:
+    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache, or to other blocks."""
+    manifest = read_refiner(path)
+    check_belongs(path, manifest, cache)
+    if not set(cache.blocks) <= set(manifest.scales):
+        raise UserError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
+    settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)
+    check_names(settings)
+    try:
+        refiner = empty_refiner(cache, settings, manifest.ranks)
+        state = read_tensors(path / REFINER)
+        unused = tuple(f".{b}." for b in manifest.scales if b not in cache.blocks)
+        refiner.load_state_dict({n: t for n, t in state.items() if not any(u in n for u in unused)})
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path / REFINER} is damaged: {str(error).splitlines()[0]}") from None
+    return refiner.requires_grad_(False)
+
+
+def read_refiner(path: Path) -> RefinerManifest:
+    """Raises UserError if there is no finished refiner at `path`."""
+    return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
+
+
+def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(records to fit on, held-out records): a random split, a pure function of the seed."""
+    order = np.random.default_rng([settings.seed, 0]).permutation(len(cache))
+    held_out = max(1, round(settings.holdout * len(cache)))
+    if len(cache) == held_out:
+        raise UserError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
+    if CLEANERS[settings.cleaner].trained and len(cache) - held_out < settings.batch_size:
+        raise UserError(
+            f"{len(cache)} records are too few for refine.batch_size {settings.batch_size}; make it smaller"
+        )
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def check_names(settings: RefineConfig) -> None:
+    known: dict[str, Iterable[str]] = {
+        "cleaner": CLEANERS,
+        "normaliser": NORMALISERS,
+        "basis": BASES,
+        "outlier_form": OUTLIER_FORMS,
+        "info_form": INFO_FORMS,
+    }
+    for key, names in known.items():
+        if getattr(settings, key) not in names:
+            raise UserError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
