@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
 from pipeline.data.prefetch import prefetch
-from pipeline.data.sampler import EpochOrder, Share, share
+from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
 from pipeline.stages.refine import refine
 from pipeline.training.trainer import BatchLoader
 
@@ -42,9 +42,9 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
     load = BatchLoader([cache], files, [size])
-    plan = [share(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
-    def load_images(part: Share) -> Tensor:
+    def load_images(part: BatchIndices) -> Tensor:
         return cache.pixels(part.records, size, files)
 
     (fixed,) = load([plan[:1]], 1)

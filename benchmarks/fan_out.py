@@ -16,7 +16,7 @@ from setting import DEVICE_NAME, Student, add_options, make_cache, read_config, 
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
-from pipeline.data.sampler import EpochOrder, share
+from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.stages.refine import refine
 from pipeline.training.trainer import Batch, BatchLoader
 
@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     size, batch, workers = students[0].vit.image_size, config.distill.batch_size, config.distill.workers
     load = BatchLoader([cache], ImageFile(relocate(cache.index.images, None)), [size])
     order = EpochOrder(len(cache), 0, 0)
-    plan = [share(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])

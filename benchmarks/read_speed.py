@@ -29,7 +29,7 @@ import zarr
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
-from pipeline.cache.completion import complete_part
+from pipeline.cache.completion import complete_segment
 from pipeline.cache.format import (
     FEATURES,
     PIXELS,
@@ -41,12 +41,12 @@ from pipeline.cache.format import (
     shard_file,
 )
 from pipeline.cache.reader import Cache
-from pipeline.cache.segments import read_parts
-from pipeline.cache.writer import create_part, small_files, write_shard
+from pipeline.cache.segments import read_segments
+from pipeline.cache.writer import create_segment, small_files, write_shard
 from pipeline.config import DistillConfig
 from pipeline.data import Images, Keys, listing_hash
 from pipeline.data.prefetch import prefetch
-from pipeline.data.sampler import WINDOW_BYTES, lists_ahead, share_lists
+from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_depth
 from pipeline.storage import LocalStore
 from pipeline.training.trainer import BatchLoader
 
@@ -108,7 +108,7 @@ def create_synthetic(store: LocalStore, manifest: Manifest) -> None:
     """Everything but the shards."""
     images = synthetic_images(manifest.records)
     calibration = calibrate(synthetic_features(BATCH, manifest.tokens, manifest.teacher.width), 1)
-    create_part(store, manifest, small_files(manifest, images, {}, {BLOCK: calibration}, {}))
+    create_segment(store, manifest, small_files(manifest, images, {}, {BLOCK: calibration}, {}))
 
 
 def write_synthetic(folder: Path, manifest: Manifest) -> None:
@@ -131,8 +131,8 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
             values[PIXELS] = np.full((stop - start, size, size, 3), shard % 256, np.uint8)
         values[VIEWS] = synthetic_views(manifest, start, stop)
         write_shard(store, manifest, shard, values, {})
-    (part,) = read_parts(store)
-    complete_part(part)
+    (part,) = read_segments(store)
+    complete_segment(part)
 
 
 def synthetic_views(manifest: Manifest, start: int, stop: int) -> np.ndarray:
@@ -172,8 +172,8 @@ def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, 
 
     def singer(workers: int, block: int = 1) -> int:
         settings = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, workers=workers)
-        ahead = lists_ahead(settings, loader.record_bytes, 1)
-        lists = share_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
+        ahead = prefetch_depth(settings, loader.record_bytes, 1)
+        lists = batch_index_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
         for _ in prefetch(loader.features, lists, workers, most=ahead):
             pass
         return total * count * batch // len(cache)

@@ -17,7 +17,7 @@ from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.training.distiller import Distiller, Lesson, Targets, TeacherFeatures, TeacherHead
 from pipeline.training.refiners import load_refiner
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
@@ -87,7 +87,7 @@ class Student:
         refiner = load_refiner(adapters, cache) if adapters is not None else None
         self.targets = Targets(cache, refiner, self.vit, DEVICE)
         matching = match_blocks(cache.blocks, described.depth, depth(self.vit.model))
-        head = Head(self.vit, matching, self.targets, config.distill.objectives)
+        head = TeacherHead(self.vit, matching, self.targets, config.distill.objectives)
         self.model = Distiller(self.vit, [head]).to(DEVICE)
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -96,7 +96,7 @@ class Student:
         count = len(pixels)
         given = torch.full((count,), 1 / count) if weights is None else weights
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
-        lesson = Lesson(images, [Shown(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
+        lesson = Lesson(images, [TeacherFeatures(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
         with self.autocast():
             losses = self.model(lesson)
         self.optimiser.zero_grad(set_to_none=True)

@@ -20,11 +20,11 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.data import ImageFile, relocate
 from pipeline.data.prefetch import prefetch
-from pipeline.data.sampler import EpochOrder, Share, share, steps_per_epoch
+from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices, steps_per_epoch
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import fan_out
 from pipeline.stages.refine import refine
-from pipeline.training.student_run import Job
+from pipeline.training.student_run import StudentSpec
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:
@@ -33,13 +33,13 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
     teach, student = Teacher(config, cache), Student(config, cache, adapters)
     files = ImageFile(relocate(cache.index.images, None))
 
-    def load_images(part: Share) -> tuple[Tensor, Tensor]:
+    def load_images(part: BatchIndices) -> tuple[Tensor, Tensor]:
         return cache.pixels(part.records, student.vit.image_size, files), from_numpy(part.weights)
 
     for epoch in range(settings.epochs):
         order = EpochOrder(len(cache), settings.seed, epoch)
         steps = range(steps_per_epoch(len(cache), settings.batch_size))
-        plan = [share(order, step, settings.batch_size, 0, 1) for step in steps]
+        plan = [batch_indices(order, step, settings.batch_size, 0, 1) for step in steps]
         for pixels, weights in prefetch(load_images, plan, settings.workers):
             student.update(pixels, teach(pixels), weights)
 
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         for member in members:
             # They differ in how fast they learn, as in any sweep; the order of the data is one.
             own = config.distill.model_copy(update={"lr": config.distill.lr * (1 + member / 20)})
-            jobs.append(Job(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
+            jobs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
         training += seconds(lambda jobs=jobs: fan_out(jobs, scratch / "cache"))  # type: ignore[misc]
 
     one = sum(online) / len(online)

@@ -33,7 +33,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS, read_images
 from pipeline.cache.rows import RowReader, Rows
-from pipeline.cache.segments import read_parts
+from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_shards
 from pipeline.data.prefetch import prefetch
@@ -66,8 +66,8 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     accelerator = make_accelerator(config.cache.precision)
     vit.model.to(accelerator.device)
     extract = Extractor(config, vit, accelerator)
-    create.create_parts(config, index_shards(options.shards), scratch, "new", extract)
-    (part,) = read_parts(LocalStore(scratch))
+    create.create_segments(config, index_shards(options.shards), scratch, "new", extract)
+    (part,) = read_segments(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store)
     rows = Rows.of(manifest, images)
     encode = Encoder(manifest, rows, calibration_on(part, extract.device))
@@ -110,7 +110,7 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     manifest = manifest.model_copy(update={"shard_records": records})
     store = LocalStore(folder)
     create_synthetic(store, manifest)
-    (part,) = read_parts(store)
+    (part,) = read_segments(store)
     encode = Encoder(manifest, Rows.of(manifest, read_images(store)), calibration_on(part, torch.device("cpu")))
 
     def store_all() -> None:

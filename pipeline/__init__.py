@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.stages.verify import VerifyResult, verify
     from pipeline.sweeps.run import SweepResult, sweep
     from pipeline.training.run_directory import DistillResult
-    from pipeline.training.student_run import Job
+    from pipeline.training.student_run import StudentSpec
 
 __all__ = [
     "Cache",
@@ -39,11 +39,11 @@ __all__ = [
     "EvaluateResult",
     "ExportResult",
     "InspectResult",
-    "Job",
     "PlanResult",
     "PrepareResult",
     "RefineResult",
     "ReportResult",
+    "StudentSpec",
     "SweepResult",
     "VerifyResult",
     "cache_info",
@@ -74,7 +74,7 @@ _MODULES = {
     "EvaluateResult": "pipeline.evaluation.context",
     "ExportResult": "pipeline.stages.export",
     "InspectResult": "pipeline.stages.inspect",
-    "Job": "pipeline.training.student_run",
+    "StudentSpec": "pipeline.training.student_run",
     "PlanResult": "pipeline.planning.plan",
     "PrepareResult": "pipeline.stages.prepare",
     "RefineResult": "pipeline.stages.refine",

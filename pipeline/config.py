@@ -19,7 +19,7 @@ from singer.errors import UserError
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 Jitter = Annotated[float, Field(ge=0, le=1)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
@@ -46,7 +46,9 @@ class ViewsConfig(Section):
     count: Positive = Field(1, description="views an image")
     kind: Literal["center", "random-resized-crop"] = "center"
     crop: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="center: share of the short side that is kept")
-    scale: tuple[Share, Share] = Field((0.08, 1.0), description="random-resized-crop: least and largest share of area")
+    scale: tuple[Fraction, Fraction] = Field(
+        (0.08, 1.0), description="random-resized-crop: least and largest share of area"
+    )
     ratio: tuple[Ratio, Ratio] = Field((3 / 4, 4 / 3), description="random-resized-crop: width / height")
     flip: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="probability of a mirrored view")
     color: tuple[Jitter, Jitter, Jitter, Hue] = Field(

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from singer.artifacts import BlockScale, robust_threshold
     from singer.backbones import block_outputs
     from singer.cleaners import CLEANERS, Shape
-    from singer.evidence import Evidence
+    from singer.fit_context import FitContext
     from singer.matching import match_blocks, resize_tokens
     from singer.normalisers import NORMALISERS
     from singer.objectives import OBJECTIVES
     from singer.refiner import Refiner
     from singer.subspaces import BASES
-    from singer.tail import TeacherTail
+    from singer.suffix import TeacherSuffix
 
 __all__ = [
     "BASES",
@@ -25,10 +25,10 @@ __all__ = [
     "NORMALISERS",
     "OBJECTIVES",
     "BlockScale",
-    "Evidence",
+    "FitContext",
     "Refiner",
     "Shape",
-    "TeacherTail",
+    "TeacherSuffix",
     "block_outputs",
     "match_blocks",
     "resize_tokens",
@@ -41,10 +41,10 @@ _MODULES = {
     "NORMALISERS": "singer.normalisers",
     "OBJECTIVES": "singer.objectives",
     "BlockScale": "singer.artifacts",
-    "Evidence": "singer.evidence",
+    "FitContext": "singer.fit_context",
     "Refiner": "singer.refiner",
     "Shape": "singer.cleaners",
-    "TeacherTail": "singer.tail",
+    "TeacherSuffix": "singer.suffix",
     "block_outputs": "singer.backbones",
     "match_blocks": "singer.matching",
     "resize_tokens": "singer.matching",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singer.artifacts import clean_mask, clip_norms, expected_patches
 from singer.curvature import curvature
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cleaner(nn.Module):
         super().__init__()
         self.shape = shape
 
-    def fit(self, evidence: Evidence) -> None:
+    def fit(self, evidence: FitContext) -> None:
         """Set buffers from the evidence of the block."""
 
     def patches(self, patches: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Clip(Cleaner):
         super().__init__(shape)
         self.register_buffer("threshold", torch.tensor(float("inf")))
 
-    def fit(self, evidence: Evidence) -> None:
+    def fit(self, evidence: FitContext) -> None:
         self.threshold.fill_(evidence.scale.threshold)
 
     def patches(self, patches: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Projector(Neighbour):
         super().__init__(shape)
         self.register_buffer("move", torch.zeros(shape.width, shape.width))
 
-    def fit(self, evidence: Evidence) -> None:
+    def fit(self, evidence: FitContext) -> None:
         super().fit(evidence)
         seen = curvature(evidence, "final-norm")
         d = len(seen)

@@ -10,24 +10,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from singer.evidence import Evidence
-from singer.tail import TeacherTail
+from singer.fit_context import FitContext
+from singer.suffix import TeacherSuffix
 
-Reader = Callable[[TeacherTail, Tensor, int], Tensor]
+Reader = Callable[[TeacherSuffix, Tensor, int], Tensor]
 _BATCH = 16
 
 
-def read_branch(tail: TeacherTail, tokens: Tensor, block: int) -> Tensor:
+def read_branch(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """What the next block adds: all its branches, without the identity path. Of the last block: the final norm."""
     return tail.next_output(tokens, block) - tokens if not tail.is_last(block) else tail.normed(tokens, block)
 
 
-def read_next_norm(tail: TeacherTail, tokens: Tensor, block: int) -> Tensor:
+def read_next_norm(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """The output of the norm that comes first in the next block; of the last block: of the final norm."""
     return tail.next_norm(tokens, block)
 
 
-def read_final_norm(tail: TeacherTail, tokens: Tensor, block: int) -> Tensor:
+def read_final_norm(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """The final normed tokens of the teacher: what everybody downstream sees."""
     return tail.normed(tokens, block)
 
@@ -35,7 +35,7 @@ def read_final_norm(tail: TeacherTail, tokens: Tensor, block: int) -> Tensor:
 READERS: dict[str, Reader] = {"branch": read_branch, "next-norm": read_next_norm, "final-norm": read_final_norm}
 
 
-def curvature(evidence: Evidence, reader: str, draws: int = 1) -> Tensor:
+def curvature(evidence: FitContext, reader: str, draws: int = 1) -> Tensor:
     """Sketch of C (d, d) float64 over the clean patch tokens of the sample; `draws` vectors v an image.
 
     Clean tokens: that is where refined tokens are to lie, and norms make all directions of an artifact look flat.

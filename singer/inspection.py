@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from singer.artifacts import clean_mask, patch_norms
 from singer.curvature import READERS
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 from singer.losses import gram_error
 
 Clean = Callable[[Tensor], Tensor]
@@ -22,14 +22,14 @@ def norm_quantiles(norms: Tensor) -> dict[str, float]:
     return {f"{100 * q:g} %": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES}
 
 
-def artifact_map(evidence: Evidence) -> Tensor:
+def artifact_map(evidence: FitContext) -> Tensor:
     """Share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
     assert evidence.grid is not None
     share: Tensor = 100 * (~evidence.clean).float().mean(0).unflatten(0, evidence.grid)
     return share
 
 
-def artifact_direction(evidence: Evidence) -> dict[str, float]:
+def artifact_direction(evidence: FitContext) -> dict[str, float]:
     """What the artifact tokens have in common, apart from their length; empty if there are fewer than two.
 
     cosine: mean over all pairs; rank: exp of the entropy of the spectrum of their unit vectors; first_share (%): of
@@ -52,7 +52,7 @@ def artifact_direction(evidence: Evidence) -> dict[str, float]:
     }
 
 
-def loss_share(evidence: Evidence, clean: Clean | None = None) -> dict[str, float]:
+def loss_share(evidence: FitContext, clean: Clean | None = None) -> dict[str, float]:
     """Share (%) of the artifact tokens in L_KD (mse), and in its gradient, of a student that knows the clean mean.
 
     That is where students stand after their first steps; a token's gradient grows with its error (the paper's bias
@@ -70,7 +70,7 @@ def loss_share(evidence: Evidence, clean: Clean | None = None) -> dict[str, floa
 
 
 @torch.no_grad()
-def reader_drift(evidence: Evidence, clean: Clean) -> dict[str, dict[str, float]]:
+def reader_drift(evidence: FitContext, clean: Clean) -> dict[str, dict[str, float]]:
     """{reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}: how the readers' outputs change.
 
     l2 (%): of the change over that of the original output; patch tokens that are clean and artifacts apart.
@@ -100,7 +100,7 @@ def reader_drift(evidence: Evidence, clean: Clean) -> dict[str, dict[str, float]
 
 
 @torch.no_grad()
-def splice(evidence: Evidence, clean: Clean) -> dict[str, float]:
+def splice(evidence: FitContext, clean: Clean) -> dict[str, float]:
     """The teacher's own verdict with refined features in place of the block's output: agreement and divergence.
 
     top1 (%): images whose first class stays; kl: mean Kullback-Leibler divergence of the refined from the original

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from singer.artifacts import BlockScale, clean_mask, patch_norms
 from singer.errors import UserError
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 
 @dataclass(frozen=True)
-class Exchange:
+class RefinementBatch:
     """Features of some records before and after refining, {block: (B, N, d)}, and what reads them."""
 
     original: Mapping[int, Tensor]
     refined: Mapping[int, Tensor]
-    tail: TeacherTail
+    tail: TeacherSuffix
     scales: Mapping[int, BlockScale]
     prefix: int
 
@@ -38,7 +38,7 @@ class Exchange:
 
 
 OutlierForm = Callable[[Tensor, BlockScale, float], Tensor]
-InfoForm = Callable[[Exchange, int], Tensor]
+InfoForm = Callable[[RefinementBatch, int], Tensor]
 
 
 def robust_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
@@ -76,19 +76,19 @@ def gram_error(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     return error.sum() / pairs.sum().clamp_min(1)
 
 
-def clean_info(exchange: Exchange, block: int) -> Tensor:
+def clean_info(exchange: RefinementBatch, block: int) -> Tensor:
     """Cosine Grams behind the next block, of clean tokens only: an artifact's similarities are what is to change."""
     refined, original = exchange.seen(block)
     return gram_error(refined[:, exchange.prefix :], original[:, exchange.prefix :], exchange.clean(block))
 
 
-def paper_info(exchange: Exchange, block: int) -> Tensor:
+def paper_info(exchange: RefinementBatch, block: int) -> Tensor:
     """Cosine Grams of all patches behind the next block, of the last block its own (the paper)."""
     refined, original = (x[:, exchange.prefix :] for x in exchange.seen(block))
     return F.mse_loss(cosine_gram(refined), cosine_gram(original))
 
 
-def official_info(exchange: Exchange, block: int) -> Tensor:
+def official_info(exchange: RefinementBatch, block: int) -> Tensor:
     """The authors' code: MSE of the next block's raw outputs (all tokens).
 
     Of the last block, the cosine Gram of its refined patches against that of the last intermediate block's refined
@@ -126,7 +126,7 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
 
 
 def adapter_losses(
-    exchange: Exchange, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
+    exchange: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
 ) -> dict[str, dict[int, Tensor]]:
     """{"outlier": {block: loss}, "info": ..., "keep": ...}; keep only if asked for."""
     prefix = exchange.prefix

@@ -9,7 +9,7 @@ from singer.matching import resize_tokens
 
 
 @dataclass(frozen=True)
-class Ends:
+class ProjectorSpec:
     """What a projector joins: widths, and grids (rows, columns) of the patches, of a student block and its teacher.
 
     prefix: tokens ahead of the patches on both sides, 0 or CLS.
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     # Whether tokens come out on the teacher's grid.
     lifts = False
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: ProjectorSpec) -> None:
         super().__init__(ends.width, ends.target_width)
 
 
@@ -37,7 +37,7 @@ class Mlp(nn.Sequential):
 
     lifts = False
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: ProjectorSpec) -> None:
         hidden = max(ends.width, ends.target_width)
         super().__init__(nn.Linear(ends.width, hidden), nn.GELU(), nn.Linear(hidden, ends.target_width))
 
@@ -50,7 +50,7 @@ class Lift(nn.Module):
 
     lifts = True
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: ProjectorSpec) -> None:
         super().__init__()
         self.prefix = ends.prefix
         # One-hot patches, a channel for each position, interpolated: how much of it each new position gets.

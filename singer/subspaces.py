@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from singer.curvature import curvature
 from singer.errors import UserError
-from singer.evidence import Evidence
-from singer.tail import TeacherTail
+from singer.fit_context import FitContext
+from singer.suffix import TeacherSuffix
 
-Basis = Callable[[Evidence, int], Tensor]
+Basis = Callable[[FitContext, int], Tensor]
 # Below it the authors' code calls a singular value zero.
 OFFICIAL_THRESHOLD = 0.05
 # Of the curvature's mean, added before artifact energy is divided by it.
@@ -23,12 +23,12 @@ _FLOOR = 1e-2
 _WIDEST = 64
 
 
-def weights(evidence: Evidence, rank: int) -> Tensor:
+def weights(evidence: FitContext, rank: int) -> Tensor:
     """Smallest singular directions of the linearised reader W̃ = fc2·fc1 of the next block (the paper's choice)."""
     return smallest_directions(reader_weight(evidence.tail, evidence.block), rank)
 
 
-def weights_official(evidence: Evidence, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
+def weights_official(evidence: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
     """As the authors' code has it: of the singular directions below a threshold the r LARGEST, in descending order.
 
     The last block uses its own W̃. Random unit vectors fill up what is missing (they are not orthogonal to the rest).
@@ -42,7 +42,7 @@ def weights_official(evidence: Evidence, rank: int, threshold: float = OFFICIAL_
     return filled
 
 
-def ln_folded(evidence: Evidence, rank: int) -> Tensor:
+def ln_folded(evidence: FitContext, rank: int) -> Tensor:
     """Smallest directions of the next block's branches with its norms folded in; of the last block, of the final norm.
 
     Stacked: E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d) and the value path of attention,
@@ -54,14 +54,14 @@ def ln_folded(evidence: Evidence, rank: int) -> Tensor:
     return smallest_directions(_folded_branches(evidence, tail.block(block + 1)), rank)
 
 
-def least_curvature(evidence: Evidence, rank: int, reader: str) -> Tensor:
+def least_curvature(evidence: FitContext, rank: int, reader: str) -> Tensor:
     """Bottom eigenvectors of the curvature sketch at a reader."""
     _, vectors = torch.linalg.eigh(curvature(evidence, reader))
     flattest: Tensor = vectors[:, : _checked(rank, len(vectors))].float().contiguous()
     return flattest
 
 
-def artifact_aware(evidence: Evidence, rank: int, reader: str = "final-norm") -> Tensor:
+def artifact_aware(evidence: FitContext, rank: int, reader: str = "final-norm") -> Tensor:
     """Most artifact energy for the curvature it costs: the top of A v = λ (C + εI) v, orthonormalised in order."""
     seen = curvature(evidence, reader)
     d = len(seen)
@@ -75,7 +75,7 @@ def artifact_aware(evidence: Evidence, rank: int, reader: str = "final-norm") ->
     return directions
 
 
-def random(evidence: Evidence, rank: int) -> Tensor:
+def random(evidence: FitContext, rank: int) -> Tensor:
     """The control: a random subspace."""
     d = evidence.tokens.shape[-1]
     drawn = torch.randn(d, _checked(rank, d), generator=evidence.generator())
@@ -95,7 +95,7 @@ BASES: dict[str, Basis] = {
 }
 
 
-def best_rank(evidence: Evidence, basis: str) -> tuple[int, list[tuple[float, float]]]:
+def best_rank(evidence: FitContext, basis: str) -> tuple[int, list[tuple[float, float]]]:
     """(r, curve) where the curve's [(artifact energy removed, drift)] at r directions, both as shares, is best.
 
     Removed: of tr A in the span of the first r directions; drift: of tr C at the final norm. r is where the first is
@@ -113,7 +113,7 @@ def best_rank(evidence: Evidence, basis: str) -> tuple[int, list[tuple[float, fl
     return (1 + max(range(len(gains)), key=gains.__getitem__) if float(energy.diagonal().sum()) > 0 else 1), curve
 
 
-def reader_weight(tail: TeacherTail, block: int) -> Tensor:
+def reader_weight(tail: TeacherSuffix, block: int) -> Tensor:
     """The linearised reader (outputs, d) of the output of `block`, acting on column vectors.
 
     Within the network it is fc2·fc1 of the next block's MLP (the paper's linearisation). The last block is read by the
@@ -136,7 +136,7 @@ def smallest_directions(weight: Tensor, rank: int) -> Tensor:
     return smallest
 
 
-def mlp_product(tail: TeacherTail, block: int) -> Tensor:
+def mlp_product(tail: TeacherSuffix, block: int) -> Tensor:
     """fc2·fc1 (d, d) of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
     module = tail.block(block)
     mlp = getattr(module, "mlp", None)
@@ -159,7 +159,7 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _folded_branches(evidence: Evidence, module: nn.Module) -> Tensor:
+def _folded_branches(evidence: FitContext, module: nn.Module) -> Tensor:
     """Linearised branches (outputs, d) of a block; of blocks that are not plain, its first readers behind the norm."""
     norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
     fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))

@@ -18,7 +18,7 @@ import zarr
 from conftest import make_vit, run_singer, seeded, tree_bytes, world_config
 from forked import event, forked
 
-from pipeline.cache import Cache, filling
+from pipeline.cache import Cache, background_writer
 from pipeline.cache.format import JOURNAL, Manifest, read_manifest
 from pipeline.cache.info import cache_info
 from pipeline.config import Config, dump_config, load_config
@@ -233,10 +233,10 @@ def stop_after_three_shards(command: list[str]) -> None:
     def stops(store: Store, manifest: Manifest, shard: int, *args: Any) -> None:
         write(store, manifest, shard, *args) if shard < 3 else time.sleep(3600)
 
-    write = filling.write_shard
+    write = background_writer.write_shard
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
-        patch.setattr(filling, "write_shard", stops)
+        patch.setattr(background_writer, "write_shard", stops)
         run_singer(patch, *command)
 
 

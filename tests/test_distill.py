@@ -17,6 +17,7 @@ from pipeline import readplan
 from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data import relocate
+from pipeline.data.sampler import BatchIndices
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
@@ -24,10 +25,18 @@ from pipeline.storage.outputs import file_hash
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets, new_joint, select_tokens
+from pipeline.training.distiller import (
+    Distiller,
+    Lesson,
+    Targets,
+    TeacherFeatures,
+    TeacherHead,
+    new_joint,
+    select_tokens,
+)
 from pipeline.training.refiners import REFINER, load_refiner
 from pipeline.training.run_directory import RefinerNote, load_result
-from pipeline.training.student_run import Job
+from pipeline.training.student_run import StudentSpec
 from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -78,8 +87,8 @@ def test_select_tokens() -> None:
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
     cache = Cache(world / "cache")
-    model = Distiller(student, [Head(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
-    shown = [Shown(cache.features([0, 1], CPU))]
+    model = Distiller(student, [TeacherHead(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
+    shown = [TeacherFeatures(cache.features([0, 1], CPU))]
     lesson = Lesson(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
     losses = model(lesson)
     torch.stack(list(losses.values())).sum().backward()
@@ -151,7 +160,7 @@ def test_resume_is_exact(world: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     calls = 0
     pixels = stage.BatchLoader.pixels
 
-    def dying(self: stage.BatchLoader, part: stage.Share) -> object:
+    def dying(self: stage.BatchLoader, part: BatchIndices) -> object:
         nonlocal calls
         calls += 1
         if calls > stop_after:
@@ -334,7 +343,9 @@ FAN = {
 
 def test_fan_out_is_as_training_alone(world: Path, tmp_path: Path) -> None:
     jobs = [
-        Job(world_config(world, *sets), tmp_path / "many" / name, None if name == "plain" else world / "adapters")
+        StudentSpec(
+            world_config(world, *sets), tmp_path / "many" / name, None if name == "plain" else world / "adapters"
+        )
         for name, sets in FAN.items()
     ]
     together = fan_out(jobs, world / "cache")
@@ -348,7 +359,7 @@ def test_fan_out_is_as_training_alone(world: Path, tmp_path: Path) -> None:
 
 def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two checkpoints, one student is an epoch ahead of the other."""
-    jobs = [Job(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
+    jobs = [StudentSpec(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
     saves, save = 0, Checkpoint.save
 
     def dying(self: Checkpoint, step: int, write: bool) -> None:
@@ -376,7 +387,7 @@ def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monke
     ],
 )
 def test_what_cannot_share_a_pass(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
-    jobs = [Job(world_config(world), tmp_path / "a"), Job(world_config(world, *sets), tmp_path / "b")]
+    jobs = [StudentSpec(world_config(world), tmp_path / "a"), StudentSpec(world_config(world, *sets), tmp_path / "b")]
     with pytest.raises(UserError, match=message):
         fan_out(jobs, world / "cache")
     with pytest.raises(UserError, match="cannot have the same output folder"):
@@ -437,8 +448,8 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Lesson]:
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(student, [Head(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)])
-    shown = [Shown(cache.features(range(8), CPU))]
+    distiller = Distiller(student, [TeacherHead(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)])
+    shown = [TeacherFeatures(cache.features(range(8), CPU))]
     lesson = Lesson(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
     return distiller, lesson
 
@@ -473,7 +484,10 @@ def test_joint_runs_are_continued_as_they_were_begun(world: Path, tmp_path: Path
 
 def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path) -> None:
     refine(world_config(world, "refine.cleaner=clip", "refine.blocks=[3]"), world / "cache", tmp_path / "a")
-    jobs = [Job(world_config(world), tmp_path / "raw"), Job(world_config(world), tmp_path / "clip", tmp_path / "a")]
+    jobs = [
+        StudentSpec(world_config(world), tmp_path / "raw"),
+        StudentSpec(world_config(world), tmp_path / "clip", tmp_path / "a"),
+    ]
     with pytest.raises(UserError, match="cannot train on one pass: they learn from different blocks"):
         fan_out(jobs, world / "cache")
     assert not (tmp_path / "raw").exists()

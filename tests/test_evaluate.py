@@ -20,7 +20,7 @@ from pipeline.data import ImageFile, index_shards
 from pipeline.data.views import apply_view, crop_view, normalise
 from pipeline.evaluation.classification import Classification, linear_scores
 from pipeline.evaluation.classification import probe as probe_classification
-from pipeline.evaluation.context import Trial, tokens
+from pipeline.evaluation.context import EvaluationContext, tokens
 from pipeline.evaluation.domain_shift import DomainShift
 from pipeline.evaluation.global_features import features
 from pipeline.evaluation.own_head import OwnHead
@@ -249,7 +249,9 @@ def test_intervals_and_shots(world: Path) -> None:
     def run(*sets: str) -> Classification:
         settings = load_config(sets=["evaluate.workers=1", QUICK, *sets]).evaluate
         vit = load_saved(world / "teacher")
-        return probe_classification(Trial(world / "teacher", vit, CPU, train.select(kept), test, settings, 0.0, None))
+        return probe_classification(
+            EvaluationContext(world / "teacher", vit, CPU, train.select(kept), test, settings, 0.0, None)
+        )
 
     found = run("evaluate.shots=[4,11]")
     for figures in (*found.linear.values(), *found.knn.values()):

@@ -8,18 +8,18 @@ from torch import Tensor
 
 from singer.artifacts import BlockScale
 from singer.errors import UserError
-from singer.losses import INFO_FORMS, OUTLIER_FORMS, Exchange, adapter_losses
-from singer.tail import TeacherTail, tail_state
+from singer.losses import INFO_FORMS, OUTLIER_FORMS, RefinementBatch, adapter_losses
+from singer.suffix import TeacherSuffix, suffix_state
 
 SCALE = BlockScale(median=2.0, threshold=4.0)
 
 
-def make_exchange() -> Exchange:
+def make_exchange() -> RefinementBatch:
     vit = make_vit()
-    tail = TeacherTail(vit.architecture, vit.model_args, 2, tail_state(vit.model.state_dict(), 2))
+    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
     original = {b: torch.randn(3, 17, WIDTH) for b in (2, 3)}
     refined = {b: x + 0.3 * torch.randn_like(x) for b, x in original.items()}
-    return Exchange(original, refined, tail, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
+    return RefinementBatch(original, refined, tail, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
 
 
 def gram(tokens: Tensor) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_official_info() -> None:
     assert INFO_FORMS["official"](exchange, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
     last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.refined[2][:, 1:])).mean()
     assert INFO_FORMS["official"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
-    alone = Exchange({3: exchange.original[3]}, {3: exchange.refined[3]}, exchange.tail, exchange.scales, 1)
+    alone = RefinementBatch({3: exchange.original[3]}, {3: exchange.refined[3]}, exchange.tail, exchange.scales, 1)
     with pytest.raises(UserError, match="needs an intermediate block beside the last; cache another block"):
         INFO_FORMS["official"](alone, 3)
 
@@ -73,10 +73,10 @@ def test_clean_info_leaves_artifacts_out() -> None:
     exchange = make_exchange()
     exchange.original[3][:, 4] *= 20
     exchange.refined[3][:, 4] = 0
-    same = Exchange(exchange.original, exchange.original, exchange.tail, exchange.scales, 1)
+    same = RefinementBatch(exchange.original, exchange.original, exchange.tail, exchange.scales, 1)
     spoiled = {3: exchange.original[3].clone()}
     spoiled[3][:, 4] = torch.randn(3, WIDTH)
-    changed = Exchange(exchange.original, spoiled, exchange.tail, exchange.scales, 1)
+    changed = RefinementBatch(exchange.original, spoiled, exchange.tail, exchange.scales, 1)
     assert INFO_FORMS["clean"](same, 3).item() == pytest.approx(0, abs=1e-10)
     assert INFO_FORMS["clean"](changed, 3).item() == pytest.approx(0, abs=1e-10)
     assert INFO_FORMS["paper"](changed, 3).item() > 1e-3

@@ -15,16 +15,16 @@ from singer.errors import UserError
 from singer.losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.matching import match_blocks, resize_tokens
 from singer.normalisers import Standardize
-from singer.objectives import OBJECTIVES, Setting
+from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.probes import knn_scores, topk_percent
 from singer.refiner import Refiner
 from singer.subspaces import reader_weight, smallest_directions
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 
-def make_tail(first: int = 2, **args: object) -> TeacherTail:
+def make_tail(first: int = 2, **args: object) -> TeacherSuffix:
     vit = make_vit(**args)
-    return TeacherTail(vit.architecture, vit.model_args, first, tail_state(vit.model.state_dict(), first))
+    return TeacherSuffix(vit.architecture, vit.model_args, first, suffix_state(vit.model.state_dict(), first))
 
 
 def test_threshold_ignores_a_minority_of_artifacts() -> None:
@@ -196,7 +196,7 @@ def test_resize_keeps_orientation() -> None:
 def test_mse_is_a_mean_over_tokens_and_channels() -> None:
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     expected = ((a.numpy() - b.numpy()) ** 2).reshape(3, -1).mean(1)
-    found = OBJECTIVES["mse"](Setting((2,), 5, 0, (2, 2)))({2: a}, {2: b})
+    found = OBJECTIVES["mse"](ObjectiveContext((2,), 5, 0, (2, 2)))({2: a}, {2: b})
     np.testing.assert_allclose(found["2"].numpy(), expected, rtol=1e-5)
 
 
@@ -204,7 +204,7 @@ def test_cosine_is_blind_to_length() -> None:
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     x, y = a.numpy(), b.numpy()
     cosines = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-    loss = OBJECTIVES["cosine"](Setting((2,), 5, 0, (2, 2)))
+    loss = OBJECTIVES["cosine"](ObjectiveContext((2,), 5, 0, (2, 2)))
     np.testing.assert_allclose(loss({2: a}, {2: b})["2"].numpy(), 1 - cosines.mean(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss({2: a}, {2: 7 * b}), loss({2: a}, {2: b}))
 

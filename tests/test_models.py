@@ -15,7 +15,7 @@ from pipeline.teachers.models import LOCAL, load_saved, load_teacher, read_weigh
 from singer.backbones import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
 from singer.errors import UserError
 from singer.subspaces import reader_weight
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 # family: (architecture, its own arguments, prefix tokens)
 FAMILIES = {
@@ -58,8 +58,8 @@ def test_family(family: str, tmp_path: Path) -> None:
         assert x.shape == (2, prefix + 36, 24)
         torch.testing.assert_close(x, hooked[block])
 
-    tail = TeacherTail(
-        teacher.architecture, teacher.model_args, 1, tail_state(teacher.model.state_dict(), first_block=1)
+    tail = TeacherSuffix(
+        teacher.architecture, teacher.model_args, 1, suffix_state(teacher.model.state_dict(), first_block=1)
     )
     with torch.inference_mode():
         for block, x in tokens.items():

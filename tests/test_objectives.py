@@ -7,16 +7,16 @@ from conftest import WIDTH, make_vit
 from torch import Tensor
 
 from singer.errors import UserError
-from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
+from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext
 from singer.objectives.logits import Logits
 from singer.objectives.relation import Relation, RelationQk
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 
-def make_setting(classes: int | None = 5, **args: object) -> Setting:
+def make_setting(classes: int | None = 5, **args: object) -> ObjectiveContext:
     vit = make_vit(**args)
-    tail = TeacherTail(vit.architecture, vit.model_args, 2, tail_state(vit.model.state_dict(), 2))
-    return Setting((2, 3), WIDTH, 1, (4, 4), tail, vit.prefix, classes)
+    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    return ObjectiveContext((2, 3), WIDTH, 1, (4, 4), tail, vit.prefix, classes)
 
 
 def draw(blocks: tuple[int, ...] = (2, 3)) -> dict[int, Tensor]:
@@ -60,7 +60,7 @@ def test_token_losses(name: str) -> None:
 
 
 def test_without_cls_all_tokens_are_patches() -> None:
-    setting = Setting((2,), WIDTH, 0, (4, 4))
+    setting = ObjectiveContext((2,), WIDTH, 0, (4, 4))
     a, b = torch.randn(3, 16, WIDTH), torch.randn(3, 16, WIDTH)
     found = OBJECTIVES["balanced"](setting)({2: a}, {2: b})["2"]
     torch.testing.assert_close(found, OBJECTIVES["mse"](setting)({2: a}, {2: b})["2"])
@@ -135,7 +135,7 @@ def test_labels() -> None:
 REFUSED = {
     "labels": (make_setting(classes=None), "needs a cache of labelled images"),
     "logits": (make_setting(num_classes=0), "needs the teacher's last block in the cache, and a head"),
-    "vitkd": (Setting((2,), WIDTH, 1, None), "needs all patches of an image"),
+    "vitkd": (ObjectiveContext((2,), WIDTH, 1, None), "needs all patches of an image"),
 }
 
 
@@ -149,7 +149,7 @@ def test_what_an_objective_needs(name: str) -> None:
 def test_relation_needs_a_block_behind() -> None:
     whole = make_setting()
     with pytest.raises(UserError, match="cache an intermediate one"):
-        Relation(Setting((3,), WIDTH, 1, (4, 4), whole.tail))
+        Relation(ObjectiveContext((3,), WIDTH, 1, (4, 4), whole.tail))
 
 
 def test_frozen_parts_are_nobodys_parameters() -> None:

@@ -21,17 +21,17 @@ from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
 from pipeline.teachers.models import Backbone
-from pipeline.training.distiller import Distiller, Head, Joint, Lesson, Shown, Targets
+from pipeline.training.distiller import Distiller, JointTraining, Lesson, Targets, TeacherFeatures, TeacherHead
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape
-from singer.evidence import Evidence
-from singer.objectives import Setting
+from singer.fit_context import FitContext
+from singer.objectives import ObjectiveContext
 from singer.objectives.mse import Mse
 from singer.objectives.vitkd import VitKd
 from singer.refiner import Refiner
 from singer.subspaces import BASES, weights_official
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 FOLDER = Path(__file__).with_name("parity")
 NAMES = ("one_intermediate", "two_intermediate")
@@ -56,9 +56,11 @@ class Fixture:
     def state(self, whose: str) -> dict[str, Tensor]:
         return {n.removeprefix(f"{whose}."): t for n, t in self.tensors.items() if n.startswith(f"{whose}.")}
 
-    def tail(self) -> TeacherTail:
+    def tail(self) -> TeacherSuffix:
         first = min(self.settings["layers"])
-        return TeacherTail(ARCHITECTURE, self.model_args("teacher"), first, tail_state(self.state("teacher"), first))
+        return TeacherSuffix(
+            ARCHITECTURE, self.model_args("teacher"), first, suffix_state(self.state("teacher"), first)
+        )
 
     def student(self) -> Backbone:
         args = self.model_args("student")
@@ -94,8 +96,8 @@ class Fixture:
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
-        joint = Joint(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
-        head = Head(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
+        joint = JointTraining(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
+        head = TeacherHead(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():
@@ -112,7 +114,7 @@ class Fixture:
         """By the fixture's names."""
         batch = self.settings["B"]
         weights, labels = torch.full((batch,), 1 / batch), torch.full((batch,), -1)
-        found = distiller(Lesson(self.tensors["images"], [Shown(self.features)], weights, labels))
+        found = distiller(Lesson(self.tensors["images"], [TeacherFeatures(self.features)], weights, labels))
         kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 
@@ -141,7 +143,7 @@ def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
     """The singular vectors are nearly degenerate: theirs and ours span parts of one space."""
     tail, rank, limit = fixture.tail(), fixture.settings["rank"], fixture.settings["thres"]
     for block, x in fixture.features.items():
-        evidence = Evidence(tail, block, x, NO_SCALE, 1, None)
+        evidence = FitContext(tail, block, x, NO_SCALE, 1, None)
         mlp = tail.block(block if block == fixture.settings["Lt"] - 1 else block + 1).mlp
         _, values, right = np.linalg.svd((mlp.fc2.weight @ mlp.fc1.weight).double().numpy())
         space = torch.from_numpy(right[values < limit].T).float()
@@ -199,9 +201,9 @@ def test_25_steps_of_joint_training(fixture: Fixture) -> None:
             assert_close(parameter, fixture.tensors[f"adapter_after25.{block}.{part}"], 1e-2)
 
 
-def setting(fixture: Fixture) -> Setting:
+def setting(fixture: Fixture) -> ObjectiveContext:
     side = fixture.settings["img"] // fixture.settings["patch"]
-    return Setting(tuple(fixture.settings["layers"]), fixture.settings["dt"], 1, (side, side))
+    return ObjectiveContext(tuple(fixture.settings["layers"]), fixture.settings["dt"], 1, (side, side))
 
 
 def test_fitnet(fixture: Fixture) -> None:

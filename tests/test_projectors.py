@@ -14,14 +14,14 @@ from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.training.checkpoint import read_log
 from singer.errors import UserError
-from singer.projectors import Ends, Lift
+from singer.projectors import Lift, ProjectorSpec
 
 
 @pytest.mark.parametrize(("grid", "target"), [((2, 3), (4, 5)), ((4, 4), (2, 2)), ((3, 3), (3, 3))])
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_lift(grid: tuple[int, int], target: tuple[int, int], prefix: int) -> None:
     """It begins as interpolation, and is what its matrices say once they have moved."""
-    lift = Lift(Ends(5, grid, 7, target, prefix))
+    lift = Lift(ProjectorSpec(5, grid, 7, target, prefix))
     tokens = torch.randn(2, prefix + grid[0] * grid[1], 5)
     weight, bias = (p.detach().double().numpy() for p in (lift.linear.weight, lift.linear.bias))
     maps = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
@@ -37,7 +37,7 @@ def test_lift(grid: tuple[int, int], target: tuple[int, int], prefix: int) -> No
 
 
 def test_on_equal_grids_a_lift_begins_as_the_identity() -> None:
-    assert torch.equal(Lift(Ends(3, (2, 4), 5, (2, 4), 1)).mixing, torch.eye(8))
+    assert torch.equal(Lift(ProjectorSpec(3, (2, 4), 5, (2, 4), 1)).mixing, torch.eye(8))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from pipeline.data.sampler import (
     PIECE_BYTES,
     WINDOW_BYTES,
     EpochOrder,
-    lists_ahead,
+    batch_index_lists,
+    batch_indices,
+    prefetch_depth,
     reads_windows,
-    share,
-    share_lists,
     steps_per_epoch,
 )
 
@@ -25,7 +25,7 @@ def test_every_record_once_an_epoch(records: int, batch: int, world: int, epoch:
     order = EpochOrder(records, 3, epoch, block, window)
     counted = np.zeros(records)
     for step in range(steps_per_epoch(records, batch)):
-        parts = [share(order, step, batch, rank, world) for rank in range(world)]
+        parts = [batch_indices(order, step, batch, rank, world) for rank in range(world)]
         assert len({len(p.records) for p in parts}) == 1
         whole = order.stretch(step * batch, (step + 1) * batch)
         for part in parts:
@@ -68,9 +68,9 @@ def test_lists_hold_every_step_once(
     assert in_windows == (block > 1 and window * size <= WINDOW_BYTES)
     together = max(1, PIECE_BYTES // size * world // batch)
     first = min(first, 2 * per_epoch)
-    ahead = lists_ahead(config, size, world)
+    ahead = prefetch_depth(config, size, world)
     assert ahead == 2 if in_windows else ahead >= 2 and ahead * together >= 2 * config.workers
-    lists = list(share_lists(records, size, config, world - 1, world, first, 2 * per_epoch))
+    lists = list(batch_index_lists(records, size, config, world - 1, world, first, 2 * per_epoch))
     step = first
     for found in lists:
         within = [(step + n) % per_epoch for n in range(len(found))]
@@ -79,7 +79,7 @@ def test_lists_hold_every_step_once(
         assert len({w * batch // window if in_windows else w // together for w in within}) == 1
         for part in found:
             epoch, place = divmod(step, per_epoch)
-            alone = share(EpochOrder(records, 3, epoch, block, window), place, batch, world - 1, world)
+            alone = batch_indices(EpochOrder(records, 3, epoch, block, window), place, batch, world - 1, world)
             np.testing.assert_array_equal(part.records, alone.records)
             np.testing.assert_array_equal(part.weights, alone.weights)
             step += 1

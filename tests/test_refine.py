@@ -208,7 +208,7 @@ def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatc
 
 
 def test_plateau_lowers_the_rate_and_ends() -> None:
-    plateau = fit.Plateau(tolerance=0.1)
+    plateau = fit.ReduceOnPlateau(tolerance=0.1)
     factors = []
     for step in range(600):
         if plateau.over:
@@ -217,7 +217,7 @@ def test_plateau_lowers_the_rate_and_ends() -> None:
         factors.append(plateau.factor)
     assert factors[199] == 1.0 and min(factors) == pytest.approx(fit._FACTOR**4) and step < 599
     assert sorted(factors, reverse=True) == factors
-    again = fit.Plateau(tolerance=0.1)
+    again = fit.ReduceOnPlateau(tolerance=0.1)
     again.load_state_dict(plateau.state_dict())
     assert again == plateau
 

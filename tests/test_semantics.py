@@ -31,16 +31,16 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Distiller, Head, Targets, new_joint
+from pipeline.training.distiller import Distiller, Targets, TeacherHead, new_joint
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.student_run import decay_groups
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape
 from singer.errors import UserError
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 from singer.losses import robust_outlier
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 CPU = torch.device("cpu")
 
@@ -142,10 +142,10 @@ def test_tokens_without_a_norm_stay_finite() -> None:
 # Images without a clean patch
 
 
-def evidence_with(tokens: Tensor, grid: tuple[int, int] | None) -> Evidence:
+def evidence_with(tokens: Tensor, grid: tuple[int, int] | None) -> FitContext:
     vit = make_vit()
-    tail = TeacherTail(vit.architecture, vit.model_args, 2, tail_state(vit.model.state_dict(), 2))
-    return Evidence(tail, 2, tokens, BlockScale(5.0, 10.0), 1, grid)
+    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    return FitContext(tail, 2, tokens, BlockScale(5.0, 10.0), 1, grid)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), None], ids=["grid", "sampled"])
@@ -234,7 +234,9 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
     joint, adapters = new_joint(cache, world_config(world).refine, CPU)
     blocks = len(backbone.layout)
     targets = Targets(cache, None, backbone, CPU)
-    head = Head(backbone, {2: blocks - 2, 3: blocks - 1}, targets, {"mse": 1.0, "vitkd": 1.0}, "mlp", adapters, joint)
+    head = TeacherHead(
+        backbone, {2: blocks - 2, 3: blocks - 1}, targets, {"mse": 1.0, "vitkd": 1.0}, "mlp", adapters, joint
+    )
     distiller = Distiller(backbone, [head])
     decays, others = grouped(distiller)
     assert decays | others == {name for name, p in distiller.named_parameters() if p.requires_grad}
@@ -250,7 +252,7 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
 def test_positions_of_a_table_do_not_decay(world: Path) -> None:
     """What an architecture names, here Swin's table of relative positions."""
     swin = new_student(StudentConfig(name="swin_tiny_patch4_window7_224", image_size=224), 224)
-    head = Head(swin, {2: 2, 3: 3}, Targets(Cache(world / "cache"), None, swin, CPU), {"mse": 1.0})
+    head = TeacherHead(swin, {2: 2, 3: 3}, Targets(Cache(world / "cache"), None, swin, CPU), {"mse": 1.0})
     decays, others = grouped(Distiller(swin, [head]))
     assert any(n.endswith("relative_position_bias_table") for n in others)
     assert not any(n.endswith("relative_position_bias_table") for n in decays)
@@ -259,7 +261,7 @@ def test_positions_of_a_table_do_not_decay(world: Path) -> None:
 def test_a_run_of_one_group_is_not_continued(world: Path) -> None:
     """A checkpoint from before decay was grouped: torch would load its moments, and change its decay in silence."""
     student = new_student(world_config(world).student, 32)
-    head = Head(student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, CPU), {"mse": 1.0})
+    head = TeacherHead(student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, CPU), {"mse": 1.0})
     distiller = Distiller(student, [head])
     trained = [p for p in distiller.parameters() if p.requires_grad]
 

@@ -35,10 +35,10 @@ from pipeline.storage import (
     ReadThrough,
     RemoteStore,
     Store,
+    batched_reads,
     locks,
     open_store,
     remote,
-    scattered,
 )
 from singer.errors import UserError
 
@@ -713,7 +713,7 @@ def test_names_in_urls() -> None:
 class Uneven:
     """A queue that brings only some of what it is asked for, as a system does whose memory does not hold it all."""
 
-    def __init__(self, queue: scattered._Queue, seed: int) -> None:
+    def __init__(self, queue: batched_reads._Queue, seed: int) -> None:
         self._queue, self._random = queue, np.random.default_rng(seeded(seed))
 
     def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
@@ -748,14 +748,14 @@ def test_ranges_are_scattered_to_their_places(
     for file, offset, length, place in zip(which, offsets, lengths, places, strict=True):
         wanted[place : place + length] = np.frombuffer(data[file][offset : offset + length], np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scattered, "_PIECES", most)
-        patch.setattr(scattered, "_NOTHING", np.empty(through, np.uint8))
+        patch.setattr(batched_reads, "_PIECES", most)
+        patch.setattr(batched_reads, "_NOTHING", np.empty(through, np.uint8))
         kinds: list[object] = [None]
         with contextlib.suppress(OSError):  # this system has no queues
-            queue = scattered._Queue(at_once)
+            queue = batched_reads._Queue(at_once)
             kinds += [queue, Uneven(queue, seed)]
         for used in kinds:
-            patch.setattr(scattered, "_queue", lambda used=used: contextlib.nullcontext(used))
+            patch.setattr(batched_reads, "_queue", lambda used=used: contextlib.nullcontext(used))
             out = np.zeros_like(wanted)
             LocalStore(tmp_path).read_ranges(Ranges(["0", "1", "2"], which, offsets, lengths, out, places))
             assert np.array_equal(out, wanted)
@@ -790,9 +790,9 @@ def test_queues_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """By threads that are gone: a system has only so many."""
     store, given_back = LocalStore(tmp_path), list[int]()
     store.write("ten", b"0123456789")
-    destroy = scattered._give_back
-    monkeypatch.setattr(scattered, "_give_back", lambda *of: (given_back.append(1), destroy(*of)))
-    with scattered._queue() as queue:
+    destroy = batched_reads._give_back
+    monkeypatch.setattr(batched_reads, "_give_back", lambda *of: (given_back.append(1), destroy(*of)))
+    with batched_reads._queue() as queue:
         if queue is None:
             pytest.skip("this system has no queues")
     for _ in range(5):
@@ -803,7 +803,7 @@ def test_queues_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_an_interrupted_read_leaves_meets_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in a notebook, and the cell run once more."""
-    store, call = LocalStore(tmp_path), scattered._call
+    store, call = LocalStore(tmp_path), batched_reads._call
     store.write("ten", b"0123456789")
     for interrupted in range(1, 5):
         calls = 0
@@ -816,10 +816,10 @@ def test_what_an_interrupted_read_leaves_meets_no_other(tmp_path: Path, monkeypa
                 raise KeyboardInterrupt
             return result
 
-        monkeypatch.setattr(scattered, "_call", interrupt)
+        monkeypatch.setattr(batched_reads, "_call", interrupt)
         with contextlib.suppress(KeyboardInterrupt):
             ranges(store, "ten", [7, 2], [2, 2])
-        monkeypatch.setattr(scattered, "_call", call)
+        monkeypatch.setattr(batched_reads, "_call", call)
         assert ranges(store, "ten", [0, 4, 8], [2, 2, 2]) == [b"01", b"45", b"89"]
 
 
@@ -837,8 +837,8 @@ def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.
     def refuse() -> None:
         raise OSError(errno.EPERM, "io_setup")
 
-    monkeypatch.setattr(scattered, "_Queue", refuse)
-    monkeypatch.setattr(scattered, "_local", threading.local())
+    monkeypatch.setattr(batched_reads, "_Queue", refuse)
+    monkeypatch.setattr(batched_reads, "_local", threading.local())
     assert ranges(store, "ten", [8, 0, 3], [2, 3, 0]) == [b"89", b"012", b""]
     with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
         ranges(store, "ten", [0, 8], [1, 3])

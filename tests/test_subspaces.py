@@ -14,12 +14,12 @@ from singer.artifacts import BlockScale, neighbour_mean
 from singer.cleaners import CLEANERS, Neighbour, Projector, Shape
 from singer.curvature import READERS, curvature
 from singer.errors import UserError
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 from singer.inspection import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
 from singer.refiner import Refiner
 from singer.subspaces import BASES, artifact_aware, best_rank, ln_folded, mlp_product
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 ARCHITECTURES = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -31,20 +31,20 @@ ARCHITECTURES = {
 }
 
 
-def make_evidence(kind: str = "plain", block: int = 2, count: int = 40, artifacts: bool = True) -> Evidence:
+def make_evidence(kind: str = "plain", block: int = 2, count: int = 40, artifacts: bool = True) -> FitContext:
     """Random features of a small random teacher; in every image patch 5 is an artifact along channels 3 and 4."""
     architecture, args = ARCHITECTURES[kind]
     vit = make_vit(architecture, **args)
-    tail = TeacherTail(vit.architecture, vit.model_args, 2, tail_state(vit.model.state_dict(), 2))
+    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
     generator = torch.Generator().manual_seed(seeded(1))
     x = torch.randn(count, vit.prefix + 16, WIDTH, generator=generator)
     if artifacts:
         x[:, vit.prefix + 5, 3] += 60
         x[:, vit.prefix + 5, 4] += 30
-    return Evidence(tail, block, x, BlockScale(WIDTH**0.5, 3 * WIDTH**0.5), vit.prefix, (4, 4))
+    return FitContext(tail, block, x, BlockScale(WIDTH**0.5, 3 * WIDTH**0.5), vit.prefix, (4, 4))
 
 
-def exact_curvature(evidence: Evidence, reader: str) -> np.ndarray:
+def exact_curvature(evidence: FitContext, reader: str) -> np.ndarray:
     """E[JᵀJ] over the clean patch tokens, from whole Jacobians."""
     total, count = np.zeros((WIDTH, WIDTH)), 0
     for image, clean in zip(evidence.tokens, evidence.clean, strict=True):

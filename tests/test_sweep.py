@@ -28,7 +28,7 @@ from pipeline.sweeps import SweepResult, sweep
 from pipeline.sweeps.file import find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import _passes, gpus
-from pipeline.sweeps.tasks import Job, Member, Setting
+from pipeline.sweeps.tasks import Job, SweepContext, Task
 from pipeline.sweeps.worker import Worker
 from singer.errors import UserError
 
@@ -508,8 +508,8 @@ def test_the_member_that_kills_its_worker_is_found(tmp_path: Path, monkeypatch: 
     answer += "    'bad' in names and os._exit(7)\n    names and print(json.dumps({}), flush=True)"
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", answer], **options))
-    worker = Worker(Setting([tmp_path], tmp_path, None, [], [], []), None, 1, tmp_path / "log")
-    members = tuple(Member(name, Config()) for name in ("a", "bad", "b"))
+    worker = Worker(SweepContext([tmp_path], tmp_path, None, [], [], []), None, 1, tmp_path / "log")
+    members = tuple(Task(name, Config()) for name in ("a", "bad", "b"))
     assert worker.do(Job("run", members)) == {"bad": Failure("its process died (exit code 7); see log", defect=True)}
     worker.kill()
     assert set(worker.do(Job("run", members[::2]))) == {"a", "b"}, "what was killed stays so"
@@ -548,7 +548,7 @@ def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_
 def test_passes_are_shared_where_seeds_let_them() -> None:
     runs = [{"set": {"distill.lr": lr}} for lr in (1, 2, 3)]
     plan = make_plan({"together": 2, "grid": {"distill.seed": [0, 1]}, "runs": runs})
-    members = [Member(r.name, r.config) for r in plan.runs]
+    members = [Task(r.name, r.config) for r in plan.runs]
     passes = _passes(members, plan.together)
     assert [[m.config.distill.seed for m in p] for p in passes] == [[0, 0], [1, 1], [0], [1]]
     assert sorted(m.name for p in passes for m in p) == sorted(m.name for m in members)

@@ -20,10 +20,10 @@ from pipeline.students.new import new_student
 from pipeline.sweeps import sweep
 from pipeline.teachers.models import LOCAL, save_backbone
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, Head, Lesson, Shown, Targets
+from pipeline.training.distiller import Distiller, Lesson, Targets, TeacherFeatures, TeacherHead
 from pipeline.training.refiners import load_refiner
 from pipeline.training.run_directory import load_result
-from pipeline.training.student_run import Job
+from pipeline.training.student_run import StudentSpec
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -53,13 +53,13 @@ def test_losses_add_up(world: Path, second: Path) -> None:
     caches = [Cache(world / "cache"), Cache(second / "cache")]
     refiners = [load_refiner(r / "adapters", c) for r, c in zip((world, second), caches, strict=True)]
     heads = [
-        Head(student, m, Targets(c, r, student, CPU), {"mse": 1.0}, weight=w, name=n)
+        TeacherHead(student, m, Targets(c, r, student, CPU), {"mse": 1.0}, weight=w, name=n)
         for m, c, r, w, n in zip(({2: 1, 3: 2}, {2: 2}), caches, refiners, (0.25, 2.0), ("a", "b"), strict=True)
     ]
     model = Distiller(student, heads)
     records, images = [3, 8, 11], torch.randn(3, 3, 32, 32)
     features = [c.features(records, CPU) for c in caches]
-    lesson = Lesson(images, [Shown(x) for x in features], torch.full((3,), 1 / 3), torch.zeros(3))
+    lesson = Lesson(images, [TeacherFeatures(x) for x in features], torch.full((3,), 1 / 3), torch.zeros(3))
     losses = model(lesson)
     assert set(losses) == {"a.mse.2", "a.mse.3", "b.mse.2"}
 
@@ -94,9 +94,11 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
         heads = []
         for n, weight in enumerate(weights):
             torch.manual_seed(seeded(1))
-            heads.append(Head(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}"))
+            heads.append(
+                TeacherHead(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}")
+            )
         torch.manual_seed(seeded(2))
-        shown = [Shown(cache.features(range(6), CPU))] * len(weights)
+        shown = [TeacherFeatures(cache.features(range(6), CPU))] * len(weights)
         lesson = Lesson(torch.randn(6, 3, 32, 32), shown, torch.full((6,), 1 / 6), torch.zeros(6))
         losses = Distiller(student, heads)(lesson)
         total = torch.stack(list(losses.values())).sum()
@@ -204,7 +206,10 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
 def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     """Students with and without refiners on one pass, and in a sweep, are those trained alone."""
     caches, adapters = [world / "cache", second / "cache"], [world / "adapters", second / "adapters"]
-    jobs = [Job(world_config(world), tmp_path / "raw"), Job(world_config(world), tmp_path / "refined", adapters)]
+    jobs = [
+        StudentSpec(world_config(world), tmp_path / "raw"),
+        StudentSpec(world_config(world), tmp_path / "refined", adapters),
+    ]
     fan_out(jobs, caches)
     alone = distill(world_config(world), caches, tmp_path / "alone", adapters)
     weights = [(run / WEIGHTS).read_bytes() for run in (tmp_path / "raw", tmp_path / "refined", alone.run)]

@@ -271,7 +271,7 @@ def test_a_name_that_became_ambiguous_does_not_stop_what_was_begun(
         patch.setattr("pipeline.stages.refine.fit_adapters", die)
         refine(config, place, tmp_path / "adapters")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("pipeline.stages.distill.train", die)
+        patch.setattr("pipeline.training.student_run.train", die)
         distill(config, place, tmp_path / "run")
     first = Cache(place).id
     add(world, world_config(world, "cache.precision=bf16"), place)

@@ -15,7 +15,7 @@ from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECOR
 from pipeline.config import Config, load_config
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.verify import PartReport, VerifyResult, verify
+from pipeline.stages.verify import SegmentReport, VerifyResult, verify
 from pipeline.storage import LocalStore
 from pipeline.teachers.models import save_backbone
 from singer.errors import UserError
@@ -62,7 +62,7 @@ def check(place: Path) -> VerifyResult:
     return verify(load_config(), place)
 
 
-def only(result: VerifyResult) -> PartReport:
+def only(result: VerifyResult) -> SegmentReport:
     (report,) = result.parts
     return report
 

@@ -16,7 +16,7 @@ from pipeline.cache.format import (
     MANIFEST,
     Manifest,
 )
-from pipeline.cache.segments import Part
+from pipeline.cache.segments import Segment
 from pipeline.data import Images
 from pipeline.storage import Place
 from singer.errors import UserError
@@ -38,7 +38,7 @@ class Addition:
 
 
 def plan_additions(
-    parts: Sequence[Part], mine: Sequence[Part], listed: Images, views: int, blocks: Sequence[int]
+    parts: Sequence[Segment], mine: Sequence[Segment], listed: Images, views: int, blocks: Sequence[int]
 ) -> list[Addition]:
     """parts: all of the cache, complete; mine: those of the given teacher; listed: the given images; views: of each.
 
@@ -48,7 +48,7 @@ def plan_additions(
     held: dict[str, set[int]] = {}
     for part in mine:
         held.setdefault(part.rows, set()).update(part.manifest.blocks)
-    spans: dict[str, Part] = {}
+    spans: dict[str, Segment] = {}
     for part in parts:
         spans.setdefault(part.rows, part)
 
@@ -93,7 +93,7 @@ def plan_additions(
     return additions
 
 
-def _left_out(part: Part, hashes: np.ndarray, listed: Images) -> np.ndarray:
+def _left_out(part: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:
     """Which of the listed images, by number, a part knows to be broken: of the same key and size."""
     broken = part.unreadable()
     order = np.argsort(broken_hashes := broken.keys.hashes())
@@ -104,12 +104,12 @@ def _left_out(part: Part, hashes: np.ndarray, listed: Images) -> np.ndarray:
     return np.flatnonzero(same)
 
 
-def _of(part: Part) -> str:
+def _of(part: Segment) -> str:
     shards = part.manifest.data.shards
     return shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
 
 
-def check_growth(parts: Sequence[Part], here: Manifest, place: Place) -> None:
+def check_growth(parts: Sequence[Segment], here: Manifest, place: Place) -> None:
     """Raise UserError if what is to be added does not go together with what is there."""
     if not parts:
         raise UserError(f"{place} has no {MANIFEST}: nothing can be added; begin it with --resume")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.encode import Batch, Encoder
-from pipeline.cache.segments import Part
+from pipeline.cache.segments import Segment
 from pipeline.cache.writer import write_shard
-from pipeline.data.background import Behind
+from pipeline.data.background import BackgroundWorker
 from pipeline.data.buffers import empty
 
 
@@ -43,7 +43,7 @@ class Gathered:
 
 
 @contextmanager
-def filling(part: Part, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], Batch], None]]:
+def filling(part: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], Batch], None]]:
     """Gives what is to be called with the features of every batch, in order; a batch lies within one shard.
 
     A batch is encoded and a shard written while the next is on its way. Once the `with` block has ended, all shards
@@ -65,5 +65,5 @@ def filling(part: Part, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor]
             write(part.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
-    with Behind(write_shard, "write") as write, Behind(add, "encode") as store:
+    with BackgroundWorker(write_shard, "write") as write, BackgroundWorker(add, "encode") as store:
         yield store

@@ -15,15 +15,15 @@ from pipeline.cache.format import (
     read_images,
     shard_file,
 )
-from pipeline.cache.reader import PartReader
-from pipeline.cache.segments import Part
+from pipeline.cache.reader import SegmentReader
+from pipeline.cache.segments import Segment
 from pipeline.data import Skipped, content_hash
 from pipeline.data.tars import NO_LABEL
 from pipeline.storage.outputs import json_bytes
 from singer.errors import UserError
 
 
-def complete_part(part: Part) -> int:
+def complete_segment(part: Segment) -> int:
     """Write the index of a part whose shards are all done, and that it is complete; how many images it leaves out.
 
     Raises UserError if none of its images can be decoded.
@@ -35,11 +35,11 @@ def complete_part(part: Part) -> int:
     return part.manifest.data.images - done.images
 
 
-def describe_completion(part: Part) -> tuple[Completion, dict[str, bytes]]:
+def describe_completion(part: Segment) -> tuple[Completion, dict[str, bytes]]:
     """What is known once all shards are done, and the small files that hold it: a function of what the part holds."""
     manifest, entries = part.manifest, part.entries()
     files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
-    stored = PartReader(part, files).read(VIEWS, np.arange(manifest.records))
+    stored = SegmentReader(part, files).read(VIEWS, np.arange(manifest.records))
     found = stored.numpy().reshape(-1).view(manifest.view_form)  # type: ignore[union-attr]
     listed = read_images(part.store)
     # All views of an image tell the same of it.

@@ -20,8 +20,8 @@ from pipeline.cache.format import (
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader
-from pipeline.cache.segments import Part, mine, part_name, read_parts
-from pipeline.cache.writer import create_part, small_files
+from pipeline.cache.segments import Segment, mine, read_segments, segment_name
+from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash
 from pipeline.data.tars import NO_LABEL
@@ -29,19 +29,19 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.outputs import Mode, read_json, write_provenance
 from singer.backbones import resolve_blocks
-from singer.tail import TeacherTail, tail_state
+from singer.suffix import TeacherSuffix, suffix_state
 
 STAGE = "cache-teacher"
 
 _MAX_SHARD_RECORDS = 4096
 
 
-def create_parts(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
+def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
     """Create the parts that lack: the whole cache, or what --append adds. Numbers all records."""
     store = open_store(out)
     for skipped in listed.skipped:
         say(f"skipped: {skipped}")
-    parts = read_parts(store) if MANIFEST in store.sizes() else []
+    parts = read_segments(store) if MANIFEST in store.sizes() else []
     known = mine(parts, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:
@@ -55,26 +55,26 @@ def create_parts(config: Config, listed: Images, out: Place, mode: Mode, extract
         if not additions:
             say("everything is there already")
     for addition in additions:
-        name = part_name(len(parts))
+        name = segment_name(len(parts))
         child = store.child(name) if name else store
-        manifest, files = build_part(config, addition, extract, parts)
+        manifest, files = build_segment(config, addition, extract, parts)
         if name:
             write_provenance(child, STAGE, config, seed=None)
-        create_part(child, manifest, files)
-        parts.append(Part(name, child, manifest))
+        create_segment(child, manifest, files)
+        parts.append(Segment(name, child, manifest))
 
 
-def build_part(
-    config: Config, addition: Addition, extract: Extractor, parts: Sequence[Part]
+def build_segment(
+    config: Config, addition: Addition, extract: Extractor, parts: Sequence[Segment]
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Manifest and small files of a part. parts: the earlier ones; this teacher's calibration holds on."""
     manifest, known = describe(config, addition, extract.teacher), mine(parts, extract.teacher)
     earlier = [p.manifest.tail_first_block for p in known]
     tail = None
     if not earlier or manifest.blocks[0] < min(earlier):
-        tail = tail_state(extract.vit.model.state_dict(), manifest.blocks[0])
+        tail = suffix_state(extract.vit.model.state_dict(), manifest.blocks[0])
         # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
-        TeacherTail(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], tail)
+        TeacherSuffix(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], tail)
     else:
         manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
     calibration: dict[int, Calibration] = {}

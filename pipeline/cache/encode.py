@@ -13,7 +13,7 @@ from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS, Manifest
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader, Rows
-from pipeline.cache.segments import Part
+from pipeline.cache.segments import Segment
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
 
@@ -33,7 +33,7 @@ class Batch:
     unreadable: dict[int, str]
 
 
-def calibration_on(part: Part, device: torch.device) -> dict[int, Calibration]:
+def calibration_on(part: Segment, device: torch.device) -> dict[int, Calibration]:
     return {block: calibration.to(device) for block, calibration in read_calibration(part).items()}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.background_writer import filling
-from pipeline.cache.completion import complete_part
+from pipeline.cache.completion import complete_segment
 from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import (
@@ -18,7 +18,7 @@ from pipeline.cache.format import (
     read_images,
 )
 from pipeline.cache.rows import RowReader, Rows
-from pipeline.cache.segments import Part, mine, read_parts
+from pipeline.cache.segments import Segment, mine, read_segments
 from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
@@ -26,7 +26,7 @@ from pipeline.runtime.ranks import current
 from pipeline.storage import Store
 
 
-def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Part]) -> Rows:
+def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Segment]) -> Rows:
     """The records of a part. earlier: parts; of one with the same images, digests and perhaps views are known."""
     for part in earlier:
         if part.lacks() is None:
@@ -36,13 +36,13 @@ def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Part]) -> Rows
     return Rows.of(manifest, images)
 
 
-def fill_parts(store: Store, extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
+def fill_segments(store: Store, extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
     """Fill this teacher's parts as far as they are not; the number of records that all processes do.
 
     shards: where the images of the first part lie now, if they may have moved.
     """
     done, accelerator, ranks = 0, extract.accelerator, current()
-    parts = read_parts(store)
+    parts = read_segments(store)
     for part in mine(parts, extract.teacher):
         lacks = part.lacks() if accelerator.is_main_process else None
         # One list for all processes: a quick one may have finished a shard before a slow one looks.
@@ -58,7 +58,7 @@ def fill_parts(store: Store, extract: Extractor, shards: str | Sequence[str] | N
         done += fill(part, pending, extract, parts, None if part.name else shards)
         ranks.wait()
         if accelerator.is_main_process:
-            left_out = complete_part(part)
+            left_out = complete_segment(part)
             if left_out:
                 say(f"{left_out} images cannot be decoded and are left out; {part.store.url}/{SKIPPED} lists them")
         ranks.wait()
@@ -66,10 +66,10 @@ def fill_parts(store: Store, extract: Extractor, shards: str | Sequence[str] | N
 
 
 def fill(
-    part: Part,
+    part: Segment,
     pending: Sequence[int],
     extract: Extractor,
-    parts: Sequence[Part],
+    parts: Sequence[Segment],
     shards: str | Sequence[str] | None = None,
     digests: np.ndarray | None = None,
 ) -> int:

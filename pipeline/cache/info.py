@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.format import FIDELITY, Manifest
-from pipeline.cache.segments import Part, read_parts
+from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.variants import joint_id, variants_of
 from pipeline.storage import Place, open_store
 from pipeline.storage.outputs import read_json
@@ -58,7 +58,7 @@ class CacheInfo:
 def cache_info(place: Place) -> CacheInfo:
     """Raises UserError if there is no cache at `place`; an incomplete one is described too."""
     store = open_store(place)
-    parts = read_parts(store)
+    parts = read_segments(store)
     manifests = [p.manifest for p in parts]
     by_images = {m.data.hash: m.data for m in manifests}
     return CacheInfo(
@@ -79,7 +79,7 @@ def _views(manifests: list[Manifest]) -> dict[str, Any]:
     return settings | {"count": max(m.views.get("first", 0) + m.views["count"] for m in manifests)}
 
 
-def _teacher_info(parts: list[Part]) -> TeacherInfo:
+def _teacher_info(parts: list[Segment]) -> TeacherInfo:
     first = parts[0].manifest
     stored = exact = missing = 0
     fidelity: dict[int, Any] = {}

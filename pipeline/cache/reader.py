@@ -23,7 +23,7 @@ from pipeline.cache.format import (
     read_images,
 )
 from pipeline.cache.pixels import resize, stored_views, views_of
-from pipeline.cache.segments import Files, Part, read_parts
+from pipeline.cache.segments import Files, Segment, read_segments
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
 from pipeline.data import ImageFile
@@ -32,7 +32,7 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place, ReadThrough, open_store
 from pipeline.storage.outputs import parse_tensors
 from singer.errors import UserError
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Encoded:
         return [Encoded(*piece) for piece in zip(pieces, positions, strict=True)]
 
 
-class PartReader:
+class SegmentReader:
     """The arrays of a part. files: of its shards, at least of those that are read."""
 
-    def __init__(self, part: Part, files: Files, local_copy: Path | None = None) -> None:
+    def __init__(self, part: Segment, files: Files, local_copy: Path | None = None) -> None:
         self.part = part
         self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
         self._source: ByteRanges = part.store
@@ -81,7 +81,7 @@ class PartReader:
         return read_arrays([(self.array(name), records[order], order)], len(records))
 
 
-def read_rows(reader: PartReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
+def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
     """Which records, as numbered where they are stored, have an image that can be decoded; and an index of just these.
 
     The part need not be complete; a record's image has the number of the record in this index.
@@ -108,11 +108,11 @@ def read_rows(reader: PartReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
 class _Span:
     """Records that were added together: the parts that hold each block and, if they are stored, the views."""
 
-    blocks: dict[int, Part]
-    pixels: Part | None
+    blocks: dict[int, Segment]
+    pixels: Segment | None
 
     @property
-    def main(self) -> Part:
+    def main(self) -> Segment:
         return next(iter(self.blocks.values()))
 
 
@@ -141,8 +141,8 @@ class Cache:
         option: str = "teacher={}",
     ) -> None:
         self.place = place
-        self._readers: dict[str, PartReader] = {}
-        parts = self._complete(read_parts(open_store(place)), local_copy)
+        self._readers: dict[str, SegmentReader] = {}
+        parts = self._complete(read_segments(open_store(place)), local_copy)
         self._parts = choose_variant(parts, place, teacher, known, option)
         check_held_once(self._parts)
         self.manifest = self._parts[0].manifest
@@ -241,7 +241,7 @@ class Cache:
         """{block: features (n, N, d) float32} of some records."""
         return self.decode(self.read(records), device)
 
-    def tail(self) -> TeacherTail:
+    def tail(self) -> TeacherSuffix:
         """The frozen end of the teacher, on the CPU."""
         part = min(
             (p for p in self._parts if TAIL in p.manifest.files),
@@ -250,26 +250,26 @@ class Cache:
         teacher, file = part.manifest.teacher, f"{part.store.url}/{TAIL}"
         state = parse_tensors(part.store.read(TAIL), file)
         try:
-            return TeacherTail(teacher.architecture, teacher.model_args, part.manifest.tail_first_block, state)
+            return TeacherSuffix(teacher.architecture, teacher.model_args, part.manifest.tail_first_block, state)
         except RuntimeError as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
-    def _complete(self, parts: list[Part], local_copy: Path | None) -> list[Part]:
+    def _complete(self, parts: list[Segment], local_copy: Path | None) -> list[Segment]:
         """The parts without those that are still being added."""
         complete = []
         for part in parts:
             lacks = part.lacks()
             if lacks is None:
                 complete.append(part)
-                self._readers[part.name] = PartReader(part, part.files, local_copy)
+                self._readers[part.name] = SegmentReader(part, part.files, local_copy)
             elif part.name:
                 say(f"{part.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
             else:
                 raise UserError(f"{self.place} is incomplete: {lacks}; repeat its cache-teacher command with --resume")
         return complete
 
-    def _find_spans(self, everything: list[Part]) -> list[_Span]:
-        spans: dict[str, dict[int, Part]] = {}
+    def _find_spans(self, everything: list[Segment]) -> list[_Span]:
+        spans: dict[str, dict[int, Segment]] = {}
         for part in self._parts:
             spans.setdefault(part.rows, {}).update(dict.fromkeys(part.manifest.blocks, part))
         pixels = {p.rows: p for p in everything if p.manifest.pixels is not None}
@@ -296,7 +296,7 @@ class Cache:
         ]
         return [group for group in groups if len(group[1])] or groups[:1]
 
-    def _read(self, groups: list[_Group], array: str, parts: list[Part]) -> Tensor | Ragged:
+    def _read(self, groups: list[_Group], array: str, parts: list[Segment]) -> Tensor | Ragged:
         """Some records of an array that lies in one part of every span."""
         arrays = [self._readers[part.name].array(array) for part in parts]
         count = sum(len(records) for _, records, _ in groups)
@@ -329,7 +329,7 @@ def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], c
     return out if form is not None else Ragged(out, torch.from_numpy(lengths))
 
 
-def read_calibration(part: Part) -> dict[int, Calibration]:
+def read_calibration(part: Segment) -> dict[int, Calibration]:
     """{block: calibration} of a part. Raises UserError if it is damaged."""
     file = f"{part.store.url}/{CALIBRATION}"
     tensors = parse_tensors(part.store.read(CALIBRATION), file)

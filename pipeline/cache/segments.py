@@ -45,7 +45,7 @@ Files = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Part:
+class Segment:
     """name: its folder within the cache, "" for the root."""
 
     name: str
@@ -205,28 +205,28 @@ class Part:
         return read_images(self.store).select(np.array(self._complete.unreadable, dtype=np.int64))
 
 
-def read_parts(store: Store) -> list[Part]:
+def read_segments(store: Store) -> list[Segment]:
     """All parts, complete or not. Raises UserError if there is no cache in the store."""
-    return [Part("", store, read_manifest(store)), *_appended(store)]
+    return [Segment("", store, read_manifest(store)), *_appended(store)]
 
 
-def _appended(store: Store) -> Iterator[Part]:
+def _appended(store: Store) -> Iterator[Segment]:
     number = 1
     while True:
-        name = part_name(number)
+        name = segment_name(number)
         child = store.child(name)
         try:
             child.read(MANIFEST)
         except FileNotFoundError:
             return
-        yield Part(name, child, read_manifest(child))
+        yield Segment(name, child, read_manifest(child))
         number += 1
 
 
-def part_name(number: int) -> str:
+def segment_name(number: int) -> str:
     return f"{PARTS}/{number:03d}" if number else ""
 
 
-def mine(parts: Iterable[Part], teacher: TeacherManifest) -> list[Part]:
+def mine(parts: Iterable[Segment], teacher: TeacherManifest) -> list[Segment]:
     """The parts that hold features of this very teacher."""
     return [p for p in parts if p.manifest.teacher.identity() == teacher.identity()]

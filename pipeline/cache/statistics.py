@@ -10,10 +10,10 @@ from pipeline.cache.reader import Cache
 from pipeline.data.prefetch import prefetch
 from singer.artifacts import BlockScale, block_scale, clean_mask, norm_summary, patch_norms
 from singer.cleaners import Shape
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 from singer.normalisers import Moments
 from singer.refiner import Refiner
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 _BATCH = 64
 
@@ -47,14 +47,20 @@ def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, Blo
     return {b: block_scale(torch.cat(n), k) for b, n in norms.items()}
 
 
-def gather_evidence(
-    cache: Cache, records: np.ndarray, block: int, scale: BlockScale, tail: TeacherTail, device: torch.device, seed: int
-) -> Evidence:
+def gather_context(
+    cache: Cache,
+    records: np.ndarray,
+    block: int,
+    scale: BlockScale,
+    tail: TeacherSuffix,
+    device: torch.device,
+    seed: int,
+) -> FitContext:
     """Evidence of one block from some records, possibly none, held in memory."""
     shape = shape_of(cache)
     none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
     tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
-    return Evidence(tail, block, tokens, scale, shape.prefix, shape.grid, seed)
+    return FitContext(tail, block, tokens, scale, shape.prefix, shape.grid, seed)
 
 
 def clean_moments(

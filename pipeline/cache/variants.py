@@ -9,35 +9,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache.format import TeacherManifest
-from pipeline.cache.segments import Part
+from pipeline.cache.segments import Segment
 from pipeline.storage import Place
 from singer.errors import UserError
 
 _SHORTEST_HASH = 6
 
 
-def joint_id(parts: Sequence[Part]) -> str:
+def joint_id(parts: Sequence[Segment]) -> str:
     """The id of a cache of these parts, which are complete; of a single one, its own."""
     ids = [p.id for p in parts]
     return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
-def ids_of(parts: Sequence[Part]) -> tuple[str, ...]:
+def ids_of(parts: Sequence[Segment]) -> tuple[str, ...]:
     """The id of a variant of these parts now and, before that, at each time since it began to grow."""
     return tuple(joint_id(parts[:n]) for n in range(len(parts), 0, -1))
 
 
-def variants_of(parts: Sequence[Part]) -> list[list[Part]]:
+def variants_of(parts: Sequence[Segment]) -> list[list[Segment]]:
     """The parts of each variant, in the order of their first parts."""
-    found: dict[str, list[Part]] = {}
+    found: dict[str, list[Segment]] = {}
     for part in parts:
         found.setdefault(part.manifest.teacher.digest(), []).append(part)
     return list(found.values())
 
 
 def choose_variant(
-    parts: Sequence[Part], place: Place, teacher: str | None, known: str | None, option: str
-) -> list[Part]:
+    parts: Sequence[Segment], place: Place, teacher: str | None, known: str | None, option: str
+) -> list[Segment]:
     """The parts of one variant: the first that `teacher` fits, of all if it is None.
 
     known: the id that a refiner or run has of the cache, which decides where the cache still has its variant.
@@ -61,9 +61,9 @@ def choose_variant(
     return fitting[0]
 
 
-def check_held_once(parts: Sequence[Part]) -> None:
+def check_held_once(parts: Sequence[Segment]) -> None:
     """Raise UserError if two parts hold a block of one variant for the same records: readers would take either."""
-    held: dict[tuple[str, str, int], Part] = {}
+    held: dict[tuple[str, str, int], Segment] = {}
     for part in parts:
         teacher = part.manifest.teacher
         for block in part.manifest.blocks:

@@ -47,7 +47,7 @@ def small_files(
     return files
 
 
-def create_part(store: Store, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+def create_segment(store: Store, manifest: Manifest, files: Mapping[str, bytes]) -> None:
     """Everything but the features. The manifest comes last: without it, there is no part yet."""
     for name, content in files.items():
         store.write(name, content)

@@ -12,7 +12,7 @@ from pipeline.runtime.ranks import current
 Arguments = ParamSpec("Arguments")
 
 
-class Behind(Generic[Arguments]):
+class BackgroundWorker(Generic[Arguments]):
     """Calls of a function, in order, in one thread. At most one is under way: the next one waits for it.
 
     What a call raises is raised by the next one, or at the end of the `with` block if nothing else ends it. Make it

@@ -16,7 +16,7 @@ PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchIndices:
     """One process's part of a global batch.
 
     records: (n,) int64, the same n for all processes of a step; weights: (n,) float32, such that the mean over
@@ -85,7 +85,7 @@ class EpochOrder:
         return self._mixed[1]
 
 
-def share(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> Share:
+def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> BatchIndices:
     """The part of global batch `step` that process `rank` of `world` computes.
 
     The global batch does not depend on `world`. The last one of an epoch may be smaller; nothing is dropped or
@@ -96,7 +96,7 @@ def share(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> Sh
     mine = whole[rank * size : (rank + 1) * size]
     filling = np.repeat(whole[:1], size - len(mine))
     weights = np.concatenate([np.full(len(mine), world / len(whole)), np.zeros(len(filling))])
-    return Share(np.concatenate([mine, filling]), weights.astype(np.float32))
+    return BatchIndices(np.concatenate([mine, filling]), weights.astype(np.float32))
 
 
 def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
@@ -109,15 +109,15 @@ def batches_together(settings: DistillConfig, record_bytes: int, world: int) -> 
     return max(1, PIECE_BYTES * world // (settings.batch_size * record_bytes))
 
 
-def lists_ahead(settings: DistillConfig, record_bytes: int, world: int) -> int:
+def prefetch_depth(settings: DistillConfig, record_bytes: int, world: int) -> int:
     """How many of share_lists are read ahead: at least two, and enough for as many batches as images are."""
     together = batches_together(settings, record_bytes, world)
     return 2 if reads_windows(settings, record_bytes) else max(2, -(-2 * settings.workers // together))
 
 
-def share_lists(
+def batch_index_lists(
     records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
-) -> Iterator[list[Share]]:
+) -> Iterator[list[BatchIndices]]:
     """This process's part of every global batch from first_step on; what is read in one piece in one list.
 
     That is all that begin in one shuffle window, if windows are read whole, or else a batch or some small ones.
@@ -135,4 +135,4 @@ def share_lists(
         return epoch, within * batch // settings.shuffle_window if in_windows else within // together
 
     for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
-        yield [share(order(epoch), step % per_epoch, batch, rank, world) for step in steps]
+        yield [batch_indices(order(epoch), step % per_epoch, batch, rank, world) for step in steps]

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.data.images import CLASSES
-from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
 from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
@@ -42,7 +42,7 @@ class Classification(EvaluateResult):
     normed: dict[str, Accuracies] | None
 
 
-def probe(trial: Trial) -> Classification:
+def probe(trial: EvaluationContext) -> Classification:
     """Raises UserError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)

@@ -29,11 +29,11 @@ _FEW_CLASSES = 10
 # {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
 Features = dict[str, dict[str, Tensor]]
 # By shards and what of them are the images.
-Computed = dict[tuple[tuple[Path, ...], str], Features]
+ComputedFeatures = dict[tuple[tuple[Path, ...], str], Features]
 
 
 @dataclass(frozen=True)
-class Trial:
+class EvaluationContext:
     """A frozen model, the images that a task learns from and those that it is tested on.
 
     model: what the user named; vit: the model itself, on `device`; learn_from: the images of --train, if given;
@@ -49,7 +49,7 @@ class Trial:
     settings: EvaluateConfig
     started: float
     file: Path | None
-    computed: Computed = field(default_factory=dict)
+    computed: ComputedFeatures = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> dict[str, nn.Module]:
@@ -124,7 +124,7 @@ class Task:
     Both raise UserError for what the user can mend; `check` knows before there is a model.
     """
 
-    probe: Callable[[Trial], EvaluateResult]
+    probe: Callable[[EvaluationContext], EvaluateResult]
     check: Callable[[Images, Images, EvaluateConfig], None]
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pipeline.data import ImageFile, Images, decode
 from pipeline.data.prefetch import prefetch
 from pipeline.data.views import View
-from pipeline.evaluation.context import Trial, tokens
+from pipeline.evaluation.context import EvaluationContext, tokens
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
 
@@ -29,7 +29,7 @@ _BATCH = 16
 _WEIGHT_DECAY = 1e-2
 
 
-def patch_tokens(trial: Trial, images: Images) -> Iterator[Tensor]:
+def patch_tokens(trial: EvaluationContext, images: Images) -> Iterator[Tensor]:
     """Raw patch tokens (B, patches, d) of whole frames, batch by batch."""
 
     def whole(image: Image.Image) -> View:
@@ -39,7 +39,7 @@ def patch_tokens(trial: Trial, images: Images) -> Iterator[Tensor]:
         yield x[:, trial.vit.prefix :].float()
 
 
-def of_every_kind(trial: Trial, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+def of_every_kind(trial: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(kind, tokens) of raw tokens (n, patches, d) on the CPU, one kind after the other in the memory of x."""
     for kind, convert in trial.kinds.items():
         for part in x.split(_BATCH):
@@ -47,7 +47,7 @@ def of_every_kind(trial: Trial, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield kind, x
 
 
-def label_side(trial: Trial) -> int:
+def label_side(trial: EvaluationContext) -> int:
     """The side of the maps that heads learn from, in pixels."""
     return _LABELS_A_PATCH * trial.vit.grid[0]
 
@@ -83,7 +83,7 @@ def nearest(values: np.ndarray, side: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """A linear layer on standardised tokens. mean, std: (d,); weight: (outputs, d); bias: (outputs,)."""
 
     mean: Tensor
@@ -108,7 +108,7 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PixelLesson:
     """What a head learns, and how.
 
     name: "seg" or "depth", as the keys of the section evaluate begin; outputs: maps of the head; loss: of maps
@@ -120,14 +120,14 @@ class Lesson:
     name: str
     outputs: int
     loss: Callable[[Tensor, Tensor], Tensor]
-    score: Callable[[Head, Iterable[tuple[Tensor, Tensor]]], float]
+    score: Callable[[LinearHead, Iterable[tuple[Tensor, Tensor]]], float]
     lrs: Sequence[float]
     passes: int
     seed: int
     spread: float = 0.0
 
 
-def fit_head(x: Tensor, labels: Tensor, lesson: Lesson, device: torch.device) -> tuple[Head, float]:
+def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.device) -> tuple[LinearHead, float]:
     """A head, and its learning rate: the one with the best score on a held-out fifth of the images.
 
     x: (n, patches, d); labels: (n, side, side). All images are used in the end.
@@ -147,7 +147,9 @@ def fit_head(x: Tensor, labels: Tensor, lesson: Lesson, device: torch.device) ->
     return head, lr
 
 
-def _train_heads(x: Tensor, labels: Tensor, lesson: Lesson, lrs: Sequence[float], device: torch.device) -> list[Head]:
+def _train_heads(
+    x: Tensor, labels: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
+) -> list[LinearHead]:
     """A head for every learning rate, all from the same start and batches: AdamW, cosine decay."""
     std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
     mean, std = mean.to(device), std.clamp(min=1e-6).to(device)
@@ -164,7 +166,7 @@ def _train_heads(x: Tensor, labels: Tensor, lesson: Lesson, lrs: Sequence[float]
         for _ in range(lesson.passes):
             for rows in torch.randperm(len(x), generator=order).split(_BATCH):
                 # The heads as one layer, which is faster; each has a loss, and so gradients, of its own.
-                together = Head(mean, std, torch.cat(weights), torch.cat(biases))
+                together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases))
                 maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)
                 optimizer.zero_grad()
                 losses = [lesson.loss(own, target) for own in maps.split(lesson.outputs, dim=1)]
@@ -172,4 +174,4 @@ def _train_heads(x: Tensor, labels: Tensor, lesson: Lesson, lrs: Sequence[float]
                 optimizer.step()
                 schedule.step()
             m.advance(1)
-    return [Head(mean, std, w.detach(), b.detach()) for w, b in zip(weights, biases, strict=True)]
+    return [LinearHead(mean, std, w.detach(), b.detach()) for w, b in zip(weights, biases, strict=True)]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, index_beside
-from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.dense import (
-    Head,
-    Lesson,
+    LinearHead,
+    PixelLesson,
     fit_head,
     label_side,
     nearest,
@@ -54,7 +54,7 @@ class Depth(EvaluateResult):
     normed: dict[str, dict[str, float]] | None
 
 
-def probe(trial: Trial) -> Depth:
+def probe(trial: EvaluationContext) -> Depth:
     """Raises UserError for missing and unusable depth maps, and if none has a pixel that counts."""
     settings, side = trial.settings, label_side(trial)
     train_maps, test_maps = index_beside(trial.train, MAP), index_beside(trial.test, MAP)
@@ -164,15 +164,15 @@ def _fit_head(
     """decode: maps of the head (B, outputs, h, w) -> depth (B, h, w); loss: of depth against labels."""
     grid = (labels.shape[1], labels.shape[2])
 
-    def predicted(head: Head, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def predicted(head: LinearHead, image: Tensor, size: tuple[int, int]) -> Tensor:
         depth = upsample(decode(head.maps(image[None], grid)), size)[0]
         return depth.clamp(settings.depth_min, settings.depth_max).cpu()
 
-    def score(head: Head, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
+    def score(head: LinearHead, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
         sums = [depth_sums(predicted(head, image, grid), depth) for image, depth in held_out]
         return -depth_figures(torch.stack(sums).sum(0))["rmse"]
 
-    lesson = Lesson(
+    lesson = PixelLesson(
         "depth",
         outputs,
         lambda maps, target: loss(decode(maps), target),

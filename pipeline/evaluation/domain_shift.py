@@ -14,7 +14,7 @@ import torch
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.evaluation.classification import Accuracies, accuracy, check_classes, linear_scores, require_classes
-from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
 
@@ -31,7 +31,7 @@ class DomainShift(EvaluateResult):
     normed: dict[str, Accuracies] | None
 
 
-def probe(trial: Trial) -> DomainShift:
+def probe(trial: EvaluationContext) -> DomainShift:
     """Raises UserError as `check`."""
     settings = trial.settings
     check(trial.train, trial.test, settings)

@@ -7,11 +7,11 @@ from torch import Tensor
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.data.views import View, crop_view
-from pipeline.evaluation.context import Features, Trial, kinds_of, tokens
+from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
 from pipeline.teachers.models import Backbone
 
 
-def pooled(trial: Trial, images: Images) -> Features:
+def pooled(trial: EvaluationContext, images: Images) -> Features:
     """Features of the images, computed by the first task that asks for them."""
     key = images.paths, images.place_hash()
     if key not in trial.computed:

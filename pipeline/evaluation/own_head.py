@@ -15,7 +15,7 @@ from pipeline.data import Images, require_labels
 from pipeline.data.images import CLASSES
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import accuracy
-from pipeline.evaluation.context import EvaluateResult, Trial, inputs
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, inputs
 from pipeline.evaluation.domain_shift import compete, read_class_map
 from singer.errors import UserError
 
@@ -31,7 +31,7 @@ class OwnHead(EvaluateResult):
     classes: int
 
 
-def probe(trial: Trial) -> OwnHead:
+def probe(trial: EvaluationContext) -> OwnHead:
     """Raises UserError for a model without a head, and for labels that it has no class for."""
     check(trial.learn_from, trial.test, trial.settings)
     rivals, right = compete(_class_of_label(trial), trial.test)
@@ -60,7 +60,7 @@ def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
         read_class_map(settings.class_map, test)
 
 
-def _class_of_label(trial: Trial) -> dict[int, int]:
+def _class_of_label(trial: EvaluationContext) -> dict[int, int]:
     count = int(trial.vit.model.num_classes)
     if not count:
         raise UserError(f"--task head: {trial.model} has no classification head; take a task that trains one")

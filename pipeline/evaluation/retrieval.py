@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
-from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
 from singer.probes import retrieval_figures
@@ -27,7 +27,7 @@ class Retrieval(EvaluateResult):
     normed: dict[str, dict[str, dict[str, float]]] | None
 
 
-def probe(trial: Trial) -> Retrieval:
+def probe(trial: EvaluationContext) -> Retrieval:
     """Raises UserError as `check`."""
     check(None, trial.test, trial.settings)
     labels = torch.from_numpy(trial.test.labels)

@@ -16,8 +16,16 @@ from torch.nn import functional as F
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, index_beside
 from pipeline.evaluation import dense
-from pipeline.evaluation.context import EvaluateResult, Trial, first_and_normed
-from pipeline.evaluation.dense import Head, Lesson, label_side, nearest, of_every_kind, patch_tokens, read_maps
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
+from pipeline.evaluation.dense import (
+    LinearHead,
+    PixelLesson,
+    label_side,
+    nearest,
+    of_every_kind,
+    patch_tokens,
+    read_maps,
+)
 from singer.errors import UserError
 from singer.probes import class_iou, confusion
 
@@ -44,7 +52,7 @@ class Segmentation(EvaluateResult):
     normed: dict[str, Any] | None
 
 
-def probe(trial: Trial) -> Segmentation:
+def probe(trial: EvaluationContext) -> Segmentation:
     """Raises UserError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
     settings = trial.settings
     classes, train_masks, test_masks = find_masks(trial.train, trial.test, settings)
@@ -133,7 +141,7 @@ def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Itera
 
 def fit_head(
     x: Tensor, labels: Tensor, classes: int, settings: EvaluateConfig, device: torch.device
-) -> tuple[Head, float]:
+) -> tuple[LinearHead, float]:
     """A head, and its learning rate: the one of seg_lrs with the best mIoU on a held-out fifth of the images.
 
     x: (n, patches, d); labels: (n, side, side), VOID where they do not count.
@@ -143,15 +151,15 @@ def fit_head(
         total = F.cross_entropy(logits, target.long(), ignore_index=VOID, reduction="sum")
         return total / (target != VOID).sum().clamp(min=1)
 
-    def score(head: Head, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
+    def score(head: LinearHead, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
         counts = torch.stack([count_pixels(head, *pair, classes) for pair in held_out]).sum(0)
         return float(class_iou(counts).nanmean())
 
-    lesson = Lesson("seg", classes, loss, score, settings.seg_lrs, settings.seg_passes, settings.seed)
+    lesson = PixelLesson("seg", classes, loss, score, settings.seg_lrs, settings.seg_passes, settings.seed)
     return dense.fit_head(x, labels, lesson, device)
 
 
-def count_pixels(head: Head, x: Tensor, labels: Tensor, classes: int) -> Tensor:
+def count_pixels(head: LinearHead, x: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The confusion matrix (classes, classes) of an image: tokens (patches, d), labels (H, W); on the CPU."""
     height, width = labels.shape
     predicted = head.maps(x[None], (height, width))[0].argmax(0).cpu()

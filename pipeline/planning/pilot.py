@@ -21,9 +21,9 @@ from pipeline.cache.codecs import CODECS, Calibration, Codec, few_records
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
-from pipeline.data.background import Behind
+from pipeline.data.background import BackgroundWorker
 from pipeline.data.prefetch import prefetch
-from pipeline.data.sampler import Share, lists_ahead, share_lists
+from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
 from pipeline.data.tars import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.planning.costs import Rate, not_measured
@@ -33,9 +33,9 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, Store, is_remote, open_store
 from pipeline.teachers.models import Backbone
-from pipeline.training.distiller import Lesson, Shown
-from pipeline.training.student_run import Job, NewStudent
-from pipeline.training.teachers import open_images, open_sources
+from pipeline.training.distiller import Lesson, TeacherFeatures
+from pipeline.training.student_run import NewStudent, StudentSpec
+from pipeline.training.teachers import open_images, open_teachers
 from pipeline.training.trainer import BatchLoader, prepare
 from singer.backbones import block_outputs
 from singer.errors import UserError
@@ -131,7 +131,7 @@ def rate_beside(steps: Generator[int, None, None], busy: Callable[[], object], s
         finally:
             over.set()
 
-    with Behind(run, "measure") as behind:
+    with BackgroundWorker(run, "measure") as behind:
         behind()
         while not over.is_set():
             busy()
@@ -440,9 +440,9 @@ def train_on(
     run = pilot.work / "run"
     run.mkdir()
     try:
-        sources = open_sources(settings, pilot.place, adapters)
+        sources = open_teachers(settings, pilot.place, adapters)
         accelerator = make_accelerator(settings.precision)
-        new = NewStudent(Job(config, run, adapters), sources, accelerator)
+        new = NewStudent(StudentSpec(config, run, adapters), sources, accelerator)
     except UserError as error:
         return dict.fromkeys(_TRAINING, not_measured(str(error))), "none"
     trainee = new.trainee("new", accelerator)
@@ -452,15 +452,15 @@ def train_on(
 
     with open_images(cache) as files:
         load = BatchLoader([cache], files, [side])
-        ahead = lists_ahead(settings, load.record_bytes, 1)
+        ahead = prefetch_depth(settings, load.record_bytes, 1)
 
-        def lists() -> Iterator[list[Share]]:
-            return share_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**9)
+        def lists() -> Iterator[list[BatchIndices]]:
+            return batch_index_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**9)
 
-        def shares() -> Iterator[Share]:
+        def shares() -> Iterator[BatchIndices]:
             return (share for group in lists() for share in group)
 
-        def read_group(group: Sequence[Share]) -> int:
+        def read_group(group: Sequence[BatchIndices]) -> int:
             load.features(group)
             return sum(len(share.records) for share in group)
 
@@ -510,7 +510,7 @@ def train_on(
                 images = normalise(views[side], new.student.mean, new.student.std, device)
                 weights = torch.from_numpy(share.weights).to(device)
                 labels = load.labels[torch.from_numpy(share.records)].to(device).long()
-                yield step(Lesson(images, [Shown(features, positions)], weights, labels), number)
+                yield step(Lesson(images, [TeacherFeatures(features, positions)], weights, labels), number)
 
         reading = not_measured("no --out")
         if on_disk:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pipeline.evaluation.figures import Mean
-from pipeline.reports.measurements import Look
+from pipeline.reports.measurements import Measurement
 from pipeline.reports.pages import as_svg
 from pipeline.reports.scores import Column, Score
-from pipeline.reports.seeds import Group
+from pipeline.reports.seeds import SeedGroup
 from pipeline.training.checkpoint import read_log
 
 # Of middle lightness: these can be told apart on white and on black.
@@ -33,8 +33,8 @@ def colour(number: int) -> str:
 
 
 def tasks(
-    groups: Sequence[Group],
-    table: Mapping[Group, Mapping[Column, Score]],
+    groups: Sequence[SeedGroup],
+    table: Mapping[SeedGroup, Mapping[Column, Score]],
     columns: Sequence[Column],
     teacher: Mapping[Column, float],
 ) -> list[tuple[Column, str]]:
@@ -63,7 +63,7 @@ def _around(mean: Mean) -> np.ndarray:
     return np.abs(np.array(mean.ends) - mean.mean)[:, None]
 
 
-def losses(groups: Sequence[Group], file: str) -> str:
+def losses(groups: Sequence[SeedGroup], file: str) -> str:
     """Training loss of every run over its epochs, relative to its first value: targets have different units."""
     figure, axes = _figure(2.9)
     axis = axes[0, 0]
@@ -112,7 +112,7 @@ def fits(curves: Sequence[Curve]) -> str:
     return as_svg(figure, "Losses of the adapters over steps: artifacts above, drift below")
 
 
-def norms(looks: Sequence[Look], colours: Mapping[str, str]) -> list[tuple[str, str]]:
+def norms(looks: Sequence[Measurement], colours: Mapping[str, str]) -> list[tuple[str, str]]:
     """Box plots of patch norms by block, in units of the block's median (the paper's Figure 5), for every model.
 
     All have the same axis.

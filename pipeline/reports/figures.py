@@ -11,9 +11,17 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
 from pipeline.data import ImageFile
 from pipeline.reports import pictures
-from pipeline.reports.measurements import Look, Sample, Students, choose_shown, look_at_features, norms_of, sources_of
-from pipeline.reports.runs import Source, Trained
-from pipeline.reports.seeds import Group
+from pipeline.reports.measurements import (
+    Measurement,
+    Sample,
+    Students,
+    choose_shown,
+    look_at_features,
+    norms_of,
+    sources_of,
+)
+from pipeline.reports.runs import RefinerSource, Trained
+from pipeline.reports.seeds import SeedGroup
 from pipeline.training.refiners import read_refiner
 from singer.artifacts import robust_threshold
 
@@ -24,13 +32,13 @@ _PHOTO = 224
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student.
 
     threshold: of artifacts in the teacher's units; strips: {kind: rows of pictures}; more: students without pictures.
     """
 
-    looks: list[Look]
+    looks: list[Measurement]
     norms: dict[Trained, float]
     threshold: float
     records: int
@@ -38,7 +46,7 @@ class Measured:
     more: int
 
 
-def measure(cache: Cache, groups: Sequence[Group], files: ImageFile | None, count: int) -> Measured:
+def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, count: int) -> Measurements:
     """Look at `count` records. groups: best first; files: where the images lie, if the cache does not hold them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = spread(np.arange(len(cache)), count)
@@ -66,7 +74,7 @@ def measure(cache: Cache, groups: Sequence[Group], files: ImageFile | None, coun
         "cosines": [marked, *pictures.cosine_strips(looks, places)],
         "components": [plain, *pictures.pca_strips(looks)],
     }
-    return Measured(looks, ratios, threshold, len(records), strips, len(groups) - len(pictured))
+    return Measurements(looks, ratios, threshold, len(records), strips, len(groups) - len(pictured))
 
 
 def choose_pictured(runs: Sequence[Trained], ratios: Mapping[Trained, float]) -> list[Trained]:
@@ -86,7 +94,7 @@ def _threshold(runs: Sequence[Trained], norms: Tensor, block: int) -> float:
     return robust_threshold(norms, runs[0].config.refine.threshold_k)
 
 
-def _source_title(source: Source, sources: Sequence[Source], runs: Sequence[Trained]) -> str:
+def _source_title(source: RefinerSource, sources: Sequence[RefinerSource], runs: Sequence[Trained]) -> str:
     if len(sources) == 1:
         return "refined teacher"
     if [s.title for s in sources].count(source.title) == 1:

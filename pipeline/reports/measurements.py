@@ -12,7 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import batches, shape_of, spread
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
-from pipeline.reports.runs import Source, Trained
+from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.runtime.progress import meter
 from pipeline.storage.outputs import read_tensors
 from pipeline.teachers.models import load_saved
@@ -28,7 +28,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Look:
+class Measurement:
     """A model on the measured images, and closer on the shown ones.
 
     block: whose maps are shown; grid: (rows, columns) of its patches, None where only some are stored; norms: {block:
@@ -83,8 +83,8 @@ def norms_of(
 
 
 def look_at_features(
-    cache: Cache, title: str, block: int, sample: Sample, device: torch.device, source: Source | None = None
-) -> Look:
+    cache: Cache, title: str, block: int, sample: Sample, device: torch.device, source: RefinerSource | None = None
+) -> Measurement:
     """The teacher; or, with a source, what it is refined to, still in its own units."""
     refiner = None
     if source is not None:
@@ -98,10 +98,10 @@ def look_at_features(
         x = cache.features(sample.records[sample.shown], device)[block]
         x = x if refiner is None else refiner.clean(x, block)
         patches = x[:, cache.manifest.teacher.prefix_tokens :].cpu()
-    return Look(title, "teacher" if source is None else "refined", block, grid, norms, patches)
+    return Measurement(title, "teacher" if source is None else "refined", block, grid, norms, patches)
 
 
-def load_source(cache: Cache, source: Source) -> tuple[Cache, Refiner]:
+def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
     """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises UserError if it is damaged."""
     if not source.joint:
         part = Cache(cache.place, None, tuple(read_refiner(source.folder).scales), known=cache.id)
@@ -132,7 +132,7 @@ class Students:
         return self._pixels[size]
 
     @torch.inference_mode()
-    def look(self, run: Trained, title: str, block: int | None = None) -> Look:
+    def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
         """A run's student. block: the teacher's, whose match is shown; default: the last one matched."""
         student = load_saved(run.result.student)
         student.model.to(self._device)
@@ -154,11 +154,11 @@ class Students:
                 rows = [i for i in range(len(part)) if start + i in shown]
                 kept.append(outputs[own][rows, student.prefix :].float().cpu())
                 m.advance(len(part))
-        return Look(
+        return Measurement(
             title, "student", own, student.layout[own][1], {b: torch.cat(n) for b, n in norms.items()}, torch.cat(kept)
         )
 
 
-def sources_of(runs: Iterable[Trained]) -> list[Source]:
+def sources_of(runs: Iterable[Trained]) -> list[RefinerSource]:
     """The refiners of some runs, each once."""
     return list({(s.hash, s.title): s for run in runs if (s := run.source) is not None}.values())

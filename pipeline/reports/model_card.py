@@ -12,7 +12,7 @@ from pipeline.evaluation.classification import Accuracies
 from pipeline.runtime.machine import versions
 from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
 from pipeline.teachers.models import LOCAL, Backbone
-from pipeline.training.run_directory import DistillResult, Taught
+from pipeline.training.run_directory import DistillResult, TeacherLink
 from pipeline.training.teachers import numbered
 from singer.backbones import depth, final_norm
 
@@ -21,7 +21,7 @@ _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "ma
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a card tells of. format: as given to --to; difference: of the export from the student.
 
     snippet: Python that loads it; packages: those beside torch and timm that wrote it.
@@ -39,7 +39,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ClassificationFigures:
     """Of an evaluate-*.json, what a card shows. config: the section evaluate that it was made with."""
 
     linear: Accuracies
@@ -50,7 +50,7 @@ class Probe:
     config: dict[str, object]
 
 
-def write_card(card: Card) -> str:
+def write_card(card: ModelCard) -> str:
     """The card as Markdown. Raises UserError naming a file of the run that is missing or damaged."""
     run, model = card.run, card.vit.model
     hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
@@ -85,21 +85,23 @@ def write_card(card: Card) -> str:
     )
 
 
-def read_probes(run: Path) -> list[Probe]:
+def read_probes(run: Path) -> list[ClassificationFigures]:
     """The run's classification figures."""
     files = sorted(run.glob("evaluate-*.json"))
     tasks = {f: read_json(run, f.name, "result of evaluate").get("task", "classification") for f in files}
-    return [read_as(f, Probe, "result of evaluate") for f, task in tasks.items() if task == "classification"]
+    return [
+        read_as(f, ClassificationFigures, "result of evaluate") for f, task in tasks.items() if task == "classification"
+    ]
 
 
-def describe_teacher(learned: Taught) -> str:
+def describe_teacher(learned: TeacherLink) -> str:
     """Its name, or its architecture if the name is a path of the machine where it was cached."""
     if learned.teacher is None:
         return "a teacher that the run does not name (the cache's manifest does)"
     return learned.teacher.architecture if learned.teacher.name.startswith(LOCAL) else learned.teacher.name
 
 
-def describe_refiner(learned: Taught, file_hash: str | None) -> str:
+def describe_refiner(learned: TeacherLink, file_hash: str | None) -> str:
     if learned.adapters is None:
         return "none: raw features (FitNet)"
     what = "kind not recorded"

@@ -6,11 +6,11 @@ from pathlib import Path
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.reports import charts, pictures, tables
-from pipeline.reports.figures import Measured
+from pipeline.reports.figures import Measurements
 from pipeline.reports.pages import render
 from pipeline.reports.scores import Column, Figures
 from pipeline.reports.seeds import differences
-from pipeline.reports.tables import Row
+from pipeline.reports.tables import ReportRow
 from pipeline.runtime.machine import versions
 from pipeline.runtime.progress import duration
 from pipeline.teachers.models import LOCAL
@@ -22,11 +22,11 @@ GENERATOR = "singer report"
 
 def render_page(
     cache: Cache,
-    rows: Sequence[Row],
+    rows: Sequence[ReportRow],
     columns: Sequence[Column],
     by: Column | None,
     teacher: Figures,
-    measured: Measured,
+    measured: Measurements,
     title: str,
     note: str | None,
 ) -> str:

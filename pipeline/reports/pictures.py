@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.reports.measurements import Look
+from pipeline.reports.measurements import Measurement
 from singer.maps import cosine_to, principal_scores, turn_towards
 
 NORMS, COSINES = "magma", "viridis"
@@ -26,7 +26,7 @@ _PHOTO = 192
 # In shares of height and width.
 Place = tuple[float, float]
 # What has maps: a look, its patches (n, P, d) and their grid.
-_Whole = tuple[Look, Tensor, tuple[int, int]]
+_Whole = tuple[Measurement, Tensor, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Strip:
     marks: list[Mark]
 
 
-def choose_places(looks: Sequence[Look]) -> list[Place]:
+def choose_places(looks: Sequence[Measurement]) -> list[Place]:
     """For each image, the place that is marked: of the patches in its middle the one least like the image's mean patch.
 
     As the reference sees it, see `pca_strips`. Empty without maps.
@@ -77,7 +77,7 @@ def photos(images: np.ndarray, grid: tuple[int, int], places: Sequence[Place] = 
     return Strip("image", "", pictures, [_mark(grid, place) for place in places])
 
 
-def norm_strips(looks: Sequence[Look]) -> list[Strip]:
+def norm_strips(looks: Sequence[Measurement]) -> list[Strip]:
     """Patch norms in units of each model's median over all measured images."""
     strips = []
     for look, patches, grid in _with_grids(looks):
@@ -86,7 +86,7 @@ def norm_strips(looks: Sequence[Look]) -> list[Strip]:
     return strips
 
 
-def cosine_strips(looks: Sequence[Look], places: Sequence[Place]) -> list[Strip]:
+def cosine_strips(looks: Sequence[Measurement], places: Sequence[Place]) -> list[Strip]:
     """Cosine similarity, from 0 on, of every patch to the one at the marked place of its image."""
     strips = []
     for look, patches, grid in _with_grids(looks):
@@ -95,7 +95,7 @@ def cosine_strips(looks: Sequence[Look], places: Sequence[Place]) -> list[Strip]
     return strips
 
 
-def pca_strips(looks: Sequence[Look]) -> list[Strip]:
+def pca_strips(looks: Sequence[Measurement]) -> list[Strip]:
     """Principal components as red, green and blue, each model's own, turned to look most like the reference's.
 
     The reference is the first refined teacher, or the teacher, or else the first student.
@@ -118,7 +118,7 @@ def gradient(colours: str) -> str:
     return ", ".join(mpl.colors.to_hex(c) for c in mpl.colormaps[colours](np.linspace(0, 1, _STOPS)))
 
 
-def _with_grids(looks: Sequence[Look]) -> list[_Whole]:
+def _with_grids(looks: Sequence[Measurement]) -> list[_Whole]:
     return [(x, x.patches, x.grid) for x in looks if x.patches is not None and x.grid is not None]
 
 
@@ -127,7 +127,7 @@ def _reference(able: Sequence[_Whole]) -> _Whole:
     return min(able, key=lambda whole: order[whole[0].kind])
 
 
-def _coloured(look: Look, maps: Tensor, grid: tuple[int, int], colours: str, marks: list[Mark]) -> Strip:
+def _coloured(look: Measurement, maps: Tensor, grid: tuple[int, int], colours: str, marks: list[Mark]) -> Strip:
     """maps: (n, P), from 0 to 1."""
     pixels = mpl.colormaps[colours](maps.unflatten(1, grid).clamp(0, 1).numpy(), bytes=True)[..., :3]
     pictures = [_url(Image.fromarray(np.ascontiguousarray(image)), "PNG") for image in pixels]

@@ -20,7 +20,7 @@ _IDLE = ("workers", "checkpoint_minutes", "local_copy", "trackers")
 
 
 @dataclass(frozen=True)
-class Source:
+class RefinerSource:
     """A refiner that students learned from. folder: its own, or, of joint training, that of the run; hash: SHA-256.
 
     cleans: whether it does more than to normalise.
@@ -41,7 +41,7 @@ class Trained:
     folder: Path
     result: DistillResult
     config: Config
-    source: Source | None
+    source: RefinerSource | None
     versions: dict[str, str]
 
     def settings(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
     source = None
     digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
     if config.distill.joint:
-        source = Source("joint adapters", folder, True, file_hash(folder / ADAPTERS))
+        source = RefinerSource("joint adapters", folder, True, file_hash(folder / ADAPTERS))
     elif digest is not None:
         source = _find_refiner(folder, result, digest, adapters)
         if (source.folder / CONFIG).is_file():
@@ -120,7 +120,7 @@ def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
     return Trained(name, folder, result, config, source, read_versions(folder))
 
 
-def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> Source:
+def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> RefinerSource:
     for place in [*given, *_nearby(run, filter(None, [result.adapters]))]:
         folder = Path(place)
         if (
@@ -132,7 +132,7 @@ def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence
         kind = (manifest.cleaner, manifest.normaliser)
         # Two closed forms may have the same tensors.
         if result.refiner is None or kind == (result.refiner.cleaner, result.refiner.normaliser):
-            return Source(
+            return RefinerSource(
                 " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
             )
     raise UserError(

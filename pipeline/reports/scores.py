@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import EvaluateConfig
 from pipeline.evaluation.context import without_top5
 from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
-from pipeline.reports.seeds import Group
+from pipeline.reports.seeds import SeedGroup
 from pipeline.storage.outputs import read_json, validated
 from singer.errors import UserError
 
@@ -147,9 +147,11 @@ def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], ask
     return max(able, key=lambda c: sum(c.figure in f.get(c.probe, {}) for f in everything), default=None)
 
 
-def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) -> dict[Group, dict[Column, Score]]:
+def score(
+    groups: Mapping[SeedGroup, Sequence[Figures]], columns: Sequence[Column]
+) -> dict[SeedGroup, dict[Column, Score]]:
     """Means over the runs of a group that have a figure."""
-    table: dict[Group, dict[Column, Score]] = {}
+    table: dict[SeedGroup, dict[Column, Score]] = {}
     for group, members in groups.items():
         table[group] = {}
         for column in columns:
@@ -159,13 +161,13 @@ def score(groups: Mapping[Group, Sequence[Figures]], columns: Sequence[Column]) 
     return table
 
 
-def rank(table: Mapping[Group, Mapping[Column, Score]], by: Column | None) -> list[tuple[int | None, Group]]:
+def rank(table: Mapping[SeedGroup, Mapping[Column, Score]], by: Column | None) -> list[tuple[int | None, SeedGroup]]:
     """Best first, equals alike; groups without the figure come behind, in their order."""
     if by is None:
         return [(None, group) for group in table]
     ranked = sorted((g for g in table if by in table[g]), key=lambda g: -table[g][by].mean.mean)
     values = [table[g][by].mean.mean for g in ranked]
-    places: list[tuple[int | None, Group]] = [(1 + values.index(v), g) for v, g in zip(values, ranked, strict=True)]
+    places: list[tuple[int | None, SeedGroup]] = [(1 + values.index(v), g) for v, g in zip(values, ranked, strict=True)]
     return places + [(None, group) for group in table if by not in table[group]]
 
 

@@ -16,7 +16,7 @@ _ANY_REFINER = ("softness", "threshold_k", "holdout", "statistics_records", "sam
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class SeedGroup:
     """Runs that differ in nothing but seeds."""
 
     name: str
@@ -27,19 +27,19 @@ class Group:
         return _seedless(self.runs[0])
 
 
-def group_runs(runs: Sequence[Trained]) -> list[Group]:
+def group_runs(runs: Sequence[Trained]) -> list[SeedGroup]:
     """In the order of their first runs."""
     found: dict[str, list[Trained]] = {}
     for run in runs:
         found.setdefault(json.dumps(_seedless(run), sort_keys=True), []).append(run)
     names = [_common_name([run.name for run in members]) for members in found.values()]
     return [
-        Group(name if names.count(name) == 1 else members[0].name, tuple(members))
+        SeedGroup(name if names.count(name) == 1 else members[0].name, tuple(members))
         for name, members in zip(names, found.values(), strict=True)
     ]
 
 
-def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+def differences(groups: Sequence[SeedGroup]) -> dict[str, list[Any]]:
     """{key: value of every group} of the settings that are not the same everywhere; None: it has none.
 
     targets: what the features were refined by, or raw. Keys of the section refine count where they were of use: most

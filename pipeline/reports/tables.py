@@ -13,10 +13,10 @@ import yaml
 from pipeline.cache.format import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.reports import charts
-from pipeline.reports.figures import Measured
+from pipeline.reports.figures import Measurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
-from pipeline.reports.seeds import Group
+from pipeline.reports.seeds import SeedGroup
 from pipeline.runtime.progress import duration
 from pipeline.storage.outputs import read_json
 from pipeline.training.refiners import METRICS
@@ -26,11 +26,11 @@ _STYLES = ("solid", "dashed", "dotted")
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """A line of the leaderboard. norm: mean_max_over_median of its students, as in ReportResult."""
 
     rank: int | None
-    group: Group
+    group: SeedGroup
     colour: str
     scores: dict[Column, Score]
     norm: Mean
@@ -41,7 +41,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Card:
+class SummaryCard:
     """One of the figures that the page begins with. text: what it says."""
 
     title: str
@@ -61,7 +61,9 @@ class Refined:
     records: int | None
 
 
-def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: TeacherManifest) -> list[Card]:
+def cards(
+    rows: Sequence[ReportRow], by: Column | None, measured: Measurements, teacher: TeacherManifest
+) -> list[SummaryCard]:
     """What matters first: which student won, what became of the artifacts, what it cost."""
     first = rows[0]
     name, run = first.group.name, first.group.runs[0].result
@@ -70,7 +72,9 @@ def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: T
         others = [row for row in rows[1:] if by in row.scores]
         behind = f"; then {others[0].group.name}, {others[0].scores[by].mean.text(by.form)}" if others else ""
         found.append(
-            Card("best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{behind}")
+            SummaryCard(
+                "best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{behind}"
+            )
         )
     teachers, *others_seen = measured.looks
     refined = next((look for look in others_seen if look.kind == "refined"), None)
@@ -80,17 +84,17 @@ def cards(rows: Sequence[Row], by: Column | None, measured: Measured, teacher: T
         text = "of the teacher's patch tokens, before and after refining"
         several = sum(look.kind == "refined" for look in others_seen) > 1
         text += f" ({refined.title.removeprefix('refined: ')})" if several else ""
-        found.append(Card("artifacts", f"{before} → {after} %", text))
+        found.append(SummaryCard("artifacts", f"{before} → {after} %", text))
     else:
-        found.append(Card("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
+        found.append(SummaryCard("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
     text = f"mean over images of largest / median norm: {name}; the teacher has {teachers.mean_max_over_median:.1f}"
-    found.append(Card("student's outliers", f"{first.norm.mean:.1f}", text))
+    found.append(SummaryCard("student's outliers", f"{first.norm.mean:.1f}", text))
     count = parameters(teacher)
     text = f"parameters; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
-    found.append(Card("size", f"{run.parameters / 1e6:.2f} M", text))
+    found.append(SummaryCard("size", f"{run.parameters / 1e6:.2f} M", text))
     wait = first.mean("data_wait_percent").mean
     speed = f"of training at {first.mean('images_per_second').mean:.0f} images/s, {wait:.0f} % of it waiting for data"
-    found.append(Card("cost", duration(first.mean("seconds").mean), speed))
+    found.append(SummaryCard("cost", duration(first.mean("seconds").mean), speed))
     return found
 
 
@@ -101,7 +105,7 @@ def parameters(teacher: TeacherManifest) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def refiners(groups: Sequence[Group]) -> list[Refined]:
+def refiners(groups: Sequence[SeedGroup]) -> list[Refined]:
     """Those of the first run of every group, each once; of joint adapters no figures exist."""
     found = []
     firsts = [group.runs[0] for group in groups]
@@ -114,7 +118,7 @@ def refiners(groups: Sequence[Group]) -> list[Refined]:
     return found
 
 
-def fit_curves(groups: Sequence[Group]) -> list[charts.Curve]:
+def fit_curves(groups: Sequence[SeedGroup]) -> list[charts.Curve]:
     """What the losses of adapters were, alone or in joint training, of the first run of every group."""
     curves = []
     for number, group in enumerate(groups):
@@ -135,7 +139,7 @@ def _block(stem: str) -> int:
     return int(numbers[0]) if numbers else 0
 
 
-def recipe(group: Group) -> str:
+def recipe(group: SeedGroup) -> str:
     """The sections that made the students, as YAML; of several runs the first one's."""
     run = group.runs[0]
     tree = run.config.model_dump(mode="json")
@@ -143,7 +147,7 @@ def recipe(group: Group) -> str:
     return yaml.safe_dump({section: tree[section] for section in sections}, sort_keys=False)
 
 
-def flat(row: Row, columns: Sequence[Column]) -> dict[str, Any]:
+def flat(row: ReportRow, columns: Sequence[Column]) -> dict[str, Any]:
     """A row as plain values, for the command line."""
     means = {c.key: row.scores[c].mean.mean if c in row.scores else None for c in columns}
     ranked: dict[str, Any] = {"rank": row.rank} if columns else {}

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from pipeline.cache.append import Addition
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.create import STAGE, create_parts, describe
+from pipeline.cache.create import STAGE, create_segments, describe
 from pipeline.cache.extract import Extractor
-from pipeline.cache.fill import fill_parts
+from pipeline.cache.fill import fill_segments
 from pipeline.cache.format import (
     MANIFEST,
     TeacherManifest,
     read_images,
     read_manifest,
 )
-from pipeline.cache.segments import mine, read_parts
+from pipeline.cache.segments import mine, read_segments
 from pipeline.cache.variants import joint_id
 from pipeline.cache.writer import check_same
 from pipeline.config import Config
@@ -79,12 +79,12 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
             check_begun(config, store, extract.teacher)
         if begun:
             # What an earlier run has begun comes first: only complete parts are known well enough to be added to.
-            done += fill_parts(store, extract, shards if mode == "resume" else None)
+            done += fill_segments(store, extract, shards if mode == "resume" else None)
         if main and listed is not None:
-            create_parts(config, listed, out, mode, extract)
+            create_segments(config, listed, out, mode, extract)
         ranks.wait()
-        done += fill_parts(store, extract)
-    parts = mine(read_parts(store), extract.teacher)
+        done += fill_segments(store, extract)
+    parts = mine(read_segments(store), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,

@@ -32,8 +32,16 @@ from pipeline.training.run_directory import (
     DistillResult,
     load_result,
 )
-from pipeline.training.student_run import Job, NewStudent, run_jobs
-from pipeline.training.teachers import Adapters, Places, Source, as_places, input_hashes, open_images, open_sources
+from pipeline.training.student_run import NewStudent, StudentSpec, run_jobs
+from pipeline.training.teachers import (
+    Adapters,
+    CachedTeacher,
+    Places,
+    as_places,
+    input_hashes,
+    open_images,
+    open_teachers,
+)
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
@@ -58,11 +66,11 @@ def distill(
     caches: one, or of several teachers a list, with a list of adapters in the same order. shards: where the cached
     shards lie now, if they have moved since they were cached.
     """
-    return fan_out([Job(config, out, adapters)], caches, shards, mode)[0]
+    return fan_out([StudentSpec(config, out, adapters)], caches, shards, mode)[0]
 
 
 def fan_out(
-    jobs: Sequence[Job], caches: Places, shards: str | Sequence[str] | None = None, mode: Mode = "new"
+    jobs: Sequence[StudentSpec], caches: Places, shards: str | Sequence[str] | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be alone.
 
@@ -71,7 +79,7 @@ def fan_out(
     check_shared(jobs)
     settings = jobs[0].config.distill
     check_sharding(settings.precision)
-    taught = [open_sources(job.config.distill, caches, job.adapters, _begun(job.out, mode)) for job in jobs]
+    taught = [open_teachers(job.config.distill, caches, job.adapters, _begun(job.out, mode)) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
@@ -109,7 +117,7 @@ def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
     return read_as(out / INPUTS, dict[str, str | None], "run") if going_on else None
 
 
-def check_shared(jobs: Sequence[Job]) -> None:
+def check_shared(jobs: Sequence[StudentSpec]) -> None:
     """Raise UserError if the jobs cannot train on one pass, or one of them cannot train at all."""
     first, *others = jobs
     if others and first.config.distill.precision == "fp16":
@@ -135,7 +143,7 @@ def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None
         raise UserError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
 
 
-def check_job(job: Job, sources: Sequence[Source]) -> None:
+def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:
     """Raise UserError if its student cannot learn so from these teachers."""
     if job.config.distill.joint and any(s.adapters is not None for s in sources):
         raise UserError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")

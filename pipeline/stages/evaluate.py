@@ -20,13 +20,13 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, Images, image_digest, index_shards
 from pipeline.evaluation import TASKS
 from pipeline.evaluation.classification import Classification
-from pipeline.evaluation.context import Answer, Computed, EvaluateResult, Trial
+from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
 from pipeline.storage.outputs import PROVENANCE, process_log, read_json, stage_log, write_json
 from pipeline.teachers.models import check_known, load_model, load_saved
-from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, Taught, load_result
+from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 
 Shards = str | Sequence[str]
@@ -109,7 +109,7 @@ def evaluate_tasks(
     place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()
     train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
-    computed: Computed = {}
+    computed: ComputedFeatures = {}
     results = {}
     # A folder of the user's gets a log only of what went wrong.
     log = stage_log(place, config) if own and place else process_log(place) if place is not None else nullcontext()
@@ -117,7 +117,9 @@ def evaluate_tasks(
         for task in dict.fromkeys(tasks):
             named = None if own else f"{model} {weights}"
             file = result_file(place, task, shards, config, named) if place is not None else None
-            result = TASKS[task].probe(Trial(model, vit, device, *shards, config.evaluate, started, file, computed))
+            result = TASKS[task].probe(
+                EvaluationContext(model, vit, device, *shards, config.evaluate, started, file, computed)
+            )
             object.__setattr__(result, "learned_from_test", learned)
             result.train.extend(train_names)
             result.test.extend(test_names)
@@ -148,7 +150,7 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
     return "unknown", "; ".join(dict.fromkeys(reasons))
 
 
-def _cached_images(taught: Taught) -> np.ndarray | str:
+def _cached_images(taught: TeacherLink) -> np.ndarray | str:
     """The digests of the images that a cache holds, or why they are unknown."""
     place = taught.cache_place
     if place is None:

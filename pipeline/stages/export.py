@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.reports.model_card import Card, caveats, write_card
+from pipeline.reports.model_card import ModelCard, caveats, write_card
 from pipeline.runtime.progress import say
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import CONFIG, Mode, check_output, claimed_output
@@ -51,7 +51,7 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
     with tempfile.TemporaryDirectory(prefix="singer-export-") as scratch:
         written = FORMATS[to](student, Path(scratch))
         difference = compare(student, written.load, config.export)
-        card = Card(to, student.output, run, trained, recipe, vit, difference, written.snippet, written.packages)
+        card = ModelCard(to, student.output, run, trained, recipe, vit, difference, written.snippet, written.packages)
         text = write_card(card)
         for caveat in caveats(vit, trained):
             say(f"note: {caveat}")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import gather_evidence, measure_blocks, measure_scales, spread
+from pipeline.cache.statistics import gather_context, measure_blocks, measure_scales, spread
 from pipeline.config import Config
 from pipeline.reports.pages import as_data_url, render, without_ticks
 from pipeline.runtime.progress import say
@@ -25,7 +25,7 @@ from pipeline.training.refiners import OPTION, load_refiner, open_refined, read_
 from pipeline.training.teachers import open_images
 from singer.artifacts import norm_summary, patch_norms
 from singer.errors import UserError
-from singer.evidence import Evidence
+from singer.fit_context import FitContext
 from singer.inspection import (
     artifact_direction,
     artifact_map,
@@ -107,7 +107,7 @@ def inspect(
     measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
-        evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
+        evidence = gather_context(cache, sample, block, scales[block], tail, device, settings.seed)
         figures[block] = _block_figures(evidence, refiner)
         if block in measured:
             figures[block]["refined"] = measured[block]["after"]
@@ -129,7 +129,7 @@ def inspect(
     return result
 
 
-def _block_figures(evidence: Evidence, refiner: Refiner | None) -> dict[str, Any]:
+def _block_figures(evidence: FitContext, refiner: Refiner | None) -> dict[str, Any]:
     norms = patch_norms(evidence.tokens, evidence.prefix)
     figures: dict[str, Any] = {
         "threshold": evidence.scale.threshold,
@@ -154,7 +154,7 @@ def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
     return lambda tokens: refiner.clean(tokens, block)
 
 
-def _choose(evidence: Evidence) -> np.ndarray:
+def _choose(evidence: FitContext) -> np.ndarray:
     """Records for pictures: half of them those with the largest patch norms, the others the first."""
     largest = patch_norms(evidence.tokens, evidence.prefix).amax(1).cpu().numpy()
     worst = np.argsort(-largest, kind="stable")[: _SHOWN // 2]
@@ -162,7 +162,7 @@ def _choose(evidence: Evidence) -> np.ndarray:
     return np.concatenate([worst, others])
 
 
-def _show(evidence: Evidence, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
+def _show(evidence: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
     """What the page shows of a block; without a grid, only the norms."""
     norms = patch_norms(evidence.tokens, evidence.prefix).cpu()
     if evidence.grid is None:

@@ -31,7 +31,7 @@ from pipeline.storage.outputs import (
     write_tensors,
 )
 from pipeline.training.adapters import fit_adapters, groups, load_fitted
-from pipeline.training.refiner_fit import Fit
+from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.refiners import (
     MANIFEST,
     METRICS,
@@ -83,7 +83,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     start = time.perf_counter()
     main = accelerator.is_main_process
     with watched(accelerator, STAGE) as ranks:
-        fit = Fit(cache, settings, split[0], accelerator.device)
+        fit = RefinerFit(cache, settings, split[0], accelerator.device)
         with claimed_output(out, mode, STAGE, config, settings.seed) if main else process_log(out):
             if main:
                 write_json(out / INPUTS, {"cache": cache.id})
@@ -94,7 +94,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     return _result(out)
 
 
-def _fit(fit: Fit, out: Path, ranks: Ranks) -> None:
+def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
     """Train this process's share of the adapters; return when all processes have done theirs."""
     cache, settings = fit.cache, fit.settings
     if not fit.starts:
@@ -109,7 +109,7 @@ def _fit(fit: Fit, out: Path, ranks: Ranks) -> None:
             load_fitted(fit.refiner, group, out)
 
 
-def _store(fit: Fit, out: Path, held_out: np.ndarray, start: float) -> None:
+def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> None:
     """Finish, measure and store; the manifest comes last: a refiner without one was interrupted."""
     cache, settings = fit.cache, fit.settings
     fit.close()

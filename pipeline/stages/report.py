@@ -16,7 +16,7 @@ from pipeline.reports.page import GENERATOR, render_page
 from pipeline.reports.runs import find_cache, find_runs, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
 from pipeline.reports.seeds import group_runs
-from pipeline.reports.tables import Row
+from pipeline.reports.tables import ReportRow
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import read_json
 from pipeline.training.teachers import open_images
@@ -77,7 +77,7 @@ def report(
     with open_images(opened, shards) as files:
         measured = measure(opened, [group for _, group in order], files, records)
     rows = [
-        Row(place, group, charts.colour(n), table[group], Mean.of([measured.norms[run] for run in group.runs]))
+        ReportRow(place, group, charts.colour(n), table[group], Mean.of([measured.norms[run] for run in group.runs]))
         for n, (place, group) in enumerate(order)
     ]
     page = render_page(opened, rows, columns, by, teacher, measured, title, note)

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 
-from pipeline.cache.segments import mine, read_parts
+from pipeline.cache.segments import mine, read_segments
 from pipeline.cache.variants import check_held_once
-from pipeline.cache.verify.files import check_part, unreachable
-from pipeline.cache.verify.findings import LiveCheck, PartReport, VerifyResult
+from pipeline.cache.verify.files import check_segment, unreachable
+from pipeline.cache.verify.findings import LiveCheck, SegmentReport, VerifyResult
 from pipeline.cache.verify.live import check_live, load_extractors
-from pipeline.cache.verify.repair import repair_part
+from pipeline.cache.verify.repair import repair_segment
 from pipeline.config import Config
 from pipeline.storage import Place, open_store
 from singer.errors import UserError
 
-__all__ = ["LiveCheck", "PartReport", "VerifyResult", "verify"]
+__all__ = ["LiveCheck", "SegmentReport", "VerifyResult", "verify"]
 
 
 def verify(
@@ -39,18 +39,18 @@ def verify(
     none of the cache's, or what `repair` needs is gone.
     """
     store = open_store(place)
-    parts = read_parts(store)
+    parts = read_segments(store)
     check_held_once(parts)
     if repair and parts[0].manifest.version == 2:
         raise UserError(f"{place} was written by format version 2 and cannot be repaired; make a new cache")
     extractors = load_extractors(config, parts) if live or repair else iter(())
     first = list(islice(extractors, 1))  # before hours of reading
     with store.lock() if repair else nullcontext():
-        reports = {part.name: check_part(part) for part in parts}
+        reports = {part.name: check_segment(part) for part in parts}
         reports[""].files |= unreachable(store, parts)
         for extract in chain(first, extractors):
             for part in mine(parts, extract.teacher):
                 if repair:
-                    repair_part(part, parts, reports[part.name], extract, shards)
+                    repair_segment(part, parts, reports[part.name], extract, shards)
                 reports[part.name].live = check_live(part, reports[part.name], extract, shards, sample)
     return VerifyResult(place, all(r.whole for r in reports.values()), list(reports.values()))

@@ -17,7 +17,7 @@ from pipeline.training.run_directory import RUNS, load_result
 
 
 @dataclass(frozen=True)
-class Row:
+class LeaderboardRow:
     """Runs that differ in seeds only. rank: None where the figure that ranks is missing, or none was asked for.
 
     names: of those that are done; planned: how many there will be. changes: {key: value} of what the file sets, seeds
@@ -92,7 +92,7 @@ class Leaderboard:
             })  # fmt: skip
         return lines
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LeaderboardRow]:
         """Best first; those without a rank behind, in the order of the file."""
         groups: dict[str, list[Run]] = {}
         for run in self._plan.runs:
@@ -104,17 +104,17 @@ class Leaderboard:
         ranked = sorted((row for row in found if by in row.figures), key=lambda row: -row.figures[by].mean)
         values = [row.figures[by].mean for row in ranked]
         # Equal figures have equal ranks.
-        ranked = [Row(**{**vars(row), "rank": 1 + values.index(row.figures[by].mean)}) for row in ranked]
+        ranked = [LeaderboardRow(**{**vars(row), "rank": 1 + values.index(row.figures[by].mean)}) for row in ranked]
         return ranked + [row for row in found if by not in row.figures]
 
-    def _row(self, runs: list[Run]) -> Row | None:
+    def _row(self, runs: list[Run]) -> LeaderboardRow | None:
         done = [run for run in runs if is_done(self._out / RUNS / run.name, self._files[run.name])]
         if not done:
             return None
         results = [load_result(self._out / RUNS / run.name) for run in done]
         probed = [self._read(run) for run in done]
         figures = {f: Mean.of_figure(probed, f) for f in self._figures if all(f in p for p in probed)}
-        return Row(
+        return LeaderboardRow(
             rank=None,
             name=runs[0].name if len(runs) == 1 else runs[0].label,
             names=[run.name for run in done],
@@ -140,7 +140,7 @@ class Leaderboard:
                     found[figure] = in_percent(figure, value)
         return found
 
-    def _csv(self, rows: list[Row]) -> str:
+    def _csv(self, rows: list[LeaderboardRow]) -> str:
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         numbers = [*self._figures, "images_per_second", "seconds", "loss"]
@@ -156,7 +156,7 @@ class Leaderboard:
         return text.getvalue()
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+def _columns(rows: Sequence[LeaderboardRow]) -> dict[str, list[str]]:
     """{title: a text for every row} behind the figures."""
     counts = [f"{len(row.names)}" + f" of {row.planned}" * (len(row.names) < row.planned) for row in rows]
     return {

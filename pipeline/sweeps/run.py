@@ -35,8 +35,8 @@ from pipeline.storage.outputs import (
 )
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
-from pipeline.sweeps.scheduler import Board
-from pipeline.sweeps.tasks import REFINERS, Job, Member, Setting, as_list, attempt, is_done, refiner_config
+from pipeline.sweeps.scheduler import Scheduler
+from pipeline.sweeps.tasks import REFINERS, Job, SweepContext, Task, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.worker import Worker
 from pipeline.training.refiners import MANIFEST
 from pipeline.training.run_directory import RUN, RUNS
@@ -107,7 +107,7 @@ def sweep(
         _check_teachers(plan, places, path)
     images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
-    setting = Setting(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
+    setting = SweepContext(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
     if mode == "resume":
         if (out / INPUTS).exists():
             check_inputs(out, inputs)
@@ -125,7 +125,7 @@ def sweep(
 
 
 def _sweep(
-    plan: Plan, setting: Setting, files: dict[str, dict[str, Path]], leaderboard: Leaderboard, workers: int | None
+    plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]], leaderboard: Leaderboard, workers: int | None
 ) -> SweepResult:
     out = setting.out
 
@@ -142,7 +142,7 @@ def _sweep(
     jobs = list(_jobs(plan, setting, files))
     done = len(plan.runs) - sum(len(job.members) for job in jobs if job.kind == "run")
     say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
-    board = Board(jobs, done, write)
+    board = Scheduler(jobs, done, write)
     _serve(board, setting, jobs, workers)
     write(board.failed)
     return SweepResult(
@@ -157,7 +157,7 @@ def _sweep(
     )
 
 
-def _check_unchanged(plan: Plan, setting: Setting) -> None:
+def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
     """Raise UserError naming a refiner or a run that was started with other settings.
 
     Those of evaluate may change: figures are kept apart by the settings that they come from.
@@ -217,7 +217,7 @@ def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, 
             raise UserError(f"probe {task} of run {run.name}: {error}") from None
 
 
-def _jobs(plan: Plan, setting: Setting, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
+def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
     """All that is left to do, every refiner ahead of the first run that needs it."""
     fitted = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
     left = []
@@ -227,19 +227,19 @@ def _jobs(plan: Plan, setting: Setting, files: dict[str, dict[str, Path]]) -> It
             continue
         needs = None if (folder / RUN).exists() else run.refiner
         probes = tuple(task for task, file in files[run.name].items() if not file.exists())
-        left.append(Member(run.name, run.config, needs, probes))
+        left.append(Task(run.name, run.config, needs, probes))
     for members in _passes(left, plan.together):
         for needs in dict.fromkeys(m.needs for m in members):
             if needs is not None and needs not in fitted:
                 fitted.add(needs)
-                yield Job("refiner", (Member(needs, plan.refiners[needs]),))
+                yield Job("refiner", (Task(needs, plan.refiners[needs]),))
         yield Job("run", members)
 
 
-def _passes(members: Sequence[Member], together: int) -> list[tuple[Member, ...]]:
+def _passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
     """Runs that may share a pass over the data, at most `together` of them; in the order of the first of each."""
-    open_: dict[str, list[Member]] = {}
-    passes: list[list[Member]] = []
+    open_: dict[str, list[Task]] = {}
+    passes: list[list[Task]] = []
     for member in members:
         settings = member.config.distill
         key = repr([getattr(settings, name) for name in SHARED])
@@ -250,7 +250,7 @@ def _passes(members: Sequence[Member], together: int) -> list[tuple[Member, ...]
     return [tuple(p) for p in passes]
 
 
-def _serve(board: Board, setting: Setting, jobs: Sequence[Job], workers: int | None) -> None:
+def _serve(board: Scheduler, setting: SweepContext, jobs: Sequence[Job], workers: int | None) -> None:
     """Have the jobs done by as many workers as were asked for, or else by one a GPU."""
     devices = gpus()
     count = min(workers or max(1, len(devices)), max(1, len(jobs)))

@@ -10,7 +10,7 @@ from pipeline.runtime.progress import duration, say
 from pipeline.sweeps.tasks import Job
 
 
-class Board:
+class Scheduler:
     """The jobs that wait, shared by the threads that serve the workers.
 
     done: runs that need nothing more; failed: {run: what went wrong}. changed: called after every run that ends, by one

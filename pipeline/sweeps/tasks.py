@@ -15,13 +15,13 @@ from pipeline.stages.refine import refine
 from pipeline.storage import Place
 from pipeline.storage.outputs import Mode
 from pipeline.training.run_directory import RUN, RUNS
-from pipeline.training.student_run import Job as Student
+from pipeline.training.student_run import StudentSpec
 
 REFINERS = "refiners"
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweepContext:
     """What all pieces have in common. caches: one for each teacher; command: of the sweep, for the provenance of what
     it makes.
     """
@@ -40,7 +40,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Member:
+class Task:
     """A refiner or a run. needs: the refiner of a run; probes: the tasks that it has no figures of yet."""
 
     name: str
@@ -54,14 +54,14 @@ class Job:
     """A refiner, or runs that train on one pass over the data."""
 
     kind: Literal["refiner", "run"]
-    members: tuple[Member, ...]
+    members: tuple[Task, ...]
 
     @property
     def names(self) -> str:
         return ", ".join(m.name for m in self.members)
 
 
-def attempt(setting: Setting, job: Job) -> dict[str, Failure]:
+def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
     """Do the job as far as it is not done; {member: what went wrong}."""
     if job.kind == "refiner":
         (member,) = job.members
@@ -76,7 +76,7 @@ def attempt(setting: Setting, job: Job) -> dict[str, Failure]:
     return failed
 
 
-def _failures(member: Member, do: Callable[[], object]) -> dict[str, Failure]:
+def _failures(member: Task, do: Callable[[], object]) -> dict[str, Failure]:
     try:
         do()
     except Exception as error:  # no run may take the others along, whatever its model or its GPU does
@@ -84,7 +84,7 @@ def _failures(member: Member, do: Callable[[], object]) -> dict[str, Failure]:
     return {}
 
 
-def _fit(setting: Setting, member: Member) -> None:
+def _fit(setting: SweepContext, member: Task) -> None:
     for number, (cache, out) in enumerate(zip(setting.caches, setting.refiners(member.name), strict=True)):
         refine(refiner_config(member.config, number), cache, out, _mode(out))
 
@@ -97,16 +97,16 @@ def refiner_config(config: Config, number: int) -> Config:
     return config.model_copy(update={"refine": config.refine.model_copy(update={"teacher": teachers[number]})})
 
 
-def _train(setting: Setting, members: Sequence[Member]) -> None:
+def _train(setting: SweepContext, members: Sequence[Task]) -> None:
     jobs = []
     for member in members:
         adapters = setting.refiners(member.needs) if member.needs is not None else None
-        jobs.append(Student(member.config, setting.out / RUNS / member.name, adapters))
+        jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, adapters))
     # A folder that is there is continued, and one that is not is begun.
     fan_out(jobs, setting.caches, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
 
 
-def _finish(setting: Setting, member: Member) -> None:
+def _finish(setting: SweepContext, member: Task) -> None:
     run = setting.out / RUNS / member.name
     if not (run / RUN).exists():
         _train(setting, [member])

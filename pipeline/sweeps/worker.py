@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.logs import log_file
 from pipeline.runtime.progress import say
-from pipeline.sweeps.tasks import Job, Setting, attempt
+from pipeline.sweeps.tasks import Job, SweepContext, attempt
 
-_SETTING, _JOB, _ANSWER = TypeAdapter(Setting), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
+_SETTING, _JOB, _ANSWER = TypeAdapter(SweepContext), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
 
 
 class Worker:
@@ -27,7 +27,7 @@ class Worker:
     device: its CUDA_VISIBLE_DEVICES, None: as they are. log: file to which its messages are added.
     """
 
-    def __init__(self, setting: Setting, device: str | None, threads: int, log: Path) -> None:
+    def __init__(self, setting: SweepContext, device: str | None, threads: int, log: Path) -> None:
         self._setting, self._log = setting, log
         # As many threads as there are cores for: otherwise each process starts one for every core of the machine.
         self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}

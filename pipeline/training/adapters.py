@@ -21,9 +21,9 @@ from pipeline.training.checkpoint import Checkpoint, RunLog
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter
 from singer.errors import UserError
-from singer.losses import COUPLED, Exchange, adapter_losses
+from singer.losses import COUPLED, RefinementBatch, adapter_losses
 from singer.refiner import Refiner
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 _WINDOW = 50
 _FACTOR = 0.3
@@ -50,7 +50,7 @@ def _name(group: tuple[int, ...]) -> str:
 
 
 @dataclass
-class Plateau:
+class ReduceOnPlateau:
     """Whether to go on: the rate falls when the mean loss of a window is hardly better than the best, and then ends."""
 
     tolerance: float
@@ -89,7 +89,7 @@ class Plateau:
 def fit_adapters(
     cache: Cache,
     refiner: Refiner,
-    tail: TeacherTail,
+    tail: TeacherSuffix,
     starts: Mapping[int, Tensor],
     scales: dict[int, BlockScale],
     records: np.ndarray,
@@ -111,7 +111,7 @@ def fit_adapters(
         assert isinstance(adapter, Adapter)
         adapter.start(starts[block].to(device), settings.start == "doubled")
     optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    plateau = Plateau(settings.tolerance)
+    plateau = ReduceOnPlateau(settings.tolerance)
     checkpoint = Checkpoint(
         out / f"checkpoint-{_name(group)}.pt",
         {"adapters": adapters, "optimiser": optimiser, "plateau": plateau},
@@ -125,7 +125,7 @@ def fit_adapters(
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
             features = cache.decode(encoded, device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
-            exchange = Exchange(features, refined, tail, scales, cache.manifest.teacher.prefix_tokens)
+            exchange = RefinementBatch(features, refined, tail, scales, cache.manifest.teacher.prefix_tokens)
             losses = adapter_losses(
                 exchange, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
             )

@@ -13,16 +13,16 @@ from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
 from pipeline.data.sampler import part_size
 from pipeline.teachers.models import Backbone
-from pipeline.training.refiner_fit import Fit
+from pipeline.training.refiner_fit import RefinerFit
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs, freeze_unused
 from singer.cleaners import Adapter
-from singer.losses import Exchange, adapter_losses
+from singer.losses import RefinementBatch, adapter_losses
 from singer.matching import resize_tokens, take_patches
-from singer.objectives import OBJECTIVES, Mixture, Objective, Setting
-from singer.projectors import PROJECTORS, Ends
+from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext
+from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.refiner import Refiner
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 # {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
 Kinds = dict[bool, dict[int, Tensor]]
@@ -30,7 +30,7 @@ _PROJECTORS = {False: "projectors", True: "unit_projectors"}
 
 
 @dataclass(frozen=True)
-class Shown:
+class TeacherFeatures:
     """A teacher's part of a batch on the device. features {block: (B, N, d)} as it left them; positions (B, k): of
     sampled patches.
     """
@@ -38,9 +38,9 @@ class Shown:
     features: dict[int, Tensor]
     positions: Tensor | None = None
 
-    def rows(self, rows: slice) -> "Shown":
+    def rows(self, rows: slice) -> "TeacherFeatures":
         positions = self.positions[rows] if self.positions is not None else None
-        return Shown({b: x[rows] for b, x in self.features.items()}, positions)
+        return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Lesson:
     """
 
     images: Tensor
-    shown: Sequence[Shown]
+    shown: Sequence[TeacherFeatures]
     weights: Tensor
     labels: Tensor
 
@@ -64,10 +64,10 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointTraining:
     """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
 
-    tail: TeacherTail
+    tail: TeacherSuffix
     scales: dict[int, BlockScale]
     settings: RefineConfig
     prefix: int
@@ -81,13 +81,13 @@ class Joint:
         """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
         s = self.settings
         found = adapter_losses(
-            Exchange(original, refined, self.tail, self.scales, self.prefix),
+            RefinementBatch(original, refined, self.tail, self.scales, self.prefix),
             list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
         )  # fmt: skip
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
-class Head:
+class TeacherHead:
     """What a student has for one teacher: a projector to its width at every matched block, an objective and, in joint
     training, the adapters that refine its targets. weight: of the objective; name: among several teachers.
     """
@@ -100,7 +100,7 @@ class Head:
         objectives: Mapping[str, float],
         projector: str = "linear",
         adapters: Refiner | None = None,
-        joint: Joint | None = None,
+        joint: JointTraining | None = None,
         weight: float = 1.0,
         name: str = "",
     ) -> None:
@@ -114,7 +114,9 @@ class Head:
         self.kinds = self.objective.reads()
         self.projectors: dict[bool, nn.ModuleDict] = {}
         for kind, blocks in self.kinds.items():
-            ends = {t: Ends(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks}
+            ends = {
+                t: ProjectorSpec(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks
+            }
             self.projectors[kind] = nn.ModuleDict({str(t): project(ends[t]) for t in blocks})
         self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
         # On which projected tokens are.
@@ -138,7 +140,9 @@ class Head:
             for kind, blocks in self.kinds.items()
         }
 
-    def losses(self, outputs: Mapping[int, Tensor], shown: Shown, weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, outputs: Mapping[int, Tensor], shown: TeacherFeatures, weights: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
         """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Lesson."""
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
@@ -176,7 +180,7 @@ class Head:
 class Distiller(nn.Module):
     """All that is trained, and its losses: a student, and what it has for each teacher."""
 
-    def __init__(self, student: Backbone, heads: Sequence[Head]) -> None:
+    def __init__(self, student: Backbone, heads: Sequence[TeacherHead]) -> None:
         super().__init__()
         self.student = student.model
         self.heads = list(heads)
@@ -226,11 +230,11 @@ class Targets:
         """The teacher's features {block: (B, N, d)} on the device."""
         return self.cache.decode(encoded, self.device)
 
-    def setting(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> Setting:
+    def setting(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
         """What these objectives may know; the end of the teacher only if one reads with it."""
         teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
         classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
-        return Setting(
+        return ObjectiveContext(
             blocks,
             teacher.width,
             int(self.keep_cls),
@@ -277,12 +281,12 @@ class Targets:
         return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}
 
 
-def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[Joint, Refiner]:
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:
     """Fresh adapters for joint training, in their starting subspace, and what their losses need."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
-    fit = Fit(cache, settings, np.arange(len(cache)), device)
+    fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
     for block, start in fit.starts.items():
         adapter = fit.refiner.cleaner(block)
         assert isinstance(adapter, Adapter)
         adapter.start(start, settings.start == "doubled")
-    return Joint(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
+    return JointTraining(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

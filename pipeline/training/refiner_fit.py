@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import clean_moments, gather_evidence, measure_scales, spread
+from pipeline.cache.statistics import clean_moments, gather_context, measure_scales, spread
 from pipeline.config import RefineConfig
 from pipeline.runtime.progress import say
 from pipeline.training.refiners import (
@@ -16,10 +16,10 @@ from singer.cleaners import CLEANERS
 from singer.errors import UserError
 from singer.losses import COUPLED
 from singer.subspaces import BASES, best_rank
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 
-class Fit:
+class RefinerFit:
     """A refiner in the making: what is known of the cache's blocks before anything is trained."""
 
     def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class Fit:
         looks = CLEANERS[settings.cleaner].looks
         sample = spread(self.statistics, settings.sample_records) if looks else self.statistics[:0]
         for block in cache.blocks:
-            evidence = gather_evidence(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
+            evidence = gather_context(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
             self.refiner.cleaner(block).fit(evidence)
         moments = clean_moments(cache, self.refiner, self.scales, self.statistics, self.device)
         for block in cache.blocks:
@@ -53,7 +53,7 @@ class Fit:
 
 def start_directions(
     cache: Cache,
-    tail: TeacherTail,
+    tail: TeacherSuffix,
     scales: dict[int, BlockScale],
     records: np.ndarray,
     settings: RefineConfig,
@@ -63,7 +63,7 @@ def start_directions(
     starts = {}
     for block in cache.blocks:
         sample = spread(records, settings.sample_records)
-        evidence = gather_evidence(cache, sample, block, scales[block], tail, device, settings.seed)
+        evidence = gather_context(cache, sample, block, scales[block], tail, device, settings.seed)
         rank = settings.rank
         if rank == "auto":
             rank, curve = best_rank(evidence, settings.basis)

@@ -41,7 +41,7 @@ class RefinerNote:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherLink:
     """What a student learned from one teacher. matching: {teacher block: student block}.
 
     refiner: None without adapters. cache_place: where the cache was. Runs from before these notes have None for them.
@@ -76,12 +76,12 @@ class DistillResult:
     teacher: TeacherNote | None = None
     refiner: RefinerNote | None = None
     cache_place: str | None = None
-    others: list[Taught] = field(default_factory=list)
+    others: list[TeacherLink] = field(default_factory=list)
 
     @property
-    def taught(self) -> list[Taught]:
+    def taught(self) -> list[TeacherLink]:
         """By each teacher."""
-        first = Taught(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
+        first = TeacherLink(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
         return [first, *self.others]
 
 

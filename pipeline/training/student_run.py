@@ -28,7 +28,7 @@ from pipeline.students.new import new_student
 from pipeline.teachers.models import Backbone, save_backbone
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Distiller, Head, Joint, Targets, new_joint
+from pipeline.training.distiller import Distiller, JointTraining, Targets, TeacherHead, new_joint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
 from pipeline.training.loggers import Tracking, check_trackers
 from pipeline.training.refiners import load_refiner
@@ -41,10 +41,10 @@ from pipeline.training.run_directory import (
     STUDENT,
     DistillResult,
     RefinerNote,
-    Taught,
+    TeacherLink,
     TeacherNote,
 )
-from pipeline.training.teachers import Adapters, Source, input_hashes
+from pipeline.training.teachers import Adapters, CachedTeacher, input_hashes
 from pipeline.training.trainer import BatchLoader, Trainee, train
 from singer.backbones import depth
 from singer.matching import match_blocks
@@ -57,7 +57,7 @@ _NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
 
 
 @dataclass(frozen=True)
-class Job:
+class StudentSpec:
     """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any.
 
     adapters: of several caches one for each, or None for all.
@@ -71,7 +71,7 @@ class Job:
 class NewStudent:
     """A student that is built, with all it needs, but has not touched its output yet."""
 
-    def __init__(self, job: Job, sources: Sequence[Source], accelerator: Accelerator) -> None:
+    def __init__(self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator) -> None:
         self.job, self.sources = job, sources
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.adapters, s.cache) if s.adapters is not None else None for s in sources]
@@ -81,7 +81,7 @@ class NewStudent:
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         check_trackers(settings.trackers)
-        joint: Joint | None = None
+        joint: JointTraining | None = None
         self.fresh: Refiner | None = None
         heads = []
         for source, refiner in zip(sources, refiners, strict=True):
@@ -92,7 +92,7 @@ class NewStudent:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
             heads.append(
-                Head(
+                TeacherHead(
                     self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint, weight,
                     source.name,
                 )
@@ -104,7 +104,7 @@ class NewStudent:
         self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
 
     @property
-    def taught(self) -> list[Taught]:
+    def taught(self) -> list[TeacherLink]:
         """By each teacher. The matching is without blocks that the objectives do not read."""
         found = []
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
@@ -112,7 +112,9 @@ class NewStudent:
             adapters = str(source.adapters) if source.adapters is not None else None
             teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(Taught(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place)))
+            found.append(
+                TeacherLink(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place))
+            )
         return found
 
     def matched(self) -> list[str]:

@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Source:
+class CachedTeacher:
     """A teacher: its opened cache, and the refiner of its features, if any.
 
     name: what its losses are called after beside those of others; weight: of its objective.
@@ -37,9 +37,9 @@ class Source:
     weight: float
 
 
-def open_sources(
+def open_teachers(
     settings: DistillConfig, places: Places, adapters: Adapters, begun: Mapping[str, str | None] | None = None
-) -> list[Source]:
+) -> list[CachedTeacher]:
     """The teachers of a run, with the blocks asked for, or else their refiners'.
 
     begun: input_hashes of a run that goes on. Raises UserError if there is no such cache or refiner, if a name fits
@@ -63,7 +63,7 @@ def open_sources(
             known = (begun or {}).get(numbered("cache", n))
             caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
     check_records(caches)
-    return [Source(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
+    return [CachedTeacher(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
 
 
 def as_places(places: Places) -> list[Place]:
@@ -87,7 +87,7 @@ def check_records(caches: Sequence[Cache]) -> None:
             )
 
 
-def input_hashes(sources: Sequence[Source]) -> dict[str, str | None]:
+def input_hashes(sources: Sequence[CachedTeacher]) -> dict[str, str | None]:
     """{"cache": its id, "adapters": hash of their file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}
 
     Refiners of different kinds may hold the same tensors.

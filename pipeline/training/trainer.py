@@ -18,13 +18,20 @@ from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import DistillConfig
 from pipeline.data import ImageFile
 from pipeline.data.prefetch import prefetch
-from pipeline.data.sampler import WINDOW_BYTES, Share, lists_ahead, reads_windows, share_lists, steps_per_epoch
+from pipeline.data.sampler import (
+    WINDOW_BYTES,
+    BatchIndices,
+    batch_index_lists,
+    prefetch_depth,
+    reads_windows,
+    steps_per_epoch,
+)
 from pipeline.data.views import normalise
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.teachers.models import Backbone
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Lesson, Shown
+from pipeline.training.distiller import Lesson, TeacherFeatures
 from pipeline.training.loggers import Tracking
 from singer.errors import UserError
 
@@ -64,7 +71,7 @@ class BatchLoader:
         return sum(cache.record_bytes for cache in self.caches)
 
     def __call__(
-        self, lists: Iterable[Sequence[Share]], workers: int, meter: Meter | None = None, most: int | None = None
+        self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
     ) -> Generator[Batch, None, None]:
         """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
 
@@ -78,11 +85,11 @@ class BatchLoader:
                 labels = self.labels[torch.from_numpy(share.records)]
                 yield Batch(pixels, encoded, torch.from_numpy(share.weights), labels)
 
-    def pixels(self, share: Share) -> tuple[Share, dict[int, Tensor]]:
+    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
         """{side: (n, side, side, 3) uint8} of a share's records."""
         return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
 
-    def features(self, shares: Sequence[Share]) -> list[list[Encoded]]:
+    def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
         """The stored features of each share, by each cache."""
         records = np.concatenate([share.records for share in shares])
         counts = [len(share.records) for share in shares]
@@ -179,8 +186,8 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
             f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
             f"which is faster; the largest that would be is distill.shuffle_window={few}"
         )
-    lists = share_lists(records, load.record_bytes, settings, rank, world, first, total)
-    ahead = lists_ahead(settings, load.record_bytes, world)
+    lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
+    ahead = prefetch_depth(settings, load.record_bytes, world)
     with (
         meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
@@ -208,7 +215,7 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
 
 def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, caches: Sequence[Cache]) -> list[Lesson]:
     """A lesson for each: features are moved and decoded once, images once for each size and normalisation."""
-    shown = [Shown(c.decode(e, device), e.positions) for c, e in zip(caches, batch.encoded, strict=True)]
+    shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, batch.encoded, strict=True)]
     weights, labels = batch.weights.to(device), batch.labels.to(device).long()
     images: dict[tuple[object, ...], Tensor] = {}
     for student in (t.student for t in trainees):

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 
 @dataclass(frozen=True)
-class Setting:
+class ObjectiveContext:
     """Where student and teacher tokens meet: the matched teacher blocks, their width, prefix tokens (0 or CLS), grid.
 
     grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. tail: the frozen
@@ -20,7 +20,7 @@ class Setting:
     width: int
     prefix: int
     grid: tuple[int, int] | None
-    tail: TeacherTail | None = None
+    tail: TeacherSuffix | None = None
     teacher_prefix: int = 1
     classes: int | None = None
 
@@ -36,13 +36,13 @@ class Objective(nn.Module):
 
     in_teacher_units = False
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ObjectiveContext) -> None:
         super().__init__()
         # Frozen, and so none of this module's: neither trained nor stored with it.
         self._setting = [setting]
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> ObjectiveContext:
         return self._setting[0]
 
     def reads(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         return self.setting.blocks
 
     @property
-    def tail(self) -> TeacherTail:
+    def tail(self) -> TeacherSuffix:
         assert self.setting.tail is not None
         return self.setting.tail
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, Setting
+from singer.objectives.base import Objective, ObjectiveContext
 
 
 class Labels(Objective):
@@ -15,7 +15,7 @@ class Labels(Objective):
     The head is trained with the student. Images without a label (negative) have no loss.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ObjectiveContext) -> None:
         super().__init__(setting)
         if setting.classes is None:
             raise UserError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, Setting
+from singer.objectives.base import Objective, ObjectiveContext
 
 
 class Logits(Objective):
@@ -18,7 +18,7 @@ class Logits(Objective):
 
     in_teacher_units = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ObjectiveContext) -> None:
         super().__init__(setting)
         self.block = setting.blocks[-1]
         model = self.tail.model

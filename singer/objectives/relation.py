@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, Setting
-from singer.tail import first_norm
+from singer.objectives.base import Objective, ObjectiveContext
+from singer.suffix import first_norm
 
 
 class Relation(Objective):
@@ -22,7 +22,7 @@ class Relation(Objective):
     in_teacher_units = True
     pairs: tuple[str, ...] = ("qq", "kk", "vv")
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ObjectiveContext) -> None:
         super().__init__(setting)
         self.blocks = [b for b in setting.blocks if not self.tail.is_last(b)]
         if not self.blocks:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, Setting
+from singer.objectives.base import Objective, ObjectiveContext
 
 
 class Generator(nn.Module):
@@ -32,7 +32,7 @@ class VitKd(Objective):
 
     mask_ratio = 0.5
 
-    def __init__(self, setting: Setting, generate_all: bool = False) -> None:
+    def __init__(self, setting: ObjectiveContext, generate_all: bool = False) -> None:
         super().__init__(setting)
         if setting.grid is None:
             raise UserError(

@@ -18,8 +18,8 @@ from pipeline.cache.format import (
     journal_file,
     shard_file,
 )
-from pipeline.cache.segments import Part
-from pipeline.cache.verify.findings import UNKNOWN, PartReport
+from pipeline.cache.segments import Segment
+from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata
 from pipeline.runtime.progress import meter
 from pipeline.storage import Store
@@ -30,10 +30,10 @@ from singer.errors import UserError
 _READERS = 2
 
 
-def check_part(part: Part) -> PartReport:
+def check_segment(part: Segment) -> SegmentReport:
     """Compare every file of a part with its checksum, and what is known of its images with the manifest."""
     manifest, store = part.manifest, part.store
-    report = PartReport(part.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
+    report = SegmentReport(part.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
     sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
     report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
     wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
@@ -60,7 +60,7 @@ def check_part(part: Part) -> PartReport:
     return report
 
 
-def completion_defects(part: Part, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
+def completion_defects(part: Segment, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
     """What is wrong with the files that end a part. whole: whether its shards are all done and as the journal says."""
     store = part.store
     if not whole or file_defect(store, sizes, IMAGES, part.manifest.files[IMAGES]):
@@ -77,7 +77,7 @@ def completion_defects(part: Part, sizes: Mapping[str, int], whole: bool) -> dic
     return {n: file_defect(store, sizes, n, sha256) for n, sha256 in expected.items()} | dict.fromkeys(present, UNKNOWN)
 
 
-def shard_defects(part: Part, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
+def shard_defects(part: Segment, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
     """{file: what is wrong with it} of a shard; None if it was never finished."""
     journal = journal_file(shard)
     if journal not in sizes:
@@ -103,7 +103,7 @@ def metadata(manifest: Manifest) -> dict[str, bytes]:
     return array_metadata(arrays, compression, manifest.records, manifest.shard_records)
 
 
-def within(part: Part, name: str) -> str:
+def within(part: Segment, name: str) -> str:
     """The place of a part's file in the cache."""
     return f"{part.name}/{name}" if part.name else name
 
@@ -146,7 +146,7 @@ def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str 
     return {PROVENANCE: wrong, CONFIG: file_defect(store, sizes, CONFIG, known)}
 
 
-def index_defect(part: Part) -> str | None:
+def index_defect(part: Segment) -> str | None:
     """Why the index of version 2 cannot be that of the manifest; None if it can."""
     try:
         index = part.index()
@@ -155,7 +155,7 @@ def index_defect(part: Part) -> str | None:
     return None if len(set(index.images.keys)) == len(index.images) else "damaged: keys occur twice"
 
 
-def unreachable(store: Store, parts: Sequence[Part]) -> dict[str, str]:
+def unreachable(store: Store, parts: Sequence[Segment]) -> dict[str, str]:
     """{file: what is wrong with it} of what lies among the parts but belongs to none."""
     reached = {part.name for part in parts}
     found = {}

@@ -30,7 +30,7 @@ class LiveCheck:
 
 
 @dataclass
-class PartReport:
+class SegmentReport:
     """What was found in a part. part: its folder, "." for the first.
 
     missing: shards that were never finished; damaged: shards with a wrong or lost file; repaired: of both, the shards
@@ -60,7 +60,7 @@ class VerifyResult:
 
     cache: Place
     whole: bool
-    parts: list[PartReport]
+    parts: list[SegmentReport]
 
     def check(self) -> None:
         """Raise UserError saying what to do if the cache is not whole."""

@@ -11,11 +11,11 @@ from pipeline.cache.extract import Extractor, check_finite
 from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS, TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
-from pipeline.cache.reader import PartReader, read_rows
-from pipeline.cache.segments import Part
+from pipeline.cache.reader import SegmentReader, read_rows
+from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
 from pipeline.cache.verify.files import within
-from pipeline.cache.verify.findings import LiveCheck, PartReport
+from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, image_digest, relocate
@@ -26,7 +26,7 @@ from singer.errors import UserError
 from singer.matching import take_patches
 
 
-def load_extractors(config: Config, parts: Sequence[Part]) -> Iterator[Extractor]:
+def load_extractors(config: Config, parts: Sequence[Segment]) -> Iterator[Extractor]:
     """The teacher of config.teacher, run as for each of its variants in the cache; the cache's first if none is named.
 
     teacher.name may be that of a variant, which is then the only one; teacher.image_size and cache.precision choose
@@ -79,7 +79,7 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
     return Extractor(config, vit, accelerator)
 
 
-def computable(part: Part, report: PartReport) -> bool:
+def computable(part: Segment, report: SegmentReport) -> bool:
     """Whether shards can be computed: all else that they need is whole."""
     return not {within(part, IMAGES), within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
 
@@ -93,7 +93,7 @@ def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> 
 
 
 def check_live(
-    part: Part, report: PartReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
+    part: Segment, report: SegmentReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
 ) -> LiveCheck | None:
     """Compute the features of a random sample of a part's whole shards anew and compare them with the stored ones.
 
@@ -108,7 +108,7 @@ def check_live(
     pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
     chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
     entries = [part.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
-    reader = PartReader(part, {n: f for entry in entries for n, f in entry["files"].items()})
+    reader = SegmentReader(part, {n: f for entry in entries for n, f in entry["files"].items()})
     records, index = read_rows(reader, chosen)
     if not len(records):
         return None

@@ -8,13 +8,13 @@ from copy import copy
 import numpy as np
 import yaml
 
-from pipeline.cache.completion import complete_part
+from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill
 from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file, read_images
-from pipeline.cache.segments import Part
+from pipeline.cache.segments import Segment
 from pipeline.cache.verify.files import metadata, shard_defects, shard_files, within
-from pipeline.cache.verify.findings import PartReport
+from pipeline.cache.verify.findings import SegmentReport
 from pipeline.cache.verify.live import check_images, computable
 from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, relocate
@@ -22,17 +22,21 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Store
 from pipeline.storage.outputs import CONFIG, tensor_bytes
 from singer.errors import UserError
-from singer.tail import tail_state
+from singer.suffix import suffix_state
 
 
-def repair_part(
-    part: Part, parts: Sequence[Part], report: PartReport, extract: Extractor, shards: str | Sequence[str] | None
+def repair_segment(
+    part: Segment,
+    parts: Sequence[Segment],
+    report: SegmentReport,
+    extract: Extractor,
+    shards: str | Sequence[str] | None,
 ) -> None:
     """Write again what is damaged or missing of a part and can be computed; the report is brought up to date."""
     manifest, store = part.manifest, part.store
     again = metadata(manifest)
     if within(part, TAIL) in report.files:
-        again[TAIL] = tensor_bytes(tail_state(extract.vit.model.state_dict(), manifest.tail_first_block))
+        again[TAIL] = tensor_bytes(suffix_state(extract.vit.model.state_dict(), manifest.tail_first_block))
     for name, content in again.items():
         if within(part, name) not in report.files:
             continue
@@ -53,14 +57,14 @@ def repair_part(
         for place, name in ends.items():
             store.remove(name)
             report.files.pop(place, None)
-        complete_part(part)
+        complete_segment(part)
 
 
 def compute_again(
-    part: Part,
-    parts: Sequence[Part],
+    part: Segment,
+    parts: Sequence[Segment],
     wanted: Sequence[int],
-    report: PartReport,
+    report: SegmentReport,
     extract: Extractor,
     shards: str | Sequence[str] | None,
 ) -> None:

@@ -3,21 +3,21 @@
 from pathlib import Path
 
 from pipeline.data.importers import folders, lists, maps
-from pipeline.data.importers.listing import Layout, Listing
+from pipeline.data.importers.listing import Importer, Listing
 from singer.errors import UserError
 
-LAYOUTS: dict[str, Layout] = {
-    "folder": Layout(folders.folder),
-    "imagenet-1k": Layout(folders.imagenet_1k, ("train", "val")),
-    "imagenet-r": Layout(folders.imagenet_r),
-    "imagenet-v2": Layout(folders.imagenet_v2),
-    "ade20k": Layout(maps.ade20k, ("train", "val")),
-    "nyud-v2": Layout(maps.nyud_v2, ("train", "test")),
-    "inat2019": Layout(lists.inat2019, ("train", "val")),
-    "fgvc-aircraft": Layout(lists.fgvc_aircraft, ("train", "val", "trainval", "test")),
-    "oxford-pets": Layout(lists.oxford_pets, ("trainval", "test")),
-    "food-101": Layout(lists.food_101, ("train", "test")),
-    "flowers-102": Layout(lists.flowers_102, ("train", "val", "test")),
+LAYOUTS: dict[str, Importer] = {
+    "folder": Importer(folders.folder),
+    "imagenet-1k": Importer(folders.imagenet_1k, ("train", "val")),
+    "imagenet-r": Importer(folders.imagenet_r),
+    "imagenet-v2": Importer(folders.imagenet_v2),
+    "ade20k": Importer(maps.ade20k, ("train", "val")),
+    "nyud-v2": Importer(maps.nyud_v2, ("train", "test")),
+    "inat2019": Importer(lists.inat2019, ("train", "val")),
+    "fgvc-aircraft": Importer(lists.fgvc_aircraft, ("train", "val", "trainval", "test")),
+    "oxford-pets": Importer(lists.oxford_pets, ("trainval", "test")),
+    "food-101": Importer(lists.food_101, ("train", "test")),
+    "flowers-102": Importer(lists.flowers_102, ("train", "val", "test")),
 }
 
 

@@ -37,7 +37,7 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Importer:
     """How a data set lies on disk. splits: those to choose from, if any.
 
     entries: of the root folder and a split ("" if there are none). Raises UserError naming the file that is missing.

@@ -13,7 +13,7 @@ from singer.errors import UserError
 _FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos_drop", "patch_drop")
 
 
-def tail_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
+def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
     """The part of a timm VisionTransformer state dict that belongs to the tail from first_block on."""
     kept = {}
     for name, tensor in state.items():
@@ -24,7 +24,7 @@ def tail_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tenso
     return kept
 
 
-class TeacherTail(nn.Module):
+class TeacherSuffix(nn.Module):
     """Blocks first_block.. of a timm VisionTransformer with its final norm and head; frozen, in eval mode.
 
     Holds the first cached block itself too: some readers of its output need the block's own weights.

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from singer.artifacts import BlockScale, clean_mask, expected_patches, patch_norms
-from singer.tail import TeacherTail
+from singer.suffix import TeacherSuffix
 
 
 @dataclass(frozen=True)
-class Evidence:
+class FitContext:
     """A sample of a block's features, what is normal there, and the frozen end of the teacher that reads them.
 
     tokens: (n, N, d) float32, prefix tokens first. grid: (rows, columns) of the patches; None where only some patches
     of each image are stored. seed: for whatever is drawn.
     """
 
-    tail: TeacherTail
+    tail: TeacherSuffix
     block: int
     tokens: Tensor
     scale: BlockScale
