@@ -13,10 +13,9 @@ import torch
 from conftest import seeded, tree_bytes, world_config
 
 import pipeline.training.trainer as stage
-from pipeline import readplan
 from pipeline.cache import Cache
 from pipeline.config import Config
-from pipeline.data import relocate
+from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
@@ -136,13 +135,13 @@ def test_windows_in_one_piece(
     read, sizes = Cache.read, []
     monkeypatch.setattr(Cache, "read", lambda cache, records: sizes.append(len(records)) or read(cache, records))
     kinds = {
-        "windows": (readplan.WINDOW_BYTES, 0, [4, 32, 32, 32]),
-        "pieces": (0, readplan.PIECE_BYTES, [100]),
+        "windows": (sampler.WINDOW_BYTES, 0, [4, 32, 32, 32]),
+        "pieces": (0, sampler.PIECE_BYTES, [100]),
         "batches": (0, 0, [4, *[16] * 6]),
     }
     for name, (window, piece, wanted) in kinds.items():
-        monkeypatch.setattr(readplan, "WINDOW_BYTES", window)
-        monkeypatch.setattr(readplan, "PIECE_BYTES", piece)
+        monkeypatch.setattr(sampler, "WINDOW_BYTES", window)
+        monkeypatch.setattr(sampler, "PIECE_BYTES", piece)
         distill(config, world / "cache", tmp_path / name, world / "adapters")
         assert ("windows of 32 records are too large" in capsys.readouterr().err) == (name != "windows")
         assert sorted(sizes) == wanted

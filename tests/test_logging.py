@@ -127,7 +127,7 @@ def test_which_files_are_logs() -> None:
 
 
 def test_an_object_store_gets_the_log_at_the_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import outputs
+    from pipeline.storage import outputs
 
     objects = {LOG: b"before\n"}
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import seeded, world_config
 
-from pipeline import buffers
 from pipeline.cache import Cache
 from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
 from pipeline.cache.reader import read_arrays
 from pipeline.cache.zarr_shards import ShardedArray
 from pipeline.config import Config
-from pipeline.data import ImageFile
+from pipeline.data import ImageFile, buffers
 from pipeline.data.views import apply_view, normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
