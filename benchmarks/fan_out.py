@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.data import ImageFile, relocate
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.stages.refine import refine
-from pipeline.training.trainer import Batch, BatchLoader
+from pipeline.training.trainer import BatchLoader, StoredBatch
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     order = EpochOrder(len(cache), 0, 0)
     plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
-    def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+    def decode(loaded: StoredBatch) -> tuple[Tensor, dict[int, Tensor]]:
         return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])
 
     (first,) = load([plan[:1]], 1)

@@ -17,7 +17,7 @@ from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Distiller, Lesson, Targets, TeacherFeatures, TeacherHead
+from pipeline.training.distiller import Batch, Distiller, Targets, TeacherFeatures, TeacherHead
 from pipeline.training.refiners import load_refiner
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
@@ -96,9 +96,9 @@ class Student:
         count = len(pixels)
         given = torch.full((count,), 1 / count) if weights is None else weights
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
-        lesson = Lesson(images, [TeacherFeatures(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
+        batch = Batch(images, [TeacherFeatures(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
         with self.autocast():
-            losses = self.model(lesson)
+            losses = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self.optimiser.step()

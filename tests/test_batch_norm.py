@@ -16,7 +16,7 @@ from pipeline.data.sampler import EpochOrder, batch_indices, smallest_part
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.training.batch_norm import synchronise
-from pipeline.training.distiller import Lesson, TeacherFeatures
+from pipeline.training.distiller import Batch, TeacherFeatures
 from singer.errors import UserError
 
 RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
@@ -63,7 +63,7 @@ def test_smallest_part(records: int, batch: int, world: int) -> None:
         for step in range(-(-records // batch)):
             for rank in range(world):
                 n = len(batch_indices(order, step, batch, rank, world).records)
-                whole = Lesson(torch.zeros(n), [TeacherFeatures({})], torch.zeros(n), torch.zeros(n))
+                whole = Batch(torch.zeros(n), [TeacherFeatures({})], torch.zeros(n), torch.zeros(n))
                 sizes |= {len(part.weights) for part in whole.split(parts)}
         assert smallest_part(records, batch, world, parts) == min(sizes)
 

@@ -25,8 +25,8 @@ from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import (
+    Batch,
     Distiller,
-    Lesson,
     Targets,
     TeacherFeatures,
     TeacherHead,
@@ -88,8 +88,8 @@ def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     cache = Cache(world / "cache")
     model = Distiller(student, [TeacherHead(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
     shown = [TeacherFeatures(cache.features([0, 1], CPU))]
-    lesson = Lesson(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
-    losses = model(lesson)
+    batch = Batch(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
+    losses = model(batch)
     torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad or "bias" in name, name
@@ -442,23 +442,23 @@ def test_only_what_is_compared_is_trained(world: Path, tmp_path: Path, objective
     assert {n.split(".")[-2] for n in stored if "projectors" in n or n[0].isdigit()} == {str(*result.matching)}
 
 
-def make_joint(world: Path, variant: str) -> tuple[Distiller, Lesson]:
+def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     config = world_config(world, f"refine.variant={variant}")
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
     distiller = Distiller(student, [TeacherHead(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)])
     shown = [TeacherFeatures(cache.features(range(8), CPU))]
-    lesson = Lesson(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
-    return distiller, lesson
+    batch = Batch(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
+    return distiller, batch
 
 
 @pytest.mark.parametrize("variant", ["singer", "paper", "official"])
 def test_parts_without_a_record_add_nothing(world: Path, variant: str) -> None:
     """The last batch of an epoch may leave a process nothing but filling."""
-    distiller, lesson = make_joint(world, variant)
-    losses = distiller(replace(lesson, weights=torch.zeros(8)))
-    assert set(losses) == set(distiller(lesson))
+    distiller, batch = make_joint(world, variant)
+    losses = distiller(replace(batch, weights=torch.zeros(8)))
+    assert set(losses) == set(distiller(batch))
     total = torch.stack(list(losses.values())).sum()
     assert total.item() == 0
     total.backward()
@@ -466,9 +466,9 @@ def test_parts_without_a_record_add_nothing(world: Path, variant: str) -> None:
 
 
 def test_adapters_losses_of_parts_add_up(world: Path) -> None:
-    distiller, lesson = make_joint(world, "singer")
-    whole = distiller(lesson)
-    parts = [distiller(part) for part in lesson.split(2)]
+    distiller, batch = make_joint(world, "singer")
+    whole = distiller(batch)
+    parts = [distiller(part) for part in batch.split(2)]
     for name in ("outlier", "mse.2", "mse.3"):
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 

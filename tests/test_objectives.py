@@ -7,7 +7,7 @@ from conftest import WIDTH, make_vit
 from torch import Tensor
 
 from singer.errors import UserError
-from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext
+from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
 from singer.objectives.logits import Logits
 from singer.objectives.relation import Relation, RelationQk
 from singer.suffix import TeacherSuffix, suffix_state
@@ -163,9 +163,9 @@ def test_mixture() -> None:
     setting, student, target = make_setting(), draw(), draw()
     parts: dict[str, Objective] = {n: OBJECTIVES[n](setting) for n in ("mse", "relation")}
     mixture = Mixture(parts, {"mse": 2.0, "relation": 0.5})
-    assert mixture.reads() == {False: (2, 3), True: (2,)}
+    assert (mixture.reads(in_teacher_units=False), mixture.reads(in_teacher_units=True)) == ((2, 3), (2,))
     raw = draw()
-    found = mixture({False: student, True: raw}, {False: target, True: target}, None)
+    found = mixture(Tokens(student, raw), Tokens(target, target), None)
     assert set(found) == {"mse.2", "mse.3", "relation.2"}
     torch.testing.assert_close(found["mse.2"], parts["mse"](student, target)["2"])  # 2 · half
     torch.testing.assert_close(found["relation.2"], 0.5 * parts["relation"](raw, target)["2"])

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
 from pipeline.teachers.models import Backbone
-from pipeline.training.distiller import Distiller, JointTraining, Lesson, Targets, TeacherFeatures, TeacherHead
+from pipeline.training.distiller import Batch, Distiller, JointTraining, Targets, TeacherFeatures, TeacherHead
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape
@@ -114,7 +114,7 @@ class Fixture:
         """By the fixture's names."""
         batch = self.settings["B"]
         weights, labels = torch.full((batch,), 1 / batch), torch.full((batch,), -1)
-        found = distiller(Lesson(self.tensors["images"], [TeacherFeatures(self.features)], weights, labels))
+        found = distiller(Batch(self.tensors["images"], [TeacherFeatures(self.features)], weights, labels))
         kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 

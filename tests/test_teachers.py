@@ -20,7 +20,7 @@ from pipeline.students.new import new_student
 from pipeline.sweeps import sweep
 from pipeline.teachers.models import LOCAL, save_backbone
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, Lesson, Targets, TeacherFeatures, TeacherHead
+from pipeline.training.distiller import Batch, Distiller, Targets, TeacherFeatures, TeacherHead
 from pipeline.training.refiners import load_refiner
 from pipeline.training.run_directory import load_result
 from pipeline.training.student_run import StudentSpec
@@ -59,8 +59,8 @@ def test_losses_add_up(world: Path, second: Path) -> None:
     model = Distiller(student, heads)
     records, images = [3, 8, 11], torch.randn(3, 3, 32, 32)
     features = [c.features(records, CPU) for c in caches]
-    lesson = Lesson(images, [TeacherFeatures(x) for x in features], torch.full((3,), 1 / 3), torch.zeros(3))
-    losses = model(lesson)
+    batch = Batch(images, [TeacherFeatures(x) for x in features], torch.full((3,), 1 / 3), torch.zeros(3))
+    losses = model(batch)
     assert set(losses) == {"a.mse.2", "a.mse.3", "b.mse.2"}
 
     tokens = student.model.forward_intermediates(images, norm=False, return_prefix_tokens=True, output_fmt="NLC")[1]
@@ -99,8 +99,8 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
             )
         torch.manual_seed(seeded(2))
         shown = [TeacherFeatures(cache.features(range(6), CPU))] * len(weights)
-        lesson = Lesson(torch.randn(6, 3, 32, 32), shown, torch.full((6,), 1 / 6), torch.zeros(6))
-        losses = Distiller(student, heads)(lesson)
+        batch = Batch(torch.randn(6, 3, 32, 32), shown, torch.full((6,), 1 / 6), torch.zeros(6))
+        losses = Distiller(student, heads)(batch)
         total = torch.stack(list(losses.values())).sum()
         total.backward()
         sums.append(total)

@@ -33,10 +33,10 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, Store, is_remote, open_store
 from pipeline.teachers.models import Backbone
-from pipeline.training.distiller import Lesson, TeacherFeatures
+from pipeline.training.distiller import Batch, TeacherFeatures
 from pipeline.training.student_run import NewStudent, StudentSpec
 from pipeline.training.teachers import open_images, open_teachers
-from pipeline.training.trainer import BatchLoader, prepare
+from pipeline.training.trainer import BatchLoader
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.matching import take_patches
@@ -478,20 +478,19 @@ def train_on(
             for share, _ in prefetch(load.pixels, shares(), settings.workers):
                 yield len(share.records)
 
-        def step(lesson: Lesson, number: int) -> int:
-            trainee.update(number, per_epoch, lesson, accelerator)
-            return len(lesson.weights)
+        def step(batch: Batch, number: int) -> int:
+            trainee.update(number, per_epoch, batch, accelerator)
+            return len(batch.weights)
 
         def student() -> Generator[int, None, None]:
-            batch = next(load(lists(), settings.workers, None, ahead))
-            (lesson,) = prepare(batch, [trainee], device, [cache])
+            (batch,) = next(load(lists(), settings.workers, None, ahead)).to(device, [cache], [new.student])
             for number in range(10**9):
-                yield step(lesson, number)
+                yield step(batch, number)
 
         def cached() -> Generator[int, None, None]:
-            for number, batch in enumerate(load(lists(), settings.workers, None, ahead)):
-                (lesson,) = prepare(batch, [trainee], device, [cache])
-                yield step(lesson, number)
+            for number, stored in enumerate(load(lists(), settings.workers, None, ahead)):
+                (batch,) = stored.to(device, [cache], [new.student])
+                yield step(batch, number)
 
         def online() -> Generator[int, None, None]:
             size, (first,) = teacher.vit.image_size, load.features([next(shares())])
@@ -510,7 +509,7 @@ def train_on(
                 images = normalise(views[side], new.student.mean, new.student.std, device)
                 weights = torch.from_numpy(share.weights).to(device)
                 labels = load.labels[torch.from_numpy(share.records)].to(device).long()
-                yield step(Lesson(images, [TeacherFeatures(features, positions)], weights, labels), number)
+                yield step(Batch(images, [TeacherFeatures(features, positions)], weights, labels), number)
 
         reading = not_measured("no --out")
         if on_disk:

@@ -19,14 +19,10 @@ from singer.backbones import block_outputs, freeze_unused
 from singer.cleaners import Adapter
 from singer.losses import RefinementBatch, adapter_losses
 from singer.matching import resize_tokens, take_patches
-from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext
+from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
 from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.refiner import Refiner
 from singer.suffix import TeacherSuffix
-
-# {whether in the teacher's units: {teacher block: (B, N, d)}}; the others are normalised.
-Kinds = dict[bool, dict[int, Tensor]]
-_PROJECTORS = {False: "projectors", True: "unit_projectors"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class TeacherFeatures:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Batch:
     """A batch on the device. images (B, 3, H, W); shown: by each teacher; weights (B,): of each record in the mean;
     labels (B,), negative where there is none.
     """
@@ -54,13 +50,13 @@ class Lesson:
     weights: Tensor
     labels: Tensor
 
-    def split(self, parts: int) -> Iterator["Lesson"]:
+    def split(self, parts: int) -> Iterator["Batch"]:
         """In as many parts, or fewer if there are not enough records."""
         size = part_size(len(self.weights), parts)
         for start in range(0, len(self.weights), size):
             rows = slice(start, start + size)
             shown = [s.rows(rows) for s in self.shown]
-            yield Lesson(self.images[rows], shown, self.weights[rows], self.labels[rows])
+            yield Batch(self.images[rows], shown, self.weights[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -110,40 +106,44 @@ class TeacherHead:
         project = PROJECTORS[projector]
         setting = targets.setting(tuple(matching), [OBJECTIVES[o] for o in objectives])
         self.objective = Mixture({o: OBJECTIVES[o](setting) for o in objectives}, objectives)
-        # Only what is compared: a projector without a gradient would stop DDP.
-        self.kinds = self.objective.reads()
-        self.projectors: dict[bool, nn.ModuleDict] = {}
-        for kind, blocks in self.kinds.items():
-            ends = {
-                t: ProjectorSpec(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix) for t in blocks
-            }
-            self.projectors[kind] = nn.ModuleDict({str(t): project(ends[t]) for t in blocks})
-        self.matching = {t: matching[t] for t in sorted({t for blocks in self.kinds.values() for t in blocks})}
+
+        def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
+            """Only for what is compared: a projector without a gradient would stop DDP."""
+            made = {}
+            for t in blocks:
+                spec = ProjectorSpec(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix)
+                made[str(t)] = project(spec)
+            return nn.ModuleDict(made)
+
+        self.normalised, self.cleaned = (self.objective.reads(in_units) for in_units in (False, True))
+        self.projectors, self.unit_projectors = projectors(self.normalised), projectors(self.cleaned)
+        self.matching = {t: matching[t] for t in sorted({*self.normalised, *self.cleaned})}
         # On which projected tokens are.
         self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
     @property
     def trained(self) -> dict[str, nn.Module]:
         """What is trained for this teacher alone, by name."""
-        projectors = {_PROJECTORS[kind]: made for kind, made in self.projectors.items()}
-        adapters = {} if self.adapters is None else {"adapters": self.adapters}
-        return {"objective": self.objective, **projectors, **adapters}
+        modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
+        return {"objective": self.objective, **{name: module for name, module in modules.items() if module}}
 
-    def tokens(self, outputs: Mapping[int, Tensor]) -> Kinds:
-        """Student tokens (B, [CLS +] patches, teacher width), projected for each kind of targets, by teacher block.
+    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None) -> Tokens:
+        """Project the student's tokens to the teacher's width, and bring them to where there are targets.
 
-        outputs: {student block: (B, N, d)}
+        outputs: {student block: (B, N, d)}; positions: of sampled patches.
         """
         kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
-        return {
-            kind: {t: self.projectors[kind][str(t)](kept[self.matching[t]]).float() for t in blocks}
-            for kind, blocks in self.kinds.items()
-        }
+
+        def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
+            tokens = {int(t): project(kept[self.matching[int(t)]]).float() for t, project in projectors.items()}
+            return self.targets.meet(tokens, self.grids, positions)
+
+        return Tokens(projected(self.projectors), projected(self.unit_projectors))
 
     def losses(
         self, outputs: Mapping[int, Tensor], shown: TeacherFeatures, weights: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Lesson."""
+        """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Batch."""
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
         if self.joint is None:
@@ -153,12 +153,12 @@ class TeacherHead:
             with torch.autocast(device, enabled=False):
                 refined = self.adapters(shown.features)
                 losses = self._joint_losses(shown.features, refined, weights)
-            wanted = {True: refined, False: refined}
-        tokens = {kind: targets.meet(x, self.grids, shown.positions) for kind, x in self.tokens(outputs).items()}
-        wanted = {
-            kind: targets.arrange({b: wanted[kind][b] for b in blocks}, shown.positions)
-            for kind, blocks in self.kinds.items()
-        }
+            wanted = Tokens(refined, refined)
+        tokens = self.tokens(outputs, shown.positions)
+        wanted = Tokens(
+            targets.arrange({b: wanted.normalised[b] for b in self.normalised}, shown.positions),
+            targets.arrange({b: wanted.cleaned[b] for b in self.cleaned}, shown.positions),
+        )
         # Small differences of large products, as in Grams, are lost in half precision.
         with torch.autocast(device, enabled=False):
             found = self.objective(tokens, wanted, labels)
@@ -191,12 +191,12 @@ class Distiller(nn.Module):
         self.blocks = sorted({block for head in heads for block in head.matching.values()})
         freeze_unused(self.student, self.blocks[-1], student.image_size)
 
-    def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar losses, whose sum is to be minimised."""
-        outputs = block_outputs(self.student, lesson.images, self.blocks)
+        outputs = block_outputs(self.student, batch.images, self.blocks)
         losses: dict[str, Tensor] = {}
-        for head, shown in zip(self.heads, lesson.shown, strict=True):
-            found = head.losses(outputs, shown, lesson.weights, lesson.labels)
+        for head, shown in zip(self.heads, batch.shown, strict=True):
+            found = head.losses(outputs, shown, batch.weights, batch.labels)
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
@@ -245,18 +245,18 @@ class Targets:
         )
 
     @torch.no_grad()
-    def refine(self, features: dict[int, Tensor]) -> Kinds:
-        """Cleaned and normalised by the frozen refiner, if there is one. In full precision: refinement takes small
+    def refine(self, features: dict[int, Tensor]) -> Tokens:
+        """Clean and normalise features by the frozen refiner, if there is one.
 
-        differences of large values.
+        In full precision: refinement takes small differences of large values.
         """
         if self.refiner is None:
-            return {True: features, False: features}
+            return Tokens(features, features)
         with torch.autocast(self.device.type, enabled=False):
             cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
-            return {True: cleaned, False: {b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}}
+            return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
 
-    def arrange(self, features: dict[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+    def arrange(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
         """The tokens that students have counterparts of, on the common grid unless they were sampled."""
         teacher = self.cache.manifest.teacher
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
@@ -265,7 +265,7 @@ class Targets:
         return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
-        return self.arrange(self.refine(self.features(encoded))[False], encoded.positions)
+        return self.arrange(self.refine(self.features(encoded)).normalised, encoded.positions)
 
     def meet(
         self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None

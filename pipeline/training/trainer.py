@@ -31,7 +31,7 @@ from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.teachers.models import Backbone
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Lesson, TeacherFeatures
+from pipeline.training.distiller import Batch, TeacherFeatures
 from pipeline.training.loggers import Tracking
 from singer.errors import UserError
 
@@ -39,15 +39,25 @@ _LOG_STEPS = 50
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one process trains on in one step. pixels {side: (n, side, side, 3) uint8}, stored features of each teacher,
-    weights (n,), labels (n,), negative where there is none.
+class StoredBatch:
+    """What one process trains on in one step, as it was read.
+
+    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights (n,): of each record in the
+    mean; labels (n,): negative where there is none.
     """
 
     pixels: dict[int, Tensor]
     encoded: Sequence[Encoded]
     weights: Tensor
     labels: Tensor
+
+    def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
+        """Move and decode everything, once each; a Batch for every student, whose images it may share with others."""
+        shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)]
+        weights, labels = self.weights.to(device), self.labels.to(device).long()
+        keys = [(s.image_size, s.mean, s.std) for s in students]
+        images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
+        return [Batch(images[key], shown, weights, labels) for key in keys]
 
 
 class BatchLoader:
@@ -72,7 +82,7 @@ class BatchLoader:
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
-    ) -> Generator[Batch, None, None]:
+    ) -> Generator[StoredBatch, None, None]:
         """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
 
         most: lists that are read ahead; default: as many as shares of images.
@@ -83,7 +93,7 @@ class BatchLoader:
         with closing(images), closing(features):
             for (share, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
                 labels = self.labels[torch.from_numpy(share.records)]
-                yield Batch(pixels, encoded, torch.from_numpy(share.weights), labels)
+                yield StoredBatch(pixels, encoded, torch.from_numpy(share.weights), labels)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
         """{side: (n, side, side, 3) uint8} of a share's records."""
@@ -121,7 +131,7 @@ class Trainee:
         self._sums: dict[str, Tensor] = {}
         self._since = 0
 
-    def update(self, step: int, per_epoch: int, lesson: Lesson, accelerator: Accelerator) -> None:
+    def update(self, step: int, per_epoch: int, batch: Batch, accelerator: Accelerator) -> None:
         """One step of the optimiser."""
         # Whatever a model draws (drop path, dropout, masks) depends on the step alone, so that a resumed run repeats
         # it, and a student among others draws as it would alone.
@@ -129,7 +139,7 @@ class Trainee:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch)
         self.optimiser.zero_grad(set_to_none=True)
-        parts = list(lesson.split(self.settings.accumulate))
+        parts = list(batch.split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
                 losses = self.model(part)
@@ -192,12 +202,12 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
         meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
-        for step, batch in enumerate(batches, start=first):
+        for step, stored in enumerate(batches, start=first):
             going = [t for t in trainees if t.first_step <= step]
-            lessons = prepare(batch, going, accelerator.device, load.caches)
-            for trainee, lesson in zip(going, lessons, strict=True):
+            moved = stored.to(accelerator.device, load.caches, [t.student for t in going])
+            for trainee, batch in zip(going, moved, strict=True):
                 with ranks.together():
-                    trainee.update(step, per_epoch, lesson, accelerator)
+                    trainee.update(step, per_epoch, batch, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
             ranks.step(f"step {step + 1}")
 
@@ -211,18 +221,6 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
                             trainee.checkpoint.save(step + 1, write=main)
                         ranks.wait()  # for the first process, which writes
     return m
-
-
-def prepare(batch: Batch, trainees: Sequence[Trainee], device: torch.device, caches: Sequence[Cache]) -> list[Lesson]:
-    """A lesson for each: features are moved and decoded once, images once for each size and normalisation."""
-    shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, batch.encoded, strict=True)]
-    weights, labels = batch.weights.to(device), batch.labels.to(device).long()
-    images: dict[tuple[object, ...], Tensor] = {}
-    for student in (t.student for t in trainees):
-        key = student.image_size, student.mean, student.std
-        if key not in images:
-            images[key] = normalise(batch.pixels[student.image_size], student.mean, student.std, device)
-    return [Lesson(images[s.image_size, s.mean, s.std], shown, weights, labels) for s in (t.student for t in trainees)]
 
 
 def _agreed(due: bool, accelerator: Accelerator) -> bool:

@@ -1,6 +1,6 @@
 """What a student minimises, by name. A new objective is one file and one line here."""
 
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import Objective, ObjectiveContext, Tokens
 from singer.objectives.cosine import Cosine
 from singer.objectives.gram import Gram
 from singer.objectives.labels import Labels
@@ -28,4 +28,4 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "vitkd": VitKd,
 }
 
-__all__ = ["OBJECTIVES", "Mixture", "Objective", "ObjectiveContext"]
+__all__ = ["OBJECTIVES", "Mixture", "Objective", "ObjectiveContext", "Tokens"]

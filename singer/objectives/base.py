@@ -1,7 +1,7 @@
 """What an objective is and what it may know."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -23,6 +23,17 @@ class ObjectiveContext:
     tail: TeacherSuffix | None = None
     teacher_prefix: int = 1
     classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens on the two scales on which objectives compare them, each {teacher block: (B, N, d)}.
+
+    normalised: on the scale of the normaliser; cleaned: in the teacher's units. One that no objective reads is empty.
+    """
+
+    normalised: Mapping[int, Tensor] = field(default_factory=dict)
+    cleaned: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):

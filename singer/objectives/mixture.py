@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from singer.objectives.base import Objective
+from singer.objectives.base import Objective, Tokens
 
 
 class Mixture(nn.Module):
@@ -15,24 +15,22 @@ class Mixture(nn.Module):
         self.objectives = nn.ModuleDict(objectives)
         self.weights = dict(weights)
 
-    def reads(self) -> dict[bool, tuple[int, ...]]:
-        """{whether in the teacher's units: the blocks that are compared so}"""
-        found: dict[bool, set[int]] = {}
+    def reads(self, in_teacher_units: bool) -> tuple[int, ...]:
+        """List the blocks that are compared in the teacher's units, or else those compared normalised."""
+        blocks: set[int] = set()
         for objective in self.objectives.values():
             assert isinstance(objective, Objective)
-            found.setdefault(bool(objective.in_teacher_units), set()).update(objective.reads())
-        return {kind: tuple(sorted(blocks)) for kind, blocks in sorted(found.items())}
+            if objective.in_teacher_units == in_teacher_units:
+                blocks.update(objective.reads())
+        return tuple(sorted(blocks))
 
-    def forward(
-        self,
-        student: Mapping[bool, Mapping[int, Tensor]],
-        targets: Mapping[bool, Mapping[int, Tensor]],
-        labels: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Tokens of both kinds, by whether they are in the teacher's units -> {"objective.part": weighted (B,)}."""
+    def forward(self, student: Tokens, targets: Tokens, labels: Tensor | None) -> dict[str, Tensor]:
+        """Compare tokens on the scale of each objective; {"objective.part": weighted (B,)}."""
         losses: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
-            kind = bool(objective.in_teacher_units)
-            parts = objective(student[kind], targets[kind], labels)
+            if objective.in_teacher_units:
+                parts = objective(student.cleaned, targets.cleaned, labels)
+            else:
+                parts = objective(student.normalised, targets.normalised, labels)
             losses |= {f"{name}.{part}": self.weights[name] / len(parts) * loss for part, loss in parts.items()}
         return losses
