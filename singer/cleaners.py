@@ -33,13 +33,13 @@ class Cleaner(nn.Module):
 
     trained = False
     # Whether `fit` looks at tokens, and not at the scale alone.
-    looks = False
+    needs_tokens = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
 
-    def fit(self, evidence: FitContext) -> None:
+    def fit(self, context: FitContext) -> None:
         """Set buffers from the evidence of the block."""
 
     def patches(self, patches: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Clip(Cleaner):
         super().__init__(shape)
         self.register_buffer("threshold", torch.tensor(float("inf")))
 
-    def fit(self, evidence: FitContext) -> None:
-        self.threshold.fill_(evidence.scale.threshold)
+    def fit(self, context: FitContext) -> None:
+        self.threshold.fill_(context.scale.threshold)
 
     def patches(self, patches: Tensor) -> Tensor:
         return clip_norms(patches, self.threshold)
@@ -86,16 +86,16 @@ class Projector(Neighbour):
     |x' - t|² + μ(x' - x)ᵀC̃(x' - x). What is still above the threshold then is scaled down to it.
     """
 
-    looks = True
+    needs_tokens = True
     move: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.register_buffer("move", torch.zeros(shape.width, shape.width))
 
-    def fit(self, evidence: FitContext) -> None:
-        super().fit(evidence)
-        seen = curvature(evidence, "final-norm")
+    def fit(self, context: FitContext) -> None:
+        super().fit(context)
+        seen = curvature(context, "final-norm")
         d = len(seen)
         eye = torch.eye(d, dtype=seen.dtype, device=seen.device)
         scaled = seen * d / seen.diagonal().sum()

@@ -17,41 +17,41 @@ Reader = Callable[[TeacherSuffix, Tensor, int], Tensor]
 _BATCH = 16
 
 
-def read_branch(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
+def read_branch(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """What the next block adds: all its branches, without the identity path. Of the last block: the final norm."""
-    return tail.next_output(tokens, block) - tokens if not tail.is_last(block) else tail.normed(tokens, block)
+    return suffix.next_output(tokens, block) - tokens if not suffix.is_last(block) else suffix.normed(tokens, block)
 
 
-def read_next_norm(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
+def read_next_norm(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """The output of the norm that comes first in the next block; of the last block: of the final norm."""
-    return tail.next_norm(tokens, block)
+    return suffix.next_norm(tokens, block)
 
 
-def read_final_norm(tail: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
+def read_final_norm(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
     """The final normed tokens of the teacher: what everybody downstream sees."""
-    return tail.normed(tokens, block)
+    return suffix.normed(tokens, block)
 
 
 READERS: dict[str, Reader] = {"branch": read_branch, "next-norm": read_next_norm, "final-norm": read_final_norm}
 
 
-def curvature(evidence: FitContext, reader: str, draws: int = 1) -> Tensor:
+def curvature(context: FitContext, reader: str, draws: int = 1) -> Tensor:
     """Sketch of C (d, d) float64 over the clean patch tokens of the sample; `draws` vectors v an image.
 
     Clean tokens: that is where refined tokens are to lie, and norms make all directions of an artifact look flat.
     """
-    d, generator = evidence.tokens.shape[-1], evidence.generator()
-    total = torch.zeros(d, d, dtype=torch.float64, device=evidence.tokens.device)
+    d, generator = context.tokens.shape[-1], context.generator()
+    total = torch.zeros(d, d, dtype=torch.float64, device=context.tokens.device)
     count = 0
-    clean = evidence.clean
-    for tokens, keep in zip(evidence.tokens.split(_BATCH), clean.split(_BATCH), strict=True):
+    clean = context.clean
+    for tokens, keep in zip(context.tokens.split(_BATCH), clean.split(_BATCH), strict=True):
         x = tokens.detach().requires_grad_()
         with torch.enable_grad():
-            y = READERS[reader](evidence.tail, x, evidence.block)
+            y = READERS[reader](context.suffix, x, context.block)
         for draw in range(draws):
             v = torch.randn(y.shape, generator=generator).to(y)
             (u,) = torch.autograd.grad(y, x, v, retain_graph=draw + 1 < draws)
-            seen = u[:, evidence.prefix :][keep].double()
+            seen = u[:, context.prefix :][keep].double()
             total += seen.T @ seen
             count += len(seen)
     return total / max(1, count)

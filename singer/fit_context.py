@@ -17,7 +17,7 @@ class FitContext:
     of each image are stored. seed: for whatever is drawn.
     """
 
-    tail: TeacherSuffix
+    suffix: TeacherSuffix
     block: int
     tokens: Tensor
     scale: BlockScale

@@ -22,20 +22,20 @@ def norm_quantiles(norms: Tensor) -> dict[str, float]:
     return {f"{100 * q:g} %": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES}
 
 
-def artifact_map(evidence: FitContext) -> Tensor:
+def artifact_map(context: FitContext) -> Tensor:
     """Share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
-    assert evidence.grid is not None
-    share: Tensor = 100 * (~evidence.clean).float().mean(0).unflatten(0, evidence.grid)
+    assert context.grid is not None
+    share: Tensor = 100 * (~context.clean).float().mean(0).unflatten(0, context.grid)
     return share
 
 
-def artifact_direction(evidence: FitContext) -> dict[str, float]:
+def artifact_direction(context: FitContext) -> dict[str, float]:
     """What the artifact tokens have in common, apart from their length; empty if there are fewer than two.
 
     cosine: mean over all pairs; rank: exp of the entropy of the spectrum of their unit vectors; first_share (%): of
     the first singular direction; channel and channel_share (%): the one that carries most of it.
     """
-    artifacts = F.normalize(evidence.patches[~evidence.clean].double(), dim=1)
+    artifacts = F.normalize(context.patches[~context.clean].double(), dim=1)
     count = len(artifacts)
     if count < 2:
         return {}
@@ -52,15 +52,15 @@ def artifact_direction(evidence: FitContext) -> dict[str, float]:
     }
 
 
-def loss_share(evidence: FitContext, clean: Clean | None = None) -> dict[str, float]:
+def loss_share(context: FitContext, clean: Clean | None = None) -> dict[str, float]:
     """Share (%) of the artifact tokens in L_KD (mse), and in its gradient, of a student that knows the clean mean.
 
     That is where students stand after their first steps; a token's gradient grows with its error (the paper's bias
     analysis). clean: a refiner; the tokens counted stay those that are artifacts in the original.
     """
-    artifact = ~evidence.clean
-    tokens = evidence.tokens if clean is None else clean(evidence.tokens)
-    patches = tokens[:, evidence.prefix :]
+    artifact = ~context.clean
+    tokens = context.tokens if clean is None else clean(context.tokens)
+    patches = tokens[:, context.prefix :]
     errors = (patches - patches[~artifact].mean(0)).norm(dim=-1)
     return {
         "tokens": 100 * float(artifact.float().mean()),
@@ -70,18 +70,18 @@ def loss_share(evidence: FitContext, clean: Clean | None = None) -> dict[str, fl
 
 
 @torch.no_grad()
-def reader_drift(evidence: FitContext, clean: Clean) -> dict[str, dict[str, float]]:
+def reader_drift(context: FitContext, clean: Clean) -> dict[str, dict[str, float]]:
     """{reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}: how the readers' outputs change.
 
     l2 (%): of the change over that of the original output; patch tokens that are clean and artifacts apart.
     """
     found: dict[str, dict[str, float]] = {}
-    kinds = {"clean": evidence.clean, "artifact": ~evidence.clean}
+    kinds = {"clean": context.clean, "artifact": ~context.clean}
     for name, read in READERS.items():
         sums = dict.fromkeys(kinds, (0.0, 0.0, 0.0, 0))
-        for start in range(0, len(evidence.tokens), _BATCH):
-            x = evidence.tokens[start : start + _BATCH]
-            before, after = (read(evidence.tail, t, evidence.block)[:, evidence.prefix :] for t in (x, clean(x)))
+        for start in range(0, len(context.tokens), _BATCH):
+            x = context.tokens[start : start + _BATCH]
+            before, after = (read(context.suffix, t, context.block)[:, context.prefix :] for t in (x, clean(x)))
             for kind, mask in kinds.items():
                 a, b = before[mask[start : start + _BATCH]], after[mask[start : start + _BATCH]]
                 change, size, cosine, count = sums[kind]
@@ -100,7 +100,7 @@ def reader_drift(evidence: FitContext, clean: Clean) -> dict[str, dict[str, floa
 
 
 @torch.no_grad()
-def splice(evidence: FitContext, clean: Clean) -> dict[str, float]:
+def splice(context: FitContext, clean: Clean) -> dict[str, float]:
     """The teacher's own verdict with refined features in place of the block's output: agreement and divergence.
 
     top1 (%): images whose first class stays; kl: mean Kullback-Leibler divergence of the refined from the original
@@ -108,15 +108,15 @@ def splice(evidence: FitContext, clean: Clean) -> dict[str, float]:
     only gram.
     """
     same, divergence, gram = 0, 0.0, 0.0
-    classes = getattr(evidence.tail.model, "num_classes", 0) > 0
-    for x in evidence.tokens.split(_BATCH):
+    classes = getattr(context.suffix.model, "num_classes", 0) > 0
+    for x in context.tokens.split(_BATCH):
         refined = clean(x)
-        kept = clean_mask(patch_norms(x, evidence.prefix), evidence.scale.threshold)
-        gram += float(gram_error(refined[:, evidence.prefix :], x[:, evidence.prefix :], kept)) * len(x)
+        kept = clean_mask(patch_norms(x, context.prefix), context.scale.threshold)
+        gram += float(gram_error(refined[:, context.prefix :], x[:, context.prefix :], kept)) * len(x)
         if classes:
-            before, after = (evidence.tail.logits(t, evidence.block).log_softmax(-1) for t in (x, refined))
+            before, after = (context.suffix.logits(t, context.block).log_softmax(-1) for t in (x, refined))
             same += int((before.argmax(-1) == after.argmax(-1)).sum())
             divergence += float(F.kl_div(after, before, log_target=True, reduction="sum"))
-    count = len(evidence.tokens)
+    count = len(context.tokens)
     figures = {"top1": 100 * same / count, "kl": divergence / count} if classes else {}
     return figures | {"gram": gram / count}

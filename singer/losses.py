@@ -22,7 +22,7 @@ class RefinementBatch:
 
     original: Mapping[int, Tensor]
     refined: Mapping[int, Tensor]
-    tail: TeacherSuffix
+    suffix: TeacherSuffix
     scales: Mapping[int, BlockScale]
     prefix: int
 
@@ -30,11 +30,11 @@ class RefinementBatch:
         """True (B, patches) where the ORIGINAL token is no artifact."""
         return clean_mask(patch_norms(self.original[block], self.prefix), self.scales[block].threshold)
 
-    def seen(self, block: int) -> tuple[Tensor, Tensor]:
+    def next_block_outputs(self, block: int) -> tuple[Tensor, Tensor]:
         """Outputs (B, N, d) of the next block for refined and original tokens; of the last block, they themselves."""
         with torch.no_grad():
-            original = self.tail.next_output(self.original[block], block)
-        return self.tail.next_output(self.refined[block], block), original
+            original = self.suffix.next_output(self.original[block], block)
+        return self.suffix.next_output(self.refined[block], block), original
 
 
 OutlierForm = Callable[[Tensor, BlockScale, float], Tensor]
@@ -76,30 +76,30 @@ def gram_error(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     return error.sum() / pairs.sum().clamp_min(1)
 
 
-def clean_info(exchange: RefinementBatch, block: int) -> Tensor:
+def clean_info(batch: RefinementBatch, block: int) -> Tensor:
     """Cosine Grams behind the next block, of clean tokens only: an artifact's similarities are what is to change."""
-    refined, original = exchange.seen(block)
-    return gram_error(refined[:, exchange.prefix :], original[:, exchange.prefix :], exchange.clean(block))
+    refined, original = batch.next_block_outputs(block)
+    return gram_error(refined[:, batch.prefix :], original[:, batch.prefix :], batch.clean(block))
 
 
-def paper_info(exchange: RefinementBatch, block: int) -> Tensor:
+def paper_info(batch: RefinementBatch, block: int) -> Tensor:
     """Cosine Grams of all patches behind the next block, of the last block its own (the paper)."""
-    refined, original = (x[:, exchange.prefix :] for x in exchange.seen(block))
+    refined, original = (x[:, batch.prefix :] for x in batch.next_block_outputs(block))
     return F.mse_loss(cosine_gram(refined), cosine_gram(original))
 
 
-def official_info(exchange: RefinementBatch, block: int) -> Tensor:
+def official_info(batch: RefinementBatch, block: int) -> Tensor:
     """The authors' code: MSE of the next block's raw outputs (all tokens).
 
     Of the last block, the cosine Gram of its refined patches against that of the last intermediate block's refined
     patches. Raises UserError if there is no intermediate block.
     """
-    if not exchange.tail.is_last(block):
-        return F.mse_loss(*exchange.seen(block))
-    others = [b for b in exchange.refined if b != block]
+    if not batch.suffix.is_last(block):
+        return F.mse_loss(*batch.next_block_outputs(block))
+    others = [b for b in batch.refined if b != block]
     if not others:
         raise UserError("refine.info_form official needs an intermediate block beside the last; cache another block")
-    last, before = (exchange.refined[b][:, exchange.prefix :] for b in (block, max(others)))
+    last, before = (batch.refined[b][:, batch.prefix :] for b in (block, max(others)))
     return F.mse_loss(cosine_gram(last), cosine_gram(before))
 
 
@@ -126,20 +126,19 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
 
 
 def adapter_losses(
-    exchange: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
+    batch: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
 ) -> dict[str, dict[int, Tensor]]:
     """{"outlier": {block: loss}, "info": ..., "keep": ...}; keep only if asked for."""
-    prefix = exchange.prefix
+    prefix = batch.prefix
     losses = {
         "outlier": {
-            b: OUTLIER_FORMS[outlier_form](patch_norms(exchange.refined[b], prefix), exchange.scales[b], quantile)
+            b: OUTLIER_FORMS[outlier_form](patch_norms(batch.refined[b], prefix), batch.scales[b], quantile)
             for b in blocks
         },
-        "info": {b: INFO_FORMS[info_form](exchange, b) for b in blocks},
+        "info": {b: INFO_FORMS[info_form](batch, b) for b in blocks},
     }
     if keep:
         losses["keep"] = {
-            b: keep_loss(exchange.refined[b][:, prefix:], exchange.original[b][:, prefix:], exchange.clean(b))
-            for b in blocks
+            b: keep_loss(batch.refined[b][:, prefix:], batch.original[b][:, prefix:], batch.clean(b)) for b in blocks
         }
     return losses

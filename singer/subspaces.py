@@ -23,51 +23,51 @@ _FLOOR = 1e-2
 _WIDEST = 64
 
 
-def weights(evidence: FitContext, rank: int) -> Tensor:
+def weights(context: FitContext, rank: int) -> Tensor:
     """Smallest singular directions of the linearised reader W̃ = fc2·fc1 of the next block (the paper's choice)."""
-    return smallest_directions(reader_weight(evidence.tail, evidence.block), rank)
+    return smallest_directions(reader_weight(context.suffix, context.block), rank)
 
 
-def weights_official(evidence: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
+def weights_official(context: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
     """As the authors' code has it: of the singular directions below a threshold the r LARGEST, in descending order.
 
     The last block uses its own W̃. Random unit vectors fill up what is missing (they are not orthogonal to the rest).
     """
-    tail, block = evidence.tail, evidence.block
-    product = mlp_product(tail, block if tail.is_last(block) else block + 1)
+    suffix, block = context.suffix, context.block
+    product = mlp_product(suffix, block if suffix.is_last(block) else block + 1)
     u, values, _ = torch.linalg.svd(product.T)
     found = u[:, values < threshold][:, :rank]
-    drawn = torch.randn(len(u), rank - found.shape[1], generator=evidence.generator()).to(u)
+    drawn = torch.randn(len(u), rank - found.shape[1], generator=context.generator()).to(u)
     filled: Tensor = torch.cat([found, drawn / drawn.norm(dim=0)], dim=1).contiguous()
     return filled
 
 
-def ln_folded(evidence: FitContext, rank: int) -> Tensor:
+def ln_folded(context: FitContext, rank: int) -> Tensor:
     """Smallest directions of the next block's branches with its norms folded in; of the last block, of the final norm.
 
     Stacked: E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d) and the value path of attention,
     E[1/σ]·ls1·proj·V·diag(γ1)(I - 11ᵀ/d).
     """
-    tail, block = evidence.tail, evidence.block
-    if tail.is_last(block):
-        return smallest_directions(reader_weight(tail, block), rank)
-    return smallest_directions(_folded_branches(evidence, tail.block(block + 1)), rank)
+    suffix, block = context.suffix, context.block
+    if suffix.is_last(block):
+        return smallest_directions(reader_weight(suffix, block), rank)
+    return smallest_directions(_folded_branches(context, suffix.block(block + 1)), rank)
 
 
-def least_curvature(evidence: FitContext, rank: int, reader: str) -> Tensor:
+def least_curvature(context: FitContext, rank: int, reader: str) -> Tensor:
     """Bottom eigenvectors of the curvature sketch at a reader."""
-    _, vectors = torch.linalg.eigh(curvature(evidence, reader))
+    _, vectors = torch.linalg.eigh(curvature(context, reader))
     flattest: Tensor = vectors[:, : _checked(rank, len(vectors))].float().contiguous()
     return flattest
 
 
-def artifact_aware(evidence: FitContext, rank: int, reader: str = "final-norm") -> Tensor:
+def artifact_aware(context: FitContext, rank: int, reader: str = "final-norm") -> Tensor:
     """Most artifact energy for the curvature it costs: the top of A v = λ (C + εI) v, orthonormalised in order."""
-    seen = curvature(evidence, reader)
+    seen = curvature(context, reader)
     d = len(seen)
     floor = _FLOOR * seen.diagonal().mean()
     lower = torch.linalg.cholesky(seen + floor * torch.eye(d, dtype=seen.dtype, device=seen.device))
-    half = torch.linalg.solve_triangular(lower, evidence.artifact_energy(), upper=False)
+    half = torch.linalg.solve_triangular(lower, context.artifact_energy(), upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
     _, vectors = torch.linalg.eigh(whitened)  # ascending
     solved = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, : _checked(rank, d)], upper=True)
@@ -75,11 +75,11 @@ def artifact_aware(evidence: FitContext, rank: int, reader: str = "final-norm") 
     return directions
 
 
-def random(evidence: FitContext, rank: int) -> Tensor:
+def random(context: FitContext, rank: int) -> Tensor:
     """The control: a random subspace."""
-    d = evidence.tokens.shape[-1]
-    drawn = torch.randn(d, _checked(rank, d), generator=evidence.generator())
-    directions: Tensor = torch.linalg.qr(drawn).Q.contiguous().to(evidence.tokens.device)
+    d = context.tokens.shape[-1]
+    drawn = torch.randn(d, _checked(rank, d), generator=context.generator())
+    directions: Tensor = torch.linalg.qr(drawn).Q.contiguous().to(context.tokens.device)
     return directions
 
 
@@ -95,15 +95,15 @@ BASES: dict[str, Basis] = {
 }
 
 
-def best_rank(evidence: FitContext, basis: str) -> tuple[int, list[tuple[float, float]]]:
+def best_rank(context: FitContext, basis: str) -> tuple[int, list[tuple[float, float]]]:
     """(r, curve) where the curve's [(artifact energy removed, drift)] at r directions, both as shares, is best.
 
     Removed: of tr A in the span of the first r directions; drift: of tr C at the final norm. r is where the first is
     farthest above the second; 1 where there is no artifact.
     """
-    d = evidence.tokens.shape[-1]
-    directions = BASES[basis](evidence, min(d, _WIDEST)).double()
-    energy, seen = evidence.artifact_energy(), curvature(evidence, "final-norm")
+    d = context.tokens.shape[-1]
+    directions = BASES[basis](context, min(d, _WIDEST)).double()
+    energy, seen = context.artifact_energy(), curvature(context, "final-norm")
     shares = [
         ((directions * (m @ directions)).sum(0).cumsum(0) / m.diagonal().sum().clamp_min(1e-30)).tolist()
         for m in (energy, seen)
@@ -113,19 +113,19 @@ def best_rank(evidence: FitContext, basis: str) -> tuple[int, list[tuple[float, 
     return (1 + max(range(len(gains)), key=gains.__getitem__) if float(energy.diagonal().sum()) > 0 else 1), curve
 
 
-def reader_weight(tail: TeacherSuffix, block: int) -> Tensor:
+def reader_weight(suffix: TeacherSuffix, block: int) -> Tensor:
     """The linearised reader (outputs, d) of the output of `block`, acting on column vectors.
 
     Within the network it is fc2·fc1 of the next block's MLP (the paper's linearisation). The last block is read by the
     final norm and head: head·diag(gamma)·(I - 11ᵀ/d); without a head, by the MLP of its own block, as in the
     authors' code.
     """
-    if not tail.is_last(block):
-        return mlp_product(tail, block + 1)
-    head, norm = tail.model.head, tail.model.norm
+    if not suffix.is_last(block):
+        return mlp_product(suffix, block + 1)
+    head, norm = suffix.model.head, suffix.model.norm
     if isinstance(head, nn.Linear) and isinstance(norm, nn.LayerNorm) and norm.weight is not None:
         return _centred(head.weight.double() * norm.weight.double()).float()
-    return mlp_product(tail, block)
+    return mlp_product(suffix, block)
 
 
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
@@ -136,9 +136,9 @@ def smallest_directions(weight: Tensor, rank: int) -> Tensor:
     return smallest
 
 
-def mlp_product(tail: TeacherSuffix, block: int) -> Tensor:
+def mlp_product(suffix: TeacherSuffix, block: int) -> Tensor:
     """fc2·fc1 (d, d) of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
-    module = tail.block(block)
+    module = suffix.block(block)
     mlp = getattr(module, "mlp", None)
     fc1, fc2 = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
     if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features:
@@ -159,14 +159,14 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _folded_branches(evidence: FitContext, module: nn.Module) -> Tensor:
+def _folded_branches(context: FitContext, module: nn.Module) -> Tensor:
     """Linearised branches (outputs, d) of a block; of blocks that are not plain, its first readers behind the norm."""
     norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
     fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))
     plain = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm) and hasattr(attention, "qkv")
     linear = isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features
     if not (plain and linear and act is not None):
-        readers = torch.cat(_first_readers(module, evidence.block + 1)).double()
+        readers = torch.cat(_first_readers(module, context.block + 1)).double()
         norm = next((m for m in module.modules() if isinstance(m, nn.LayerNorm)), None)
         return _centred(readers * norm.weight.double()) if norm is not None else readers
     assert isinstance(attention, nn.Module) and isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
@@ -177,14 +177,14 @@ def _folded_branches(evidence: FitContext, module: nn.Module) -> Tensor:
         norm2.register_forward_pre_hook(lambda _, args: inputs.update(norm2=args[0])),
         fc1.register_forward_hook(lambda _, __, output: inputs.update(hidden=output)),
     ]
-    module(evidence.tokens)
+    module(context.tokens)
     for hook in hooks:
         hook.remove()
-    hidden = inputs["hidden"][:, evidence.prefix :].flatten(0, 1)
+    hidden = inputs["hidden"][:, context.prefix :].flatten(0, 1)
     with torch.enable_grad():
         probe = hidden.detach().requires_grad_()
         (slope,) = torch.autograd.grad(act(probe).sum(), probe)
-    d = evidence.tokens.shape[-1]
+    d = context.tokens.shape[-1]
     qkv, proj = (attention.get_parameter(f"{name}.weight").double() for name in ("qkv", "proj"))
     paths = [
         (fc2.weight.double() * slope.double().mean(0)) @ fc1.weight.double() * norm2.weight.double(),
@@ -193,7 +193,7 @@ def _folded_branches(evidence: FitContext, module: nn.Module) -> Tensor:
     scales = [getattr(getattr(module, n, None), "gamma", None) for n in ("ls2", "ls1")]
     folded = []
     for path, gamma, x in zip(paths, scales, (inputs["norm2"], inputs["norm1"]), strict=True):
-        spread = x[:, evidence.prefix :].double().std(-1, correction=0)
+        spread = x[:, context.prefix :].double().std(-1, correction=0)
         layer_scale = gamma.double().unsqueeze(1) if isinstance(gamma, Tensor) else 1.0
         folded.append((1 / spread).mean() * layer_scale * _centred(path))
     return torch.cat(folded)

@@ -1,4 +1,4 @@
-"""The frozen tail of a teacher: what comes after the cached features, rebuilt without the rest of the model."""
+"""The frozen suffix of a teacher: what comes after the cached features, rebuilt without the rest of the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos
 
 
 def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
-    """The part of a timm VisionTransformer state dict that belongs to the tail from first_block on."""
+    """The part of a timm VisionTransformer state dict that belongs to the suffix from first_block on."""
     kept = {}
     for name, tensor in state.items():
         parts = name.split(".")
@@ -51,7 +51,7 @@ class TeacherSuffix(nn.Module):
 
     def block(self, index: int) -> nn.Module:
         """Block `index` of the teacher. index: first_block to depth - 1."""
-        assert self.first_block <= index < self.depth, f"the tail has blocks {self.first_block} to {self.depth - 1}"
+        assert self.first_block <= index < self.depth, f"the suffix has blocks {self.first_block} to {self.depth - 1}"
         module: nn.Module = self.model.blocks[index]
         return module
 

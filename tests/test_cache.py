@@ -58,7 +58,7 @@ def test_features_are_the_teachers(world: Path, config: Config) -> None:
     assert list(stored) == [2, 3]
     for block, x in stored.items():
         torch.testing.assert_close(x, live[block].half().float(), atol=2e-2, rtol=2e-3)
-    logits = cache.tail().logits(stored[3], 3)
+    logits = cache.suffix().logits(stored[3], 3)
     torch.testing.assert_close(logits, teacher.model(images), atol=2e-2, rtol=2e-2)
 
 
@@ -117,7 +117,7 @@ def test_caches_of_version_2_are_read() -> None:
         torch.testing.assert_close(features[block], expected[f"features.{block}"], rtol=1e-6, atol=1e-6)
     assert encoded.positions is not None
     torch.testing.assert_close(encoded.positions, expected["positions"])
-    torch.testing.assert_close(cache.tail().logits(features[1], 1), expected["logits"])
+    torch.testing.assert_close(cache.suffix().logits(features[1], 1), expected["logits"])
     np.testing.assert_array_equal(cache.index.box, expected["box"].numpy())
     # JPEG decoders may differ in the last bit.
     torch.testing.assert_close(cache.pixels(records, 16).float(), expected["pixels"].float(), rtol=0, atol=2)

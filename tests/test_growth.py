@@ -49,8 +49,8 @@ def test_blocks(world: Path, tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before
     assert grown.id != small.id and small.id in grown.ids
     # The tail now begins at the earlier block.
-    logits = grown.tail().logits(grown.features([5], CPU)[1], 1)
-    torch.testing.assert_close(logits, grown.tail().logits(grown.features([5], CPU)[3], 3), atol=2e-2, rtol=2e-2)
+    logits = grown.suffix().logits(grown.features([5], CPU)[1], 1)
+    torch.testing.assert_close(logits, grown.suffix().logits(grown.features([5], CPU)[3], 3), atol=2e-2, rtol=2e-2)
     assert Cache(tmp_path / "c", blocks=[2]).blocks == (2,)
 
 

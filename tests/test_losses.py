@@ -14,12 +14,12 @@ from singer.suffix import TeacherSuffix, suffix_state
 SCALE = BlockScale(median=2.0, threshold=4.0)
 
 
-def make_exchange() -> RefinementBatch:
+def make_batch() -> RefinementBatch:
     vit = make_vit()
-    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
     original = {b: torch.randn(3, 17, WIDTH) for b in (2, 3)}
     refined = {b: x + 0.3 * torch.randn_like(x) for b, x in original.items()}
-    return RefinementBatch(original, refined, tail, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
+    return RefinementBatch(original, refined, suffix, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
 
 
 def gram(tokens: Tensor) -> np.ndarray:
@@ -48,41 +48,41 @@ def test_equal_norms_are_no_outliers() -> None:
 
 
 def test_paper_info_is_the_gram_behind_the_next_block() -> None:
-    exchange = make_exchange()
+    batch = make_batch()
     with torch.no_grad():
-        seen = [gram(exchange.tail.block(3)(x[2])[:, 1:]) for x in (exchange.refined, exchange.original)]
-    expected = np.square(seen[0] - seen[1]).mean()
-    assert INFO_FORMS["paper"](exchange, 2).item() == pytest.approx(expected, rel=1e-3)
-    last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.original[3][:, 1:])).mean()
-    assert INFO_FORMS["paper"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
+        next_block_outputs = [gram(batch.suffix.block(3)(x[2])[:, 1:]) for x in (batch.refined, batch.original)]
+    expected = np.square(next_block_outputs[0] - next_block_outputs[1]).mean()
+    assert INFO_FORMS["paper"](batch, 2).item() == pytest.approx(expected, rel=1e-3)
+    last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.original[3][:, 1:])).mean()
+    assert INFO_FORMS["paper"](batch, 3).item() == pytest.approx(last, rel=1e-3)
 
 
 def test_official_info() -> None:
-    exchange = make_exchange()
+    batch = make_batch()
     with torch.no_grad():
-        a, b = (exchange.tail.block(3)(x[2]).numpy() for x in (exchange.refined, exchange.original))
-    assert INFO_FORMS["official"](exchange, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
-    last = np.square(gram(exchange.refined[3][:, 1:]) - gram(exchange.refined[2][:, 1:])).mean()
-    assert INFO_FORMS["official"](exchange, 3).item() == pytest.approx(last, rel=1e-3)
-    alone = RefinementBatch({3: exchange.original[3]}, {3: exchange.refined[3]}, exchange.tail, exchange.scales, 1)
+        a, b = (batch.suffix.block(3)(x[2]).numpy() for x in (batch.refined, batch.original))
+    assert INFO_FORMS["official"](batch, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
+    last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.refined[2][:, 1:])).mean()
+    assert INFO_FORMS["official"](batch, 3).item() == pytest.approx(last, rel=1e-3)
+    alone = RefinementBatch({3: batch.original[3]}, {3: batch.refined[3]}, batch.suffix, batch.scales, 1)
     with pytest.raises(UserError, match="needs an intermediate block beside the last; cache another block"):
         INFO_FORMS["official"](alone, 3)
 
 
 def test_clean_info_leaves_artifacts_out() -> None:
-    exchange = make_exchange()
-    exchange.original[3][:, 4] *= 20
-    exchange.refined[3][:, 4] = 0
-    same = RefinementBatch(exchange.original, exchange.original, exchange.tail, exchange.scales, 1)
-    spoiled = {3: exchange.original[3].clone()}
+    batch = make_batch()
+    batch.original[3][:, 4] *= 20
+    batch.refined[3][:, 4] = 0
+    same = RefinementBatch(batch.original, batch.original, batch.suffix, batch.scales, 1)
+    spoiled = {3: batch.original[3].clone()}
     spoiled[3][:, 4] = torch.randn(3, WIDTH)
-    changed = RefinementBatch(exchange.original, spoiled, exchange.tail, exchange.scales, 1)
+    changed = RefinementBatch(batch.original, spoiled, batch.suffix, batch.scales, 1)
     assert INFO_FORMS["clean"](same, 3).item() == pytest.approx(0, abs=1e-10)
     assert INFO_FORMS["clean"](changed, 3).item() == pytest.approx(0, abs=1e-10)
     assert INFO_FORMS["paper"](changed, 3).item() > 1e-3
 
 
 def test_parts_are_named_by_loss_and_block() -> None:
-    losses = adapter_losses(make_exchange(), [2, 3], "robust", "clean", 0.9, keep=True)
+    losses = adapter_losses(make_batch(), [2, 3], "robust", "clean", 0.9, keep=True)
     assert {n: [*of] for n, of in losses.items()} == {n: [2, 3] for n in ("outlier", "info", "keep")}
-    assert "keep" not in adapter_losses(make_exchange(), [2], "paper", "paper", 0.9, keep=False)
+    assert "keep" not in adapter_losses(make_batch(), [2], "paper", "paper", 0.9, keep=False)

@@ -55,14 +55,14 @@ def test_smallest_directions_are_the_smallest() -> None:
 
 
 def test_reader_weights() -> None:
-    tail = make_tail()
-    mlp = tail.block(3).mlp
+    suffix = make_tail()
+    mlp = suffix.block(3).mlp
     x = torch.randn(WIDTH)
-    torch.testing.assert_close(reader_weight(tail, 2) @ x, mlp.fc2.weight @ (mlp.fc1.weight @ x))
+    torch.testing.assert_close(reader_weight(suffix, 2) @ x, mlp.fc2.weight @ (mlp.fc1.weight @ x))
     # Behind the last block: what head and norm see of a token, but for the norm's division.
-    nn.init.normal_(tail.model.norm.weight)
-    seen = tail.model.head.weight @ (tail.model.norm.weight * (x - x.mean()))
-    torch.testing.assert_close(reader_weight(tail, 3) @ x, seen, atol=1e-5, rtol=1e-4)
+    nn.init.normal_(suffix.model.norm.weight)
+    seen = suffix.model.head.weight @ (suffix.model.norm.weight * (x - x.mean()))
+    torch.testing.assert_close(reader_weight(suffix, 3) @ x, seen, atol=1e-5, rtol=1e-4)
     headless = make_tail(num_classes=0)
     last = headless.block(3).mlp
     torch.testing.assert_close(reader_weight(headless, 3), last.fc2.weight @ last.fc1.weight)
@@ -237,8 +237,8 @@ def test_topk_percent() -> None:
 
 
 def test_tail_has_no_front() -> None:
-    tail = make_tail()
-    names = list(tail.state_dict())
+    suffix = make_tail()
+    names = list(suffix.state_dict())
     assert not any("patch_embed" in n or "pos_embed" in n or ".0." in n or ".1." in n for n in names if "blocks" in n)
-    assert all(not p.requires_grad for p in tail.parameters())
-    assert tail.depth == DEPTH
+    assert all(not p.requires_grad for p in suffix.parameters())
+    assert suffix.depth == DEPTH

@@ -58,15 +58,15 @@ def test_family(family: str, tmp_path: Path) -> None:
         assert x.shape == (2, prefix + 36, 24)
         torch.testing.assert_close(x, hooked[block])
 
-    tail = TeacherSuffix(
+    suffix = TeacherSuffix(
         teacher.architecture, teacher.model_args, 1, suffix_state(teacher.model.state_dict(), first_block=1)
     )
     with torch.inference_mode():
         for block, x in tokens.items():
-            torch.testing.assert_close(tail.logits(x.clone(), block), logits, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(tail.next_output(tokens[1].clone(), 1), tokens[2], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(suffix.logits(x.clone(), block), logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(suffix.next_output(tokens[1].clone(), 1), tokens[2], atol=1e-5, rtol=1e-4)
     for block in (1, 3):
-        assert reader_weight(tail, block).shape[1] == 24
+        assert reader_weight(suffix, block).shape[1] == 24
 
 
 def test_nothing_behind_the_last_block_is_computed() -> None:

@@ -13,10 +13,10 @@ from singer.objectives.relation import Relation, RelationQk
 from singer.suffix import TeacherSuffix, suffix_state
 
 
-def make_setting(classes: int | None = 5, **args: object) -> ObjectiveContext:
+def make_context(classes: int | None = 5, **args: object) -> ObjectiveContext:
     vit = make_vit(**args)
-    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
-    return ObjectiveContext((2, 3), WIDTH, 1, (4, 4), tail, vit.prefix, classes)
+    suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    return ObjectiveContext((2, 3), WIDTH, 1, (4, 4), suffix, vit.prefix, classes)
 
 
 def draw(blocks: tuple[int, ...] = (2, 3)) -> dict[int, Tensor]:
@@ -53,17 +53,17 @@ def expected_token_loss(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", ["smooth-l1", "theia", "unic", "balanced"])
 def test_token_losses(name: str) -> None:
     student, target = draw(), draw()
-    found = OBJECTIVES[name](make_setting())(student, target)
+    found = OBJECTIVES[name](make_context())(student, target)
     for block in (2, 3):
         expected = expected_token_loss(name, student[block].double().numpy(), target[block].double().numpy())
         np.testing.assert_allclose(found[str(block)].numpy(), expected, rtol=1e-4)
 
 
 def test_without_cls_all_tokens_are_patches() -> None:
-    setting = ObjectiveContext((2,), WIDTH, 0, (4, 4))
+    context = ObjectiveContext((2,), WIDTH, 0, (4, 4))
     a, b = torch.randn(3, 16, WIDTH), torch.randn(3, 16, WIDTH)
-    found = OBJECTIVES["balanced"](setting)({2: a}, {2: b})["2"]
-    torch.testing.assert_close(found, OBJECTIVES["mse"](setting)({2: a}, {2: b})["2"])
+    found = OBJECTIVES["balanced"](context)({2: a}, {2: b})["2"]
+    torch.testing.assert_close(found, OBJECTIVES["mse"](context)({2: a}, {2: b})["2"])
 
 
 def test_gram() -> None:
@@ -73,16 +73,16 @@ def test_gram() -> None:
         np.mean([(cosine(x[i], x[j]) - cosine(y[i], y[j])) ** 2 for i in range(16) for j in range(16)])
         for x, y in zip(a, b, strict=True)
     ]
-    np.testing.assert_allclose(OBJECTIVES["gram"](make_setting())(student, target)["2"].numpy(), expected, rtol=1e-3)
+    np.testing.assert_allclose(OBJECTIVES["gram"](make_context())(student, target)["2"].numpy(), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [Relation, RelationQk])
 def test_relation(kind: type[Relation]) -> None:
     """By hand from the frozen block's weights; only the block with one behind it counts."""
-    setting, student, target = make_setting(), draw(), draw()
-    found = kind(setting)(student, target)
-    assert list(found) == ["2"] and setting.tail is not None
-    block = setting.tail.block(3)
+    context, student, target = make_context(), draw(), draw()
+    found = kind(context)(student, target)
+    assert list(found) == ["2"] and context.suffix is not None
+    block = context.suffix.block(3)
     weight, bias = (getattr(block.attn.qkv, n).detach().double().numpy() for n in ("weight", "bias"))
 
     def relations(tokens: Tensor) -> list[np.ndarray]:
@@ -97,7 +97,7 @@ def test_relation(kind: type[Relation]) -> None:
         for ours, theirs in zip(relations(student[2]), relations(target[2]), strict=True)
     ]
     np.testing.assert_allclose(found["2"].detach().numpy(), np.mean(kl, axis=0), rtol=1e-3, atol=1e-7)
-    attention = kind(setting).heads(target[2], 2)
+    attention = kind(context).heads(target[2], 2)
     torch.testing.assert_close(
         attention["q"], block.attn.qkv(block.norm1(target[2]))[..., :WIDTH].unflatten(-1, (2, -1)).transpose(1, 2)
     )
@@ -108,14 +108,14 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
     """The head reads CLS or pools patches; registers, which students lack, do not matter."""
     vit = make_vit(**args)
     images = torch.randn(2, 3, 32, 32)
-    setting = make_setting(**args)
+    context = make_context(**args)
     from singer.backbones import block_outputs
 
     with torch.no_grad():
         expected = vit.model(images).log_softmax(-1)
         tokens = block_outputs(vit.model, images, [3])[3]
         kept = torch.cat([tokens[:, :1], tokens[:, vit.prefix :]], dim=1)
-        objective = Logits(setting)
+        objective = Logits(context)
         torch.testing.assert_close(objective.verdict(kept), expected, atol=1e-5, rtol=1e-4)
         student = torch.randn_like(kept)
         ours, theirs = objective.verdict(student).double().numpy(), expected.double().numpy()
@@ -124,7 +124,7 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
 
 
 def test_labels() -> None:
-    objective, student = OBJECTIVES["labels"](make_setting()), draw()
+    objective, student = OBJECTIVES["labels"](make_context()), draw()
     labels = torch.tensor([4, -1, 0])
     found = objective(student, {}, labels)["ce"]
     scores = softmax(objective.head(student[3][:, 0]).detach().double().numpy())  # type: ignore[operator]
@@ -133,35 +133,35 @@ def test_labels() -> None:
 
 
 REFUSED = {
-    "labels": (make_setting(classes=None), "needs a cache of labelled images"),
-    "logits": (make_setting(num_classes=0), "needs the teacher's last block in the cache, and a head"),
+    "labels": (make_context(classes=None), "needs a cache of labelled images"),
+    "logits": (make_context(num_classes=0), "needs the teacher's last block in the cache, and a head"),
     "vitkd": (ObjectiveContext((2,), WIDTH, 1, None), "needs all patches of an image"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_an_objective_needs(name: str) -> None:
-    setting, message = REFUSED[name]
+    context, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
-        OBJECTIVES[name](setting)
+        OBJECTIVES[name](context)
 
 
 def test_relation_needs_a_block_behind() -> None:
-    whole = make_setting()
+    whole = make_context()
     with pytest.raises(UserError, match="cache an intermediate one"):
-        Relation(ObjectiveContext((3,), WIDTH, 1, (4, 4), whole.tail))
+        Relation(ObjectiveContext((3,), WIDTH, 1, (4, 4), whole.suffix))
 
 
 def test_frozen_parts_are_nobodys_parameters() -> None:
     for name, objective in OBJECTIVES.items():
-        made = objective(make_setting())
-        assert not any("tail" in n for n in made.state_dict()), name
+        made = objective(make_context())
+        assert not any("suffix" in n for n in made.state_dict()), name
         assert all(p.requires_grad for p in made.parameters()), name
 
 
 def test_mixture() -> None:
-    setting, student, target = make_setting(), draw(), draw()
-    parts: dict[str, Objective] = {n: OBJECTIVES[n](setting) for n in ("mse", "relation")}
+    context, student, target = make_context(), draw(), draw()
+    parts: dict[str, Objective] = {n: OBJECTIVES[n](context) for n in ("mse", "relation")}
     mixture = Mixture(parts, {"mse": 2.0, "relation": 0.5})
     assert (mixture.reads(in_teacher_units=False), mixture.reads(in_teacher_units=True)) == ((2, 3), (2,))
     raw = draw()

@@ -56,7 +56,7 @@ class Fixture:
     def state(self, whose: str) -> dict[str, Tensor]:
         return {n.removeprefix(f"{whose}."): t for n, t in self.tensors.items() if n.startswith(f"{whose}.")}
 
-    def tail(self) -> TeacherSuffix:
+    def suffix(self) -> TeacherSuffix:
         first = min(self.settings["layers"])
         return TeacherSuffix(
             ARCHITECTURE, self.model_args("teacher"), first, suffix_state(self.state("teacher"), first)
@@ -96,7 +96,7 @@ class Fixture:
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
-        joint = JointTraining(self.tail(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
+        joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
         head = TeacherHead(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
         distiller = Distiller(student, [head])
         with torch.no_grad():
@@ -141,18 +141,18 @@ def test_blocks_are_numbered_alike(fixture: Fixture) -> None:
 
 def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
     """The singular vectors are nearly degenerate: theirs and ours span parts of one space."""
-    tail, rank, limit = fixture.tail(), fixture.settings["rank"], fixture.settings["thres"]
+    suffix, rank, limit = fixture.suffix(), fixture.settings["rank"], fixture.settings["thres"]
     for block, x in fixture.features.items():
-        evidence = FitContext(tail, block, x, NO_SCALE, 1, None)
-        mlp = tail.block(block if block == fixture.settings["Lt"] - 1 else block + 1).mlp
+        context = FitContext(suffix, block, x, NO_SCALE, 1, None)
+        mlp = suffix.block(block if block == fixture.settings["Lt"] - 1 else block + 1).mlp
         _, values, right = np.linalg.svd((mlp.fc2.weight @ mlp.fc1.weight).double().numpy())
         space = torch.from_numpy(right[values < limit].T).float()
         assert space.shape[1] >= rank
-        for directions in (weights_official(evidence, rank, limit), fixture.tensors[f"adapter_init.{block}.down"]):
+        for directions in (weights_official(context, rank, limit), fixture.tensors[f"adapter_init.{block}.down"]):
             assert_close(directions.T @ directions, torch.eye(rank), 1e-5)
             assert_close((space.T @ directions).norm(dim=0), torch.ones(rank), 1e-4)
         assert limit == 0.05  # the registry's
-        directions = BASES["weights-official"](evidence, rank)
+        directions = BASES["weights-official"](context, rank)
         adapter = Adapter(Shape(x.shape[-1], 1, None, rank))
         adapter.start(directions, doubled=True)
         assert torch.equal(adapter.up, adapter.down.T)
@@ -201,21 +201,21 @@ def test_25_steps_of_joint_training(fixture: Fixture) -> None:
             assert_close(parameter, fixture.tensors[f"adapter_after25.{block}.{part}"], 1e-2)
 
 
-def setting(fixture: Fixture) -> ObjectiveContext:
+def context(fixture: Fixture) -> ObjectiveContext:
     side = fixture.settings["img"] // fixture.settings["patch"]
     return ObjectiveContext(tuple(fixture.settings["layers"]), fixture.settings["dt"], 1, (side, side))
 
 
 def test_fitnet(fixture: Fixture) -> None:
     """Their sum over layers is not averaged."""
-    losses = Mse(setting(fixture))(fixture.projected(), fixture.features)
+    losses = Mse(context(fixture))(fixture.projected(), fixture.features)
     total = sum(float(loss.mean()) for loss in losses.values())
     assert total == pytest.approx(fixture.settings["fitnet_loss"], rel=1e-5)
 
 
 def test_vitkd(fixture: Fixture) -> None:
     """Every layer by masked generation, with the stored generators and masks; a sum over layers times `wk`."""
-    objective = VitKd(setting(fixture), generate_all=True)
+    objective = VitKd(context(fixture), generate_all=True)
     total, student = 0.0, fixture.projected()
     with torch.no_grad():
         objective.mask_token.copy_(fixture.tensors["vitkd.mask_token"])

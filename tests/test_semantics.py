@@ -144,8 +144,8 @@ def test_tokens_without_a_norm_stay_finite() -> None:
 
 def evidence_with(tokens: Tensor, grid: tuple[int, int] | None) -> FitContext:
     vit = make_vit()
-    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
-    return FitContext(tail, 2, tokens, BlockScale(5.0, 10.0), 1, grid)
+    suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    return FitContext(suffix, 2, tokens, BlockScale(5.0, 10.0), 1, grid)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), None], ids=["grid", "sampled"])

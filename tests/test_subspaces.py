@@ -31,31 +31,31 @@ ARCHITECTURES = {
 }
 
 
-def make_evidence(kind: str = "plain", block: int = 2, count: int = 40, artifacts: bool = True) -> FitContext:
+def make_context(kind: str = "plain", block: int = 2, count: int = 40, artifacts: bool = True) -> FitContext:
     """Random features of a small random teacher; in every image patch 5 is an artifact along channels 3 and 4."""
     architecture, args = ARCHITECTURES[kind]
     vit = make_vit(architecture, **args)
-    tail = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
+    suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
     generator = torch.Generator().manual_seed(seeded(1))
     x = torch.randn(count, vit.prefix + 16, WIDTH, generator=generator)
     if artifacts:
         x[:, vit.prefix + 5, 3] += 60
         x[:, vit.prefix + 5, 4] += 30
-    return FitContext(tail, block, x, BlockScale(WIDTH**0.5, 3 * WIDTH**0.5), vit.prefix, (4, 4))
+    return FitContext(suffix, block, x, BlockScale(WIDTH**0.5, 3 * WIDTH**0.5), vit.prefix, (4, 4))
 
 
-def exact_curvature(evidence: FitContext, reader: str) -> np.ndarray:
+def exact_curvature(context: FitContext, reader: str) -> np.ndarray:
     """E[JᵀJ] over the clean patch tokens, from whole Jacobians."""
     total, count = np.zeros((WIDTH, WIDTH)), 0
-    for image, clean in zip(evidence.tokens, evidence.clean, strict=True):
+    for image, clean in zip(context.tokens, context.clean, strict=True):
         read = READERS[reader]
 
         def output(tokens: Tensor, read: object = read) -> Tensor:
-            return read(evidence.tail, tokens[None], evidence.block)[0]  # type: ignore[operator, no-any-return]
+            return read(context.suffix, tokens[None], context.block)[0]  # type: ignore[operator, no-any-return]
 
         jacobian = torch.autograd.functional.jacobian(output, image).flatten(0, 1).double().numpy()
         for token in clean.nonzero().flatten().tolist():
-            j = jacobian[:, evidence.prefix + token]
+            j = jacobian[:, context.prefix + token]
             total += j.T @ j
             count += 1
     return total / count
@@ -64,19 +64,19 @@ def exact_curvature(evidence: FitContext, reader: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("reader", READERS)
 def test_curvature_against_the_exact_jacobian(kind: str, reader: str) -> None:
-    evidence = make_evidence(kind, count=2)
-    exact = exact_curvature(evidence, reader)
-    sketch = curvature(evidence, reader, draws=300).numpy()
+    context = make_context(kind, count=2)
+    exact = exact_curvature(context, reader)
+    sketch = curvature(context, reader, draws=300).numpy()
     # Its error falls with the root of the number of draws.
     assert np.linalg.norm(sketch - exact) < 0.25 * np.linalg.norm(exact)
     np.testing.assert_allclose(sketch, sketch.T, atol=1e-8)
 
 
 def test_readers_of_the_last_block_are_the_final_norm() -> None:
-    evidence = make_evidence(block=3, count=2)
-    norm = evidence.tail.model.norm(evidence.tokens)
+    context = make_context(block=3, count=2)
+    norm = context.suffix.model.norm(context.tokens)
     for read in READERS.values():
-        torch.testing.assert_close(read(evidence.tail, evidence.tokens, 3), norm)
+        torch.testing.assert_close(read(context.suffix, context.tokens, 3), norm)
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -85,26 +85,26 @@ def test_readers_of_the_last_block_are_the_final_norm() -> None:
 def test_bases_are_orthonormal(basis: str, block: int, kind: str) -> None:
     if basis == "weights-official" and kind in ("parallel", "gated"):
         pytest.skip("the authors' code knows plain MLPs only")
-    directions = BASES[basis](make_evidence(kind, block), 4)
+    directions = BASES[basis](make_context(kind, block), 4)
     assert directions.shape == (WIDTH, 4) and directions.dtype == torch.float32
     if basis != "weights-official":  # which fills up with vectors that are not
         torch.testing.assert_close(directions.T @ directions, torch.eye(4), atol=1e-4, rtol=0)
         with pytest.raises(UserError, match=r"refine\.rank 25 is larger than the feature width 24"):
-            BASES[basis](make_evidence(kind, block), 25)
+            BASES[basis](make_context(kind, block), 25)
 
 
 def test_curvature_basis_sees_hardly_more_than_the_least() -> None:
-    exact = exact_curvature(make_evidence(count=4), "final-norm")
+    exact = exact_curvature(make_context(count=4), "final-norm")
     least = np.linalg.eigvalsh(exact)[:6].sum()
     seen = {}
     for name in ("curvature", "random"):
-        v = BASES[name](make_evidence(), 6).double().numpy()
+        v = BASES[name](make_context(), 6).double().numpy()
         seen[name] = np.trace(v.T @ exact @ v)
     assert seen["curvature"] - least < 0.5 * (seen["random"] - least)
 
 
 def test_artifact_aware_finds_the_artifacts() -> None:
-    directions = artifact_aware(make_evidence(), 2)
+    directions = artifact_aware(make_context(), 2)
     planted = torch.zeros(WIDTH)
     planted[3], planted[4] = 60, 30
     assert float((planted / planted.norm() @ directions).norm()) > 0.9
@@ -115,24 +115,24 @@ def test_artifact_aware_finds_the_artifacts() -> None:
 def test_generalised_eigenproblem_against_scipy() -> None:
     from scipy.linalg import eigh
 
-    evidence = make_evidence()
-    seen = curvature(evidence, "final-norm")
+    context = make_context()
+    seen = curvature(context, "final-norm")
     floor = 1e-2 * float(seen.diagonal().mean()) * np.eye(WIDTH)
-    _, vectors = eigh(evidence.artifact_energy().numpy(), seen.numpy() + floor)
+    _, vectors = eigh(context.artifact_energy().numpy(), seen.numpy() + floor)
     expected = np.linalg.qr(vectors[:, ::-1][:, :2])[0]
-    found = artifact_aware(evidence, 2).numpy()
+    found = artifact_aware(context, 2).numpy()
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3)
 
 
 def test_ln_folding_against_the_jacobian_of_a_linear_mlp() -> None:
     """With a linear activation and no attention the fold is the Jacobian, but for 1/σ and the token's own part."""
-    evidence = make_evidence()
-    block = evidence.tail.block(3)
+    context = make_context()
+    block = context.suffix.block(3)
     nn.init.normal_(block.norm2.weight)
     block.mlp.act = nn.Identity()
     nn.init.zeros_(block.attn.proj.weight)
     nn.init.zeros_(block.attn.proj.bias)
-    directions = ln_folded(evidence, 5).double()
+    directions = ln_folded(context, 5).double()
     folded = block.mlp.fc2.weight.double() @ block.mlp.fc1.weight.double() * block.norm2.weight.double()
     folded = folded - folded.mean(1, keepdim=True)
     _, _, right = np.linalg.svd(folded.detach().numpy())
@@ -140,15 +140,15 @@ def test_ln_folding_against_the_jacobian_of_a_linear_mlp() -> None:
 
 
 def test_best_rank_is_that_of_the_artifacts() -> None:
-    rank, curve = best_rank(make_evidence(), "artifact-aware")
+    rank, curve = best_rank(make_context(), "artifact-aware")
     assert rank <= 3 and curve[rank - 1][0] > 0.8 and curve[rank - 1][1] < 0.3
     assert curve[-1] == pytest.approx((1, 1)) and len(curve) == WIDTH
-    assert best_rank(make_evidence(artifacts=False), "artifact-aware")[0] == 1
+    assert best_rank(make_context(artifacts=False), "artifact-aware")[0] == 1
 
 
 def test_mlp_product_of_parallel_blocks_stacks_their_readers() -> None:
-    evidence = make_evidence("parallel")
-    assert mlp_product(evidence.tail, 3).shape[1] == WIDTH
+    context = make_context("parallel")
+    assert mlp_product(context.suffix, 3).shape[1] == WIDTH
 
 
 @settings(deadline=None, max_examples=25)
@@ -171,40 +171,40 @@ def test_neighbour_mean_by_hand(rows: int, columns: int, bits: int) -> None:
 
 @pytest.mark.parametrize("cleaner", ["clip", "neighbour", "projector"])
 def test_closed_forms_touch_artifacts_alone(cleaner: str) -> None:
-    evidence = make_evidence()
+    context = make_context()
     layer = CLEANERS[cleaner](Shape(WIDTH, 1, (4, 4)))
-    layer.fit(evidence)
-    cleaned = layer(evidence.tokens)
-    torch.testing.assert_close(cleaned[:, 1:][evidence.clean], evidence.patches[evidence.clean])
-    assert torch.equal(cleaned[:, :1], evidence.tokens[:, :1])
-    assert float(cleaned[:, 1:].norm(dim=-1).max()) <= evidence.scale.threshold * (1 + 1e-5)
+    layer.fit(context)
+    cleaned = layer(context.tokens)
+    torch.testing.assert_close(cleaned[:, 1:][context.clean], context.patches[context.clean])
+    assert torch.equal(cleaned[:, :1], context.tokens[:, :1])
+    assert float(cleaned[:, 1:].norm(dim=-1).max()) <= context.scale.threshold * (1 + 1e-5)
 
 
 def test_projector_is_the_minimum_it_claims() -> None:
     """Of |x' - t|² + μ(x' - x)ᵀC̃(x' - x); and of softness 0, the neighbours' mean."""
-    evidence = make_evidence()
+    context = make_context()
     projector = Projector(Shape(WIDTH, 1, (4, 4), softness=0.7))
-    projector.fit(evidence)
-    seen = curvature(evidence, "final-norm")
+    projector.fit(context)
+    seen = curvature(context, "final-norm")
     scaled = seen * WIDTH / seen.diagonal().sum()
-    x, t = evidence.patches[0, 5].double(), neighbour_mean(evidence.patches, evidence.clean, (4, 4))[0, 5].double()
+    x, t = context.patches[0, 5].double(), neighbour_mean(context.patches, context.clean, (4, 4))[0, 5].double()
     moved = (x - (x - t) @ projector.move.double()).requires_grad_()
     cost = (moved - t).square().sum() + 0.7 * (moved - x) @ scaled @ (moved - x)
     (gradient,) = torch.autograd.grad(cost, moved)
     assert float(gradient.norm()) < 1e-3 * float((x - t).norm())
     free, near = Projector(Shape(WIDTH, 1, (4, 4), softness=0.0)), Neighbour(Shape(WIDTH, 1, (4, 4)))
     for layer in (free, near):
-        layer.fit(evidence)
-    torch.testing.assert_close(free(evidence.tokens), near(evidence.tokens), atol=1e-4, rtol=1e-4)
+        layer.fit(context)
+    torch.testing.assert_close(free(context.tokens), near(context.tokens), atol=1e-4, rtol=1e-4)
 
 
 def test_without_a_grid_all_clean_patches_are_neighbours() -> None:
-    evidence = replace(make_evidence(), grid=None)
+    context = replace(make_context(), grid=None)
     layer = Neighbour(Shape(WIDTH, 1, None))
-    layer.fit(evidence)
-    expected = evidence.patches[:, [i for i in range(16) if i != 5]].mean(1)
-    torch.testing.assert_close(layer(evidence.tokens)[:, 1 + 5], expected)
-    assert artifact_aware(evidence, 2).shape == (WIDTH, 2)
+    layer.fit(context)
+    expected = context.patches[:, [i for i in range(16) if i != 5]].mean(1)
+    torch.testing.assert_close(layer(context.tokens)[:, 1 + 5], expected)
+    assert artifact_aware(context, 2).shape == (WIDTH, 2)
 
 
 @pytest.mark.parametrize("d", [1, 2, 4, 12, 20, 24, 64, 96, 192, 384, 768, 1024, 1280, 1408, 1536])
@@ -251,10 +251,10 @@ def test_layernorm_before_standardising() -> None:
 
 @pytest.mark.parametrize("cleaner", ["clip", "neighbour", "projector"])
 def test_a_clean_teacher_is_left_alone(cleaner: str) -> None:
-    evidence = make_evidence(artifacts=False)
+    context = make_context(artifacts=False)
     refiner = Refiner({2: Shape(WIDTH, 1, (4, 4))}, cleaner, "none")
-    refiner.cleaner(2).fit(evidence)
-    assert torch.equal(refiner({2: evidence.tokens})[2], evidence.tokens)
+    refiner.cleaner(2).fit(context)
+    assert torch.equal(refiner({2: context.tokens})[2], context.tokens)
 
 
 def test_registries_have_none() -> None:
@@ -262,36 +262,36 @@ def test_registries_have_none() -> None:
 
 
 def test_inspection_of_planted_artifacts() -> None:
-    evidence = make_evidence()
-    where = artifact_map(evidence)
+    context = make_context()
+    where = artifact_map(context)
     assert float(where[1, 1]) == 100 and float(where.sum()) == 100  # patch 5 of a 4 x 4 grid
-    direction = artifact_direction(evidence)
+    direction = artifact_direction(context)
     assert direction["channel"] == 3 and direction["cosine"] > 0.98 and direction["rank"] < 1.3
     assert direction["channel_share"] == pytest.approx(80, abs=3)  # 60² of 60² + 30²
-    share = loss_share(evidence)
+    share = loss_share(context)
     assert share["tokens"] == pytest.approx(100 / 16) and share["loss"] > 90 and share["gradient"] > 40
     quantiles = norm_quantiles(torch.arange(101.0))
     assert quantiles["50 %"] == 50 and quantiles["99 %"] == 99 and quantiles["100 %"] == 100
 
 
 def test_drift_and_splice() -> None:
-    evidence = make_evidence()
-    assert artifact_direction(make_evidence(artifacts=False)) == {}
-    nothing = reader_drift(evidence, lambda x: x)
+    context = make_context()
+    assert artifact_direction(make_context(artifacts=False)) == {}
+    nothing = reader_drift(context, lambda x: x)
     for figures in nothing.values():
         assert figures["clean_l2"] == figures["artifact_l2"] == 0
         assert figures["clean_cosine"] == pytest.approx(1) and figures["artifact_cosine"] == pytest.approx(1)
-    same = splice(evidence, lambda x: x)
+    same = splice(context, lambda x: x)
     assert same["top1"] == 100 and same["kl"] == pytest.approx(0, abs=1e-6) and same["gram"] == 0
-    doubled = reader_drift(evidence, lambda x: 2 * x)["next-norm"]
+    doubled = reader_drift(context, lambda x: 2 * x)["next-norm"]
     assert doubled["clean_l2"] < 1 and doubled["clean_cosine"] > 0.999  # a norm sees no length
-    noise = torch.randn(evidence.tokens.shape)
-    spoiled = splice(evidence, lambda x: x + 3 * noise[: len(x)])
+    noise = torch.randn(context.tokens.shape)
+    spoiled = splice(context, lambda x: x + 3 * noise[: len(x)])
     assert spoiled["gram"] > 0.01 and spoiled["kl"] > 1e-3
-    refined = reader_drift(evidence, lambda x: x + 3 * noise[: len(x)])
+    refined = reader_drift(context, lambda x: x + 3 * noise[: len(x)])
     assert refined["final-norm"]["clean_l2"] > 50
     # By hand: the change of the norm's output, over all clean patches.
-    norm = evidence.tail.block(3).norm1
-    a, b = (norm(t)[:, 1:][evidence.clean] for t in (evidence.tokens, 1.5 * evidence.tokens + 1))
+    norm = context.suffix.block(3).norm1
+    a, b = (norm(t)[:, 1:][context.clean] for t in (context.tokens, 1.5 * context.tokens + 1))
     expected = 100 * float((b - a).norm() / a.norm())
-    assert reader_drift(evidence, lambda x: 1.5 * x + 1)["next-norm"]["clean_l2"] == pytest.approx(expected, rel=1e-3)
+    assert reader_drift(context, lambda x: 1.5 * x + 1)["next-norm"]["clean_l2"] == pytest.approx(expected, rel=1e-3)

@@ -70,11 +70,11 @@ def build_segment(
     """Manifest and small files of a part. parts: the earlier ones; this teacher's calibration holds on."""
     manifest, known = describe(config, addition, extract.teacher), mine(parts, extract.teacher)
     earlier = [p.manifest.tail_first_block for p in known]
-    tail = None
+    suffix = None
     if not earlier or manifest.blocks[0] < min(earlier):
-        tail = suffix_state(extract.vit.model.state_dict(), manifest.blocks[0])
-        # Built here for a look: a teacher whose tail cannot be rebuilt must fail before hours of work.
-        TeacherSuffix(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], tail)
+        suffix = suffix_state(extract.vit.model.state_dict(), manifest.blocks[0])
+        # Built here for a look: a teacher whose suffix cannot be rebuilt must fail before hours of work.
+        TeacherSuffix(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], suffix)
     else:
         manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
     calibration: dict[int, Calibration] = {}
@@ -91,7 +91,7 @@ def build_segment(
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
     ours = {b: calibration[b] for b in manifest.blocks}
-    return manifest, small_files(manifest, addition.images, tail, ours, {b: measured[b] for b in manifest.blocks})
+    return manifest, small_files(manifest, addition.images, suffix, ours, {b: measured[b] for b in manifest.blocks})
 
 
 def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:

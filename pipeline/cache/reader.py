@@ -241,7 +241,7 @@ class Cache:
         """{block: features (n, N, d) float32} of some records."""
         return self.decode(self.read(records), device)
 
-    def tail(self) -> TeacherSuffix:
+    def suffix(self) -> TeacherSuffix:
         """The frozen end of the teacher, on the CPU."""
         part = min(
             (p for p in self._parts if TAIL in p.manifest.files),

@@ -52,7 +52,7 @@ def gather_context(
     records: np.ndarray,
     block: int,
     scale: BlockScale,
-    tail: TeacherSuffix,
+    suffix: TeacherSuffix,
     device: torch.device,
     seed: int,
 ) -> FitContext:
@@ -60,7 +60,7 @@ def gather_context(
     shape = shape_of(cache)
     none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
     tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
-    return FitContext(tail, block, tokens, scale, shape.prefix, shape.grid, seed)
+    return FitContext(suffix, block, tokens, scale, shape.prefix, shape.grid, seed)
 
 
 def clean_moments(

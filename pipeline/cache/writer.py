@@ -31,7 +31,7 @@ from singer.errors import UserError
 def small_files(
     manifest: Manifest,
     images: Images,
-    tail: Mapping[str, Tensor] | None,
+    suffix: Mapping[str, Tensor] | None,
     calibration: Mapping[int, Calibration],
     fidelity: Mapping[int, Any],
 ) -> dict[str, bytes]:
@@ -42,8 +42,8 @@ def small_files(
     files[IMAGES] = image_bytes(images)
     files[CALIBRATION] = tensor_bytes(statistics)
     files[FIDELITY] = json_bytes(fidelity)
-    if tail is not None:
-        files[TAIL] = tensor_bytes(tail)
+    if suffix is not None:
+        files[TAIL] = tensor_bytes(suffix)
     return files
 
 

@@ -42,13 +42,13 @@ class Classification(EvaluateResult):
     normed: dict[str, Accuracies] | None
 
 
-def probe(trial: EvaluationContext) -> Classification:
+def probe(context: EvaluationContext) -> Classification:
     """Raises UserError as `check`."""
-    settings = trial.settings
-    check(trial.train, trial.test, settings)
-    train_features = pooled(trial, trial.train)
-    test_features = pooled(trial, trial.test)
-    train_labels, test_labels = (torch.from_numpy(images.labels) for images in (trial.train, trial.test))
+    settings = context.settings
+    check(context.train, context.test, settings)
+    train_features = pooled(context, context.train)
+    test_features = pooled(context, context.test)
+    train_labels, test_labels = (torch.from_numpy(images.labels) for images in (context.train, context.test))
     classes = int(train_labels.max()) + 1
     groups = _shots(train_labels, test_labels, classes, settings)
 
@@ -64,11 +64,11 @@ def probe(trial: EvaluationContext) -> Classification:
 
     first, normed = first_and_normed({k: figures(train_features[k], test_features[k]) for k in train_features})
     return Classification(
-        model=trial.model,
+        model=context.model,
         train_images=len(train_labels),
         test_images=len(test_labels),
-        seconds=trial.seconds,
-        written=trial.file,
+        seconds=context.seconds,
+        written=context.file,
         classes=classes,
         **first,
         normed=normed,

@@ -29,27 +29,27 @@ _BATCH = 16
 _WEIGHT_DECAY = 1e-2
 
 
-def patch_tokens(trial: EvaluationContext, images: Images) -> Iterator[Tensor]:
+def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]:
     """Raw patch tokens (B, patches, d) of whole frames, batch by batch."""
 
     def whole(image: Image.Image) -> View:
         return View((0.0, 0.0, 1.0, 1.0))
 
-    for x in tokens(trial.vit, images, trial.settings, trial.device, whole):
-        yield x[:, trial.vit.prefix :].float()
+    for x in tokens(context.vit, images, context.settings, context.device, whole):
+        yield x[:, context.vit.prefix :].float()
 
 
-def of_every_kind(trial: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """(kind, tokens) of raw tokens (n, patches, d) on the CPU, one kind after the other in the memory of x."""
-    for kind, convert in trial.kinds.items():
+    for kind, convert in context.kinds.items():
         for part in x.split(_BATCH):
-            part.copy_(convert(part.to(trial.device)))
+            part.copy_(convert(part.to(context.device)))
         yield kind, x
 
 
-def label_side(trial: EvaluationContext) -> int:
+def label_side(context: EvaluationContext) -> int:
     """The side of the maps that heads learn from, in pixels."""
-    return _LABELS_A_PATCH * trial.vit.grid[0]
+    return _LABELS_A_PATCH * context.vit.grid[0]
 
 
 def read_maps(

@@ -54,26 +54,26 @@ class Depth(EvaluateResult):
     normed: dict[str, dict[str, float]] | None
 
 
-def probe(trial: EvaluationContext) -> Depth:
+def probe(context: EvaluationContext) -> Depth:
     """Raises UserError for missing and unusable depth maps, and if none has a pixel that counts."""
-    settings, side = trial.settings, label_side(trial)
-    train_maps, test_maps = index_beside(trial.train, MAP), index_beside(trial.test, MAP)
+    settings, side = context.settings, label_side(context)
+    train_maps, test_maps = index_beside(context.train, MAP), index_beside(context.test, MAP)
     # All maps are read before the model runs, so that a bad one is known at once.
-    pixels = count_pixels(trial.test, test_maps, settings)
+    pixels = count_pixels(context.test, test_maps, settings)
     labels = torch.from_numpy(
-        np.stack([nearest(depth, side) for depth in read_depths(trial.train, train_maps, settings)])
+        np.stack([nearest(depth, side) for depth in read_depths(context.train, train_maps, settings)])
     )
     require_pixels("--train", int(labels.count_nonzero()), settings)
     require_pixels("--test", pixels, settings)
 
-    x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
-    heads = {kind: fit_heads(tokens, labels, settings, trial.device) for kind, tokens in of_every_kind(trial, x)}
+    x = torch.cat([patches.cpu() for patches in patch_tokens(context, context.train)])
+    heads = {kind: fit_heads(tokens, labels, settings, context.device) for kind, tokens in of_every_kind(context, x)}
     sums = {kind: {name: torch.zeros(4, dtype=torch.float64) for name in both} for kind, both in heads.items()}
-    patches = (image for batch in patch_tokens(trial, trial.test) for image in batch)
-    for image, depth in zip(patches, read_depths(trial.test, test_maps, settings), strict=True):
+    patches = (image for batch in patch_tokens(context, context.test) for image in batch)
+    for image, depth in zip(patches, read_depths(context.test, test_maps, settings), strict=True):
         size, true = (depth.shape[0], depth.shape[1]), torch.from_numpy(depth)
         for kind, both in heads.items():
-            tokens = trial.kinds[kind](image)
+            tokens = context.kinds[kind](image)
             for name, (predict, _) in both.items():
                 sums[kind][name] += depth_sums(predict(tokens, size), true)
 
@@ -84,11 +84,11 @@ def probe(trial: EvaluationContext) -> Depth:
         }
     )
     return Depth(
-        model=trial.model,
-        train_images=len(trial.train),
-        test_images=len(trial.test),
-        seconds=trial.seconds,
-        written=trial.file,
+        model=context.model,
+        train_images=len(context.train),
+        test_images=len(context.test),
+        seconds=context.seconds,
+        written=context.file,
         pixels=pixels,
         **first,
         normed=normed,

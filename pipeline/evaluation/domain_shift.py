@@ -31,15 +31,15 @@ class DomainShift(EvaluateResult):
     normed: dict[str, Accuracies] | None
 
 
-def probe(trial: EvaluationContext) -> DomainShift:
+def probe(context: EvaluationContext) -> DomainShift:
     """Raises UserError as `check`."""
-    settings = trial.settings
-    check(trial.train, trial.test, settings)
-    rivals, right = compete(class_map(trial.train, trial.test, settings), trial.test)
+    settings = context.settings
+    check(context.train, context.test, settings)
+    rivals, right = compete(class_map(context.train, context.test, settings), context.test)
 
-    train_labels = torch.from_numpy(trial.train.labels)
-    train_features = pooled(trial, trial.train)
-    test_features = pooled(trial, trial.test)
+    train_labels = torch.from_numpy(context.train.labels)
+    train_features = pooled(context, context.train)
+    test_features = pooled(context, context.test)
 
     def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
         figures = {}
@@ -50,11 +50,11 @@ def probe(trial: EvaluationContext) -> DomainShift:
 
     first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})
     return DomainShift(
-        model=trial.model,
-        train_images=len(trial.train),
-        test_images=len(trial.test),
-        seconds=trial.seconds,
-        written=trial.file,
+        model=context.model,
+        train_images=len(context.train),
+        test_images=len(context.test),
+        seconds=context.seconds,
+        written=context.file,
         classes=len(rivals),
         **first,
         normed=normed,

@@ -11,12 +11,12 @@ from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, t
 from pipeline.teachers.models import Backbone
 
 
-def pooled(trial: EvaluationContext, images: Images) -> Features:
+def pooled(context: EvaluationContext, images: Images) -> Features:
     """Features of the images, computed by the first task that asks for them."""
     key = images.paths, images.place_hash()
-    if key not in trial.computed:
-        trial.computed[key] = features(trial.vit, images, trial.settings, trial.device)
-    return trial.computed[key]
+    if key not in context.computed:
+        context.computed[key] = features(context.vit, images, context.settings, context.device)
+    return context.computed[key]
 
 
 def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:

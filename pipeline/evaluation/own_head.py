@@ -31,23 +31,23 @@ class OwnHead(EvaluateResult):
     classes: int
 
 
-def probe(trial: EvaluationContext) -> OwnHead:
+def probe(context: EvaluationContext) -> OwnHead:
     """Raises UserError for a model without a head, and for labels that it has no class for."""
-    check(trial.learn_from, trial.test, trial.settings)
-    rivals, right = compete(_class_of_label(trial), trial.test)
+    check(context.learn_from, context.test, context.settings)
+    rivals, right = compete(_class_of_label(context), context.test)
 
     def view(image: Image.Image) -> View:
-        return crop_view(trial.settings.crop, image.size)
+        return crop_view(context.settings.crop, image.size)
 
     with torch.no_grad():
-        batches = inputs(trial.vit, trial.test, trial.settings, trial.device, view)
-        logits = torch.cat([trial.vit.model(x).float().cpu() for x in batches])
+        batches = inputs(context.vit, context.test, context.settings, context.device, view)
+        logits = torch.cat([context.vit.model(x).float().cpu() for x in batches])
     return OwnHead(
-        model=trial.model,
+        model=context.model,
         train_images=0,
-        test_images=len(trial.test),
-        seconds=trial.seconds,
-        written=trial.file,
+        test_images=len(context.test),
+        seconds=context.seconds,
+        written=context.file,
         classes=len(rivals),
         **accuracy(logits[:, rivals], right),
     )
@@ -60,19 +60,19 @@ def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
         read_class_map(settings.class_map, test)
 
 
-def _class_of_label(trial: EvaluationContext) -> dict[int, int]:
-    count = int(trial.vit.model.num_classes)
+def _class_of_label(context: EvaluationContext) -> dict[int, int]:
+    count = int(context.vit.model.num_classes)
     if not count:
-        raise UserError(f"--task head: {trial.model} has no classification head; take a task that trains one")
-    file = trial.settings.class_map
+        raise UserError(f"--task head: {context.model} has no classification head; take a task that trains one")
+    file = context.settings.class_map
     if file is not None:
-        mapped = read_class_map(file, trial.test)
+        mapped = read_class_map(file, context.test)
         if max(mapped.values()) >= count:
             raise UserError(
                 f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
             )
         return mapped
-    named, most = _named(trial.test), int(trial.test.labels.max())
+    named, most = _named(context.test), int(context.test.labels.max())
     if named is not None and named != count:
         found = f"{named} classes"
     elif most >= count:
@@ -80,7 +80,7 @@ def _class_of_label(trial: EvaluationContext) -> dict[int, int]:
     else:
         return {label: label for label in range(count)}
     raise UserError(
-        f"--task head: --test has {found}, but the head of {trial.model} has {count} classes; if the images number "
+        f"--task head: --test has {found}, but the head of {context.model} has {count} classes; if the images number "
         "theirs differently, give evaluate.class_map"
     )
 

@@ -27,21 +27,21 @@ class Retrieval(EvaluateResult):
     normed: dict[str, dict[str, dict[str, float]]] | None
 
 
-def probe(trial: EvaluationContext) -> Retrieval:
+def probe(context: EvaluationContext) -> Retrieval:
     """Raises UserError as `check`."""
-    check(None, trial.test, trial.settings)
-    labels = torch.from_numpy(trial.test.labels)
+    check(None, context.test, context.settings)
+    labels = torch.from_numpy(context.test.labels)
     counts = labels.unique(return_counts=True)[1]
-    found = pooled(trial, trial.test)
+    found = pooled(context, context.test)
     first, normed = first_and_normed(
         {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
     )
     return Retrieval(
-        model=trial.model,
+        model=context.model,
         train_images=0,
-        test_images=len(trial.test),
-        seconds=trial.seconds,
-        written=trial.file,
+        test_images=len(context.test),
+        seconds=context.seconds,
+        written=context.file,
         queries=int(counts[counts > 1].sum()),
         retrieval=first,
         normed=None if normed is None else {"retrieval": normed},

@@ -52,36 +52,36 @@ class Segmentation(EvaluateResult):
     normed: dict[str, Any] | None
 
 
-def probe(trial: EvaluationContext) -> Segmentation:
+def probe(context: EvaluationContext) -> Segmentation:
     """Raises UserError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
-    settings = trial.settings
-    classes, train_masks, test_masks = find_masks(trial.train, trial.test, settings)
+    settings = context.settings
+    classes, train_masks, test_masks = find_masks(context.train, context.test, settings)
     # All masks are read before the model runs, so that a bad one is known at once.
-    require_label("--test", trial.test, test_masks, settings)
-    side = label_side(trial)
+    require_label("--test", context.test, test_masks, settings)
+    side = label_side(context)
     labels = torch.from_numpy(
-        np.stack([nearest(mask, side) for mask in read_masks(trial.train, train_masks, settings)])
+        np.stack([nearest(mask, side) for mask in read_masks(context.train, train_masks, settings)])
     )
     if not (labels != VOID).any():
         raise UserError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
-    x = torch.cat([patches.cpu() for patches in patch_tokens(trial, trial.train)])
+    x = torch.cat([patches.cpu() for patches in patch_tokens(context, context.train)])
     heads = {
-        kind: fit_head(tokens, labels, classes, settings, trial.device) for kind, tokens in of_every_kind(trial, x)
+        kind: fit_head(tokens, labels, classes, settings, context.device) for kind, tokens in of_every_kind(context, x)
     }
     counts = {kind: torch.zeros(classes, classes, dtype=torch.int64) for kind in heads}
-    patches = (image for batch in patch_tokens(trial, trial.test) for image in batch)
-    for image, mask in zip(patches, read_masks(trial.test, test_masks, settings), strict=True):
+    patches = (image for batch in patch_tokens(context, context.test) for image in batch)
+    for image, mask in zip(patches, read_masks(context.test, test_masks, settings), strict=True):
         for kind, (head, _) in heads.items():
-            counts[kind] += count_pixels(head, trial.kinds[kind](image), torch.from_numpy(mask), classes)
+            counts[kind] += count_pixels(head, context.kinds[kind](image), torch.from_numpy(mask), classes)
 
     first, normed = first_and_normed({kind: _figures(counts[kind], lr) for kind, (_, lr) in heads.items()})
     return Segmentation(
-        model=trial.model,
-        train_images=len(trial.train),
-        test_images=len(trial.test),
-        seconds=trial.seconds,
-        written=trial.file,
+        model=context.model,
+        train_images=len(context.train),
+        test_images=len(context.test),
+        seconds=context.seconds,
+        written=context.file,
         classes=classes,
         **first,
         normed=normed,

@@ -445,8 +445,8 @@ def train_on(
         new = NewStudent(StudentSpec(config, run, adapters), sources, accelerator)
     except UserError as error:
         return dict.fromkeys(_TRAINING, not_measured(str(error))), "none"
-    trainee = new.trainee("new", accelerator)
-    trainee.model.train()
+    student_run = new.student_run("new", accelerator)
+    student_run.model.train()
     cache, device, side = sources[0].cache, accelerator.device, new.student.image_size
     per_epoch = -(-len(cache) // settings.batch_size)
 
@@ -479,7 +479,7 @@ def train_on(
                 yield len(share.records)
 
         def step(batch: Batch, number: int) -> int:
-            trainee.update(number, per_epoch, batch, accelerator)
+            student_run.update(number, per_epoch, batch, accelerator)
             return len(batch.weights)
 
         def student() -> Generator[int, None, None]:

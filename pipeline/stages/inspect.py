@@ -101,20 +101,20 @@ def inspect(
         else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
     )
     sample = spread(held_out, settings.sample_records)
-    tail = cache.tail().to(device)
+    suffix = cache.suffix().to(device)
     refiner = refiner.to(device) if refiner is not None else None
     figures, shown, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
-        evidence = gather_context(cache, sample, block, scales[block], tail, device, settings.seed)
-        figures[block] = _block_figures(evidence, refiner)
+        context = gather_context(cache, sample, block, scales[block], suffix, device, settings.seed)
+        figures[block] = _block_figures(context, refiner)
         if block in measured:
             figures[block]["refined"] = measured[block]["after"]
             figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
         if not len(chosen):
-            chosen = _choose(evidence)
-        shown.append(_show(evidence, refiner, chosen))
+            chosen = _choose(context)
+        shown.append(_show(context, refiner, chosen))
     result = InspectResult(
         cache=cache.id,
         adapters=str(adapters) if adapters is not None else None,
@@ -129,23 +129,23 @@ def inspect(
     return result
 
 
-def _block_figures(evidence: FitContext, refiner: Refiner | None) -> dict[str, Any]:
-    norms = patch_norms(evidence.tokens, evidence.prefix)
+def _block_figures(context: FitContext, refiner: Refiner | None) -> dict[str, Any]:
+    norms = patch_norms(context.tokens, context.prefix)
     figures: dict[str, Any] = {
-        "threshold": evidence.scale.threshold,
+        "threshold": context.scale.threshold,
         "norms": norm_quantiles(norms),
-        "artifacts": norm_summary(norms, evidence.scale.threshold),
-        "direction": artifact_direction(evidence),
-        "loss_share": loss_share(evidence),
+        "artifacts": norm_summary(norms, context.scale.threshold),
+        "direction": artifact_direction(context),
+        "loss_share": loss_share(context),
     }
     if refiner is not None:
-        clean = _cleaner(refiner, evidence.block)
+        clean = _cleaner(refiner, context.block)
         figures |= {
             # A share of the patches is not what the teacher's blocks read.
-            "drift": reader_drift(evidence, clean) if evidence.grid is not None else {},
-            "spliced": splice(evidence, clean) if evidence.grid is not None else {},
+            "drift": reader_drift(context, clean) if context.grid is not None else {},
+            "spliced": splice(context, clean) if context.grid is not None else {},
             # Of the targets as students get them: standardising may blow up again what a cleaner has left.
-            "loss_share_refined": loss_share(evidence, lambda x: refiner({evidence.block: x})[evidence.block]),
+            "loss_share_refined": loss_share(context, lambda x: refiner({context.block: x})[context.block]),
         }
     return figures
 
@@ -154,31 +154,31 @@ def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
     return lambda tokens: refiner.clean(tokens, block)
 
 
-def _choose(evidence: FitContext) -> np.ndarray:
+def _choose(context: FitContext) -> np.ndarray:
     """Records for pictures: half of them those with the largest patch norms, the others the first."""
-    largest = patch_norms(evidence.tokens, evidence.prefix).amax(1).cpu().numpy()
+    largest = patch_norms(context.tokens, context.prefix).amax(1).cpu().numpy()
     worst = np.argsort(-largest, kind="stable")[: _SHOWN // 2]
     others = np.setdiff1d(np.arange(len(largest)), worst)[: _SHOWN - len(worst)]
     return np.concatenate([worst, others])
 
 
-def _show(evidence: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
+def _show(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
     """What the page shows of a block; without a grid, only the norms."""
-    norms = patch_norms(evidence.tokens, evidence.prefix).cpu()
-    if evidence.grid is None:
-        return _Shown(evidence.block, norms, None, {}, {})
-    kinds = {"teacher": evidence.tokens[torch.from_numpy(chosen)]}
+    norms = patch_norms(context.tokens, context.prefix).cpu()
+    if context.grid is None:
+        return _Shown(context.block, norms, None, {}, {})
+    kinds = {"teacher": context.tokens[torch.from_numpy(chosen)]}
     if refiner is not None:
-        kinds["refined"] = refiner.clean(kinds["teacher"], evidence.block)
-    rows, columns = evidence.grid
+        kinds["refined"] = refiner.clean(kinds["teacher"], context.block)
+    rows, columns = context.grid
     marked = (rows // 2) * columns + columns // 2
-    patches = {name: x[:, evidence.prefix :].cpu() for name, x in kinds.items()}
+    patches = {name: x[:, context.prefix :].cpu() for name, x in kinds.items()}
     return _Shown(
-        evidence.block,
+        context.block,
         norms,
-        artifact_map(evidence).cpu(),
-        {name: x.norm(dim=-1).unflatten(1, evidence.grid) for name, x in patches.items()},
-        {name: cosine_to(x, torch.full((len(x),), marked)).unflatten(1, evidence.grid) for name, x in patches.items()},
+        artifact_map(context).cpu(),
+        {name: x.norm(dim=-1).unflatten(1, context.grid) for name, x in patches.items()},
+        {name: cosine_to(x, torch.full((len(x),), marked)).unflatten(1, context.grid) for name, x in patches.items()},
     )
 
 

@@ -1,6 +1,6 @@
 """Stage 2: fit a refiner on the cached features, so that artifacts vanish and information stays.
 
-`singer refine --cache CACHE --out ADAPTERS`. The teacher is not needed: its frozen tail lies in the cache.
+`singer refine --cache CACHE --out ADAPTERS`. The teacher is not needed: its frozen suffix is in the cache.
 
 A refiner is a cleaner and a normaliser. Closed forms take a sample; adapters (SiNGER, in its two-stage form) start in a
 subspace that the next reader hardly sees and minimise outlier_weight · L_outlier + info_weight · L_info +
@@ -102,7 +102,9 @@ def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
     together = groups(cache.blocks, settings.info_form)
     for group in together[ranks.rank :: ranks.world]:
         part = Cache(cache.place, None, group, settings.local_copy, cache.id)
-        fit_adapters(part, fit.refiner, fit.tail, fit.starts, fit.scales, fit.records, settings, group, out, fit.device)
+        fit_adapters(
+            part, fit.refiner, fit.suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
+        )
     ranks.wait()
     if ranks.rank == 0:
         for group in together:

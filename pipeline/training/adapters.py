@@ -89,7 +89,7 @@ class ReduceOnPlateau:
 def fit_adapters(
     cache: Cache,
     refiner: Refiner,
-    tail: TeacherSuffix,
+    suffix: TeacherSuffix,
     starts: Mapping[int, Tensor],
     scales: dict[int, BlockScale],
     records: np.ndarray,
@@ -125,9 +125,9 @@ def fit_adapters(
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
             features = cache.decode(encoded, device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
-            exchange = RefinementBatch(features, refined, tail, scales, cache.manifest.teacher.prefix_tokens)
+            batch = RefinementBatch(features, refined, suffix, scales, cache.manifest.teacher.prefix_tokens)
             losses = adapter_losses(
-                exchange, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
+                batch, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
             )
             total = torch.stack([weights[n] * v for n, of in losses.items() for v in of.values()]).sum() / len(group)
             optimiser.zero_grad(set_to_none=True)

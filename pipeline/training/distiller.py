@@ -63,7 +63,7 @@ class Batch:
 class JointTraining:
     """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
 
-    tail: TeacherSuffix
+    suffix: TeacherSuffix
     scales: dict[int, BlockScale]
     settings: RefineConfig
     prefix: int
@@ -77,7 +77,7 @@ class JointTraining:
         """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
         s = self.settings
         found = adapter_losses(
-            RefinementBatch(original, refined, self.tail, self.scales, self.prefix),
+            RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
             list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
         )  # fmt: skip
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
@@ -104,14 +104,14 @@ class TeacherHead:
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
         project = PROJECTORS[projector]
-        setting = targets.setting(tuple(matching), [OBJECTIVES[o] for o in objectives])
-        self.objective = Mixture({o: OBJECTIVES[o](setting) for o in objectives}, objectives)
+        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives])
+        self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
             """Only for what is compared: a projector without a gradient would stop DDP."""
             made = {}
             for t in blocks:
-                spec = ProjectorSpec(*self.layout[matching[t]], setting.width, targets.grid, setting.prefix)
+                spec = ProjectorSpec(*self.layout[matching[t]], context.width, targets.grid, context.prefix)
                 made[str(t)] = project(spec)
             return nn.ModuleDict(made)
 
@@ -230,7 +230,7 @@ class Targets:
         """The teacher's features {block: (B, N, d)} on the device."""
         return self.cache.decode(encoded, self.device)
 
-    def setting(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
+    def objective_context(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
         """What these objectives may know; the end of the teacher only if one reads with it."""
         teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
         classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
@@ -239,7 +239,7 @@ class Targets:
             teacher.width,
             int(self.keep_cls),
             self.meeting_grid,
-            self.cache.tail().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
+            self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
             teacher.prefix_tokens,
             classes,
         )
@@ -289,4 +289,4 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
         adapter = fit.refiner.cleaner(block)
         assert isinstance(adapter, Adapter)
         adapter.start(start, settings.start == "doubled")
-    return JointTraining(fit.tail, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
+    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -26,14 +26,14 @@ class RefinerFit:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
         self.statistics = spread(records, settings.statistics_records)
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
-        self.tail = cache.tail().to(device)
+        self.suffix = cache.suffix().to(device)
         self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
         if CLEANERS[settings.cleaner].trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
                 raise UserError(
                     f"refine.info_form {settings.info_form} needs an intermediate block beside the last; cache another"
                 )
-            self.starts = start_directions(cache, self.tail, self.scales, self.statistics, settings, device)
+            self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
             self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
 
@@ -41,11 +41,11 @@ class RefinerFit:
         """Everything with a closed form, once the adapters are there: cleaners, then normalisers behind them."""
         cache, settings = self.cache, self.settings
         self.refiner.requires_grad_(False)
-        looks = CLEANERS[settings.cleaner].looks
-        sample = spread(self.statistics, settings.sample_records) if looks else self.statistics[:0]
+        needs_tokens = CLEANERS[settings.cleaner].needs_tokens
+        sample = spread(self.statistics, settings.sample_records) if needs_tokens else self.statistics[:0]
         for block in cache.blocks:
-            evidence = gather_context(cache, sample, block, self.scales[block], self.tail, self.device, settings.seed)
-            self.refiner.cleaner(block).fit(evidence)
+            context = gather_context(cache, sample, block, self.scales[block], self.suffix, self.device, settings.seed)
+            self.refiner.cleaner(block).fit(context)
         moments = clean_moments(cache, self.refiner, self.scales, self.statistics, self.device)
         for block in cache.blocks:
             self.refiner.normaliser(block).fit(moments[block])
@@ -53,7 +53,7 @@ class RefinerFit:
 
 def start_directions(
     cache: Cache,
-    tail: TeacherSuffix,
+    suffix: TeacherSuffix,
     scales: dict[int, BlockScale],
     records: np.ndarray,
     settings: RefineConfig,
@@ -63,11 +63,11 @@ def start_directions(
     starts = {}
     for block in cache.blocks:
         sample = spread(records, settings.sample_records)
-        evidence = gather_context(cache, sample, block, scales[block], tail, device, settings.seed)
+        context = gather_context(cache, sample, block, scales[block], suffix, device, settings.seed)
         rank = settings.rank
         if rank == "auto":
-            rank, curve = best_rank(evidence, settings.basis)
+            rank, curve = best_rank(context, settings.basis)
             removed, drift = curve[rank - 1]
             say(f"block {block}: rank {rank} takes {removed:.1%} of the artifact energy and {drift:.1%} of the drift")
-        starts[block] = BASES[settings.basis](evidence, rank)
+        starts[block] = BASES[settings.basis](context, rank)
     return starts

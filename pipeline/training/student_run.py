@@ -45,7 +45,7 @@ from pipeline.training.run_directory import (
     TeacherNote,
 )
 from pipeline.training.teachers import Adapters, CachedTeacher, input_hashes
-from pipeline.training.trainer import BatchLoader, Trainee, train
+from pipeline.training.trainer import BatchLoader, StudentRun, train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.projectors import PROJECTORS
@@ -131,7 +131,7 @@ class NewStudent:
             lines.append(f"teacher block {of}-> student block (width, grid): {', '.join(pairs)}")
         return lines
 
-    def trainee(self, mode: Mode, accelerator: Accelerator) -> Trainee:
+    def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Ready to train, from its last checkpoint if it has one."""
         settings, out = self.job.config.distill, self.job.out
         sharded = wants_shards(accelerator)
@@ -161,7 +161,7 @@ class NewStudent:
             if accelerator.is_main_process
             else None
         )
-        return Trainee(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
+        return StudentRun(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
 
 
 def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
@@ -192,30 +192,30 @@ def run_jobs(
     ranks = current()
     ranks.wait()
     with ranks.together():
-        trainees = [new.trainee(mode, accelerator) for new in made]
+        student_runs = [new.student_run(mode, accelerator) for new in made]
     caches = [source.cache for source in made[0].sources]
-    for new, trainee in zip(made, trainees, strict=True):
-        if trainee.first_step and accelerator.is_main_process:
-            step, epochs = trainee.first_step, trainee.settings.epochs
-            done = step / steps_per_epoch(len(caches[0]), trainee.settings.batch_size)
+    for new, student_run in zip(made, student_runs, strict=True):
+        if student_run.first_step and accelerator.is_main_process:
+            step, epochs = student_run.first_step, student_run.settings.epochs
+            done = step / steps_per_epoch(len(caches[0]), student_run.settings.batch_size)
             say(f"{new.job.out} goes on from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
-        m = train(trainees, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
+        m = train(student_runs, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
     results = {}
-    for new, trainee in zip(made, trainees, strict=True):
-        results[new.job.out] = result = describe(new, trainee, m)
+    for new, student_run in zip(made, student_runs, strict=True):
+        results[new.job.out] = result = describe(new, student_run, m)
         with ranks.together():
             student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
             trained = WholeModel(new.distiller).state_dict()
         if accelerator.is_main_process:
             store(new, result, student, trained)
-            trainee.checkpoint.path.unlink(missing_ok=True)
-            if trainee.tracking is not None:
-                trainee.tracking.close()
+            student_run.checkpoint.path.unlink(missing_ok=True)
+            if student_run.tracking is not None:
+                student_run.tracking.close()
     return results
 
 
-def describe(new: NewStudent, trainee: Trainee, m: Meter) -> DistillResult:
+def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     settings, job = new.job.config.distill, new.job
     first, *others = new.taught
     return DistillResult(
@@ -225,7 +225,7 @@ def describe(new: NewStudent, trainee: Trainee, m: Meter) -> DistillResult:
         student=job.out / STUDENT,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
         steps=settings.epochs * steps_per_epoch(len(new.sources[0].cache), settings.batch_size),
-        loss=trainee.loss,
+        loss=student_run.loss,
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,

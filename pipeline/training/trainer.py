@@ -106,7 +106,7 @@ class BatchLoader:
         return [list(of_all) for of_all in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
 
 
-class Trainee:
+class StudentRun:
     """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
 
     first_step: the step from which it goes on.
@@ -173,12 +173,12 @@ class Trainee:
         self._sums, self._since = {}, 0
 
 
-def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerator) -> Meter:
+def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Accelerator) -> Meter:
     """From where the furthest behind goes on to the end of the last epoch. All have one order of the data."""
-    settings, records = trainees[0].settings, len(load)
+    settings, records = student_runs[0].settings, len(load)
     per_epoch = steps_per_epoch(records, settings.batch_size)
     total = settings.epochs * per_epoch
-    first = min(t.first_step for t in trainees)
+    first = min(t.first_step for t in student_runs)
 
     def seen(step: int) -> int:
         """Records that all processes have trained on before `step`."""
@@ -188,8 +188,8 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     ranks = current()
-    for trainee in trainees:
-        trainee.model.train()
+    for student_run in student_runs:
+        student_run.model.train()
     if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
         few = WINDOW_BYTES // load.record_bytes
         say(
@@ -203,22 +203,22 @@ def train(trainees: Sequence[Trainee], load: BatchLoader, accelerator: Accelerat
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
         for step, stored in enumerate(batches, start=first):
-            going = [t for t in trainees if t.first_step <= step]
+            going = [t for t in student_runs if t.first_step <= step]
             moved = stored.to(accelerator.device, load.caches, [t.student for t in going])
-            for trainee, batch in zip(going, moved, strict=True):
+            for student_run, batch in zip(going, moved, strict=True):
                 with ranks.together():
-                    trainee.update(step, per_epoch, batch, accelerator)
+                    student_run.update(step, per_epoch, batch, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
             ranks.step(f"step {step + 1}")
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
-                for trainee in going:
-                    trainee.report(step, per_epoch, m, accelerator)
+                for student_run in going:
+                    student_run.report(step, per_epoch, m, accelerator)
                     # Only here are all running sums empty, so that a checkpoint needs none of them.
-                    if step + 1 < total and (epoch_ends or _agreed(trainee.checkpoint.due, accelerator)):
+                    if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
                         with ranks.together(), ranks.slow():
-                            trainee.checkpoint.save(step + 1, write=main)
+                            student_run.checkpoint.save(step + 1, write=main)
                         ranks.wait()  # for the first process, which writes
     return m
 
@@ -236,8 +236,8 @@ def _mean(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor
         return found
 
 
-def _note(trainees: Sequence[Trainee]) -> str:
-    losses = [f"{t.loss:.4f}" for t in trainees if t.loss]
+def _note(student_runs: Sequence[StudentRun]) -> str:
+    losses = [f"{t.loss:.4f}" for t in student_runs if t.loss]
     return f"loss {', '.join(losses)}" if losses else ""
 
 

@@ -12,7 +12,7 @@ from singer.suffix import TeacherSuffix
 class ObjectiveContext:
     """Where student and teacher tokens meet: the matched teacher blocks, their width, prefix tokens (0 or CLS), grid.
 
-    grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. tail: the frozen
+    grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. suffix: the frozen
     end of the teacher; teacher_prefix: its CLS and register tokens. classes: of the labels, None without labels.
     """
 
@@ -20,7 +20,7 @@ class ObjectiveContext:
     width: int
     prefix: int
     grid: tuple[int, int] | None
-    tail: TeacherSuffix | None = None
+    suffix: TeacherSuffix | None = None
     teacher_prefix: int = 1
     classes: int | None = None
 
@@ -47,23 +47,23 @@ class Objective(nn.Module):
 
     in_teacher_units = False
 
-    def __init__(self, setting: ObjectiveContext) -> None:
+    def __init__(self, context: ObjectiveContext) -> None:
         super().__init__()
         # Frozen, and so none of this module's: neither trained nor stored with it.
-        self._setting = [setting]
+        self._context = [context]
 
     @property
-    def setting(self) -> ObjectiveContext:
-        return self._setting[0]
+    def context(self) -> ObjectiveContext:
+        return self._context[0]
 
     def reads(self) -> tuple[int, ...]:
         """The blocks whose tokens it compares; the student learns nothing of others from it."""
-        return self.setting.blocks
+        return self.context.blocks
 
     @property
-    def tail(self) -> TeacherSuffix:
-        assert self.setting.tail is not None
-        return self.setting.tail
+    def suffix(self) -> TeacherSuffix:
+        assert self.context.suffix is not None
+        return self.context.suffix
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None

@@ -10,5 +10,5 @@ class Gram(Objective):
     """Mean squared error of the cosine Grams of the patches."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        prefix = self.setting.prefix
+        prefix = self.context.prefix
         return (cosine_gram(student[:, prefix:]) - cosine_gram(target[:, prefix:])).square().mean(dim=(1, 2))

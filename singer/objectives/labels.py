@@ -15,20 +15,20 @@ class Labels(Objective):
     The head is trained with the student. Images without a label (negative) have no loss.
     """
 
-    def __init__(self, setting: ObjectiveContext) -> None:
-        super().__init__(setting)
-        if setting.classes is None:
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        if context.classes is None:
             raise UserError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
-        self.head = nn.Linear(setting.width, setting.classes)
+        self.head = nn.Linear(context.width, context.classes)
 
     def reads(self) -> tuple[int, ...]:
-        return self.setting.blocks[-1:]
+        return self.context.blocks[-1:]
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         assert labels is not None
-        tokens = student[self.setting.blocks[-1]]
-        pooled = tokens[:, 0] if self.setting.prefix else tokens.mean(1)
+        tokens = student[self.context.blocks[-1]]
+        pooled = tokens[:, 0] if self.context.prefix else tokens.mean(1)
         losses = F.cross_entropy(self.head(pooled), labels.clamp_min(0), reduction="none")
         return {"ce": losses * (labels >= 0)}

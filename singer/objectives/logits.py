@@ -18,17 +18,17 @@ class Logits(Objective):
 
     in_teacher_units = True
 
-    def __init__(self, setting: ObjectiveContext) -> None:
-        super().__init__(setting)
-        self.block = setting.blocks[-1]
-        model = self.tail.model
-        if not self.tail.is_last(self.block) or not getattr(model, "num_classes", 0):
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self.block = context.blocks[-1]
+        model = self.suffix.model
+        if not self.suffix.is_last(self.block) or not getattr(model, "num_classes", 0):
             raise UserError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
-        if not setting.prefix and model.global_pool == "token":
+        if not context.prefix and model.global_pool == "token":
             raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
 
     def reads(self) -> tuple[int, ...]:
-        return self.setting.blocks[-1:]
+        return self.context.blocks[-1:]
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
@@ -39,7 +39,7 @@ class Logits(Objective):
     def verdict(self, tokens: Tensor) -> Tensor:
         """Log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
         # Heads that pool patches skip the teacher's prefix tokens; what stands there does not matter.
-        missing = self.setting.teacher_prefix - self.setting.prefix
-        cls, patches = tokens[:, : self.setting.prefix], tokens[:, self.setting.prefix :]
+        missing = self.context.teacher_prefix - self.context.prefix
+        cls, patches = tokens[:, : self.context.prefix], tokens[:, self.context.prefix :]
         whole = torch.cat([cls, patches.new_zeros(len(tokens), missing, tokens.shape[-1]), patches], dim=1)
-        return self.tail.logits(whole, self.block).log_softmax(-1)
+        return self.suffix.logits(whole, self.block).log_softmax(-1)

@@ -22,19 +22,19 @@ class Relation(Objective):
     in_teacher_units = True
     pairs: tuple[str, ...] = ("qq", "kk", "vv")
 
-    def __init__(self, setting: ObjectiveContext) -> None:
-        super().__init__(setting)
-        self.blocks = [b for b in setting.blocks if not self.tail.is_last(b)]
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self.blocks = [b for b in context.blocks if not self.suffix.is_last(b)]
         if not self.blocks:
             raise UserError(
                 "distill.objective relation reads cached features with the block behind them, and only the last block "
                 "is cached; cache an intermediate one"
             )
         for block in self.blocks:
-            attention = getattr(self.tail.block(block + 1), "attn", None)
+            attention = getattr(self.suffix.block(block + 1), "attn", None)
             if not hasattr(attention, "qkv"):
                 raise UserError("distill.objective relation needs a teacher whose blocks have attn.qkv")
-            first_norm(self.tail.block(block + 1))  # which must be there
+            first_norm(self.suffix.block(block + 1))  # which must be there
 
     def reads(self) -> tuple[int, ...]:
         return tuple(self.blocks)
@@ -59,8 +59,8 @@ class Relation(Objective):
 
     def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
         """{"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
-        attention = self.tail.block(block + 1).attn
-        mixed = attention.qkv(self.tail.next_norm(tokens, block))  # type: ignore[operator, union-attr]
+        attention = self.suffix.block(block + 1).attn
+        mixed = attention.qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator, union-attr]
         parts = mixed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[union-attr]
         return {"q": parts[0], "k": parts[1], "v": parts[2]}
 

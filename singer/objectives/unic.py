@@ -18,7 +18,7 @@ class Unic(Objective):
     """Cosine + smooth L1, half on CLS and half on the patches."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        return halves(mixture(student, target, 1.0, 1.0), self.setting.prefix)
+        return halves(mixture(student, target, 1.0, 1.0), self.context.prefix)
 
 
 class Balanced(Objective):
@@ -26,4 +26,4 @@ class Balanced(Objective):
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         errors: Tensor = torch.square(student - target).mean(-1)
-        return halves(errors, self.setting.prefix)
+        return halves(errors, self.context.prefix)

@@ -32,16 +32,16 @@ class VitKd(Objective):
 
     mask_ratio = 0.5
 
-    def __init__(self, setting: ObjectiveContext, generate_all: bool = False) -> None:
-        super().__init__(setting)
-        if setting.grid is None:
+    def __init__(self, context: ObjectiveContext, generate_all: bool = False) -> None:
+        super().__init__(context)
+        if context.grid is None:
             raise UserError(
                 "distill.objective vitkd needs all patches of an image, but the cache holds a share of them"
             )
-        generated = setting.blocks if generate_all else setting.blocks[-1:]
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, setting.width))
+        generated = context.blocks if generate_all else context.blocks[-1:]
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, context.width))
         self.generators = nn.ModuleDict(
-            {str(b): Generator(setting.width, setting.prefix, setting.grid) for b in generated}
+            {str(b): Generator(context.width, context.prefix, context.grid) for b in generated}
         )
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
