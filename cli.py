@@ -52,8 +52,13 @@ LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as
 TASK_HELP = (
     "classification (default), segmentation, depth, retrieval, domain-shift, or head: the model's own; may be repeated."
 )
-ADAPTERS_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
+REFINER_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
+
+
+def refiner_option(help: str) -> Any:
+    """--refiner, which was --adapters; both work."""
+    return typer.Option("--refiner", "--adapters", help=help)
 
 
 @app.callback()
@@ -166,7 +171,7 @@ def refine(
 @app.command()
 def inspect(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
-    adapters: Annotated[Path | None, typer.Option(help="A refiner of stage 2 to judge.")] = None,
+    refiner: Annotated[Path | None, refiner_option("A refiner of stage 2 to judge.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     overwrite: OverwriteOption = False,
@@ -180,14 +185,14 @@ def inspect(
     from pipeline.storage.outputs import output_mode
 
     tree = load_config(config, sets or ())
-    _report(run(tree, cache, adapters, out, output_mode(False, overwrite), shards), as_json)
+    _report(run(tree, cache, refiner, out, output_mode(False, overwrite), shards), as_json)
 
 
 @app.command()
 def distill(
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL. Repeated: several teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
-    adapters: Annotated[list[Path] | None, typer.Option(help=ADAPTERS_HELP)] = None,
+    refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     student: Annotated[str | None, typer.Option(help="A timm VisionTransformer, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
@@ -217,7 +222,7 @@ def distill(
         "distill.local_copy": local_copy,
     }
     mode = output_mode(resume, overwrite)
-    refiners = None if adapters is None else [None if str(path) == "none" else path for path in adapters]
+    refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
     _report(run(load_config(config, sets or (), options), cache, out, refiners, shards, mode), as_json)
 
 
@@ -274,7 +279,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs of stage 3 from one cache, or a sweep.")],
     out: Annotated[Path, typer.Option(help="The page, FILE.html.")],
     cache: Annotated[str | None, typer.Option(help="Where the runs' cache lies now, if moved.")] = None,
-    adapters: Annotated[list[Path] | None, typer.Option(help="Where their refiners lie now, if moved.")] = None,
+    refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are now, if moved.")] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
     teacher_probes: Annotated[Path | None, typer.Option(help="Of the teacher: evaluate --out FOLDER.")] = None,
     records: Annotated[int, typer.Option(min=1, help="Records whose norms are measured.")] = 256,
@@ -286,7 +291,7 @@ def report(
     from pipeline.stages.report import report as run
 
     result = run(
-        runs, out, cache=cache, adapters=adapters or (), shards=shards, teacher_probes=teacher_probes,
+        runs, out, cache=cache, refiners=refiner or (), shards=shards, teacher_probes=teacher_probes,
         records=records, overwrite=overwrite, title=title,
     )  # fmt: skip
     _report(result, as_json)

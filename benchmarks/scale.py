@@ -123,10 +123,10 @@ def arguments(folder: Path, stage: str, images: int) -> list[str]:
         "cache-teacher": ["cache-teacher", shards, *teacher, "--out", cache, *teacher_sets],
         "open": ["open", cache],
         "refine": ["refine", "--cache", cache, "--out", str(folder / "adapters")],
-        "distill": ["distill", "--cache", cache, "--adapters", str(folder / "adapters"), "--out", str(folder / "run"),
+        "distill": ["distill", "--cache", cache, "--refiner", str(folder / "adapters"), "--out", str(folder / "run"),
                     "--batch-size", str(batch), *(f"--set={s}" for s in STUDENT_SETS)],
         "verify": ["cache", "verify", cache, *teacher],
-        "inspect": ["inspect", cache, "--adapters", str(folder / "adapters"), "--out", str(folder / "inspect")],
+        "inspect": ["inspect", cache, "--refiner", str(folder / "adapters"), "--out", str(folder / "inspect")],
     }[stage]  # fmt: skip
     outputs = {
         "cache-teacher": ("cache", "--resume"),

@@ -45,7 +45,7 @@ def test_chain_with_json(
     assert verified["whole"] is True and verified["parts"][0]["live"]["records"] == 9
     adapters = result("refine", "--cache", tmp_path / "cache", "--out", tmp_path / "a", "--rank", 3, "--steps", 20)
     assert adapters["cleaner"] == "adapter" and set(adapters["blocks"]) == {"2", "3"}
-    trained = ["distill", "--cache", tmp_path / "cache", "--adapters", tmp_path / "a", "--out", tmp_path / "run"]
+    trained = ["distill", "--cache", tmp_path / "cache", "--refiner", tmp_path / "a", "--out", tmp_path / "run"]
     assert result(*trained, "--epochs", 1)["steps"] == 7
     probed = result("evaluate", tmp_path / "run", "--train", shards, "--test", world / "test" / "*.tar")
     for probe in ("linear", "knn"):
@@ -86,8 +86,8 @@ MISTAKES = {
     "not a cache": ("refine --cache {w}/teacher --out {o}", "teacher is no feature cache"),
     "rank": ("refine --cache {w}/cache --out {o} --rank 99", "refine.rank 99 is larger than the feature width 24"),
     "adapters exist": ("refine --cache {w}/cache --out {w}/adapters", "adapters exists; continue it with"),
-    "other cache": ("distill --cache {c} --adapters {w}/adapters --out {o}", "was fitted to cache"),
-    "no adapters": ("distill --cache {w}/cache --adapters {w}/none --out {o}", "none does not exist"),
+    "other cache": ("distill --cache {c} --refiner {w}/adapters --out {o}", "was fitted to cache"),
+    "no adapters": ("distill --cache {w}/cache --refiner {w}/none --out {o}", "none does not exist"),
     "shallow student": (
         "distill --cache {w}/cache --out {o} --set student.depth=1",
         "2 teacher blocks cannot be",
@@ -141,7 +141,7 @@ MISTAKES = {
     "out is the input": ("refine --cache {w}/cache --out {w}/cache --overwrite", "is or touches the input"),
     "out holds the shards": ("cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite", "touches the input"),
     "out is the adapters": (
-        "distill --cache {w}/cache --adapters {w}/adapters --out {w}/adapters --overwrite",
+        "distill --cache {w}/cache --refiner {w}/adapters --out {w}/adapters --overwrite",
         "is or touches the input",
     ),
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),

@@ -268,9 +268,9 @@ def chain(world: Path, root: Path, *sets: str) -> list[tuple[object, ...]]:
         make,
         (*make, "--append", "--set", "cache.blocks=[1]"),
         ("refine", *common, "--cache", cache, "--out", adapters),
-        ("distill", *common, "--cache", cache, "--adapters", adapters, "--out", run),
+        ("distill", *common, "--cache", cache, "--refiner", adapters, "--out", run),
         ("cache", "verify", cache),
-        ("inspect", cache, *common, "--adapters", adapters, "--shards", shards),
+        ("inspect", cache, *common, "--refiner", adapters, "--shards", shards),
         ("evaluate", run, *common, "--train", shards, "--test", shards),
     ]
 

@@ -306,7 +306,7 @@ def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
 
 
 def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"distill\.joint trains adapters of its own; leave --adapters out"):
+    with pytest.raises(UserError, match=r"distill\.joint trains adapters of its own; leave --refiner out"):
         distill(world_config(world, "distill.joint=true"), world / "cache", tmp_path / "run", world / "adapters")
     assert not (tmp_path / "run").exists()
 
@@ -349,7 +349,7 @@ def test_fan_out_is_as_training_alone(world: Path, tmp_path: Path) -> None:
     ]
     together = fan_out(jobs, world / "cache")
     for job, result in zip(jobs, together, strict=True):
-        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name, job.adapters)
+        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name, job.refiner)
         assert alone.loss == result.loss
         for name in (WEIGHTS, "projectors.safetensors"):
             assert (alone.run / name).read_bytes() == (result.run / name).read_bytes(), job.out.name

@@ -60,7 +60,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
     sets = ["distill.objective={mse: 1, logits: 0.5}", "distill.batch_size=15"]
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     distill(world_config(world, *sets), world / "cache", runs[1], world / "adapters")
-    train = ["distill", "--cache", tmp_path / "cache", "--adapters", world / "adapters", *options]
+    train = ["distill", "--cache", tmp_path / "cache", "--refiner", world / "adapters", *options]
     assert launch(2, *train, *(part for value in sets for part in ("--set", value)), "--out", runs[2])[0]["steps"] == 14
     losses = [[line["loss"] for line in read_log(run / "log.jsonl")] for run in runs.values()]
     assert len(losses[0]) >= 4

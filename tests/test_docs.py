@@ -299,7 +299,7 @@ class World:
             "shards": lambda out: prepare(self.config, self.made("photos"), out),
             "val": lambda out: prepare(self.config, self.made("photos-test"), out),
             "cache": lambda out: cache_teacher(self.config, f"{self.made('shards')}/*.tar", out),
-            "adapters": lambda out: refine(self.config, self.made("cache"), out),
+            "refiner": lambda out: refine(self.config, self.made("cache"), out),
             "run": self._train,
         }
         self._makers, self._lock = makers, threading.Lock()
@@ -323,7 +323,7 @@ class World:
             shutil.copytree(self.made(name), folder / name)
 
     def _train(self, out: Path) -> None:
-        distill(self.config, self.made("cache"), out, self.made("adapters"))
+        distill(self.config, self.made("cache"), out, self.made("refiner"))
         evaluate(self.config, out, *(f"{self.made(name)}/*.tar" for name in ("shards", "val")))
 
 

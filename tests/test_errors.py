@@ -41,7 +41,7 @@ RESULT = "run/evaluate-*.json"
 # Every command that reads what an earlier one made, and the files of those; {o} is a fresh output.
 CONFIG = "--config {r}/config.yaml"
 PROBES = "--train {r}/train/*.tar --test {r}/test/*.tar"
-TRAINED = "distill --cache {r}/cache --adapters {r}/adapters"
+TRAINED = "distill --cache {r}/cache --refiner {r}/adapters"
 READERS = {
     "prepare": (
         f"prepare {{r}}/images --out {{o}} --set prepare.classes={{r}}/classes.json {CONFIG}",
@@ -73,7 +73,7 @@ READERS = {
         ["adapters/config.yaml", "adapters/metrics.json", "adapters/provenance.json"],
     ),
     "inspect": (
-        f"inspect {{r}}/cache --adapters {{r}}/adapters --out {{o}} {CONFIG}",
+        f"inspect {{r}}/cache --refiner {{r}}/adapters --out {{o}} {CONFIG}",
         ["adapters/refiner.json", "adapters/refiner.safetensors"],
     ),
     "distill again": (
@@ -147,7 +147,7 @@ TABLE = [
     ("cache-teacher --shards {r}/train/*.tar --out {r}/run", r"run exists; continue it with --resume, replace it with"),
     ("refine --cache {r}/train --out {o}", r"train is no feature cache: it has no manifest.json"),
     ("refine --cache {r}/cache --out {o} --config {r}/classes.json", r"--config .*: expected sections with keys"),
-    ("inspect {r}/cache --adapters {r}/run", r"run is no finished refiner: it has no refiner.json"),
+    ("inspect {r}/cache --refiner {r}/run", r"run is no finished refiner: it has no refiner.json"),
     (
         "distill --cache {r}/cache --out {o} --set distill.epochs=many",
         r"distill.epochs: input should be a valid integer",

@@ -14,7 +14,7 @@ from singer.errors import UserError
 
 def test_cache_alone(world: Path, config: Config) -> None:
     result = inspect(config, world / "cache")
-    assert result.adapters is None and result.page is None and result.records == 20
+    assert result.refiner is None and result.page is None and result.records == 20
     for figures in result.blocks.values():
         assert figures["artifacts"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)
         assert figures["direction"]["channel"] == 3 and figures["direction"]["rank"] < 1.5

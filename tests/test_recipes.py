@@ -96,7 +96,7 @@ def test_headers_say_what_a_cache_cannot_copy(name: str) -> None:
     assert "fresh crop" in said and "TB" in said and "views.count" in said
     size = 2 * 197 * 1024 * 2
     assert f"{size / 1e6:.2f} MB an image" in said and f"{size * 1_281_167 / 1e12:.2f} TB" in said
-    assert "singer distill" in said and "--adapters" not in said
+    assert "singer distill" in said and "--refiner" not in said
 
 
 def test_only_the_papers_recipes_are_called_so() -> None:

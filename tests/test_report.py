@@ -272,7 +272,7 @@ def test_what_moved_together_is_found(world: Path, tmp_path: Path, monkeypatch: 
 
     assert find() == (tmp_path / "new" / "cache", tmp_path / "new" / "adapters")
     (tmp_path / "new" / "adapters").rename(elsewhere)
-    with pytest.raises(UserError, match="is not at adapters any more; give its place with --adapters"):
+    with pytest.raises(UserError, match="is not at adapters any more; give its place with --refiner"):
         find()
     (tmp_path / "new" / "cache").rename(far)
     with pytest.raises(UserError, match="is not at cache; give its place with --cache"):

@@ -164,7 +164,7 @@ def test_two_teachers_of_one_cache_from_the_command_line(
     other = Cache(both, f"{LOCAL}{second / 'teacher'}").manifest.teacher.weights
     refine(world_config(world, f"refine.teacher={other}", "refine.cleaner=clip"), both, tmp_path / "adapters")
     command = ["singer", "distill", "--config", config_file, "--out", tmp_path / "run", "--epochs", 1]
-    command += ["--cache", both, "--cache", both, "--adapters", "none", "--adapters", tmp_path / "adapters"]
+    command += ["--cache", both, "--cache", both, "--refiner", "none", "--refiner", tmp_path / "adapters"]
     sets = [f"distill.teacher=[null, {other}]", "distill.blocks=[[3], [1, 2]]"]
     command += [part for value in sets for part in ("--set", value)]
     with pytest.MonkeyPatch.context() as patch:
@@ -186,7 +186,7 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
             distill(world_config(world, *sets), caches, tmp_path / "run", adapters)
         assert not (tmp_path / "run").exists()
 
-    refused("--adapters .none for raw targets.: 1 given for 2 --cache; give one for each", adapters=[None])
+    refused("--refiner .none for raw targets.: 1 given for 2 --cache; give one for each", adapters=[None])
     refused("distill.teacher: 1 given for 2 --cache", "distill.teacher=vit_tiny_patch16_224")
     refused("distill.blocks: 1 given for 2 --cache", "distill.blocks=[2]")
     refused("distill.joint is for one teacher", "distill.joint=true")

@@ -65,11 +65,11 @@ def _demo(config: Config, out: Path) -> DemoResult:
     say("2/6 caching the teacher's features")
     cached = cache_teacher(config, shards["train"], out / "cache")
     say("3/6 refining: fitting a refiner to the cache")
-    refined = refine(config, cached.cache, out / "adapters")
+    refined = refine(config, cached.cache, out / "refiner")
     say("4/6 distilling a student from raw features (FitNet)")
     fitnet = distill(config, cached.cache, out / "fitnet")
     say("5/6 distilling the same student from refined features (SiNGER)")
-    singer = distill(config, cached.cache, out / "singer", adapters=refined.adapters)
+    singer = distill(config, cached.cache, out / "singer", refiner=refined.refiner)
     say("6/6 probing the frozen students, and the teacher, on digits that none has seen")
     students = {"FitNet": fitnet, "SiNGER": singer}
     probes = {name: evaluate(config, run.run, shards["train"], shards["test"]) for name, run in students.items()}

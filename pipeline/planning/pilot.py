@@ -430,19 +430,19 @@ def train_on(
             "refine": config.refine.model_copy(update={"steps": 1, "local_copy": None, "teacher": None}),
         }
     )
-    settings, adapters, targets = config.distill, None, "raw"
+    settings, refiner, targets = config.distill, None, "raw"
     if not settings.joint:
         try:
-            refine(config, pilot.place, pilot.work / "adapters")
-            adapters, targets = pilot.work / "adapters", f"{config.refine.cleaner}, {config.refine.normaliser}"
+            refine(config, pilot.place, pilot.work / "refiner")
+            refiner, targets = pilot.work / "refiner", f"{config.refine.cleaner}, {config.refine.normaliser}"
         except UserError as error:
             targets = f"raw: {error}"
     run = pilot.work / "run"
     run.mkdir()
     try:
-        sources = open_teachers(settings, pilot.place, adapters)
+        sources = open_teachers(settings, pilot.place, refiner)
         accelerator = make_accelerator(settings.precision)
-        new = NewStudent(StudentSpec(config, run, adapters), sources, accelerator)
+        new = NewStudent(StudentSpec(config, run, refiner), sources, accelerator)
     except UserError as error:
         return dict.fromkeys(_TRAINING, not_measured(str(error))), "none"
     student_run = new.student_run("new", accelerator)

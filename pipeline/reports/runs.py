@@ -72,10 +72,10 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in found}.values())
 
 
-def read_runs(folders: Sequence[Path], adapters: Sequence[Path] = ()) -> list[Trained]:
-    """Raises UserError naming a run that is damaged, or whose refiner is not where it was, nor among `adapters`."""
+def read_runs(folders: Sequence[Path], refiners: Sequence[Path] = ()) -> list[Trained]:
+    """Raises UserError naming a run that is damaged, or whose refiner is not where it was, nor among `refiners`."""
     names = _names(folders)
-    return [_read(folder, name, adapters) for folder, name in zip(folders, names, strict=True)]
+    return [_read(folder, name, refiners) for folder, name in zip(folders, names, strict=True)]
 
 
 def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
@@ -104,7 +104,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
+def _read(folder: Path, name: str, refiners: Sequence[Path]) -> Trained:
     result = load_result(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no finished run: it has no {CONFIG}")
@@ -114,7 +114,7 @@ def _read(folder: Path, name: str, adapters: Sequence[Path]) -> Trained:
     if config.distill.joint:
         source = RefinerSource("joint adapters", folder, True, file_hash(folder / ADAPTERS))
     elif digest is not None:
-        source = _find_refiner(folder, result, digest, adapters)
+        source = _find_refiner(folder, result, digest, refiners)
         if (source.folder / CONFIG).is_file():
             config = config.model_copy(update={"refine": load_config(source.folder / CONFIG).refine})
     return Trained(name, folder, result, config, source, read_versions(folder))
@@ -136,7 +136,7 @@ def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence
                 " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
             )
     raise UserError(
-        f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --adapters"
+        f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --refiner"
     )
 
 

@@ -1,7 +1,7 @@
 """Stage 3: train students on frozen refined targets, computed on the fly from the cached features.
 
-`singer distill --cache CACHE --adapters ADAPTERS --out RUN`, or `accelerate launch cli.py distill ...` on several
-processes. Without adapters the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
+`singer distill --cache CACHE --refiner REFINER --out RUN`, or `accelerate launch cli.py distill ...` on several
+processes. Without a refiner the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
 
 Several caches of the same images and views are several teachers: a student has projectors and an objective for each,
 and minimises their weighted sum. Several students that share the data train on one pass over it (`fan_out`), each as
@@ -34,9 +34,9 @@ from pipeline.training.run_directory import (
 )
 from pipeline.training.student_run import NewStudent, StudentSpec, run_jobs
 from pipeline.training.teachers import (
-    Adapters,
     CachedTeacher,
     Places,
+    Refiners,
     as_places,
     input_hashes,
     open_images,
@@ -57,16 +57,16 @@ def distill(
     config: Config,
     caches: Places,
     out: Path,
-    adapters: Adapters = None,
+    refiner: Refiners = None,
     shards: str | Sequence[str] | None = None,
     mode: Mode = "new",
 ) -> DistillResult:
     """Train a student and store it at `out`. Raises UserError for whatever the user can mend.
 
-    caches: one, or of several teachers a list, with a list of adapters in the same order. shards: where the cached
+    caches: one, or of several teachers a list, with a list of refiners in the same order. shards: where the cached
     shards lie now, if they have moved since they were cached.
     """
-    return fan_out([StudentSpec(config, out, adapters)], caches, shards, mode)[0]
+    return fan_out([StudentSpec(config, out, refiner)], caches, shards, mode)[0]
 
 
 def fan_out(
@@ -79,7 +79,7 @@ def fan_out(
     check_shared(jobs)
     settings = jobs[0].config.distill
     check_sharding(settings.precision)
-    taught = [open_teachers(job.config.distill, caches, job.adapters, _begun(job.out, mode)) for job in jobs]
+    taught = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
@@ -87,7 +87,7 @@ def fan_out(
     results: dict[Path, DistillResult] = {}
     for job, sources in zip(jobs, taught, strict=True):
         check_job(job, sources)
-        read = [*as_places(caches), *(s.adapters for s in sources if s.adapters), *sources[0].cache.index.images.paths]
+        read = [*as_places(caches), *(s.refiner for s in sources if s.refiner), *sources[0].cache.index.images.paths]
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
             check_inputs(job.out, input_hashes(sources))
@@ -145,7 +145,7 @@ def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None
 
 def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:
     """Raise UserError if its student cannot learn so from these teachers."""
-    if job.config.distill.joint and any(s.adapters is not None for s in sources):
-        raise UserError("distill.joint trains adapters of its own; leave --adapters out, or distill.joint")
+    if job.config.distill.joint and any(s.refiner is not None for s in sources):
+        raise UserError("distill.joint trains adapters of its own; leave --refiner out, or distill.joint")
     if job.config.distill.joint and len(sources) > 1:
-        raise UserError("distill.joint is for one teacher; refine each cache first and give its --adapters")
+        raise UserError("distill.joint is for one teacher; refine each cache first and give its --refiner")

@@ -1,6 +1,6 @@
 """What is in a cache, and what a refiner makes of it: norms, artifacts, drift at the teacher's readers, pictures.
 
-`singer inspect CACHE [--adapters ADAPTERS] [--out FOLDER]`. Figures come from records that were held
+`singer inspect CACHE [--refiner REFINER] [--out FOLDER]`. Figures come from records that were held
 out, those of a refiner from the ones that it was not fitted on; thresholds are the refiner's, or come from the others.
 """
 
@@ -51,7 +51,7 @@ class InspectResult:
     """
 
     cache: str
-    adapters: str | None
+    refiner: str | None
     records: int
     blocks: dict[int, dict[str, Any]]
     page: Path | None
@@ -71,7 +71,7 @@ class _Shown:
 def inspect(
     config: Config,
     cache_path: Place,
-    adapters: Path | None = None,
+    refiner: Path | None = None,
     out: Path | None = None,
     mode: Mode = "new",
     shards: str | Sequence[str] | None = None,
@@ -83,14 +83,14 @@ def inspect(
     """
     settings = config.refine
     teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copy
-    fitted = read_refiner(adapters) if adapters is not None else None
-    if adapters is not None:
-        cache = open_refined(adapters, cache_path, teacher, blocks, local_copy, OPTION)
+    fitted = read_refiner(refiner) if refiner is not None else None
+    if refiner is not None:
+        cache = open_refined(refiner, cache_path, teacher, blocks, local_copy, OPTION)
     else:
         cache = Cache(cache_path, teacher, blocks, local_copy, option=OPTION)
     if out is not None:
-        check_output(out, mode, STAGE, config, [cache_path, *filter(None, [adapters])])
-    refiner = load_refiner(adapters, cache) if adapters is not None else None
+        check_output(out, mode, STAGE, config, [cache_path, *filter(None, [refiner])])
+    loaded = load_refiner(refiner, cache) if refiner is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if fitted is not None:
         settings = settings.model_copy(update={"seed": fitted.seed, "holdout": fitted.holdout})
@@ -102,22 +102,22 @@ def inspect(
     )
     sample = spread(held_out, settings.sample_records)
     suffix = cache.suffix().to(device)
-    refiner = refiner.to(device) if refiner is not None else None
+    loaded = loaded.to(device) if loaded is not None else None
     figures, shown, chosen = {}, [], np.empty(0, np.int64)
-    measured = measure_blocks(cache, refiner, scales, sample, device) if refiner is not None else {}
+    measured = measure_blocks(cache, loaded, scales, sample, device) if loaded is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
         context = gather_context(cache, sample, block, scales[block], suffix, device, settings.seed)
-        figures[block] = _block_figures(context, refiner)
+        figures[block] = _block_figures(context, loaded)
         if block in measured:
             figures[block]["refined"] = measured[block]["after"]
             figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
         if not len(chosen):
             chosen = _choose(context)
-        shown.append(_show(context, refiner, chosen))
+        shown.append(_show(context, loaded, chosen))
     result = InspectResult(
         cache=cache.id,
-        adapters=str(adapters) if adapters is not None else None,
+        refiner=str(refiner) if refiner is not None else None,
         records=len(sample),
         blocks=figures,
         page=out / "inspect.html" if out is not None else None,

@@ -1,6 +1,6 @@
 """Stage 2: fit a refiner on the cached features, so that artifacts vanish and information stays.
 
-`singer refine --cache CACHE --out ADAPTERS`. The teacher is not needed: its frozen suffix is in the cache.
+`singer refine --cache CACHE --out REFINER`. The teacher is not needed: its frozen suffix is in the cache.
 
 A refiner is a cleaner and a normaliser. Closed forms take a sample; adapters (SiNGER, in its two-stage form) start in a
 subspace that the next reader hardly sees and minimise outlier_weight · L_outlier + info_weight · L_info +
@@ -54,7 +54,7 @@ class RefineResult:
     blocks: {block: {"before", "after", drift ...}}; max_over_median in it is the largest norm of all, over the median.
     """
 
-    adapters: Path
+    refiner: Path
     cache: str
     cleaner: str
     normaliser: str

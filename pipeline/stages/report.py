@@ -46,7 +46,7 @@ def report(
     out: Path,
     *,
     cache: Place | None = None,
-    adapters: Sequence[Path] = (),
+    refiners: Sequence[Path] = (),
     shards: str | Sequence[str] | None = None,
     teacher_probes: Path | None = None,
     records: int = RECORDS,
@@ -56,12 +56,12 @@ def report(
 ) -> ReportResult:
     """Write a page about finished runs of one cache. Raises UserError for whatever the user can mend.
 
-    runs: folders of singer distill, or sweeps. cache, adapters, shards: where cache, refiners and images lie now, if
+    runs: folders of singer distill, or sweeps. cache, refiners, shards: where cache, refiners and images lie now, if
     they have moved; teacher_probes: a folder with the teacher's figures, of singer evaluate --out; records: how many
     are measured; note: what to know before anything else.
     """
     check_page(out, overwrite)
-    trained = read_runs(find_runs(runs), adapters)
+    trained = read_runs(find_runs(runs), refiners)
     opened = find_cache(trained, cache)
     figures = {run: read_figures(run.folder) for run in trained}
     teacher = read_figures(teacher_probes) if teacher_probes is not None else {}

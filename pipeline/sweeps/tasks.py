@@ -100,8 +100,8 @@ def refiner_config(config: Config, number: int) -> Config:
 def _train(setting: SweepContext, members: Sequence[Task]) -> None:
     jobs = []
     for member in members:
-        adapters = setting.refiners(member.needs) if member.needs is not None else None
-        jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, adapters))
+        refiner = setting.refiners(member.needs) if member.needs is not None else None
+        jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, refiner))
     # A folder that is there is continued, and one that is not is begun.
     fan_out(jobs, setting.caches, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
 

@@ -44,7 +44,7 @@ from pipeline.training.run_directory import (
     TeacherLink,
     TeacherNote,
 )
-from pipeline.training.teachers import Adapters, CachedTeacher, input_hashes
+from pipeline.training.teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.trainer import BatchLoader, StudentRun, train
 from singer.backbones import depth
 from singer.matching import match_blocks
@@ -60,12 +60,12 @@ _NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
 class StudentSpec:
     """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any.
 
-    adapters: of several caches one for each, or None for all.
+    refiner: of several caches one for each, or None for all.
     """
 
     config: Config
     out: Path
-    adapters: Adapters = None
+    refiner: Refiners = None
 
 
 class NewStudent:
@@ -74,7 +74,7 @@ class NewStudent:
     def __init__(self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator) -> None:
         self.job, self.sources = job, sources
         settings, device = job.config.distill, accelerator.device
-        refiners = [load_refiner(s.adapters, s.cache) if s.adapters is not None else None for s in sources]
+        refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
         set_seed(settings.seed)
         self.student: Backbone = new_student(job.config.student, sources[0].cache.manifest.teacher.image_size)
         synchronise(self.student.model, accelerator)
@@ -109,12 +109,10 @@ class NewStudent:
         found = []
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t, note = source.cache.manifest.teacher, source.note
-            adapters = str(source.adapters) if source.adapters is not None else None
+            fitted = str(source.refiner) if source.refiner is not None else None
             teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(
-                TeacherLink(source.cache.id, adapters, head.matching, teacher, refiner, str(source.cache.place))
-            )
+            found.append(TeacherLink(source.cache.id, fitted, head.matching, teacher, refiner, str(source.cache.place)))
         return found
 
     def matched(self) -> list[str]:

@@ -19,7 +19,7 @@ from singer.errors import UserError
 
 # Of an only teacher without a list; otherwise one for each, in one order.
 Places = Place | Sequence[Place]
-Adapters = Path | Sequence[Path | None] | None
+Refiners = Path | Sequence[Path | None] | None
 Value = TypeVar("Value")
 
 
@@ -32,13 +32,13 @@ class CachedTeacher:
 
     name: str
     cache: Cache
-    adapters: Path | None
+    refiner: Path | None
     note: RefinerManifest | None
     weight: float
 
 
 def open_teachers(
-    settings: DistillConfig, places: Places, adapters: Adapters, begun: Mapping[str, str | None] | None = None
+    settings: DistillConfig, places: Places, refiners: Refiners, begun: Mapping[str, str | None] | None = None
 ) -> list[CachedTeacher]:
     """The teachers of a run, with the blocks asked for, or else their refiners'.
 
@@ -48,8 +48,8 @@ def open_teachers(
     """
     listed = as_places(places)
     count = len(listed)
-    given = [adapters] if isinstance(adapters, Path) else adapters
-    fitted = _each("--adapters (none for raw targets)", given, count, None)
+    given = [refiners] if isinstance(refiners, Path) else refiners
+    fitted = _each("--refiner (none for raw targets)", given, count, None)
     teachers = _each("distill.teacher", settings.teachers, count, None)
     chosen = _each("distill.blocks", settings.blocks_by_teacher, count, None)
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
@@ -95,8 +95,8 @@ def input_hashes(sources: Sequence[CachedTeacher]) -> dict[str, str | None]:
     hashes: dict[str, str | None] = {}
     for number, source in enumerate(sources, start=1):
         hashes[numbered("cache", number)] = source.cache.id
-        adapters = source.adapters
-        hashes[numbered("adapters", number)] = file_hash(adapters / REFINER) if adapters is not None else None
+        refiner = source.refiner
+        hashes[numbered("adapters", number)] = file_hash(refiner / REFINER) if refiner is not None else None
         kind = f"{source.note.cleaner}, {source.note.normaliser}" if source.note is not None else None
         hashes[numbered("refiner", number)] = kind
     return hashes
