@@ -386,6 +386,19 @@ def cache_verify(
     result.check()
 
 
+@app.command("config")
+def print_config(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+) -> None:
+    """Print every key of the configuration with its value, type and meaning, as YAML that --config reads."""
+    from pipeline.config import load_config
+    from pipeline.config.reference import as_markdown, as_yaml
+
+    print(as_markdown() if markdown else as_yaml(load_config(config, sets or ())), end="")
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo-out"),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, dump_config, load_config, recipes
+from pipeline.config import Config, Section, dump_config, keys, load_config, meta, recipes, section_of
+from pipeline.config.reference import as_markdown, as_yaml
 from singer.errors import UserError
 
 
@@ -91,3 +92,36 @@ def test_file_mistakes(tmp_path: Path) -> None:
     bad.write_text("- 1\n")
     with pytest.raises(UserError, match="expected sections"):
         load_config(bad)
+
+
+SECTIONS = [pytest.param(section_of(Config, name), id=name) for name in Config.model_fields]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_says_what_it_is_and_what_it_affects(section: type[Section]) -> None:
+    for name, _ in keys(section):
+        assert len(section.model_fields[name].description or "") > 8, name
+
+
+def test_a_key_that_says_nothing_is_found() -> None:
+    class Silent(Section):
+        said_nothing: int = 1
+
+    with pytest.raises(TypeError, match="said_nothing does not say what it affects"):
+        meta(Silent, "said_nothing")
+
+
+@pytest.mark.parametrize("recipe", [None, *recipes()])
+def test_what_config_prints_reads_back(recipe: str | None, tmp_path: Path) -> None:
+    config = load_config(recipe, ["distill.lr=0.00001", "distill.trackers=[]", "refine.teacher='ü: #'"])
+    file = tmp_path / "all.yaml"
+    file.write_text(as_yaml(config))
+    assert load_config(file) == config
+    assert all(
+        f"  {name}: " in file.read_text() for s in Config.model_fields for name, _ in keys(section_of(Config, s))
+    )
+
+
+def test_the_page_is_that_of_the_code() -> None:
+    """Write it anew by `singer config --markdown > docs/configuration.md`."""
+    assert (Path(__file__).parent.parent / "docs" / "configuration.md").read_text() == as_markdown()

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache.reader import Cache
-from pipeline.config import Config, load_config
+from pipeline.config import Config, keys, load_config, section_of
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json, read_versions
 from pipeline.training.refiners import MANIFEST, REFINER, read_refiner
 from pipeline.training.run_directory import ADAPTERS, RUN, RUNS, DistillResult, load_result
 from singer.errors import UserError
-
-# Keys that change a student in nothing.
-_IDLE = ("workers", "checkpoint_minutes", "local_copy", "trackers")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,12 @@ class Trained:
         """{section.key: value} of what the student depends on."""
         sections = ["student", "distill", *(["refine"] if self.source is not None else [])]
         tree = self.config.model_dump(mode="json")
-        return {f"{s}.{k}": v for s in sections for k, v in tree[s].items() if k not in _IDLE}
+        return {
+            f"{section}.{name}": tree[section][name]
+            for section in sections
+            for name, about in keys(section_of(Config, section))
+            if about.affects == "result"
+        }
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import EvaluateConfig
+from pipeline.config import EvaluateConfig, keys
 from pipeline.evaluation.context import without_top5
 from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
 from pipeline.reports.seeds import SeedGroup
@@ -17,16 +17,6 @@ RESULTS = "evaluate-*.json"
 _ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
 # Settings of a probe in words, where their keys alone say little or their values are Python's.
 _TOKENS = {"block": "raw tokens", "norm": "tokens behind the final norm"}
-# Keys of the section evaluate that the figures of a task depend on, beside those that all do.
-_COMMON = ("tokens", "image_size")
-_OWN = {
-    "classification": ("crop", "neighbours", "temperature", "strengths"),
-    "segmentation": ("seg_classes", "seg_ignore", "seg_lrs", "seg_passes"),
-    "depth": ("depth_min", "depth_max", "depth_bins", "depth_lrs", "depth_passes"),
-    "retrieval": ("crop",),
-    "domain-shift": ("crop", "strengths", "class_map"),
-    "head": ("crop", "class_map"),
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ def read_figures(folder: Path) -> Figures:
                 tuple(value["test"]),
                 int(value["train_images"]),
                 int(value["test_images"]),
-                tuple((key, _hashable(settings[key])) for key in (*_COMMON, *_OWN[task])),
+                tuple((key, _hashable(settings[key])) for key in _keys_of(task)),
             )
         except UserError:
             raise
@@ -119,6 +109,12 @@ def read_figures(folder: Path) -> Figures:
         figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
     return found
+
+
+def _keys_of(task: str) -> list[str]:
+    """List the keys of the section evaluate that figures of a task depend on, seeds apart."""
+    found = ((name, about) for name, about in keys(EvaluateConfig) if about.affects == "result" and name != "seed")
+    return [name for name, about in found if not about.only or task in about.only]
 
 
 def columns_of(everything: Iterable[Figures]) -> list[Column]:

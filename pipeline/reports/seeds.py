@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import Config, meta, section_of
 from pipeline.reports.runs import Trained
 from singer.cleaners import CLEANERS
 
-# Of the section refine: those that a refiner's title tells, and those that matter to all refiners.
+# A refiner's title tells these.
 _TOLD = ("refine.variant", "refine.cleaner", "refine.normaliser")
-_ANY_REFINER = ("softness", "threshold_k", "holdout", "statistics_records", "sample_records", "teacher", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def differences(groups: Sequence[SeedGroup]) -> dict[str, list[Any]]:
 
 def _is_of_use(key: str, run: Trained) -> bool:
     section, _, name = key.partition(".")
-    if section != "refine" or name in _ANY_REFINER:
+    if not meta(section_of(Config, section), name).only:
         return True
     return run.config.distill.joint or CLEANERS[run.config.refine.cleaner].trained
 

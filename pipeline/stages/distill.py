@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from pipeline.config import Config
+from pipeline.config import Config, DistillConfig, keys
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import (
@@ -47,10 +47,7 @@ from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
 
 # What students must share to be trained on one pass.
-SHARED = (
-    "seed", "epochs", "batch_size", "precision", "workers", "read_block", "shuffle_window", "teacher", "blocks",
-    "local_copy",
-)  # fmt: skip
+SHARED = [name for name, about in keys(DistillConfig) if about.shared]
 
 
 def distill(

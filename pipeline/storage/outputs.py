@@ -18,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline.config import Config, dump_config
+from pipeline.config import Config, dump_config, meta, section_of
 from pipeline.runtime.failures import setting
 from pipeline.runtime.logs import LOG, command_line, log_file, logger, rank_log
 from pipeline.runtime.machine import versions
@@ -41,8 +41,6 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "demo": None,
     "sweep": (),  # each of its runs is checked by itself, and more may come
 }
-# Keys of these sections that do not: speed, and places of files whose content is compared by hash.
-_FREE = ("workers", "checkpoint_minutes", "weights", "name", "local_copy", "on_error", "trackers")
 # What others load or publish has no log of ours in it.
 _LOGLESS = ("export",)
 Mode = Literal["new", "resume", "overwrite", "append"]
@@ -280,6 +278,6 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
-        if there != here and (key not in _FREE or (section, key) == ("student", "name")):
+        if there != here and meta(section_of(config, section), key).affects == "result":
             return f"{section}.{key} {there}, not {here}"
     return None

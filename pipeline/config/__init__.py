@@ -1,0 +1,43 @@
+"""The configuration: one frozen, validated tree, read at the edge and passed down in parts."""
+
+from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
+from pipeline.config.load import dump_config, load_config, recipes, resource
+from pipeline.config.sections import (
+    CacheConfig,
+    Config,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    Positive,
+    Precision,
+    PrepareConfig,
+    RefineConfig,
+    StudentConfig,
+    TeacherConfig,
+    ViewsConfig,
+)
+
+__all__ = [
+    "Affects",
+    "CacheConfig",
+    "Config",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "Meta",
+    "Positive",
+    "Precision",
+    "PrepareConfig",
+    "RefineConfig",
+    "Section",
+    "StudentConfig",
+    "TeacherConfig",
+    "ViewsConfig",
+    "dump_config",
+    "keys",
+    "load_config",
+    "meta",
+    "recipes",
+    "resource",
+    "section_of",
+]

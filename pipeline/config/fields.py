@@ -1,0 +1,75 @@
+"""What a key of the configuration says of itself: its default, what it is, and what it affects."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from pipeline.config.sections import Config
+
+Affects = Literal["result", "details", "speed", "place", "failures"]
+"""What changes with a key.
+
+result: what comes out; a run that goes on must have the same value, and tables of runs show it. details: further
+figures, beside those that tables compare. speed: how long it
+takes, and what a crash costs. place: where something is read or written; its content is compared by hash. failures:
+what is done with broken input.
+"""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a key says of itself.
+
+    affects: see Affects. shared: students that train on one pass must have the same value. only: the tasks, or the
+    cleaners ("trained"), for which the key is of use; empty: for all. shape: it belongs to the student's name.
+    """
+
+    affects: Affects
+    shared: bool = False
+    only: tuple[str, ...] = ()
+    shape: bool = False
+
+
+def key(
+    default: Any,
+    description: str,
+    affects: Affects = "result",
+    *,
+    shared: bool = False,
+    only: tuple[str, ...] = (),
+    shape: bool = False,
+    **constraints: Any,
+) -> Any:
+    """Declare a key of a section. constraints: as of pydantic's Field; the rest: see Meta."""
+    field = Field(default, description=description, **constraints)
+    assert isinstance(field, FieldInfo)
+    field.metadata.append(Meta(affects, shared, only, shape))
+    return field
+
+
+def meta(section: type[Section], name: str) -> Meta:
+    """Return what a key says of itself. Raises TypeError if it was not declared by `key`."""
+    found = [m for m in section.model_fields[name].metadata if isinstance(m, Meta)]
+    if len(found) != 1:
+        raise TypeError(f"{section.__name__}.{name} does not say what it affects; declare it by key(...)")
+    return found[0]
+
+
+def keys(section: type[Section]) -> Iterator[tuple[str, Meta]]:
+    """Iterate over the keys of a section in their order."""
+    return ((name, meta(section, name)) for name in section.model_fields)
+
+
+def section_of(config: "Config | type[Config]", name: str) -> type[Section]:
+    """Return the class of a section by its name."""
+    annotation = (config if isinstance(config, type) else type(config)).model_fields[name].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation

@@ -1,0 +1,118 @@
+"""Reading the configuration: defaults, then a YAML file, then direct options and `--set section.key=value`."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.config.fields import Section, keys
+from pipeline.config.sections import Config, StudentConfig
+from singer.errors import UserError
+
+
+def load_config(
+    file: str | Path | Mapping[str, Any] | None = None,
+    sets: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Config:
+    """The resolved configuration.
+
+    file: a YAML file, the name of a bundled recipe, or what such a file holds. sets: `section.key=value` with a YAML
+    value. options: {"section.key": value} of direct options; None values are left out.
+    Raises UserError naming the key, what is wrong and the nearest valid key.
+    """
+    base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
+    given = {name: value for name, value in (options or {}).items() if value is not None}
+    for item in sets:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set takes section.key=value, not {item!r}")
+        try:
+            given[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {name}: {text!r} is no YAML value") from None
+    tree = _without_shape(base, given.get("student.name"))
+    for name, value in given.items():
+        _put(tree, name, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"configuration: {_explain(first)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that load_config reads back to the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def resource(name: str) -> Path:
+    """Find configs/ or data/...: inside the package in a wheel, beside it in a checkout."""
+    here = Path(__file__).resolve().parent.parent
+    inside = here / name
+    return inside if inside.exists() else here.parent / name
+
+
+def recipes() -> list[str]:
+    return sorted(p.stem for p in resource("configs").glob("*.yaml"))
+
+
+def _read(file: str | Path) -> dict[str, Any]:
+    path = Path(file)
+    if not path.is_file():
+        bundled = resource("configs") / f"{file}.yaml"
+        if not bundled.is_file():
+            raise UserError(f"--config {file}: no such file, nor a recipe among {', '.join(recipes())}")
+        path = bundled
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(tree or {}, dict):
+        raise UserError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
+    return _sections(tree or {})
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Its own, to put more in; an empty section reads as None."""
+    return {section: {} if keys is None else copy(keys) for section, keys in tree.items()}
+
+
+def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
+    """The file's tree for another student than its own: the shape that it gives is not this one's."""
+    given = tree.get("student", {})
+    if student is None or not isinstance(given, dict) or given.get("name", StudentConfig().name) == student:
+        return tree
+    shape = [key for key, about in keys(StudentConfig) if about.shape]
+    return {**tree, "student": {key: value for key, value in given.items() if key not in shape}}
+
+
+def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    section, dot, key = name.partition(".")
+    if not dot:
+        raise UserError(f"--set {name}: give section.key, with a section among {', '.join(Config.model_fields)}")
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise UserError(f"configuration: section {section} holds no keys")
+    branch[key] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    # After section and key come places in lists, and names of types that a value might also have.
+    where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
+    if error["type"] == "value_error":  # a section's own check, which names the key
+        return f"{where}.{error['ctx']['error']}"
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
+    section, _, key = where.rpartition(".")
+    fields = Config.model_fields
+    if section in fields:
+        default: Section = getattr(Config(), section)
+        fields = type(default).model_fields
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+    return f"unknown key {where!r}; did you mean {'.'.join([*filter(None, [section]), *near])!r}?"
