@@ -32,7 +32,7 @@ from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
-from pipeline.teachers.models import Backbone, save_backbone
+from pipeline.teachers.backbone import Backbone, save_backbone
 from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

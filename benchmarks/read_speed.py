@@ -30,16 +30,8 @@ from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
 from pipeline.cache.completion import complete_segment
-from pipeline.cache.format import (
-    FEATURES,
-    PIXELS,
-    VIEWS,
-    DataManifest,
-    Manifest,
-    PixelsManifest,
-    TeacherManifest,
-    shard_file,
-)
+from pipeline.cache.format import FEATURES, PIXELS, VIEWS, shard_file
+from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.reader import Cache
 from pipeline.cache.segments import read_segments
 from pipeline.cache.writer import create_segment, small_files, write_shard

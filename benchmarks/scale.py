@@ -451,7 +451,7 @@ def make_teacher(folder: str) -> None:
     import timm
     import torch
 
-    from pipeline.teachers.models import Backbone, save_backbone
+    from pipeline.teachers.backbone import Backbone, save_backbone
 
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"

@@ -31,7 +31,8 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.encode import Batch, Encoder, Values, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
-from pipeline.cache.format import VIEWS, read_images
+from pipeline.cache.format import VIEWS
+from pipeline.cache.index import read_images
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config

@@ -19,7 +19,8 @@ from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.models import LOCAL, Backbone, save_backbone
+from pipeline.teachers.backbone import Backbone, save_backbone
+from pipeline.teachers.models import LOCAL
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.format import view_form
+from pipeline.cache.manifest import view_form
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError, decoding_quietly

@@ -19,8 +19,9 @@ from conftest import make_vit, run_singer, seeded, tree_bytes, world_config
 from forked import event, forked
 
 from pipeline.cache import Cache, background_writer
-from pipeline.cache.format import JOURNAL, Manifest, read_manifest
+from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
+from pipeline.cache.manifest import Manifest, read_manifest
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
@@ -28,7 +29,8 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
 from pipeline.storage.outputs import claimed_output
-from pipeline.teachers.models import load_saved, load_teacher, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_saved, load_teacher
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_vit, run_singer, tree_bytes
 
 import cli
-from pipeline.teachers.models import save_backbone
+from pipeline.teachers.backbone import save_backbone
 
 
 def test_chain_with_json(

@@ -16,7 +16,8 @@ from pipeline.evaluation.depth import Depth, fit_heads, read_depths
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.models import load_teacher, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_teacher
 from singer.errors import UserError
 from singer.probes import depth_figures, depth_sums
 

@@ -46,7 +46,8 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import read_plan
-from pipeline.teachers.models import LOCAL, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import LOCAL
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -28,7 +28,8 @@ from pipeline.evaluation.retrieval import Retrieval
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.models import load_model, load_saved, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_model, load_saved
 from singer.errors import UserError
 from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
 

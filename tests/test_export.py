@@ -26,7 +26,8 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import CARD, ExportResult, export
 from pipeline.students.formats import FORMATS, Student, Written
-from pipeline.teachers.models import load_model, load_saved, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_model, load_saved
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

@@ -13,7 +13,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.models import save_backbone
+from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

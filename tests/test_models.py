@@ -11,7 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.config import StudentConfig, TeacherConfig, load_config
 from pipeline.students.new import new_student
-from pipeline.teachers.models import LOCAL, load_saved, load_teacher, read_weights, save_backbone, weight_hash
+from pipeline.teachers.backbone import save_backbone, weight_hash
+from pipeline.teachers.models import LOCAL, load_saved, load_teacher, read_weights
 from singer.backbones import block_outputs, depth, freeze_unused, grid_size, resolve_blocks
 from singer.errors import UserError
 from singer.subspaces import reader_weight

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.teachers.models import Backbone
+from pipeline.teachers.backbone import Backbone
 from pipeline.training.distiller import Batch, Distiller, JointTraining, Targets, TeacherFeatures, TeacherHead
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs

@@ -21,8 +21,11 @@ from pipeline.planning.costs import (
     online_hours,
     verdict,
 )
-from pipeline.planning.pilot import SCRATCH, Speeds, no_speeds, rate_of, scratch, sustained
+from pipeline.planning.disk import sustained
 from pipeline.planning.plan import judge, plan
+from pipeline.planning.rates import rate_of
+from pipeline.planning.scratch import SCRATCH, scratch
+from pipeline.planning.speeds import Speeds, no_speeds
 from pipeline.storage import open_store
 from singer.errors import UserError
 

@@ -15,7 +15,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.storage.outputs import read_json
-from pipeline.teachers.models import save_backbone
+from pipeline.teachers.backbone import save_backbone
 from pipeline.training import adapters
 from pipeline.training.adapters import batch_order
 from pipeline.training.checkpoint import read_log

@@ -23,7 +23,8 @@ from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, f
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.models import load_saved, load_teacher, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_saved, load_teacher
 from singer.errors import UserError
 from singer.probes import class_iou, confusion
 

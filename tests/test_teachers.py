@@ -18,7 +18,8 @@ from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.sweeps import sweep
-from pipeline.teachers.models import LOCAL, save_backbone
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import LOCAL
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Batch, Distiller, Targets, TeacherFeatures, TeacherHead
 from pipeline.training.refiners import load_refiner

@@ -11,13 +11,14 @@ import torch
 from conftest import make_vit, plant_artifacts, seeded, tree_bytes, world_config
 
 from pipeline.cache.extract import Extractor
-from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL, read_images
+from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL
+from pipeline.cache.index import read_images
 from pipeline.config import Config, load_config
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import SegmentReport, VerifyResult, verify
 from pipeline.storage import LocalStore
-from pipeline.teachers.models import save_backbone
+from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import (
-    MANIFEST,
-    Manifest,
-)
+from pipeline.cache.format import MANIFEST
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.data import Images
 from pipeline.storage import Place

@@ -9,14 +9,8 @@ from pipeline.cache.append import Addition, check_growth, plan_additions
 from pipeline.cache.codecs import CODECS, Calibration, calibrate
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import rows_of
-from pipeline.cache.format import (
-    FIDELITY,
-    MANIFEST,
-    DataManifest,
-    Manifest,
-    PixelsManifest,
-    TeacherManifest,
-)
+from pipeline.cache.format import FIDELITY, MANIFEST
+from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader

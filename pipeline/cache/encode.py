@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, few_records
 from pipeline.cache.extract import check_finite
-from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS, Manifest
+from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader, Rows

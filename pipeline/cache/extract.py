@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.cache.format import TeacherManifest
+from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.rows import RowReader
 from pipeline.config import Config
 from pipeline.data.prefetch import prefetch
 from pipeline.data.views import normalise
-from pipeline.teachers.models import Backbone, weight_hash
+from pipeline.teachers.backbone import Backbone, weight_hash
 from singer.backbones import block_outputs, depth, grid_size
 from singer.errors import UserError
 

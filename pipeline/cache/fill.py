@@ -11,12 +11,9 @@ from pipeline.cache.background_writer import filling
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
-from pipeline.cache.format import (
-    COMPLETE,
-    SKIPPED,
-    Manifest,
-    read_images,
-)
+from pipeline.cache.format import COMPLETE, SKIPPED
+from pipeline.cache.index import read_images
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import Segment, mine, read_segments
 from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash, relocate

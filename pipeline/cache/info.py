@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import FIDELITY, Manifest
+from pipeline.cache.format import FIDELITY
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.variants import joint_id, variants_of
 from pipeline.storage import Place, open_store

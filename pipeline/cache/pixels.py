@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cache.codecs import Ragged
-from pipeline.cache.format import Index
+from pipeline.cache.index import Index
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view
 

@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Calibration, Ragged, Stored
-from pipeline.cache.format import (
-    CALIBRATION,
-    FEATURES,
-    PIXELS,
-    POSITIONS,
-    TAIL,
-    VIEWS,
-    Index,
-    join,
-    read_images,
-)
+from pipeline.cache.format import CALIBRATION, FEATURES, PIXELS, POSITIONS, TAIL, VIEWS
+from pipeline.cache.index import Index, join, read_images
 from pipeline.cache.pixels import resize, stored_views, views_of
 from pipeline.cache.segments import Files, Segment, read_segments
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cache.format import Index, Manifest
+from pipeline.cache.index import Index
+from pipeline.cache.manifest import Manifest
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError, image_digest, one_line, open_known, to_rgb
 from pipeline.data.views import View, apply_view, draw_view

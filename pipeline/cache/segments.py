@@ -12,24 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import (
-    COMPLETE,
-    JOURNAL,
-    MANIFEST,
-    PARTS,
-    Completion,
-    Index,
-    Manifest,
-    TeacherManifest,
-    canonical,
-    content_hash_2,
-    journal_file,
-    read_images,
-    read_index_2,
-    read_manifest,
-    read_records,
-    shard_file,
-)
+from pipeline.cache.format import COMPLETE, JOURNAL, MANIFEST, PARTS, journal_file, shard_file
+from pipeline.cache.index import Index, content_hash_2, read_images, read_index_2, read_records
+from pipeline.cache.manifest import Completion, Manifest, TeacherManifest, canonical, read_manifest
 from pipeline.data import Images, content_hash
 from pipeline.storage import Store
 from pipeline.storage.outputs import (

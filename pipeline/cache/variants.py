@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.cache.format import TeacherManifest
+from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.segments import Segment
 from pipeline.storage import Place
 from singer.errors import UserError

@@ -17,7 +17,7 @@ from pipeline.data import ImageFile, Images
 from pipeline.data.prefetch import prefetch
 from pipeline.data.views import View, apply_view, normalise
 from pipeline.runtime.progress import meter
-from pipeline.teachers.models import Backbone
+from pipeline.teachers.backbone import Backbone
 from singer.backbones import block_outputs, depth, final_norm
 from singer.errors import UserError
 

@@ -8,7 +8,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
-from pipeline.teachers.models import Backbone
+from pipeline.teachers.backbone import Backbone
 
 
 def pooled(context: EvaluationContext, images: Images) -> Features:

@@ -35,13 +35,17 @@ from pipeline.planning.costs import (
     student_costs,
     verdict,
 )
-from pipeline.planning.pilot import Pilot, Sample, Speeds, Teacher, existing, measure_speeds, no_speeds, scratch
+from pipeline.planning.pilot import Pilot
+from pipeline.planning.sample import Sample, Teacher
+from pipeline.planning.scratch import existing, scratch
+from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.outputs import CONFIG, PROVENANCE
-from pipeline.teachers.models import Backbone, load_teacher
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.models import load_teacher
 from singer.backbones import depth, resolve_blocks
 from singer.errors import UserError
 from singer.matching import take_patches

@@ -11,7 +11,8 @@ from pipeline.config import Config
 from pipeline.evaluation.classification import Accuracies
 from pipeline.runtime.machine import versions
 from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
-from pipeline.teachers.models import LOCAL, Backbone
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.models import LOCAL
 from pipeline.training.run_directory import DistillResult, TeacherLink
 from pipeline.training.teachers import numbered
 from singer.backbones import depth, final_norm

@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 
-from pipeline.cache.format import TeacherManifest
+from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.reports import charts
 from pipeline.reports.figures import Measurements

@@ -15,12 +15,9 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.create import STAGE, create_segments, describe
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill_segments
-from pipeline.cache.format import (
-    MANIFEST,
-    TeacherManifest,
-    read_images,
-    read_manifest,
-)
+from pipeline.cache.format import MANIFEST
+from pipeline.cache.index import read_images
+from pipeline.cache.manifest import TeacherManifest, read_manifest
 from pipeline.cache.segments import mine, read_segments
 from pipeline.cache.variants import joint_id
 from pipeline.cache.writer import check_same

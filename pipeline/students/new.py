@@ -3,7 +3,9 @@
 from typing import Any
 
 from pipeline.config import StudentConfig
-from pipeline.teachers.models import Backbone, check_known, create_model, first_line
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.fetching import first_line
+from pipeline.teachers.models import check_known, create_model
 from singer.errors import UserError
 
 # The architecture that a `vit` of given dimensions is built from; its own are all replaced.

@@ -1,32 +1,27 @@
 """Loading timm Vision Transformers: teachers with their weights, new students, students that a run saved."""
 
 import difflib
-import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 
 import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.config import TeacherConfig
 from pipeline.runtime.logs import adopt_libraries
-from pipeline.storage.outputs import read_json, read_tensors, write_json, write_tensors
-from singer.backbones import is_vit, layout
+from pipeline.storage.outputs import read_json, read_tensors
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.fetching import why_not_fetched, first_line
+from singer.backbones import is_vit
 from singer.errors import UserError
 
 LOCAL = "local-dir:"
-# How every image is brought to the models' size (views.apply_view).
-INTERPOLATION = "bicubic"
 # Where ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 # What to do without a network, by the place that names the model.
@@ -35,46 +30,6 @@ _REMEDIES = {
     "student.name": "check the network or its cache",
     "model": "give a local file with --weights FILE",
 }
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students need not be."""
-
-    model: Any
-    architecture: str
-    model_args: dict[str, Any]
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @property
-    def is_vit(self) -> bool:
-        return is_vit(self.model)
-
-    @property
-    def prefix(self) -> int:
-        """CLS and register tokens."""
-        return int(self.model.num_prefix_tokens) if self.is_vit else 0
-
-    @property
-    def has_cls(self) -> bool:
-        return self.is_vit and bool(self.model.has_class_token)
-
-    @cached_property
-    def layout(self) -> list[tuple[int, tuple[int, int]]]:
-        """(width, grid of the patch tokens) of every block, or stage."""
-        return layout(self.model, self.image_size)
-
-    @property
-    def width(self) -> int:
-        """Of the last block."""
-        return self.layout[-1][0]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Of the last block's patch tokens."""
-        return self.layout[-1][1]
 
 
 def local_folder(name: str) -> Path | None:
@@ -114,48 +69,6 @@ def check_known(name: str, message: str) -> None:
 def _frozen(vit: Backbone) -> Backbone:
     vit.model.requires_grad_(False).eval()
     return vit
-
-
-def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", state)
-    write_json(folder / "config.json", timm_config(vit))
-
-
-def timm_config(vit: Backbone) -> dict[str, Any]:
-    """What timm stores as config.json beside the weights."""
-    own = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
-    if not vit.is_vit:
-        own = {key: vit.model.pretrained_cfg.get(key) for key in own}
-    return {
-        "architecture": vit.architecture,
-        "num_classes": vit.model.num_classes,
-        "num_features": vit.model.num_features,
-        "model_args": vit.model_args,
-        "pretrained_cfg": {
-            "num_classes": vit.model.num_classes,
-            "input_size": (3, vit.image_size, vit.image_size),
-            "interpolation": INTERPOLATION,
-            "crop_pct": 1.0,
-            "mean": vit.mean,
-            "std": vit.std,
-            **own,
-        },
-    }
-
-
-def weight_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of a state dict.
-
-    The position embedding is left out: it is interpolated to the image size, which is recorded by itself.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(set(state) - {"pos_embed"}):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor.item()).encode())
-    return digest.hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -255,7 +168,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
     except UserError:
         raise
     except Exception as error:  # timm, the hub client and torch each raise their own
-        reason = _not_fetched(error)
+        reason = why_not_fetched(error)
         if reason is not None:
             raise UserError(f"weights of {what} {name} were not fetched: {reason}; {_REMEDIES[what]}") from error
         if not isinstance(error, _OF_WHAT_WAS_GIVEN) and "unexpected keyword argument" not in str(error):
@@ -268,39 +181,6 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
 _OF_WHAT_WAS_GIVEN = (
     AssertionError, FileNotFoundError, KeyError, RuntimeError, SafetensorError, UnpicklingError, ValueError,
 )  # fmt: skip
-_HINTS = {401: "no such model, or one that needs a login", 403: "access is not granted", 404: "no such model or file"}
-_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-
-
-def _not_fetched(error: BaseException) -> str | None:
-    """Why something did not come from the network; None if that is not what an error is about.
-
-    The hub's client says of most that the file is not on this disk; the cause is behind that.
-    """
-    chain = []
-    while error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error
-    for link in chain:
-        status = getattr(getattr(link, "response", None), "status_code", None) or getattr(link, "code", None)
-        if isinstance(status, int):
-            hints = {
-                401: "no such model, or one that needs a login",
-                403: "access is not granted",
-                404: "no such model or file",
-            }
-            hint = f" ({hints[status]})" if status in hints else ""
-            return f"the server answered {status}{hint}: {first_line(link)}"
-    for link in reversed(chain):
-        if isinstance(link, ConnectionError | TimeoutError | URLError | LocalEntryNotFoundError) or (
-            type(link).__module__.split(".")[0] in _CLIENTS
-        ):
-            return f"no network ({type(link).__name__}: {first_line(link)})"
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _first_mismatch(error: Exception) -> str:

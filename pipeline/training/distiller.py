@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import RefineConfig
 from pipeline.data.sampler import part_size
-from pipeline.teachers.models import Backbone
+from pipeline.teachers.backbone import Backbone
 from pipeline.training.refiner_fit import RefinerFit
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs, freeze_unused

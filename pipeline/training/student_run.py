@@ -25,7 +25,7 @@ from pipeline.storage.outputs import (
     write_tensors,
 )
 from pipeline.students.new import new_student
-from pipeline.teachers.models import Backbone, save_backbone
+from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.distiller import Distiller, JointTraining, Targets, TeacherHead, new_joint

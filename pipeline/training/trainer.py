@@ -29,7 +29,7 @@ from pipeline.data.sampler import (
 from pipeline.data.views import normalise
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
-from pipeline.teachers.models import Backbone
+from pipeline.teachers.backbone import Backbone
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.distiller import Batch, TeacherFeatures
 from pipeline.training.loggers import Tracking

@@ -6,18 +6,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.cache.completion import describe_completion
-from pipeline.cache.format import (
-    COMPLETE,
-    IMAGES,
-    INDEX,
-    MANIFEST,
-    PARTS,
-    RECORDS,
-    SKIPPED,
-    Manifest,
-    journal_file,
-    shard_file,
-)
+from pipeline.cache.format import COMPLETE, IMAGES, INDEX, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, shard_file
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata

@@ -8,7 +8,8 @@ import torch
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encode import calibration_on
 from pipeline.cache.extract import Extractor, check_finite
-from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS, TeacherManifest
+from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS
+from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
 from pipeline.cache.reader import SegmentReader, read_rows

@@ -11,7 +11,8 @@ import yaml
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill
-from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file, read_images
+from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file
+from pipeline.cache.index import read_images
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.files import metadata, shard_defects, shard_files, within
 from pipeline.cache.verify.findings import SegmentReport

@@ -1,0 +1,180 @@
+"""The index of a cache: which image and which view each record is."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pipeline.cache.format import IMAGES, INDEX, RECORDS
+from pipeline.cache.manifest import Manifest
+from pipeline.data import Images, Keys, Skipped
+from pipeline.data.views import View
+from pipeline.storage import Store
+from singer.errors import UserError
+
+_NO_CHANGE = np.array([1, 1, 1, 0], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Which image and view each record is, and where the image lies. Only images that can be decoded are in it.
+
+    digest: (images,) uint64; image, view: (records,) int32; box: (records, 4) float32; flip: (records,) bool; color:
+    (records, 4) float32, or None.
+    """
+
+    images: Images
+    digest: np.ndarray
+    image: np.ndarray
+    view: np.ndarray
+    box: np.ndarray
+    flip: np.ndarray
+    color: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def key(self, record: int) -> str:
+        return self.images.keys[int(self.image[record])]
+
+    def record_view(self, record: int) -> View:
+        left, upper, right, lower = (float(v) for v in self.box[record])
+        color = None
+        if self.color is not None:
+            brightness, contrast, saturation, hue = (float(v) for v in self.color[record])
+            color = brightness, contrast, saturation, hue
+        return View((left, upper, right, lower), bool(self.flip[record]), color)
+
+    def record_bytes(self) -> bytes:
+        """What records.safetensors holds: all but what is known from the listed images."""
+        columns = {"image.digest": self.digest, "record.box": self.box, "record.flip": self.flip}
+        return save_columns(columns | ({} if self.color is None else {"record.color": self.color}))
+
+
+def number_records(images: int, first_view: int, views: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image and number of the view of every record, (records,) int32 each: image by image, and view by view."""
+    image = np.repeat(np.arange(images, dtype=np.int32), views)
+    return image, np.tile(np.arange(first_view, first_view + views, dtype=np.int32), images)
+
+
+def image_bytes(images: Images) -> bytes:
+    """What images.safetensors holds: the listed images, and what the shards hold besides."""
+    columns = {
+        "image.key_bytes": images.keys.text,
+        "image.key_end": images.keys.ends,
+        "image.label": images.labels,
+        "image.shard": images.shard,
+        "image.offset": images.offset,
+        "image.size": images.size,
+        "shard.size": np.array(images.shard_sizes, dtype=np.int64),
+    }
+    about = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
+    # One entry: safetensors writes several in whatever order.
+    return save_columns(columns, {"listing": json.dumps(about)})
+
+
+def read_images(store: Store) -> Images:
+    """The images that were listed when a part was begun. Raises UserError if the file is missing or damaged."""
+    with _reading(store, IMAGES) as (columns, about):
+        listing = json.loads(about["listing"])
+        skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
+        return replace(_images(columns, listing["shards"]), skipped=skipped)
+
+
+def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
+    """The index of a complete part, whose readable images are given. Raises UserError as read_images."""
+    with _reading(store, RECORDS) as (columns, _):
+        image, view = number_records(len(images), manifest.views["first"], manifest.views_each)
+        shapes = {columns["image.digest"].shape: (len(images),), columns["record.box"].shape: (len(image), 4)}
+        if any(there != expected for there, expected in shapes.items()) or len(columns["record.flip"]) != len(image):
+            raise ValueError(f"its columns are not those of {len(images)} images")
+        color = columns.get("record.color")
+        return Index(images, columns["image.digest"], image, view, columns["record.box"], columns["record.flip"], color)
+
+
+def read_index_2(store: Store) -> Index:
+    """The index of a part of version 2. Raises UserError as read_images."""
+    with _reading(store, INDEX) as (columns, about):
+        names = ("image.digest", "record.image", "record.view", "record.box", "record.flip")
+        digest, image, view, box, flip = (columns[name] for name in names)
+        return Index(
+            _images(columns, json.loads(about["shards"])), digest, image, view, box, flip, columns.get("record.color")
+        )
+
+
+def content_hash_2(images: Images, digest: np.ndarray) -> str:
+    """`data.hash` of version 2: SHA-256 over keys, with NUL between them, labels and digests."""
+    whole = hashlib.sha256("\0".join(images.keys).encode())
+    whole.update(images.labels.astype("<i4").tobytes())
+    whole.update(digest.astype("<u8").tobytes())
+    return whole.hexdigest()
+
+
+def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:
+    return Images(
+        paths=tuple(map(Path, shards)),
+        shard_sizes=tuple(columns["shard.size"].tolist()),
+        keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
+        labels=columns["image.label"],
+        shard=columns["image.shard"],
+        offset=columns["image.offset"],
+        size=columns["image.size"],
+    )
+
+
+def save_columns(columns: Mapping[str, np.ndarray], about: dict[str, str] | None = None) -> bytes:
+    """A safetensors file of some arrays."""
+    # safetensors writes the memory of an array, whatever its strides.
+    rows = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    data: bytes = safetensors.numpy.save(rows, metadata=about)
+    return data
+
+
+@contextmanager
+def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
+    """The arrays of a safetensors file and its metadata; whatever is wrong with them is a UserError."""
+    file = f"{store.url}/{name}"
+    try:
+        data = store.read(name)
+        columns = safetensors.numpy.load(data)
+        yield columns, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def join(indices: Iterable[Index]) -> Index:
+    """The records of several indices, one after the other."""
+    indices = list(indices)
+    if len(indices) == 1:
+        return indices[0]
+    first_image = np.cumsum([0, *(len(i.images) for i in indices)])
+    first_shard = np.cumsum([0, *(len(i.images.paths) for i in indices)])
+    images = [i.images for i in indices]
+    colors = [np.tile(_NO_CHANGE, (len(i), 1)) if i.color is None else i.color for i in indices]
+    all_images = Images(
+        paths=tuple(chain.from_iterable(i.paths for i in images)),
+        shard_sizes=tuple(chain.from_iterable(i.shard_sizes for i in images)),
+        keys=Keys.join([i.keys for i in images]),
+        labels=np.concatenate([i.labels for i in images]),
+        shard=np.concatenate([i.shard + s for i, s in zip(images, first_shard, strict=False)]),
+        offset=np.concatenate([i.offset for i in images]),
+        size=np.concatenate([i.size for i in images]),
+    )
+    return Index(
+        all_images,
+        np.concatenate([i.digest for i in indices]),
+        np.concatenate([i.image + f for i, f in zip(indices, first_image, strict=False)]),
+        np.concatenate([i.view for i in indices]),
+        np.concatenate([i.box for i in indices]),
+        np.concatenate([i.flip for i in indices]),
+        np.concatenate(colors) if any(i.color is not None for i in indices) else None,
+    )

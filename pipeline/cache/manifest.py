@@ -1,0 +1,208 @@
+"""What a segment of a cache is, as its manifest tells it."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.cache.codecs import CODECS, Fixed, Layout
+from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
+from pipeline.storage import Store
+from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated
+from singer.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherManifest(_Section):
+    """The teacher and its preprocessing. weights: SHA-256 (models.weight_hash)."""
+
+    name: str
+    architecture: str
+    model_args: dict[str, Any]
+    weights: str
+    depth: int
+    width: int
+    prefix_tokens: int
+    class_token: bool
+    grid: tuple[int, int]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def identity(self) -> dict[str, Any]:
+        """All but the name, which may be a path: the weights say which teacher it is."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+    def digest(self) -> str:
+        """SHA-256 of the identity."""
+        return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
+
+    @property
+    def variant(self) -> str:
+        """The short name of this teacher as it was run, such as vit_tiny_patch16_224@0a1b2c3d."""
+        return f"{self.architecture}@{self.digest()[:8]}"
+
+
+class DataManifest(_Section):
+    """The images that the shards list. hash: shards.listing_hash; in version 2, of keys, labels and encoded bytes."""
+
+    shards: tuple[str, ...]
+    images: int
+    labelled: int
+    hash: str
+
+
+class PixelsManifest(_Section):
+    """Stored views: their side in pixels, and for JPEG the quality."""
+
+    kind: Literal["jpeg", "uint8"]
+    size: int
+    quality: int | None
+
+
+class Manifest(_Section):
+    """All that defines a part of a cache. Written once, before any image is read.
+
+    views: how views are drawn, with `first` and `count` for their numbers; stored_patches: patch tokens a record;
+    records: the views of all listed images; files: SHA-256 of the small files beside it.
+    """
+
+    format: Literal["singer-feature-cache"] = "singer-feature-cache"
+    version: Literal[2, 3] = 3
+    teacher: TeacherManifest
+    data: DataManifest
+    views: dict[str, Any]
+    blocks: tuple[int, ...]
+    codec: str
+    stored_patches: int
+    lossless: Literal["none", "zstd", "blosc"]
+    pixels: PixelsManifest | None
+    records: int
+    shard_records: int
+    tail_first_block: int
+    files: dict[str, str] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Stored tokens a record."""
+        return self.teacher.prefix_tokens + self.stored_patches
+
+    @property
+    def sampled(self) -> bool:
+        return self.stored_patches < self.teacher.patches
+
+    @property
+    def shards(self) -> int:
+        """Number of Zarr shards of each array."""
+        return -(-self.records // self.shard_records)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """First record of a shard and the one behind its last."""
+        return shard * self.shard_records, min(self.records, (shard + 1) * self.shard_records)
+
+    def layout(self, block: int) -> Layout:
+        """{part: form} of a block's arrays."""
+        return CODECS[self.codec].parts(self.tokens, self.teacher.width)
+
+    def arrays(self) -> Layout:
+        """{name: form of one record} of all arrays."""
+        arrays: Layout = {f"{FEATURES}/{b}/{part}": form for b in self.blocks for part, form in self.layout(b).items()}
+        if self.sampled:
+            arrays[POSITIONS] = Fixed((self.stored_patches,), "int16")
+        if self.pixels is not None:
+            size = self.pixels.size
+            arrays[PIXELS] = Fixed((size, size, 3), "uint8") if self.pixels.kind == "uint8" else None
+        if self.version >= 3:
+            arrays[VIEWS] = Fixed((self.view_form.itemsize,), "uint8")
+        return arrays
+
+    @property
+    def view_form(self) -> np.dtype[np.void]:
+        return view_form(any(self.views["color"]))
+
+    @property
+    def views_each(self) -> int:
+        """Records an image."""
+        return int(self.views["count"])
+
+    def compression(self, array: str) -> str:
+        """Only features are compressed, and of these only the parts of one size."""
+        return self.lossless if array.startswith(FEATURES) and self.arrays()[array] is not None else "none"
+
+    def rows(self) -> str:
+        """Which listed images and views: equal for parts of whole images that hold other blocks of the same records."""
+        return canonical([self.data.hash, self.views])
+
+    def identity(self) -> dict[str, Any]:
+        """What a cache must agree in to be the same: all but names and places."""
+        value = self.model_dump(mode="json", exclude={"files"})
+        value["teacher"] = self.teacher.identity()
+        del value["data"]["shards"]
+        return value
+
+    def id(self) -> str:
+        """SHA-256 of the identity: the name by which the journal refers to the part."""
+        return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        return json_bytes(sealed(self.model_dump(mode="json")))
+
+
+def view_form(color: bool) -> np.dtype[np.void]:
+    """The bytes of a record in the array `views`: what was found when its image was read, and its view."""
+    fields: list[Any] = [("digest", "<u8"), ("width", "<i4"), ("height", "<i4"), ("box", "<f4", 4), ("flip", "?")]
+    return np.dtype(fields + [("color", "<f4", 4)] * color)
+
+
+class Completion(_Section):
+    """What is known of a part once all its shards are done. Written last; without it the part is not complete.
+
+    part: the manifest's id; hash: shards.content_hash of the images that can be decoded; images, labelled, records:
+    how many of these there are; unreadable: numbers of the others among the listed ones; skipped: all that is left out,
+    as skipped.json lists it; files: SHA-256 of the small files that are written now; arrays: {name: [bytes, SHA-256] of
+    each shard's file}.
+    """
+
+    part: str
+    hash: str
+    images: int
+    labelled: int
+    records: int
+    unreadable: tuple[int, ...]
+    skipped: int
+    files: dict[str, str]
+    arrays: dict[str, list[tuple[int, str]]]
+
+    def to_bytes(self) -> bytes:
+        return json_bytes(sealed(self.model_dump(mode="json")))
+
+
+def canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Raises UserError if there is no cache of a known version in the store."""
+    value = read_json(store, MANIFEST, "feature cache")
+    file = f"{store.url}/{MANIFEST}"
+    if value.get("format") != FORMAT:
+        raise UserError(f"{file} does not describe a singer feature cache")
+    if value.get("version") not in (2, VERSION):
+        raise UserError(f"{store.url} has cache format version {value.get('version')}; this singer reads 2 and 3")
+    if not is_sealed(value):
+        raise UserError(f"{file} is damaged: it does not match its own checksum")
+    del value["sha256"]
+    manifest = validated(value, Manifest, file)
+    if manifest.codec not in CODECS:
+        raise UserError(f"{store.url} uses codec {manifest.codec!r}; known: {', '.join(CODECS)}")
+    return manifest

@@ -1,0 +1,84 @@
+"""The speed of the disk: sustained synced writes, and reading what memory does not hold."""
+
+import os
+import time
+from collections.abc import Generator, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data import Images
+from pipeline.planning.costs import Rate, not_measured
+from pipeline.planning.rates import REPEATS, rate_of
+from pipeline.storage import Store
+
+MB = 2**20
+# Of a disk that slows down in the second half of what is written, the rate is not known yet.
+_SETTLED = 0.75
+_MOST_REMOTE_BYTES = 2 * 2**30
+_FILES_WRITTEN = 12
+
+
+def write_to_disk(store: Store, whole: int, room: int | None, seconds: float, file_bytes: int) -> tuple[Rate, int]:
+    """Bytes a second that a disk takes, sustained, and how many were written.
+
+    Write synced files as cache-teacher does, up to the size of the whole cache, and leave them there.
+
+    A drive's own cache takes the first gigabytes faster, so the rate is that of the second half. room: free bytes, of
+    which a tenth is used; None: of an object store. file_bytes: of a file.
+    """
+    most = min(whole, _MOST_REMOTE_BYTES if room is None else room // 10)
+    size = max(1, min(file_bytes, most // _FILES_WRITTEN))
+    # Content that no disk compresses or finds again.
+    noise = memoryview(np.random.default_rng(0).bytes(size))
+    repeats: list[tuple[float, float]] = []
+    first = time.perf_counter()
+    while len(repeats) < 4 or (
+        len(repeats) * size < most and (time.perf_counter() - first < seconds or len(repeats) < 2 * REPEATS)
+    ):
+        cut = 4099 * len(repeats) % size
+        start = time.perf_counter()
+        store.write(f"written/{len(repeats):06d}", noise[cut:], noise[:cut])
+        repeats.append((size, time.perf_counter() - start))
+    return sustained(repeats, whole), len(repeats) * size
+
+
+def sustained(files: Sequence[tuple[float, float]], whole: int) -> Rate:
+    """The rate of the second half of (bytes, seconds) of files written one after the other.
+
+    Not measured if it was still falling, unless all of the cache's bytes were written.
+    """
+    half = len(files) // 2
+
+    def together(some: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        return sum(b for b, _ in some), sum(s for _, s in some)
+
+    early, late = together(files[:half]), together(files[half:])
+    written = early[0] + late[0]
+    if written < whole and late[0] / late[1] < _SETTLED * early[0] / early[1]:
+        return not_measured(f"the disk was still slowing down after {written / 1e9:.3g} GB; use more --seconds")
+    middle = half + (len(files) - half) // 2
+    of_all = "" if written >= whole else f" on the first {written / 1e9:.3g} of {whole / 1e9:.3g} GB"
+    return Rate.of([together(files[half:middle]), together(files[middle:])], f"measured{of_all}")
+
+
+def read_shards(images: Images, seconds: float) -> Rate:
+    """Images a second that are read from the shards in their order, from the disk and not from memory."""
+
+    def bytes_read() -> Generator[int, None, None]:
+        for path in cycle(images.paths):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while piece := file.read(MB):
+                    yield len(piece)
+
+    return rate_of(bytes_read(), seconds).scaled(len(images) / max(1, sum(images.shard_sizes)))
+
+
+def forget_files(folder: Path) -> None:
+    """Have the system read the files below a folder from the disk again."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,106 @@
+"""The images and the teacher on which a plan measures."""
+
+import tarfile
+from collections.abc import Generator, Iterable, Sequence
+from io import BytesIO
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.pixels import encode_jpegs
+from pipeline.config import Config
+from pipeline.data import ImageFile, Images
+from pipeline.data.prefetch import prefetch
+from pipeline.data.tars import NO_LABEL
+from pipeline.data.views import apply_view, draw_view, normalise
+from pipeline.teachers.backbone import Backbone
+from singer.backbones import block_outputs
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher:
+    """The teacher at work: views (n, side, side, 3) uint8 -> {block: features (n, N, d) float32} on its device."""
+
+    def __init__(self, config: Config, vit: Backbone, blocks: Sequence[int], device: torch.device) -> None:
+        self.vit, self.blocks, self.device = vit, blocks, device
+        self._half = _AUTOCAST.get(config.cache.precision)
+        vit.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
+        images = normalise(pixels, self.vit.mean, self.vit.std, self.device)
+        with torch.autocast(self.device.type, self._half, self._half is not None):
+            outputs = block_outputs(self.vit.model, images, self.blocks)
+        return {block: x.float() for block, x in outputs.items()}
+
+
+Record = tuple[int, int]
+"""Number of an image, and of its view."""
+
+
+class Sample:
+    """Some images, by number, and their views as cache-teacher draws them."""
+
+    def __init__(self, config: Config, images: Images, files: ImageFile) -> None:
+        self.config, self.images, self.files = config, images, files
+        rng = np.random.default_rng(0)
+        self._records = [divmod(int(r), config.views.count) for r in rng.permutation(len(images) * config.views.count)]
+
+    def views(self, records: Sequence[Record], sides: Iterable[int]) -> dict[int, Tensor]:
+        """{side: (n, side, side, 3) uint8}. Each image is decoded once."""
+        found: dict[int, list[np.ndarray]] = {side: [] for side in sides}
+        for number, view in records:
+            image = self.files.read(number)
+            drawn = draw_view(self.config.views, self.images.keys[number], view, image.size)
+            for side, pictures in found.items():
+                pictures.append(apply_view(image, drawn, side))
+        return {side: torch.from_numpy(np.stack(pictures)) for side, pictures in found.items()}
+
+    def __len__(self) -> int:
+        """Records."""
+        return len(self._records)
+
+    def batches(self, size: int) -> list[list[Record]]:
+        """All records in a random order, a batch at a time; of few, some more than once."""
+        endless = cycle(self._records)
+        return [[next(endless) for _ in range(size)] for _ in range(-(-len(self._records) // size))]
+
+    def load(self, records: Sequence[Record], side: int) -> Tensor:
+        """The views for the teacher, (n, side, side, 3) uint8, as a thread of cache-teacher makes them: if views are
+        stored, these are encoded, too.
+        """
+        settings = self.config.views
+        small = (settings.pixel_size or side) if settings.pixels != "none" else side
+        views = self.views(records, {side, small})
+        if settings.pixels == "jpeg":
+            encode_jpegs(views[small].numpy(), settings.jpeg_quality)
+        return views[side]
+
+    def decoding(self, size: int, side: int) -> Generator[int, None, None]:
+        """Decode batches of so many views in as many threads as cache-teacher does."""
+        batches = cycle(self.batches(size))
+        for views in prefetch(lambda records: self.load(records, side), batches, self.config.cache.workers):
+            yield len(views)
+
+    def write_tar(self, path: Path, numbers: Sequence[int], prefix: str = "") -> None:
+        """A shard of these images, under their keys after a prefix and, where one occurs again, its place."""
+        seen: set[int] = set()
+        with tarfile.open(path, "w") as tar:
+            for place, number in enumerate(numbers):
+                again = f"{place}-" if number in seen else ""
+                seen.add(number)
+                key = f"{prefix}{again}{self.images.keys[number]}"
+                _add(tar, f"{key}.jpg", self.files.encoded(number)[0])
+                label = int(self.images.labels[number])
+                if label != NO_LABEL:
+                    _add(tar, f"{key}.cls", str(label).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, BytesIO(data))

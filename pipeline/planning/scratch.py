@@ -1,0 +1,54 @@
+"""A folder for measurements beside the cache to be, which is removed at the end, whatever ends it."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from pipeline.storage import Place, is_remote, open_store
+
+SCRATCH = ".singer-plan"
+
+
+@contextmanager
+def scratch(out: Place) -> Iterator[Place]:
+    """A place on the disk, or in the bucket, of `out`; it is emptied before and removed afterwards.
+
+    SIGTERM removes it, too. What a killed plan has left is removed by the next one at the same place. Raises UserError
+    if another plan is at work there.
+    """
+    place: Place = f"{str(out).rstrip('/')}/{SCRATCH}" if is_remote(out) else existing(Path(out)) / SCRATCH
+    store = open_store(place)
+    with _terminated(), store.lock():
+        store.clear()
+        try:
+            yield place
+        finally:
+            store.clear()
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    place = folder.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends this as Ctrl-C does, instead of at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,133 @@
+"""The speed of a student's steps, from the cache and with the teacher in every step."""
+
+from collections.abc import Generator, Iterator, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
+from pipeline.data.views import normalise
+from pipeline.planning.costs import Rate, not_measured
+from pipeline.planning.disk import forget_files
+from pipeline.planning.pilot import Pilot
+from pipeline.planning.rates import rate_of
+from pipeline.planning.sample import Sample, Teacher
+from pipeline.runtime.devices import make_accelerator
+from pipeline.stages.refine import refine
+from pipeline.storage import is_remote
+from pipeline.training.distiller import Batch, TeacherFeatures
+from pipeline.training.student_run import NewStudent, StudentSpec
+from pipeline.training.teachers import open_images, open_teachers
+from pipeline.training.trainer import BatchLoader
+from singer.errors import UserError
+from singer.matching import take_patches
+
+TRAINING = ("reading", "student images", "student", "cached", "online")
+
+
+def train_on(
+    pilot: Pilot, sample: Sample, teacher: Teacher, seconds: float, on_disk: bool
+) -> tuple[dict[str, Rate], str]:
+    """Train the configured student on the pilot's cache and, with the teacher in every step, on its images.
+
+    Rates as in Speeds, and the targets. on_disk: whether the pilot is where the cache will be, so that reading says
+    something. seconds: of each measurement.
+    """
+    own = {"trackers": (), "local_copy": None, "teacher": None}
+    config = pilot.config
+    config = config.model_copy(
+        update={
+            "distill": config.distill.model_copy(update=own),
+            "student": config.student.model_copy(update={"pretrained": False}),
+            # As many steps as it takes to have adapters: their speed is that of trained ones.
+            "refine": config.refine.model_copy(update={"steps": 1, "local_copy": None, "teacher": None}),
+        }
+    )
+    settings, refiner, targets = config.distill, None, "raw"
+    if not settings.joint:
+        try:
+            refine(config, pilot.place, pilot.work / "refiner")
+            refiner, targets = pilot.work / "refiner", f"{config.refine.cleaner}, {config.refine.normaliser}"
+        except UserError as error:
+            targets = f"raw: {error}"
+    run = pilot.work / "run"
+    run.mkdir()
+    try:
+        sources = open_teachers(settings, pilot.place, refiner)
+        accelerator = make_accelerator(settings.precision)
+        new = NewStudent(StudentSpec(config, run, refiner), sources, accelerator)
+    except UserError as error:
+        return dict.fromkeys(TRAINING, not_measured(str(error))), "none"
+    student_run = new.student_run("new", accelerator)
+    student_run.model.train()
+    cache, device, side = sources[0].cache, accelerator.device, new.student.image_size
+    per_epoch = -(-len(cache) // settings.batch_size)
+
+    with open_images(cache) as files:
+        load = BatchLoader([cache], files, [side])
+        ahead = prefetch_depth(settings, load.record_bytes, 1)
+
+        def lists() -> Iterator[list[BatchIndices]]:
+            return batch_index_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**9)
+
+        def shares() -> Iterator[BatchIndices]:
+            return (share for group in lists() for share in group)
+
+        def read_group(group: Sequence[BatchIndices]) -> int:
+            load.features(group)
+            return sum(len(share.records) for share in group)
+
+        def read() -> Generator[int, None, None]:
+            done = len(cache)
+            for count in prefetch(read_group, lists(), settings.workers, None, ahead):
+                if done >= len(cache) and not is_remote(pilot.place):
+                    # Once a pass: what was read lately would come from memory.
+                    forget_files(Path(pilot.place))
+                    done = 0
+                yield count
+                done += count
+
+        def decode() -> Generator[int, None, None]:
+            for share, _ in prefetch(load.pixels, shares(), settings.workers):
+                yield len(share.records)
+
+        def step(batch: Batch, number: int) -> int:
+            student_run.update(number, per_epoch, batch, accelerator)
+            return len(batch.weights)
+
+        def student() -> Generator[int, None, None]:
+            (batch,) = next(load(lists(), settings.workers, None, ahead)).to(device, [cache], [new.student])
+            for number in range(10**9):
+                yield step(batch, number)
+
+        def cached() -> Generator[int, None, None]:
+            for number, stored in enumerate(load(lists(), settings.workers, None, ahead)):
+                (batch,) = stored.to(device, [cache], [new.student])
+                yield step(batch, number)
+
+        def online() -> Generator[int, None, None]:
+            size, (first,) = teacher.vit.image_size, load.features([next(shares())])
+            batches = zip(shares(), cycle(sample.batches(settings.batch_size)), strict=False)
+            loaded = prefetch(
+                lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {side, size})),
+                batches,
+                settings.workers,
+            )
+            for number, (share, views) in enumerate(loaded):
+                features, positions = teacher(views[size]), first[0].positions
+                if positions is not None:
+                    # Which patches are compared makes no difference to the time.
+                    positions = positions[:1].expand(len(share.records), -1).to(device)
+                    features = {b: take_patches(x, teacher.vit.prefix, positions) for b, x in features.items()}
+                images = normalise(views[side], new.student.mean, new.student.std, device)
+                weights = torch.from_numpy(share.weights).to(device)
+                labels = load.labels[torch.from_numpy(share.records)].to(device).long()
+                yield step(Batch(images, [TeacherFeatures(features, positions)], weights, labels), number)
+
+        reading = not_measured("no --out")
+        if on_disk:
+            reading = rate_of(read(), seconds)
+        steps = {"student images": decode, "student": student, "cached": cached, "online": online}
+        return {"reading": reading, **{n: rate_of(of(), seconds, device) for n, of in steps.items()}}, targets

@@ -1,0 +1,99 @@
+"""A timm model, and what is needed to build it again."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.storage.outputs import write_json, write_tensors
+from singer.backbones import is_vit, layout
+
+# How every image is brought to the models' size (views.apply_view).
+INTERPOLATION = "bicubic"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students need not be."""
+
+    model: Any
+    architecture: str
+    model_args: dict[str, Any]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def is_vit(self) -> bool:
+        return is_vit(self.model)
+
+    @property
+    def prefix(self) -> int:
+        """CLS and register tokens."""
+        return int(self.model.num_prefix_tokens) if self.is_vit else 0
+
+    @property
+    def has_cls(self) -> bool:
+        return self.is_vit and bool(self.model.has_class_token)
+
+    @cached_property
+    def layout(self) -> list[tuple[int, tuple[int, int]]]:
+        """(width, grid of the patch tokens) of every block, or stage."""
+        return layout(self.model, self.image_size)
+
+    @property
+    def width(self) -> int:
+        """Of the last block."""
+        return self.layout[-1][0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of the last block's patch tokens."""
+        return self.layout[-1][1]
+
+
+def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", state)
+    write_json(folder / "config.json", timm_config(vit))
+
+
+def timm_config(vit: Backbone) -> dict[str, Any]:
+    """What timm stores as config.json beside the weights."""
+    own = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
+    if not vit.is_vit:
+        own = {key: vit.model.pretrained_cfg.get(key) for key in own}
+    return {
+        "architecture": vit.architecture,
+        "num_classes": vit.model.num_classes,
+        "num_features": vit.model.num_features,
+        "model_args": vit.model_args,
+        "pretrained_cfg": {
+            "num_classes": vit.model.num_classes,
+            "input_size": (3, vit.image_size, vit.image_size),
+            "interpolation": INTERPOLATION,
+            "crop_pct": 1.0,
+            "mean": vit.mean,
+            "std": vit.std,
+            **own,
+        },
+    }
+
+
+def weight_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of a state dict.
+
+    The position embedding is left out: it is interpolated to the image size, which is recorded by itself.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(set(state) - {"pos_embed"}):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else repr(tensor.item()).encode())
+    return digest.hexdigest()
