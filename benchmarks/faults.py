@@ -37,7 +37,7 @@ from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from mutate import mutations
-from surveying import survey
+from validating import validate_images
 
 IMAGES = 192
 WORLDS = (1, 2, 3)
@@ -219,13 +219,13 @@ def finished_at(out: Path) -> bool:
 def mutation_campaign(root: Path, count: int, seed: int) -> None:
     shard = sorted((root / "train").glob("*.tar"))[0]
     images = index_shards(str(shard))
-    original = dict(zip(images.keys, survey(images, 1, "skip").found["digest"].tolist(), strict=True))
+    original = dict(zip(images.keys, validate_images(images, 1, "skip").found["digest"].tolist(), strict=True))
     results: collections.Counter[str] = collections.Counter()
     for what, data in mutations(shard.read_bytes(), count, seed):
         mutated = root / "mutated.tar"
         mutated.write_bytes(data)
         try:
-            found = survey(index_shards(str(mutated), "skip"), 1, "skip")
+            found = validate_images(index_shards(str(mutated), "skip"), 1, "skip")
         except UserError:
             results["refused as a whole, by name"] += 1
             continue

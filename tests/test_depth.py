@@ -19,7 +19,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import load_teacher
 from singer.errors import UserError
-from singer.probes import depth_figures, depth_sums
+from singer.metrics import depth_figures, depth_sums
 
 CPU = torch.device("cpu")
 GRID = 6

@@ -32,7 +32,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import draw_images, make_vit, plant_artifacts
-from test_stores import Server
+from test_storage import Server
 
 import cli
 import pipeline.config

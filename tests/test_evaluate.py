@@ -31,7 +31,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import load_model, load_saved
 from singer.errors import UserError
-from singer.probes import knn_scores, retrieval_figures, topk_percent, wilson_percent
+from singer.metrics import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
 CPU = torch.device("cpu")
 KINDS = ("block", "norm")

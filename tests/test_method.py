@@ -14,9 +14,9 @@ from singer.cleaners import Adapter, Clip, Shape
 from singer.errors import UserError
 from singer.losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.matching import match_blocks, resize_tokens
+from singer.metrics import knn_scores, topk_percent
 from singer.normalisers import Standardize
 from singer.objectives import OBJECTIVES, ObjectiveContext
-from singer.probes import knn_scores, topk_percent
 from singer.refiner import Refiner
 from singer.subspaces import reader_weight, smallest_directions
 from singer.suffix import TeacherSuffix, suffix_state

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEPTH, WIDTH, seeded, tree_bytes, world_config
-from test_stores import LOCK_SECONDS, Server, file_limit, give_up_soon, raw
+from test_storage import LOCK_SECONDS, Server, file_limit, give_up_soon, raw
 
 import cli
 from pipeline.cache import Cache

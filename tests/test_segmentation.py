@@ -26,7 +26,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import load_saved, load_teacher
 from singer.errors import UserError
-from singer.probes import class_iou, confusion
+from singer.metrics import class_iou, confusion
 
 CPU = torch.device("cpu")
 CLASSES, GRID = 4, 6

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutate import headers, mutations
 from PIL import Image
-from surveying import survey
+from validating import validate_images
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data import (
@@ -475,7 +475,7 @@ def test_survey(tmp_path: Path) -> None:
     members = {f"{name}.jpg": data for name, data in pictures.items()}
     images = index_shards(str(write_tar(tmp_path / "t.tar", members)))
     for workers in (1, 3):
-        found = survey(images, workers, "fail")
+        found = validate_images(images, workers, "fail")
         assert list(found.images.keys) == list(pictures) and found.unreadable == {}
         assert found.found["digest"].tolist() == [
             int.from_bytes(hashlib.sha256(data).digest()[:8], "little") for data in pictures.values()
@@ -521,13 +521,13 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {**members, "a.cls": b"1"})), "skip")
     key = name.split(".")[0]
     with pytest.raises(UserError) as error:
-        survey(images, 2, "fail")
+        validate_images(images, 2, "fail")
     assert str(error.value).startswith(f"image '{key}' in {images.paths[0]} cannot be decoded: ")
     remedies = "--resume --on-error skip (--append --on-error skip, if it was being appended)"
     assert str(error.value).endswith(f"; repair it, or go on without it: {remedies}")
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
     tracemalloc.start()
-    found = survey(images, 2, "skip")
+    found = validate_images(images, 2, "skip")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
@@ -550,7 +550,7 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = list(warnings.filters)
-        assert list(survey(images, 3, "skip").images.keys) == ["b"]
+        assert list(validate_images(images, 3, "skip").images.keys) == ["b"]
         assert warnings.filters == before
     assert not caught and threading.active_count() <= threads
 
@@ -560,7 +560,7 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pipeline.data.image_file.MAX_PIXELS", 399)
     with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
         files.read(0)
-    assert survey(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}
+    assert validate_images(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}
 
 
 def fuzzed_tar(path: Path) -> bytes:
@@ -596,7 +596,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
     """
     path = tmp_path / "t.tar"
     data = fuzzed_tar(path)
-    whole = survey(index_shards(str(path)), 1, "fail")
+    whole = validate_images(index_shards(str(path)), 1, "fail")
     assert len(whole.images) == 7
     original = dict(zip(whole.images.keys, whole.found["digest"].tolist(), strict=True))
     labels = dict(zip(whole.images.keys, whole.images.labels.tolist(), strict=True))
@@ -604,7 +604,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
     for what, damaged in mutations(data, 150, seeded(1)):
         path.write_bytes(damaged)
         try:
-            found = survey(index_shards(str(path), "skip"), 1, "skip")
+            found = validate_images(index_shards(str(path), "skip"), 1, "skip")
         except UserError as error:
             assert str(path) in str(error) or "can be decoded" in str(error), what
             assert "\n" not in str(error), what

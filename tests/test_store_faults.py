@@ -16,7 +16,7 @@ import pytest
 from conftest import world_config
 from obstore.store import S3Store
 from test_remote import fill, objects, singer
-from test_stores import Server, ranges
+from test_storage import Server, ranges
 
 from pipeline.config import load_config
 from pipeline.stages.distill import distill

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from singer.artifacts import BlockScale, neighbour_mean
 from singer.cleaners import CLEANERS, Neighbour, Projector, Shape
 from singer.curvature import READERS, curvature
+from singer.diagnostics import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.errors import UserError
 from singer.fit_context import FitContext
-from singer.inspection import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
 from singer.refiner import Refiner
 from singer.subspaces import BASES, artifact_aware, best_rank, ln_folded, mlp_product

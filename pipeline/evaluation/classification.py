@@ -22,7 +22,7 @@ from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
-from singer.probes import knn_scores, shot_groups, topk_percent, wilson_percent
+from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
 _ITERATIONS = 1000

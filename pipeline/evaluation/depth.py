@@ -29,7 +29,7 @@ from pipeline.evaluation.dense import (
     upsample,
 )
 from singer.errors import UserError
-from singer.probes import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
+from singer.metrics import depth_figures, depth_sums, expected_depth, l1_loss, silog_loss
 
 MAP = "depth.png"
 _MILLIMETERS = np.float32(1000)

@@ -12,7 +12,7 @@ from pipeline.data import Images, require_labels
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
-from singer.probes import retrieval_figures
+from singer.metrics import retrieval_figures
 
 
 @dataclass(frozen=True, kw_only=True)

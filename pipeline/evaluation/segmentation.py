@@ -27,7 +27,7 @@ from pipeline.evaluation.dense import (
     read_maps,
 )
 from singer.errors import UserError
-from singer.probes import class_iou, confusion
+from singer.metrics import class_iou, confusion
 
 MASK = "seg.png"
 # The label of pixels that do not count, whatever it is in the masks.

@@ -24,9 +24,7 @@ from pipeline.storage.outputs import Mode, check_output, claimed_output, write_j
 from pipeline.training.refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
 from pipeline.training.teachers import open_images
 from singer.artifacts import norm_summary, patch_norms
-from singer.errors import UserError
-from singer.fit_context import FitContext
-from singer.inspection import (
+from singer.diagnostics import (
     artifact_direction,
     artifact_map,
     loss_share,
@@ -34,6 +32,8 @@ from singer.inspection import (
     reader_drift,
     splice,
 )
+from singer.errors import UserError
+from singer.fit_context import FitContext
 from singer.maps import cosine_to
 from singer.refiner import Refiner
 

@@ -17,7 +17,7 @@ from pipeline.config import TeacherConfig
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json, read_tensors
 from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.fetching import why_not_fetched, first_line
+from pipeline.teachers.fetching import first_line, why_not_fetched
 from singer.backbones import is_vit
 from singer.errors import UserError
 

@@ -20,7 +20,7 @@ class Surveyed:
     unreadable: dict[str, str]
 
 
-def survey(images: Images, workers: int, on_error: OnError) -> Surveyed:
+def validate_images(images: Images, workers: int, on_error: OnError) -> Surveyed:
     rows = Rows(images, 0, 1, ViewsConfig())
     with ImageFile(images) as files, decoding_quietly():
         read = RowReader(rows, files, view_form(False), {4}, on_error)

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.neighbors import NearestNeighbors
 
 from singer.errors import UserError
-from singer.probes import (
+from singer.metrics import (
     depth_figures,
     depth_sums,
     expected_depth,
