@@ -12,7 +12,7 @@ from pipeline.data.prefetch import prefetch
 
 
 @dataclass(frozen=True)
-class Surveyed:
+class Validated:
     """The images that can be decoded, what was found of them, and the names of the others with the reason."""
 
     images: Images
@@ -20,7 +20,7 @@ class Surveyed:
     unreadable: dict[str, str]
 
 
-def validate_images(images: Images, workers: int, on_error: OnError) -> Surveyed:
+def validate_images(images: Images, workers: int, on_error: OnError) -> Validated:
     rows = Rows(images, 0, 1, ViewsConfig())
     with ImageFile(images) as files, decoding_quietly():
         read = RowReader(rows, files, view_form(False), {4}, on_error)
@@ -28,4 +28,4 @@ def validate_images(images: Images, workers: int, on_error: OnError) -> Surveyed
     found = np.concatenate([s.found for s in seen])
     broken = {images.keys[n]: reason for s in seen for n, reason in s.unreadable.items()}
     good = np.flatnonzero(found["width"])
-    return Surveyed(images.select(good), found[good], broken)
+    return Validated(images.select(good), found[good], broken)
