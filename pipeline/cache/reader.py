@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,6 +133,7 @@ class Cache:
         option: str = "teacher={}",
     ) -> None:
         self.place = place
+        self._arguments = (place, teacher, blocks, local_copy, known, option)
         self._readers: dict[str, SegmentReader] = {}
         parts = self._complete(read_segments(open_store(place)), local_copy)
         self._parts = choose_variant(parts, place, teacher, known, option)
@@ -158,6 +160,41 @@ class Cache:
 
     def __len__(self) -> int:
         return self._count
+
+    def __reduce__(self) -> tuple[type["Cache"], tuple[Any, ...]]:
+        """Open the cache anew in another process, such as a worker of a DataLoader: no open file travels."""
+        return type(self), self._arguments
+
+    def __getitem__(self, record: int) -> dict[str, Any]:
+        """Return a record as a map-style data set does; see __getitems__."""
+        if not -len(self) <= record < len(self):
+            raise IndexError(f"{self.place} has no record {record}: they are numbered 0 to {len(self) - 1}")
+        return self.__getitems__([record % len(self)])[0]
+
+    def __getitems__(self, records: Sequence[int]) -> list[dict[str, Any]]:
+        """Read a batch at once for a DataLoader.
+
+        Each record: {"record": its number, "key": of its image, "label": negative where there is none, "features":
+        {block: (N, d) float32 on the CPU}}, with "positions": (k,) of the stored patches, if only some are, and
+        "pixels": (side, side, 3) uint8, if the cache holds the views.
+        """
+        encoded = self.read(records)
+        features = self.decode(encoded, torch.device("cpu"))
+        found: dict[str, Any] = {} if encoded.positions is None else {"positions": encoded.positions}
+        if self.has_pixels:
+            stored = self.manifest.pixels
+            found["pixels"] = self.pixels(records, stored.size if stored else self.manifest.teacher.image_size)
+        images = self.index.image[np.asarray(records)]
+        return [
+            {
+                "record": int(record),
+                "key": self.index.images.keys[int(image)],
+                "label": int(self.index.images.labels[image]),
+                "features": {block: x[n] for block, x in features.items()},
+                **{name: values[n] for name, values in found.items()},
+            }
+            for n, (record, image) in enumerate(zip(records, images, strict=True))
+        ]
 
     @property
     def rows(self) -> tuple[str, ...]:
