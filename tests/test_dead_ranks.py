@@ -6,79 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from conftest import tree_bytes
+from rank_fates import Work, dead, hanging, hanging_together, slow, slow_checkpoint, stopped, work
 from ranks import Fate, launch, start
 
-from pipeline.runtime.ranks import SECONDS, Ranks, _Watched, limit_seconds
+from pipeline.runtime.ranks import SECONDS, limit_seconds
 from singer.errors import UserError
 
-LIMIT = 6.0
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(["pipeline.runtime.ranks"])
-
-
-def dead(ranks: Ranks) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stopped(ranks: Ranks) -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def hanging(ranks: Ranks) -> None:
-    threading.Event().wait()
-
-
-def hanging_together(ranks: Ranks) -> None:
-    with ranks.together():
-        threading.Event().wait()
-
-
-def slow(ranks: Ranks) -> None:
-    """Work for longer than the limit, but step by step."""
-    for step in range(6):
-        time.sleep(LIMIT / 4)
-        ranks.step(f"step {step}")
-
-
-def slow_checkpoint(ranks: Ranks) -> None:
-    with ranks.slow():
-        time.sleep(1.5 * LIMIT)
-
-
-Work = Callable[[Ranks], None]
-
-
-def work(
-    rank: int, world: int, victim: int, fate: Work, places: list[tuple[Connection, Connection]], err: Path
-) -> None:
-    """Three steps, each with what stands for a collective operation; the victim meets its fate after the second."""
-    os.environ[SECONDS] = str(LIMIT)
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
-
-    def share(place: tuple[int, str]) -> tuple[int, str]:
-        if rank:
-            port, token = places[rank][0].recv()
-            return port, token
-        for _, send in places[1:]:
-            send.send(place)
-        return place
-
-    with _Watched("distill", rank, world, share) as ranks:
-        for step in range(3):
-            ranks.step(f"step {step}")
-            if step == 2 and rank == victim:
-                fate(ranks)
-            ranks.beat()
-            ranks.wait()
 
 
 def run(folder: Path, world: int, victim: int, fate: Work) -> tuple[dict[int, int | None], list[str]]:
@@ -100,21 +42,31 @@ def run(folder: Path, world: int, victim: int, fate: Work) -> tuple[dict[int, in
     return codes, [line for err in errs if err.exists() for line in err.read_text().splitlines()]
 
 
+CASES: list[tuple[int, int, Work, str]] = [
+    (2, 1, dead, "is dead"),
+    (3, 0, dead, "is dead"),
+    (2, 1, stopped, "has not answered for"),
+    (3, 0, stopped, "has not answered for"),
+    (3, 2, hanging, "has made no progress for"),
+    (2, 0, hanging, "has made no progress for"),
+    (2, 1, hanging_together, "has made no progress for"),
+    (2, 1, slow, ""),
+    (2, 1, slow_checkpoint, ""),
+]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[int, int | None], list[str]]]:
+    """What `run` gives for each case. They run at the same time: most of theirs is waiting."""
+    folders = [tmp_path_factory.mktemp("ranks") for _ in CASES]
+    with ThreadPoolExecutor(len(CASES)) as threads:
+        return list(threads.map(lambda folder, case: run(folder, *case[:3]), folders, CASES))
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("world", "victim", "fate", "why"),
-    [
-        (2, 1, dead, "is dead"),
-        (3, 0, dead, "is dead"),
-        (2, 1, stopped, "has not answered for"),
-        (3, 0, stopped, "has not answered for"),
-        (3, 2, hanging, "has made no progress for"),
-        (2, 0, hanging, "has made no progress for"),
-        (2, 1, hanging_together, "has made no progress for"),
-    ],
-)
-def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: Work, why: str) -> None:
-    codes, said = run(tmp_path, world, victim, fate)
+@pytest.mark.parametrize("number", [n for n, case in enumerate(CASES) if case[3]])
+def test_others_name_it_and_end(ran: list[tuple[dict[int, int | None], list[str]]], number: int) -> None:
+    (world, victim, _, why), (codes, said) = CASES[number], ran[number]
     assert codes == {rank: 2 for rank in range(world) if rank != victim}, said
     (line,) = said
     assert line.startswith(f"error: rank {victim} on {socket.gethostname()} {why}"), line
@@ -123,9 +75,9 @@ def test_others_name_it_and_end(tmp_path: Path, world: int, victim: int, fate: W
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("fate", [slow, slow_checkpoint])
-def test_slow_rank_lives(tmp_path: Path, fate: Work) -> None:
-    assert run(tmp_path, 2, 1, fate) == ({0: 0, 1: 0}, [])
+@pytest.mark.parametrize("number", [n for n, case in enumerate(CASES) if not case[3]])
+def test_slow_rank_lives(ran: list[tuple[dict[int, int | None], list[str]]], number: int) -> None:
+    assert ran[number] == ({0: 0, 1: 0}, [])
 
 
 def test_limit_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +90,9 @@ _FATES = {"is dead": signal.SIGKILL, "has not answered for": signal.SIGSTOP, "ha
 
 
 def _cases() -> list[object]:
-    """Every stage with every fate; those that must wait for the limit are slow."""
+    """Every stage with every fate; one of them by default."""
     return [
-        pytest.param(stage, why, marks=() if fate is signal.SIGKILL else pytest.mark.slow)
+        pytest.param(stage, why, marks=() if (stage, fate) == ("distill", signal.SIGKILL) else pytest.mark.slow)
         for stage in ("cache-teacher", "refine", "distill")
         for why, fate in _FATES.items()
     ]

@@ -395,6 +395,7 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
     return python, gate
 
 
+@pytest.mark.slow
 def test_two_workers_killed_and_resumed_give_the_same_students(
     world: Path, file: Path, whole: Path, tmp_path: Path, waiting: tuple[Path, Path]
 ) -> None:
