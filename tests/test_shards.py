@@ -733,6 +733,6 @@ def test_prepare_refusals(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "c" / "a.png")
     with pytest.raises(UserError, match="would have the same key 'c/a'"):
         prepare(config, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="is or touches the input"):
+    with pytest.raises(UserError, match="overlaps the input"):
         prepare(config, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "out").exists()

@@ -45,7 +45,7 @@ def rank_log() -> str:
 
 
 class _Screen(logging.Handler):
-    """Shows records on the console: one line each, each warning once. Other processes than the first show only errors."""
+    """Shows records on the console: one line each, each warning once. Later processes show only errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO if rank() == 0 else logging.ERROR)
