@@ -67,7 +67,7 @@ class RemoteLock:
         return True
 
     def _put_again(self, content: bytes, mode: "PutMode") -> "PutResult":
-        """Put, and repeat it if a connection was lost. The client does not repeat it: a second try may find the first."""
+        """Put, and repeat it if a connection was lost. The client does not, as a second try may meet the first one."""
         for _ in range(_TRIES - 1):
             try:
                 return obstore.put(self._client, self._key, content, mode=mode)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-# This is more than ImageNet-1k has shards. The user's limit may allow fewer.
+# This is more than the number of shards of ImageNet-1k. The user's limit may allow fewer.
 _MOST = 8192
 # The pool takes this share of the user's soft limit; the rest is for sockets, files that are written, and libraries.
 _SHARE = 0.5

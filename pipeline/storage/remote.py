@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # obstore has no such names at run time
 Result = TypeVar("Result")
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
-# Larger objects travel in pieces of this many bytes, several at once: a piece takes little time, and losing it too.
+# Larger objects travel in pieces of this many bytes, several at once: none takes long, and a lost one costs little.
 _PIECE = 8 * 2**20
 _PIECES_AT_ONCE = 6
 # Reading this many bytes in vain takes less time than another request.
