@@ -139,7 +139,10 @@ MISTAKES = {
         "2 of 2 images have no .cls",
     ),
     "out is the input": ("refine --cache {w}/cache --out {w}/cache --overwrite", "overlaps the input"),
-    "out holds the shards": ("cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite", "touches the input"),
+    "out holds the shards": (
+        "cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite",
+        "overlaps the input",
+    ),
     "out is the adapters": (
         "distill --cache {w}/cache --refiner {w}/adapters --out {w}/adapters --overwrite",
         "overlaps the input",

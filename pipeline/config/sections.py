@@ -197,7 +197,7 @@ class DistillConfig(Section):
     precision: Precision = key("no", "mixed precision of training", shared=True)
     workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
     checkpoint_minutes: Above = key(
-        10.0, "longest time between checkpoints; there is also one after every epoch", "speed"
+        10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"
     )
     read_block: Positive = key(
         1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True
