@@ -1,4 +1,4 @@
-"""The method, in pure torch: no file, process or clock is touched here.
+"""The method in pure torch: it touches no file, process or clock.
 
 Shapes used throughout: B images, N tokens (prefix tokens first, then patches in row-major order), P prefix
 tokens (CLS and registers), d channels, r adapter rank. Block numbers are 0-based.
@@ -53,7 +53,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name where it is first used: who needs only an error class need not wait for torch (PEP 562)."""
+    """Import a name when it is first used (PEP 562): code that needs only an error class does not wait for torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""timm models, seen as what distillation needs: images in, tokens of chosen blocks out.
+"""What distillation needs of a timm model: images go in, tokens of chosen blocks come out.
 
 A Vision Transformer gives its tokens; any other model that has timm's forward_intermediates gives the positions of its
 feature maps as patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens.
@@ -15,17 +15,18 @@ from singer.errors import UserError
 
 
 def is_vit(model: nn.Module) -> bool:
+    """Return whether a model is a Vision Transformer of timm."""
     return isinstance(model, VisionTransformer)
 
 
 def depth(model: nn.Module) -> int:
-    """Blocks of a ViT; stages of another model."""
+    """Return the number of blocks of a ViT, or of stages of another model."""
     info: Any = model.blocks if is_vit(model) else model.feature_info
     return len(info)
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm of a ViT's tokens behind its last block, if it has one; models that pool first call it fc_norm."""
+    """Return the norm of a ViT's tokens after its last block, if it has one; models that pool first call it fc_norm."""
     if not is_vit(model):
         return None
     norm: Any = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
@@ -33,14 +34,14 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 def grid_size(model: VisionTransformer) -> tuple[int, int]:
-    """(rows, columns) of patch tokens at the resolution that the model was built for."""
+    """Return (rows, columns) of the patch tokens at the resolution that the model was built for."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
 
 
 @torch.no_grad()
 def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]]]:
-    """(width, (rows, columns)) of the tokens of every block at an image size, in pixels."""
+    """List (width, (rows, columns)) of the tokens of every block at an image size in pixels."""
     if isinstance(model, VisionTransformer):
         return [(int(model.embed_dim), grid_size(model))] * depth(model)
     training, place = model.training, next(model.parameters())
@@ -51,7 +52,7 @@ def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]
 
 
 def resolve_blocks(blocks: Sequence[int] | None, model_depth: int) -> list[int]:
-    """Block numbers as sorted non-negative ones. Negative numbers count from the end.
+    """Return block numbers as sorted non-negative numbers. Negative numbers count from the end.
 
     The default is the paper's choice of one intermediate block at three quarters of the depth and the last:
     {8, 11} of 12 and {17, 23} of 24. Raises UserError for a block that does not exist or is named twice.
@@ -63,12 +64,12 @@ def resolve_blocks(blocks: Sequence[int] | None, model_depth: int) -> list[int]:
         raise UserError(f"block {wrong[0]} does not exist: this model has {model_depth} blocks, 0 to {model_depth - 1}")
     resolved = sorted(b % model_depth for b in blocks)
     if len(set(resolved)) < len(resolved) or not resolved:
-        raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
+        raise UserError(f"blocks must be one or more different numbers, not {list(blocks)}")
     return resolved
 
 
 def block_outputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-    """Raw outputs (B, P + patches, d) of the given blocks, before the final norm.
+    """Return raw outputs (B, P + patches, d) of the given blocks, before the final norm.
 
     images: (B, 3, H, W), normalised. Nothing after the last wanted block is computed.
     """
@@ -94,7 +95,7 @@ def block_outputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> di
 
 
 def _maps(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Feature maps (B, d, rows, columns) of some stages."""
+    """Return the feature maps (B, d, rows, columns) of some stages."""
     maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]
         images, indices=list(blocks), stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
@@ -102,9 +103,10 @@ def _maps(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tenso
 
 
 def freeze_unused(model: nn.Module, last_block: int, image_size: int) -> None:
-    """Stop gradients of what has no part in the blocks up to the last supervised one.
+    """Freeze the parameters that have no part in the blocks up to the last supervised one.
 
-    It would get none, and DDP refuses that. What it is, is found by sending a gradient back through them.
+    They would get no gradient, and DDP refuses that. A backward pass from these blocks finds the others.
+    image_size: in pixels.
     """
     training, place = model.training, next(model.parameters())
     model.eval()

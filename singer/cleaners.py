@@ -1,7 +1,7 @@
 """Cleaners: features (B, N, d) of a block -> the same without artifacts, in the teacher's units. Prefix tokens stay.
 
-A new one is a class that takes a Shape and a registry line. `fit` sets what has a closed form; a cleaner with
-`trained = True` is fitted by gradient instead. All state is buffers and parameters.
+A new cleaner is a class that takes a Shape, and a line in the registry. `fit` sets what has a closed form; a cleaner
+with `trained = True` is fitted by gradient instead. All state is buffers and parameters.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from singer.fit_context import FitContext
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a block's features: width d, prefix tokens, the grid of the patches (None if only some are stored).
+    """Shape of a block's features: width d, prefix tokens, the grid of the patches (None if only some are stored).
 
-    rank: of adapters. softness: μ of the projector.
+    rank: the rank r of adapters. softness: μ of the projector.
     """
 
     width: int
@@ -29,10 +29,10 @@ class Shape:
 
 
 class Cleaner(nn.Module):
-    """`none`: features as they are; the others derive from it and give `patches`."""
+    """`none`: features stay as they are. The other cleaners derive from this class and override `patches`."""
 
     trained = False
-    # Whether `fit` looks at tokens, and not at the scale alone.
+    # True if `fit` reads tokens and not only the scale.
     needs_tokens = False
 
     def __init__(self, shape: Shape) -> None:
@@ -40,19 +40,20 @@ class Cleaner(nn.Module):
         self.shape = shape
 
     def fit(self, context: FitContext) -> None:
-        """Set buffers from the evidence of the block."""
+        """Set buffers from a sample of the block's features."""
 
     def patches(self, patches: Tensor) -> Tensor:
-        """Clean patch tokens (B, patches, d)."""
+        """Return patch tokens (B, patches, d) without artifacts."""
         return patches
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Clean the patches of tokens (B, N, d)."""
         prefix = self.shape.prefix
         return torch.cat([tokens[:, :prefix], self.patches(tokens[:, prefix:])], dim=1)
 
 
 class Clip(Cleaner):
-    """`clip`: patch tokens above the robust threshold are scaled down to it; the plainest control."""
+    """`clip`: patch tokens above the robust threshold are scaled down to it. This is the plainest control."""
 
     threshold: Tensor
 
@@ -61,20 +62,23 @@ class Clip(Cleaner):
         self.register_buffer("threshold", torch.tensor(float("inf")))
 
     def fit(self, context: FitContext) -> None:
+        """Take the threshold of the block."""
         self.threshold.fill_(context.scale.threshold)
 
     def patches(self, patches: Tensor) -> Tensor:
+        """Scale patch tokens (B, patches, d) above the threshold down to it."""
         return clip_norms(patches, self.threshold)
 
 
 class Neighbour(Clip):
     """`neighbour`: artifacts become the mean of the clean patches around them (SINDER, arXiv 2407.16826).
 
-    Where the cache holds a share of the patches, the mean of all clean ones of the image. Where an image has no clean
-    patch, as `clip`.
+    Where the cache holds a share of the patches, it is the mean of all clean patches of the image. In an image without
+    a clean patch, artifacts are clipped as by `clip`.
     """
 
     def patches(self, patches: Tensor) -> Tensor:
+        """Replace artifacts among patch tokens (B, patches, d) by the mean of clean neighbours."""
         clean = clean_mask(patches.norm(dim=-1), self.threshold)
         return torch.where(clean.unsqueeze(-1), patches, expected_patches(patches, self.threshold, self.shape.grid))
 
@@ -82,8 +86,9 @@ class Neighbour(Clip):
 class Projector(Neighbour):
     """`projector`: artifacts move to the mean t of their clean neighbours, most where the final norm sees least.
 
-    Closed form, no training: x - (I + μC̃)⁻¹(x - t), C̃ = C·d/tr C, for tokens above the threshold. It minimises
-    |x' - t|² + μ(x' - x)ᵀC̃(x' - x). What is still above the threshold then is scaled down to it.
+    It has a closed form and needs no training: x' = x - (I + μC̃)⁻¹(x - t), C̃ = C·d/tr C, for tokens above the
+    threshold. This minimises |x' - t|² + μ(x' - x)ᵀC̃(x' - x). Tokens that are still above the threshold then are
+    scaled down to it.
     """
 
     needs_tokens = True
@@ -94,6 +99,7 @@ class Projector(Neighbour):
         self.register_buffer("move", torch.zeros(shape.width, shape.width))
 
     def fit(self, context: FitContext) -> None:
+        """Set the threshold and (I + μC̃)⁻¹ from the block's curvature at the final norm."""
         super().fit(context)
         seen = curvature(context, "final-norm")
         d = len(seen)
@@ -102,11 +108,12 @@ class Projector(Neighbour):
         self.move.copy_(torch.linalg.inv(eye + self.shape.softness * scaled))
 
     def patches(self, patches: Tensor) -> Tensor:
+        """Move artifacts among patch tokens (B, patches, d) towards the mean of their clean neighbours."""
         return clip_norms(patches - (patches - super().patches(patches)) @ self.move, self.threshold)
 
 
 class Adapter(Cleaner):
-    """`adapter`: x + (x·down)·up on patch tokens (SiNGER). down (d, r), up (r, d)."""
+    """`adapter`: patch tokens become x + (x·down)·up (SiNGER). down (d, r), up (r, d)."""
 
     trained = True
 
@@ -125,6 +132,7 @@ class Adapter(Cleaner):
         self.up.copy_(directions.T) if doubled else self.up.zero_()
 
     def patches(self, patches: Tensor) -> Tensor:
+        """Add the low-rank correction to patch tokens (B, patches, d)."""
         return patches + (patches @ self.down) @ self.up
 
 

@@ -1,8 +1,8 @@
-"""How strongly a reader of a block's output sees each direction of it: a sketch of C = E[JᵀJ].
+"""How strongly a reader of a block's output responds to each direction of it: a sketch of C = E[JᵀJ].
 
 J is the Jacobian of a chosen reader by one token. With v ~ N(0, I) on the reader's output, one backward pass gives
-u = Jᵀv of every token at once, and E[u uᵀ] = C. Whatever the block is made of (LayerScale, registers, parallel MLPs,
-gates) is in it, because the block itself is run.
+u = Jᵀv of every token at once, and E[u uᵀ] = C. C includes whatever the block is made of (LayerScale, registers,
+parallel MLPs, gates), because the block itself is run.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ _BATCH = 16
 
 
 def read_branch(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
-    """What the next block adds: all its branches, without the identity path. Of the last block: the final norm."""
+    """Return what the next block adds, without the identity path; after the last block, the final normed tokens."""
     return suffix.next_output(tokens, block) - tokens if not suffix.is_last(block) else suffix.normed(tokens, block)
 
 
 def read_next_norm(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
-    """The output of the norm that comes first in the next block; of the last block: of the final norm."""
+    """Return the output of the norm that comes first in the next block; after the last block, of the final norm."""
     return suffix.next_norm(tokens, block)
 
 
 def read_final_norm(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor:
-    """The final normed tokens of the teacher: what everybody downstream sees."""
+    """Return the final normed tokens of the teacher, which every downstream task reads."""
     return suffix.normed(tokens, block)
 
 
@@ -36,9 +36,10 @@ READERS: dict[str, Reader] = {"branch": read_branch, "next-norm": read_next_norm
 
 
 def curvature(context: FitContext, reader: str, draws: int = 1) -> Tensor:
-    """Sketch of C (d, d) float64 over the clean patch tokens of the sample; `draws` vectors v an image.
+    """Sketch C (d, d) float64 over the clean patch tokens of the sample, with `draws` vectors v for each image.
 
-    Clean tokens: that is where refined tokens are to lie, and norms make all directions of an artifact look flat.
+    Only clean tokens count: refined tokens are to be among them, and norms make all directions of an artifact look
+    flat.
     """
     d, generator = context.tokens.shape[-1], context.generator()
     total = torch.zeros(d, d, dtype=torch.float64, device=context.tokens.device)
@@ -51,7 +52,7 @@ def curvature(context: FitContext, reader: str, draws: int = 1) -> Tensor:
         for draw in range(draws):
             v = torch.randn(y.shape, generator=generator).to(y)
             (u,) = torch.autograd.grad(y, x, v, retain_graph=draw + 1 < draws)
-            seen = u[:, context.prefix :][keep].double()
-            total += seen.T @ seen
-            count += len(seen)
+            rows = u[:, context.prefix :][keep].double()
+            total += rows.T @ rows
+            count += len(rows)
     return total / max(1, count)

@@ -17,23 +17,23 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 
 
 def norm_quantiles(norms: Tensor) -> dict[str, float]:
-    """Of patch norms of any shape: {"1 %": ..., "100 %": ...}."""
+    """Return quantiles of patch norms of any shape: {"1 %": ..., "100 %": ...}."""
     ordered = norms.flatten().sort().values
     return {f"{100 * q:g} %": float(ordered[round(q * (len(ordered) - 1))]) for q in QUANTILES}
 
 
 def artifact_map(context: FitContext) -> Tensor:
-    """Share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
+    """Return the share (%) of the images with an artifact at each patch, (rows, columns). Needs a whole grid."""
     assert context.grid is not None
     share: Tensor = 100 * (~context.clean).float().mean(0).unflatten(0, context.grid)
     return share
 
 
 def artifact_direction(context: FitContext) -> dict[str, float]:
-    """What the artifact tokens have in common, apart from their length; empty if there are fewer than two.
+    """Measure what the artifact tokens have in common, apart from their length; {} if there are fewer than two.
 
-    cosine: mean over all pairs; rank: exp of the entropy of the spectrum of their unit vectors; first_share (%): of
-    the first singular direction; channel and channel_share (%): the one that carries most of it.
+    cosine: mean over all pairs; rank: exp of the entropy of the spectrum of their unit vectors; first_share (%): share
+    of the first singular direction; channel and channel_share (%): the channel with the largest part of that direction.
     """
     artifacts = F.normalize(context.patches[~context.clean].double(), dim=1)
     count = len(artifacts)
@@ -53,10 +53,10 @@ def artifact_direction(context: FitContext) -> dict[str, float]:
 
 
 def loss_share(context: FitContext, clean: Clean | None = None) -> dict[str, float]:
-    """Share (%) of the artifact tokens in L_KD (mse), and in its gradient, of a student that knows the clean mean.
+    """Return the share (%) of artifact tokens in L_KD (mse) and its gradient, for a student that knows the clean mean.
 
-    That is where students stand after their first steps; a token's gradient grows with its error (the paper's bias
-    analysis). clean: a refiner; the tokens counted stay those that are artifacts in the original.
+    This is the state of a student after its first steps; a token's gradient grows with its error (the paper's bias
+    analysis). clean: a refiner; the tokens counted are still those that are artifacts in the original.
     """
     artifact = ~context.clean
     tokens = context.tokens if clean is None else clean(context.tokens)
@@ -71,9 +71,10 @@ def loss_share(context: FitContext, clean: Clean | None = None) -> dict[str, flo
 
 @torch.no_grad()
 def reader_drift(context: FitContext, clean: Clean) -> dict[str, dict[str, float]]:
-    """{reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}: how the readers' outputs change.
+    """Measure how much a refiner changes the readers' outputs.
 
-    l2 (%): of the change over that of the original output; patch tokens that are clean and artifacts apart.
+    Returns {reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}. l2 (%): L2 norm of the change over
+    that of the original output. Clean patch tokens and artifacts are measured apart.
     """
     found: dict[str, dict[str, float]] = {}
     kinds = {"clean": context.clean, "artifact": ~context.clean}
@@ -101,11 +102,11 @@ def reader_drift(context: FitContext, clean: Clean) -> dict[str, dict[str, float
 
 @torch.no_grad()
 def splice(context: FitContext, clean: Clean) -> dict[str, float]:
-    """The teacher's own verdict with refined features in place of the block's output: agreement and divergence.
+    """Compare the teacher's predictions from refined features with those from the block's own output.
 
-    top1 (%): images whose first class stays; kl: mean Kullback-Leibler divergence of the refined from the original
-    prediction, nats; gram: mean squared error of the cosine Gram of clean patches. A teacher without a head has
-    only gram.
+    top1 (%): share of images that keep their first class; kl: mean Kullback-Leibler divergence of the refined from the
+    original prediction, nats; gram: mean squared error of the cosine Gram of clean patches. A teacher without a head
+    has only gram.
     """
     same, divergence, gram = 0, 0.0, 0.0
     classes = getattr(context.suffix.model, "num_classes", 0) > 0

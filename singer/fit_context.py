@@ -1,4 +1,4 @@
-"""What a refiner of a block may be computed from: the cache alone."""
+"""What a refiner of a block may be computed from: the cache and nothing else."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class FitContext:
-    """A sample of a block's features, what is normal there, and the frozen end of the teacher that reads them.
+    """A sample of a block's features, their scale, and the frozen suffix of the teacher that reads them.
 
     tokens: (n, N, d) float32, prefix tokens first. grid: (rows, columns) of the patches; None where only some patches
-    of each image are stored. seed: for whatever is drawn.
+    of each image are stored. seed: seed of all that is drawn.
     """
 
     suffix: TeacherSuffix
@@ -27,22 +27,23 @@ class FitContext:
 
     @property
     def patches(self) -> Tensor:
+        """Return the patch tokens (n, patches, d)."""
         return self.tokens[:, self.prefix :]
 
     @property
     def clean(self) -> Tensor:
-        """True (n, patches) where a token is no artifact."""
+        """Return True (n, patches) where a token is no artifact."""
         return clean_mask(patch_norms(self.tokens, self.prefix), self.scale.threshold)
 
     def generator(self) -> torch.Generator:
-        """On the CPU, so that every device draws alike."""
+        """Make a generator on the CPU, so that every device draws the same numbers."""
         return torch.Generator().manual_seed(self.seed)
 
     def artifact_energy(self) -> Tensor:
-        """A = E over artifact tokens of (x - x̃)(x - x̃)ᵀ, (d, d) float64; zero where there are none.
+        """Compute A = E over artifact tokens of (x - x̃)(x - x̃)ᵀ, (d, d) float64; zero if there are none.
 
-        x̃ is the mean of the clean neighbours, or of all clean tokens of the image where the grid is not whole; in an
-        image without a clean token, the token scaled down to the threshold.
+        x̃ is the mean of the clean neighbours, or of all clean tokens of the image where the grid is not whole. In an
+        image without a clean token, it is the token scaled down to the threshold.
         """
         patches = self.patches
         expected = expected_patches(patches, self.scale.threshold, self.grid)

@@ -1,7 +1,7 @@
 """The losses that fit adapters (SiNGER, arXiv 2509.20986), in this project's, the paper's and the authors' forms.
 
-L_outlier has forms (norms of refined patches (B, patches), scale of the block, γ) -> scalar; L_info has forms of an
-`Exchange` and a block. A new form is a function and a registry line.
+L_outlier has forms (norms of refined patches (B, patches), scale of the block, γ) -> scalar; L_info has forms of a
+RefinementBatch and a block. A new form is a function and a line in the registry.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,11 +27,11 @@ class RefinementBatch:
     prefix: int
 
     def clean(self, block: int) -> Tensor:
-        """True (B, patches) where the ORIGINAL token is no artifact."""
+        """Return True (B, patches) where the ORIGINAL token is no artifact."""
         return clean_mask(patch_norms(self.original[block], self.prefix), self.scales[block].threshold)
 
     def next_block_outputs(self, block: int) -> tuple[Tensor, Tensor]:
-        """Outputs (B, N, d) of the next block for refined and original tokens; of the last block, they themselves."""
+        """Return outputs (B, N, d) of the next block for refined and original tokens; for the last, the tokens."""
         with torch.no_grad():
             original = self.suffix.next_output(self.original[block], block)
         return self.suffix.next_output(self.refined[block], block), original
@@ -42,63 +42,63 @@ InfoForm = Callable[[RefinementBatch, int], Tensor]
 
 
 def robust_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
-    """Mean squared excess over a fixed robust threshold, in units of the median norm: no clean image is punished."""
+    """Compute the mean squared excess over a fixed threshold, in units of the median norm; clean images add nothing."""
     return ((norms - scale.threshold).clamp_min(0) / max(scale.median, 1e-12)).square().mean()
 
 
 def paper_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
-    """Mean excess of the tokens above the γ-quantile of their image's refined norms (un-squared, as in the paper)."""
+    """Compute the mean excess over the γ-quantile of the image's refined norms (un-squared, as in the paper)."""
     return _excess(norms, quantile).mean()
 
 
 def official_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
-    """The authors' code: mean SQUARED excess of the tokens above their image's γ-quantile, pooled over the batch."""
+    """Compute the mean SQUARED excess over the image's γ-quantile, pooled over the batch (the authors' code)."""
     return _excess(norms, quantile).square().mean()
 
 
 def _excess(norms: Tensor, quantile: float) -> Tensor:
-    """Excess of the norms (B, n) that lie above their row's quantile, in one dimension; the quantile is detached."""
+    """Return, in one dimension, by how much norms (B, n) exceed their row's quantile; the quantile is detached."""
     limit = torch.quantile(norms.detach(), quantile, dim=1, keepdim=True)
     excess = (norms - limit)[norms > limit]
     return excess if len(excess) else norms.new_zeros(1)
 
 
 def cosine_gram(tokens: Tensor) -> Tensor:
-    """Patch-to-patch cosine similarities (B, n, n) of tokens (B, n, d)."""
+    """Compute the patch-to-patch cosine similarities (B, n, n) of tokens (B, n, d)."""
     unit = F.normalize(tokens, dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
 def gram_error(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
-    """Mean squared difference of the cosine Grams of tokens (B, n, d), over pairs of clean tokens, clean (B, n)."""
+    """Compute the mean squared difference of cosine Grams of tokens (B, n, d), over pairs of tokens in clean (B, n)."""
     pairs = (clean.unsqueeze(1) & clean.unsqueeze(2)).to(refined.dtype)
     error = (cosine_gram(refined) - cosine_gram(original)).square() * pairs
     return error.sum() / pairs.sum().clamp_min(1)
 
 
 def clean_info(batch: RefinementBatch, block: int) -> Tensor:
-    """Cosine Grams behind the next block, of clean tokens only: an artifact's similarities are what is to change."""
+    """Compare cosine Grams of clean tokens after the next block; the similarities of artifacts are meant to change."""
     refined, original = batch.next_block_outputs(block)
     return gram_error(refined[:, batch.prefix :], original[:, batch.prefix :], batch.clean(block))
 
 
 def paper_info(batch: RefinementBatch, block: int) -> Tensor:
-    """Cosine Grams of all patches behind the next block, of the last block its own (the paper)."""
+    """Compare cosine Grams of all patches after the next block; for the last block, after that block (the paper)."""
     refined, original = (x[:, batch.prefix :] for x in batch.next_block_outputs(block))
     return F.mse_loss(cosine_gram(refined), cosine_gram(original))
 
 
 def official_info(batch: RefinementBatch, block: int) -> Tensor:
-    """The authors' code: MSE of the next block's raw outputs (all tokens).
+    """Compute the MSE of the next block's raw outputs over all tokens (the authors' code).
 
-    Of the last block, the cosine Gram of its refined patches against that of the last intermediate block's refined
-    patches. Raises UserError if there is no intermediate block.
+    For the last block, compare the cosine Gram of its refined patches with that of the last intermediate block's
+    refined patches. Raises UserError if there is no intermediate block.
     """
     if not batch.suffix.is_last(block):
         return F.mse_loss(*batch.next_block_outputs(block))
     others = [b for b in batch.refined if b != block]
     if not others:
-        raise UserError("refine.info_form official needs an intermediate block beside the last; cache another block")
+        raise UserError("refine.info_form official needs an intermediate block besides the last; cache another block")
     last, before = (batch.refined[b][:, batch.prefix :] for b in (block, max(others)))
     return F.mse_loss(cosine_gram(last), cosine_gram(before))
 
@@ -109,15 +109,16 @@ OUTLIER_FORMS: dict[str, OutlierForm] = {
     "official": official_outlier,
 }
 INFO_FORMS: dict[str, InfoForm] = {"clean": clean_info, "paper": paper_info, "official": official_info}
-# Those in which a block's loss depends on another block's adapter.
+# In these forms a block's loss depends on another block's adapter.
 COUPLED = {"official"}
 
 
 def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
-    """Share of the variance of clean tokens (B, n, d), clean (B, n), that refinement changes; 0 is none.
+    """Compute the share of the variance of clean tokens (B, n, d), clean (B, n), that refinement changes; 0 is none.
 
-    Not in the paper: the Gram of L_info is blind to rotations and to the length of tokens, so that adapters may
-    drift far while it stays small. A shift common to all tokens is free; it says nothing about an image.
+    Not in the paper: the Gram of L_info does not change with rotations and with the length of tokens, so that
+    adapters may drift far while it stays small. A shift common to all tokens costs nothing: it says nothing about an
+    image.
     """
     x = original[clean]
     change = refined[clean] - x
@@ -128,7 +129,7 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
 def adapter_losses(
     batch: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
 ) -> dict[str, dict[int, Tensor]]:
-    """{"outlier": {block: loss}, "info": ..., "keep": ...}; keep only if asked for."""
+    """Return {"outlier": {block: loss}, "info": ..., "keep": ...}, with "keep" only if `keep` is true."""
     prefix = batch.prefix
     losses = {
         "outlier": {

@@ -1,25 +1,25 @@
-"""What patch tokens look like as pictures: similarity to one of them, and their principal components."""
+"""Patch tokens as pictures: similarity to one of them, and their principal components."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Components that are shown: red, green and blue.
+# Three components are shown: red, green and blue.
 COLOURS = 3
 
 
 def cosine_to(patches: Tensor, marked: Tensor) -> Tensor:
-    """Cosine similarity (n, P) of the patches (n, P, d) of each image to its patch of number marked (n,)."""
+    """Compute the cosine similarity (n, P) of each image's patches (n, P, d) to its patch of number marked (n,)."""
     own = patches[torch.arange(len(patches)), marked].unsqueeze(1)
     similarity: Tensor = F.cosine_similarity(patches, own, dim=-1)
     return similarity
 
 
 def principal_scores(patches: Tensor) -> Tensor:
-    """The first three principal components of all patches (n, P, d) together, each of mean 0 and variance 1: (n, P, 3).
+    """Compute the first three principal components of all patches (n, P, d) together, with mean 0 and variance 1.
 
-    Of fewer channels, or where nothing varies, the missing components are zero. A component's sign is such that its
-    largest loading is positive.
+    Returns (n, P, 3). With fewer channels, or where nothing varies, the missing components are zero. A component's sign
+    is such that its largest loading is positive.
     """
     flat = patches.flatten(0, 1).double()
     centred = flat - flat.mean(0)
@@ -34,10 +34,10 @@ def principal_scores(patches: Tensor) -> Tensor:
 
 
 def turn_towards(scores: Tensor, grid: tuple[int, int], target: Tensor, target_grid: tuple[int, int]) -> Tensor:
-    """Scores (n, P, c) in the rotation that brings them nearest to a target (n, Q, c): orthogonal Procrustes.
+    """Rotate scores (n, P, c) so that they come nearest to a target (n, Q, c): orthogonal Procrustes.
 
-    Components of two models have no common order and sign; this gives them one, and changes no distances. grid,
-    target_grid: (rows, columns) of P and Q.
+    Components of two models have no common order and sign; this rotation gives them one, and changes no distances.
+    grid, target_grid: (rows, columns) of P and Q.
     """
     maps = scores.transpose(1, 2).unflatten(2, grid)
     resized = F.interpolate(maps, size=target_grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)

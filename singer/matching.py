@@ -1,4 +1,4 @@
-"""Which student block learns from which teacher block, and how token grids of different sizes meet."""
+"""Which student block learns from which teacher block, and how token grids of different sizes are compared."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from singer.errors import UserError
 
 
 def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_depth: int) -> dict[int, int]:
-    """{teacher block: student block}, each student block used once, in order, by relative depth.
+    """Return {teacher block: student block}: each student block is used at most once, in order, by relative depth.
 
-    Depth is counted at a block's OUTPUT, (l + 1) / depth, so that last meets last and equal depths give the
-    identity (counted at its input, as in the authors' code, the student's last block stays without a target).
+    Depth is counted at a block's OUTPUT, (l + 1) / depth, so that the last block gets the last one and equal depths
+    give the identity. (Counted at the input, as in the authors' code, the student's last block has no target.)
     Raises UserError if there are more teacher blocks than student blocks.
     """
     if len(teacher_blocks) > student_depth:
@@ -22,7 +22,7 @@ def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_dept
             f"{len(teacher_blocks)} teacher blocks cannot be matched to {student_depth} student blocks: "
             "cache fewer blocks or take a deeper student"
         )
-    # Half a second that only training needs to spend.
+    # This import takes half a second, which only training needs to spend.
     from scipy.optimize import linear_sum_assignment
 
     teacher = (np.array(teacher_blocks) + 1) / teacher_depth
@@ -32,13 +32,13 @@ def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_dept
 
 
 def take_patches(tokens: Tensor, prefix: int, positions: Tensor) -> Tensor:
-    """Prefix tokens and, of the patches, those at positions (B, k): (B, P + patches, d) -> (B, P + k, d)."""
+    """Take the prefix tokens and the patches at positions (B, k): (B, P + patches, d) -> (B, P + k, d)."""
     rows = positions.to(tokens.device).long().unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
     return torch.cat([tokens[:, :prefix], tokens[:, prefix:].gather(1, rows)], dim=1)
 
 
 def resize_tokens(tokens: Tensor, prefix: int, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Tokens (B, P + rows·columns, d) with their patch grid interpolated to the target (rows, columns)."""
+    """Interpolate the patch grid of tokens (B, P + rows·columns, d) to the target (rows, columns)."""
     if grid == target:
         return tokens
     patches = tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)

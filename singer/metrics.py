@@ -10,14 +10,14 @@ from singer.errors import UserError
 
 # The normal distribution has 95 % of its mass within this many standard deviations.
 _Z95 = 1.959964
-# Rows that are compared with all others at once.
+# So many rows are compared with all others at once.
 _CHUNK = 256
 
 
 def knn_scores(
     train: Tensor, labels: Tensor, test: Tensor, classes: int, neighbours: int, temperature: float
 ) -> Tensor:
-    """Class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
+    """Compute class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
 
     train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature).
     """
@@ -33,13 +33,13 @@ def knn_scores(
 
 
 def topk_percent(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Share (%) of rows of scores (m, classes) whose label is among the k highest."""
+    """Return the share (%) of rows of scores (m, classes) that have their label among the k highest scores."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100.0 * float((best == labels[:, None]).any(1).float().mean())
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts (classes, classes) of elements by label (row) and prediction (column).
+    """Count elements (classes, classes) by label (row) and prediction (column).
 
     predicted, labels: integers of one shape; elements with a negative label are left out.
     """
@@ -49,13 +49,13 @@ def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def class_iou(counts: Tensor) -> Tensor:
-    """Intersection over union (classes,) of a confusion matrix; NaN for classes that neither side has."""
+    """Compute the intersection over union (classes,) of a confusion matrix; NaN for classes that neither side has."""
     both = counts.diagonal()
     return both / (counts.sum(0) + counts.sum(1) - both)
 
 
 def wilson_percent(right: int, total: int) -> tuple[float, float]:
-    """The 95 % confidence interval (%) of a share right / total, by Wilson's score (1927).
+    """Compute the 95 % confidence interval (%) of a share right / total, by Wilson's score (1927).
 
     Unlike the normal approximation it stays within 0 to 100 and is right near both ends.
     """
@@ -67,20 +67,20 @@ def wilson_percent(right: int, total: int) -> tuple[float, float]:
 
 
 def shot_groups(counts: Tensor, thresholds: tuple[int, int]) -> dict[str, Tensor]:
-    """Masks (classes,) of the classes with many, medium and few training images (Liu et al. 2019).
+    """Return masks (classes,) of the classes with many, medium and few training images (Liu et al. 2019).
 
-    counts: (classes,), training images of each class; thresholds (low, high): few is below low, many above high.
+    counts: (classes,), training images of each class; thresholds (low, high): few is below low, many is above high.
     """
     low, high = thresholds
     return {"many": counts > high, "medium": (counts >= low) & (counts <= high), "few": counts < low}
 
 
 def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
-    """Each row of x (n, d) looks for others of its label (n,) by cosine similarity; figures in percent.
+    """Measure in percent how well each row of x (n, d) finds others of its label (n,) by cosine similarity.
 
     map: the mean over queries of average precision, taken over the full ranking; recall1, recall5: the share of queries
     with one of its label among the nearest 1 and 5. The query itself is no candidate, and a row that is alone with its
-    label is none of the queries. Raises UserError if there are no queries.
+    label is no query. Raises UserError if there are no queries.
     """
     if len(labels.unique()) == len(labels):
         raise UserError("no label occurs twice")
@@ -88,7 +88,7 @@ def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
     precisions, firsts = [], []
     for rows in torch.arange(len(x)).split(_CHUNK):
         similarity = x[rows] @ x.T
-        similarity[torch.arange(len(rows)), rows] = -torch.inf  # comes last, and is cut off
+        similarity[torch.arange(len(rows)), rows] = -torch.inf  # the query itself comes last, and is cut off
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
         hits = labels[order] == labels[rows, None]
         hits = hits[hits.any(1)]
@@ -103,10 +103,10 @@ def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def expected_depth(logits: Tensor, low: float, high: float) -> Tensor:
-    """Depth (B, h, w) in meters: the mean of bins spread evenly over low to high, weighted by logits (B, bins, h, w).
+    """Compute depth (B, h, w) in meters: the mean of bins from low to high, weighted by logits (B, bins, h, w).
 
-    Weights are relu(logit) + 0.1, divided by their sum, as in the linear depth heads of DINOv2 (Oquab et al. 2023)
-    after AdaBins (Bhat et al. 2021).
+    Bins are spread evenly. Weights are relu(logit) + 0.1, divided by their sum, as in the linear depth heads of DINOv2
+    (Oquab et al. 2023) after AdaBins (Bhat et al. 2021).
     """
     weights = logits.relu() + 0.1
     bins = torch.linspace(low, high, logits.shape[1], device=logits.device, dtype=logits.dtype)
@@ -114,10 +114,10 @@ def expected_depth(logits: Tensor, low: float, high: float) -> Tensor:
 
 
 def silog_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """The scale-invariant logarithmic loss of depth (Eigen et al. 2014), in the form of AdaBins.
+    """Compute the scale-invariant logarithmic loss of depth (Eigen et al. 2014), in the form of AdaBins.
 
-    The root of var(g) + 0.15 mean(g)^2 with g = log(predicted / true). predicted, true: one shape, meters, predicted
-    above 0; where true is 0 it is missing and does not count. 0 if all are missing.
+    It is the root of var(g) + 0.15 mean(g)^2 with g = log(predicted / true). predicted, true: one shape, meters,
+    predicted above 0; where true is 0 it is missing and does not count. The loss is 0 if all are missing.
     """
     seen = true > 0
     count = seen.sum().clamp(min=1)
@@ -127,13 +127,13 @@ def silog_loss(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def l1_loss(predicted: Tensor, true: Tensor) -> Tensor:
-    """The mean absolute error of depth. predicted, true: one shape; where true is 0 it does not count."""
+    """Compute the mean absolute error of depth. predicted, true: one shape; where true is 0 it does not count."""
     seen = true > 0
     return torch.where(seen, (predicted - true).abs(), 0.0).sum() / seen.sum().clamp(min=1)
 
 
 def depth_sums(predicted: Tensor, true: Tensor) -> Tensor:
-    """What depth_figures needs of some pixels; add up those of all images.
+    """Compute what depth_figures needs of some pixels; the sums of several images can be added.
 
     predicted, true: one shape, meters, predicted above 0; where true is 0 it is missing and does not count. Returns
     (4,) float64: pixels, and sums of squared errors, relative errors and errors below a factor of 1.25.
@@ -144,6 +144,6 @@ def depth_sums(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def depth_figures(sums: Tensor) -> dict[str, float]:
-    """RMSE (meters), AbsRel and delta1 (shares) over all pixels in the sums of depth_sums."""
+    """Compute RMSE (meters), AbsRel and delta1 (shares) over all pixels in the sums of depth_sums."""
     square, relative, within = (sums[1:] / sums[0]).tolist()
     return {"rmse": math.sqrt(square), "abs_rel": relative, "delta1": within}

@@ -1,6 +1,7 @@
 """Normalisers of clean targets: tokens (B, N, d) of a block -> tokens on a scale that suits a student.
 
-A new one is a class that takes a Shape and a registry line. `fit` gets the channel moments of clean tokens.
+A new normaliser is a class that takes a Shape, and a line in the registry. `fit` gets the channel moments of clean
+tokens.
 """
 
 import torch
@@ -14,7 +15,7 @@ from singer.errors import UserError
 class Moments:
     """Running mean and variance, in float64, of clean patch tokens and of each prefix position.
 
-    whole: the covariance of patch tokens too, which costs far more.
+    whole: also collect the covariance of patch tokens, which costs far more.
     """
 
     def __init__(self, shape: Shape, whole: bool = False) -> None:
@@ -25,7 +26,7 @@ class Moments:
         self.patches = self.images = 0
 
     def add(self, prefix: Tensor, patches: Tensor) -> None:
-        """prefix (B, P, d), clean patches (n, d)."""
+        """Add prefix tokens (B, P, d) and clean patches (n, d)."""
         x, p = patches.double(), prefix.double()
         self.patch_sum += x.sum(0).cpu()
         self.patch_products += (x.T @ x if self.whole else x.square().sum(0)).cpu()
@@ -35,59 +36,65 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
+        """Return the mean (d,) of patch tokens."""
         return self.patch_sum / max(1, self.patches)
 
     @property
     def covariance(self) -> Tensor:
+        """Return the covariance (d, d) of patch tokens; only if `whole`."""
         assert self.whole
         return self.patch_products / max(1, self.patches) - torch.outer(self.mean, self.mean)
 
     @property
     def variance(self) -> Tensor:
-        """Of patch tokens, per channel, (d,)."""
+        """Return the variance (d,) of patch tokens in each channel."""
         squares = self.patch_products.diagonal() if self.whole else self.patch_products
         return (squares / max(1, self.patches) - self.mean.square()).clamp_min(0)
 
     @property
     def prefix_mean(self) -> Tensor:
+        """Return the mean (P, d) of each prefix position."""
         return self.prefix_sums[0] / max(1, self.images)
 
     @property
     def prefix_variance(self) -> Tensor:
+        """Return the variance (P, d) of each prefix position in each channel."""
         return (self.prefix_sums[1] / max(1, self.images) - self.prefix_mean.square()).clamp_min(0)
 
 
 class Normaliser(nn.Module):
-    """`none`: targets as they are."""
+    """`none`: targets stay as they are."""
 
-    # Whether `fit` needs the whole covariance.
+    # True if `fit` needs the whole covariance.
     needs_covariance = False
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
 
     def prepare(self, tokens: Tensor) -> Tensor:
-        """Tokens as their moments are to be taken."""
+        """Return tokens (B, N, d) as `fit` expects their moments."""
         return tokens
 
     def fit(self, moments: Moments) -> None:
         """Set buffers from the moments of clean, prepared tokens."""
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Normalise tokens (B, N, d)."""
         return self.prepare(tokens)
 
 
 class TokenNorm(Normaliser):
-    """`layernorm`: affine-free LayerNorm of every token."""
+    """`layernorm`: every token goes through an affine-free LayerNorm."""
 
     def prepare(self, tokens: Tensor) -> Tensor:
+        """Apply LayerNorm to tokens (B, N, d)."""
         return F.layer_norm(tokens, tokens.shape[-1:])
 
 
 class Standardize(Normaliser):
-    """`standardize`: per-channel zero mean and unit variance by the statistics of clean tokens.
+    """`standardize`: each channel gets mean 0 and variance 1 by the statistics of clean tokens.
 
-    Every prefix token position has statistics of its own: CLS lives in another part of the space.
+    Every prefix position has statistics of its own, because CLS is in another part of the space.
     """
 
     mean: Tensor
@@ -103,6 +110,7 @@ class Standardize(Normaliser):
         self.register_buffer("prefix_std", torch.ones(shape.prefix, shape.width))
 
     def fit(self, moments: Moments) -> None:
+        """Set mean and standard deviation of patches and of each prefix position."""
         self.mean.copy_(moments.mean)
         self.std.copy_(_deviation(moments.variance))
         self.prefix_mean.copy_(moments.prefix_mean)
@@ -110,6 +118,7 @@ class Standardize(Normaliser):
             self.prefix_std.copy_(_deviation(moments.prefix_variance))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Standardize tokens (B, N, d)."""
         prefix = len(self.prefix_mean)
         return torch.cat(
             [
@@ -121,20 +130,22 @@ class Standardize(Normaliser):
 
 
 class TokenStandardize(Standardize):
-    """`layernorm-standardize`: affine-free LayerNorm of every token, then as `standardize`."""
+    """`layernorm-standardize`: every token goes through an affine-free LayerNorm, and then through `standardize`."""
 
     def prepare(self, tokens: Tensor) -> Tensor:
+        """Apply LayerNorm to tokens (B, N, d)."""
         return F.layer_norm(tokens, tokens.shape[-1:])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Apply LayerNorm to tokens (B, N, d), then standardize them."""
         return super().forward(self.prepare(tokens))
 
 
 class PhiS(Normaliser):
-    """`phi-s`: H·Uᵀ(x - mean) / φ: all channels get one variance by a rotation, errors stay isotropic.
+    """`phi-s`: H·Uᵀ(x - mean) / φ. A rotation gives all channels one variance, and errors stay isotropic.
 
     U are the eigenvectors of the covariance, H is a Hadamard matrix, φ is the root of the mean eigenvalue (PHI-S,
-    arXiv 2410.01680). Prefix tokens are turned alike, each position with its own mean and scale.
+    arXiv 2410.01680). Prefix tokens get the same rotation, each position with its own mean and scale.
     """
 
     needs_covariance = True
@@ -146,11 +157,12 @@ class PhiS(Normaliser):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.register_buffer("mean", torch.zeros(shape.width))
-        self.register_buffer("turn", hadamard(shape.width).float())  # which must exist
+        self.register_buffer("turn", hadamard(shape.width).float())  # raises UserError if there is none
         self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
         self.register_buffer("prefix_scale", torch.ones(shape.prefix, 1))
 
     def fit(self, moments: Moments) -> None:
+        """Set the rotation, the means and the scales from the whole covariance."""
         values, vectors = torch.linalg.eigh(moments.covariance)
         scale = values.clamp_min(0).mean().sqrt().clamp_min(1e-12)
         self.mean.copy_(moments.mean)
@@ -160,6 +172,7 @@ class PhiS(Normaliser):
         self.prefix_scale.copy_(prefix_scale / scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Rotate and scale tokens (B, N, d)."""
         prefix = len(self.prefix_mean)
         centred = torch.cat(
             [(tokens[:, :prefix] - self.prefix_mean) / self.prefix_scale, tokens[:, prefix:] - self.mean], dim=1
@@ -168,15 +181,15 @@ class PhiS(Normaliser):
 
 
 def hadamard(d: int) -> Tensor:
-    """An orthogonal matrix (d, d) float64 all of whose entries are ± 1/√d: Paley's, doubled as often as needed.
+    """Build an orthogonal matrix (d, d) float64 with entries ± 1/√d only: Paley's, doubled as often as needed.
 
-    Raises UserError for a width for which none is built here.
+    Raises UserError for a width for which this function builds none.
     """
     core, doublings = d, 0
     while core > 1 and not _is_paley(core) and core % 2 == 0:
         core, doublings = core // 2, doublings + 1
     if core != 1 and not _is_paley(core):
-        raise UserError(f"refine.normaliser phi-s needs a Hadamard matrix, and none is known here of {d} channels")
+        raise UserError(f"refine.normaliser phi-s needs a Hadamard matrix, and none is known here for {d} channels")
     matrix = torch.ones(1, 1, dtype=torch.float64)
     if core > 1:
         q = core - 1
@@ -193,13 +206,13 @@ def hadamard(d: int) -> Tensor:
 
 
 def _is_paley(order: int) -> bool:
-    """Whether order - 1 is a prime of the form 4k + 3."""
+    """Return whether order - 1 is a prime of the form 4k + 3."""
     q = order - 1
     return q % 4 == 3 and all(q % n for n in range(2, int(q**0.5) + 1))
 
 
 def _deviation(variance: Tensor) -> Tensor:
-    """Of channels (..., d). One that hardly varies carries rounding noise, not to be blown up to unit variance."""
+    """Return the deviation of channels (..., d), with a floor: rounding noise must not be scaled to unit variance."""
     deviation = variance.sqrt()
     floored: Tensor = deviation.clamp_min(1e-2 * float(deviation.mean()) + 1e-12)
     return floored

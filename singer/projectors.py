@@ -1,4 +1,7 @@
-"""From a student block's tokens (B, P + N, d) to the teacher's width, or its grid too. A new one is a registry line."""
+"""Projectors: tokens (B, P + N, d) of a student block -> tokens of the teacher's width, and perhaps on its grid.
+
+A new projector is a class that takes a ProjectorSpec, and a line in the registry.
+"""
 
 from dataclasses import dataclass
 
@@ -10,9 +13,9 @@ from singer.matching import resize_tokens
 
 @dataclass(frozen=True)
 class ProjectorSpec:
-    """What a projector joins: widths, and grids (rows, columns) of the patches, of a student block and its teacher.
+    """Widths and patch grids (rows, columns) of a student block and its teacher block, between which a projector maps.
 
-    prefix: tokens ahead of the patches on both sides, 0 or CLS.
+    prefix: number of tokens before the patches on both sides, 0 or CLS.
     """
 
     width: int
@@ -23,9 +26,9 @@ class ProjectorSpec:
 
 
 class Linear(nn.Linear):
-    """Every token by itself."""
+    """A linear map of every token by itself."""
 
-    # Whether tokens come out on the teacher's grid.
+    # True if tokens come out on the teacher's grid.
     lifts = False
 
     def __init__(self, ends: ProjectorSpec) -> None:
@@ -33,7 +36,7 @@ class Linear(nn.Linear):
 
 
 class Mlp(nn.Sequential):
-    """Every token by itself, through one hidden layer as wide as the wider of both."""
+    """A map of every token by itself, with one hidden layer as wide as the wider side."""
 
     lifts = False
 
@@ -43,9 +46,10 @@ class Mlp(nn.Sequential):
 
 
 class Lift(nn.Module):
-    """Patches are mixed over positions by a learned matrix (N_t, N_s), the same for all channels; then `Linear`.
+    """A learned matrix (N_t, N_s) that mixes patches over positions, the same for all channels; then `Linear`.
 
-    It begins as bilinear interpolation of the grid, which on equal grids is the identity. Prefix tokens are not mixed.
+    The matrix begins as bilinear interpolation of the grid, which on equal grids is the identity. Prefix tokens are not
+    mixed.
     """
 
     lifts = True
@@ -53,12 +57,14 @@ class Lift(nn.Module):
     def __init__(self, ends: ProjectorSpec) -> None:
         super().__init__()
         self.prefix = ends.prefix
-        # One-hot patches, a channel for each position, interpolated: how much of it each new position gets.
+        # Interpolating one-hot patches, with a channel for each position, gives the weight of each old position in each
+        # new one.
         positions = torch.eye(ends.grid[0] * ends.grid[1])
         self.mixing = nn.Parameter(resize_tokens(positions[None], 0, ends.grid, ends.target_grid)[0].clone())
         self.linear = Linear(ends)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Project tokens (B, P + N_s, d) to (B, P + N_t, target width)."""
         lifted = torch.cat([tokens[:, : self.prefix], self.mixing @ tokens[:, self.prefix :]], dim=1)
         projected: Tensor = self.linear(lifted)
         return projected

@@ -1,6 +1,6 @@
-"""Refiners: {block: features (B, N, d)} -> {block: targets (B, N, d)}; a cleaner of artifacts, then a normaliser.
+"""Refiners: {block: features (B, N, d)} -> {block: targets (B, N, d)}, by a cleaner of artifacts, then a normaliser.
 
-All state is buffers and parameters, so a refiner is a state dict, two names and the shapes.
+All state is buffers and parameters, so that a state dict, two names and the shapes describe a refiner.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,18 @@ class Refiner(nn.Module):
         self.normalisers = nn.ModuleDict({str(b): NORMALISERS[normaliser](s) for b, s in shapes.items()})
 
     def cleaner(self, block: int) -> Cleaner:
+        """Return the cleaner of a block."""
         return cast(Cleaner, self.cleaners[str(block)])
 
     def normaliser(self, block: int) -> Normaliser:
+        """Return the normaliser of a block."""
         return cast(Normaliser, self.normalisers[str(block)])
 
     def clean(self, tokens: Tensor, block: int) -> Tensor:
-        """Features (B, N, d) of one block without artifacts, still in the teacher's units."""
+        """Return features (B, N, d) of one block without artifacts, still in the teacher's units."""
         cleaned: Tensor = self.cleaner(block)(tokens)
         return cleaned
 
     def forward(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Clean and normalise the features of all blocks."""
         return {b: self.normaliser(b)(self.clean(x, b)) for b, x in features.items()}

@@ -1,7 +1,7 @@
-"""Subspaces of a block's output in which a refiner may move tokens: where adapters start.
+"""Subspaces of a block's output in which a refiner may move tokens: adapters start in them.
 
-A basis takes the evidence of a block and a rank r and gives (d, r) orthonormal columns, best first. A new one is a
-function and a registry line.
+A basis takes the FitContext of a block and a rank r and returns (d, r) orthonormal columns, best first. A new basis is
+a function and a line in the registry.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,24 @@ from singer.fit_context import FitContext
 from singer.suffix import TeacherSuffix
 
 Basis = Callable[[FitContext, int], Tensor]
-# Below it the authors' code calls a singular value zero.
+# The authors' code takes a singular value below this for zero.
 OFFICIAL_THRESHOLD = 0.05
-# Of the curvature's mean, added before artifact energy is divided by it.
+# This share of the curvature's mean is added to it before artifact energy is divided by it.
 _FLOOR = 1e-2
+# best_rank looks at no more directions than this.
 _WIDEST = 64
 
 
 def weights(context: FitContext, rank: int) -> Tensor:
-    """Smallest singular directions of the linearised reader W̃ = fc2·fc1 of the next block (the paper's choice)."""
+    """Return the smallest singular directions of W̃ = fc2·fc1, the next block's linearised reader (the paper)."""
     return smallest_directions(reader_weight(context.suffix, context.block), rank)
 
 
 def weights_official(context: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
-    """As the authors' code has it: of the singular directions below a threshold the r LARGEST, in descending order.
+    """Return the r LARGEST singular directions below a threshold, in descending order (the authors' code).
 
-    The last block uses its own W̃. Random unit vectors fill up what is missing (they are not orthogonal to the rest).
+    The last block uses its own W̃. If there are fewer than r, random unit vectors fill up the rest; they are not
+    orthogonal to the others.
     """
     suffix, block = context.suffix, context.block
     product = mlp_product(suffix, block if suffix.is_last(block) else block + 1)
@@ -43,9 +45,10 @@ def weights_official(context: FitContext, rank: int, threshold: float = OFFICIAL
 
 
 def ln_folded(context: FitContext, rank: int) -> Tensor:
-    """Smallest directions of the next block's branches with its norms folded in; of the last block, of the final norm.
+    """Return the smallest directions of the next block's branches with its norms folded in.
 
-    Stacked: E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d) and the value path of attention,
+    For the last block, the reader is the final norm. The branches are stacked: the MLP,
+    E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d), and the value path of attention,
     E[1/σ]·ls1·proj·V·diag(γ1)(I - 11ᵀ/d).
     """
     suffix, block = context.suffix, context.block
@@ -55,18 +58,21 @@ def ln_folded(context: FitContext, rank: int) -> Tensor:
 
 
 def least_curvature(context: FitContext, rank: int, reader: str) -> Tensor:
-    """Bottom eigenvectors of the curvature sketch at a reader."""
+    """Return the bottom eigenvectors of the curvature sketch at a reader."""
     _, vectors = torch.linalg.eigh(curvature(context, reader))
     flattest: Tensor = vectors[:, : _checked(rank, len(vectors))].float().contiguous()
     return flattest
 
 
 def artifact_aware(context: FitContext, rank: int, reader: str = "final-norm") -> Tensor:
-    """Most artifact energy for the curvature it costs: the top of A v = λ (C + εI) v, orthonormalised in order."""
-    seen = curvature(context, reader)
-    d = len(seen)
-    floor = _FLOOR * seen.diagonal().mean()
-    lower = torch.linalg.cholesky(seen + floor * torch.eye(d, dtype=seen.dtype, device=seen.device))
+    """Return the directions with most artifact energy for the curvature they cost.
+
+    They are the top of A v = λ (C + εI) v, orthonormalised in order.
+    """
+    cost = curvature(context, reader)
+    d = len(cost)
+    floor = _FLOOR * cost.diagonal().mean()
+    lower = torch.linalg.cholesky(cost + floor * torch.eye(d, dtype=cost.dtype, device=cost.device))
     half = torch.linalg.solve_triangular(lower, context.artifact_energy(), upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
     _, vectors = torch.linalg.eigh(whitened)  # ascending
@@ -76,7 +82,7 @@ def artifact_aware(context: FitContext, rank: int, reader: str = "final-norm") -
 
 
 def random(context: FitContext, rank: int) -> Tensor:
-    """The control: a random subspace."""
+    """Draw a random subspace, as a control."""
     d = context.tokens.shape[-1]
     drawn = torch.randn(d, _checked(rank, d), generator=context.generator())
     directions: Tensor = torch.linalg.qr(drawn).Q.contiguous().to(context.tokens.device)
@@ -96,17 +102,18 @@ BASES: dict[str, Basis] = {
 
 
 def best_rank(context: FitContext, basis: str) -> tuple[int, list[tuple[float, float]]]:
-    """(r, curve) where the curve's [(artifact energy removed, drift)] at r directions, both as shares, is best.
+    """Find the rank r that removes most artifact energy for the drift it costs. Returns (r, curve).
 
-    Removed: of tr A in the span of the first r directions; drift: of tr C at the final norm. r is where the first is
-    farthest above the second; 1 where there is no artifact.
+    curve: [(removed, drift)] for 1, 2, ... directions. removed: share of tr A in the span of these directions; drift:
+    share of tr C at the final norm in that span. r is where the first is farthest above the second; 1 if there is no
+    artifact.
     """
     d = context.tokens.shape[-1]
     directions = BASES[basis](context, min(d, _WIDEST)).double()
-    energy, seen = context.artifact_energy(), curvature(context, "final-norm")
+    energy, cost = context.artifact_energy(), curvature(context, "final-norm")
     shares = [
         ((directions * (m @ directions)).sum(0).cumsum(0) / m.diagonal().sum().clamp_min(1e-30)).tolist()
-        for m in (energy, seen)
+        for m in (energy, cost)
     ]
     curve = list(zip(*shares, strict=True))
     gains = [removed - drift for removed, drift in curve]
@@ -114,10 +121,10 @@ def best_rank(context: FitContext, basis: str) -> tuple[int, list[tuple[float, f
 
 
 def reader_weight(suffix: TeacherSuffix, block: int) -> Tensor:
-    """The linearised reader (outputs, d) of the output of `block`, acting on column vectors.
+    """Return the linearised reader (outputs, d) of the output of `block`; it acts on column vectors.
 
-    Within the network it is fc2·fc1 of the next block's MLP (the paper's linearisation). The last block is read by the
-    final norm and head: head·diag(gamma)·(I - 11ᵀ/d); without a head, by the MLP of its own block, as in the
+    Within the network it is fc2·fc1 of the next block's MLP (the paper's linearisation). For the last block it is the
+    final norm and head: head·diag(gamma)·(I - 11ᵀ/d). Without a head it is the MLP of the block itself, as in the
     authors' code.
     """
     if not suffix.is_last(block):
@@ -129,7 +136,7 @@ def reader_weight(suffix: TeacherSuffix, block: int) -> Tensor:
 
 
 def smallest_directions(weight: Tensor, rank: int) -> Tensor:
-    """Orthonormal input directions (d, rank) with the smallest singular values of weight (outputs, d)."""
+    """Return orthonormal input directions (d, rank) with the smallest singular values of weight (outputs, d)."""
     gram = weight.double().T @ weight.double()
     _, vectors = torch.linalg.eigh(gram)  # ascending
     smallest: Tensor = vectors[:, : _checked(rank, len(gram))].float().contiguous()
@@ -137,7 +144,7 @@ def smallest_directions(weight: Tensor, rank: int) -> Tensor:
 
 
 def mlp_product(suffix: TeacherSuffix, block: int) -> Tensor:
-    """fc2·fc1 (d, d) of a plain MLP; of other blocks (gated, parallel) all that first reads the tokens, stacked."""
+    """Return fc2·fc1 (d, d) of a plain MLP; for other blocks (gated, parallel), their first linear layers, stacked."""
     module = suffix.block(block)
     mlp = getattr(module, "mlp", None)
     fc1, fc2 = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
@@ -148,6 +155,7 @@ def mlp_product(suffix: TeacherSuffix, block: int) -> Tensor:
 
 
 def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
+    """List the weights of the linear layers that first read a block's input. Raises UserError if none is known."""
     readers = [
         part.weight.float()
         for name, part in module.named_modules()
@@ -160,7 +168,10 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _folded_branches(context: FitContext, module: nn.Module) -> Tensor:
-    """Linearised branches (outputs, d) of a block; of blocks that are not plain, its first readers behind the norm."""
+    """Return the linearised branches (outputs, d) of a block.
+
+    For a block that is not plain, they are its first readers after the norm.
+    """
     norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
     fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))
     plain = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm) and hasattr(attention, "qkv")
@@ -200,12 +211,13 @@ def _folded_branches(context: FitContext, module: nn.Module) -> Tensor:
 
 
 def _centred(weight: Tensor) -> Tensor:
-    """W·(I - 11ᵀ/d): LayerNorm takes the mean of a token's channels away."""
+    """Return W·(I - 11ᵀ/d), as LayerNorm subtracts the mean of a token's channels."""
     centred: Tensor = weight - weight.mean(1, keepdim=True)
     return centred
 
 
 def _checked(rank: int, d: int) -> int:
+    """Return the rank. Raises UserError if it is larger than the width d."""
     if rank > d:
         raise UserError(f"refine.rank {rank} is larger than the feature width {d}")
     return rank

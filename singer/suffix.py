@@ -14,7 +14,7 @@ _FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos
 
 
 def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
-    """The part of a timm VisionTransformer state dict that belongs to the suffix from first_block on."""
+    """Take the part of a timm VisionTransformer state dict that belongs to the suffix from first_block on."""
     kept = {}
     for name, tensor in state.items():
         parts = name.split(".")
@@ -27,9 +27,9 @@ def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Ten
 class TeacherSuffix(nn.Module):
     """Blocks first_block.. of a timm VisionTransformer with its final norm and head; frozen, in eval mode.
 
-    Holds the first cached block itself too: some readers of its output need the block's own weights.
+    It also holds the first cached block: some readers of its output need the block's own weights.
     architecture, model_args: what timm.create_model takes to build the teacher.
-    state: as `tail_state` gives it.
+    state: what `suffix_state` returns.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TeacherSuffix(nn.Module):
     ) -> None:
         super().__init__()
         with torch.device("meta"):
-            # Without memory there is nothing to initialise, and trying to takes most of the time.
+            # Without memory there is nothing to initialise, and an attempt takes most of the time.
             model = timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
         self.depth = len(model.blocks)
         self.first_block = first_block
@@ -50,52 +50,53 @@ class TeacherSuffix(nn.Module):
         self.model = model.requires_grad_(False).eval()
 
     def block(self, index: int) -> nn.Module:
-        """Block `index` of the teacher. index: first_block to depth - 1."""
+        """Return block `index` of the teacher. index: first_block to depth - 1."""
         assert self.first_block <= index < self.depth, f"the suffix has blocks {self.first_block} to {self.depth - 1}"
         module: nn.Module = self.model.blocks[index]
         return module
 
     def is_last(self, block: int) -> bool:
+        """Return whether a block is the teacher's last one."""
         return block == self.depth - 1
 
     def next_output(self, tokens: Tensor, block: int) -> Tensor:
-        """Output (B, N, d) of block + 1 for the tokens (B, N, d) that left `block`; they themselves if last."""
+        """Compute the output (B, N, d) of block + 1 for tokens (B, N, d) of `block`; return them if it is the last."""
         if self.is_last(block):
             return tokens
         output: Tensor = self.block(block + 1)(tokens)
         return output
 
     def next_norm(self, tokens: Tensor, block: int) -> Tensor:
-        """Output (B, N, d) of the norm that first reads the tokens (B, N, d) that left `block`."""
+        """Compute the output (B, N, d) of the norm that first reads the tokens (B, N, d) of `block`."""
         module = self.model.norm if self.is_last(block) else first_norm(self.block(block + 1))
         output: Tensor = module(tokens)
         return output
 
     def last_output(self, tokens: Tensor, block: int) -> Tensor:
-        """Output (B, N, d) of the last block for the tokens (B, N, d) that left `block`."""
+        """Compute the output (B, N, d) of the last block for the tokens (B, N, d) of `block`."""
         for index in range(block + 1, self.depth):
             tokens = self.block(index)(tokens)
         return tokens
 
     def normed(self, tokens: Tensor, block: int) -> Tensor:
-        """The final normed tokens (B, N, d) for the tokens (B, N, d) that left `block`.
+        """Compute the final normed tokens (B, N, d) for the tokens (B, N, d) of `block`.
 
-        Models that pool before their norm have it as fc_norm.
+        In models that pool before their norm, it is fc_norm.
         """
         output: Tensor = self.model.fc_norm(self.model.norm(self.last_output(tokens, block)))
         return output
 
     def logits(self, tokens: Tensor, block: int) -> Tensor:
-        """The teacher's own output (B, classes) for the tokens (B, N, d) that left `block`.
+        """Compute the teacher's own output (B, classes) for the tokens (B, N, d) of `block`.
 
-        Pooled features (B, d) where the teacher has no head.
+        It is the pooled features (B, d) if the teacher has no head.
         """
         output: Tensor = self.model.forward_head(self.model.norm(self.last_output(tokens, block)))
         return output
 
 
 def first_norm(block: nn.Module) -> nn.Module:
-    """The norm ahead of a block's first branch. Raises UserError for a block that has none there (res-post-norm)."""
+    """Find the norm before a block's first branch. Raises UserError if it has none there (res-post-norm)."""
     for name in ("norm1", "in_norm"):
         norm = getattr(block, name, None)
         if isinstance(norm, nn.Module) and not isinstance(block, ResPostBlock):

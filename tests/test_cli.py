@@ -138,11 +138,14 @@ MISTAKES = {
         "evaluate {w}/teacher --train {f}/*.tar --test {w}/test/*.tar",
         "2 of 2 images have no .cls",
     ),
-    "out is the input": ("refine --cache {w}/cache --out {w}/cache --overwrite", "is or touches the input"),
-    "out holds the shards": ("cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite", "touches the input"),
+    "out is the input": ("refine --cache {w}/cache --out {w}/cache --overwrite", "overlaps the input"),
+    "out holds the shards": (
+        "cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite",
+        "overlaps the input",
+    ),
     "out is the adapters": (
         "distill --cache {w}/cache --refiner {w}/adapters --out {w}/adapters --overwrite",
-        "is or touches the input",
+        "overlaps the input",
     ),
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),

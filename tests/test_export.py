@@ -325,7 +325,7 @@ def test_existing_output(run: Path, world: Path, tmp_path: Path) -> None:
     assert not (out / "model.onnx").exists()
     for place, message in (
         (world / "cache", "was written by singer cache-teacher, not by export"),
-        (run / "student", "is or touches the input"),
+        (run / "student", "overlaps the input"),
     ):
         with pytest.raises(UserError, match=message):
             export(settings(), run, place, "timm", "overwrite")

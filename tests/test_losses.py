@@ -65,7 +65,7 @@ def test_official_info() -> None:
     last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.refined[2][:, 1:])).mean()
     assert INFO_FORMS["official"](batch, 3).item() == pytest.approx(last, rel=1e-3)
     alone = RefinementBatch({3: batch.original[3]}, {3: batch.refined[3]}, batch.suffix, batch.scales, 1)
-    with pytest.raises(UserError, match="needs an intermediate block beside the last; cache another block"):
+    with pytest.raises(UserError, match="needs an intermediate block besides the last; cache another block"):
         INFO_FORMS["official"](alone, 3)
 
 

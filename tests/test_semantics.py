@@ -183,7 +183,10 @@ def test_an_image_of_artifacts_alone_is_no_energy_of_zeros() -> None:
     [
         (["distill.epochs=4", "distill.warmup_epochs=5"], "distill.warmup_epochs: a warm-up of 5 of 4 epochs never"),
         (["distill.epochs=1", "distill.warmup_epochs=1"], r"never reaches .* \(--set distill\.warmup_epochs=0\.05\)"),
-        (["distill.batch_size=8", "distill.accumulate=9"], "distill.accumulate: a batch of 8 records has no 9 parts"),
+        (
+            ["distill.batch_size=8", "distill.accumulate=9"],
+            "distill.accumulate: a batch of 8 records cannot have 9 parts",
+        ),
         (["distill.read_block=64", "distill.shuffle_window=32"], "distill.read_block: 64 neighbouring records are"),
         (["views.count=2"], r"configuration: views\.count: center views are all alike; .* color$"),
     ],

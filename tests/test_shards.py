@@ -283,7 +283,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     """What lies before the damage stays, less the sample that touches it: its label may be lost."""
     path = tmp_path / "bad.tar"
     sample = 2 * 512 + 2 * 512  # header, image, header, label
-    lost = "may have lost members: the shard is damaged behind it"
+    lost = "may have lost members: the shard is damaged after it"
     assert 0 < len(png((64, 64))) <= 512
     for change, reason in (
         (lambda d: d[: 2 * sample], "has no end-of-archive marker"),
@@ -292,7 +292,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
         (lambda d: d[: 2 * sample] + b"x" * 512 + d[2 * sample :], f"is unreadable from byte {2 * sample}"),
         (
             lambda d: d[: 2 * sample] + bytes(512) + d[2 * sample + 512 :],
-            f"holds more than zeros from byte {2 * sample} on, behind its end-of-archive marker",
+            f"holds more than zeros from byte {2 * sample} on, after its end-of-archive marker",
         ),
     ):
         keys, skipped = damage(path, change)
@@ -733,6 +733,6 @@ def test_prepare_refusals(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5)).save(tmp_path / "in" / "c" / "a.png")
     with pytest.raises(UserError, match="would have the same key 'c/a'"):
         prepare(config, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="is or touches the input"):
+    with pytest.raises(UserError, match="overlaps the input"):
         prepare(config, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "out").exists()

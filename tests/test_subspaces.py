@@ -215,7 +215,7 @@ def test_hadamard(d: int) -> None:
 
 
 def test_no_hadamard_of_this_width() -> None:
-    with pytest.raises(UserError, match="none is known here of 18 channels"):
+    with pytest.raises(UserError, match="none is known here for 18 channels"):
         hadamard(18)
 
 

@@ -1,4 +1,4 @@
-"""The configuration: one frozen, validated tree, read at the edge and passed down in parts."""
+"""The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
 from pipeline.config.load import dump_config, load_config, recipes, resource

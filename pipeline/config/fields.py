@@ -1,4 +1,4 @@
-"""What a key of the configuration says of itself: its default, what it is, and what it affects."""
+"""How a key of the configuration is declared: its default, what it is, and what it affects."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ Affects = Literal["result", "details", "speed", "place", "failures"]
 """What changes with a key.
 
 result: what comes out; a run that goes on must have the same value, and tables of runs show it. details: further
-figures, beside those that tables compare. speed: how long it
-takes, and what a crash costs. place: where something is read or written; its content is compared by hash. failures:
-what is done with broken input.
+figures, besides those that tables compare. speed: how long it takes, and what a crash costs. place: where something is
+read or written; its content is compared by hash. failures: what is done with broken input.
 """
 
 
 class Section(BaseModel):
+    """A section of the configuration: frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a key says of itself.
+    """What a key declares besides its type, default and description.
 
     affects: see Affects. shared: students that train on one pass must have the same value. only: the tasks, or the
-    cleaners ("trained"), for which the key is of use; empty: for all. shape: it belongs to the student's name.
+    cleaners ("trained"), to which the key applies; empty: it applies to all. shape: it belongs to the student's name.
     """
 
     affects: Affects
@@ -48,7 +49,7 @@ def key(
     shape: bool = False,
     **constraints: Any,
 ) -> Any:
-    """Declare a key of a section. constraints: as of pydantic's Field; the rest: see Meta."""
+    """Declare a key of a section. constraints: those of pydantic's Field; the other arguments: see Meta."""
     field = Field(default, description=description, **constraints)
     assert isinstance(field, FieldInfo)
     field.metadata.append(Meta(affects, shared, only, shape))
@@ -56,7 +57,7 @@ def key(
 
 
 def meta(section: type[Section], name: str) -> Meta:
-    """Return what a key says of itself. Raises TypeError if it was not declared by `key`."""
+    """Return what a key declares. Raises TypeError if it was not declared by `key`."""
     found = [m for m in section.model_fields[name].metadata if isinstance(m, Meta)]
     if len(found) != 1:
         raise TypeError(f"{section.__name__}.{name} does not say what it affects; declare it by key(...)")

@@ -1,4 +1,4 @@
-"""Reading the configuration: defaults, then a YAML file, then direct options and `--set section.key=value`."""
+"""How the configuration is read: defaults, then a YAML file, then direct options and `--set section.key=value`."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -20,11 +20,11 @@ def load_config(
     sets: Iterable[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The resolved configuration.
+    """Resolve the configuration.
 
     file: a YAML file, the name of a bundled recipe, or what such a file holds. sets: `section.key=value` with a YAML
     value. options: {"section.key": value} of direct options; None values are left out.
-    Raises UserError naming the key, what is wrong and the nearest valid key.
+    Raises UserError that names the key, what is wrong and the nearest valid key.
     """
     base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
     given = {name: value for name, value in (options or {}).items() if value is not None}
@@ -47,22 +47,24 @@ def load_config(
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that load_config reads back to the same tree."""
+    """Return the resolved configuration as YAML that load_config reads back to the same tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def resource(name: str) -> Path:
-    """Find configs/ or data/...: inside the package in a wheel, beside it in a checkout."""
+    """Find configs/ or data/...: in a wheel it is inside the package, in a checkout beside it."""
     here = Path(__file__).resolve().parent.parent
     inside = here / name
     return inside if inside.exists() else here.parent / name
 
 
 def recipes() -> list[str]:
+    """List the names of the bundled recipes."""
     return sorted(p.stem for p in resource("configs").glob("*.yaml"))
 
 
 def _read(file: str | Path) -> dict[str, Any]:
+    """Read the sections of a YAML file or a bundled recipe. Raises UserError if that is not possible."""
     path = Path(file)
     if not path.is_file():
         bundled = resource("configs") / f"{file}.yaml"
@@ -79,12 +81,12 @@ def _read(file: str | Path) -> dict[str, Any]:
 
 
 def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Its own, to put more in; an empty section reads as None."""
+    """Copy the sections, so that more keys can be added; YAML reads an empty section as None."""
     return {section: {} if keys is None else copy(keys) for section, keys in tree.items()}
 
 
 def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
-    """The file's tree for another student than its own: the shape that it gives is not this one's."""
+    """Leave out the file's shape of the student if `student` is another one than the file's."""
     given = tree.get("student", {})
     if student is None or not isinstance(given, dict) or given.get("name", StudentConfig().name) == student:
         return tree
@@ -93,6 +95,7 @@ def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set section.key in a tree. Raises UserError if the name has no section, or the section no keys."""
     section, dot, key = name.partition(".")
     if not dot:
         raise UserError(f"--set {name}: give section.key, with a section among {', '.join(Config.model_fields)}")
@@ -103,7 +106,8 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _explain(error: ErrorDetails) -> str:
-    # After section and key come places in lists, and names of types that a value might also have.
+    """Describe pydantic's error: the key, what is wrong, and the nearest key if there is no such key."""
+    # After section and key come places in lists, and names of other types that the value might have.
     where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
     if error["type"] == "value_error":  # a section's own check, which names the key
         return f"{where}.{error['ctx']['error']}"

@@ -1,4 +1,4 @@
-"""All keys of the configuration with type, default and meaning: as YAML that can be saved, and as a page."""
+"""A reference of all keys with type, default and meaning: as YAML that can be saved, and as a page."""
 
 import json
 import types
@@ -10,7 +10,7 @@ from pipeline.config.sections import Config
 
 _AFFECTS = {
     "result": "what comes out",
-    "details": "further figures, beside those that tables compare",
+    "details": "further figures, besides those that tables compare",
     "speed": "how long it takes, and what a crash costs",
     "place": "where something is read or written; its content is compared by hash",
     "failures": "what is done with broken input",
@@ -19,7 +19,7 @@ _NAMES = {str: "text", Path: "path", int: "integer", float: "number", bool: "tru
 
 
 def as_yaml(config: Config) -> str:
-    """Write a configuration as YAML that load_config reads back, with the meaning of every key above it."""
+    """Return a configuration as YAML that load_config reads back, with the meaning of every key above it."""
     parts = []
     tree = config.model_dump(mode="json")
     for name in Config.model_fields:
@@ -33,7 +33,7 @@ def as_yaml(config: Config) -> str:
 
 
 def as_markdown() -> str:
-    """Write the page docs/configuration.md."""
+    """Return the page docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
@@ -67,20 +67,23 @@ def as_markdown() -> str:
 
 
 def _summary(section: type[Section]) -> list[str]:
+    """Return the paragraphs of a section's docstring, each on one line."""
     return [" ".join(part.split()) for part in (section.__doc__ or "").split("\n\n")]
 
 
 def _text(section: type[Section], key: str) -> str:
+    """Return the description of a key."""
     return section.model_fields[key].description or ""
 
 
 def _kind(section: type[Section], key: str) -> str:
+    """Describe the type of a key in words."""
     field = section.model_fields[key]
     return _type(field.annotation, list(field.metadata))
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:
-    """Describe a type in words, with the bounds that pydantic keeps beside it."""
+    """Describe a type in words, with its bounds. metadata: what pydantic keeps beside the type."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type(inner[0], [*metadata, *inner[1:]])
@@ -99,9 +102,10 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
 
 
 def _bounds(metadata: list[Any]) -> list[str]:
+    """List the bounds of a number, such as "≥ 1"."""
     found = []
     for one in metadata:
-        # An Annotated of pydantic's own holds the bounds in a FieldInfo.
+        # In an Annotated with pydantic's Field, a FieldInfo holds the bounds.
         for held in getattr(one, "metadata", [one]):
             for name, word in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
                 if (bound := getattr(held, name, None)) is not None:

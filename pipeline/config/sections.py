@@ -1,4 +1,4 @@
-"""The sections of the configuration: one frozen, validated tree. Each key says what it is and what it affects."""
+"""The sections of the configuration: one frozen, validated tree. Each key states what it is and what it affects."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -19,7 +19,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Below = Annotated[float, Field(gt=0, lt=1)]
 Hue = Annotated[float, Field(ge=0, le=0.5)]
 Rates = tuple[Above, ...]
-# Tasks of `evaluate` with one label for each image.
+# These tasks of `evaluate` have one label for each image.
 _IMAGES = ("classification", "retrieval", "domain-shift", "head")
 
 
@@ -41,13 +41,13 @@ class TeacherConfig(Section):
         "vit_base_patch14_dinov2", "the model: a name in timm, hf-hub:USER/NAME or local-dir:FOLDER", "place"
     )
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
-    image_size: Positive | None = key(None, "side of its input in pixels; default: the teacher's own")
+    image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's own")
 
 
 class ViewsConfig(Section):
     """Which crops of an image the teacher and the students see.
 
-    Everything drawn is a pure function of (seed, key of the image, number of the view) and is stored in the index.
+    All random choices are a pure function of (seed, key of the image, number of the view), and the index stores them.
     """
 
     count: Positive = key(1, "views of each image")
@@ -68,6 +68,7 @@ class ViewsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ViewsConfig":
+        """Raise UserError if keys do not fit together."""
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if low > high:
@@ -91,7 +92,7 @@ class CacheConfig(Section):
     workers: Positive = key(2, "threads that decode images", "speed")
 
 
-# What the paper and its authors' code do, where it differs from this project's own way. Keys given beside it win.
+# What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
 _PAPER = {
     "cleaner": "adapter", "normaliser": "none", "rank": 64, "start": "doubled", "quantile": 0.97,
     "outlier_weight": 0.01, "info_weight": 1.0, "keep_weight": 0.0, "weight_decay": 1e-4,
@@ -101,7 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {**_PAPER, "basis": "weights", "outlier_form": "paper", "info_form": "paper"},
     "official": {**_PAPER, "basis": "weights-official", "outlier_form": "official", "info_form": "official"},
 }
-# Of use for cleaners that are trained.
+# These keys apply only to cleaners that are trained.
 _TRAINED = ("trained",)
 
 
@@ -122,10 +123,10 @@ class RefineConfig(Section):
     )
     basis: str = key("weights", "the subspace in which adapters start: a name among singer/subspaces.py", only=_TRAINED)
     start: Literal["identity", "doubled"] = key(
-        "identity", "up = 0, or the paper's up = down transposed", only=_TRAINED
+        "identity", "adapter: up = 0 (identity), or the paper's up = down transposed (doubled)", only=_TRAINED
     )
     softness: NotNegative = key(
-        1.0, "projector: what a change costs where the final norm sees it; 0 is the neighbours' mean"
+        1.0, "projector: cost of a change that the final norm sees; 0 gives the neighbours' mean"
     )
     threshold_k: Above = key(6.0, "a patch token is an artifact above median + k sigma (robust) of its block's norms")
     quantile: Below = key(0.97, "γ of the paper's outlier forms", only=_TRAINED)
@@ -134,9 +135,11 @@ class RefineConfig(Section):
     outlier_weight: NotNegative = key(1.0, "weight of L_outlier", only=_TRAINED)
     info_weight: NotNegative = key(1.0, "weight of L_info", only=_TRAINED)
     keep_weight: NotNegative = key(1.0, "weight of L_keep", only=_TRAINED)
-    steps: Positive = key(2000, "at most so many steps; the fit ends when it has converged", only=_TRAINED)
+    steps: Positive = key(2000, "largest number of steps; the fit ends earlier when it has converged", only=_TRAINED)
     tolerance: NotNegative = key(
-        0.02, "of the loss: less gain than this in 50 steps lowers the rate, and then ends the fit", only=_TRAINED
+        0.02,
+        "smaller relative gains of the loss in 50 steps lower the learning rate, and then end the fit",
+        only=_TRAINED,
     )
     batch_size: Positive = key(32, "records in a step", only=_TRAINED)
     lr: Above = key(1e-2, "learning rate", only=_TRAINED)
@@ -146,12 +149,13 @@ class RefineConfig(Section):
     sample_records: Positive = key(512, "records from which subspaces and curvature come")
     seed: Seed = key(0, "seed of the split of the records and of the fit", only=_TRAINED)
     teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
-    blocks: tuple[int, ...] | None = key(None, "which of its blocks; default: all")
+    blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
     local_copy: Path | None = key(None, "folder to which shards are copied when they are first read", "place")
 
     @model_validator(mode="before")
     @classmethod
     def _of_variant(cls, given: Any) -> Any:
+        """Put the values of the variant below those that are given."""
         variant = given.get("variant") if isinstance(given, dict) else None
         return {**VARIANTS[variant], **given} if isinstance(variant, str) and variant in VARIANTS else given
 
@@ -164,7 +168,7 @@ class StudentConfig(Section):
     depth: Positive | None = key(None, "vit: number of blocks", shape=True)
     heads: Positive | None = key(None, "vit: attention heads", shape=True)
     patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
-    image_size: Positive | None = key(None, "side of its input in pixels; default: the teacher's in the cache")
+    image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
     pretrained: bool = key(False, "start from the weights that timm has for the name")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
@@ -174,9 +178,9 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
-    projector: str = key("linear", "from student to teacher width, at each block; lift: and to the teacher's grid")
+    projector: str = key("linear", "map from student to teacher width at each block; lift: also to the teacher's grid")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
-    kd_weight: Above = key(1.0, "joint: weight of the objective beside the adapters' losses")
+    kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)
     batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
     lr: Above = key(1e-3, "peak learning rate")
@@ -185,19 +189,21 @@ class DistillConfig(Section):
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
-    ema: Below | None = key(None, "decay in a step of a moving average of the student, which is then what is kept")
+    ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")
     compile: bool = key(False, "torch.compile the student")
     trackers: tuple[str, ...] = key(
-        ("tensorboard",), "of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always there", "place"
+        ("tensorboard",), "trackers of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always written", "place"
     )
     precision: Precision = key("no", "mixed precision of training", shared=True)
     workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
-    checkpoint_minutes: Above = key(10.0, "a checkpoint at least this often, and after every epoch", "speed")
+    checkpoint_minutes: Above = key(
+        10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"
+    )
     read_block: Positive = key(
         1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True
     )
     shuffle_window: Positive = key(
-        16384, "records within which such blocks are mixed, read in one piece if small", shared=True
+        16384, "records within which such blocks are mixed; a small window is read in one piece", shared=True
     )
     seed: Seed = key(0, "seed of the student's weights and of the order of records", shared=True)
     teacher: str | tuple[str | None, ...] | None = key(
@@ -206,10 +212,12 @@ class DistillConfig(Section):
         shared=True,
     )
     blocks: tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | None = key(
-        None, "which of its blocks; default: the refiner's, or all; with several caches a list of lists", shared=True
+        None,
+        "which of the teacher's blocks; default: the refiner's, or all; with several caches a list of lists",
+        shared=True,
     )
     teacher_weights: tuple[Above, ...] | None = key(
-        None, "with several caches: what each teacher's objective counts; default: equal, 1 in all"
+        None, "with several caches: weight of each teacher's objective; default: equal weights that add up to 1"
     )
     local_copy: Path | None = key(
         None, "folder to which shards are copied when they are first read", "place", shared=True
@@ -217,13 +225,14 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DistillConfig":
+        """Raise UserError if keys do not fit together."""
         if self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
                 f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
             )
         if self.accumulate > self.batch_size:
-            raise UserError(f"accumulate: a batch of {self.batch_size} records has no {self.accumulate} parts")
+            raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
         if self.read_block > self.shuffle_window:
             raise UserError(
                 f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
@@ -233,17 +242,17 @@ class DistillConfig(Section):
 
     @property
     def objectives(self) -> dict[str, float]:
-        """{name: weight}"""
+        """Return the objectives as {name: weight}."""
         return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
 
     @property
     def teachers(self) -> tuple[str | None, ...] | None:
-        """One for each cache; None: no cache's is named."""
+        """Return one teacher for each cache, or None if no teacher is named."""
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
     @property
     def blocks_by_teacher(self) -> tuple[tuple[int, ...] | None, ...] | None:
-        """One for each cache; None: no cache's are named."""
+        """Return the blocks for each cache, or None if no blocks are named."""
         if self.blocks is None or not all(isinstance(b, int) for b in self.blocks):
             return cast("tuple[tuple[int, ...] | None, ...] | None", self.blocks)
         return (cast("tuple[int, ...]", self.blocks),)
@@ -253,7 +262,7 @@ class EvaluateConfig(Section):
     """Probes of a frozen student."""
 
     tokens: Literal["block", "norm", "both"] = key(
-        "both", "raw output of the last block, after the final norm, or both where there is a norm"
+        "both", "output of the last block: raw (block), after the final norm (norm), or both where there is a norm"
     )
     image_size: Positive | None = key(None, "side of the input in pixels; default: the student's own")
     crop: Fraction = key(1.0, "share of the short side that is kept; dense tasks keep all", only=_IMAGES)
@@ -263,7 +272,7 @@ class EvaluateConfig(Section):
     temperature: Above = key(0.07, "temperature of the votes of k-NN", only=("classification",))
     strengths: Rates = key(
         (0.01, 0.1, 1.0),
-        "inverse L2 penalties, chosen among on a split of the training shards",
+        "inverse L2 penalties; a split of the training shards decides which is taken",
         only=("classification", "domain-shift"),
         min_length=1,
     )
@@ -275,17 +284,19 @@ class EvaluateConfig(Section):
     )
     seg_lrs: Rates = key(
         (1e-3, 3e-3, 1e-2, 3e-2),
-        "learning rates, chosen among on a split of the training shards",
+        "learning rates; a split of the training shards decides which is taken",
         only=("segmentation",),
         min_length=1,
     )
     seg_passes: Positive = key(50, "passes over the training images", only=("segmentation",))
     depth_min: Above = key(0.001, "meters; pixels outside do not count", only=("depth",))
     depth_max: Above = key(10.0, "meters; pixels outside do not count", only=("depth",))
-    depth_bins: Annotated[int, Field(ge=2)] = key(256, "spread evenly over depth_min to depth_max", only=("depth",))
+    depth_bins: Annotated[int, Field(ge=2)] = key(
+        256, "bins, spread evenly from depth_min to depth_max", only=("depth",)
+    )
     depth_lrs: Rates = key(
         (1e-3, 3e-3, 1e-2, 3e-2),
-        "learning rates, chosen among on a split of the training shards",
+        "learning rates; a split of the training shards decides which is taken",
         only=("depth",),
         min_length=1,
     )
@@ -303,6 +314,7 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "EvaluateConfig":
+        """Raise UserError if keys do not fit together."""
         if self.depth_min >= self.depth_max:
             raise UserError(f"depth_min: {self.depth_min} is not below depth_max, {self.depth_max}")
         if self.shots is not None and self.shots[0] > self.shots[1]:
@@ -311,18 +323,18 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    """What a student's export gives."""
+    """What the export of a student contains."""
 
     output: Literal["pooled", "tokens"] = key(
         "pooled", "timm's forward, or raw output of the last block (onnx and torch-export only)"
     )
     tolerance: Above = key(
-        1e-4, "largest difference from the student; times the largest output where that is above 1", "failures"
+        1e-4, "largest difference from the student; relative to the largest output if that is above 1", "failures"
     )
 
 
 class Config(Section):
-    """Everything; each stage reads its own sections."""
+    """The whole configuration; each stage reads its own sections."""
 
     prepare: PrepareConfig = PrepareConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -1,4 +1,4 @@
-"""WebDataset shards: what is in them, and their images by number."""
+"""WebDataset shards: their content, and their images by number."""
 
 from pipeline.data.image_file import ImageFile, decode, decoding_quietly, one_line, open_image, open_known, to_rgb
 from pipeline.data.images import Images, Keys, Skipped, content_hash, image_digest, listing_hash, require_labels

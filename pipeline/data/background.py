@@ -1,4 +1,4 @@
-"""Work that follows in threads of its own while whoever gives it goes on; the counterpart of reading ahead."""
+"""Work in a background thread while the caller goes on; the counterpart of reading ahead."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,10 +13,10 @@ Arguments = ParamSpec("Arguments")
 
 
 class BackgroundWorker(Generic[Arguments]):
-    """Calls of a function, in order, in one thread. At most one is under way: the next one waits for it.
+    """Calls a function in order in one other thread. At most one call runs; the next one waits for it.
 
-    What a call raises is raised by the next one, or at the end of the `with` block if nothing else ends it. Make it
-    before other threads begin to compute: for a moment, new ones are given one core.
+    If a call raises an error, the next one raises it, or the end of the `with` block if no other error ends it. Create
+    the worker before other threads begin to compute: for a moment, new threads get one core.
     """
 
     def __init__(self, run: Callable[Arguments, None], name: str) -> None:
@@ -28,6 +28,7 @@ class BackgroundWorker(Generic[Arguments]):
         torch.set_num_threads(threads)
 
     def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        """Wait for the last call, then start the next one."""
         self._wait()
         self._last = self._pool.submit(self._run, *args, **kwargs)
 
@@ -50,11 +51,11 @@ class BackgroundWorker(Generic[Arguments]):
 
 
 def _compute_alone() -> None:
-    """One core for what this thread computes, as the others are busy.
+    """Let this thread compute on one core, because the others are busy.
 
     A second team of OpenMP threads would also make the first one sleep where it would have waited awake.
     """
-    # Before its first answer a thread has not taken over the number of the others, and still would.
+    # A thread takes over the number of the others when it is first asked for it; it must not do so later.
     torch.get_num_threads()
-    # Its own from here on, but also that of all later threads, until somebody sets it back.
+    # This sets the number for this thread, and for all later threads until it is set back.
     torch.set_num_threads(1)

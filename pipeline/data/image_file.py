@@ -1,4 +1,4 @@
-"""Images by their place in a shard, decoded with care: archives are taken for hostile, and nothing is unpickled."""
+"""Images by their place in a shard. Archives may be hostile: images are decoded with care, nothing is unpickled."""
 
 import io
 import os
@@ -13,42 +13,42 @@ from pipeline.data.images import Images
 from pipeline.storage import Opened, OpenFile
 from singer.errors import UserError
 
-# Larger images are refused before they are decoded: a few bytes can ask for gigabytes.
+# Larger images are refused before they are decoded: a few bytes can claim gigabytes.
 MAX_PIXELS = 100_000_000
-# Enough for the size of nearly every image.
+# This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class ImageFile:
-    """Reads images of `Images` by number; safe to share between threads.
+    """Reads images of `Images` by number. It is safe to share between threads.
 
-    what: the word for them in messages.
+    what: the word for an image in messages.
     """
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
         self._files = self._closed()
-        # Of every shard when it was first opened.
+        # The stamp of every shard when it was first opened.
         self._stamps: dict[int, tuple[int, int]] = {}
 
     def read(self, number: int) -> Image.Image:
-        """Image `number`, RGB. Raises UserError naming key and shard if it cannot be decoded."""
+        """Return image `number` as RGB. Raises UserError that names key and shard if it cannot be decoded."""
         data, where = self.encoded(number)
         with _decoding(where):
             return to_rgb(open_known(data))
 
     def dimensions(self, number: int) -> tuple[int, int]:
-        """(width, height) of image `number`, from its header."""
+        """Return (width, height) of image `number`, from its header."""
         try:
             return open_known(self.encoded(number, _HEADER_BYTES)[0]).size
-        except Exception:  # a long header, or no image at all
+        except Exception:  # the header is longer, or this is no image
             data, where = self.encoded(number)
             with _decoding(where):
                 return open_known(data).size
 
     def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
-        """The bytes of image `number` (the first `most`), and its key and shard for messages.
+        """Return the bytes of image `number` (the first `most`), and its key and shard for messages.
 
         Raises UserError if they cannot be read.
         """
@@ -62,7 +62,7 @@ class ImageFile:
                 data, stamp = os.pread(descriptor, size, offset), file.stamp
         except OSError as error:
             raise UserError(f"shard {file.path}: {error.strerror}") from None
-        # It may have been closed and opened again since, and in another file these places hold something else.
+        # The file may have been closed and opened again, and another file holds something else at these places.
         if self._stamps.setdefault(shard, stamp) != stamp:
             raise UserError(f"{where}: the shard has changed since this run began; start it again")
         if len(data) < size:
@@ -70,6 +70,7 @@ class ImageFile:
         return data, where
 
     def close(self) -> None:
+        """Close the files; later reads open them again."""
         self._files = self._closed()
 
     def _closed(self) -> list[OpenFile]:
@@ -83,7 +84,7 @@ class ImageFile:
 
 
 def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """An image of a known kind and sane size, not yet decoded.
+    """Open an image of a known kind and sane size, without decoding it.
 
     Raises UserError if it is too large, OSError or SyntaxError if it is no such image.
     """
@@ -94,7 +95,7 @@ def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> 
 
 
 def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """An image as it is stored, in whatever mode. Raises UserError beginning with `where` if it cannot be decoded."""
+    """Decode an image in the mode in which it is stored. Raises UserError that begins with `where` if that fails."""
     with _decoding(where):
         image = open_known(data, formats)
         image.load()
@@ -102,11 +103,11 @@ def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Imag
 
 
 def open_known(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """As open_image, with PIL's own error if the image is too large."""
+    """Open an image as open_image does, but raise PIL's own error if it is too large."""
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        # PIL's own message names an address in memory: other words in every run.
+        # PIL's own message names an address in memory, which differs in every run.
         raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
@@ -117,15 +118,15 @@ def open_known(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
 def _decoding(where: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # decoders raise whatever broken data makes them stumble over
+    except Exception as error:  # decoders raise many kinds of errors on broken data
         raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
 
 
 @contextmanager
 def decoding_quietly() -> Iterator[None]:
-    """Have images of a suspicious size refused, and all else that PIL grumbles about ignored, in whatever thread.
+    """Refuse images of a suspicious size, and ignore PIL's other warnings, in all threads until the block ends.
 
-    The filters belong to the process, so they are set here and not in the threads.
+    The filters of warnings belong to the process, so this is called once and not in each thread.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,7 +135,7 @@ def decoding_quietly() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; 16-bit greys are scaled to 8 bits, transparency is laid on white."""
+    """Convert any mode to RGB. 16-bit greys are scaled to 8 bits; transparent images get a white background."""
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
@@ -146,5 +147,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def one_line(error: Exception) -> str:
-    """What it says, on one line; its name if it says nothing."""
+    """Return an error's message on one line, or its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

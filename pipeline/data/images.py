@@ -1,4 +1,4 @@
-"""Which images some shards hold, and where: columns in the order of the archives."""
+"""The images in some shards and their places: columns in the order of the archives."""
 
 import hashlib
 from array import array
@@ -18,10 +18,10 @@ _KEYS_AT_ONCE = 1 << 18
 
 
 class Keys(Sequence[str]):
-    """Names of images, decoded when asked for: a million take little more than their letters.
+    """Names of images, decoded when they are read: a million take little more memory than their letters.
 
     text: uint8, the UTF-8 bytes of all keys one after the other; ends: int64, where each key ends in text.
-    Raises UserError if these do not fit each other.
+    Raises UserError if the two do not fit each other.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
@@ -31,6 +31,7 @@ class Keys(Sequence[str]):
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> "Keys":
+        """Collect keys from strings."""
         text, ends = bytearray(), array("q")
         for key in keys:
             text += key.encode()
@@ -39,7 +40,7 @@ class Keys(Sequence[str]):
 
     @classmethod
     def join(cls, several: Sequence["Keys"]) -> "Keys":
-        """All keys of several lists, one list after the other."""
+        """Join several lists of keys, one after the other."""
         starts = np.cumsum([0, *(len(keys.text) for keys in several)])
         ends = [keys.ends + start for keys, start in zip(several, starts.tolist(), strict=False)]
         return cls(np.concatenate([k.text for k in several]), np.concatenate(ends))
@@ -66,11 +67,12 @@ class Keys(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def select(self, rows: np.ndarray) -> "Keys":
-        """Some of the keys, in the order of `rows`."""
+        """Take some of the keys, in the order of `rows`."""
         lengths = np.diff(self.ends, prepend=0)[rows]
         starts, ends = self.ends[rows] - lengths, np.cumsum(lengths)
         text = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-        # A place in memory for each letter takes eight times as much as the letters: some keys at a time.
+        # An index for each letter takes eight times as much memory as the letters, so only some keys are done at a
+        # time.
         for a in range(0, len(rows), _KEYS_AT_ONCE):
             own = slice(a, a + _KEYS_AT_ONCE)
             first = int(ends[a] - lengths[a])
@@ -79,7 +81,7 @@ class Keys(Sequence[str]):
         return Keys(text, ends)
 
     def hashes(self) -> np.ndarray:
-        """(n,) uint64: the first 8 bytes of the SHA-256 of each key. Equal hashes are no proof of equal keys."""
+        """Return (n,) uint64: the first 8 bytes of the SHA-256 of each key. Equal hashes do not prove equal keys."""
         return np.fromiter((key_hash(key) for key in self._bytes()), dtype=np.uint64, count=len(self))
 
     def _bytes(self) -> Iterator[bytes]:
@@ -103,11 +105,11 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Images:
-    """Where every image of some shards is: parallel columns in the order of shards and members.
+    """The place of every image in some shards: parallel columns in the order of shards and members.
 
     paths, shard_sizes: the shards and their sizes in bytes; keys: names; labels: int32, NO_LABEL where there is none;
     shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes; skipped:
-    what the shards hold besides and was left out.
+    samples of the shards that were left out.
     """
 
     paths: tuple[Path, ...]
@@ -123,7 +125,7 @@ class Images:
         return len(self.keys)
 
     def select(self, rows: np.ndarray) -> "Images":
-        """Some of the images, in the order of `rows`."""
+        """Take some of the images, in the order of `rows`."""
         columns = {name: getattr(self, name)[rows] for name in ("labels", "shard", "offset", "size")}
         return replace(self, keys=self.keys.select(rows), **columns)
 
@@ -137,16 +139,16 @@ class Images:
 
 
 def listing_hash(images: Images) -> str:
-    """SHA-256 over keys, labels and sizes of all images: the same wherever they lie, whatever shards they are in.
+    """Hash keys, labels and sizes of all images with SHA-256: the same wherever they are, and in whatever shards.
 
-    It is known before any image is read. Hashed are the bytes of all keys, their ends (int64), labels (int32) and
+    It is known before any image is read. It covers the bytes of all keys, their ends (int64), labels (int32) and
     sizes (int64).
     """
     return _hash(images, images.size.astype("<i8", copy=False))
 
 
 def content_hash(images: Images, digest: np.ndarray) -> str:
-    """SHA-256 over keys, labels and digests of all images, as listing_hash with digests in place of sizes.
+    """Hash keys, labels and digests of all images with SHA-256, as listing_hash but with digests in place of sizes.
 
     digest: (n,) uint64, see image_digest.
     """
@@ -162,11 +164,12 @@ def _hash(images: Images, column: np.ndarray) -> str:
 
 
 def image_digest(data: bytes) -> int:
-    """The first 8 bytes (little-endian) of the SHA-256 of an encoded image."""
+    """Return the first 8 bytes (little-endian) of the SHA-256 of an encoded image."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 def require_labels(images: Images, what: str) -> None:
+    """Raise UserError if an image has no label. what: the data, for the message."""
     missing = np.flatnonzero(images.labels == NO_LABEL)
     if len(missing):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reading ahead in threads: decoding images and reading features release the interpreter lock."""
+"""Reading ahead in threads. Decoding images and reading features release the interpreter lock."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -19,9 +19,9 @@ def prefetch(
     meter: Meter | None = None,
     most: int | None = None,
 ) -> Generator[Batch, None, None]:
-    """load(item) for every item, in order, up to `most` ahead (2 · workers). Time spent waiting goes to the meter.
+    """Yield load(item) for every item in order, with up to `most` items ahead (default: 2 · workers).
 
-    An exception in `load` is raised where its batch would have come.
+    The meter counts the time spent on waiting. An exception in `load` is raised in place of its batch.
     """
     ahead: deque[Future[Batch]] = deque()
     most = 2 * workers if most is None else most

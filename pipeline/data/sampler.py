@@ -1,4 +1,4 @@
-"""Read plans: which records a process sees in which order. Pure functions of (seed, epoch, rank, world size, step)."""
+"""Which records a process reads, in which order: pure functions of (seed, epoch, rank, world size, step)."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import numpy as np
 
 from pipeline.config import DistillConfig
 
-# Of a shuffle window that is read in one piece.
+# A shuffle window of at most this many bytes is read in one piece.
 WINDOW_BYTES = 1 << 28
-# Of batches that are read together, so that the interpreter's work on small ones is shared.
+# About this many bytes of batches are read together, so that small batches share the interpreter's work.
 PIECE_BYTES = 1 << 24
 
 
@@ -20,7 +20,7 @@ class BatchIndices:
     """One process's part of a global batch.
 
     records: (n,) int64, the same n for all processes of a step; weights: (n,) float32, such that the mean over
-    processes of sum(weight · loss) is the mean loss of the global batch. Records that only fill up weigh nothing.
+    processes of sum(weight · loss) is the mean loss of the global batch. Records that only fill up have weight 0.
     """
 
     records: np.ndarray
@@ -28,26 +28,27 @@ class BatchIndices:
 
 
 def steps_per_epoch(records: int, batch: int) -> int:
+    """Return the number of batches in an epoch; the last one may be smaller."""
     return -(-records // batch)
 
 
 def part_size(records: int, parts: int) -> int:
-    """Of all but the last of so many parts, or fewer if there are not enough records."""
+    """Return the records in each of so many parts but the last; too few records make fewer parts."""
     return -(-records // parts)
 
 
 def smallest_part(records: int, batch: int, world: int, parts: int) -> int:
-    """The fewest records that a process sees at once, of batches that it goes through in so many parts."""
+    """Return the fewest records that a process computes at once, if it divides its batches into so many parts."""
     batches = {min(batch, records), records % batch or min(batch, records)}
     mine = {-(-whole // world) for whole in batches}
     return min(n % part_size(n, parts) or part_size(n, parts) for n in mine)
 
 
 class EpochOrder:
-    """The order of an epoch: every record once, the same on every process, any stretch of it at once.
+    """The order of an epoch: every record once, the same on every process. Any stretch of it can be computed.
 
     block: neighbouring records that are read in one place; 1 is a plain shuffle. With more, the order of the blocks is
-    shuffled, and then the records within each `window` of the result; memory is that of the blocks' order.
+    shuffled, and then the records within each `window` of the result. Only the order of the blocks takes memory.
     """
 
     def __init__(self, records: int, seed: int, epoch: int, block: int = 1, window: int = 1 << 14) -> None:
@@ -63,7 +64,7 @@ class EpochOrder:
         return self._records
 
     def stretch(self, start: int, stop: int) -> np.ndarray:
-        """Records number start to stop of the epoch, int64."""
+        """Return the records at places start to stop of the epoch, int64."""
         stop = min(stop, self._records)
         if self._block == 1:
             return self._blocks[start:stop]
@@ -79,14 +80,14 @@ class EpochOrder:
             places = np.arange(start, stop)
             block = np.searchsorted(self._ends, places, side="right")
             records = (self._blocks[block] + 1) * self._block - (self._ends[block] - places)
-            # The last block may be shorter than the others: its end is that of the records.
+            # The last block may be shorter than the others: it ends with the records.
             records -= np.maximum(0, (self._blocks[block] + 1) * self._block - self._records)
             self._mixed = number, np.random.default_rng([*self._seed, number]).permutation(records)
         return self._mixed[1]
 
 
 def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: int) -> BatchIndices:
-    """The part of global batch `step` that process `rank` of `world` computes.
+    """Return the part of global batch `step` that process `rank` of `world` computes.
 
     The global batch does not depend on `world`. The last one of an epoch may be smaller; nothing is dropped or
     counted twice.
@@ -100,17 +101,17 @@ def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: in
 
 
 def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
-    """Whether shuffle windows of records of neighbouring blocks are small enough to be read in one piece."""
+    """Return whether shuffle windows are used and small enough to be read in one piece."""
     return settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
 
 
 def batches_together(settings: DistillConfig, record_bytes: int, world: int) -> int:
-    """Of batches that are not read in windows."""
+    """Return how many batches are read together if they are not read in windows."""
     return max(1, PIECE_BYTES * world // (settings.batch_size * record_bytes))
 
 
 def prefetch_depth(settings: DistillConfig, record_bytes: int, world: int) -> int:
-    """How many of share_lists are read ahead: at least two, and enough for as many batches as images are."""
+    """Return how many of batch_index_lists are read ahead: at least two, and in all 2 · workers batches or more."""
     together = batches_together(settings, record_bytes, world)
     return 2 if reads_windows(settings, record_bytes) else max(2, -(-2 * settings.workers // together))
 
@@ -118,9 +119,10 @@ def prefetch_depth(settings: DistillConfig, record_bytes: int, world: int) -> in
 def batch_index_lists(
     records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
 ) -> Iterator[list[BatchIndices]]:
-    """This process's part of every global batch from first_step on; what is read in one piece in one list.
+    """Yield this process's part of every global batch from first_step on; a list holds what is read in one piece.
 
-    That is all that begin in one shuffle window, if windows are read whole, or else a batch or some small ones.
+    If windows are read whole, a list holds the batches that begin in one shuffle window; otherwise it holds one batch,
+    or some small ones.
     """
     batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
     in_windows = reads_windows(settings, record_bytes)

@@ -1,7 +1,6 @@
-"""WebDataset shards: which files, and what is in them.
+"""WebDataset shards: their files, and what is in them.
 
-The order of training is singer's own, so members are read by position, not streamed. A defect is named or listed,
-never passed over.
+The order of training is singer's own, so members are read by position, not streamed. Every defect is raised or listed.
 """
 
 import glob
@@ -22,17 +21,17 @@ from pipeline.runtime.progress import meter
 from singer.errors import UserError
 
 OnError = Literal["fail", "skip"]
-# From so many on, starting processes takes less time than they save.
+# With this many shards or more, starting processes takes less time than they save.
 _MANY_SHARDS = 64
 _SHARDS_AT_ONCE = 4
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[Path]:
-    """The shard files that globs, brace ranges (`train-{0000..0004}.tar`) or names stand for, in order.
+    """Expand globs, brace ranges (`train-{0000..0004}.tar`) and names to shard files, in order.
 
-    Raises UserError if one stands for nothing, or a file is missing.
+    Raises UserError if one matches nothing, a file is missing, or a file is given twice.
     """
-    from webdataset.shardlists import expand_urls  # which imports torch
+    from webdataset.shardlists import expand_urls  # imported late, as it imports torch
 
     paths: list[Path] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
@@ -56,13 +55,14 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
 
 @dataclass
 class Defects:
-    """Raises the first defect, or lists all."""
+    """Collects defects: raises UserError at the first one, or lists all."""
 
     on_error: OnError
     skipped: list[Skipped] = field(default_factory=list)
 
     def add(self, path: Path, key: str, reason: str) -> None:
-        # What is raised or listed gets printed and stored.
+        """Raise UserError for a defect, or list it."""
+        # The key is printed and stored, so it must be harmless.
         key = key.encode("unicode_escape").decode() if UNSAFE.search(key) else key
         if self.on_error == "fail":
             where = Skipped(str(path), key, reason)
@@ -74,12 +74,12 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     """List the images of shards from the tar headers.
 
     A defect is a damaged archive or an unusable sample: without an image, an empty image, a label that is no class
-    number, a link in place of a file, a key that occurs twice (the first one counts) or is unsafe as a path. Of a
-    damaged shard the samples before the damage stay, without the last, which may have lost members. As in the
-    webdataset library, files whose names have no extension or begin with a dot belong to no sample.
+    number, a link in place of a file, a key that occurs twice (the first one counts) or is unsafe as a path. The
+    samples before the damage of a shard stay, without the last one, which may have lost members. As in the
+    webdataset library, files with a name that has no extension or begins with a dot belong to no sample.
 
-    Raises UserError for a shard that is missing, if there are no images at all, and, unless on_error is "skip", for
-    the first defect; else defects are listed in `skipped`.
+    Raises UserError for a shard that is missing, if there are no images at all, and for the first defect unless
+    on_error is "skip"; then defects are listed in `skipped`.
     """
     paths = expand_shards(spec)
     listings = _list_all(paths)
@@ -112,11 +112,11 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
 
 
 def _list_all(paths: Sequence[Path]) -> list[TarListing]:
-    """List many shards in as many processes as there are cores, for Python reads headers on one core only."""
+    """List shards, many of them in one process for each core, because Python reads headers on one core only."""
     cores = len(os.sched_getaffinity(0))
     pool: Executor = ThreadPoolExecutor(min(len(paths), 2 * cores))
     if len(paths) >= _MANY_SHARDS and cores > 1:
-        # Fresh processes: a fork of one that has threads may hang.
+        # The processes are fresh: a fork of a process with threads may hang.
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context("forkserver"))
     with pool, meter("index", len(paths), "shards") as m:
         listings = []
@@ -127,12 +127,12 @@ def _list_all(paths: Sequence[Path]) -> list[TarListing]:
 
 
 def _repeated(keys: Keys, hashes: np.ndarray) -> np.ndarray:
-    """Which keys, (n,) bool, have occurred before."""
+    """Return which keys, (n,) bool, have occurred before."""
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     again = np.zeros(len(keys), dtype=np.bool_)
     seen: set[str] = set()
-    # Nearly always none: equal keys have equal hashes, and others hardly ever.
+    # There is hardly ever anything to do: different keys nearly always have different hashes.
     for row in order[np.union1d(same, same + 1)].tolist():
         again[row] = keys[row] in seen
         seen.add(keys[row])
@@ -140,9 +140,9 @@ def _repeated(keys: Keys, hashes: np.ndarray) -> np.ndarray:
 
 
 def index_beside(images: Images, extension: str) -> Images:
-    """The members .{extension} beside the images: the same rows, with the places and sizes of these members.
+    """Index the members .{extension} beside the images: the same rows, with the places and sizes of these members.
 
-    Raises UserError naming shard and key where one is missing, empty, no regular file or there twice.
+    Raises UserError that names shard and key if one is missing, empty, no regular file or there twice.
     """
     offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
     order = np.argsort(images.shard, kind="stable")
@@ -166,7 +166,7 @@ def index_beside(images: Images, extension: str) -> Images:
 
 
 def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
-    """The images with their shards where they lie now. Raises UserError if one is missing or has changed."""
+    """Return the images with the present places of their shards. Raises UserError if one is missing or has changed."""
     paths = images.paths
     if shards is not None:
         given = expand_shards(shards)
@@ -176,7 +176,7 @@ def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
             if missing:
                 raise UserError(f"--shards does not give {missing[0]}, which the cache was made from")
             paths = tuple(found[p.name] for p in paths)
-        elif len(given) == len(paths):  # names repeat: by order
+        elif len(given) == len(paths):  # names repeat, so the order counts
             paths = tuple(p.resolve() for p in given)
         else:
             raise UserError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")

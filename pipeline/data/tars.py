@@ -1,7 +1,7 @@
-"""What is in a tar, taken for hostile: a defect is named, never passed over; only headers and labels are read.
+"""The content of a tar, which may be hostile: every defect is reported, and only headers and labels are read.
 
-tarfile ends an iteration silently at a broken header and believes what headers claim; its parser of single headers is
-used, and the walk from one to the next is done here.
+tarfile ends an iteration silently at a broken header and believes what headers claim. This module uses its parser of
+single headers, and walks from one header to the next itself.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ NO_LABEL = -1
 _LABEL_BYTES = 32
 _ROW = np.dtype("i8,u8,i4,i8,i8,?")
 _BLOCK = tarfile.BLOCKSIZE
-# Headers that describe the member behind them.
+# These headers describe the member after them.
 _GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-# The keywords of POSIX; those of vendors have a dot. Another one may be `path`, damaged.
+# These are the keywords of POSIX; those of vendors have a dot. Any other may be a damaged `path`.
 _PAX_KEYWORDS = frozenset(
     b"atime charset comment ctime gid gname hdrcharset linkpath mtime path size uid uname".split()
 )
@@ -33,13 +33,14 @@ _PLAIN = re.compile(
     rb"(?P<sum>[0-7]{6})\0 [0\0]\0{100}ustar(?:\x0000|  \0).{64}[0-7\0]{16}\0{167}",
     re.DOTALL,
 )
-# As much as a disk reads at once anyway.
+# A disk reads this much at once anyway.
 _WINDOW = 8 * _BLOCK
 # Extended headers hold names; a larger one is not honest.
 _EXTENDED_BYTES = 1 << 20
-# Key and extensions, split as the webdataset library does; importing that would load torch into every reader of tars.
+# Key and extensions, split as in the webdataset library; importing it would load torch into every reader of tars.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
-# Empty, absolute, with `..`, backslash or control character, or not UTF-8 (which tarfile turns into surrogates).
+# Names are unsafe that are empty, absolute, not UTF-8 (tarfile turns that into surrogates), or have `..`, a backslash
+# or a control character.
 UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -49,7 +50,7 @@ class Defect(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """An entry of a tar. regular: an ordinary file; offset, size: of its data, in bytes."""
+    """An entry of a tar. regular: it is an ordinary file; offset, size: place of its data, in bytes."""
 
     name: str
     regular: bool
@@ -59,7 +60,7 @@ class Member:
 
 @dataclass
 class Sample:
-    """Consecutive members with one key, by extension. label: the text of .cls; repeated: extensions met again."""
+    """Consecutive members with one key, by extension. label: text of .cls; repeated: extensions that occur twice."""
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -69,7 +70,7 @@ class Sample:
 
 
 def read_samples(path: Path, *also: str) -> tuple[list[Sample], str | None]:
-    """The samples of a shard, and what is wrong with it as a whole. also: extensions that matter besides images."""
+    """Read the samples of a shard, and what is wrong with it as a whole. also: further extensions that matter."""
     samples: list[Sample] = []
     try:
         with path.open("rb", buffering=0) as file:
@@ -77,12 +78,13 @@ def read_samples(path: Path, *also: str) -> tuple[list[Sample], str | None]:
                 _add_member(samples, member, file.fileno(), also)
     except (Defect, OSError) as error:
         if samples:
-            samples[-1].defect = "may have lost members: the shard is damaged behind it"
+            samples[-1].defect = "may have lost members: the shard is damaged after it"
         return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
     return samples, None
 
 
 def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[str, ...]) -> None:
+    """Add a member to the last sample, or begin a new one."""
     unsafe = UNSAFE.search(member.name) is not None
     named = _SAMPLE.match(member.name)
     if named is not None:
@@ -106,11 +108,11 @@ def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[st
 
 @dataclass(frozen=True)
 class TarListing:
-    """The samples of a shard as columns, the unusable ones too.
+    """The samples of a shard as columns, with the unusable ones.
 
-    size: of the file, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see key_hash;
-    labels: int32; offsets, sizes: int64, of the images; usable: bool; defects: (number of the sample, its key, what is
-    wrong), in order, with number -1 for the shard itself.
+    size: size of the file, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see key_hash;
+    labels: int32; offsets, sizes: int64, places of the images; usable: bool; defects: (number of the sample, its key,
+    what is wrong), in order, with number -1 for the shard itself.
     """
 
     size: int
@@ -125,7 +127,7 @@ class TarListing:
 
 
 def list_tar(path: Path) -> TarListing:
-    """List the samples of a shard. Never raises for what is in it."""
+    """List the samples of a shard. Its content raises no error: defects are listed."""
     samples, damage = read_samples(path)
     defects = [(-1, "", damage)] if damage is not None else []
     rows = np.zeros(len(samples), dtype=_ROW)
@@ -146,12 +148,12 @@ def list_tar(path: Path) -> TarListing:
 
 
 def key_hash(key: bytes) -> int:
-    """The first 8 bytes (little-endian) of a key's SHA-256."""
+    """Return the first 8 bytes (little-endian) of a key's SHA-256."""
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
 
 
 def contents(sample: Sample) -> tuple[int, Member]:
-    """Label and image of a sample. Raises Defect."""
+    """Return label and image of a sample. Raises Defect if there is no usable image or label."""
     if sample.defect is not None:
         raise Defect(sample.defect)
     image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
@@ -170,10 +172,10 @@ def contents(sample: Sample) -> tuple[int, Member]:
 
 
 def members_of(file: int) -> Iterator[Member]:
-    """The members of a tar, and that it is whole: each header and file lies within it, and zeros end it.
+    """Yield the members of a tar, and check that it is whole: headers and files are within it, and zeros end it.
 
     tarfile itself takes a broken header for the end of the archive, and believes the sizes that headers claim.
-    Here the position only ever grows, and nothing is read but headers. Raises Defect.
+    Here the position only grows, and nothing but headers is read. Raises Defect if the tar is not whole.
     """
     end = os.fstat(file).st_size
     window = _Window(file)
@@ -205,7 +207,7 @@ def members_of(file: int) -> Iterator[Member]:
         position += _BLOCK
         kind, size = header.type, header.size
         extended = kind in _EXTENDED
-        # An extended header that passes for a file, or the other way round, would hide the member behind it.
+        # An extended header that looks like a file, or the other way round, would hide the member after it.
         reserved = header.name.startswith("././@") and not extended
         if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
             raise broken
@@ -227,15 +229,15 @@ def members_of(file: int) -> Iterator[Member]:
             raise Defect("ends in the middle of a member")
         if extended:
             try:
-                told = _extension(kind, os.pread(file, size, position))
+                found = _extension(kind, os.pread(file, size, position))
             except ValueError:
                 raise broken from None
             if kind == tarfile.XGLTYPE:
-                common |= told
-            elif own.keys() & told.keys():  # the member that the first was about is missing
+                common |= found
+            elif own.keys() & found.keys():  # the member of the first header is missing
                 raise broken
             else:
-                own |= told
+                own |= found
         else:
             name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
             regular = header.isreg() and kind != tarfile.GNUTYPE_SPARSE and "GNU.sparse" not in attributes
@@ -246,17 +248,18 @@ def members_of(file: int) -> Iterator[Member]:
         raise Defect(f"is unreadable from byte {position}")
     while rest := os.pread(file, 1 << 20, position):
         if any(rest):
-            raise Defect(f"holds more than zeros from byte {position} on, behind its end-of-archive marker")
+            raise Defect(f"holds more than zeros from byte {position} on, after its end-of-archive marker")
         position += len(rest)
 
 
 class _Window:
-    """Blocks of a file, of which neighbouring ones are read at once: of small members, the headers lie together."""
+    """Blocks of a file. Neighbouring blocks are read at once, as the headers of small members are close together."""
 
     def __init__(self, file: int) -> None:
         self._file, self._start, self._data = file, 0, b""
 
     def read(self, position: int) -> bytes:
+        """Return the block at a position; it is shorter at the end of the file."""
         at = position - self._start
         if at < 0 or at + _BLOCK > len(self._data):
             self._start, self._data, at = position, os.pread(self._file, _WINDOW, position), 0
@@ -264,9 +267,9 @@ class _Window:
 
 
 def _plain_file(block: bytes) -> tuple[str, int] | None:
-    """Name and size of an ordinary file with a short ASCII name, from its header; None of any other header.
+    """Return name and size of an ordinary file with a short ASCII name, from its header; None for any other header.
 
-    What tarfile says of the same header, for a tenth of its time: nearly all headers are such.
+    tarfile gives the same, but takes ten times as long. Nearly all headers are of this kind.
     """
     found = _PLAIN.fullmatch(block)
     if found is None or sum(block) - sum(block[148:156]) + 256 != int(found["sum"], 8):
@@ -275,13 +278,13 @@ def _plain_file(block: bytes) -> tuple[str, int] | None:
 
 
 def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
-    """What matters here of an extended header: path, size, whether a file is sparse. Raises ValueError."""
+    """Read from an extended header path, size, and whether a file is sparse. Raises ValueError if it is broken."""
     if kind in _GNU_LONG:
         name = payload.removesuffix(b"\0")
         if not name or b"\0" in name:
             raise ValueError
         return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name.decode("utf-8", "surrogateescape")}
-    told: dict[str, str] = {}
+    values: dict[str, str] = {}
     at = 0
     while at < len(payload):  # records of pax: LENGTH KEYWORD=VALUE and a line break
         length = payload[at : at + 8].partition(b" ")[0]
@@ -291,10 +294,10 @@ def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
         if not (known and at < stop <= len(payload) and value.endswith(b"\n")):
             raise ValueError
         if keyword in (b"path", b"GNU.sparse.name"):
-            told[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
+            values[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
         elif keyword == b"size":
-            told["size"] = str(int(value))
+            values["size"] = str(int(value))
         if keyword.startswith(b"GNU.sparse."):
-            told["GNU.sparse"] = ""
+            values["GNU.sparse"] = ""
         at = stop
-    return told
+    return values

@@ -1,4 +1,4 @@
-"""Views: which part of an image teacher and students see, mirrored or recoloured. Stored, and replayed exactly."""
+"""Views: the part of an image that teacher and students see, mirrored or recoloured. They are replayed exactly."""
 
 import hashlib
 import math
@@ -29,11 +29,11 @@ class View:
 
 
 def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int]) -> View:
-    """View `number` of the image `key` of size (width, height): a pure function of its arguments.
+    """Draw view `number` of the image `key` of size (width, height): a pure function of its arguments.
 
-    27 uniform numbers are drawn whatever the configuration, so that no option changes what another one does: area and
-    ratio of ten tries, x, y, flip, brightness, contrast, saturation, hue. Boxes and colours are float32 numbers, as
-    the index stores them. Where nothing depends on them, none are drawn.
+    It draws 27 uniform numbers with any configuration, so that no option changes what another one does: area and ratio
+    of ten tries, x, y, flip, brightness, contrast, saturation, hue. If nothing depends on them, it draws none. Boxes
+    and colours are float32 numbers, as the index stores them.
     """
     if config.kind == "center" and not config.flip and not any(config.color):
         return View(_float32(*crop_view(config.crop, size).box))
@@ -52,9 +52,9 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
 
 
 def crop_view(crop: float, size: tuple[int, int]) -> View:
-    """The centred square with `crop` times the short side of an image of size (width, height).
+    """Return the centred square with `crop` times the short side of an image of size (width, height).
 
-    In whole pixels: half a pixel to the side would blur an image that needs no resizing.
+    It is in whole pixels: half a pixel to the side would blur an image that needs no resizing.
     """
     width, height = size
     side = max(1, round(crop * min(size)))
@@ -65,7 +65,10 @@ def crop_view(crop: float, size: tuple[int, int]) -> View:
 def _random_box(
     config: ViewsConfig, size: tuple[int, int], tries: list[tuple[float, float]], x: float, y: float
 ) -> Box:
-    """RandomResizedCrop of torchvision, not rounded to pixels. tries (of area and ratio), x, y: uniform numbers."""
+    """Choose a box as torchvision's RandomResizedCrop, but not rounded to pixels.
+
+    tries: pairs of uniform numbers, for area and ratio; x, y: uniform numbers.
+    """
     width, height = size
     (small, large), (narrow, wide) = config.scale, config.ratio
     for a, r in tries:
@@ -74,7 +77,7 @@ def _random_box(
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if 1 <= w <= width and 1 <= h <= height:
             break
-    else:  # the largest centred box of a ratio that is allowed
+    else:  # take the largest centred box of an allowed ratio
         x = y = 0.5
         w = min(width, max(1.0, height * wide))
         h = min(height, max(1.0, width / narrow))
@@ -88,7 +91,7 @@ def _float32(*values: float) -> tuple[float, float, float, float]:
 
 
 def apply_view(image: Image.Image, view: View, size: int) -> np.ndarray:
-    """The view of an RGB image as (size, size, 3) uint8; crop and bicubic antialiased resize are one step."""
+    """Apply a view to an RGB image: (size, size, 3) uint8. Crop and bicubic antialiased resize are one step."""
     left, upper, right, lower = view.box
     box = (left * image.width, upper * image.height, right * image.width, lower * image.height)
     # Rounding of the stored shares must not leave the image.
@@ -110,7 +113,7 @@ def apply_view(image: Image.Image, view: View, size: int) -> np.ndarray:
 
 
 def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -> np.ndarray:
-    """Which patches of a view are stored, (count,) int16, ascending: a pure function of its arguments."""
+    """Draw which patches of a view are stored, (count,) int16, ascending: a pure function of its arguments."""
     order = np.argsort(_generator(seed, key, number, 1).random(patches), kind="stable")
     return np.sort(order[:count]).astype(np.int16)
 
@@ -118,14 +121,14 @@ def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -
 def _generator(seed: int, key: str, number: int, purpose: int) -> np.random.Generator:
     words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
     entropy = np.concatenate([np.array([seed, number, purpose], dtype=np.uint32), words])
-    # NumPy promises the numbers of a named bit generator, not those of its default one.
+    # NumPy guarantees the numbers of a named bit generator, but not those of its default one.
     return np.random.Generator(np.random.PCG64(entropy))
 
 
 def normalise(
     pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, normalised, on the device (moved there as uint8)."""
+    """Normalise (B, H, W, 3) uint8 -> (B, 3, H, W) float32 on the device; pixels are moved there as uint8."""
     images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
     channel = torch.tensor([mean, std], device=device).view(2, 1, 3, 1, 1)
     return ((images - channel[0]) / channel[1]).contiguous()

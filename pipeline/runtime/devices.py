@@ -1,4 +1,4 @@
-"""Accelerate, set up the same way for every stage."""
+"""Set-up of Accelerate, the same for every stage."""
 
 from datetime import timedelta
 
@@ -13,11 +13,11 @@ _COLLECTIVE_SECONDS = 1800.0
 
 
 def make_accelerator(precision: Precision) -> Accelerator:
-    """An Accelerator of this precision, also where the process has used another before."""
+    """Make an Accelerator of this precision, also if the process has used another one before."""
     AcceleratorState._reset_state()
-    # ranks.py finds ranks that are dead or hang; its barriers hold where one works alone for long. Between collective
-    # operations a rank may compile, or wait for its first batch: longer than the ten minutes of the default.
+    # ranks.py finds ranks that are dead or hang, and its barriers wait where one rank works alone for long. Between
+    # collective operations a rank may compile, or wait for its first batch, for longer than the default's ten minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds())))
-    # Students are put in shards by pipeline/training/fsdp.py, and nothing else is.
+    # pipeline/training/fsdp.py shards students; nothing else is sharded.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])

@@ -1,4 +1,4 @@
-"""What went wrong, told apart: what users can fix, the disk and the network, and defects of singer."""
+"""Kinds of failures: what users can fix, the disk and the network, and defects of singer."""
 
 from dataclasses import dataclass
 
@@ -12,25 +12,25 @@ _MEMORY = (
     "lower the batch size (cache., refine., distill. or evaluate.batch_size; distill.accumulate splits it), or set "
     "the stage's precision to bf16, and go on with --resume"
 )
-# What torch says, in a RuntimeError, of a machine that cannot run it.
+# torch uses these words in a RuntimeError if the machine cannot run it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_GPU = ("driver", "busy or unavailable", "no kernel image is available", "uncorrectable ECC", "No CUDA GPUs")
 
 
 class DefectsFound(RuntimeError):
-    """Say in one line that parts of the work failed by defects, whose tracebacks are in logs."""
+    """Parts of the work failed by defects. The message says so in one line, and the tracebacks are in logs."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong, in one line. defect: whether it is singer's fault."""
+    """A message of one line that says what went wrong. defect: whether it is singer's fault."""
 
     message: str
     defect: bool = False
 
 
 def setting(config: str | None = None) -> str:
-    """What the log of a command begins with. config: resolved, as YAML."""
+    """Return the first lines of a command's log. config: the resolved configuration as YAML."""
     lines = [
         f"command: {command_line()}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -41,11 +41,12 @@ def setting(config: str | None = None) -> str:
 
 
 def is_defect(error: Exception) -> bool:
+    """Return whether an error is singer's fault: neither the user, nor the disk or the network can be its cause."""
     return not isinstance(explained(error), UserError | OSError | DefectsFound)
 
 
 def explained(error: Exception) -> Exception:
-    """The error, or a UserError that says what users can do where a library cannot know it: too little memory."""
+    """Return the error, or a UserError with the remedy if the memory is too small or the GPU cannot be used."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
@@ -58,7 +59,7 @@ def explained(error: Exception) -> Exception:
 
 
 def failure(error: Exception) -> Failure:
-    """An error in one line; of a defect, the whole traceback goes to a log, which the line names."""
+    """Describe an error in one line. The whole traceback of a defect goes to a log, which the line names."""
     error = explained(error)
     if is_defect(error):
         log = keep_traceback(error)
@@ -67,7 +68,7 @@ def failure(error: Exception) -> Failure:
 
 
 def report(error: Exception) -> int:
-    """Tell the user what ended a command; its exit code: 1 of a defect, otherwise 2."""
+    """Tell the user what ended a command. Return its exit code: 1 for a defect, otherwise 2."""
     error = explained(error)
     if is_defect(error):
         log = keep_traceback(error)
@@ -83,6 +84,7 @@ def report(error: Exception) -> int:
 
 
 def one_line(error: Exception, most: int | None = 500) -> str:
+    """Return an error's message on one line of at most `most` characters, or its class if it has no message."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f" ({error.filename})" if error.filename else "")

@@ -1,4 +1,4 @@
-"""Messages: the logger `singer`, what of it the console shows, and log files.
+"""Messages: the logger `singer`, what the console shows of it, and log files.
 
 Importing singer installs no handler. A command shows messages on stderr, see on_console(); every stage adds them to the
 log file of its output, see log_file().
@@ -22,29 +22,30 @@ if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _WARNINGS = "py.warnings"
-# Of a traceback: the innermost ones.
+# So many innermost frames of a traceback are shown.
 _FRAMES = 4
-# Where the whole traceback of an error is: an attribute of the error.
+# This attribute of an error names the file with its whole traceback.
 _KEPT = "singer_log"
 
 
 def is_log(name: str) -> bool:
-    """Whether a file of this name, in whatever folder, is a log: it is no part of an output."""
+    """Return whether a file of this name, in any folder, is a log: logs are no part of an output."""
     base = name.rpartition("/")[2]
     return base == LOG or (base.startswith("singer-rank") and base.endswith(".log"))
 
 
 def rank() -> int:
-    """The number of this process among those of a command; 0 is the one that speaks."""
+    """Return the number of this process among those of a command; only number 0 shows messages."""
     return int(os.environ.get("RANK", "0"))
 
 
 def rank_log() -> str:
+    """Return the name of this process's log file."""
     return f"singer-rank{rank()}.log" if rank() else LOG
 
 
 class _Screen(logging.Handler):
-    """Shows records on the console: a line each, and each warning once. Of other processes than the first: errors."""
+    """Shows records on the console: one line each, each warning once. Later processes show only errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO if rank() == 0 else logging.ERROR)
@@ -57,7 +58,7 @@ class _Screen(logging.Handler):
         if not (_is_ours(record) or record.name == _WARNINGS):
             text = f"{record.name}: {text}"
         if record.levelno >= logging.WARNING:
-            # Without its place: one message from two lines of a library is the same to the user.
+            # The key has no place: one message from two lines of a library is the same to the user.
             key = text.partition(": ")[2] if record.name == _WARNINGS else text
             if record.levelno == logging.WARNING and key in self._shown:
                 return
@@ -74,7 +75,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 def _text(record: logging.LogRecord) -> str:
-    """The message; of a Python warning without the line of source that Python adds."""
+    """Return the message; for a Python warning, without the line of source that Python adds."""
     text = record.getMessage().rstrip()
     lines = text.splitlines()
     return "\n".join(lines[:-1]) if record.name == _WARNINGS and len(lines) > 1 and lines[-1][:2] == "  " else text
@@ -85,7 +86,7 @@ _screen: _Screen | None = None
 
 @contextmanager
 def on_console() -> Iterator[None]:
-    """Show on stderr, until the block ends, the messages of singer and the warnings of all libraries."""
+    """Show the messages of singer and the warnings of all libraries on stderr until the block ends."""
     global _screen
     root, before = logging.getLogger(), _screen
     level = root.level
@@ -108,7 +109,7 @@ def on_console() -> Iterator[None]:
 
 
 def be_verbose() -> None:
-    """Show singer's debug messages too, what libraries tell, and whole tracebacks."""
+    """Also show singer's debug messages, the messages of libraries, and whole tracebacks."""
     logger.setLevel(logging.DEBUG)
     logging.getLogger().setLevel(logging.INFO)
     if _screen is not None and rank() == 0:
@@ -116,9 +117,9 @@ def be_verbose() -> None:
 
 
 def adopt_libraries() -> None:
-    """Have libraries that print their messages themselves (torch, huggingface_hub) leave that to the console's handler.
+    """Let the console's handler show messages that libraries (torch, huggingface_hub) otherwise print themselves.
 
-    Does nothing outside of on_console().
+    Outside of on_console() this does nothing.
     """
     if _screen is None:
         return
@@ -178,12 +179,12 @@ _open: list[_File] = []
 
 @contextmanager
 def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.DEBUG) -> Iterator[None]:
-    """Add messages to a file until the block ends, with the end of the block if that is an error.
+    """Add messages to a file until the block ends, and the error that ends it, if one does.
 
-    header: what comes first. level: with WARNING, the file appears with the first warning or error.
+    header: returns the first lines. level: with WARNING, the file appears with the first warning or error.
     """
     file = _File(path, level, header)
-    # In a command, libraries' messages too; a program that uses singer has its own place for those.
+    # A command also logs the messages of libraries; a program that uses singer has its own place for those.
     top = logging.getLogger() if _screen is not None else logger
     adopt_libraries()
     top.addHandler(file)
@@ -191,7 +192,7 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
     try:
         yield
     except BaseException as error:
-        from pipeline.runtime.failures import is_defect  # late: a command's help needs no torch
+        from pipeline.runtime.failures import is_defect  # imported late: a command's help needs no torch
 
         if isinstance(error, Exception) and is_defect(error):
             keep_traceback(error)
@@ -205,13 +206,13 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
 
 
 def keep_traceback(error: BaseException) -> Path:
-    """Write an error's whole traceback, if that has not been done; the file that holds it.
+    """Write an error's whole traceback, unless it has been written. Return the file that holds it.
 
-    It is the innermost log file that is open, or a new one among the temporary files of the system.
+    The file is the innermost open log file, or a new one among the temporary files of the system.
     """
     known = vars(error).get(_KEPT)
-    if known is None:  # the first that catches it is the innermost
-        # An error on its way out knows nothing yet of the calls that it has not come to.
+    if known is None:  # the first log file that catches it is the innermost one
+        # A traceback has only the calls that the error has passed so far; the outer ones are added.
         calls = "".join(traceback.format_stack(sys._getframe(1)))
         text = f"Calls:\n{calls}{''.join(traceback.format_exception(error)).rstrip()}"
         if _open:
@@ -238,4 +239,5 @@ def show_traceback(error: BaseException) -> None:
 
 
 def command_line() -> str:
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(sys.argv)

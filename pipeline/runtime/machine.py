@@ -1,4 +1,4 @@
-"""What a command runs on: the versions of its packages, and the machine."""
+"""The versions of the packages that a command uses, and its machine."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ _PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accele
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """{name: version} of Python and the installed packages."""
+    """Return {name: version} of Python and the packages."""
     return {"python": platform.python_version()} | {p: _version(p) for p in packages}
 
 
@@ -23,7 +23,7 @@ def _version(package: str) -> str:
 
 
 def machine() -> str:
-    """The platform, the CPU cores that this process may use, the memory and the GPUs, in one line."""
+    """Describe in one line the platform, the CPU cores that this process may use, the memory and the GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     gpus = [
         torch.cuda.get_device_properties(number)
@@ -34,5 +34,5 @@ def machine() -> str:
 
 
 def memory_bytes() -> int:
-    """Count the bytes of this machine's memory, in use or not."""
+    """Return the bytes of this machine's memory, used or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a live line on a terminal, a plain line now and then elsewhere and in the log."""
+"""Progress of long work: a live line on a terminal; elsewhere on stderr and in the log, a plain line now and then."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ _PLAIN_SECONDS = 20.0
 
 
 class Meter:
-    """Counts items; shows rate, time left and the share of time spent waiting for data."""
+    """Counts items, and shows rate, time left and the share of time spent on waiting for data."""
 
     def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int) -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -26,7 +26,7 @@ class Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent in here is waiting for data."""
+        """Count the time in this block as waiting for data."""
         start = time.perf_counter()
         try:
             yield
@@ -35,18 +35,21 @@ class Meter:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds since the start of this run."""
         return time.perf_counter() - self._start
 
     @property
     def rate(self) -> float:
-        """Items a second since the start of this run."""
+        """Return items per second since the start of this run."""
         return (self._done - self._first) / max(self.seconds, 1e-9)
 
     @property
     def wait_percent(self) -> float:
+        """Return the share (%) of time spent on waiting for data."""
         return 100 * self.waited / max(self.seconds, 1e-9)
 
     def advance(self, count: int, note: str = "") -> None:
+        """Count items that are finished, and show it. note: text after the figures."""
         self._done += count
         current().step(f"{self._what} {self._done} of {self._total} {self._unit}")
         if self._quiet:
@@ -59,13 +62,13 @@ class Meter:
             self._shown = time.perf_counter()
             left = (self._total - self._done) / max(self.rate, 1e-9)
             line = f"{self._what}: {self._done}/{self._total}, {text}, {left:.0f} s left"
-            # With a live line on the console, this one is for the log file.
+            # If the console has a live line, this one goes only to the log file.
             logger.info("%s", line, extra={"on_bar": self._bar is not None})
 
 
 @contextmanager
 def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0) -> Iterator[Meter]:
-    """A Meter shown until the block ends. done: items finished by an earlier run; quiet: show nothing."""
+    """Show a Meter until the block ends. done: items finished by an earlier run; quiet: show nothing."""
     m = Meter(what, total, unit, quiet, done)
     try:
         with _shown(m, what, total, done, quiet):
@@ -92,12 +95,12 @@ def _shown(m: Meter, what: str, total: int, done: int, quiet: bool) -> Iterator[
 
 
 def say(message: str) -> None:
-    """A line for the user: a message of the logger singer, which a command shows on stderr and adds to the log."""
+    """Log a line for the user; a command shows it on stderr and adds it to its log file."""
     logger.info("%s", message)
 
 
 def duration(seconds: float) -> str:
-    """5000 -> 1 h 23 min"""
+    """Format seconds: 5000 -> 1 h 23 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

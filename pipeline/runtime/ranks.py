@@ -1,11 +1,12 @@
-"""Watching the processes (ranks) of a stage, so that no one waits for hours for one that is dead or hangs.
+"""Watching the processes (ranks) of a stage, so that no rank waits for hours for one that is dead or hangs.
 
-The first rank is the hub: every other one holds a connection to it. A thread in each rank says every second how far its
-work has come. The work itself reports that (`beat`), so that a thread that lives cannot hide a main thread that hangs.
+The first rank is the hub: every other rank holds a connection to it. A thread in each rank reports every second how far
+the work has come. The work itself counts its steps (`beat`), so that a living thread cannot hide a main thread that
+hangs.
 
-Who is to blame: a rank whose connection ends (it is dead), one that says nothing (it is stopped, or its machine is
-lost), and one that works by itself and makes no progress. A rank that may be waiting for others (`together`, `wait`) is
-to blame only if all are there and nothing moves; then those that came least far are named.
+A rank is to blame if its connection ends (it is dead), if it sends nothing (it is stopped, or its machine is lost), or
+if it works by itself and makes no progress. A rank that may be waiting for others (`together`, `wait`) is to blame only
+if all are there and nothing moves; then the ranks that came least far are named.
 """
 
 import json
@@ -23,23 +24,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from singer.errors import UserError
 
-if TYPE_CHECKING:  # what only shows progress needs no torch
+if TYPE_CHECKING:  # code that only shows progress needs no torch
     from accelerate import Accelerator
 
-# Where the first rank listens: its port, and a word by which the others are known.
+# The port on which the first rank listens, and a token by which it knows the others.
 Place = tuple[int, str]
 
 SECONDS = "SINGER_RANK_SECONDS"
 _DEFAULT_SECONDS = 300.0
-# Work that reports no steps (compiling, the first batch, a checkpoint, a closed form) may take so many times as long.
+# Work that reports no steps (compiling, the first batch, a checkpoint, a closed form) may take this many times as long.
 _SLOW = 12
-# A rank that has said why it ends gets some time to print it before the others end.
+# A rank that has reported why it ends gets some seconds to print it before the others end.
 _ENDED_GRACE, _FAILED_GRACE, _ERROR_GRACE, _SIGTERM_GRACE = 2.0, 10.0, 5.0, 1.0
 _MOST_BYTES = 1 << 16
 
 
 def limit_seconds() -> float:
-    """For how long a rank may make no progress. Raises UserError if the environment's value is no such time."""
+    """Return for how many seconds a rank may make no progress. Raises UserError if the variable is no such number."""
     text = os.environ.get(SECONDS, "")
     try:
         seconds = float(text) if text else _DEFAULT_SECONDS
@@ -52,11 +53,11 @@ def limit_seconds() -> float:
 
 @dataclass
 class Status:
-    """What a rank says of itself.
+    """What a rank reports about itself.
 
     state: "runs", "done", "failed" or "terminated"; where: its last report; count: reports since the last barrier;
-    age: seconds since then; patience: seconds it may take; joined: it may be waiting for others; barrier: how many
-    barriers it has come to.
+    age: seconds since the last report; patience: seconds that the next one may take; joined: it may be waiting for
+    others; barrier: number of barriers that it has come to.
     """
 
     rank: int
@@ -79,7 +80,8 @@ class _Connection:
         self._in, self._out = b"", b""
 
     def send(self, value: object) -> None:
-        # A peer that does not read is stopped: what it has not taken goes first, and is not added to without end.
+        """Send a value, or as much of it as the socket takes now; the rest goes first the next time."""
+        # A peer that does not read is stopped. The bytes that wait for it must not grow without end.
         if len(self._out) < _MOST_BYTES:
             self._out += json.dumps(value).encode() + b"\n"
         try:
@@ -87,10 +89,10 @@ class _Connection:
         except BlockingIOError:
             pass
         except OSError:
-            self._out = b""  # that it has ended is found in reading
+            self._out = b""  # receive() finds that the peer has ended
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come; empty also if the peer has ended (`ended`) or says what is no message."""
+        """Return the messages that have come; none if the peer has ended (`ended`) or sends something else."""
         try:
             data = self.socket.recv(_MOST_BYTES)
             self.ended = not data
@@ -111,7 +113,7 @@ class _Connection:
 
 
 class Ranks:
-    """This rank among those of a stage. With one process every method does nothing."""
+    """One rank among those of a stage. With one process every method does nothing."""
 
     def __init__(self, stage: str, rank: int, world: int) -> None:
         self.stage, self.rank, self.world = stage, rank, world
@@ -120,27 +122,27 @@ class Ranks:
         """Report that the work goes on."""
 
     def step(self, where: str) -> None:
-        """Report that the work goes on, step by step: the next report follows soon. where: for the user."""
+        """Report a step of the work: the next report follows soon. where: place in the work, for messages."""
 
     def rest(self) -> None:
-        """Report that the steps have ended: what follows may take long without a report."""
+        """Report that the steps have ended: the next report may take long."""
 
     def wait(self) -> None:
-        """Return when all ranks have come here, however long those that work take."""
+        """Wait until all ranks have come here, however long they work."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """In here the rank may be waiting for others in collective operations."""
+        """Mark a block in which the rank may be waiting for others in collective operations."""
         yield
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """In here work reports nothing for a long time: no step, but a checkpoint, say."""
+        """Mark a block that takes long without a report, such as a checkpoint."""
         yield
 
 
 class _Watched(Ranks):
-    """A rank among others: its main thread reports, and a thread watches."""
+    """A rank among others: its main thread reports, and another thread watches."""
 
     def __init__(self, stage: str, rank: int, world: int, share: Callable[[Place], Place]) -> None:
         super().__init__(stage, rank, world)
@@ -150,7 +152,7 @@ class _Watched(Ranks):
         self._thread = threading.get_ident()
         self._changed = threading.Condition()
         self._passed, self._reports = 0, 0
-        # Seconds in which this process has run: it may have been suspended, and its machine too.
+        # Seconds in which this process has run. It may have been suspended, and so may its machine.
         self._awake, self._moved, self._seen = 0.0, 0.0, -1
         self._terminated: float | None = None
         self._wake_end, self._alarm = socket.socketpair()
@@ -202,7 +204,7 @@ class _Watched(Ranks):
         for peer in strangers.values():
             peer.socket.close()
 
-    # What the main thread calls.
+    # The main thread calls these methods.
 
     def beat(self) -> None:
         if threading.get_ident() == self._thread:
@@ -225,7 +227,7 @@ class _Watched(Ranks):
             status.barrier += 1
             self._wake()
             self._changed.wait_for(lambda: self._passed >= status.barrier)
-            # From here on all have reported the same number of times, if they do the same.
+            # From here on, ranks that do the same work have reported the same number of times.
             status.count = 0
             self._reports += 1
 
@@ -253,7 +255,7 @@ class _Watched(Ranks):
     def __enter__(self) -> "_Watched":
         self._signals: tuple[Any, int] | None = None
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # A launcher ends all ranks when one is dead. The watcher must have the time to say why.
+            # A launcher ends all ranks when one is dead. The watcher needs some time to report why.
             descriptor = signal.set_wakeup_fd(self._alarm.fileno(), warn_on_full_buffer=False)
             self._signals = signal.signal(signal.SIGTERM, lambda *_: None), descriptor
         self._watcher.start()
@@ -265,11 +267,11 @@ class _Watched(Ranks):
             self._status.state = "done"
         else:
             if isinstance(error, RuntimeError):
-                # A collective operation fails when another rank dies: that rank is the news, and the watcher says it.
+                # A collective operation fails when another rank dies. The watcher reports that rank first.
                 time.sleep(_ERROR_GRACE)
             self._status.state = "failed"
         self._wake()
-        # Before this process ends, the others must have been told why.
+        # Before this process ends, it must have told the others why.
         self._told.wait(_FAILED_GRACE)
         if self._signals is not None:
             signal.signal(signal.SIGTERM, self._signals[0])
@@ -279,7 +281,7 @@ class _Watched(Ranks):
         with suppress(BlockingIOError):  # it is full of alarms
             self._alarm.send(b"\0")
 
-    # What the thread does.
+    # The watching thread calls these methods.
 
     def _watch(self) -> None:
         next_word = last = time.monotonic()
@@ -314,7 +316,7 @@ class _Watched(Ranks):
             if self._status.state in ("done", "failed"):
                 self._tell()
                 self._told.set()
-                # The hub goes last: connections that end without a word are those of the dead.
+                # The hub ends last: a connection that ends without a report is that of a dead rank.
                 if all(p.ended for p in self._peers.values()) or (self.rank and self._status.state == "done"):
                     for peer in self._peers.values():
                         peer.socket.close()
@@ -329,7 +331,7 @@ class _Watched(Ranks):
     def _hear(self, rank: int, message: dict[str, Any]) -> None:
         self._heard[rank] = self._awake
         if "end" in message:
-            os._exit(2)  # the first rank has said why
+            os._exit(2)  # the first rank has printed why
         self._known[rank] = Status(**message["status"])
         if self.rank:
             self._pass(message["passed"])
@@ -346,7 +348,7 @@ class _Watched(Ranks):
             self._changed.notify_all()
 
     def _gone(self, rank: int) -> str | None:
-        """Why another rank will do no more, if that is so."""
+        """Return why another rank will do no more work, or None if it may."""
         state, ended, heard = self._known[rank].state, self._peers[rank].ended, self._heard[rank]
         if state == "done":
             return None
@@ -381,9 +383,9 @@ class _Watched(Ranks):
             if status.state == "runs" and ages[status.rank] > status.patience:
                 self._end([status], f"has made no progress for {ages[status.rank]:.0f} s")
         patience = max(s.patience for s in everyone)
-        # At a barrier that all have reached nobody waits for another: it is about to open.
+        # At a barrier that all ranks have reached none waits for another: it is about to open.
         if not alone and min(s.barrier for s in everyone) <= self._passed and min(ages.values()) > patience:
-            # One at a barrier waits for the others for certain.
+            # A rank at a barrier certainly waits for the others.
             outside = [s for s in everyone if s.barrier <= self._passed] or everyone
             least = min(s.count for s in outside)
             late = [s for s in outside if s.count == least]
@@ -395,10 +397,11 @@ class _Watched(Ranks):
             return
         why = self._gone(0)
         if why is not None:
-            # All others find the same and cannot agree who says it; the second rank does.
+            # All others find the same and cannot agree which of them prints it, so the second rank does.
             self._end([self._known[0]], why, speaks=self.rank == 1)
 
     def _end(self, guilty: list[Status], why: str, speaks: bool = True) -> NoReturn:
+        """End this process, and tell the others to end. speaks: print the line that names the guilty ranks."""
         if speaks:
             names = ", ".join(f"rank {s.rank} on {s.host}" for s in guilty)
             if len(guilty) > 1:
@@ -407,7 +410,7 @@ class _Watched(Ranks):
                 f"error: {names} {why}, last seen at {guilty[0].where} of {self.stage}; "
                 "this run ends. Continue it with --resume when the cause is removed\n"
             )
-            # Not through a stream whose lock may be held by what hangs.
+            # A stream has a lock, and the code that hangs may hold it.
             os.write(2, line.encode())
         for peer in self._peers.values():
             peer.send({"end": True})
@@ -419,7 +422,7 @@ def _master() -> str:
 
 
 def _listen() -> tuple[socket.socket, Place]:
-    """A server for the other ranks; its port, and a word by which they are known."""
+    """Open a server for the other ranks. Return it, its port, and a token by which it knows them."""
     if _master() in ("127.0.0.1", "localhost"):
         server = socket.create_server(("127.0.0.1", 0))
     elif socket.has_dualstack_ipv6():
@@ -434,7 +437,7 @@ _current: Ranks = _ALONE
 
 
 def current() -> Ranks:
-    """The ranks of the stage that runs in this process; their methods do nothing with one process."""
+    """Return the ranks of the stage that runs in this process; with one process their methods do nothing."""
     return _current
 
 
@@ -442,8 +445,8 @@ def current() -> Ranks:
 def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
     """Watch the processes of a stage until all have come to the end of this block.
 
-    If one dies or hangs, the others print one line that names it and end with exit code 2. Raises UserError if one does
-    not connect. With one process nothing is done.
+    If one dies or hangs, the others end with exit code 2, and one line names it. Raises UserError if one does not
+    connect. With one process this does nothing.
     """
     global _current
     if accelerator.num_processes == 1:

@@ -1,4 +1,4 @@
-"""Where a cache lies: a folder, or a prefix in an object store, behind one small interface.
+"""The place of a cache: a folder, or a prefix in an object store, with one small interface for both.
 
 Objects are written whole and appear all at once; they are read whole or by byte ranges.
 """
@@ -29,5 +29,5 @@ __all__ = [
 
 
 def open_store(place: Place) -> Store:
-    """The store at a path or URL. Raises UserError for a URL that cannot be used."""
+    """Return the store at a path or URL. Raises UserError for a URL that cannot be used."""
     return RemoteStore.open(str(place)) if is_remote(place) else LocalStore(Path(place))

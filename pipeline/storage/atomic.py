@@ -1,4 +1,4 @@
-"""Files that are written whole."""
+"""Files that are written whole or not at all."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ TEMPORARY = ".singer-tmp"
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
-    """Durable and all or nothing: a reader sees the old file or the new one, also after a crash."""
+    """Write a file durably, all or nothing: a reader sees the old file or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -27,7 +27,7 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_durably(file: int, path: Path, *parts: bytes | memoryview) -> None:
-    """Write to a descriptor and sync. The error of a full disk names no file by itself; this one names `path`."""
+    """Write to a descriptor and sync. Raises OSError that names `path`: the system's own names no file."""
     try:
         for part in parts:
             view = memoryview(part)
@@ -39,7 +39,7 @@ def write_durably(file: int, path: Path, *parts: bytes | memoryview) -> None:
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether an open file still is the one at a path."""
+    """Return whether an open file is still the one at a path."""
     try:
         return os.fstat(file).st_ino == path.stat().st_ino
     except FileNotFoundError:

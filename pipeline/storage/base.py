@@ -1,4 +1,4 @@
-"""What a store is."""
+"""The interface of a store."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,9 +14,9 @@ LOCK = "writer.lock"
 
 
 class Ranges(NamedTuple):
-    """out[places[i] : places[i] + lengths[i]] is to be filled from offsets[i] on in object names[which[i]].
+    """Ranges to read: out[places[i] : places[i] + lengths[i]] from offsets[i] on in object names[which[i]].
 
-    All but names are arrays of int64; out is contiguous uint8, which holds all places.
+    which, offsets, lengths and places are arrays of int64; out is contiguous uint8 and holds all places.
     """
 
     names: Sequence[str]
@@ -30,52 +30,60 @@ class Ranges(NamedTuple):
 class Store(Protocol):
     """Objects by name, such as `journal/000001.json`. Safe to share between threads.
 
-    What fails outside of singer (disk, network) is an OSError that names the place in one line.
+    Failures outside of singer (disk, network) are an OSError that names the place in one line.
     """
 
     @property
-    def url(self) -> str: ...
+    def url(self) -> str:
+        """Return the path or URL of the store, for messages."""
+        ...
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError if there is no such object."""
+        """Return a whole object. Raises FileNotFoundError if there is no such object."""
         ...
 
     def read_ranges(self, ranges: Ranges) -> None:
-        """Fastest if those of an object are together and in order. Raises UserError if one is missing or too short."""
+        """Fill ranges.out. Raises UserError if an object is missing or too short.
+
+        It is fastest if the ranges of an object are together and in order.
+        """
         ...
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
-        """Durable and all or nothing, also after a crash. Raises UserError if the lock has gone to another run."""
+        """Write an object durably, all or nothing, also after a crash. Raises UserError if another run has the lock."""
         ...
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """{name: bytes} of all objects below the folder `prefix`; locks, logs and unfinished objects are none."""
+        """Return {name: bytes} of all objects below the folder `prefix`, without locks, logs and unfinished objects."""
         ...
 
     def remove(self, name: str) -> None:
-        """Does nothing if there is no such object."""
+        """Remove an object; do nothing if there is no such object."""
         ...
 
     def clear(self, last: str = "") -> None:
-        """Remove everything; the object `last` goes last, so that what is left of an interrupted run is known by it."""
+        """Remove everything. The object `last` goes last, so that the rest of an interrupted removal is recognised."""
         ...
 
     def child(self, name: str) -> "Store":
-        """The store of the names below `name/`."""
+        """Return the store of the names below `name/`."""
         ...
 
     def lock(self) -> AbstractContextManager[None]:
-        """Held by one writer at a time; a second one gets a UserError."""
+        """Hold the lock of the only writer until the block ends. Raises UserError if another writer holds it."""
         ...
 
 
 def is_remote(place: Place) -> bool:
+    """Return whether a place is a URL."""
     return "://" in str(place)
 
 
 def missing(place: Place) -> UserError:
+    """Return the error for an object that is missing."""
     return UserError(f"{place} is missing; run singer cache verify")
 
 
 def too_short(place: Place) -> UserError:
+    """Return the error for an object that ends too early."""
     return UserError(f"{place} ends too early; run singer cache verify")

@@ -1,8 +1,8 @@
-"""Ranges of files, scattered to their places in memory by one call of the system for many.
+"""Ranges of files, read to their places in memory with few calls of the system.
 
 A call for each record costs the interpreter more time than the system takes to copy it, and threads then wait for the
 interpreter's lock (docs/log.md). Linux takes a list of reads at once (io_submit(2)), without that lock. Elsewhere, or
-where that is forbidden, ranges are read one after the other, which a process says once.
+where that is forbidden, ranges are read one after the other, and a process says so once.
 """
 
 import ctypes
@@ -29,15 +29,15 @@ _REQUEST, _EVENT = 8, 4
 _NUMBER, _FLAGS, _KIND, _MEMORY, _COUNT, _OFFSET = range(6)
 _RESULT = 2
 _READ, _READ_PIECES = 0, 7
-# RWF_NOWAIT: only what is in memory. Python names it only where it was built with a C library that does.
+# RWF_NOWAIT reads only what is in memory. Python has the name only if the C library that it was built with has it.
 _NOWAIT = 8
-# All processes of a machine share some 65,536 places, and each thread that reads takes so many.
+# All processes of a machine share some 65,536 places, and each thread that reads takes this many.
 _AT_ONCE = 128
-# Of ranges that one read fills; with the gaps between them, the system's limit.
+# One read fills at most this many ranges; with the gaps between them, that is the system's limit.
 _PIECES = 512
-# A gap costs less to read and forget than another read does, up to about this many bytes.
+# Up to about this many bytes, it costs less to read a gap and forget it than to start another read.
 _NOTHING = np.empty(1 << 12, np.uint8)
-# Systems may read less ahead at a time than they are asked to, but hardly less than this.
+# Systems may read less ahead at a time than they are asked for, but hardly less than this.
 _AHEAD = 1 << 17
 
 
@@ -49,14 +49,14 @@ def read_scattered(
     places: np.ndarray,
     path: Callable[[int], Path],
 ) -> None:
-    """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in files[i], an open one; all int64, out uint8.
+    """Fill out[places[i] : places[i] + lengths[i]] from offsets[i] on in the open file files[i]; all int64, out uint8.
 
-    Ranges that follow each other closely become one read. path: of the file of range i. Raises UserError if one ends
-    too early, OSError naming it if it cannot be read.
+    Ranges that follow each other closely become one read. path: returns the path of the file of range i, for messages.
+    Raises UserError if a file ends too early, OSError that names it if it cannot be read.
     """
     if not len(files):
         return
-    # The system writes wherever it is told to.
+    # The system writes to any address that it gets, so the places are checked first.
     assert out.dtype == np.uint8 and out.ndim == 1 and out.flags.c_contiguous and out.flags.writeable
     assert places.min() >= 0 and lengths.min() >= 0 and (places + lengths).max() <= len(out)
     gaps = offsets[1:] - offsets[:-1] - lengths[:-1]
@@ -69,7 +69,7 @@ def read_scattered(
     reads[:, _COUNT] = sizes = lengths
     first, last = np.arange(len(files)), np.arange(1, len(files) + 1)
     if follows.any():
-        # Of every range two struct iovec: the gap ahead of it, which may be empty, and its place.
+        # Every range has two struct iovec: one for the gap before it, which may be empty, and one for its place.
         memory = np.zeros((len(files), 2, 2), np.int64)
         memory[:, 0, 0], memory[1:, 0, 1] = _NOTHING.ctypes.data, np.where(follows, gaps, 0)
         memory[:, 1, 0], memory[:, 1, 1] = reads[:, _MEMORY], lengths
@@ -85,7 +85,7 @@ def read_scattered(
     left = np.arange(len(reads))
     with _queue() as queue:
         if queue is not None:
-            # What is in memory is copied. Of the rest, all is asked for before any is waited for.
+            # The first pass copies what is in memory. The rest is requested all at once, and then waited for.
             left = left[queue.read(reads, _NOWAIT) != sizes]
             if len(left):
                 for read in left.tolist():
@@ -97,12 +97,14 @@ def read_scattered(
 
 
 def _ask(file: int, offset: int, size: int) -> None:
+    """Request that the system reads a range ahead."""
     for start in range(offset, offset + size, _AHEAD):
-        with suppress(OSError):  # reading will tell
+        with suppress(OSError):  # the read itself will fail
             os.posix_fadvise(file, start, min(_AHEAD, offset + size - start), os.POSIX_FADV_WILLNEED)
 
 
 def _read(file: int, offset: int, buffer: memoryview, path: Path) -> None:
+    """Fill a buffer from an offset on. Raises UserError if the file ends too early, OSError that names it."""
     while len(buffer):
         try:
             count = os.preadv(file, [buffer], offset)
@@ -114,10 +116,10 @@ def _read(file: int, offset: int, buffer: memoryview, path: Path) -> None:
 
 
 class _Queue:
-    """Of one thread of one process."""
+    """A queue of reads in the system, for one thread of one process."""
 
     def __init__(self, at_once: int = _AT_ONCE) -> None:
-        """Raises OSError if the system has none to give."""
+        """Get a queue from the system. Raises OSError if the system has none to give."""
         if sys.platform != "linux" or platform.machine() not in _CALLS:
             raise OSError(errno.ENOSYS, "io_setup")
         setup, destroy, self._wait, self._submit = _CALLS[platform.machine()]
@@ -125,7 +127,7 @@ class _Queue:
         if _call(setup, at_once, ctypes.addressof(handle)) < 0:
             raise OSError(ctypes.get_errno(), "io_setup")
         self._handle, self.process = handle.value, os.getpid()
-        # Waits for what is under way.
+        # The system ends a queue only when its reads have ended.
         self.close = weakref.finalize(self, _give_back, destroy, self._handle, self.process)
         self.close.atexit = False
         self._requests = np.zeros((at_once, _REQUEST), np.int64)
@@ -134,14 +136,14 @@ class _Queue:
         self._sent, self._done = self._addresses.ctypes.data, self._events.ctypes.data
 
     def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
-        """Bytes that each read has brought; whatever is not its size was no success."""
+        """Return the bytes that each read has brought; a read has failed if that is not its size."""
         results = np.full(len(reads), -1)
         for start in range(0, len(reads), len(self._requests)):
             count = min(len(self._requests), len(reads) - start)
             self._requests[:count] = reads[start : start + count]
             self._requests[:count, _NUMBER] = np.arange(start, start + count)
             self._requests[:count, _FLAGS] = flags << 32
-            # What is behind a request that is refused outright remains undone.
+            # The system does not do the requests after one that it refuses.
             missing = _call(self._submit, self._handle, count, self._sent)
             if missing < count and not flags:
                 _tell("io_submit", ctypes.get_errno() if missing < 0 else errno.EAGAIN)
@@ -165,7 +167,7 @@ def _give_back(destroy: int, handle: int, process: int) -> None:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _local = threading.local()
-# Held from the first message on.
+# This is held from the first message on.
 _told = threading.Lock()
 
 
@@ -186,9 +188,9 @@ def _tell(call: str, error: int) -> None:
 
 @contextmanager
 def _queue() -> Iterator[_Queue | None]:
-    """This thread's, or a new one; None if the system has none to give, which may change.
+    """Lend this thread's queue, or a new one; None if the system has none to give, which may change.
 
-    Away from its place as long as it is used: whatever interrupts a read, and what is left of that, meets no other.
+    While it is lent, the thread has no queue: if something interrupts a read, no later read meets what is left of it.
     """
     queue: _Queue | None = _local.__dict__.pop("queue", None)
     if queue is None or queue.process != os.getpid():

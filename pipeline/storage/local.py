@@ -1,4 +1,4 @@
-"""A folder."""
+"""The store in a folder."""
 
 import fcntl
 import os
@@ -26,15 +26,18 @@ class LocalStore:
 
     @property
     def url(self) -> str:
+        """Return the path of the folder."""
         return str(self.path)
 
     def read(self, name: str) -> bytes:
+        """Return a whole file. Raises FileNotFoundError if there is no such file."""
         try:
             return (self.path / name).read_bytes()
         except (NotADirectoryError, IsADirectoryError) as error:
             raise FileNotFoundError(error.errno, error.strerror, str(self.path / name)) from None
 
     def read_ranges(self, ranges: Ranges) -> None:
+        """Fill ranges.out. Raises UserError if a file is missing or too short."""
         names, which, offsets, lengths, out, places = ranges
         needed = np.unique(which).tolist()
         for start in range(0, len(needed), self._pool.group):
@@ -46,44 +49,52 @@ class LocalStore:
                 self._read_group(group, ranges)
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Write a file durably, all or nothing."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, *parts)
         self._files.pop(name, None)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return {name: bytes} of the files below the folder `prefix`, without logs and unfinished files."""
         return {name: size for name, size in self._everything(prefix) if not (name.endswith(TEMPORARY) or is_log(name))}
 
     def remove(self, name: str) -> None:
+        """Remove a file; do nothing if there is none."""
         (self.path / name).unlink(missing_ok=True)
         self._files.pop(name, None)
 
     def clear(self, last: str = "") -> None:
+        """Remove the folder. It disappears in one step, so that `last` does not matter."""
         if self.path.exists():
-            # Away in one step: a half-removed folder could not be told from a stranger's.
+            # It is renamed first: a folder that is half removed might look as if singer had not written it.
             self.path.rename(self._removed)
             shutil.rmtree(self._removed)
         self._files.clear()
 
     def child(self, name: str) -> "LocalStore":
+        """Return the store in the subfolder `name`."""
         return LocalStore(self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """An flock on `.NAME.lock` beside the folder; the system frees it at any kind of death."""
+        """Hold an flock on `.NAME.lock` beside the folder; the system frees it however the process ends.
+
+        Raises UserError if another run holds it.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.parent / f".{self.path.name}.lock"
         with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The last holder removes the file: a lock on a removed one keeps nobody out.
+                # The last holder removes the file, and a lock on a removed file keeps no other run out.
                 held = is_at(file.fileno(), lock)
             except BlockingIOError:
                 held = False
             if not held:
                 raise UserError(f"{self.path} is being written by another run")
             try:
-                # What holders that died have left:
+                # Remove what holders that died have left.
                 shutil.rmtree(self._removed, ignore_errors=True)
                 for name, _ in self._everything():
                     if name.endswith(TEMPORARY):
@@ -113,7 +124,7 @@ class LocalStore:
                         yield entry.path[start:], entry.stat().st_size
 
     def _read_group(self, group: list[int], ranges: Ranges) -> None:
-        """Read from so few objects that all can be open."""
+        """Read ranges of a group of objects that is small enough for all to be open."""
         names, which, offsets, lengths, out, places = ranges
         try:
             with Opened([self._file(names[n]) for n in group]) as numbers:

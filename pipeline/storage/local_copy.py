@@ -15,11 +15,11 @@ from singer.errors import UserError
 
 
 class ReadThrough:
-    """A store whose large objects are copied to a local folder when they are first needed, and read from there.
+    """A store that copies large objects to a local folder when they are first needed, and reads them there.
 
-    checksums: {name: SHA-256} of the objects. What does not match is refused. Copies are named by it, so that one of an
-    object that has since been replaced is never taken for the new one. Of processes that share the folder, one fetches
-    an object and the others wait.
+    checksums: {name: SHA-256} of the objects; an object that does not match is refused. A copy is named by its
+    checksum, so that the copy of an object that has since been replaced is never taken for the new one. If processes
+    share the folder, one of them fetches an object and the others wait.
     """
 
     def __init__(self, source: Store, folder: Path, checksums: Mapping[str, str]) -> None:
@@ -27,9 +27,11 @@ class ReadThrough:
 
     @property
     def url(self) -> str:
+        """Return the URL of the store that is copied."""
         return self._source.url
 
     def read_ranges(self, ranges: Ranges) -> None:
+        """Fill ranges.out from local copies. Raises UserError if an object does not match its checksum."""
         for name in (ranges.names[n] for n in np.unique(ranges.which).tolist()):
             copy = self._local.path / self._checksums[name]
             while not copy.is_file():
@@ -49,7 +51,7 @@ class ReadThrough:
                 data = self._source.read(name)
                 if hashlib.sha256(data).hexdigest() != self._checksums[name]:
                     raise UserError(f"{self.url}/{name} does not match its checksum; run singer cache verify")
-                os.ftruncate(file, 0)  # the rest of a process that died
+                os.ftruncate(file, 0)  # what a process that died has left
                 write_durably(file, copy, data)
                 unfinished.rename(copy)
             except BaseException:

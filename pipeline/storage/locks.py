@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # obstore has no such names at run time
     from obstore import PutMode, PutResult, UpdateVersion
     from obstore.store import ObjectStore
 
-# A lock that has not been renewed for so long is dead; it is renewed four times as often.
+# A lock that has not been renewed for so many seconds is dead. Its holder renews it four times in that time.
 SECONDS = 60.0
 _TRIES = 3
 
@@ -32,7 +32,7 @@ class RemoteLock:
         self._version: UpdateVersion = {}
 
     def take(self, place: str) -> None:
-        """Raises UserError if somebody else holds the lock."""
+        """Take the lock. Raises UserError if another run holds it."""
         if self._put("create"):
             return
         first = now = self._look()
@@ -46,11 +46,12 @@ class RemoteLock:
             raise UserError(f"{place} is being written by another run ({(now or first or ('unknown',))[0]})")
 
     def renew(self) -> bool:
-        """False if another run has taken the lock."""
+        """Renew the lock. Return False if another run has taken it."""
         return self._put(self._version)
 
     def _put(self, mode: "PutMode") -> bool:
-        # Never the same twice: stores may tell versions by their content.
+        """Write the next version of the lock. Return False if the mode does not allow it."""
+        # No two versions have the same content, because stores may distinguish versions by it.
         self._count += 1
         content = f"{self._holder}\n{self._token} {self._count}".encode()
         try:
@@ -58,7 +59,7 @@ class RemoteLock:
         except (AlreadyExistsError, PreconditionError, FileNotFoundError) as error:
             if is_bucket_missing(error):
                 raise
-            # If the answer to a request got lost, the client's second try has met what the first one wrote.
+            # If the answer to a request was lost, the client's second try has found what the first one wrote.
             found = self._look(content)
             if found is None:
                 return False
@@ -66,7 +67,7 @@ class RemoteLock:
         return True
 
     def _put_again(self, content: bytes, mode: "PutMode") -> "PutResult":
-        """Put; where a connection was lost, again. The client itself does not, as a second try may meet the first."""
+        """Put, and repeat it if a connection was lost. The client does not, as a second try may meet the first one."""
         for _ in range(_TRIES - 1):
             try:
                 return obstore.put(self._client, self._key, content, mode=mode)
@@ -76,7 +77,7 @@ class RemoteLock:
         return obstore.put(self._client, self._key, content, mode=mode)
 
     def _look(self, content: bytes | None = None) -> "tuple[str, UpdateVersion] | None":
-        """Holder and version of the lock, if there is one; with `content`, only if it is that."""
+        """Return holder and version of the lock, or None if there is none or it does not have the given content."""
         try:
             found = obstore.get(self._client, self._key)
             data = bytes(found.bytes())
@@ -87,17 +88,17 @@ class RemoteLock:
         return data.decode(errors="replace").partition("\n")[0], _version(found.meta)
 
 
-# URLs of the stores whose lock this process has lost. By URL, as a run opens its store more than once.
+# The URLs of the stores at which this process has lost the lock. A run opens its store more than once.
 lost: set[str] = set()
 
 
 def check(url: str) -> None:
-    """Raises UserError if this process has lost the lock of a store above `url`, or its own."""
+    """Raise UserError if this process has lost the lock of the store at `url`, or of one above it."""
     for place in tuple(lost):
         if f"{url}/".startswith(f"{place}/"):
             raise UserError(
-                f"{place} has been taken over by another run, as this one did not reach it for {SECONDS:.0f} s; "
-                "continue with --resume when that has ended"
+                f"{place} has been taken over by another run, because this one did not reach it for {SECONDS:.0f} s; "
+                "continue with --resume when the other run has ended"
             )
 
 
@@ -111,10 +112,11 @@ def _version(result: Mapping[str, Any]) -> "UpdateVersion":
 
 
 def is_bucket_missing(error: Exception) -> bool:
+    """Return whether an error says that the bucket does not exist."""
     return "<Code>NoSuchBucket</Code>" in str(error)
 
 
 def is_connection_lost(error: Exception) -> bool:
-    """Whether a connection was lost with a request that the client does not repeat by itself."""
+    """Return whether a connection was lost with a request that the client does not repeat by itself."""
     first = str(error).partition("\n")[0]
     return "error sending request" in first and " retries" not in first

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-# More than the shards of ImageNet-1k, where the user's limit allows it.
+# This is more than the number of shards of ImageNet-1k. The user's limit may allow fewer.
 _MOST = 8192
-# Part of the user's soft limit; the rest is for sockets, files that are written, and whatever libraries open.
+# The pool takes this share of the user's soft limit; the rest is for sockets, files that are written, and libraries.
 _SHARE = 0.5
 
 
@@ -26,21 +26,22 @@ class _Descriptor:
 
 
 class Pool:
-    """Keeps at most `most` files open; closes those unused for longest first, and none that somebody reads.
+    """Keeps at most `most` files open. It closes the files that were unused for longest, and none that is being read.
 
-    most: default: half of the soft limit that the process has at first use, which is never raised.
+    most: the default is half of the soft limit that the process has at first use. The limit is never raised.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._given = most
-        # In the order of their last use: what is open, or is being opened.
+        # The files that are open or being opened, in the order of their last use.
         self._places: OrderedDict[_Descriptor, None] = OrderedDict()
-        # Nobody will ask for these again.
+        # No code refers to these files any more.
         self._abandoned: deque[_Descriptor] = deque()
         self.after_fork()
 
     @cached_property
     def most(self) -> int:
+        """Return how many files may be open."""
         if self._given is not None:
             return self._given
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -48,13 +49,13 @@ class Pool:
 
     @property
     def group(self) -> int:
-        """How many files may be used at once: a quarter, so that several threads have theirs at the same time."""
+        """Return how many files one user may hold: a quarter, so that several threads can hold theirs at a time."""
         return max(1, self.most // 4)
 
     def after_fork(self) -> None:
-        """Free what other threads of the parent used or locked: they are not in the child.
+        """Free what other threads of the parent used or locked, because these threads are not in the child.
 
-        Descriptors are copies: to close one here closes none of the parent. Positions are given with each read.
+        Descriptors are copies: closing one here closes none of the parent. Every read gives its position.
         """
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
@@ -66,9 +67,9 @@ class Pool:
                 del self._places[file]
 
     def acquire(self, files: "Sequence[OpenFile]") -> list[int]:
-        """The descriptors of the files, open until `release`. Waits while others use too many.
+        """Return the descriptors of the files, open until `release`. Wait while others use too many.
 
-        Raises OSError naming a file that cannot be opened; then none is held.
+        Raises OSError that names a file that cannot be opened; then no file is held.
         """
         with self._lock:
             while self._uses + len(files) > self.most:
@@ -77,7 +78,7 @@ class Pool:
             self._close_abandoned()
             for file in files:
                 place = file.place
-                # One of the places is idle, as there are no more uses than places.
+                # At least one place is idle, because there are no more uses than places.
                 if place not in self._places and len(self._places) >= self.most:
                     self._close_idle()
                 self._places[place] = None
@@ -93,19 +94,20 @@ class Pool:
         return [file.place.number for file in files]
 
     def release(self, files: "Sequence[OpenFile]") -> None:
+        """Allow the pool to close the files."""
         with self._lock:
             self._uses -= len(files)
             for file in files:
                 place = file.place
                 place.readers -= 1
-                if place.number < 0 and not place.readers:  # could not be opened
+                if place.number < 0 and not place.readers:  # it was not opened
                     del self._places[place]
             self._released.notify_all()
 
     def abandon(self, place: _Descriptor) -> None:
-        """Close a file that nobody refers to any more, now or at the next use of the pool.
+        """Close a file to which no code refers any more, now or at the next use of the pool.
 
-        Garbage is collected at any moment, also in a thread that holds the lock.
+        Garbage collection may call this at any moment, also in a thread that holds the lock.
         """
         self._abandoned.append(place)
         if self._lock.acquire(blocking=False):
@@ -119,7 +121,7 @@ class Pool:
             self._close(self._abandoned.popleft())
 
     def _close_idle(self) -> bool:
-        """Close the file that nobody has used for longest; False if all are in use."""
+        """Close the file that was unused for longest. Return False if all are in use."""
         idle = next((place for place in self._places if not place.readers), None)
         if idle is not None:
             self._close(idle)
@@ -132,14 +134,14 @@ class Pool:
             os.close(number)
 
     def _open(self, file: "OpenFile") -> None:
-        """Open a file that has a place. The lock is not held: a network's file system may take its time."""
+        """Open a file that has a place. The lock is not held, because a network's file system may take long."""
         place = file.place
         with place.opening:
             while place.number < 0:
                 try:
                     number = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
-                    # Others in this process have taken more than their share.
+                    # Other code in this process has taken more than its share.
                     if error.errno not in (errno.EMFILE, errno.ENFILE):
                         raise
                     with self._lock:
@@ -156,9 +158,9 @@ os.register_at_fork(after_in_child=shared.after_fork)
 
 
 class OpenFile:
-    """A file that is opened when it is used, and stays open while its pool has room and somebody refers to it.
+    """A file that is opened when it is used, and stays open while its pool has room and code refers to it.
 
-    Safe to share between threads, and in a child of fork(2).
+    It is safe to share between threads, and in a child of fork(2).
     """
 
     __slots__ = ("path", "place", "pool")
@@ -171,12 +173,12 @@ class OpenFile:
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """(bytes, time of change in ns) when it was opened; constant while it is used."""
+        """Return (bytes, time of change in ns) at the time of opening; constant while the file is used."""
         return self.place.stamp
 
 
 class Opened:
-    """`with Opened(files) as numbers`: the descriptors of up to `group` files of one pool. Not to be nested."""
+    """`with Opened(files) as numbers`: the descriptors of up to `group` files of one pool. It must not be nested."""
 
     __slots__ = ("_files", "_pool")
 

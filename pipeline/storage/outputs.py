@@ -1,4 +1,4 @@
-"""Output folders: claimed before work starts, never overwritten by accident, with the provenance of what they hold."""
+"""Output folders: a run claims one before work starts, overwrites none by accident, and writes its provenance there."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from singer.errors import UserError
 # Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
 PROVENANCE = "provenance.json"
 CONFIG = "config.yaml"
-# What a run was started on, by hash.
+# This file has the hashes of what a run was started on.
 INPUTS = "inputs.json"
 # The sections of the configuration that each stage's result depends on; None: the stage does not resume.
 _SECTIONS: dict[str, tuple[str, ...] | None] = {
@@ -39,15 +39,16 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "inspect": None,
     "export": None,
     "demo": None,
-    "sweep": (),  # each of its runs is checked by itself, and more may come
+    "sweep": (),  # each of its runs is checked by itself, and runs may be added
 }
-# What others load or publish has no log of ours in it.
+# These outputs are for others to load or publish, so they hold no log.
 _LOGLESS = ("export",)
 Mode = Literal["new", "resume", "overwrite", "append"]
 Value = TypeVar("Value")
 
 
 def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
+    """Return the mode that the options choose. Raises UserError if there are several."""
     modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
     chosen = [mode for mode, given in modes.items() if given]
     if len(chosen) > 1:
@@ -56,18 +57,18 @@ def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
 
 
 def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: Sequence[Place] = ()) -> None:
-    """Raise UserError if `stage` may not write to `place`; changes nothing.
+    """Raise UserError if `stage` may not write to `place`. This changes nothing.
 
-    inputs: what the stage reads. They may neither lie in the output nor hold it.
+    inputs: what the stage reads. An input may neither be inside the output nor contain it.
     """
     if isinstance(place, Path) and re.match("[a-z0-9]{2,}:/", str(place)):
-        raise UserError(f"--out {place}: only a cache can lie at a URL; give a folder")
+        raise UserError(f"--out {place}: only a cache can be at a URL; give a folder")
     if not is_remote(place):
         here = Path(place).resolve()
         for source in (i for i in inputs if not is_remote(i)):
             there = Path(source).resolve()
             if here == there or here in there.parents or there in here.parents:
-                raise UserError(f"--out {place} is or touches the input {source}; give another --out")
+                raise UserError(f"--out {place} overlaps the input {source}; give another --out")
         if here.exists() and not here.is_dir():
             raise UserError(f"{place} exists and is no folder; give another --out")
     store = open_store(place)
@@ -98,9 +99,9 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
 
 @contextmanager
 def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: int | None) -> Iterator[None]:
-    """The output for as long as the stage runs, emptied if overwriting, with its provenance, config and log.
+    """Hold an output until the block ends, emptied if overwriting, with its provenance, config and log.
 
-    A second run on the same output is refused meanwhile.
+    Raises UserError if another run holds it, or the stage may not write to it.
     """
     store = open_store(place)
     with store.lock():
@@ -114,20 +115,20 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
 
 
 def stage_log(place: Place, config: Config) -> AbstractContextManager[None]:
-    """The log file of an output, to which a stage adds its messages as long as it runs."""
+    """Open the log file of an output, to which a stage adds its messages until the block ends."""
     header = partial(setting, dump_config(config))
     return _uploaded_log(str(place), header) if is_remote(place) else log_file(Path(place) / LOG, header)
 
 
 def process_log(place: Place) -> AbstractContextManager[None]:
-    """The log file of a process other than the first, which is there once there is a warning or an error."""
+    """Open the log file of a process other than the first; it appears with the first warning or error."""
     folder = Path(tempfile.gettempdir()) if is_remote(place) else Path(place)
     return log_file(folder / rank_log(), setting, logging.WARNING)
 
 
 @contextmanager
 def _uploaded_log(url: str, header: Callable[[], str]) -> Iterator[None]:
-    """A log among the temporary files, since objects cannot be added to; at the end it is added to the store's."""
+    """Log to a temporary file, as nothing can be added to an object; at the end, add it to the store's log."""
     file = Path(tempfile.mkdtemp(prefix="singer-")) / LOG
     logger.info("the log is %s until the end, then %s/%s", file, url, LOG)
 
@@ -142,35 +143,35 @@ def _uploaded_log(url: str, header: Callable[[], str]) -> Iterator[None]:
         with log_file(file, header):
             yield
     except OSError:
-        raise  # perhaps out of reach
+        raise  # the store may be out of reach
     except BaseException:
         with suppress(UserError, OSError):
             upload()
-        raise  # the file stays, as it is what the message names
+        raise  # the file stays, because the message names it
     with suppress(UserError, OSError):
         upload()
         shutil.rmtree(file.parent)
 
 
 def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:
-    """The resolved configuration, and what made it, unless they are there already."""
+    """Write the resolved configuration and its provenance, unless they are there already."""
     if not {CONFIG, PROVENANCE} <= set(store.sizes()):
         text = dump_config(config).encode()
         value = {"stage": stage, "command": command_line(), "seed": seed, "versions": versions()}
         value["config_sha256"] = hashlib.sha256(text).hexdigest()
-        # First: a folder with a configuration alone would pass for somebody else's.
+        # The provenance goes first: a folder with only a configuration would look as if singer had not written it.
         store.write(PROVENANCE, json_bytes(sealed(value)))
         store.write(CONFIG, text)
 
 
 def read_versions(folder: Path) -> dict[str, str]:
-    """{package: version} that made what is in a folder. Raises UserError naming the file if it is damaged."""
+    """Return {package: version} that wrote a folder. Raises UserError that names the file if it is damaged."""
     found = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
     return validated(found, dict[str, str], f"{folder / PROVENANCE}")
 
 
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
-    """Raise UserError if the run at `path` was started on another cache or other adapters."""
+    """Raise UserError if the run at `path` was started on another cache or refiner."""
     before = read_as(path / INPUTS, dict[str, str | None], "run")
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
@@ -178,25 +179,28 @@ def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
+    """Return a value as JSON."""
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, durably, all or nothing."""
     write_atomic(path, json_bytes(value))
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The value with its own checksum, so that a flipped bit in the file is noticed."""
+    """Add a value's own checksum to it, so that a flipped bit in its file is noticed."""
     return {**value, "sha256": _digest(value)}
 
 
 def is_sealed(value: dict[str, Any]) -> bool:
+    """Return whether a value matches the checksum in it."""
     rest = {k: v for k, v in value.items() if k != "sha256"}
     return bool(value.get("sha256") == _digest(rest))
 
@@ -207,16 +211,18 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file."""
     data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     return data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file, durably, all or nothing."""
     write_atomic(path, tensor_bytes(tensors))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Raises UserError naming the file if it is missing or damaged."""
+    """Read a safetensors file. Raises UserError that names the file if it is missing or damaged."""
     try:
         return safetensors.torch.load_file(path, device=device)
     except FileNotFoundError:
@@ -226,7 +232,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file's bytes. Raises UserError naming the file if it is damaged."""
+    """Parse the bytes of a safetensors file. Raises UserError that names the file if it is damaged."""
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -234,7 +240,10 @@ def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
 
 
 def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
-    """The JSON object in a file of singer's. Raises UserError naming the file if it is missing or broken."""
+    """Read the JSON object in a file of singer. Raises UserError that names the file if it is missing or broken.
+
+    what: what `place` should be, for messages.
+    """
     store = open_store(place) if isinstance(place, Path) else place
     file = f"{store.url}/{name}"
     try:
@@ -251,7 +260,7 @@ def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
 
 
 def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
-    """A JSON object as a validated model or dataclass. Raises UserError naming the file."""
+    """Validate a JSON object as a model or dataclass. Raises UserError that names the file."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -261,20 +270,20 @@ def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
 
 
 def read_as(path: Path, kind: type[Value], what: str) -> Value:
-    """The JSON in a file of singer's as a validated model or dataclass. Raises UserError naming the file."""
+    """Read the JSON in a file of singer as a validated model or dataclass. Raises UserError that names the file."""
     return validated(read_json(path.parent, path.name, what), kind, str(path))
 
 
 def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
-    """What was otherwise in these sections when the run in `store` began: "distill.lr 0.1, not 0.2"; None if nothing.
+    """Describe a change in these sections since the run in `store` began: "distill.lr 0.1, not 0.2".
 
-    Raises UserError if its configuration is damaged.
+    Returns None if nothing that affects the result has changed. Raises UserError if its configuration is damaged.
     """
     try:
         before = yaml.safe_load(store.read(CONFIG))
         pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
     except FileNotFoundError:
-        return None  # it died before it wrote anything
+        return None  # the run died before it wrote anything
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:

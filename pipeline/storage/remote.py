@@ -30,23 +30,23 @@ if TYPE_CHECKING:  # obstore has no such names at run time
 Result = TypeVar("Result")
 
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
-# Whatever is larger travels in pieces of so many bytes, several at once: none takes long, and a lost one costs little.
+# Larger objects travel in pieces of this many bytes, several at once: none takes long, and a lost one costs little.
 _PIECE = 8 * 2**20
 _PIECES_AT_ONCE = 6
-# Reading so many bytes in vain takes less time than another request.
+# Reading this many bytes in vain takes less time than another request.
 _GAP = 2**20
-# Training lives through shorter outages. A dead endpoint fails after 40 s, one that accepts but never answers after 60.
+# Training survives shorter outages. A dead endpoint fails after 40 s, one that accepts but never answers after 60 s.
 _RETRY: "RetryConfig" = {
     "retry_timeout": timedelta(seconds=40),
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-# For what the client's own retries do not fix: an object that is replaced while its pieces come, a list or an error
-# that is cut off, a removal whose connection is lost, and an upload that the store no longer knows, as it completed
-# it (the answer was lost) or gave it up.
+# These tries are for failures that the client's own retries do not fix: an object that is replaced while its pieces
+# come, a list or an error that is cut off, a removal during which the connection is lost, and an upload that the store
+# no longer knows, because it completed it (the answer was lost) or gave it up.
 _TRIES = 3
 _PASSING = re.compile("response body error|<Code>NoSuchUpload</Code>")
-# Plain HTTP is spoken only where the environment names such an endpoint.
+# Plain HTTP is used only if the environment names such an endpoint.
 _CLIENT: "ClientConfig" = {
     "connect_timeout": "5s",
     "read_timeout": "30s",
@@ -58,7 +58,7 @@ _CLIENT: "ClientConfig" = {
 
 @cache
 def _requests_at_once() -> threading.BoundedSemaphore:
-    """For the whole process, as each request takes a descriptor: an eighth of what the user's soft limit allows."""
+    """Limit requests in the whole process to an eighth of the soft limit, as each request takes a descriptor."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return threading.BoundedSemaphore(64 if soft == resource.RLIM_INFINITY else max(1, min(64, soft // 8)))
 
@@ -67,12 +67,12 @@ class RemoteStore:
     """A prefix of an object store; child stores share its client."""
 
     def __init__(self, url: str, client: "ObjectStore", prefix: str = "") -> None:
-        """prefix: what stands ahead of names within the client, with a slash at its end; or empty."""
+        """Hold a client and a prefix of names, which is empty or ends with a slash. url: for messages."""
         self._url, self._client, self._prefix = url, client, prefix
 
     @classmethod
     def open(cls, url: str) -> "RemoteStore":
-        """Raises UserError if the URL is of no known kind, or if settings that it needs lack in the environment."""
+        """Open the store at a URL. Raises UserError if its kind is unknown, or the environment lacks settings."""
         scheme = url.partition("://")[0]
         if scheme not in _SCHEMES:
             raise UserError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
@@ -85,12 +85,15 @@ class RemoteStore:
 
     @property
     def url(self) -> str:
+        """Return the URL of the prefix."""
         return self._url
 
     def read(self, name: str) -> bytes:
+        """Return a whole object. Raises FileNotFoundError if there is no such object."""
         return self._repeat(lambda: self._read(name), name)
 
     def _read(self, name: str) -> bytes:
+        """Read an object, a large one in pieces of the same version."""
         found = obstore.get(self._client, self._prefix + name)
         size, version = found.meta["size"], found.meta["e_tag"]
         if size <= _PIECE:
@@ -104,7 +107,7 @@ class RemoteStore:
             return b"".join(pool.map(piece, range(0, size, _PIECE)))
 
     def _range(self, name: str, start: int, end: int, version: str | None = None) -> memoryview:
-        """Bytes `start` to `end` of an object, all of them, and of this version if one is given."""
+        """Return bytes `start` to `end` of an object, of a version if given. Raises UserError if it is too short."""
         options: GetOptions = {"range": (start, end)}
         if version is not None:
             options["if_match"] = version
@@ -115,6 +118,8 @@ class RemoteStore:
         return data
 
     def read_ranges(self, ranges: Ranges) -> None:
+        """Fill ranges.out. Raises UserError if an object is missing or too short."""
+
         def fetch(group: Sequence[_Range]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
             data = self._repeat(lambda: self._range(name, start, end), name)
@@ -132,8 +137,9 @@ class RemoteStore:
                 raise missing(error.filename) from None
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Write an object, all or nothing. Raises UserError if another run has the lock."""
         locks.check(self._url)
-        # The pieces of a large object become one in a single step of the store, when it has them all.
+        # When the store has all pieces of a large object, it joins them in one step.
         large = sum(map(len, parts)) > _PIECE
 
         def put() -> None:
@@ -149,10 +155,11 @@ class RemoteStore:
         self._repeat(put, name)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return {name: bytes} of all objects below `prefix`, without the lock and logs."""
         return {name: size for name, size in self._everything(prefix).items() if not is_log(name)}
 
     def _everything(self, prefix: str = "") -> dict[str, int]:
-        """Logs too."""
+        """Return {name: bytes} of all objects below `prefix`, with logs, without the lock."""
 
         def found() -> dict[str, int]:
             batches = obstore.list(self._client, prefix=self._prefix + prefix or None)
@@ -162,10 +169,12 @@ class RemoteStore:
         return {name: size for name, size in self._repeat(found).items() if name != LOCK}
 
     def remove(self, name: str) -> None:
+        """Remove an object; do nothing if there is none."""
         with suppress(FileNotFoundError):
             self._repeat(lambda: obstore.delete(self._client, self._prefix + name), name)
 
     def clear(self, last: str = "") -> None:
+        """Remove all objects, `last` after the others."""
         names = self._everything()
         if others := [self._prefix + name for name in names if name != last]:
             self._repeat(lambda: obstore.delete(self._client, others))
@@ -173,14 +182,16 @@ class RemoteStore:
             self.remove(last)
 
     def child(self, name: str) -> "RemoteStore":
+        """Return the store of the names below `name/`."""
         return RemoteStore(f"{self._url}/{name}", self._client, f"{self._prefix}{name}/")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """The object `writer.lock`, which its holder replaces by a new version again and again.
+        """Hold the object `writer.lock`, which its holder replaces by a new version again and again.
 
         A lock that shows no new version for a minute is dead and is taken over; no two clocks are compared. A holder
-        that meets another's version has lost it, and can write nothing from then on.
+        that finds another's version has lost the lock, and can write nothing from then on. Raises UserError if another
+        run holds it.
         """
         lock, released = locks.RemoteLock(self._client, self._prefix + LOCK), threading.Event()
 
@@ -192,7 +203,7 @@ class RemoteStore:
 
         def keep() -> None:
             while self._url not in locks.lost and not released.wait(locks.SECONDS / 4):
-                with suppress(UserError, OSError):  # lost, or an outage: the next renewal may succeed
+                with suppress(UserError, OSError):  # after an outage, the next renewal may succeed
                     renew()
 
         def release() -> None:
@@ -208,7 +219,7 @@ class RemoteStore:
         try:
             yield
         except OSError:
-            raise  # perhaps out of reach: rather than make the user wait for one more error, let the lock die
+            raise  # the store may be out of reach: another try would only delay the error, and the lock dies by itself
         except BaseException:
             with suppress(UserError, OSError):
                 release()
@@ -220,7 +231,7 @@ class RemoteStore:
             locks.lost.discard(self._url)
 
     def _repeat(self, action: Callable[[], Result], name: str = "") -> Result:
-        """Do again what the client's own retries do not fix. Raises errors of one line."""
+        """Repeat an action if the client's own retries do not fix its failure. Raises errors of one line."""
         with self._one_line(name):
             for _ in range(_TRIES - 1):
                 try:
@@ -236,7 +247,7 @@ class RemoteStore:
 
     @contextmanager
     def _one_line(self, name: str = "") -> Iterator[None]:
-        """obstore's errors span many lines and name its own internals."""
+        """Turn obstore's errors, which have many lines and name its internals, into errors of one line."""
         place = f"{self._url}/{name}" if name else self._url
         try:
             yield
@@ -258,7 +269,7 @@ class _Range(NamedTuple):
 
 
 def _neighbours(ranges: list[_Range]) -> Iterator[list[_Range]]:
-    """Ranges that one request fetches: hardly a gap between them, and no more than a piece unless one is larger."""
+    """Group ranges that one request fetches: with small gaps only, and no more than a piece unless one is larger."""
     # obstore's own get_ranges does the same, but panics if an object ends too early.
     group: list[_Range] = []
     for r in sorted(ranges):
@@ -271,7 +282,7 @@ def _neighbours(ranges: list[_Range]) -> Iterator[list[_Range]]:
 
 
 def _reason(error: Exception) -> str:
-    """What the server says, or else the core of obstore's first line."""
+    """Return the server's message, or else the main part of obstore's first line."""
     text = str(error)
     said = re.search(r"<Message>(.*?)</Message>", text, re.DOTALL)
     if said:

@@ -1,4 +1,4 @@
-"""What an objective is and what it may know."""
+"""What an objective is, and what it may read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +10,11 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """Where student and teacher tokens meet: the matched teacher blocks, their width, prefix tokens (0 or CLS), grid.
+    """What student and teacher tokens have in common: matched teacher blocks, width, prefix tokens (0 or CLS), grid.
 
     grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. suffix: the frozen
-    end of the teacher; teacher_prefix: its CLS and register tokens. classes: of the labels, None without labels.
+    suffix of the teacher; teacher_prefix: number of its CLS and register tokens. classes: number of classes of the
+    labels, None without labels.
     """
 
     blocks: tuple[int, ...]
@@ -29,7 +30,8 @@ class ObjectiveContext:
 class Tokens:
     """Tokens on the two scales on which objectives compare them, each {teacher block: (B, N, d)}.
 
-    normalised: on the scale of the normaliser; cleaned: in the teacher's units. One that no objective reads is empty.
+    normalised: on the scale of the normaliser; cleaned: in the teacher's units. A mapping that no objective reads is
+    empty.
     """
 
     normalised: Mapping[int, Tensor] = field(default_factory=dict)
@@ -37,39 +39,42 @@ class Tokens:
 
 
 class Objective(nn.Module):
-    """(student tokens, targets), both {teacher block: (B, N, d)}, labels (B,) -> {part: losses (B,)}, one a record.
+    """(student tokens, targets), both {teacher block: (B, N, d)}, labels (B,) -> {part: losses (B,)}, one per record.
 
-    The student's tokens are projected to the teacher's width. Targets are refined and normalised; of an objective with
-    in_teacher_units they are refined only, and the student has projectors of its own for it, so that frozen parts of
-    the teacher can read both. Parameters of an objective are trained with the student; whatever it draws comes from
-    torch's global generator, as dropout's.
+    The student's tokens are projected to the teacher's width. Targets are refined and normalised. For an objective with
+    in_teacher_units they are only refined, and the student has separate projectors for it, so that frozen parts of
+    the teacher can read both. Parameters of an objective are trained with the student. It draws all random numbers from
+    torch's global generator, as dropout does.
     """
 
     in_teacher_units = False
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__()
-        # Frozen, and so none of this module's: neither trained nor stored with it.
+        # The suffix in it is frozen. In a list, it is not part of this module: neither trained nor stored with it.
         self._context = [context]
 
     @property
     def context(self) -> ObjectiveContext:
+        """Return what student and teacher tokens have in common."""
         return self._context[0]
 
     def reads(self) -> tuple[int, ...]:
-        """The blocks whose tokens it compares; the student learns nothing of others from it."""
+        """Return the blocks at which it compares tokens; the student learns nothing about others from it."""
         return self.context.blocks
 
     @property
     def suffix(self) -> TeacherSuffix:
+        """Return the teacher's suffix, which must be there."""
         assert self.context.suffix is not None
         return self.context.suffix
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Return {part: losses (B,)}; by default one part for each block in targets."""
         return {str(b): self.block_loss(student[b], target, b) for b, target in targets.items()}
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        """Losses (B,) of one block's tokens (B, N, d)."""
+        """Compute losses (B,) of one block's tokens (B, N, d)."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Matching directions: blind to the length of tokens, and so to that of artifacts."""
+"""Matching of directions: the length of tokens does not count, and so that of artifacts does not either."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,4 +10,5 @@ class Cosine(Objective):
     """1 - cosine of student and target, mean over tokens."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute 1 - cosine (B,) of one block's tokens (B, N, d)."""
         return (1 - F.cosine_similarity(student, target, dim=-1)).mean(1)

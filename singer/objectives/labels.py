@@ -10,7 +10,7 @@ from singer.objectives.base import Objective, ObjectiveContext
 
 
 class Labels(Objective):
-    """Cross-entropy of a linear head on CLS (without one, on the mean patch) of the last matched block.
+    """Cross-entropy of a linear head on CLS (without CLS, on the mean patch) of the last matched block.
 
     The head is trained with the student. Images without a label (negative) have no loss.
     """
@@ -22,11 +22,13 @@ class Labels(Objective):
         self.head = nn.Linear(context.width, context.classes)
 
     def reads(self) -> tuple[int, ...]:
+        """Return the last matched block, which the head reads."""
         return self.context.blocks[-1:]
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Return {"ce": losses (B,)}."""
         assert labels is not None
         tokens = student[self.context.blocks[-1]]
         pooled = tokens[:, 0] if self.context.prefix else tokens.mean(1)

@@ -1,6 +1,6 @@
-"""The teacher's own verdict, recomputed from the cached last block through its frozen norm and head.
+"""The teacher's class probabilities, recomputed from the cached last block through its frozen norm and head.
 
-Without labels (SSLD, arXiv 2103.05959; MEAL V2, arXiv 2009.08453; TinyViT, arXiv 2207.10666).
+No labels are needed (SSLD, arXiv 2103.05959; MEAL V2, arXiv 2009.08453; TinyViT, arXiv 2207.10666).
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from singer.objectives.base import Objective, ObjectiveContext
 
 
 class Logits(Objective):
-    """KL of the class probabilities that the teacher's head gives for student tokens, from those for the teacher's."""
+    """KL of the class probabilities that the teacher's head gives for the student's tokens from those for its own."""
 
     in_teacher_units = True
 
@@ -28,17 +28,19 @@ class Logits(Objective):
             raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
 
     def reads(self) -> tuple[int, ...]:
+        """Return the last block, which the teacher's norm and head read."""
         return self.context.blocks[-1:]
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Return {"kl": losses (B,)}."""
         ours, theirs = (self.verdict(x[self.block]) for x in (student, targets))
         return {"kl": F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)}
 
     def verdict(self, tokens: Tensor) -> Tensor:
-        """Log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
-        # Heads that pool patches skip the teacher's prefix tokens; what stands there does not matter.
+        """Compute log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
+        # Heads that pool patches skip the teacher's prefix tokens; their values do not matter.
         missing = self.context.teacher_prefix - self.context.prefix
         cls, patches = tokens[:, : self.context.prefix], tokens[:, self.context.prefix :]
         whole = torch.cat([cls, patches.new_zeros(len(tokens), missing, tokens.shape[-1]), patches], dim=1)

@@ -8,7 +8,7 @@ from singer.objectives.base import Objective, Tokens
 
 
 class Mixture(nn.Module):
-    """A weighted sum: each objective counts with its weight times the mean of its parts."""
+    """A weighted sum of objectives: each counts with its weight times the mean of its parts."""
 
     def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -16,7 +16,7 @@ class Mixture(nn.Module):
         self.weights = dict(weights)
 
     def reads(self, in_teacher_units: bool) -> tuple[int, ...]:
-        """List the blocks that are compared in the teacher's units, or else those compared normalised."""
+        """List the blocks that are compared in the teacher's units, or those that are compared normalised."""
         blocks: set[int] = set()
         for objective in self.objectives.values():
             assert isinstance(objective, Objective)
@@ -25,7 +25,7 @@ class Mixture(nn.Module):
         return tuple(sorted(blocks))
 
     def forward(self, student: Tokens, targets: Tokens, labels: Tensor | None) -> dict[str, Tensor]:
-        """Compare tokens on the scale of each objective; {"objective.part": weighted (B,)}."""
+        """Compare tokens on the scale of each objective; return {"objective.part": weighted losses (B,)}."""
         losses: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             if objective.in_teacher_units:

@@ -9,4 +9,5 @@ class Mse(Objective):
     """Mean squared error over tokens and channels."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute the mean squared error (B,) of one block's tokens (B, N, d)."""
         return (student - target).square().mean(dim=(1, 2))

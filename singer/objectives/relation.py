@@ -1,7 +1,7 @@
 """Relations between tokens as a frozen block of the teacher sees them (MiniLM, arXiv 2012.15828; TinyMIM, 2301.01296).
 
-The block behind a cached one reads the cached features and, through the same frozen norm and qkv, the student's
-projected tokens: any student will do, also one without attention.
+The block after a cached one reads the cached features and, through the same frozen norm and qkv, the student's
+projected tokens. Any student can learn this way, also one without attention.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from singer.suffix import first_norm
 class Relation(Objective):
     """KL of softmax(A·Bᵀ / √(d / heads)) of the student from the teacher's, mean over pairs, heads and queries.
 
-    Pairs of Q, K and V: QQ, KK and VV, as in MiniLMv2.
+    The pairs (A, B) are QQ, KK and VV, as in MiniLMv2.
     """
 
     in_teacher_units = True
@@ -27,38 +27,41 @@ class Relation(Objective):
         self.blocks = [b for b in context.blocks if not self.suffix.is_last(b)]
         if not self.blocks:
             raise UserError(
-                "distill.objective relation reads cached features with the block behind them, and only the last block "
+                "distill.objective relation reads cached features with the block after them, and only the last block "
                 "is cached; cache an intermediate one"
             )
         for block in self.blocks:
             attention = getattr(self.suffix.block(block + 1), "attn", None)
             if not hasattr(attention, "qkv"):
-                raise UserError("distill.objective relation needs a teacher whose blocks have attn.qkv")
-            first_norm(self.suffix.block(block + 1))  # which must be there
+                raise UserError("distill.objective relation needs a teacher that has attn.qkv in its blocks")
+            first_norm(self.suffix.block(block + 1))  # raises UserError if there is none
 
     def reads(self) -> tuple[int, ...]:
+        """Return the blocks that have a block after them."""
         return tuple(self.blocks)
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """Return {block: losses (B,)}."""
         return {str(b): self.block_loss(student[b], targets[b], b) for b in self.blocks}
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        seen, wanted = self.heads(student, block), self.heads(target, block)
+        """Compute the mean KL (B,) over pairs, heads and queries of one block's tokens (B, N, d)."""
+        learned, wanted = self.heads(student, block), self.heads(target, block)
         losses = []
         for pair in self.pairs:
             first, second = pair[0], pair[1]
             ours, theirs = (
                 (x[first] / x[first].shape[-1] ** 0.5 @ x[second].transpose(-1, -2)).log_softmax(-1)
-                for x in (seen, wanted)
+                for x in (learned, wanted)
             )
             losses.append((theirs.exp() * (theirs - ours)).sum(-1).mean(dim=(1, 2)))
         total: Tensor = sum(losses[1:], losses[0]) / len(losses)
         return total
 
     def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
-        """{"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
+        """Return {"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
         attention = self.suffix.block(block + 1).attn
         mixed = attention.qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator, union-attr]
         parts = mixed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[union-attr]
@@ -66,6 +69,6 @@ class Relation(Objective):
 
 
 class RelationQk(Relation):
-    """The attention itself and VV, as in the first MiniLM (arXiv 2002.10957) and TinyMIM."""
+    """As `Relation`, with the pairs QK (the attention) and VV of the first MiniLM (arXiv 2002.10957) and TinyMIM."""
 
     pairs = ("qk", "vv")

@@ -7,7 +7,7 @@ from singer.objectives.base import Objective
 
 
 def mixture(student: Tensor, target: Tensor, cosine: float, smooth: float) -> Tensor:
-    """cosine · (1 - cos) + smooth · smooth L1 of every token, (B, N, d) -> (B, N)."""
+    """Compute cosine · (1 - cos) + smooth · smooth L1 of every token, (B, N, d) -> (B, N)."""
     direction = 1 - F.cosine_similarity(student, target, dim=-1)
     return cosine * direction + smooth * F.smooth_l1_loss(student, target, reduction="none").mean(-1)
 
@@ -16,4 +16,5 @@ class Theia(Objective):
     """0.9 cosine + 0.1 smooth L1, mean over tokens."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute Theia's loss (B,) of one block's tokens (B, N, d)."""
         return mixture(student, target, 0.9, 0.1).mean(1)

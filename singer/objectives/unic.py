@@ -1,4 +1,4 @@
-"""CLS and patches at equal weight (UNIC, arXiv 2408.05088): among hundreds of tokens CLS would hardly count."""
+"""CLS and patches at equal weight (UNIC, arXiv 2408.05088): among hundreds of tokens, CLS would hardly count."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from singer.objectives.theia import mixture
 
 
 def halves(losses: Tensor, prefix: int) -> Tensor:
-    """Token losses (B, N) -> (B,): half the mean over prefix tokens and half that over patches."""
+    """Average token losses (B, N) -> (B,): half the mean over prefix tokens plus half the mean over patches."""
     if not prefix:
         return losses.mean(1)
     return 0.5 * (losses[:, :prefix].mean(1) + losses[:, prefix:].mean(1))
@@ -18,6 +18,7 @@ class Unic(Objective):
     """Cosine + smooth L1, half on CLS and half on the patches."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute UNIC's loss (B,) of one block's tokens (B, N, d)."""
         return halves(mixture(student, target, 1.0, 1.0), self.context.prefix)
 
 
@@ -25,5 +26,6 @@ class Balanced(Objective):
     """Mean squared error, half on CLS and half on the patches."""
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute the balanced squared error (B,) of one block's tokens (B, N, d)."""
         errors: Tensor = torch.square(student - target).mean(-1)
         return halves(errors, self.context.prefix)

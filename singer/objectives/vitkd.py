@@ -18,16 +18,17 @@ class Generator(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Generate patch tokens from tokens (B, N, d)."""
         maps = tokens[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         generated = self.conv2(F.relu(self.conv1(maps)))
         return torch.cat([tokens[:, : self.prefix], generated.flatten(2).transpose(1, 2)], dim=1)
 
 
 class VitKd(Objective):
-    """The student's tokens, half of them masked, must generate the teacher's: mean squared error of the masked ones.
+    """Mean squared error of masked tokens: the student's tokens, half of them masked, must generate the teacher's.
 
-    Of several blocks, the last is generated and the others are matched linearly (mean squared error), as in the paper;
-    the authors of SiNGER generate at every block, which is `generate_all`.
+    With several blocks, the last is generated and the others are matched linearly (mean squared error), as in the
+    paper. The authors of SiNGER generate at every block, which is `generate_all`.
     """
 
     mask_ratio = 0.5
@@ -45,12 +46,13 @@ class VitKd(Objective):
         )
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
+        """Compute losses (B,) of one block's tokens (B, N, d), with a mask drawn at random."""
         if str(block) not in self.generators:
             return (student - target).square().mean(dim=(1, 2))
         return self.generation_loss(student, target, block, torch.rand_like(student[..., :1]))
 
     def generation_loss(self, student: Tensor, target: Tensor, block: int, noise: Tensor) -> Tensor:
-        """Losses (B,) for given noise (B, N, 1), uniform in [0, 1); tokens are masked where it is <= the mask ratio.
+        """Compute losses (B,) for noise (B, N, 1), uniform in [0, 1); tokens with noise <= the mask ratio are masked.
 
         Their mean over the batch is the mean over all masked tokens of the batch.
         """

@@ -1,4 +1,4 @@
-"""How data sets lie on disk, for `singer prepare --layout`: a new one is a function here and a registry line."""
+"""Layouts of data sets on disk, for `singer prepare --layout`. A new one is a function and a line in the registry."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ LAYOUTS: dict[str, Importer] = {
 
 
 def list_layout(name: str, root: Path, split: str | None) -> Listing:
-    """The images of a split. Raises UserError for an unknown layout or split, and what a layout finds wrong."""
+    """List the images of a split. Raises UserError for an unknown layout or split, or for wrong files."""
     if name not in LAYOUTS:
         raise UserError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
     splits = LAYOUTS[name].splits

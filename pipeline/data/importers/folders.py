@@ -1,4 +1,4 @@
-"""Data sets whose sub-folders are classes: any folder of images, and ImageNet in its variants."""
+"""Data sets with a sub-folder for each class: any folder of images, and ImageNet in its variants."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def folder(root: Path, split: str = "") -> Listing:
-    """Image files below a folder, sorted; classes are its sub-folders, if every image lies in one.
+    """List the image files below a folder, sorted; its sub-folders are classes, if every image is in one.
 
-    A mask or a depth map lies beside its image as NAME.seg.png or NAME.depth.png. Hidden files and folders are passed
-    over.
+    A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. Hidden files and folders are left out.
+    Raises UserError for a map without an image, a mixture of class folders and loose images, or an empty class.
     """
     known = (*KEPT, *CONVERTED)
     found = sorted(f for f in root.rglob("*") if f.suffix.lower() in known and f.is_file())
@@ -37,19 +37,20 @@ def folder(root: Path, split: str = "") -> Listing:
     entries = [Entry(file, numbers[file.relative_to(root).parts[0]], _beside(file)) for file in files]
     empty = set(range(len(classes))) - {entry.label for entry in entries}
     if empty:
-        # Left out, it would shift the numbers of all classes behind it.
+        # Leaving it out would shift the numbers of all classes after it.
         name = classes[min(empty)]
         raise UserError(f"class folder {root / name} holds no images; remove it, or give prepare.classes")
     return Listing(entries, classes)
 
 
 def _beside(file: Path) -> dict[str, Path]:
+    """Return {extension: file} of the maps beside an image."""
     places = {name: file.with_name(f"{file.stem}.{name}") for name in BESIDE}
     return {name: place for name, place in places.items() if place.is_file()}
 
 
 def _class_folders(root: Path) -> Listing:
-    """Raises UserError if the folder is missing, or has no classes."""
+    """List a folder of class folders. Raises UserError if it is missing, or has no classes."""
     if not root.is_dir():
         raise UserError(f"{root} does not exist; this layout needs it")
     listing = folder(root)
@@ -59,7 +60,7 @@ def _class_folders(root: Path) -> Listing:
 
 
 def imagenet_1k(root: Path, split: str) -> Listing:
-    """train/<wnid>/*.JPEG, and val/ likewise or flat, as it is distributed, with the devkit unpacked in the root.
+    """List train/<wnid>/*.JPEG, or val/, likewise or flat as it is distributed, with the devkit unpacked in the root.
 
     The devkit numbers classes in its own order; labels are the usual ones, by sorted wnid.
     """
@@ -80,12 +81,12 @@ def imagenet_1k(root: Path, split: str) -> Listing:
 
 
 def imagenet_r(root: Path, split: str) -> Listing:
-    """<wnid>/*.jpg of 200 of the 1000 classes. They are numbered among themselves, unless prepare.classes is given."""
+    """List <wnid>/*.jpg of 200 of the 1000 classes, numbered from 0 to 199 unless prepare.classes is given."""
     return _class_folders(root)
 
 
 def imagenet_v2(root: Path, split: str) -> Listing:
-    """0/ to 999/, named after the labels of ImageNet-1k; sorted as text they would be other numbers."""
+    """List 0/ to 999/, named after the labels of ImageNet-1k; sorted as text they would get other numbers."""
     listing = _class_folders(root)
     wrong = [name for name in listing.classes if not name.isdecimal()]
     if wrong:

@@ -1,4 +1,4 @@
-"""What every layout gives of a data set: its images with their labels and maps, and the names of classes."""
+"""What every layout lists of a data set: its images with their labels and maps, and the names of classes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from scipy.io import loadmat
 
 from singer.errors import UserError
 
-# Image extensions that are kept, by what they are called in shards.
+# Images with these extensions are kept; the values are their extensions in shards.
 KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-# Lossless, but not what webdataset users expect in shards: stored as PNG.
+# These are stored as PNG: they are lossless, but webdataset users do not expect them in shards.
 CONVERTED = (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 # The pixels of a map -> those that are stored.
@@ -29,7 +29,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """classes: names by label, empty where none are known; convert: {extension: how such maps are changed}."""
+    """What a data set holds.
+
+    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}.
+    """
 
     entries: list[Entry]
     classes: list[str]
@@ -38,9 +41,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Importer:
-    """How a data set lies on disk. splits: those to choose from, if any.
+    """How a data set is laid out on disk. splits: those to choose from, if any.
 
-    entries: of the root folder and a split ("" if there are none). Raises UserError naming the file that is missing.
+    entries: lists a split below the root folder (split "" if there are none). It raises UserError that names the file
+    that is missing.
     """
 
     entries: Callable[[Path, str], Listing]
@@ -48,14 +52,14 @@ class Importer:
 
 
 def existing(file: Path, why: str = "this layout needs it") -> Path:
-    """The file. Raises UserError if there is none."""
+    """Return the file. Raises UserError if there is none."""
     if not file.is_file():
         raise UserError(f"{file} does not exist; {why}")
     return file
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
+    """List the images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
     found = folder.iterdir() if folder.is_dir() else ()
     files = sorted(f for f in found if f.suffix.lower() in (*KEPT, *CONVERTED) and not f.name.startswith("."))
     if not files:
@@ -64,7 +68,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that hold something. Raises UserError if it is missing, empty or no text."""
+    """Read the lines of a text file that are not blank. Raises UserError if it is missing, empty or no text."""
     try:
         lines = [line.strip() for line in existing(file).read_text().splitlines()]
     except UnicodeDecodeError:
@@ -76,11 +80,11 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_mat(file: Path, name: str) -> np.ndarray:
-    """The variable of a MATLAB file, without dimensions of one. Raises UserError naming both."""
+    """Read a variable of a MATLAB file, without dimensions of size one. Raises UserError that names both."""
     existing(file)
     try:
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])
     except KeyError:
         raise UserError(f"{file} has no variable {name!r}") from None
-    except Exception as error:  # loadmat raises whatever broken data makes it stumble over
+    except Exception as error:  # loadmat raises many kinds of errors on broken data
         raise UserError(f"{file} cannot be read as a MATLAB file: {error or type(error).__name__}") from None

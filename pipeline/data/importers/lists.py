@@ -1,4 +1,4 @@
-"""Data sets whose files tell splits and classes."""
+"""Data sets that list their splits and classes in files."""
 
 import json
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from singer.errors import UserError
 
 
 def _listed(pairs: Iterable[tuple[Path, int]], source: Path) -> list[Entry]:
-    """Raises UserError for an image that is not there."""
+    """Make entries of (file, label). Raises UserError for an image that is not there."""
     return [Entry(existing(file, f"{source} lists it"), label) for file, label in pairs]
 
 
 def _numbered(names: list[str], classes: list[str], source: Path) -> list[int]:
-    """The place of each name among the classes. Raises UserError for one that is no class."""
+    """Return the number of each name among the classes. Raises UserError for one that is no class."""
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = [name for name in names if name not in numbers]
     if unknown:
@@ -23,7 +23,7 @@ def _numbered(names: list[str], classes: list[str], source: Path) -> list[int]:
 
 
 def inat2019(root: Path, split: str) -> Listing:
-    """SPLIT2019.json, in COCO's form, with file names from the root such as train_val2019/Birds/1003/x.jpg."""
+    """List SPLIT2019.json, in COCO's form, with file names from the root such as train_val2019/Birds/1003/x.jpg."""
     source = existing(root / f"{split}2019.json")
     try:
         tree = json.loads(source.read_text())
@@ -39,7 +39,7 @@ def inat2019(root: Path, split: str) -> Listing:
 
 
 def fgvc_aircraft(root: Path, split: str) -> Listing:
-    """images/*.jpg, variants.txt and images_variant_SPLIT.txt with lines `1025794 707-320` (the folder data/)."""
+    """List images/*.jpg by variants.txt and images_variant_SPLIT.txt with lines `1025794 707-320` (folder data/)."""
     source = root / f"images_variant_{split}.txt"
     rows = [line.partition(" ") for line in read_lines(source)]
     classes = read_lines(root / "variants.txt")
@@ -49,7 +49,7 @@ def fgvc_aircraft(root: Path, split: str) -> Listing:
 
 
 def oxford_pets(root: Path, split: str) -> Listing:
-    """images/*.jpg, and annotations/SPLIT.txt with lines `Abyssinian_100 1 1 1`: name, class from 1 on, two more."""
+    """List images/*.jpg by annotations/SPLIT.txt with lines `Abyssinian_100 1 1 1`: name, class from 1 on, two more."""
     source = root / "annotations" / f"{split}.txt"
     rows = [line.split() for line in read_lines(source) if not line.startswith("#")]
     bad = [row for row in rows if len(row) != 4 or not row[1].isdecimal() or row[1] == "0"]
@@ -63,7 +63,7 @@ def oxford_pets(root: Path, split: str) -> Listing:
 
 
 def food_101(root: Path, split: str) -> Listing:
-    """images/CLASS/NUMBER.jpg, meta/classes.txt, and meta/SPLIT.txt with lines `apple_pie/1005649`."""
+    """List images/CLASS/NUMBER.jpg by meta/classes.txt, and meta/SPLIT.txt with lines `apple_pie/1005649`."""
     source = root / "meta" / f"{split}.txt"
     names = read_lines(source)
     classes = read_lines(root / "meta" / "classes.txt")
@@ -73,9 +73,9 @@ def food_101(root: Path, split: str) -> Listing:
 
 
 def flowers_102(root: Path, split: str) -> Listing:
-    """jpg/image_00001.jpg ..., imagelabels.mat (classes from 1 on) and setid.mat (numbers of images from 1 on).
+    """List jpg/image_00001.jpg ... by imagelabels.mat (classes from 1 on) and setid.mat (images from 1 on).
 
-    The classes have no names there.
+    The data set has no names of classes.
     """
     source = root / "setid.mat"
     rows = read_mat(source, {"train": "trnid", "val": "valid", "test": "tstid"}[split])

@@ -9,9 +9,9 @@ from singer.errors import UserError
 
 
 def ade20k(root: Path, split: str) -> Listing:
-    """images/{training,validation}/*.jpg and annotations/ likewise, *.png (ADEChallengeData2016).
+    """List images/{training,validation}/*.jpg with masks in annotations/, *.png (ADEChallengeData2016).
 
-    There class 0 is void and the 150 classes begin with 1; stored are 0 to 149, with 255 for void.
+    In these masks 0 is void and the 150 classes begin with 1. Shards get classes 0 to 149, and 255 for void.
     """
     folder = {"train": "training", "val": "validation"}[split]
     entries = []
@@ -22,14 +22,14 @@ def ade20k(root: Path, split: str) -> Listing:
 
 
 def _without_void(mask: np.ndarray) -> np.ndarray:
-    # Of uint8: 0 becomes 255.
+    # With uint8, 0 becomes 255.
     return mask - np.uint8(1)
 
 
 def nyud_v2(root: Path, split: str) -> Listing:
-    """SPLIT/SCENE/rgb_NUMBER.jpg with sync_depth_NUMBER.png beside it, uint16 millimeters.
+    """List SPLIT/SCENE/rgb_NUMBER.jpg with sync_depth_NUMBER.png beside it, uint16 millimeters.
 
-    That is how the official split is mostly passed on, aligned and filled in (by BTS and what builds on it).
+    The official split is mostly passed on in this form, aligned and filled in (by BTS and projects that build on it).
     """
     scenes = sorted(f for f in (root / split).glob("*") if f.is_dir())
     files = [file for scene in scenes for file in sorted(scene.glob("rgb_*")) if file.suffix in (".jpg", ".png")]
