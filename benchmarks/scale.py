@@ -331,8 +331,9 @@ def start_fork(args: list[str], out: TextIO) -> int:
 def import_all() -> None:
     """Import all that the stages import."""
     sys.path.insert(0, str(ROOT))
-    for name in ("cache_teacher", "distill", "inspection", "plan", "refine", "verify"):
-        importlib.import_module(f"pipeline.{name}")
+    for name in ("cache_teacher", "distill", "inspect", "refine", "verify"):
+        importlib.import_module(f"pipeline.stages.{name}")
+    importlib.import_module("pipeline.planning.plan")
 
 
 def save(file: Path, leg: Leg) -> None:
