@@ -285,7 +285,7 @@ def report(
     refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are, if they moved.")] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
     teacher_probes: Annotated[Path | None, typer.Option(help="The folder of singer evaluate TEACHER --out.")] = None,
-    records: Annotated[int, typer.Option(min=1, help="Records whose norms are measured.")] = 256,
+    records: Annotated[int, typer.Option(min=1, help="Norms are measured on so many records.")] = 256,
     title: Annotated[str, typer.Option(help="The page's title.")] = "Students of one teacher",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
     as_json: JsonOption = False,

@@ -216,7 +216,7 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
     with pytest.raises(UserError, match=r"classes\.json number classes differently; prepare the second with"):
         evaluate(config, world / "teacher", *shards)
     (tmp_path / "two" / "classes.json").unlink()
-    with pytest.raises(UserError, match="--test has label 3, but --train only 0 to 1"):
+    with pytest.raises(UserError, match="--test has label 3, but --train has only 0 to 1"):
         evaluate(config, world / "teacher", *shards)
 
 

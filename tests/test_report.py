@@ -361,7 +361,7 @@ def test_only_figures_of_one_probe_are_compared(tmp_path: Path) -> None:
     (tmp_path / "b" / "evaluate-2.json").write_text(json.dumps(old))
     columns = columns_of([figures, read_figures(tmp_path / "b")])
     (tmp_path / "b" / "evaluate-3.json").write_text(json.dumps({**other, "model": "vit_small"}))
-    with pytest.raises(UserError, match=r"b has figures of a model without name and vit_small; keep those of one"):
+    with pytest.raises(UserError, match=r"b has figures of a model without name and vit_small; keep those of each"):
         read_figures(tmp_path / "b")
     assert [column.label for column in columns] == [
         ("segmentation 1", "mIoU"),

@@ -91,7 +91,7 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     require_classes(train.labels)
     classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
-        raise UserError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
+        raise UserError(f"--test has label {int(test.labels.max())}, but --train has only 0 to {classes - 1}")
 
 
 def require_classes(labels: np.ndarray) -> None:

@@ -72,7 +72,7 @@ def read_maps(
             if image.size != size:
                 width, height = image.size
                 raise UserError(
-                    f"{where} has {width} x {height} pixels, its image {size[0]} x {size[1]}; make them alike"
+                    f"{where} has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; make them equal"
                 )
             return array
 

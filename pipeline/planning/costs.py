@@ -38,7 +38,7 @@ class Rate:
         mean = sum(count for count, _ in repeats) / max(sum(seconds for _, seconds in repeats), 1e-9)
         spread = (max(rates) - min(rates)) / 2 / mean
         if spread > MOST_SPREAD:
-            why = f"repeats differ by {spread:.0%} to both sides; use more --seconds, or an idle machine"
+            why = f"repeats differ by ±{spread:.0%}; use more --seconds, or an idle machine"
             return Rate(None, spread, f"not measured: {why}")
         return cls(mean, spread, status)
 

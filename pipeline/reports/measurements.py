@@ -139,7 +139,7 @@ class Students:
 
     @torch.inference_mode()
     def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
-        """Measure a run's student; block: the teacher's block whose match is shown, by default the last match."""
+        """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
         student = load_saved(run.result.student)
         student.model.to(self._device)
         matching = run.result.matching

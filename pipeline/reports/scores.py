@@ -110,7 +110,9 @@ def read_figures(folder: Path) -> Figures:
             raise UserError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
         if models.setdefault(probe, value.get("model")) != value.get("model"):
             both = f"{models[probe] or 'a model without name'} and {value.get('model') or 'a model without name'}"
-            raise UserError(f"{folder} has figures of {both}; keep those of one model apart (evaluate --out)")
+            raise UserError(
+                f"{folder} has figures of {both}; keep those of each model in its own folder (evaluate --out)"
+            )
         value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
         figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}

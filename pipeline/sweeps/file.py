@@ -194,7 +194,7 @@ def _check_key(key: str) -> None:
     if key == REFINER or (dot and (section in SECTIONS or section not in Config.model_fields)):
         return  # load_config reports a key that does not exist, with the nearest one that does
     if dot:
-        raise UserError(f"{key} belongs to the cache, and a sweep has one; it varies {', '.join(SECTIONS)}")
+        raise UserError(f"{key} belongs to the cache, and a sweep has one cache; it varies {', '.join(SECTIONS)}")
     ends = {REFINER: REFINER, **{k: f"{s}.{k}" for s in SECTIONS for k in getattr(Config(), s).model_dump()}}
     (near,) = difflib.get_close_matches(key, ends, n=1, cutoff=0)
     raise UserError(f"unknown key {key!r}; did you mean {ends[near]!r}?")
