@@ -1,4 +1,7 @@
-"""The command line: options and messages only. Run as `singer ...` or `accelerate launch cli.py ...`."""
+"""The command line: options and messages only.
+
+Run it as `singer ...` or `accelerate launch cli.py ...`.
+"""
 
 import dataclasses
 import json
@@ -15,9 +18,10 @@ VERBOSE = "--verbose"
 
 
 class Commands(TyperGroup):
-    """Takes --verbose before the command and after it."""
+    """A group of commands that takes --verbose before the command and after it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments after --verbose is moved to the front."""
         return super().parse_args(ctx, sorted(args, key=lambda word: word != VERBOSE))
 
 
@@ -32,9 +36,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Plan, look at and verify feature caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
-LocalCopyOption = Annotated[
-    Path | None, typer.Option(help="Folder to which shards are copied when they are first read.")
-]
+LocalCopyOption = Annotated[Path | None, typer.Option(help="Folder to which shards are copied at their first read.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be repeated.")
@@ -42,31 +44,32 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-# A mapping to nothing but these takes one line.
+# A mapping whose values are all of these types is printed on one line.
 _NUMBERS = {int, float, bool, type(None)}
-# What JSON alone has.
-_UNSAID = ("cache_place",)
-# Numbers that are printed of a list; JSON has all.
-_MOST = 24
+# Fields that only the JSON output has.
+_JSON_ONLY = ("cache_place",)
+# A longer list is cut in the text output; the JSON output has all of it.
+_LIST_LIMIT = 24
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
 TASK_HELP = (
-    "classification (default), segmentation, depth, retrieval, domain-shift, or head: the model's own; may be repeated."
+    "classification (default), segmentation, depth, retrieval, domain-shift or head (the model's); may be repeated."
 )
-REFINER_HELP = "A refiner of stage 2; without it: raw targets. One for each --cache, in their order, or none."
+REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their order. Default: raw targets."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
 def refiner_option(help: str) -> Any:
-    """--refiner, which was --adapters; both work."""
+    """Return the option --refiner; its former name --adapters works, too."""
     return typer.Option("--refiner", "--adapters", help=help)
 
 
 @app.callback()
 def every_command(
     verbose: Annotated[
-        bool, typer.Option(VERBOSE, help="Show details, what libraries tell, and whole tracebacks.")
+        bool, typer.Option(VERBOSE, help="Show details, the messages of libraries, and whole tracebacks.")
     ] = False,
 ) -> None:
+    """Apply the options that every command has."""
     if verbose:
         from pipeline.runtime.logs import be_verbose
 
@@ -78,8 +81,8 @@ def prepare(
     images: Annotated[Path, typer.Argument(help="A folder of images; sub-folders are classes.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of a layout that has several.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="fail or skip: what to do with unreadable images.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split, for a layout that has several.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -101,20 +104,20 @@ def cache_teacher(
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
     teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
-    views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
+    views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the teacher: no (float32), bf16 or fp16.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="fail or skip: what to do with broken images.")] = None,
+    precision: Annotated[str | None, typer.Option(help="The teacher's: no (float32), bf16 or fp16.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="What to do with broken images: fail or skip.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
-    append: Annotated[bool, typer.Option("--append", help="Add what the cache in --out lacks of all this.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add what the cache in --out lacks.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 1: run the teacher once and store the features of chosen blocks."""
+    """Run the teacher once and store the features of chosen blocks (stage 1)."""
     from pipeline.config import load_config
     from pipeline.stages.cache_teacher import cache_teacher as run
     from pipeline.storage.outputs import output_mode
@@ -137,11 +140,11 @@ def cache_teacher(
 def refine(
     cache: Annotated[str, typer.Option(help="A cache of stage 1: folder or URL.")],
     out: Annotated[Path, typer.Option(help="Folder for the refiner.")],
-    variant: Annotated[str | None, typer.Option(help="singer, paper or official: sets the section's keys.")] = None,
+    variant: Annotated[str | None, typer.Option(help="singer, paper or official; it sets the keys of refine.")] = None,
     cleaner: Annotated[str | None, typer.Option(help="clip, neighbour, projector, adapter or none.")] = None,
     normaliser: Annotated[str | None, typer.Option(help="standardize, layernorm, phi-s ... or none.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Of cleaner adapter: its rank, or auto.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of cleaner adapter: most optimisation steps.")] = None,
+    rank: Annotated[str | None, typer.Option(help="For cleaner adapter: its rank, or auto.")] = None,
+    steps: Annotated[int | None, typer.Option(help="For cleaner adapter: at most this many steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
     local_copy: LocalCopyOption = None,
     resume: ResumeOption = False,
@@ -150,7 +153,7 @@ def refine(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 2: fit a refiner that removes artifacts and keeps information, on the cache alone."""
+    """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
     from pipeline.config import load_config
     from pipeline.stages.refine import refine as run
     from pipeline.storage.outputs import output_mode
@@ -173,13 +176,13 @@ def inspect(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
     refiner: Annotated[Path | None, refiner_option("A refiner of stage 2 to judge.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Norms and artifacts of a cache's features, and what a refiner does to them."""
+    """Measure norms and artifacts of a cache's features, and what a refiner changes."""
     from pipeline.config import load_config
     from pipeline.stages.inspect import inspect as run
     from pipeline.storage.outputs import output_mode
@@ -190,13 +193,13 @@ def inspect(
 
 @app.command()
 def distill(
-    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL. Repeated: several teachers.")],
+    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
     student: Annotated[str | None, typer.Option(help="A timm VisionTransformer, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records a step over all processes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
@@ -207,7 +210,7 @@ def distill(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Stage 3: train a student on the refined targets."""
+    """Train a student on the refined targets (stage 3)."""
     from pipeline.config import load_config
     from pipeline.stages.distill import distill as run
     from pipeline.storage.outputs import output_mode
@@ -228,18 +231,18 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or a model's name in timm.")],
+    model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or the name of a timm model.")],
     test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
-    train: Annotated[list[str] | None, typer.Option(help="Those that they learn from; not for retrieval.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Labelled shards to learn from; not for retrieval.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=TASK_HELP)] = None,
-    weights: Annotated[Path | None, typer.Option(help="Of a model given by name; else timm fetches them.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe a frozen model: a student, a teacher, any of timm's."""
+    """Probe a frozen model: a student, a teacher, or any timm model."""
     from pipeline.config import load_config
     from pipeline.evaluation.context import without_top5
     from pipeline.stages.evaluate import evaluate_tasks
@@ -254,12 +257,12 @@ def evaluate(
 @app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
-    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL. Repeated: several teachers.")],
+    cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for refiners, runs and the leaderboard.")],
     train: Annotated[list[str] | None, typer.Option(help="Labelled shards that the probes learn from.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Labelled shards that they are tested on.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a GPU.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each GPU.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -277,17 +280,17 @@ def sweep(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Runs of stage 3 from one cache, or a sweep.")],
-    out: Annotated[Path, typer.Option(help="The page, FILE.html.")],
-    cache: Annotated[str | None, typer.Option(help="Where the runs' cache lies now, if moved.")] = None,
-    refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are now, if moved.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
-    teacher_probes: Annotated[Path | None, typer.Option(help="Of the teacher: evaluate --out FOLDER.")] = None,
-    records: Annotated[int, typer.Option(min=1, help="Records whose norms are measured.")] = 256,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Students of one teacher",
+    out: Annotated[Path, typer.Option(help="The page to write: FILE.html.")],
+    cache: Annotated[str | None, typer.Option(help="Where the runs' cache is, if it moved.")] = None,
+    refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are, if they moved.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    teacher_probes: Annotated[Path | None, typer.Option(help="The folder of singer evaluate TEACHER --out.")] = None,
+    records: Annotated[int, typer.Option(min=1, help="Norms are measured on so many records.")] = 256,
+    title: Annotated[str, typer.Option(help="The page's title.")] = "Students of one teacher",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """One HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
+    """Write one HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
     from pipeline.stages.report import report as run
 
     result = run(
@@ -302,13 +305,15 @@ def export(
     run: Annotated[Path, typer.Argument(help="A finished run of stage 3.")],
     to: Annotated[str, typer.Option(help="timm, hf, onnx or torch-export.")],
     out: Annotated[Path, typer.Option(help="Folder for the export.")],
-    output: Annotated[str | None, typer.Option(help="pooled, or tokens: raw last block (onnx, torch-export).")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="pooled, or tokens: the raw last block (onnx, torch-export).")
+    ] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the student alone, with a model card, in a format that others load."""
+    """Write the student alone, with a model card, in a format that other tools load."""
     from pipeline.config import load_config
     from pipeline.stages.export import export as write
     from pipeline.storage.outputs import output_mode
@@ -322,7 +327,7 @@ def cache_info(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache holds: teachers, data, blocks, codec and its errors, size."""
+    """Print what a cache holds: teachers, data, blocks, codec and its errors, size."""
     from pipeline.cache.info import cache_info as run
 
     _report(run(cache), as_json)
@@ -333,19 +338,19 @@ def cache_plan(
     shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
     teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; default: the teacher's own.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
-    views: Annotated[int | None, typer.Option(help="Views an image; see also the section views.")] = None,
-    out: Annotated[str | None, typer.Option(help="Where the cache would be: its disk is written to.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="How long caching runs; 0: measure bytes alone.")] = 20.0,
+    views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the cache would be; this disk is measured.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long caching is measured; 0: only bytes.")] = 20.0,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a cache would cost: bytes, hours, what fits the disk, and from how many students on it pays off.
+    """Measure what a cache would cost: bytes, hours, what fits the disk, and for how many students it pays off.
 
-    Writes a temporary folder on the disk of --out, at most a tenth of what is free there, and removes it.
+    It writes a temporary folder to the disk of --out, at most a tenth of what is free there, and removes it.
     """
     from pipeline.config import load_config
     from pipeline.planning.plan import plan as run
@@ -366,16 +371,16 @@ def cache_plan(
 @cache_app.command("verify")
 def cache_verify(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
-    teacher: Annotated[str | None, typer.Option(help="Compare with this teacher or variant; else the first.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher or variant to compare with; default: the first.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards lie now, if moved.")] = None,
+    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="Records that the teacher computes again.")] = 64,
     repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing shards again.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare every file with its checksum and, given the teacher, a sample with what it computes now."""
+    """Compare every file with its checksum; with --teacher or --weights, compare a sample with new features, too."""
     from pipeline.config import load_config
     from pipeline.stages.verify import verify as run
 
@@ -388,7 +393,7 @@ def cache_verify(
 
 @app.command("config")
 def print_config(
-    markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page instead.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
 ) -> None:
@@ -407,7 +412,7 @@ def demo(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole chain, offline, on digits that scikit-learn brings; ends in a report.html."""
+    """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
     from pipeline.chains.demo import demo as run
     from pipeline.config import load_config
     from pipeline.storage.outputs import output_mode
@@ -416,7 +421,7 @@ def demo(
 
 
 def _report(result: Any, as_json: bool) -> None:
-    """Print a result, or its fields: one JSON object, or lines of figures. Only the first process speaks."""
+    """Print a result as one JSON object or as lines of figures; only the first process prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     value = result if isinstance(result, dict) else dataclasses.asdict(result)
@@ -424,7 +429,7 @@ def _report(result: Any, as_json: bool) -> None:
 
 
 def _unmeasured(value: Any) -> Any:
-    """The same, with the words "not measured" in the place of None."""
+    """Return the value with the words "not measured" in the place of None."""
     if isinstance(value, dict):
         return {name: _unmeasured(field) for name, field in value.items()}
     if isinstance(value, list):
@@ -433,9 +438,9 @@ def _unmeasured(value: Any) -> Any:
 
 
 def _lines(value: dict[Any, Any]) -> Iterator[str]:
-    """A line a figure; what is nested deeper is indented, and a list of flat rows is a table."""
+    """Yield one line for each figure; nested figures are indented, and a list of flat rows is a table."""
     for name, field in value.items():
-        if name in _UNSAID or (name == "others" and not field):
+        if name in _JSON_ONLY or (name == "others" and not field):
             continue
         inner: Iterable[str] = ()
         if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:
@@ -477,8 +482,8 @@ def _text(value: Any, name: object = "") -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} ({_text(v)})" if isinstance(v, dict) else f"{k} {_text(v, k)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        more = f" ... ({len(value)} in all)" if len(value) > _MOST else ""
-        return ", ".join(map(_text, value[:_MOST])) + more
+        more = f" ... ({len(value)} in all)" if len(value) > _LIST_LIMIT else ""
+        return ", ".join(map(_text, value[:_LIST_LIMIT])) + more
     return str(value)
 
 
@@ -489,7 +494,7 @@ def _duration(hours: float) -> str:
 
 
 def _size(count: int) -> str:
-    """1234567 -> 1.23 MB."""
+    """Return a number of bytes as text: 1234567 is "1.23 MB"."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -497,20 +502,24 @@ def _size(count: int) -> str:
 
 
 def run_with_messages(command: Callable[[], object]) -> None:
-    """Run a command; what the user can fix is one line on stderr and exit code 2, a defect of ours is code 1."""
+    """Run a command; if it fails, print the error and exit.
+
+    An error that the user can fix is one line on stderr and exit code 2; a defect of the program is exit code 1.
+    """
     from pipeline.runtime.logs import on_console
 
     with on_console():
         try:
             command()
         except Exception as error:
-            # Imported late: `singer --help` needs no torch.
+            # This import is late because `singer --help` needs no torch.
             from pipeline.runtime.failures import report
 
             sys.exit(report(error))
 
 
 def main() -> None:
+    """Run the command line with the arguments of the process."""
     run_with_messages(app)
 
 

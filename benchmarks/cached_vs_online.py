@@ -1,9 +1,9 @@
-"""Training from the cache against running the teacher in every step: same student, same views, same batch.
+"""Training from the cache, compared with the teacher in every step: same student, same views, same batch.
 
     python benchmarks/cached_vs_online.py --shards PATTERN [--recipe tinyimagenet-ti-to-w96] [--set KEY=VALUE ...]
         [--teacher FILE] [--steps 20] [--rounds 5]
 
-Prints the time of a step of each kind, medians over interleaved rounds, and the speed-up as a share of its limit
+It prints the time of a step of each kind, medians over interleaved rounds, and the speed-up as a share of its limit
 1 + t_teacher / t_student. Targets are refined in each step, as the recipe says.
 """
 
@@ -24,6 +24,7 @@ from pipeline.training.trainer import BatchLoader
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--steps", type=int, default=20)
@@ -34,6 +35,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
+    """Make a cache and a refiner in `scratch`, time all kinds of steps and print the table."""
     config = read_config(options, scratch)
     cache = make_cache(config, options, scratch)
     refine(config, scratch / "cache", scratch / "adapters")
@@ -78,7 +80,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         teacher_alone, student_alone, decoding_alone, student_with_images, online, cached,
     ]  # fmt: skip
     for kind in kinds:
-        kind()  # warms up
+        kind()  # this warms up
     times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind in kinds:
@@ -92,7 +94,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     print(f"online / cached: {speedup:.2f}; limit 1 + teacher / student: {limit:.2f}; reached {speedup / limit:.2f}")
     print(f"decoding / the student's step: {median['decoding_alone'] / median['student_alone']:.3f}")
     share_of_images = median["cached"] / median["student_with_images"]
-    print(f"cached / the same student on the same images, no targets read: {share_of_images:.3f}")
+    print(f"cached / the same student on the same images, without reading targets: {share_of_images:.3f}")
 
 
 if __name__ == "__main__":

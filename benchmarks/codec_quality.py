@@ -1,10 +1,10 @@
-"""What the student notices of a codec: the real chain from caches that differ in codec and sampling alone.
+"""The effect of a codec on the student: the real chain, from caches that differ only in codec and token share.
 
     python benchmarks/codec_quality.py --teacher FILE --data FOLDER --out runs/codecs [--seeds 0 1 2]
 
-FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar. For every kind of cache the
-default refiner is fitted anew (seed 0) and a student is trained for each seed. Repeating the command goes on where it
-stopped. Nothing is selected on the val shards.
+FILE holds the augreg weights of vit_tiny_patch16_224; FOLDER holds tinyimagenet50-{train,val}-*.tar. For every kind of
+cache, a default refiner is fitted (seed 0) and a student is trained for each seed. If the command is repeated, it
+continues where it stopped. The val shards select nothing.
 """
 
 import argparse
@@ -38,6 +38,7 @@ COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", 
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -66,6 +67,7 @@ def main() -> None:
 
 
 def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], results: list[Classification]) -> str:
+    """Return the row of a kind of cache; blocks: the refiner's figures; results: the probes of each seed."""
     info = cache_info(cache).teachers[0]
     left = [figures["after"]["artifact_percent"] for figures in blocks.values()]  # type: ignore[index]
     cells = [kind, f"{info.feature_bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
@@ -77,6 +79,7 @@ def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], res
 
 
 def print_table(lines: dict[str, str]) -> None:
+    """Print the rows below their header."""
     head = ["cache", "kB a record", "float16 / size", "artifacts left, %"]
     head += [f"{probe}, {tokens}" for probe, tokens in COLUMNS]
     print("\n| " + " | ".join([*head, "seeds"]) + " |")

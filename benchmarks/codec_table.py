@@ -1,10 +1,11 @@
-"""What each codec costs and loses, on the features of a float16 cache.
+"""The size, errors and speed of each codec, on the features of a float16 cache.
 
     python benchmarks/codec_table.py --cache CACHE [--records 512]
 
-Calibrates on one random set of records and measures on another. Prints a markdown table. Clean and artifact tokens:
-patch tokens below and above the calibration's threshold; error: norm of the difference over norm, of all these tokens
-together; cosine: mean over tokens; encode, decode: median for a batch of 64 records, in memory.
+It calibrates on one random set of records, measures on another and prints a Markdown table. Clean and artifact tokens
+are patch tokens below and above the calibration's threshold; an error is the norm of the difference over the norm, for
+all these tokens together; a cosine is a mean over tokens; encode and decode are medians for a batch of 64 records, in
+memory.
 """
 
 import argparse
@@ -31,12 +32,13 @@ HEADER = (
 
 
 def size(stored: Stored) -> tuple[int, int]:
-    """Bytes in all and in ragged parts, lengths aside."""
+    """Return the bytes in all parts and in ragged parts, without the lengths."""
     ragged = sum(p.data.nbytes for p in stored.values() if isinstance(p, Ragged))
     return ragged + sum(p.nbytes for p in stored.values() if isinstance(p, Tensor)), ragged
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 30) -> float:
+    """Return the median time of a call in milliseconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -48,11 +50,12 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
 
 
 def fidelity(decoded: Tensor, x: Tensor) -> tuple[float, float]:
-    """Relative error in % and mean cosine of tokens (k, d); NaN for none."""
+    """Return the relative error (%) and the mean cosine of tokens (k, d), which are NaN if there are none."""
     return 100 * float((decoded - x).norm() / x.norm()), float(torch.cosine_similarity(decoded, x, dim=-1).mean())
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--records", type=int, default=512)

@@ -1,9 +1,10 @@
-"""Several students on one pass over a cache against the sum of their computing alone, and against a pass for each.
+"""Several students on one pass over a cache, compared with their computing alone and with a pass for each.
 
     python benchmarks/fan_out.py --shards PATTERN [--recipe tinyimagenet-ti-to-w96] [--set KEY=VALUE ...]
         [--teacher FILE] [--students 4] [--steps 10] [--rounds 5]
 
-Medians of interleaved rounds, milliseconds a step of all students. "Computing alone": one batch again and again.
+It prints medians over interleaved rounds, in milliseconds for a step of all students. "Computing alone" repeats one
+batch that is in memory.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pipeline.training.trainer import BatchLoader, StoredBatch
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--students", type=int, default=4)
@@ -33,6 +35,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
+    """Make a cache and a refiner in `scratch`, time all kinds of passes and print the table."""
     config = read_config(options, scratch)
     cache = make_cache(config, options, scratch)
     refine(config, scratch / "cache", scratch / "adapters")
@@ -46,12 +49,12 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])
 
     (first,) = load([plan[:1]], 1)
-    at_hand = decode(first)
+    in_memory = decode(first)
 
     def computing_alone() -> None:
         for _ in plan:
             for student in students:
-                student.update(*at_hand)
+                student.update(*in_memory)
 
     def one_pass() -> None:
         for loaded in load([[part] for part in plan], workers):
@@ -66,7 +69,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
     kinds: list[Callable[[], None]] = [computing_alone, one_pass, a_pass_each]
     for kind in kinds:
-        kind()  # warms up
+        kind()  # this warms up
     times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind in kinds:

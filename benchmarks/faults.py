@@ -1,10 +1,11 @@
-"""The fault campaign: kills at random moments, mutated archives, flipped bytes. Nothing lost, nothing twice, all found.
+"""The fault campaign: kills at random moments, mutated archives, flipped bits.
 
     python benchmarks/faults.py [--kills 100] [--mutations 200] [--flips 50] [--seed 0]
 
-Builds a small world of its own (random images, a random teacher) in a temporary folder; needs no weights. Kills are
-SIGKILL to all processes of a caching run, or to one of its ranks, at random moments; the next run, with another number
-of processes, goes on with --resume. Every finished cache must equal an uninterrupted one byte for byte.
+It shows that no record is lost or stored twice, and that all damage is found. It needs no weights, because it makes
+random images and a random teacher in a temporary folder. Kills are SIGKILL to all processes of a caching run, or to one
+of its ranks, at random moments; the next run, with another number of processes, continues with --resume. Every finished
+cache must have the same bytes as an uninterrupted one.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from validating import validate_images
 
 IMAGES = 192
 WORLDS = (1, 2, 3)
-# Files that tell of the run, not of its result.
+# Files that describe the run and not its result.
 _OF_THE_RUN = ("provenance.json",)
 SETS = (
     "teacher.image_size=64",
@@ -56,6 +57,7 @@ SETS = (
 
 
 def main() -> None:
+    """Parse the options and run the three campaigns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--mutations", type=int, default=200)
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    # Accelerate would choose another number for several processes, and sums of other order round otherwise.
+    # Accelerate would choose another number for several processes, and sums in another order round differently.
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 def build_world(root: Path) -> None:
-    """Images in shards, and a teacher whose forward pass takes long enough to be killed in."""
+    """Make images in shards, and a teacher with a forward pass that takes long enough to be killed in."""
     args = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "img_size": 64, "num_classes": 5}
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **args).eval()
@@ -90,10 +92,15 @@ def build_world(root: Path) -> None:
 
 
 def settings(root: Path) -> list[str]:
+    """Return the settings of all runs, as --set takes them."""
     return [f"teacher.name=local-dir:{root / 'teacher'}", *SETS]
 
 
 def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
+    """Kill and resume caching runs, and check that every finished cache equals an uninterrupted one.
+
+    Print at which moments the runs were killed.
+    """
     from pipeline.cache import create
 
     create._MAX_SHARD_RECORDS = 4
@@ -112,7 +119,7 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
             world = rng.choice(WORLDS)
             extra = ["--resume"] if out.exists() else []
             before = shards_done(out)
-            # Some while they start and number their records, most when so many shards more are done.
+            # Some kills come while a run starts and indexes its images; most come after some more shards are done.
             early = rng.random() < 0.15
             more = 0 if early else rng.randrange(1, 12)
             delay = rng.uniform(0, alone if early else 2 * a_shard)
@@ -140,7 +147,7 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
 
 @dataclass(frozen=True)
 class Kill:
-    """When: `delay` seconds after the journal has `shards` entries. Whom: a rank, or all."""
+    """A kill, `delay` seconds after the journal has `shards` entries, of one rank or, if `rank` is None, of all."""
 
     shards: int
     delay: float
@@ -148,9 +155,9 @@ class Kill:
 
 
 def run_processes(root: Path, out: Path, world: int, extra: list[str], kill: Kill | None = None) -> bool:
-    """A caching run of `world` processes, killed or to its end. Whether it was killed before its end.
+    """Do a caching run with `world` processes, and return whether it was killed before its end.
 
-    The processes are forked from this one, which has imported everything: the time goes to the work, not to imports.
+    The processes are forked from this one, which has imported everything, so that imports take no time.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -171,7 +178,7 @@ def run_processes(root: Path, out: Path, world: int, extra: list[str], kill: Kil
         if deadline is not None and time.monotonic() > deadline and running:
             for process in running & set(victims):
                 os.kill(process, signal.SIGKILL)
-            # The ranks that are left wait for the lost one, or fail; a launcher would stop them too.
+            # The other ranks wait for the lost one, or fail; a launcher would stop them, too.
             deadline, victims = time.monotonic() + 1, processes
             failed = True
         time.sleep(0.005)
@@ -181,6 +188,7 @@ def run_processes(root: Path, out: Path, world: int, extra: list[str], kill: Kil
 
 
 def fork(rank: int, world: int, port: int, root: Path, out: Path, extra: list[str]) -> int:
+    """Start one rank of a caching run in a forked process, and return the process."""
     process = os.fork()
     if process:
         return process
@@ -204,19 +212,23 @@ def fork(rank: int, world: int, port: int, root: Path, out: Path, extra: list[st
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return {name: bytes} of the files of a cache, without those that describe the run."""
     files = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in _OF_THE_RUN and not is_log(f.name))
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def shards_done(out: Path) -> int:
+    """Return how many shards the journal of a cache lists."""
     return len(list((out / "journal").glob("*.json")))
 
 
 def finished_at(out: Path) -> bool:
+    """Return whether a cache has all its shards."""
     return shards_done(out) == IMAGES // 4
 
 
 def mutation_campaign(root: Path, count: int, seed: int) -> None:
+    """Index mutated archives, and check that every lost image is listed; print what happened to them."""
     shard = sorted((root / "train").glob("*.tar"))[0]
     images = index_shards(str(shard))
     original = dict(zip(images.keys, validate_images(images, 1, "skip").found["digest"].tolist(), strict=True))
@@ -233,19 +245,20 @@ def mutation_campaign(root: Path, count: int, seed: int) -> None:
         lost = original.keys() - kept.keys()
         listed = bool(found.images.skipped or found.unreadable)
         named = lost and not listed and any(key.encode() in data for key in lost)
-        # A name that is in no header any more cannot be missed: the image is gone with it, or renamed.
-        assert not named, f"{what}: {sorted(lost)[:3]} lost, and nothing listed"
+        # An image cannot be listed if its name is in no header any more: it was removed or renamed.
+        assert not named, f"{what}: {sorted(lost)[:3]} are lost, and nothing is listed"
         if listed:
             results["defects listed, the rest kept"] += 1
         else:
             results["whole" if not lost else "no trace of a name left in the archive"] += 1
-    print(f"mutated archives: {count}; no other exception, nothing lost unnoticed")
+    print(f"mutated archives: {count}; there was no other exception, and every loss was listed")
     for where, number in results.most_common():
         print(f"  {where}: {number}")
     sys.stdout.flush()
 
 
 def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
+    """Flip single bits of a cache, and check that verify finds each of them."""
     config = load_config(sets=settings(root))
     cache = root / "flipped"
     cache_teacher(config, str(root / "train" / "*.tar"), cache)
@@ -256,7 +269,7 @@ def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
     missed = []
     sys.stderr = io.StringIO()
     for number in range(count):
-        # Half of them anywhere by bytes, half in any file: most bytes are features.
+        # Half of the flips choose a byte of the cache, half choose a file: most bytes are features.
         file = rng.choices(files, weights)[0] if number % 2 else rng.choice(files)
         exact = file.read_bytes()
         place, bit = rng.randrange(len(exact)), rng.randrange(8)
@@ -271,8 +284,8 @@ def flip_campaign(root: Path, count: int, rng: random.Random) -> None:
     sys.stderr = sys.__stderr__
     assert verify(config, cache).whole
     print(f"flipped bits: {count}, found: {count - len(missed)}")
-    for place_of in missed:
-        print(f"  missed: {place_of}")
+    for where in missed:
+        print(f"  missed: {where}")
     assert not missed
 
 

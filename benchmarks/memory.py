@@ -1,10 +1,10 @@
-"""Whether memory grows with the cache: peak RSS with some records, and with ten times as many.
+"""Memory against the size of the cache: peak RSS with some records, and with ten times as many.
 
     python benchmarks/memory.py [--records 2000] [--codecs int4 float16] [--batch 64] [--folder FOLDER]
 
-Writes caches of random features (65 tokens of width 192, views of 32 x 32 pixels) and, each in a fresh process, reads
-and decodes a shuffled epoch, and distils a tiny student for an epoch. Prints a markdown table: MB before the cache is
-opened, at the peak, and the ratio of the peaks.
+It writes caches of random features (65 tokens of width 192, views of 32 x 32 pixels). Then it reads and decodes a
+shuffled epoch, and distils a tiny student for an epoch, each in a new process. It prints a Markdown table: MB before
+the cache is opened, MB at the peak, and the ratio of the peaks.
 """
 
 import argparse
@@ -31,6 +31,7 @@ STUDENT = ("student.dim=32", "student.depth=2", "student.heads=2", f"student.pat
 
 
 def read_epoch(cache: Path, batch: int) -> None:
+    """Read and decode a shuffled epoch."""
     opened = Cache(cache)
     order = EpochOrder(len(opened), 0, 0)
     plan = (order.stretch(start, start + batch) for start in range(0, len(opened), batch))
@@ -39,28 +40,31 @@ def read_epoch(cache: Path, batch: int) -> None:
 
 
 def distill_epoch(cache: Path, batch: int) -> None:
+    """Distil a tiny student for an epoch."""
     config = load_config(sets=[*STUDENT, "distill.epochs=1", f"distill.batch_size={batch}"])
     distill(config, cache, cache.with_name("run"), mode="overwrite")
 
 
 def peak(run: Callable[[Path, int], None], cache: Path, batch: int) -> tuple[float, float]:
-    """MB before and at the peak; of a process that does nothing else."""
+    """Return the memory (MB) of this process before `run` and at the peak; it must do nothing else."""
     before = resident("VmRSS")
     run(cache, batch)
     return before, resident("VmHWM")
 
 
 def resident(field: str) -> float:
+    """Return a field of /proc/self/status in MB, such as VmRSS."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["int4", "float16"])
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
+    parser.add_argument("--folder", type=Path, help="folder for temporary caches; default: the system's")
     options = parser.parse_args()
     counts = [options.records, TIMES * options.records]
     columns = [f"{n} records: {when}, MB" for n in counts for when in ("before", "peak")]

@@ -1,10 +1,11 @@
-"""What `cache plan` forecasts against what then happens: the same data, teacher, student and disk.
+"""The forecast of `cache plan`, compared with the real run: same data, teacher, student and disk.
 
     python benchmarks/plan_forecast.py --shards PATTERN [--recipe tinyimagenet-ti-to-w96] [--set KEY=VALUE ...]
         [--teacher FILE] [--plan-seconds 20] [--rounds 3] [--folder FOLDER]
 
-Each round plans, caches all images, refines and trains one student. Prints forecast over real for the speed of caching,
-setup included, the bytes of the cache and the speed of the student. Below 1 the plan was pessimistic.
+Each round plans, caches all images, fits a refiner and trains one student. It prints the forecast over the real value
+for the speed of caching with its setup, the bytes of the cache and the speed of the student. For a speed, a ratio below
+1 means that the plan was pessimistic.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pipeline.stages.refine import refine
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--plan-seconds", type=float, default=20.0)
@@ -34,7 +36,7 @@ def main() -> None:
 
 
 def compare(config: Config, options: argparse.Namespace, scratch: Path) -> str:
-    """Forecast over real of one round, as cells of a table."""
+    """Return the ratios of forecast to real value in one round, as cells of a table."""
     forecast = plan(config, options.shards, scratch / "cache", options.plan_seconds)
     cached = cache_teacher(config, options.shards, scratch / "cache")
     refine(config, scratch / "cache", scratch / "adapters")

@@ -1,12 +1,12 @@
-"""Reading a cache in shuffled batches against copying a memory map of as many bytes from end to end.
+"""Reading a cache in shuffled batches, compared with copying a memory map of as many bytes in order.
 
     python benchmarks/read_speed.py [--folder FOLDER] [--gigabytes 3] [--rounds 9] [--widths 192 384 1024]
         [--codecs float16 int4] [--batch 256] [--cold]
 
-Writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages (--cold: from the
-disk), and deletes them. An epoch must be long against what is read ahead: windows are up to 256 MB each.
-Prints a markdown table: GB/s of stored bytes, and the ratio to the memory map; medians over interleaved rounds. float16
-shards are plain Zarr, so other engines read them too, a part of the epoch each; zarrs in a process of its own.
+It writes caches of random features of 197 tokens with singer's own writer, reads them with warm pages (--cold: from the
+disk), and deletes them. An epoch must be much longer than what is prefetched: a window has up to 256 MB. It prints a
+Markdown table: GB/s of stored bytes, and the ratio to the memory map, as medians over interleaved rounds. Shards in
+float16 are plain Zarr, so other engines read a part of the epoch, too; zarrs runs in its own process.
 """
 
 import argparse
@@ -43,21 +43,24 @@ from pipeline.storage import LocalStore
 from pipeline.training.trainer import BatchLoader
 
 BLOCK, TOKENS = 0, 197
-# Of what is written, and of what other engines read.
+# The records in a batch that is written, or that other engines read.
 BATCH = 64
 ARRAY = f"{FEATURES}/{BLOCK}/values"
 ARTIFACTS = 0.01
-# Of engines that take seconds for one.
+# The number of batches for engines that take seconds for one.
 SLOW_BATCHES = 4
 MEMORY_MAP = "memory map, copied in order"
 Engine = Callable[[], int]
-"""Reads some batches; the number of their bytes."""
+"""A function that reads some batches and returns the number of their bytes."""
 
 
 def synthetic_manifest(
     codec: str, tokens: int, width: int, records: int, pixel_size: int = 0, shard_bytes: int = 128 << 20
 ) -> Manifest:
-    """A cache of one block whose teacher has a class token and no other existence; with views if they have a size."""
+    """Return the manifest of a cache with one block, which no real teacher made.
+
+    It has a class token, and stores views if pixel_size is not 0.
+    """
     side = isqrt(tokens - 1)
     teacher = TeacherManifest(
         name="synthetic", architecture="none", model_args={}, weights="0" * 64, depth=1, width=width, prefix_tokens=1,
@@ -82,14 +85,14 @@ def synthetic_manifest(
 
 
 def synthetic_images(count: int) -> Images:
-    """Images that lie nowhere."""
+    """Return the index of images that do not exist."""
     zeros = np.zeros(count, np.int64)
     keys = Keys.of(f"{n:07d}" for n in range(count))
     return Images((), (), keys, zeros.astype(np.int32) - 1, zeros.astype(np.int32), zeros, zeros)
 
 
 def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> Tensor:
-    """(n, N, d) float32, standard normal, with artifact tokens."""
+    """Return features (n, N, d) float32 from a standard normal, with artifact tokens."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(records, tokens, width, generator=generator)
     x[torch.rand(records, tokens, generator=generator) < ARTIFACTS] *= 10
@@ -97,14 +100,17 @@ def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> 
 
 
 def create_synthetic(store: LocalStore, manifest: Manifest) -> None:
-    """Everything but the shards."""
+    """Write everything of a cache but the shards."""
     images = synthetic_images(manifest.records)
     calibration = calibrate(synthetic_features(BATCH, manifest.tokens, manifest.teacher.width), 1)
     create_segment(store, manifest, small_files(manifest, images, {}, {BLOCK: calibration}, {}))
 
 
 def write_synthetic(folder: Path, manifest: Manifest) -> None:
-    """A whole cache. Its shards all hold the same features: nothing but their values would be different."""
+    """Write a whole cache.
+
+    All its shards hold the same features, because the values have no influence on the speed.
+    """
     store = LocalStore(folder)
     create_synthetic(store, manifest)
     shape = manifest.tokens, manifest.teacher.width
@@ -128,7 +134,7 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
 
 
 def synthetic_views(manifest: Manifest, start: int, stop: int) -> np.ndarray:
-    """What would be stored of the images of some records: whole images of 16 x 16 pixels."""
+    """Return the stored views of some records: each is a whole image of 16 x 16 pixels."""
     found = np.zeros(stop - start, manifest.view_form)
     found["digest"], found["width"], found["height"] = np.arange(start, stop), 16, 16
     found["box"] = 0, 0, 1, 1
@@ -136,6 +142,7 @@ def synthetic_views(manifest: Manifest, start: int, stop: int) -> np.ndarray:
 
 
 def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> np.ndarray | Ragged:
+    """Return the first rows of parts that are joined."""
     ragged = [p for p in parts if isinstance(p, Ragged)]
     if not ragged:
         return torch.cat([p for p in parts if isinstance(p, Tensor)])[:count].numpy()
@@ -145,7 +152,7 @@ def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> np.ndarray | Rag
 
 
 def payload_bytes(cache: Cache) -> int:
-    """Of all shards, without their indices."""
+    """Return the bytes of all shards, without their indices."""
     manifest = cache.manifest
     root = Path(str(cache.place))
     files = [root / shard_file(n, f, s) for n, f in manifest.arrays().items() for s in range(manifest.shards)]
@@ -153,12 +160,12 @@ def payload_bytes(cache: Cache) -> int:
 
 
 def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, Engine]]:
-    """(name, engine) of singer and, for float16, of all others that are installed."""
+    """Yield (name, engine) of singer and, for float16, of all others that are installed."""
     cache = Cache(folder)
     count, total = len(cache) // batch, payload_bytes(cache)
 
     loader = BatchLoader([cache], None, [])
-    # The largest that is read in one piece.
+    # The largest window that is read in one piece.
     largest = WINDOW_BYTES // loader.record_bytes
     window = max(batch, 1 << int(largest).bit_length() - 1)
 
@@ -190,6 +197,7 @@ def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, 
 
 
 def zarr_engines(folder: Path, batches: int, name: str) -> Iterator[tuple[str, Engine]]:
+    """Yield (name, engine) of Zarr with its current codec pipeline."""
     array = zarr.open_array(folder / ARRAY, mode="r")
     plan = some_batches(array.shape[0], batches)
     yield f"{name}, scattered", lambda: sum(np.asarray(array.oindex[records]).nbytes for records in plan)
@@ -198,17 +206,19 @@ def zarr_engines(folder: Path, batches: int, name: str) -> Iterator[tuple[str, E
 
 
 def zarrs_engines(folder: Path, batches: int, batch: int) -> Iterator[tuple[str, Engine]]:
+    """Yield (name, engine) of the memory map and of zarrs, which replaces Zarr's codec pipeline in this process."""
     zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     yield MEMORY_MAP, memory_map(folder, batch)
     yield from zarr_engines(folder, batches, "zarrs")
 
 
 def some_batches(records: int, batches: int) -> list[np.ndarray]:
+    """Return the records of some shuffled batches."""
     return np.split(np.random.default_rng(0).permutation(records)[: batches * BATCH], batches)
 
 
 def memory_map(folder: Path, batch: int) -> Engine:
-    """Copies as many bytes as the cache holds, in as many pieces."""
+    """Return an engine that copies as many bytes as the cache holds, in as many pieces, from a memory map."""
     cache = Cache(folder)
     count = len(cache) // batch
     size = payload_bytes(cache) // count
@@ -227,7 +237,7 @@ def memory_map(folder: Path, batch: int) -> Engine:
 def rates(
     folder: Path, kinds: Callable[[Path, int, int], Iterator[tuple[str, Engine]]], rounds: int, batch: int, cold: bool
 ) -> dict[str, tuple[float, float]]:
-    """{engine: (GB/s, ratio to the memory map in the same round)}, medians over interleaved rounds."""
+    """Return {engine: (GB/s, ratio to the memory map in the same round)}, as medians over interleaved rounds."""
     found = dict(kinds(folder, SLOW_BATCHES, batch))
     measured: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
@@ -235,7 +245,7 @@ def rates(
             if cold:
                 forget(folder.parent)
             else:
-                engine()  # so that its memory is at hand, as it is from the first moments of an epoch on
+                engine()  # so that its memory is allocated, as it is early in an epoch
             start = time.perf_counter()
             size = engine()
             measured[name].append(size / (time.perf_counter() - start) / 1e9)
@@ -245,8 +255,8 @@ def rates(
 
 
 def forget(folder: Path) -> None:
-    """Have the system drop the files' content from memory."""
-    os.sync()  # what is not on the disk yet would stay
+    """Let the system drop the files' content from memory."""
+    os.sync()  # pages that are not on the disk yet would stay
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -254,19 +264,21 @@ def forget(folder: Path) -> None:
 
 
 def print_rows(payload: str, measured: dict[str, tuple[float, float]]) -> None:
+    """Print one row for each engine."""
     for name, (rate, ratio) in measured.items():
         print(f"| {payload} | {name} | {rate:.2f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="of each cache")
+    parser.add_argument("--folder", type=Path, help="folder for temporary caches; default: the system's")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of each cache")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--widths", type=int, nargs="+", default=[192, 384, 1024])
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=["float16", "int4"])
     parser.add_argument("--batch", type=int, default=256, help="records a batch, by default as in distill")
-    parser.add_argument("--cold", action="store_true", help="nothing is in memory when a pass begins")
+    parser.add_argument("--cold", action="store_true", help="drop the files from memory before each pass")
     options = parser.parse_args()
 
     print(f"batches of {options.batch}, medians of {options.rounds} rounds{', from the disk' * options.cold}\n")
@@ -284,11 +296,13 @@ def main() -> None:
 
 
 def record_bytes(codec: str, width: int) -> int:
+    """Return the stored bytes of a record."""
     stored = CODECS[codec].encode(x := synthetic_features(BATCH, TOKENS, width), calibrate(x, 1))
     return sum(p.data.nbytes if isinstance(p, Ragged) else p.nbytes for p in stored.values()) // BATCH
 
 
 def measure_zarrs(payload: str, folder: Path, options: argparse.Namespace) -> None:
+    """Measure zarrs in its own process and print its rows, or why they are missing."""
     if find_spec("zarrs") is None:
         print("zarrs is not installed")
         return

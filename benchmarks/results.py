@@ -1,14 +1,14 @@
-"""The table of methods: from one cache a list of (refiner, objective, seed), each with every probe; docs/results.md.
+"""The table of methods in docs/results.md: every (refiner, objective, seed) of a list, from one cache, with all probes.
 
     python benchmarks/results.py --teacher FILE --data FOLDER --out runs/results [--seeds 0 1 2] [--methods NAME ...]
         [--write docs/results.md] [--dev]
 
-FILE: augreg vit_tiny_patch16_224 weights; FOLDER: holds tinyimagenet50-{train,val}-*.tar, camvid-{train,test}-*.tar and
-rgbd-sample-*.tar, of whose frames the last third tests the depth probe: too few for more than a smoke test.
-Repeating the command skips what is done and goes on where it stopped; several may run at once with different methods.
---dev chooses: probes are tested on a fifth of the training images, and the val and test shards are not opened. A new
-method is a line in configs/sweeps/tinyimagenet-methods.yaml, an ablation in tinyimagenet-ablations.yaml; figures that
-are missing so far are left blank.
+FILE holds the augreg weights of vit_tiny_patch16_224; FOLDER holds tinyimagenet50-{train,val}-*.tar,
+camvid-{train,test}-*.tar and rgbd-sample-*.tar. The last third of the latter's frames tests the depth probe; they are
+so few that this is only a smoke test. If the command is repeated, it skips what is done and continues where it stopped;
+several may run at once with different methods. --dev is for choosing methods: probes are tested on the last training
+shard, a fifth of the images, and the val and test shards are not opened. A new method is a line in
+configs/sweeps/tinyimagenet-methods.yaml, an ablation in tinyimagenet-ablations.yaml. Missing figures are left blank.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pipeline.training.run_directory import RUN
 
 RECIPE = "tinyimagenet-ti-to-w96"
 PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
-# {column: (task, place in its result ...)}
+# {column: (task, path in its result ...)}
 COLUMNS = {
     "linear, CLS": ("classification", "linear", "cls", "top1"),
     "linear, mean patch": ("classification", "linear", "mean_patch", "top1"),
@@ -46,7 +46,10 @@ START, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 @dataclass(frozen=True)
 class Method:
-    """What differs from the recipe. refined: by a refiner that is fitted first. main: with every seed, or the first."""
+    """A method: its differences from the recipe.
+
+    refined: whether a refiner is fitted first; main: whether it is trained with every seed, or only with the first.
+    """
 
     sets: tuple[str, ...]
     refined: bool
@@ -54,7 +57,7 @@ class Method:
 
 
 def methods(sweep: str, main: bool) -> dict[str, Method]:
-    """The runs of a bundled sweep, without its seeds."""
+    """Return the runs of a bundled sweep, without its seeds."""
     entries = SweepFile.model_validate(yaml.safe_load(find_sweep(sweep).read_text())).runs
     found = {}
     for entry in entries:
@@ -69,12 +72,13 @@ METHODS = methods("tinyimagenet-methods", True) | methods("tinyimagenet-ablation
 
 
 def mode(path: Path) -> Mode:
+    """Return the mode resume for a folder that exists, and new for others."""
     return "resume" if path.exists() else "new"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Where the chain's data and results lie."""
+    """The chain from a cache to the figures; teacher, data, out: the paths of the command line."""
 
     teacher: Path
     data: Path
@@ -83,23 +87,28 @@ class Chain:
 
     @property
     def cache(self) -> Path:
+        """Return the folder of the cache."""
         return self.out / "cache"
 
     def shards(self, name: str) -> str:
+        """Return the pattern of a data set's shards."""
         return str(self.data / f"{name}-*.tar")
 
     def make_cache(self) -> None:
+        """Cache the training images, or continue their cache."""
         config = load_config(RECIPE, [f"teacher.weights={self.teacher}"])
         cache_teacher(config, self.shards("tinyimagenet50-train"), self.cache, mode(self.cache))
 
     def run(self, name: str, seed: int) -> Path:
+        """Return the folder of a method's student."""
         return self.out / f"run-{name}-{seed}"
 
     def adapters(self, name: str, seed: int) -> Path:
+        """Return the folder of a method's refiner."""
         return self.out / f"refiner-{name}-{seed}"
 
     def train(self, name: str, seed: int, depth: bool) -> None:
-        """The refiner, the student and its probes, as far as they are not there."""
+        """Make the refiner, the student and its probes, unless they exist already."""
         method = METHODS[name]
         config = load_config(RECIPE, [f"distill.seed={seed}", f"refine.seed={seed}", *method.sets])
         run, adapters = self.run(name, seed), None
@@ -111,7 +120,7 @@ class Chain:
         self.probe(run, depth)
 
     def probe(self, run: Path, depth: bool) -> None:
-        """Every probe that the run has no figures of yet; that of depth only if asked for."""
+        """Evaluate every probe that the run has no figures for yet; the probe of depth only if `depth`."""
         config, found = load_config(RECIPE, PROBES), self.figures(run)
         if "classification" not in found:
             if self.dev:
@@ -127,7 +136,7 @@ class Chain:
             evaluate(config, run, str(train), str(test), "depth")
 
     def depth_shards(self) -> tuple[Path, Path]:
-        """The frames with depth, split into a shard to train on and one to test on."""
+        """Split the frames with depth into a shard to train on and one to test on, and return their paths."""
         made = self.out / "depth-train.tar", self.out / "depth-test.tar"
         if not all(path.exists() for path in made):
             samples = list(WebDataset(sorted(map(str, self.data.glob("rgbd-sample-*.tar"))), shardshuffle=False))
@@ -141,12 +150,12 @@ class Chain:
         return made
 
     def figures(self, run: Path) -> dict[str, Any]:
-        """{task: the stored result}"""
+        """Return {task: stored result}."""
         results = [json.loads(f.read_text()) for f in sorted(run.glob("evaluate-*.json"))]
         return {r.get("task", "classification"): r for r in results}
 
     def line(self, name: str, seeds: list[int]) -> str | None:
-        """The method's row, of the seeds that are there and probed."""
+        """Return the method's row over the seeds that are trained and probed, or None if there are none."""
         runs = [self.run(name, seed) for seed in seeds if (self.run(name, seed) / RUN).exists()]
         figures = [found for run in runs if "classification" in (found := self.figures(run))]
         if not figures:
@@ -165,7 +174,7 @@ class Chain:
         return "| " + " | ".join([*cells, str(len(figures))]) + " |"
 
     def table(self, seeds: list[int]) -> str:
-        """Main rows, then ablations."""
+        """Return the table: main rows, then ablations."""
         head = ["targets", *COLUMNS, "artifacts left, %", "drift of clean tokens, %", "seeds"]
         rows = [line for name in METHODS if (line := self.line(name, seeds)) is not None]
         return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
@@ -178,7 +187,7 @@ def _at(tree: Any, path: list[str]) -> float:
 
 
 def write_between(file: Path, text: str) -> None:
-    """Replace what stands between the marks in a document."""
+    """Replace the text between the marks in a document."""
     before, start, rest = file.read_text().partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
@@ -187,14 +196,15 @@ def write_between(file: Path, text: str) -> None:
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--write", type=Path, help="a document with the marks between which the table goes")
-    parser.add_argument("--dev", action="store_true", help="choose on the training images alone")
+    parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
+    parser.add_argument("--dev", action="store_true", help="use the training images only, to choose methods")
     options = parser.parse_args()
     chain = Chain(options.teacher, options.data, options.out, options.dev)
     chain.make_cache()

@@ -1,20 +1,20 @@
-"""A real chain at the size of ImageNet-1k and at a tenth of it: does anything grow faster than the images?
+"""A real chain at the size of ImageNet-1k and at a tenth of it, to see whether a cost grows faster than the images.
 
     python benchmarks/scale.py --work FOLDER --images 128117
     python benchmarks/scale.py --work FOLDER --images 1281167
     python benchmarks/scale.py --work FOLDER --index-only 14197122
     python benchmarks/scale.py --work FOLDER --table
 
-Makes tars of tiny JPEGs, 1,000 in each, and a teacher of a few thousand weights; then runs the command line on them,
+It makes tars of 1,000 tiny JPEGs each, and a teacher of a few thousand weights. Then it runs the command line on them,
 stage by stage: plan, cache-teacher (two blocks), open, refine, distill (one epoch), verify, inspect. Zarr shards have
 about as many records as those of ViT-L at 224 pixels, so that there are as many files. cache-teacher and distill are
-killed by SIGKILL at a random image, and resumed. --index-only lists the images of so many tars, and opens a cache of so
-many records in shards of 710. Every stage starts with a limit of 1,024 open files.
+killed by SIGKILL at a random image, and resumed. --index-only lists the images in the tars of so many images, and opens
+a cache of so many records in shards of 710. Every stage starts with a limit of 1,024 open files.
 
-Seconds count from when Python has imported everything. Stages that are done are skipped, so that the same command goes
-on where it was broken off. --table prints what was measured: a Markdown table with the ratios of the two largest sizes.
---delete removes a size's data, not its figures. --fork starts stages without importing everything anew, for a test:
-peaks of memory are then those of all of singer.
+Seconds count from the moment at which Python has imported everything. Stages that are done are skipped, so that the
+same command continues where it was interrupted. --table prints the measurements as a Markdown table with the ratios of
+the two largest sizes. --delete removes a size's data, but not its figures. --fork is for a test: it starts stages
+without importing everything again, and the peaks of memory are then those of all of singer.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 TAR_IMAGES, LABELS, SIDE = 1000, 1000, 16
 DIGITS, BLOCK = 8, tarfile.BLOCKSIZE
-# Blocks of a tar that hold a picture.
+# The number of tar blocks that hold a picture.
 PICTURE = 2
 OPEN_FILES = 1024
 # The teacher: 101 tokens of width 16 in float16 are 3.2 kB a record and block, 324 records a shard of 1 MB.
@@ -49,10 +49,10 @@ TEACHER_SETS = ("cache.blocks=[1,2]", "cache.codec=float16", "cache.shard_mb=1")
 STUDENT_SETS = (
     "student.dim=8", "student.depth=2", "student.heads=1", "student.patch_size=4", "distill.epochs=1",
     "distill.trackers=[]",
-    # After every 50 steps: a run of minutes stands for one of hours.
+    # A checkpoint after every 50 steps, because this run of minutes stands for one of hours.
     "distill.checkpoint_minutes=0.001",
 )  # fmt: skip
-# Of the cache that is only opened.
+# The shape of the cache that is only opened.
 SHARD_RECORDS, TOKENS, WIDTH = 710, 5, 8
 # {stage: the event that ends the wait for its first batch}
 STAGES = {
@@ -70,6 +70,7 @@ WATCHED, IMPORTED, SECONDS_TO_SAVE = "watched", "imported", 1.0
 
 
 def main() -> None:
+    """Parse the options and run what they ask for, or a watched command."""
     if sys.argv[1:2] == [WATCHED]:
         watched(sys.argv[2:])
         return
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the data and the figures")
     parser.add_argument("--images", type=int, help="run the chain at this size")
     parser.add_argument("--index-only", type=int, help="index and open alone at this size")
-    parser.add_argument("--seed", type=int, default=0, help="of the images at which stages are killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images at which stages are killed")
     parser.add_argument("--delete", action="store_true", help="remove tars, cache and runs of a size that is done")
     parser.add_argument("--fork", action="store_true", help="fork stages from this process, for a test")
     parser.add_argument("--table", action="store_true", help="print what was measured")
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def chain(folder: Path, images: int, seed: int, fork: bool) -> None:
-    """All stages at one size."""
+    """Run all stages at one size, and kill some of them once."""
     legs = Legs(folder / "legs", start_fork if fork else start_process)
     if all(legs.finished(stage) for stage in STAGES):
         return
@@ -112,7 +113,7 @@ def chain(folder: Path, images: int, seed: int, fork: bool) -> None:
 
 
 def arguments(folder: Path, stage: str, images: int) -> list[str]:
-    """The command of a stage, which goes on if a run of it was broken off."""
+    """Return the command of a stage, which continues its output if that exists."""
     shards, cache = f"--shards={folder / 'shards' / '*.tar'}", str(folder / "cache")
     teacher = ["--teacher", f"local-dir:{folder / 'teacher'}"]
     teacher_sets = [f"--set={s}" for s in TEACHER_SETS]
@@ -139,6 +140,7 @@ def arguments(folder: Path, stage: str, images: int) -> list[str]:
 
 
 def index_and_open(folder: Path, images: int, fork: bool) -> None:
+    """List the images of so many tars, and open a cache of so many records."""
     legs = Legs(folder / "legs", start_fork if fork else start_process)
     if not legs.finished("index"):
         write_tars(folder / "shards", images, labelled=False)
@@ -152,9 +154,10 @@ def index_and_open(folder: Path, images: int, fork: bool) -> None:
 
 
 def write_tars(folder: Path, images: int, labelled: bool) -> None:
-    """Shards of 1,000 images each; those that are there stay.
+    """Write shards of 1,000 images each, unless they exist.
 
-    labelled: with a .cls, and every picture another one; else every shard has the same pictures under other keys.
+    labelled: whether each image has a .cls and its own picture; otherwise every shard has the same pictures under other
+    keys.
     """
     folder.mkdir(parents=True, exist_ok=True)
     start, parts = time.monotonic(), range(0, images, TAR_IMAGES)
@@ -179,7 +182,7 @@ def write_tars(folder: Path, images: int, labelled: bool) -> None:
 
 
 def pictures(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """JPEGs of a colour for each label, with noise: (n, bytes) uint8 with zeros at the end, and their sizes."""
+    """Return JPEGs (n, bytes) uint8, with zeros at the end, and their sizes; each label has a colour, with noise."""
     rng = np.random.default_rng(first)
     out, sizes = np.zeros((count, PICTURE * BLOCK), np.uint8), np.zeros(count, np.int64)
     colours = np.random.default_rng(0).integers(0, 200, (LABELS, 1, 1, 3))
@@ -194,12 +197,12 @@ def pictures(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def headers(numbers: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarray:
-    """Tar headers of the files NUMBER{extension}, (n, 512) uint8."""
+    """Return the tar headers (n, 512) uint8 of the files NUMBER{extension}."""
     template = tarfile.TarInfo("0" * DIGITS + extension).tobuf(tarfile.USTAR_FORMAT)
     out = np.tile(np.frombuffer(template, np.uint8), (len(numbers), 1))
     out[:, :DIGITS] = digits(numbers, DIGITS, 10)
     out[:, 124:135] = digits(sizes, 11, 8)
-    # The checksum counts itself as blanks.
+    # In the sum, the field of the checksum counts as blanks.
     out[:, 148:156] = ord(" ")
     out[:, 148:154] = digits(out.sum(1, dtype=np.int64), 6, 8)
     out[:, 154] = 0
@@ -207,7 +210,7 @@ def headers(numbers: np.ndarray, extension: str, sizes: np.ndarray) -> np.ndarra
 
 
 def digits(numbers: np.ndarray, count: int, base: int) -> np.ndarray:
-    """ASCII digits of numbers, with leading zeros, (n, count) uint8."""
+    """Return the ASCII digits (n, count) uint8 of numbers, with leading zeros."""
     return (numbers[:, None] // base ** np.arange(count)[::-1] % base + ord("0")).astype(np.uint8)
 
 
@@ -215,10 +218,10 @@ def digits(numbers: np.ndarray, count: int, base: int) -> np.ndarray:
 class Leg:
     """One process of a stage, up to its end, its kill, or the end of this script.
 
-    ended: done, killed, or "" if this script was broken off; seconds: by the clock; processor: seconds of all cores;
-    memory: MB, the peak; own: what of it is no file's, as it was seen; files: most open descriptors; maps: most mapped
-    regions; kill_at: images; events: {name: [seconds to the first, to the last, their count]}; of IMPORTED, the count
-    is seconds of processor. All seconds are those since the start of the process.
+    ended: done, killed, or "" if this script was interrupted; seconds: wall time; processor: seconds of all cores;
+    memory: the peak, in MB; own: the largest part of it that was seen without a file; files: most open descriptors;
+    maps: most mapped regions; kill_at: in images; events: {name: [seconds to the first, seconds to the last, count]},
+    where the count of IMPORTED is in seconds of processor. All seconds count from the start of the process.
     """
 
     ended: str = ""
@@ -233,32 +236,34 @@ class Leg:
 
     @property
     def imported(self) -> tuple[float, float]:
-        """Seconds by the clock and of processor until everything was imported."""
+        """Return the seconds of wall time and of processor until everything was imported."""
         clock, _, processor = self.events.get(IMPORTED, [0.0, 0.0, 0.0])
         return clock, processor
 
 
 class Legs:
-    """The legs of all stages at one size, a JSON file for each."""
+    """The legs of all stages at one size, each in a JSON file."""
 
     def __init__(self, folder: Path, start: "Start | None" = None) -> None:
         self.folder, self.start = folder, start or start_process
         folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self, command: list[str]) -> None:
-        """Run a command of this script that is not measured."""
+        """Run a command of this script without measuring it."""
         if os.waitpid(self.start([os.devnull, "", *command], sys.stdout), 0)[1]:
             sys.exit(f"{' '.join(command)} failed")
 
     def of(self, stage: str) -> list[Leg]:
+        """Return the legs of a stage, in their order."""
         files = sorted(self.folder.glob(f"{stage}.[0-9][0-9][0-9].json"))
         return [Leg(**json.loads(file.read_text())) for file in files]
 
     def finished(self, stage: str) -> bool:
+        """Return whether a stage is done."""
         return any(leg.ended == "done" for leg in self.of(stage))
 
     def run(self, stage: str, command: list[str], kill_at: int | None = None) -> None:
-        """Run a stage to its end or its kill. Ends this script if it fails."""
+        """Run a stage to its end or its kill; end this script if it fails."""
         name = f"{stage}.{len(self.of(stage)):03d}"
         file, events, said = (self.folder / f"{name}.{ending}" for ending in ("json", "events", "txt"))
         leg, start = Leg(kill_at=kill_at), time.time()
@@ -280,7 +285,7 @@ class Legs:
         _, status, usage = ended
         code = os.waitstatus_to_exitcode(status)
         leg.seconds, leg.processor = time.time() - start, usage.ru_utime + usage.ru_stime
-        # Exact, but of the largest process alone.
+        # This value is exact, but only that of the largest process.
         leg.memory = max(leg.memory, usage.ru_maxrss / 1e3)
         leg.events = read_events(events, start)
         killed = kill_at is not None and code == -signal.SIGKILL
@@ -293,16 +298,18 @@ class Legs:
 
 
 Start = Callable[[list[str], TextIO], int]
-"""Starts `watched` with some arguments, whose messages go to a file; the process."""
+"""A function that starts `watched` with some arguments, with its messages in a file, and returns the process."""
 
 
 def start_process(args: list[str], out: TextIO) -> int:
-    # Not Popen, which wants to wait for the process itself.
+    """Start `watched` in a new Python."""
+    # Popen would wait for the process itself, but os.wait4 has to.
     streams = [(os.POSIX_SPAWN_DUP2, out.fileno(), stream) for stream in (1, 2)]
     return os.posix_spawn(sys.executable, [sys.executable, __file__, WATCHED, *args], os.environ, file_actions=streams)
 
 
 def start_fork(args: list[str], out: TextIO) -> int:
+    """Start `watched` in a fork of this process."""
     import_all()
     sys.stdout.flush()
     if process := os.fork():
@@ -322,20 +329,22 @@ def start_fork(args: list[str], out: TextIO) -> int:
 
 
 def import_all() -> None:
-    """What the stages import."""
+    """Import all that the stages import."""
     sys.path.insert(0, str(ROOT))
-    for name in ("cache_teacher", "distill", "inspection", "plan", "refine", "verify"):
-        importlib.import_module(f"pipeline.{name}")
+    for name in ("cache_teacher", "distill", "inspect", "refine", "verify"):
+        importlib.import_module(f"pipeline.stages.{name}")
+    importlib.import_module("pipeline.planning.plan")
 
 
 def save(file: Path, leg: Leg) -> None:
+    """Write a leg to its file, as a whole."""
     new = file.with_suffix(".new")
     new.write_text(json.dumps(asdict(leg)))
     new.rename(file)
 
 
 def sample(pid: int, leg: Leg) -> None:
-    """Look at a process and its children from outside, through /proc."""
+    """Measure a process and its children from outside, through /proc."""
     memory = own = processor = 0.0
     for process in tree(pid):
         try:
@@ -348,12 +357,13 @@ def sample(pid: int, leg: Leg) -> None:
             processor += (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
             leg.files = max(leg.files, len(os.listdir(process / "fd")))  # noqa: PTH208 (no objects are needed)
             leg.maps = max(leg.maps, (process / "maps").read_bytes().count(b"\n"))
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     leg.memory, leg.own, leg.processor = (max(leg.memory, memory), max(leg.own, own), max(leg.processor, processor))
 
 
 def tree(pid: int) -> Iterator[Path]:
+    """Yield the folders in /proc of a process and of all its descendants."""
     process = Path("/proc") / str(pid)
     yield process
     for children in process.glob("task/*/children"):
@@ -366,7 +376,7 @@ def tree(pid: int) -> Iterator[Path]:
 
 
 def read_events(file: Path, start: float) -> dict[str, list[float]]:
-    """{name: [seconds from `start` to the first, to the last, their count]}"""
+    """Return {name: [seconds from `start` to the first event, seconds to the last, count]}."""
     found: dict[str, list[float]] = {}
     for line in file.read_text().splitlines():
         name, count, at = line.split("\t")
@@ -376,15 +386,15 @@ def read_events(file: Path, start: float) -> dict[str, list[float]]:
 
 
 def watched(args: Sequence[str]) -> None:
-    """A command of singer's, or one of those below, with a line in a file for every batch that it has done.
+    """Run a command of singer, or one of this script, and write a line to a file for every batch that it has done.
 
-    args: the file, EVENT:COUNT at which the process kills itself, or "", and the command.
+    args: the file; EVENT:COUNT at which the process kills itself, or ""; and the command.
     """
     import ctypes
     import resource
 
     events, kill, *command = args
-    # With this script ends what it has started.
+    # The process ends when this script ends.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     import_all()
@@ -431,6 +441,7 @@ def watched(args: Sequence[str]) -> None:
 
 
 def list_images(spec: str, happened: Callable[[str, float], None]) -> None:
+    """List the images of shards."""
     from pipeline.data import index_shards
 
     happened("index", len(index_shards(spec)))
@@ -447,7 +458,7 @@ def open_cache(place: str) -> None:
 
 
 def make_teacher(folder: str) -> None:
-    """A random one with an artifact."""
+    """Make a random teacher with an artifact."""
     import timm
     import torch
 
@@ -465,7 +476,7 @@ def make_teacher(folder: str) -> None:
 
 
 def make_synthetic(folder: str, records: str) -> None:
-    """A cache of one block whose shards all hold the same features."""
+    """Write a cache of one block; all its shards hold the same features."""
     from read_speed import synthetic_manifest, write_synthetic
 
     start = time.monotonic()
@@ -476,6 +487,7 @@ def make_synthetic(folder: str, records: str) -> None:
 
 
 def print_tables(work: Path) -> None:
+    """Print the tables of all sizes in a folder."""
     sizes = sorted(int(f.name) for f in work.iterdir() if f.name.isdigit())
     if sizes:
         print_table({size: Legs(work / str(size) / "legs") for size in sizes[-2:]}, STAGES)
@@ -489,7 +501,7 @@ def print_tables(work: Path) -> None:
 
 
 def print_table(sizes: dict[int, Legs], stages: dict[str, str]) -> None:
-    """A row a stage: its legs together, and the largest size over the one before."""
+    """Print a row for each stage: the sum over its legs, and the ratios of the larger to the smaller size."""
     names = ("s", "processor, s", "images/s", "peak, MB (own)", "open files", "s to the first batch")
     head = ["stage", *(f"{size:,}: {name}" for size in sizes for name in names)]
     if len(sizes) > 1:
@@ -519,10 +531,10 @@ def print_table(sizes: dict[int, Legs], stages: dict[str, str]) -> None:
 
 
 def twice(legs: Sequence[Leg], stage: str, images: int) -> str:
-    """What a stage that was killed and resumed did more than once."""
+    """Return, in words, how many images a stage did again after it was killed and resumed."""
     done = [int(leg.events.get(STAGES[stage], [0, 0, 0])[2]) for leg in legs]
     again = sum(done) - images
-    ways = ", ".join(f"{n:,} ({leg.ended or 'broken off'})" for n, leg in zip(done, legs, strict=True))
+    ways = ", ".join(f"{n:,} ({leg.ended or 'interrupted'})" for n, leg in zip(done, legs, strict=True))
     return f"{ways}; {again:,} twice ({again / images:.2%})"
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of stage 3 set up alike: a recipe, a teacher, a cache, a student at its steps."""
+"""The setup that the benchmarks of stage 3 share: a recipe, a teacher, a cache, a student and its steps."""
 
 import argparse
 import time
@@ -27,32 +27,34 @@ DEVICE_NAME = torch.cuda.get_device_name() if torch.cuda.is_available() else f"C
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that these benchmarks share."""
     parser.add_argument("--recipe", default="tinyimagenet-ti-to-w96")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     parser.add_argument("--shards", required=True)
-    parser.add_argument("--teacher", type=Path, help="its weights; default: random ones, which are as fast")
-    parser.add_argument("--folder", type=Path, help="where cache and runs lie for the time; default: the system's")
+    parser.add_argument("--teacher", type=Path, help="its weights; default: random weights, which are as fast")
+    parser.add_argument("--folder", type=Path, help="folder for temporary caches and runs; default: the system's")
 
 
 def read_config(options: argparse.Namespace, scratch: Path, *sets: str) -> Config:
-    """The recipe with the teacher's weights, which are made at `scratch` if none are given."""
+    """Return the recipe with the teacher's weights, which are made in `scratch` if none are given."""
     config = load_config(options.recipe, options.set)
     weights = options.teacher
     if weights is None:
         name, weights = config.teacher.name, scratch / "teacher.safetensors"
-        # Tags belong to pretrained weights.
+        # The name without its tag is a model without pretrained weights.
         model = timm.create_model(name.partition(".")[0])
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, weights)
     return load_config(options.recipe, [*options.set, *sets, f"teacher.weights={weights}", "distill.trackers=[]"])
 
 
 def make_cache(config: Config, options: argparse.Namespace, scratch: Path) -> Cache:
+    """Cache the shards in `scratch`, and return the opened cache."""
     cache_teacher(config, options.shards, scratch / "cache")
     return Cache(scratch / "cache")
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long it takes, all that it leaves to the device included."""
+    """Return how many seconds a call takes, with the work that it leaves to the device."""
     start = time.perf_counter()
     run()
     if DEVICE.type == "cuda":
@@ -61,7 +63,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 class Teacher:
-    """The teacher at work in every step: pixels -> features of the cached blocks."""
+    """The teacher in every step: a function from pixels to features of the cached blocks."""
 
     def __init__(self, config: Config, cache: Cache) -> None:
         self.vit, self.blocks = load_teacher(config.teacher), cache.blocks
@@ -70,6 +72,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
+        """Return {block: features (n, N, d)} of pixels (n, side, side, 3) uint8."""
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
         with self.autocast():
             outputs = block_outputs(self.vit.model, images, self.blocks)
@@ -77,7 +80,7 @@ class Teacher:
 
 
 class Student:
-    """A student of the recipe at its steps, without a schedule."""
+    """A student of the recipe, with its optimiser but without a schedule."""
 
     def __init__(self, config: Config, cache: Cache, adapters: Path | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -92,7 +95,10 @@ class Student:
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def update(self, pixels: Tensor, features: dict[int, Tensor], weights: Tensor | None = None) -> None:
-        """A step. pixels (n, side, side, 3) uint8; features {block: (n, N, d)}; weights (n,): equal ones if None."""
+        """Do one step.
+
+        pixels: (n, side, side, 3) uint8; features: {block: (n, N, d)}; weights: (n,), or None for equal weights.
+        """
         count = len(pixels)
         given = torch.full((count,), 1 / count) if weights is None else weights
         images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)

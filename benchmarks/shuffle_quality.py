@@ -1,11 +1,11 @@
-"""How far read plans are from a uniform shuffle, for all read_block and shuffle_window.
+"""The difference between the sampler's order and a uniform shuffle, for several read_block and shuffle_window.
 
     python benchmarks/shuffle_quality.py [--records 100000] [--batch 256] [--epochs 5]
 
-Prints a markdown table of means over epochs. Distance: between the places in the epoch of records that are neighbours
-in storage, as a share of the epoch; 1/3 in a uniform shuffle. Pairs: how often two records of one block of storage
-(read_block, at least 16) meet in a batch, over what chance gives. Class spread: standard deviation of the number of
-records of a class in a batch, over that of a uniform shuffle, where storage is sorted by class (100 classes).
+It prints a Markdown table of means over epochs. Distance is the distance in the epoch of records that are neighbours in
+storage, as a share of the epoch; it is 1/3 in a uniform shuffle. Pairs is how often two records of one block of storage
+(read_block, at least 16) are in the same batch, over the value by chance. Class spread is the standard deviation of the
+number of records of a class in a batch, over that of a uniform shuffle, if storage is sorted by class (100 classes).
 """
 
 import argparse
@@ -20,18 +20,19 @@ CLASSES = 100
 
 
 def epoch(records: int, seed: int, block: int, window: int) -> np.ndarray:
-    """All records in the order of an epoch."""
+    """Return all records in the order of an epoch."""
     order = EpochOrder(records, 0, seed, block, window)
     return np.concatenate([order.stretch(start, start + window) for start in range(0, records, window)])
 
 
 def neighbour_distance(order: np.ndarray) -> float:
+    """Return the mean distance in the epoch of neighbours in storage, as a share of the epoch."""
     place = np.argsort(order)
     return float(np.abs(np.diff(place)).mean() / len(order))
 
 
 def pairs(order: np.ndarray, batch: int, block: int) -> float:
-    """Meetings of two records of a block in a batch, over those to be expected of a uniform shuffle."""
+    """Return the pairs of one block's records in a batch, over the number expected in a uniform shuffle."""
     blocks = order[: len(order) // batch * batch].reshape(-1, batch) // block
     met = sum(float((n * (n - 1)).sum()) for n in (np.unique(row, return_counts=True)[1] for row in blocks))
     sizes = np.bincount(np.arange(len(order)) // block).astype(float)
@@ -40,12 +41,14 @@ def pairs(order: np.ndarray, batch: int, block: int) -> float:
 
 
 def class_spread(order: np.ndarray, batch: int) -> float:
+    """Return the standard deviation of the number of a class's records in a batch, for storage sorted by class."""
     classes = (order[: len(order) // batch * batch] * CLASSES // len(order)).reshape(-1, batch)
     counts = np.stack([np.bincount(row, minlength=CLASSES) for row in classes])
     return float(counts.std())
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--batch", type=int, default=256)

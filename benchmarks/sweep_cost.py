@@ -1,12 +1,12 @@
-"""A sweep from one cache against as many runs that run the teacher in every step: the whole of both, and the formula.
+"""A sweep from one cache, compared with as many runs with the teacher in every step: total times, and the formula.
 
     python benchmarks/sweep_cost.py --shards PATTERN [--recipe tinyimagenet-ti-to-w96] [--set KEY=VALUE ...]
         [--teacher FILE] [--students 20] [--epochs 2] [--together 4] [--online 2]
 
 The sweep is everything that a user waits for: `cache-teacher`, `refine`, and the students, `together` at a time on one
 pass. An online run is the same student on the same views and batches, with the teacher in every step; `online` of them
-are timed and their mean is taken `students` times. Times lie in one process, one after the other; the online runs are
-spread over the sweep, so that a slow minute meets both.
+are timed, and their mean is multiplied by `students`. Everything runs in one process, one after the other; the online
+runs are spread over the sweep, so that a slow minute affects both.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pipeline.training.student_run import StudentSpec
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:
-    """Train one student with the teacher in every step; the cache only tells which views there are."""
+    """Train one student with the teacher in every step; the cache only gives the views."""
     settings = config.distill
     teach, student = Teacher(config, cache), Student(config, cache, adapters)
     files = ImageFile(relocate(cache.index.images, None))
@@ -45,6 +45,7 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--students", type=int, default=20)
@@ -57,6 +58,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
+    """Time the sweep and the online runs in `scratch`, and print the table."""
     config = read_config(options, scratch, f"distill.epochs={options.epochs}")
     adapters = scratch / "adapters"
     caching = seconds(lambda: cache_teacher(config, options.shards, scratch / "cache"))
@@ -64,7 +66,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     cache = Cache(scratch / "cache")
     everyone = range(options.students)
     passes = [everyone[n : n + options.together] for n in range(0, options.students, options.together)]
-    # An online run after every so many passes.
+    # The passes before which an online run is timed.
     turns = {round((n + 0.5) * len(passes) / options.online) for n in range(options.online)}
     training, online = 0.0, []
     for number, members in enumerate(passes):
@@ -72,7 +74,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
             online.append(seconds(lambda: online_run(config, cache, adapters)))
         jobs = []
         for member in members:
-            # They differ in how fast they learn, as in any sweep; the order of the data is one.
+            # The students differ in their learning rate, as in any sweep; the order of the data is the same.
             own = config.distill.model_copy(update={"lr": config.distill.lr * (1 + member / 20)})
             jobs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
         training += seconds(lambda jobs=jobs: fan_out(jobs, scratch / "cache"))  # type: ignore[misc]
@@ -88,7 +90,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     }.items():  # fmt: skip
         print(f"| {name} | {value:.1f} | {value / one:.2f} |")
     print(f"\n{options.students} online runs / the sweep: {options.students * one / sweep:.2f}")
-    # Of T and S for the teacher's and a student's epoch, n students and E epochs.
+    # T and S are the times of the teacher's and a student's epoch, for n students and E epochs.
     print("with teacher's and student's epochs T and S: n E (T + S) / (T + n E S)")
 
 

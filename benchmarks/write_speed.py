@@ -1,13 +1,13 @@
-"""What caching adds to the teacher's forward pass, and how fast features that are there already become a cache.
+"""The time that caching adds to the teacher's forward pass, and the speed of caching features from memory.
 
     python benchmarks/write_speed.py [--teacher FILE --shards 'train-*.tar'] [--codecs float16 int8 int4]
         [--model vit_tiny_patch16_224] [--images 512] [--rounds 12] [--width 384] [--gigabytes 1] [--folder FOLDER]
 
-Prints two markdown tables. With a teacher: `fill`, the loop of cache-teacher, against the bare forward pass of the same
-decoded batches, in turns of --images images; the speed is the median ratio of neighbouring turns. Processor time, of
-all threads, is less touched by what else a machine does. Survey and calibration, which come before, are left out. In
-any case: GB/s of features, counted as float16, that are encoded and durably written as the same loop does it, and the
-ratio to writing and syncing as many float16 bytes plainly.
+It prints two Markdown tables. The first needs a teacher: it compares `fill`, the loop of cache-teacher, with the bare
+forward pass of the same decoded batches, in turns of --images images; the ratio is the median over neighbouring turns.
+The processor time of all threads depends less on other work of the machine. The validation of images and the
+calibration, which come before, are left out. The second table has the GB/s of features, counted as float16, that the
+same loop encodes and writes durably, and the ratio to writing and syncing as many float16 bytes to plain files.
 """
 
 import argparse
@@ -42,25 +42,26 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.storage import LocalStore
 from pipeline.teachers.models import load_teacher
 
-# Small ones, so that every turn also writes; larger ones are synced less often.
+# Shards are small, so that every turn also writes; larger shards are synced less often.
 SHARD_RECORDS = 128
 
 
 class Turn(NamedTuple):
-    """Seconds an image."""
+    """The seconds for one image in a turn."""
 
     wall: float
     processor: float
 
 
 def seconds(run: Callable[[], object]) -> float:
+    """Return how many seconds a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> list[tuple[Turn, Turn]]:
-    """[(the teacher alone, fill)] of every turn."""
+    """Return (the teacher alone, fill) of every turn."""
     sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
     config = load_config(sets=sets)
     vit = load_teacher(config.teacher)
@@ -99,13 +100,13 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
             wall = seconds(partial(run, group))
             took[run] = Turn(wall / count, (time.process_time() - busy) / count)
         order.reverse()
-        if number:  # the first warms up
+        if number:  # the first turn warms up
             turns.append((took[bare], took[fill]))
     return turns
 
 
 def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path, shards: int) -> float:
-    """Seconds for storing the batches again and again, a shard each time, as fill stores what comes of the teacher."""
+    """Return the seconds for storing the batches in each of the shards, as fill stores the teacher's features."""
     records = sum(map(len, features))
     manifest = synthetic_manifest(codec, TOKENS, width, shards * records)
     manifest = manifest.model_copy(update={"shard_records": records})
@@ -125,7 +126,7 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
 
 
 def plainly(values: np.ndarray, folder: Path, shards: int) -> float:
-    """Seconds for writing and syncing float16 features that are at hand, a file a shard."""
+    """Return the seconds for writing and syncing float16 features from memory, with one file for each shard."""
 
     def write_all() -> None:
         for shard in range(shards):
@@ -138,6 +139,7 @@ def plainly(values: np.ndarray, folder: Path, shards: int) -> float:
 
 
 def print_teacher(options: argparse.Namespace) -> None:
+    """Measure and print the first table."""
     print(f"{options.model}, turns of {options.images} images, medians of {options.rounds} turns each\n")
     print("| codec | teacher alone, images/s | cache-teacher | ratio | processor, ms an image | of the teacher's |")
     print("|---|---|---|---|---|---|")
@@ -152,7 +154,7 @@ def print_teacher(options: argparse.Namespace) -> None:
 
 
 def print_memory(options: argparse.Namespace) -> None:
-    """Each codec in turn, a round at a time."""
+    """Measure and print the second table, with all codecs in every round."""
     fitting = (128 << 20) // (2 * TOKENS * options.width) // BATCH
     features = [synthetic_features(BATCH, TOKENS, options.width, seed) for seed in range(fitting)]
     values = torch.cat(features).half().numpy()
@@ -179,6 +181,7 @@ def print_memory(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path)
     parser.add_argument("--shards")
@@ -187,9 +190,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of float16 features from memory")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the float16 features from memory")
     parser.add_argument("--memory-rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where the caches lie for the time; default: the system's")
+    parser.add_argument("--folder", type=Path, help="folder for temporary caches; default: the system's")
     options = parser.parse_args()
     if options.teacher is not None:
         create._MAX_SHARD_RECORDS = SHARD_RECORDS

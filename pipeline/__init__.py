@@ -2,8 +2,8 @@
 
     from pipeline import cache_teacher, distill, load_config, refine
 
-All raise singer.errors.UserError for what the caller can fix; docs/python.md has examples. Names are imported where
-they are first used, so that `import pipeline` takes no time.
+All functions raise singer.errors.UserError for mistakes that the caller can fix; docs/python.md has examples. A name
+is imported when it is first used, so that `import pipeline` takes no time.
 """
 
 from importlib import import_module

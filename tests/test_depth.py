@@ -133,7 +133,10 @@ METERS = np.full((8, 8), 3000, np.uint16)
 BAD: dict[str, tuple[dict[str, bytes], str]] = {
     "missing": ({}, r"x\.tar: sample 'odd' has no \.depth\.png; every image needs one"),
     "broken": ({"depth_png": png(METERS)[:44]}, r"depth map 'odd' in .*x\.tar cannot be decoded"),
-    "other size": ({"depth_png": png(METERS[:5])}, r"depth map 'odd' in .*x\.tar has 8 x 5 pixels, its image 8 x 8"),
+    "other size": (
+        {"depth_png": png(METERS[:5])},
+        r"depth map 'odd' in .*x\.tar has 8 x 5 pixels, but its image has 8 x 8",
+    ),
     "eight bits": ({"depth_png": png(np.ones((8, 8), np.uint8))}, r"'odd' in .*x\.tar holds no millimeters; store it"),
 }
 

@@ -306,7 +306,7 @@ def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
 
 
 def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"distill\.joint trains adapters of its own; leave --refiner out"):
+    with pytest.raises(UserError, match=r"distill\.joint trains its own adapters; leave out --refiner"):
         distill(world_config(world, "distill.joint=true"), world / "cache", tmp_path / "run", world / "adapters")
     assert not (tmp_path / "run").exists()
 

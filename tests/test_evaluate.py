@@ -128,7 +128,7 @@ def test_models_without_a_final_norm(world: Path, config: Config, tmp_path: Path
     save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
     result = evaluate(config, tmp_path / "m", None, test, "retrieval")
     assert isinstance(result, Retrieval) and result.normed is None
-    with pytest.raises(UserError, match=r"evaluate\.tokens norm is for ViTs with a final norm; of other models take"):
+    with pytest.raises(UserError, match=r"evaluate\.tokens norm is for ViTs with a final norm; use block"):
         evaluate(world_config(world, "evaluate.tokens=norm"), tmp_path / "m", None, test, "retrieval")
     pooled_first = make_vit(global_pool="avg")  # its norm is called fc_norm
     save_backbone(pooled_first, pooled_first.model.state_dict(), tmp_path / "avg")
@@ -216,7 +216,7 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
     with pytest.raises(UserError, match=r"classes\.json number classes differently; prepare the second with"):
         evaluate(config, world / "teacher", *shards)
     (tmp_path / "two" / "classes.json").unlink()
-    with pytest.raises(UserError, match="--test has label 3, but --train only 0 to 1"):
+    with pytest.raises(UserError, match="--test has label 3, but --train has only 0 to 1"):
         evaluate(config, world / "teacher", *shards)
 
 

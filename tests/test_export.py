@@ -250,7 +250,7 @@ def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) ->
         f"| k-NN | mean_patch | {probe['knn']['mean_patch']['top1']:.1f} |",
         "The final norm was not trained and is still at its initial values",
         f"timm {timm.__version__}",
-        "the licenses of both may bind",
+        "the licenses of both may restrict",
     ):
         assert text in card, text
     assert "**Beware" not in card
@@ -273,11 +273,11 @@ def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsy
         "distilled from a teacher that the run does not name",
         "| refiner | none: raw features (FitNet) |",
         "its weights are those of the pretrained model",
-        "**Beware:** no target reached the blocks behind block 1 (of 0 to 2)",
-        "The run holds none (`singer evaluate` makes them).",
+        "**Beware:** no target reached the blocks after block 1 (of 0 to 2)",
+        "The run has none (`singer evaluate` makes them).",
     ):
         assert text in card, text
-    assert "note: no target reached the blocks behind block 1" in capsys.readouterr().err
+    assert "note: no target reached the blocks after block 1" in capsys.readouterr().err
 
 
 def test_card_of_a_student_whose_teacher_has_no_cls(run: Path, changed: Callable[..., Path], tmp_path: Path) -> None:

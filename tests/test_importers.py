@@ -202,7 +202,7 @@ def test_classes_of_another_split(tmp_path: Path) -> None:
     result = prepare(config_with(*config_of("imagenet-r", None, known)), tmp_path / "r", tmp_path / "a")
     assert {key: int(s["cls"]) for key, s in samples(result.shards).items()} == {"n05/art_0": 1, "n07/art_0": 3}
     imagenet_v2(tmp_path / "v2")
-    with pytest.raises(UserError, match=r"classes\.json has 4 classes, but there is a label 10"):
+    with pytest.raises(UserError, match=r"classes\.json has 4 classes, but an image has label 10"):
         prepare(config_with(*config_of("imagenet-v2", None, known)), tmp_path / "v2", tmp_path / "b")
     draw(tmp_path / "flat" / "x.jpg")
     with pytest.raises(UserError, match="these images have no classes; leave it out"):

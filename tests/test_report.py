@@ -188,7 +188,7 @@ def test_without_probes_and_refiner(runs: Path, tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert result.best is None and result.rank_by is None and "refined teacher" not in result.mean_max_over_median
     assert "<h2>Tasks" not in text and "<h2>Probes" not in text and "What refining did" not in text
-    assert "not ranked" in text and "nothing refined them" in text and "What differs" not in text
+    assert "not ranked" in text and "they were not refined" in text and "What differs" not in text
 
 
 def test_teacher_as_reference(world: Path, runs: Path, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_only_figures_of_one_probe_are_compared(tmp_path: Path) -> None:
     (tmp_path / "b" / "evaluate-2.json").write_text(json.dumps(old))
     columns = columns_of([figures, read_figures(tmp_path / "b")])
     (tmp_path / "b" / "evaluate-3.json").write_text(json.dumps({**other, "model": "vit_small"}))
-    with pytest.raises(UserError, match=r"b has figures of a model without name and vit_small; keep those of one"):
+    with pytest.raises(UserError, match=r"b has figures of a model without name and vit_small; keep those of each"):
         read_figures(tmp_path / "b")
     assert [column.label for column in columns] == [
         ("segmentation 1", "mIoU"),

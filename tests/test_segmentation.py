@@ -250,7 +250,7 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
     "missing": ({}, r"x\.tar: sample 'odd' has no \.seg\.png; every image needs one"),
     "empty": ({"seg_png": b""}, r"x\.tar: sample 'odd' has a \.seg\.png that is empty"),
     "broken": ({"seg_png": png(ZEROS)[:44]}, r"mask 'odd' in .*x\.tar cannot be decoded"),
-    "other size": ({"seg_png": png(ZEROS[:5])}, r"mask 'odd' in .*x\.tar has 8 x 5 pixels, its image 8 x 8"),
+    "other size": ({"seg_png": png(ZEROS[:5])}, r"mask 'odd' in .*x\.tar has 8 x 5 pixels, but its image has 8 x 8"),
     "out of range": ({"seg_png": png(ZEROS + 4)}, r"mask 'odd' in .*x\.tar has label 4, .*seg_classes=4 allows 0 to 3"),
     "color": ({"seg_png": png(ZEROS, "RGB")}, r"mask 'odd' in .*x\.tar holds no class numbers"),
     "few bits": ({"seg_png": grey4()}, r"mask 'odd' in .*x\.tar holds no class numbers"),

@@ -155,8 +155,8 @@ def test_another_student_leaves_the_base_its_shape(base: object) -> None:
         ({"grid": {"distill.lr": 0.1}}, "grid.distill.lr: input should be a valid list"),
         ({"grid": {"distill.lr": []}}, "grid.distill.lr: list should have at least 1 item"),
         ({"grid": {"distill.lr": [-1]}}, "distill.lr: input should be greater than 0"),
-        ({"grid": {"distill.seed": [0, 0]}}, "seed-0 have one and the same configuration"),
-        ({"grid": {"refiner": ["none"], "refine.rank": [4, 8]}}, "have one and the same configuration"),
+        ({"grid": {"distill.seed": [0, 0]}}, "seed-0 have the same configuration"),
+        ({"grid": {"refiner": ["none"], "refine.rank": [4, 8]}}, "have the same configuration"),
         ({"grid": {"distill.seed": [0]}, "runs": [{"set": {"distill.seed": 1}}]}, "set by grid and by a run"),
         ({"runs": [{}], "probes": ["flow"]}, "probes.0: input should be 'classification', 'segmentation'"),
         ({"runs": [{}], "rank_by": "miou"}, "rank_by: no figure 'miou' among those of its probes"),
@@ -500,7 +500,7 @@ def test_members_of_a_pass_outlive_their_worker(
     killers[0].join()
     assert result.failed == {} and students(out) == students(whole)
     told = capsys.readouterr().err
-    assert re.search(r"its process died \(signal 9\); see worker-\d.log; now one by one", told)
+    assert re.search(r"its process died \(signal 9\); see worker-\d.log; they now train one by one", told)
 
 
 def test_the_member_that_kills_its_worker_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Chains of stages behind one command."""
+"""Chains of stages that run as one command."""

@@ -1,8 +1,8 @@
-"""The whole chain on images that scikit-learn brings, offline: shards, cache, refiner, two students, a report.
+"""The whole chain, offline, on images that scikit-learn bundles: shards, cache, refiner, two students, a report.
 
-`singer demo --out demo-out`. The students have one size and one seed; one learns from raw features (FitNet), the
-other from refined ones. The teacher is bundled; data/demo_teacher/README.md says how it was made and that its
-artifacts are planted.
+Run it with `singer demo --out demo-out`. Both students have the same size and seed; one learns from raw features
+(FitNet), the other from refined ones. The teacher is bundled; data/demo_teacher/README.md says how it was made and
+that its artifacts are planted.
 """
 
 import glob
@@ -26,16 +26,19 @@ TEACHER = "data/demo_teacher"
 NOTE = (
     "Two students of the same size and seed: fitnet learned from raw features (FitNet), singer from refined ones "
     "(SiNGER). The teacher's artifact tokens are planted (see data/demo_teacher/README.md): a term of its training "
-    "loss put them there, since none had grown by itself in short runs. Large ViTs do grow them. One seed: a "
-    "demonstration, no benchmark."
+    "loss made them, because none appeared by itself in short runs. In large ViTs they do appear. There is one seed: "
+    "this is a demonstration and no benchmark."
 )
-# Two drawings of each of 1,297 digits to learn from, one of each of 500 others to test on.
+# Two drawings of each of the 1,297 training digits, and one of each of the 500 test digits.
 COPIES = {"train": 2, "test": 1}
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """report: the page to open; linear: {student: accuracies (%)}; mean_max_over_median: as in ReportResult."""
+    """The result of the demo.
+
+    report: the page to open; linear: {model: accuracies (%)}; mean_max_over_median: as in ReportResult.
+    """
 
     report: Path
     linear: dict[str, Accuracies]
@@ -43,7 +46,7 @@ class DemoResult:
 
 
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
-    """Run the chain below `out`. Raises UserError if `out` may not be written."""
+    """Run the chain in the folder `out`, or raise UserError if it may not be written."""
     check_output(out, mode, "demo", config)
     with claimed_output(out, mode, "demo", config, config.distill.seed):
         return _demo(config, out)
@@ -70,7 +73,7 @@ def _demo(config: Config, out: Path) -> DemoResult:
     fitnet = distill(config, cached.cache, out / "fitnet")
     say("5/6 distilling the same student from refined features (SiNGER)")
     singer = distill(config, cached.cache, out / "singer", refiner=refined.refiner)
-    say("6/6 probing the frozen students, and the teacher, on digits that none has seen")
+    say("6/6 probing the frozen students and the teacher on digits that none of them has seen")
     students = {"FitNet": fitnet, "SiNGER": singer}
     probes = {name: evaluate(config, run.run, shards["train"], shards["test"]) for name, run in students.items()}
     probes["teacher"] = evaluate(config, teacher, shards["train"], shards["test"], out=out / "teacher")
@@ -86,7 +89,7 @@ def _demo(config: Config, out: Path) -> DemoResult:
 
 
 def write_images(split: str, folder: Path) -> None:
-    """The demo's images of a split as an ImageFolder of PNG files."""
+    """Write the demo's images of a split as a folder of PNG files with one sub-folder a class."""
     for key, image, label in digit_images(split, COPIES[split]):
         file = folder / str(label) / f"{key}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Images for the offline demo: real handwritten digits, small, somewhere on a large uninformative canvas.
+"""Images for the offline demo: real handwritten digits, each small and at a random place of an uninformative canvas.
 
-The digits are scikit-learn's bundled `load_digits` (1,797 scans of 8x8 pixels with labels). Nothing else is
-read from disk, and every image is a pure function of (seed, split, digit, copy), so the demo gives the same
-images wherever it runs.
+The digits are those of scikit-learn's `load_digits`, which bundles 1,797 scans of 8x8 pixels with labels. The demo
+reads no other images from disk. Every image is a pure function of (seed, split, digit, copy), so the demo draws the
+same images on every machine.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ TEST_SIZE = 500
 
 @cache
 def _data() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDArray[np.int64]]]:
-    """Padded 10x10 digits, labels, and the digit indices of each split (fixed and stratified by label)."""
+    """Return padded 10x10 digits, labels, and the digit indices of each split (fixed and stratified by label)."""
     pixels, labels = load_digits(return_X_y=True)
     scans = np.clip(pixels.reshape(-1, 8, 8) * (255 / 16), 0, 255).astype(np.uint8)
     train, test = train_test_split(np.arange(len(labels)), test_size=TEST_SIZE, random_state=0, stratify=labels)
@@ -32,7 +32,10 @@ def _data() -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, NDArray[np.
 
 
 def split_indices(split: str) -> NDArray[np.int64]:
-    """Rows of `load_digits` in one split. No digit is in both, so the teacher has seen no test digit."""
+    """Return the rows of `load_digits` that are in one split.
+
+    No digit is in both splits, so the teacher has seen no test digit. Raises UserError for an unknown split.
+    """
     if split not in SPLITS:
         raise UserError(f"split must be one of {SPLITS}, not {split!r}")
     return _data()[2][split]
@@ -47,7 +50,7 @@ def digit_image(split: str, index: int, copy: int, size: int = 64, seed: int = 0
     extent = size * rng.uniform(20, 28) / 64
     angle = np.deg2rad(rng.uniform(-12, 12))
     centre_x, centre_y = rng.uniform(extent / 2, size - extent / 2, 2)
-    # Image.transform asks where each output pixel comes from, hence the inverse scale and rotation.
+    # Image.transform maps output pixels to input pixels, so it needs the inverse scale and rotation.
     scale = 8 / extent
     a, b = scale * np.cos(angle), scale * np.sin(angle)
     inverse = (a, b, 5 - a * centre_x - b * centre_y, -b, a, 5 + b * centre_x - a * centre_y)

@@ -1,4 +1,4 @@
-"""The tasks of `singer evaluate`: a new one is a file here and a registry line."""
+"""The tasks of `singer evaluate`: a new task is a file in this folder and a line in this registry."""
 
 from pipeline.evaluation import classification, depth, domain_shift, own_head, retrieval, segmentation
 from pipeline.evaluation.context import Task

@@ -1,6 +1,7 @@
-"""Linear and k-NN classification, on CLS and on the mean patch: shards with NAME.cls beside NAME.jpg.
+"""Linear and k-NN classification, on CLS and on the mean patch.
 
-Nothing is selected on the test shards: the linear probe's penalty is chosen on a split of the training shards.
+The shards hold NAME.cls beside NAME.jpg. The test shards select nothing: the linear probe's penalty is chosen on a
+split of the training shards.
 """
 
 import warnings
@@ -27,14 +28,18 @@ from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
 _FIT_SHARE = 0.8
 _ITERATIONS = 1000
 
-# {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent; low and high: the
-# 95 % confidence interval of top1. Where classes differ in training images: top1_many, top1_medium, top1_few.
+# {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent. low and high bound
+# the 95 % confidence interval of top1. Where classes differ in the number of their training images, there are also
+# top1_many, top1_medium and top1_few.
 Accuracies = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(EvaluateResult):
-    """Accuracies (%) of both probes; a model without CLS has only mean_patch. normed: the same of normed tokens."""
+    """Accuracies (%) of both probes.
+
+    A model without CLS has only mean_patch. normed: the same figures, measured on normed tokens.
+    """
 
     classes: int
     linear: Accuracies
@@ -43,7 +48,10 @@ class Classification(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> Classification:
-    """Raises UserError as `check`."""
+    """Return the accuracies of a linear and of a k-NN classifier on frozen features.
+
+    Raises UserError as `check` does.
+    """
     settings = context.settings
     check(context.train, context.test, settings)
     train_features = pooled(context, context.train)
@@ -76,23 +84,24 @@ def probe(context: EvaluationContext) -> Classification:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError for images without labels, a single class, and labels that only --test has."""
+    """Raise UserError if images have no labels, if there is one class only, or if --train lacks a label of --test."""
     require_labels(train, "--train")
     require_labels(test, "--test")
     check_classes(train, test)
     require_classes(train.labels)
     classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
-        raise UserError(f"--test has label {int(test.labels.max())}, but --train only 0 to {classes - 1}")
+        raise UserError(f"--test has label {int(test.labels.max())}, but --train has only 0 to {classes - 1}")
 
 
 def require_classes(labels: np.ndarray) -> None:
+    """Raise UserError if the labels (n,) hold one class only."""
     if len(np.unique(labels)) < 2:
         raise UserError("--train has images of one class only; a classifier needs two")
 
 
 def check_classes(train: Images, test: Images) -> None:
-    """Raise UserError if both sets name their classes (in a classes.json beside the shards) and differ."""
+    """Raise UserError if both sets have a classes.json beside their shards and these files differ."""
     files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
     if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
         raise UserError(
@@ -102,9 +111,10 @@ def check_classes(train: Images, test: Images) -> None:
 
 
 def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> Tensor:
-    """Class scores (m, classes) of a logistic regression on standardised features (n, d), (m, d).
+    """Return the class scores (m, classes) of a logistic regression on standardised features.
 
-    Its penalty is the one of settings.strengths that is best on a held-out fifth of the training images.
+    train: features (n, d) with labels (n,); test: features (m, d). The penalty is the one of settings.strengths that
+    is best on a held-out fifth of the training images. The regression then learns from all training images.
     """
     x, y = train.numpy(), labels.numpy()
     strength = settings.strengths[0]
@@ -114,26 +124,27 @@ def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, set
         strength = settings.strengths[int(np.argmax(right))]
     probe = _logistic(x, y, strength)
     decision = probe.decision_function(test.numpy())
-    if decision.ndim == 1:  # two classes: one score, for the second
+    if decision.ndim == 1:  # with two classes, scikit-learn gives one score, for the second class
         decision = np.stack([-decision, decision], axis=1)
-    # Label numbers that no training image has score lowest.
+    # A class that no training image has gets the lowest score.
     scores = torch.full((len(test), classes), -torch.inf)
     scores[:, torch.from_numpy(probe.classes_)] = torch.from_numpy(decision).float()
     return scores
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    require_classes(y)  # also of a split
+    require_classes(y)  # a split may lack classes that the whole set has
     with warnings.catch_warnings():
-        # Out of iterations is good enough: accuracy has settled long before the gradient has.
+        # Reaching the limit of iterations is good enough: accuracy converges long before the gradient does.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS)).fit(x, y)
 
 
 def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> dict[str, Tensor]:
-    """{group: mask (m,)} of the test images by the training images of their class, without empty groups.
+    """Return {group: mask (m,)} of the test images, by the number of training images that their class has.
 
-    {} if evaluate.shots is none, or all are in one group, whose figure would be that of all images.
+    Empty groups are left out. The result is {} if evaluate.shots is none, or if all images are in one group: its
+    figure would be the figure of all images.
     """
     if settings.shots is None:
         return {}
@@ -143,7 +154,10 @@ def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) 
 
 
 def accuracy(scores: Tensor, labels: Tensor, groups: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Figures (%) of scores (m, classes), see Accuracies. groups: {name: mask (m,)} with a top1_NAME each."""
+    """Return the figures (%) of scores (m, classes) against labels (m,), as described at Accuracies.
+
+    groups: {name: mask (m,)}; each group adds a figure top1_NAME.
+    """
     figures = {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
     figures["top1_low"], figures["top1_high"] = wilson_percent(int((scores.argmax(1) == labels).sum()), len(labels))
     for name, rows in (groups or {}).items():

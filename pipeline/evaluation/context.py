@@ -1,4 +1,4 @@
-"""What every task of `singer evaluate` is given, what it gives back, and the features of a frozen model."""
+"""The input and the result of every task of `singer evaluate`, and the tokens of a frozen model."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,16 +28,16 @@ _FEW_CLASSES = 10
 
 # {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
 Features = dict[str, dict[str, Tensor]]
-# By shards and what of them are the images.
+# The key is the paths of the shards and a hash of which members of them are the images.
 ComputedFeatures = dict[tuple[tuple[Path, ...], str], Features]
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """A frozen model, the images that a task learns from and those that it is tested on.
+    """A frozen model, the images that a task learns from and the images that it is tested on.
 
-    model: what the user named; vit: the model itself, on `device`; learn_from: the images of --train, if given;
-    started: time.perf_counter() at the start of the task; file: where the figures will be stored, if anywhere;
+    model: the name or path that the user gave; vit: the model itself, on `device`; learn_from: the images of --train,
+    if given; started: time.perf_counter() at the start of the task; file: where the figures will be stored, or None;
     computed: features that the tasks of one command share.
     """
 
@@ -53,28 +53,31 @@ class EvaluationContext:
 
     @cached_property
     def kinds(self) -> dict[str, nn.Module]:
-        """The kinds of tokens that are probed, `block` or `norm`, and what makes them of raw ones; see kinds_of."""
+        """Return {kind of tokens that is probed: module that makes it from raw tokens}, as kinds_of does."""
         return kinds_of(self.vit, self.settings)
 
     @property
     def train(self) -> Images:
-        """Raises UserError if there are none: only a task that learns asks for them."""
+        """Return the images of --train, or raise UserError if they were not given.
+
+        Only a task that learns reads this property.
+        """
         if self.learn_from is None:
             raise UserError("this task learns from images; give --train")
         return self.learn_from
 
     @property
     def seconds(self) -> float:
-        """Since the start of the task."""
+        """Return the seconds since the start of the task."""
         return time.perf_counter() - self.started
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """What the results of all tasks have; each adds its figures. train, test: names of shards, which evaluate adds.
+    """The fields that the results of all tasks share; each task adds its figures.
 
-    learned_from_test: whether the student was trained on images of --test; None of a model that is no run. evaluate
-    adds it, too.
+    train, test: names of shards; learned_from_test: whether the student was trained on images of --test, or None for
+    a model that is no run. `evaluate` fills in these three.
     """
 
     model: Path | str
@@ -88,7 +91,10 @@ class EvaluateResult:
 
 
 def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """A result as it is shown: of few classes, almost any is among the first five."""
+    """Return a result as it is shown: without top5 if there are few classes.
+
+    Among few classes, almost every class is one of the first five.
+    """
     if (figures.get("classes") or 0) > _FEW_CLASSES:
         return dict(figures)
 
@@ -99,10 +105,14 @@ def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
-    """{kind: what makes it of raw tokens} of evaluate.tokens; of both, first `block`, and `norm` if there is one."""
+    """Return {kind of tokens: module that makes it from raw tokens}, as evaluate.tokens chooses.
+
+    For `both`, `block` is first; `norm` follows if the model has a final norm. Raises UserError if only `norm` is
+    asked for and the model has none.
+    """
     norm = final_norm(vit.model)
     if settings.tokens == "norm" and norm is None:
-        raise UserError("evaluate.tokens norm is for ViTs with a final norm; of other models take block")
+        raise UserError("evaluate.tokens norm is for ViTs with a final norm; use block for other models")
     kinds: dict[str, nn.Module] = {}
     if settings.tokens != "norm":
         kinds["block"] = nn.Identity()
@@ -112,16 +122,20 @@ def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
 
 
 def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
-    """Of {kind: its figures}, those at a result's top, and those of normed tokens if that is another kind."""
+    """Split {kind: its figures} into the main figures of a result and its figures on normed tokens.
+
+    The second is None if there is only one kind.
+    """
     first, *others = figures.values()
     return first, others[0] if others else None
 
 
 @dataclass(frozen=True)
 class Task:
-    """probe: learns from the model's features and tests what it has learned. check: of (train, test, settings).
+    """A task of `singer evaluate`.
 
-    Both raise UserError for what the user can mend; `check` knows before there is a model.
+    probe: learns from the model's features and tests what it has learned; check: checks (train, test, settings)
+    before the model is loaded. Both raise UserError for mistakes that the user can fix.
     """
 
     probe: Callable[[EvaluationContext], EvaluateResult]
@@ -131,9 +145,9 @@ class Task:
 def tokens(
     vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
 ) -> Iterator[Tensor]:
-    """All raw tokens (B, P + patches, d) of the last block, batch by batch, on the device and without gradients.
+    """Yield all raw tokens of the last block, batch by batch: (B, P + patches, d), P being the prefix tokens.
 
-    view: the part of an image that the model sees.
+    They are on the device and without gradients. view: returns the part of an image that the model sees.
     """
     last = depth(vit.model) - 1
     for batch in inputs(vit, images, settings, device, view):
@@ -145,7 +159,7 @@ def tokens(
 def inputs(
     vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
 ) -> Iterator[Tensor]:
-    """Views of the images as the model takes them (B, 3, size, size), normalised, batch by batch on the device."""
+    """Yield the views of the images as the model takes them: normalised (B, 3, size, size) batches on the device."""
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]

@@ -1,8 +1,8 @@
 """What the tasks with a value for every pixel share: linear heads on patch tokens, and the maps beside the images.
 
-The model sees the whole frame, squeezed into its square. A linear layer on standardised tokens gives maps on the patch
-grid, which are upsampled bilinearly. Nothing is selected on the test shards: the learning rate is chosen on a split of
-the training shards.
+The model sees the whole frame, resized to its square. A linear layer on standardised tokens gives maps on the patch
+grid, which are upsampled bilinearly. The test shards select nothing: the learning rate is chosen on a split of the
+training shards.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from pipeline.evaluation.context import EvaluationContext, tokens
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
 
-# Side of the training labels, in patches.
+# Along each side, the training labels have this many cells for one patch.
 _LABELS_A_PATCH = 2
 _FIT_SHARE = 0.8
 _BATCH = 16
@@ -30,7 +30,7 @@ _WEIGHT_DECAY = 1e-2
 
 
 def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]:
-    """Raw patch tokens (B, patches, d) of whole frames, batch by batch."""
+    """Yield the raw patch tokens (B, patches, d) of whole frames, batch by batch."""
 
     def whole(image: Image.Image) -> View:
         return View((0.0, 0.0, 1.0, 1.0))
@@ -40,7 +40,10 @@ def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]
 
 
 def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tokens) of raw tokens (n, patches, d) on the CPU, one kind after the other in the memory of x."""
+    """Yield (kind, tokens) for raw tokens x (n, patches, d) on the CPU.
+
+    Each kind overwrites the memory of x, so one kind must be used before the next is read.
+    """
     for kind, convert in context.kinds.items():
         for part in x.split(_BATCH):
             part.copy_(convert(part.to(context.device)))
@@ -48,16 +51,17 @@ def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, 
 
 
 def label_side(context: EvaluationContext) -> int:
-    """The side of the maps that heads learn from, in pixels."""
+    """Return the side of the maps that heads learn from, in pixels."""
     return _LABELS_A_PATCH * context.vit.grid[0]
 
 
 def read_maps(
     images: Images, maps: Images, what: str, values: Callable[[Image.Image, bytes, str], np.ndarray], workers: int
 ) -> Iterator[np.ndarray]:
-    """The maps beside the images, in full: what `values` makes of a decoded PNG, its bytes and its place in messages.
+    """Yield the maps beside the images, in full resolution.
 
-    what: the word for a map in messages. Raises UserError naming key and shard.
+    what: the word for a map in messages; values: makes the array from a decoded PNG, its bytes and its name in
+    messages. Raises UserError, with key and shard, if a map cannot be read or if its size is not that of its image.
     """
     with ImageFile(images) as image_files, ImageFile(maps, what) as files:
 
@@ -68,7 +72,7 @@ def read_maps(
             if image.size != size:
                 width, height = image.size
                 raise UserError(
-                    f"{where} has {width} x {height} pixels, its image {size[0]} x {size[1]}; make them alike"
+                    f"{where} has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; make them equal"
                 )
             return array
 
@@ -76,7 +80,10 @@ def read_maps(
 
 
 def nearest(values: np.ndarray, side: int) -> np.ndarray:
-    """(H, W) -> (side, side): what is in the middle of each cell; labels and missing values cannot be averaged."""
+    """Resize a map (H, W) to (side, side) with the value in the middle of each cell.
+
+    Labels and missing values cannot be averaged.
+    """
     rows, columns = (((np.arange(side) + 0.5) * length / side).astype(np.int64) for length in values.shape)
     cells: np.ndarray = values[rows[:, None], columns]
     return cells
@@ -92,14 +99,20 @@ class LinearHead:
     bias: Tensor
 
     def maps(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, patches, d) on a square grid -> (B, outputs, *size), upsampled bilinearly."""
+        """Return the maps (B, outputs, *size) of patch tokens x (B, patches, d) on a square grid.
+
+        They are upsampled bilinearly.
+        """
         grid = round(x.shape[1] ** 0.5)
         maps = F.linear((x - self.mean) / self.std, self.weight, self.bias)
         return upsample(maps.transpose(1, 2).unflatten(2, (grid, grid)), size)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, (..., h, w) -> (..., *size). As two matrix products, its gradient is deterministic on every device."""
+    """Upsample maps (..., h, w) bilinearly to (..., *size).
+
+    It is two matrix products, so that its gradient is deterministic on every device.
+    """
     rows, columns = (
         F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0]
         for old, new in zip(maps.shape[-2:], size, strict=True)
@@ -111,10 +124,10 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 class PixelLesson:
     """What a head learns, and how.
 
-    name: "seg" or "depth", as the keys of the section evaluate begin; outputs: maps of the head; loss: of maps
-    (B, outputs, side, side) against labels (B, side, side); score: of a head on pairs of tokens (patches, d) and
-    labels (side, side), higher is better; lrs: learning rates to choose from; passes: over the training images;
-    spread: standard deviation of the initial weights.
+    name: "seg" or "depth", the prefix of the keys in the section evaluate; outputs: the number of maps; loss: compares
+    maps (B, outputs, side, side) with labels (B, side, side); score: rates a head on pairs of tokens (patches, d) and
+    labels (side, side), and higher is better; lrs: learning rates to choose from; passes: passes over the training
+    images; spread: standard deviation of the initial weights.
     """
 
     name: str
@@ -128,9 +141,10 @@ class PixelLesson:
 
 
 def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.device) -> tuple[LinearHead, float]:
-    """A head, and its learning rate: the one with the best score on a held-out fifth of the images.
+    """Return a trained head and its learning rate.
 
-    x: (n, patches, d); labels: (n, side, side). All images are used in the end.
+    x: (n, patches, d); labels: (n, side, side). The learning rate is the one with the best score on a held-out fifth
+    of the images. The head is then trained on all images. Raises UserError if there are several rates but one image.
     """
     lr = lesson.lrs[0]
     if len(lesson.lrs) > 1:
@@ -150,7 +164,10 @@ def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.devic
 def _train_heads(
     x: Tensor, labels: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
 ) -> list[LinearHead]:
-    """A head for every learning rate, all from the same start and batches: AdamW, cosine decay."""
+    """Return a head for every learning rate, trained by AdamW with cosine decay.
+
+    All heads have the same initial weights and see the same batches.
+    """
     std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
     mean, std = mean.to(device), std.clamp(min=1e-6).to(device)
     random = torch.Generator().manual_seed(lesson.seed)
@@ -165,7 +182,7 @@ def _train_heads(
     with meter(f"{lesson.name} head", lesson.passes, "passes") as m:
         for _ in range(lesson.passes):
             for rows in torch.randperm(len(x), generator=order).split(_BATCH):
-                # The heads as one layer, which is faster; each has a loss, and so gradients, of its own.
+                # One layer for all heads is faster. Each head has its own loss, and so its own gradients.
                 together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases))
                 maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)
                 optimizer.zero_grad()

@@ -1,9 +1,11 @@
-"""Linear depth on patch tokens: shards with NAME.depth.png, uint16 millimeters (0: missing), beside NAME.jpg.
+"""Linear depth on patch tokens.
 
-Two heads. `bins`: weights of depths spread evenly over evaluate.depth_min to depth_max, as in AdaBins and DINOv2's
-linear head, by the scale-invariant logarithmic loss. `regression`: depth itself, in units of the training maps' mean
-and deviation, by the L1 loss. They learn on a grid of depths read by nearest neighbour; in testing this grid is
-upsampled bilinearly to the map itself. Pixels that are missing or outside the range never count.
+The shards hold NAME.depth.png, in uint16 millimeters (0: missing), beside NAME.jpg. There are two heads. `bins` gives
+weights to depths that are spread evenly over evaluate.depth_min to depth_max, as in AdaBins and DINOv2's linear head;
+its loss is the scale-invariant logarithmic loss. `regression` gives the depth itself, standardised by the mean and
+deviation of the training maps; its loss is L1. The heads learn on a grid of depths read by nearest neighbour; in
+testing, this grid is upsampled bilinearly to the size of the map. Pixels that are missing or outside the range never
+count.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +35,7 @@ from singer.metrics import depth_figures, depth_sums, expected_depth, l1_loss, s
 
 MAP = "depth.png"
 _MILLIMETERS = np.float32(1000)
-# Standard deviation of the initial weights of the bins: from 0 on, relu would pass no gradient.
+# Standard deviation of the initial weights of the bins: if they were 0, relu would pass no gradient.
 _SPREAD = 0.01
 
 # Tokens (patches, d) and a size (H, W) -> depth (H, W) in meters, on the CPU.
@@ -42,10 +44,10 @@ Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(EvaluateResult):
-    """Figures of both heads over all pixels that count, at the maps' own resolution: see depth_figures.
+    """Figures of both heads over all pixels that count, at the maps' own resolution, as in depth_figures.
 
-    Each head's also hold lr, the learning rate that was chosen. pixels: how many count; normed: the same of normed
-    tokens.
+    The figures of each head also hold lr, the learning rate that was chosen. pixels: how many pixels count; normed:
+    the same figures, measured on normed tokens.
     """
 
     pixels: int
@@ -55,10 +57,13 @@ class Depth(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> Depth:
-    """Raises UserError for missing and unusable depth maps, and if none has a pixel that counts."""
+    """Train both heads on --train and return their figures on --test.
+
+    Raises UserError if a depth map is missing or cannot be used, or if no map has a pixel that counts.
+    """
     settings, side = context.settings, label_side(context)
     train_maps, test_maps = index_beside(context.train, MAP), index_beside(context.test, MAP)
-    # All maps are read before the model runs, so that a bad one is known at once.
+    # All maps are read before the model runs, so that a bad map stops the task at once.
     pixels = count_pixels(context.test, test_maps, settings)
     labels = torch.from_numpy(
         np.stack([nearest(depth, side) for depth in read_depths(context.train, train_maps, settings)])
@@ -96,17 +101,18 @@ def probe(context: EvaluationContext) -> Depth:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError as `probe`, for which all maps are read."""
+    """Read all maps, and raise UserError as `probe` does."""
     for what, images in (("--train", train), ("--test", test)):
         require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
 
 
 def count_pixels(images: Images, maps: Images, settings: EvaluateConfig) -> int:
-    """That count. Raises UserError for a map that cannot be used."""
+    """Return the number of pixels that count, or raise UserError for a map that cannot be used."""
     return sum(int(np.count_nonzero(depth)) for depth in read_depths(images, maps, settings))
 
 
 def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:
+    """Raise UserError if `count` is 0; `what` is the option that gave the images."""
     if not count:
         raise UserError(
             f"{what}: no depth map has a value from evaluate.depth_min={settings.depth_min} to "
@@ -115,10 +121,13 @@ def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:
 
 
 def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:
-    """The depth maps in full, (H, W) float32 meters, 0 where nothing counts. Raises UserError naming key and shard."""
+    """Yield the depth maps in full: (H, W) float32 in meters, 0 where a pixel does not count.
+
+    Raises UserError, with key and shard, if a map cannot be used.
+    """
 
     def meters(image: Image.Image, _: bytes, where: str) -> np.ndarray:
-        # PIL opens greys of 16 bits, and no others, in this mode.
+        # PIL opens images of 16-bit grey, and only these, in this mode.
         if image.mode != "I;16":
             raise UserError(f"{where} holds no millimeters; store it as a PNG of 16-bit grey")
         depth = np.asarray(image) / _MILLIMETERS
@@ -131,9 +140,10 @@ def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Itera
 def fit_heads(
     x: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device
 ) -> dict[str, tuple[Predictor, float]]:
-    """Both heads by name, and their learning rates: those of depth_lrs with the least RMSE on a held-out fifth.
+    """Return {name: (predictor, learning rate)} of both heads.
 
-    x: (n, patches, d); labels: (n, side, side) in meters, 0 where nothing counts.
+    x: (n, patches, d); labels: (n, side, side) in meters, 0 where a pixel does not count. The learning rate is the one
+    of depth_lrs with the least RMSE on a held-out fifth of the images.
     """
     seen = labels[labels > 0]
     std, mean = (float(value) for value in torch.std_mean(seen, correction=0))
@@ -161,7 +171,10 @@ def _fit_head(
     settings: EvaluateConfig,
     device: torch.device,
 ) -> tuple[Predictor, float]:
-    """decode: maps of the head (B, outputs, h, w) -> depth (B, h, w); loss: of depth against labels."""
+    """Return one head's predictor and its learning rate.
+
+    decode: makes depth (B, h, w) from the head's maps (B, outputs, h, w); loss: compares depth with labels.
+    """
     grid = (labels.shape[1], labels.shape[2])
 
     def predicted(head: LinearHead, image: Tensor, size: tuple[int, int]) -> Tensor:

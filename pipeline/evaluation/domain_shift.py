@@ -1,7 +1,8 @@
-"""Domain shift: a linear head trained on --train and tested, as it is, on --test, whose labels may be other numbers.
+"""Domain shift: a linear head is trained on --train and tested, without changes, on --test.
 
-evaluate.class_map says which training class a test label is, such as ImageNet-R's 200 of ImageNet's 1000; then only
-these classes compete. Nothing is selected on the test shards: see classification.py.
+The labels of --test may be other numbers. evaluate.class_map then gives the training class of each test label, such as
+the 200 classes of ImageNet-R among the 1000 of ImageNet, and only these classes compete. The test shards select
+nothing, as in classification.py.
 """
 
 import json
@@ -23,7 +24,7 @@ from singer.errors import UserError
 class DomainShift(EvaluateResult):
     """Accuracies (%) on --test; a model without CLS has only mean_patch.
 
-    classes: how many compete; normed: the same of normed tokens.
+    classes: how many compete; normed: the same figures, measured on normed tokens.
     """
 
     classes: int
@@ -32,7 +33,10 @@ class DomainShift(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> DomainShift:
-    """Raises UserError as `check`."""
+    """Train a linear head on --train and return its accuracies on --test.
+
+    Raises UserError as `check` does.
+    """
     settings = context.settings
     check(context.train, context.test, settings)
     rivals, right = compete(class_map(context.train, context.test, settings), context.test)
@@ -62,7 +66,7 @@ def probe(context: EvaluationContext) -> DomainShift:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError for images without labels, and for labels that the other side or the class map lacks."""
+    """Raise UserError if images have no labels, or if the other set or the class map lacks a label."""
     require_labels(train, "--train")
     require_labels(test, "--test")
     require_classes(train.labels)
@@ -72,23 +76,23 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
 
 
 def class_map(train: Images, test: Images, settings: EvaluateConfig) -> dict[int, int]:
-    """{test label: train label}; without a map labels are the same on both sides."""
+    """Return {test label: train label}; without evaluate.class_map, the labels of both sets are the same."""
     if settings.class_map is None:
         return {int(label): int(label) for label in np.unique(train.labels)}
     return read_class_map(settings.class_map, test)
 
 
 def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classes that compete, those of the map (k,), and which of them is right for each test image (n,)."""
+    """Return the classes (k,) of the map, which compete, and the index of the right one for each test image (n,)."""
     rivals = sorted(set(mapped.values()))
     place = {label: i for i, label in enumerate(rivals)}
     return torch.tensor(rivals), torch.tensor([place[mapped[int(label)]] for label in test.labels])
 
 
 def read_class_map(file: Path, test: Images) -> dict[int, int]:
-    """{test label: class} of a JSON object, or of a list by position.
+    """Return {test label: class} from a JSON object, or from a JSON list by position.
 
-    Raises UserError naming the file if it is neither, or lacks a label of the test images.
+    Raises UserError, with the file's name, if it is neither, or if it lacks a label of the test images.
     """
     form = (
         f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
@@ -102,7 +106,7 @@ def read_class_map(file: Path, test: Images) -> dict[int, int]:
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     mapped = {}
     for label, right in pairs:
-        # A bool is an int to Python.
+        # isinstance would accept a bool as an int.
         if not str(label).isdecimal() or type(right) is not int or right < 0:
             raise UserError(f"{form}; found {label!r}: {right!r}")
         mapped[int(label)] = right

@@ -17,7 +17,7 @@ _WORDS = {
     "rmse": "RMSE (m)",
 }
 
-# The figures of each task that are shown, by their place in its result. All are better where they are larger.
+# The figures of each task that are shown, by their path in its result. For all of them, larger is better.
 FIGURES = {
     "classification": ("linear.cls.top1", "linear.mean_patch.top1", "knn.cls.top1", "knn.mean_patch.top1"),
     "segmentation": ("miou", "pixel_accuracy"),
@@ -30,18 +30,25 @@ DEFAULT_FIGURE = "classification.linear.mean_patch.top1"
 
 
 def in_percent(figure: str, value: float) -> float:
-    """A stored figure as it is shown: shares, such as delta1, are stored as such; the others are in percent."""
+    """Return a stored figure in percent, as it is shown.
+
+    delta1 is stored as a share; all others are stored in percent.
+    """
     return 100 * value if figure.endswith("delta1") else float(value)
 
 
 def figures_of(probes: Iterable[str]) -> list[str]:
-    """Names of all figures, such as classification.linear.cls.top1."""
+    """Return the names of all figures, such as classification.linear.cls.top1."""
     return [f"{task}.{figure}" for task in probes for figure in FIGURES[task]]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Over the seeds. std: of the sample; None of a single run, whose 95 % interval over test images may be known."""
+    """The mean of a figure over seeds.
+
+    std: the sample standard deviation, or None for a single run; interval: a single run's 95 % interval over test
+    images, if it is known.
+    """
 
     mean: float
     std: float | None
@@ -49,11 +56,15 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
+        """Return the mean of one value for each seed."""
         return cls(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
     @classmethod
     def of_figure(cls, runs: Sequence[Mapping[str, float]], figure: str) -> "Mean":
-        """runs: {figure: value} of each, with the bounds of `with_bounds` where they are known."""
+        """Return the mean of a figure over runs.
+
+        runs: {figure: value} of each run, with the bounds that `with_bounds` names where they are known.
+        """
         found, bounds = cls.of([run[figure] for run in runs]), with_bounds(figure)[1:]
         if len(runs) > 1 or not all(bound in runs[0] for bound in bounds):
             return found
@@ -62,18 +73,22 @@ class Mean:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the line that shows how uncertain it is."""
+        """Return the ends of the line that shows the uncertainty: the interval, or the mean ± std."""
         return self.interval or (self.mean - (self.std or 0), self.mean + (self.std or 0))
 
     def text(self, form: str) -> str:
+        """Return "mean ± std", or the mean alone; form: a printf format such as "%.1f"."""
         return form % self.mean + (f" ± {form % self.std}" if self.std is not None else "")
 
 
 def words_of(figure: str) -> list[str]:
-    """Of its parts, for people."""
+    """Return the words for the parts of a figure's name."""
     return [_WORDS.get(part, part.replace("_", " ")) for part in figure.split(".")]
 
 
 def with_bounds(figure: str) -> tuple[str, str, str]:
-    """A figure, and where evaluate stores its 95 % interval, if it does."""
+    """Return the name of a figure and the names of the bounds of its 95 % interval.
+
+    evaluate stores the bounds only for some figures.
+    """
     return figure, f"{figure}_low", f"{figure}_high"

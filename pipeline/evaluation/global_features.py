@@ -1,4 +1,4 @@
-"""Features of whole images, for the tasks with a label for each: CLS and the mean patch of the last block."""
+"""Global features of images, for the tasks with one label an image: CLS and the mean patch of the last block."""
 
 import torch
 from PIL import Image
@@ -12,7 +12,7 @@ from pipeline.teachers.backbone import Backbone
 
 
 def pooled(context: EvaluationContext, images: Images) -> Features:
-    """Features of the images, computed by the first task that asks for them."""
+    """Return the global features of the images; the first task that needs them computes them."""
     key = images.paths, images.place_hash()
     if key not in context.computed:
         context.computed[key] = features(context.vit, images, context.settings, context.device)
@@ -20,7 +20,7 @@ def pooled(context: EvaluationContext, images: Images) -> Features:
 
 
 def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:
-    """Of every kind in evaluate.tokens, on one pass of the model over the images."""
+    """Compute the features of every kind in evaluate.tokens, in one pass of the model over the images."""
 
     def view(image: Image.Image) -> View:
         return crop_view(settings.crop, image.size)

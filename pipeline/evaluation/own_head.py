@@ -1,6 +1,6 @@
-"""The model's own classification head, such as a teacher's, as it is: nothing is learnt, and --train plays no part.
+"""The model's own classification head, such as a teacher's: the task learns nothing and does not read --train.
 
-Labels are numbers of the head's classes, or evaluate.class_map says which class a label is; then only the mapped
+Labels are numbers of the head's classes, or evaluate.class_map gives the class of each label; then only the mapped
 classes compete, as in domain_shift.py.
 """
 
@@ -32,7 +32,10 @@ class OwnHead(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> OwnHead:
-    """Raises UserError for a model without a head, and for labels that it has no class for."""
+    """Return the accuracy of the model's own head on --test.
+
+    Raises UserError if the model has no head, or if the head has no class for a label.
+    """
     check(context.learn_from, context.test, context.settings)
     rivals, right = compete(_class_of_label(context), context.test)
 
@@ -54,7 +57,7 @@ def probe(context: EvaluationContext) -> OwnHead:
 
 
 def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError for images without labels, and for a class map that cannot be used."""
+    """Raise UserError if images have no labels, or if the class map cannot be used."""
     require_labels(test, "--test")
     if settings.class_map is not None:
         read_class_map(settings.class_map, test)
@@ -81,12 +84,12 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
         return {label: label for label in range(count)}
     raise UserError(
         f"--task head: --test has {found}, but the head of {context.model} has {count} classes; if the images number "
-        "theirs differently, give evaluate.class_map"
+        "their classes differently, give evaluate.class_map"
     )
 
 
 def _named(images: Images) -> int | None:
-    """How many classes the classes.json beside the shards names, if there is one."""
+    """Return how many classes the classes.json beside the shards names, or None if there is no such file."""
     file = images.paths[0].with_name(CLASSES)
     try:
         return len(json.loads(file.read_text())) if file.is_file() else None

@@ -1,6 +1,6 @@
 """Retrieval without training: every test image looks for the others of its class, on CLS and on the mean patch.
 
-Shards with NAME.cls beside NAME.jpg; --train plays no part.
+The shards hold NAME.cls beside NAME.jpg. The task does not read --train.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from singer.metrics import retrieval_figures
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(EvaluateResult):
-    """queries: test images whose class has others. Figures of each feature in percent: map, recall1, recall5.
+    """Figures (%) of each feature: map, recall1 and recall5.
 
-    normed: the same of normed tokens.
+    queries: test images that share their class with another; normed: the same figures, measured on normed tokens.
     """
 
     queries: int
@@ -28,7 +28,10 @@ class Retrieval(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> Retrieval:
-    """Raises UserError as `check`."""
+    """Return how well each test image retrieves the others of its class.
+
+    Raises UserError as `check` does.
+    """
     check(None, context.test, context.settings)
     labels = torch.from_numpy(context.test.labels)
     counts = labels.unique(return_counts=True)[1]
@@ -49,7 +52,7 @@ def probe(context: EvaluationContext) -> Retrieval:
 
 
 def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError for images without labels, and if no class has two images."""
+    """Raise UserError if images have no labels, or if no class has two images."""
     require_labels(test, "--test")
     if int(torch.from_numpy(test.labels).unique(return_counts=True)[1].max()) < 2:
-        raise UserError("--test: no class has two images, so that there is nothing to retrieve; give more images")
+        raise UserError("--test: no class has two images, so there is nothing to retrieve; give more images")

@@ -1,6 +1,7 @@
-"""Linear segmentation on patch tokens: shards with NAME.seg.png, one class number a pixel, beside NAME.jpg.
+"""Linear segmentation on patch tokens.
 
-For training, logits are upsampled to a grid of labels read by nearest neighbour, for testing to the mask itself.
+The shards hold NAME.seg.png, with one class number a pixel, beside NAME.jpg. In training, logits are upsampled to a
+grid of labels that is read by nearest neighbour; in testing, they are upsampled to the size of the mask.
 """
 
 from collections.abc import Iterable, Iterator
@@ -30,18 +31,18 @@ from singer.errors import UserError
 from singer.metrics import class_iou, confusion
 
 MASK = "seg.png"
-# The label of pixels that do not count, whatever it is in the masks.
+# The label of pixels that do not count; evaluate.seg_ignore is their label in the masks.
 VOID = -1
-# Where a PNG has its bits a sample.
+# The offset of the byte that holds a PNG's bits per sample.
 _BIT_DEPTH_AT = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation(EvaluateResult):
-    """Figures (%) over all pixels of the test images that count. lr: the learning rate that was chosen.
+    """Figures (%) over all pixels of the test images that count.
 
-    miou: the mean of class_iou, which is None for classes that neither masks nor predictions have; normed: the same
-    figures of normed tokens.
+    miou: the mean of class_iou; class_iou: None for classes that neither masks nor predictions have; lr: the learning
+    rate that was chosen; normed: the same figures, measured on normed tokens.
     """
 
     classes: int
@@ -53,10 +54,13 @@ class Segmentation(EvaluateResult):
 
 
 def probe(context: EvaluationContext) -> Segmentation:
-    """Raises UserError for missing and unusable masks, labels out of range, and if seg_classes is not set."""
+    """Train a linear head on --train and return its figures on --test.
+
+    Raises UserError if a mask is missing or cannot be used, if a label is out of range, or if seg_classes is not set.
+    """
     settings = context.settings
     classes, train_masks, test_masks = find_masks(context.train, context.test, settings)
-    # All masks are read before the model runs, so that a bad one is known at once.
+    # All masks are read before the model runs, so that a bad mask stops the task at once.
     require_label("--test", context.test, test_masks, settings)
     side = label_side(context)
     labels = torch.from_numpy(
@@ -89,21 +93,24 @@ def probe(context: EvaluationContext) -> Segmentation:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError as `probe`, for which all masks are read."""
+    """Read all masks, and raise UserError as `probe` does."""
     _, train_masks, test_masks = find_masks(train, test, settings)
     require_label("--train", train, train_masks, settings)
     require_label("--test", test, test_masks, settings)
 
 
 def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[int, Images, Images]:
-    """(classes, masks of --train, those of --test). Raises UserError where a mask or seg_classes is missing."""
+    """Return (classes, masks of --train, masks of --test).
+
+    Raises UserError if a mask or evaluate.seg_classes is missing.
+    """
     if settings.seg_classes is None:
         raise UserError("--task segmentation needs evaluate.seg_classes, the number of classes in the masks")
     return settings.seg_classes, index_beside(train, MASK), index_beside(test, MASK)
 
 
 def require_label(what: str, images: Images, masks: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError for a mask that cannot be used, and if none has a label that counts."""
+    """Raise UserError if a mask cannot be used, or if no mask has a label that counts."""
     if not sum(np.any(mask != VOID) for mask in read_masks(images, masks, settings)):
         raise UserError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
@@ -119,10 +126,13 @@ def _figures(counts: Tensor, lr: float) -> dict[str, Any]:
 
 
 def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Iterator[np.ndarray]:
-    """The masks in full, (H, W) int16 with VOID for evaluate.seg_ignore. Raises UserError naming key and shard."""
+    """Yield the masks in full: (H, W) int16, with VOID for evaluate.seg_ignore.
+
+    Raises UserError, with key and shard, if a mask cannot be used.
+    """
 
     def classes_of(image: Image.Image, data: bytes, where: str) -> np.ndarray:
-        # PIL multiplies greys of fewer bits to fill the range to 255: other labels.
+        # PIL scales grey of fewer bits up to 255, which changes the labels.
         if image.mode not in ("L", "P") or (image.mode == "L" and data[_BIT_DEPTH_AT] != 8):
             raise UserError(f"{where} holds no class numbers; store it as a PNG of 8-bit grey or with a palette")
         mask = np.asarray(image).astype(np.int16)
@@ -142,9 +152,10 @@ def read_masks(images: Images, masks: Images, settings: EvaluateConfig) -> Itera
 def fit_head(
     x: Tensor, labels: Tensor, classes: int, settings: EvaluateConfig, device: torch.device
 ) -> tuple[LinearHead, float]:
-    """A head, and its learning rate: the one of seg_lrs with the best mIoU on a held-out fifth of the images.
+    """Return a trained head and its learning rate.
 
-    x: (n, patches, d); labels: (n, side, side), VOID where they do not count.
+    x: (n, patches, d); labels: (n, side, side), VOID where a pixel does not count. The learning rate is the one of
+    seg_lrs with the best mIoU on a held-out fifth of the images.
     """
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -160,7 +171,10 @@ def fit_head(
 
 
 def count_pixels(head: LinearHead, x: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The confusion matrix (classes, classes) of an image: tokens (patches, d), labels (H, W); on the CPU."""
+    """Return the confusion matrix (classes, classes) of one image, on the CPU.
+
+    x: tokens (patches, d); labels: (H, W).
+    """
     height, width = labels.shape
     predicted = head.maps(x[None], (height, width))[0].argmax(0).cpu()
     return confusion(predicted, labels, classes)

@@ -1,1 +1,1 @@
-"""What a cache would cost, before it is made."""
+"""The cost of a cache, measured before the cache is made."""

@@ -1,21 +1,25 @@
-"""The arithmetic of a plan: rates with their spread, hours, break-even, bottlenecks. A figure is measured or None."""
+"""The arithmetic of a plan: rates with their spread, hours, break-even, bottlenecks.
+
+A figure that was not measured is None.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STUDENTS = (1, 5, 20)
-# Of the mean: repeats that differ by more say nothing that money can be spent on.
+# As a share of the mean. If repeats differ by more, the rate is too uncertain to plan a purchase with.
 MOST_SPREAD = 0.25
-# A pipeline below this share of its slowest stage is held up by what the stages share: the cores.
+# If all stages together are below this share of the slowest one's rate, the cores that they share limit them.
 _SHARED = 0.75
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How many a second, over repeats. per_second: None if it was not measured, for the reason in `status`.
+    """A rate, measured in several repeats.
 
-    spread: half of the range of the repeats, as a share of their mean; None if there were none.
+    per_second: None if it was not measured; `status` then gives the reason. spread: half of the range of the repeats,
+    as a share of their mean; None if there were no repeats.
     """
 
     per_second: float | None
@@ -24,37 +28,41 @@ class Rate:
 
     @classmethod
     def of(cls, repeats: Sequence[tuple[float, float]], status: str = "measured") -> "Rate":
-        """Of (count, seconds) of each repeat. Too large a spread, or a single repeat, is no measurement."""
+        """Return the rate over repeats, each given as (count, seconds).
+
+        The rate is not measured if there are fewer than two repeats or if their spread is too large.
+        """
         if len(repeats) < 2:
             return not_measured("too few repeats")
         rates = [count / max(seconds, 1e-9) for count, seconds in repeats]
         mean = sum(count for count, _ in repeats) / max(sum(seconds for _, seconds in repeats), 1e-9)
         spread = (max(rates) - min(rates)) / 2 / mean
         if spread > MOST_SPREAD:
-            why = f"repeats differ by {spread:.0%} to both sides; use more --seconds, or an idle machine"
+            why = f"repeats differ by ±{spread:.0%}; use more --seconds, or an idle machine"
             return Rate(None, spread, f"not measured: {why}")
         return cls(mean, spread, status)
 
     def scaled(self, factor: float) -> "Rate":
-        """The rate of something of which there are `factor` to one of these."""
+        """Return the rate in another unit: `factor` of the new unit make one of this rate's unit."""
         return self if self.per_second is None else Rate(self.per_second * factor, self.spread, self.status)
 
 
 def not_measured(why: str) -> Rate:
+    """Return a rate that was not measured, for the reason `why`."""
     return Rate(None, None, f"not measured: {why}")
 
 
 def slowest(rates: Sequence[Rate]) -> Rate:
-    """What stages that overlap reach together; not measured if one of them was not."""
+    """Return the rate of stages that overlap: the slowest stage's, or not measured if one was not measured."""
     missing = next((rate for rate in rates if rate.per_second is None), None)
     return missing or min(rates, key=lambda rate: rate.per_second or 0)
 
 
 def bottleneck(stages: Mapping[str, Rate], together: Rate) -> str | None:
-    """The name of the slowest stage; None unless all were measured, and the whole of them, too.
+    """Return the name of the slowest stage, or None unless every stage and all of them together were measured.
 
-    Stages are measured one by one. If all of them together are far slower than the slowest, it is the cores that they
-    share.
+    Each stage is measured alone. If all of them together are far slower than the slowest one, the bottleneck is the
+    cores that they share.
     """
     rates = {name: rate.per_second for name, rate in stages.items() if rate.per_second is not None}
     if together.per_second is None or not rates or len(rates) < len(stages):
@@ -67,7 +75,7 @@ def bottleneck(stages: Mapping[str, Rate], together: Rate) -> str | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done. images, views: of the cache; epochs: passes of a student over all views of all images."""
+    """The amount of work: the cache's images, its views of each, and a student's epochs over all these views."""
 
     images: int
     views: int
@@ -75,18 +83,21 @@ class Work:
 
     @property
     def records(self) -> int:
-        """The teacher's work for the cache, once."""
+        """Return the number of views that the teacher computes once, for the cache."""
         return self.images * self.views
 
     @property
     def samples(self) -> int:
-        """What one student sees, and what its teacher would see online."""
+        """Return the number of views that one student sees, as its teacher would online."""
         return self.records * self.epochs
 
 
 @dataclass(frozen=True)
 class StudentCost:
-    """Hours until so many students are trained: with the teacher in every step, or from the cache, caching included."""
+    """Hours until so many students are trained.
+
+    online_hours: with the teacher in every step; cached_hours: from the cache, with the hours of caching.
+    """
 
     students: int
     online_hours: float | None
@@ -94,21 +105,22 @@ class StudentCost:
 
 
 def caching_hours(work: Work, caching: Rate, setup_seconds: float | None) -> float | None:
-    """Of the cache of all records; setup_seconds: of what comes before the first record."""
+    """Return the hours that caching all records takes; setup_seconds: the time before the first record."""
     if caching.per_second is None or setup_seconds is None:
         return None
     return (setup_seconds + work.records / caching.per_second) / 3600
 
 
 def online_hours(work: Work, online: Rate) -> float | None:
-    """Of one student with the teacher in every step."""
+    """Return the hours that one student takes with the teacher in every step."""
     return None if online.per_second is None else work.samples / online.per_second / 3600
 
 
 def cached_hours(work: Work, cached: Rate, reading: Rate, in_memory: bool) -> float | None:
-    """Of one student from the cache. cached: at features in memory; reading: of features from the disk.
+    """Return the hours that one student takes from the cache.
 
-    in_memory: all of the cache stays there after the first epoch.
+    cached: the rate of its steps with features in memory; reading: the rate at which features are read from the disk;
+    in_memory: whether the whole cache stays in memory after the first epoch.
     """
     cold = slowest([cached, reading])
     if cached.per_second is None or cold.per_second is None:
@@ -118,7 +130,7 @@ def cached_hours(work: Work, cached: Rate, reading: Rate, in_memory: bool) -> fl
 
 
 def student_costs(caching: float | None, cached: float | None, online: float | None) -> list[StudentCost]:
-    """Hours of 1, 5 and 20 students. caching: hours of the cache; cached, online: of one student."""
+    """Return the hours of 1, 5 and 20 students; caching: hours of the cache; cached, online: hours of one student."""
 
     def from_cache(students: int) -> float | None:
         return None if caching is None or cached is None else caching + students * cached
@@ -127,18 +139,19 @@ def student_costs(caching: float | None, cached: float | None, online: float | N
 
 
 def break_even(caching: float | None, cached: float | None, online: float | None) -> int | None:
-    """The fewest students that take no longer from the cache, caching included: caching + n cached <= n online.
+    """Return the smallest number n of students that take no longer from the cache: caching + n cached <= n online.
 
-    None if something was not measured, or if the cache never pays off.
+    caching: hours of the cache; cached, online: hours of one student. The result is None if one of them was not
+    measured, or if the cache never pays off.
     """
     if caching is None or cached is None or online is None or online <= cached:
         return None
-    # As divisions round, 2.0000000001 students are 2.
+    # The division rounds: 2.0000000001 students are 2.
     return max(1, math.ceil(caching / (online - cached) - 1e-9))
 
 
 def verdict(caching: float | None, cached: float | None, online: float | None) -> str:
-    """What the break-even says, in words."""
+    """Return the break-even in words."""
     if caching is None or cached is None or online is None:
         return "not measured"
     students = break_even(caching, cached, online)

@@ -1,4 +1,4 @@
-"""The speed of the disk: sustained synced writes, and reading what memory does not hold."""
+"""The speed of the disk: sustained synced writes, and reads of files that memory does not hold."""
 
 import os
 import time
@@ -14,23 +14,22 @@ from pipeline.planning.rates import REPEATS, rate_of
 from pipeline.storage import Store
 
 MB = 2**20
-# Of a disk that slows down in the second half of what is written, the rate is not known yet.
+# If the second half of the bytes has less than this share of the first half's rate, the disk is still slowing down.
 _SETTLED = 0.75
 _MOST_REMOTE_BYTES = 2 * 2**30
 _FILES_WRITTEN = 12
 
 
 def write_to_disk(store: Store, whole: int, room: int | None, seconds: float, file_bytes: int) -> tuple[Rate, int]:
-    """Bytes a second that a disk takes, sustained, and how many were written.
+    """Write synced files as cache-teacher does; return the sustained rate in bytes a second, and the bytes written.
 
-    Write synced files as cache-teacher does, up to the size of the whole cache, and leave them there.
-
-    A drive's own cache takes the first gigabytes faster, so the rate is that of the second half. room: free bytes, of
-    which a tenth is used; None: of an object store. file_bytes: of a file.
+    The files stay there. Their bytes are at most those of the whole cache, and at most a tenth of `room`, the free
+    bytes; room is None for an object store. file_bytes: the size of one file. A drive's own cache takes the first
+    gigabytes faster, so the rate is that of the second half.
     """
     most = min(whole, _MOST_REMOTE_BYTES if room is None else room // 10)
     size = max(1, min(file_bytes, most // _FILES_WRITTEN))
-    # Content that no disk compresses or finds again.
+    # Random content, which a disk can neither compress nor deduplicate.
     noise = memoryview(np.random.default_rng(0).bytes(size))
     repeats: list[tuple[float, float]] = []
     first = time.perf_counter()
@@ -45,9 +44,9 @@ def write_to_disk(store: Store, whole: int, room: int | None, seconds: float, fi
 
 
 def sustained(files: Sequence[tuple[float, float]], whole: int) -> Rate:
-    """The rate of the second half of (bytes, seconds) of files written one after the other.
+    """Return the rate of the second half of files, (bytes, seconds) each, that were written one after the other.
 
-    Not measured if it was still falling, unless all of the cache's bytes were written.
+    It is not measured if the rate was still falling, unless all of the cache's bytes (`whole`) were written.
     """
     half = len(files) // 2
 
@@ -59,12 +58,12 @@ def sustained(files: Sequence[tuple[float, float]], whole: int) -> Rate:
     if written < whole and late[0] / late[1] < _SETTLED * early[0] / early[1]:
         return not_measured(f"the disk was still slowing down after {written / 1e9:.3g} GB; use more --seconds")
     middle = half + (len(files) - half) // 2
-    of_all = "" if written >= whole else f" on the first {written / 1e9:.3g} of {whole / 1e9:.3g} GB"
-    return Rate.of([together(files[half:middle]), together(files[middle:])], f"measured{of_all}")
+    extent = "" if written >= whole else f" on the first {written / 1e9:.3g} of {whole / 1e9:.3g} GB"
+    return Rate.of([together(files[half:middle]), together(files[middle:])], f"measured{extent}")
 
 
 def read_shards(images: Images, seconds: float) -> Rate:
-    """Images a second that are read from the shards in their order, from the disk and not from memory."""
+    """Return the images a second that are read from the shards, in their order, from the disk and not from memory."""
 
     def bytes_read() -> Generator[int, None, None]:
         for path in cycle(images.paths):
@@ -77,7 +76,7 @@ def read_shards(images: Images, seconds: float) -> Rate:
 
 
 def forget_files(folder: Path) -> None:
-    """Have the system read the files below a folder from the disk again."""
+    """Drop the files below a folder from the system's memory, so that they are read from the disk again."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""A small cache that a plan makes by the real stage, and lets grow."""
+"""A small cache that a plan makes by the real stage, and to which it appends."""
 
 from pathlib import Path
 
@@ -14,24 +14,24 @@ _CALIBRATION_RECORDS = 256
 
 
 class Pilot:
-    """A small cache, made by the real stage. place: of the cache; work: a local folder for all else."""
+    """A small cache, made by the real stage; place: where it is; work: a local folder for everything else."""
 
     def __init__(self, config: Config, sample: Sample, place: Place, work: Path) -> None:
         self.config, self.place, self.work, self._sample = config, place, work, sample
-        # As many records as calibration takes.
+        # The number of records that calibration needs.
         count = min(len(sample.images), -(-_CALIBRATION_RECORDS // config.views.count))
         sample.write_tar(work / "0.tar", range(count))
         self.first = cache_teacher(config, str(work / "0.tar"), place)
 
     def sizes(self) -> dict[str, int]:
-        """{file: bytes} of the cache."""
+        """Return {file: bytes} of the cache."""
         return open_store(self.place).sizes()
 
     def grow(self, expected: float, seconds: float, most: int) -> Rate:
-        """Records a second that cache-teacher adds, in runs of a third of the seconds. Three runs are three repeats.
+        """Append to the cache in three runs, each for a third of the seconds; return the records a second.
 
-        Calibration is not repeated, so that this is the rate of a long run. expected: records a second, for a guess of
-        how many to take; most: images a run.
+        The runs do not repeat the calibration, so this is the rate of a long run. expected: records a second, from
+        which the number of records is estimated; most: the limit of images in a run.
         """
         config, images = self.config, len(self._sample.images)
         batch = config.cache.batch_size

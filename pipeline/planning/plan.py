@@ -1,7 +1,7 @@
-"""What a cache would cost, before it is made: `singer cache plan --teacher ... --shards ... --out CACHE`.
+"""The cost of a cache before it is made: `singer cache plan --teacher ... --shards ... --out CACHE`.
 
-The real stages run for some seconds on images from all over the shards, in a temporary folder on the disk of the cache
-that is to be; every codec is tried. What was not measured is None, and nothing is promised of it.
+The real stages run for some seconds on images from all over the shards, in a temporary folder on the disk where the
+cache would be. Every codec is tried. A figure that was not measured is None, and no figure is estimated from it.
 """
 
 import shutil
@@ -50,15 +50,15 @@ from singer.backbones import depth, resolve_blocks
 from singer.errors import UserError
 from singer.matching import take_patches
 
-# Images that are drawn; records of which features are kept, at most so many bytes of them.
+# At most so many images are drawn. Features are kept of at most so many records and bytes.
 _IMAGES = 1024
 _RECORDS = 32
 _FEATURE_BYTES = 2**30
 _SHARES = (1.0, 0.5)
-# Of the free disk; the rest is for what else grows there.
+# The share of the free disk that a cache may fill; the rest is for other files.
 _USABLE = 0.95
 _END_OF_SHARD = 4
-# Of a cache, what does not grow with its records; the rest that is no feature does.
+# The files of a cache that do not grow with its records; all others do.
 _FIXED = (
     "tail.safetensors",
     "calibration.safetensors",
@@ -74,10 +74,12 @@ _INDEX_ENTRY = 16
 
 @dataclass(frozen=True)
 class PlanOption:
-    """A way to store the features. bytes: of the whole cache; bytes_per_image: of features, all blocks and views.
+    """A way to store the features.
 
-    error: relative error of clean patch tokens, at the worst block; fits: on the free disk; max_views, max_blocks: how
-    many views of these blocks, and how many blocks of these views, would fit at most. None where the disk is not known.
+    error: the relative quantization error of clean patch tokens, at the worst block; bytes_per_image: of the features
+    of all blocks and views; bytes: of the whole cache; fits: whether it fits on the free disk; max_views, max_blocks:
+    how many views of these blocks, and how many blocks of these views, would fit. The last three are None if the disk
+    is not known.
     """
 
     codec: str
@@ -92,9 +94,10 @@ class PlanOption:
 
 @dataclass(frozen=True)
 class Stage:
-    """A measured speed. per_second: views; spread_percent: half of the range of the repeats; status: "measured ...", or
+    """The measured speed of a stage.
 
-    "not measured: " and why, and then per_second is None.
+    per_second: views; spread_percent: half of the range of the repeats, in percent of their mean; status: "measured",
+    perhaps with an extent, or "not measured: " and the reason. In the second case per_second is None.
     """
 
     stage: str
@@ -104,21 +107,23 @@ class Stage:
 
     @classmethod
     def of(cls, name: str, rate: Rate) -> "Stage":
+        """Return the stage of this name with its rate."""
         spread = None if rate.spread is None else 100 * rate.spread
         return cls(name, rate.per_second, spread, rate.status)
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What is None was not measured; `stages` says why.
+    """The result of a plan. A figure that was not measured is None; `stages` gives the reason.
 
-    images_per_second, hours: views that cache-teacher stores, and how long it takes for all. students: hours until 1, 5
-    and 20 students are trained for `epochs` passes over all views, with the teacher in every step, or from the cache
-    with caching included. break_even_students: from how many on the cache takes no longer; verdict says it in words.
-    caching_bottleneck, training_bottleneck: the slowest stage. written_bytes: written to the disk to measure it.
-    targets: of the student whose steps were measured. chosen: as configured; best_fit: of the options that fit, the
-    one with the smallest error, all tokens before fewer; tail_bytes: of the teacher's frozen end, which every option
-    has once; free_bytes: where the cache would be.
+    images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
+    caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
+    for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
+    break_even_students: the smallest number of students for which the cache takes no longer, which `verdict` gives in
+    words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to measure
+    the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free space
+    where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the most
+    tokens, then with the smallest error.
     """
 
     images: int
@@ -144,11 +149,11 @@ class PlanResult:
 
 
 def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
-    """Run the real stages for some seconds in a temporary place beside `out`. out: where the cache would be.
+    """Run the real stages for some seconds in a temporary place beside `out`, and return what a cache would cost.
 
-    seconds: how long caching runs, and how long the disk is written to at most; each other stage has a quarter of it.
-    0: only bytes are measured. Without `out` nothing is known of a disk, and so of no hours with a cache. Raises
-    UserError for whatever the user can fix.
+    out: where the cache would be; without it, neither the disk nor the hours with a cache are measured. seconds: how
+    long caching runs, and how long the disk is written to at most; each other stage runs for a quarter of it. With 0,
+    only bytes are measured. Raises UserError for mistakes that the user can fix.
     """
     check_codec(config.cache.codec)
     listed = index_shards(shards, config.cache.on_error)
@@ -194,21 +199,21 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
 
 
 def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
-    """The fields of a PlanResult that follow from speeds. cache_bytes: of the whole cache."""
+    """Return the fields of a PlanResult that follow from speeds; cache_bytes: the size of the whole cache."""
     caching, training = speeds.caching, speeds.training
-    # Features that are written overlap with those that are computed, but the disk tires only after gigabytes.
+    # "caching" overlaps reading and writing, but its bytes are too few to slow a disk down; so both count alone, too.
     together = slowest([caching["caching"], caching["images"], caching["writing"]])
     parts = {name: rate for name, rate in caching.items() if name != "caching"}
     in_memory = cache_bytes <= memory_bytes()
     hours = caching_hours(work, together, speeds.setup_seconds)
     cached = cached_hours(work, training["cached"], training["reading"], in_memory)
     online = online_hours(work, training["online"])
-    of_student = {name: training[name] for name in ("reading", "student images", "student")}
+    student_stages = {name: training[name] for name in ("reading", "student images", "student")}
     return {
         "images_per_second": together.per_second,
         "hours": hours,
         "caching_bottleneck": bottleneck(parts, together),
-        "training_bottleneck": bottleneck(of_student, training["cached"]),
+        "training_bottleneck": bottleneck(student_stages, training["cached"]),
         "students": student_costs(hours, cached, online),
         "break_even_students": break_even(hours, cached, online),
         "verdict": verdict(hours, cached, online),
@@ -219,7 +224,10 @@ def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
 
 
 def draw_images(config: Config, listed: Images) -> Images:
-    """Some of the images, from all over the shards; broken ones are left out if they are to be skipped."""
+    """Return some of the images, from all over the shards.
+
+    Broken images are left out if cache.on_error is skip. Raises UserError if none can be decoded.
+    """
     chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
     images = listed.select(chosen)
     if config.cache.on_error == "fail":
@@ -227,11 +235,12 @@ def draw_images(config: Config, listed: Images) -> Images:
     with ImageFile(images) as files:
         whole = [n for n in range(len(images)) if readable(files, n)]
     if not whole:
-        raise UserError(f"none of {len(images)} images can be decoded, the first of them {images.keys[0]!r}")
+        raise UserError(f"none of {len(images)} images can be decoded; the first is {images.keys[0]!r}")
     return images.select(np.array(whole))
 
 
 def readable(files: ImageFile, number: int) -> bool:
+    """Return whether an image can be decoded."""
     try:
         files.read(number)
     except UserError:
@@ -240,7 +249,10 @@ def readable(files: ImageFile, number: int) -> bool:
 
 
 def sample_features(config: Config, sample: Sample, teacher: Teacher) -> dict[int, Tensor]:
-    """{block: features (n, N, d)} of some records, on the teacher's device. Raises UserError if they are not finite."""
+    """Return {block: features (n, N, d)} of some records, on the teacher's device.
+
+    Raises UserError if they are not finite.
+    """
     vit, size = teacher.vit, config.cache.batch_size
     tokens = vit.prefix + vit.grid[0] * vit.grid[1]
     record_bytes = 4 * len(teacher.blocks) * tokens * vit.width
@@ -262,10 +274,10 @@ def sample_features(config: Config, sample: Sample, teacher: Teacher) -> dict[in
 
 
 class Scale:
-    """Weighs a cache for each way to store the features.
+    """The size of the cache for each way to store the features.
 
-    images: of the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a small cache
-    with so many records, for all that is no feature; free: bytes of the disk, None if not known.
+    images: the number in the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a
+    small cache with `records` records, for everything but features; free: bytes of the disk, or None if not known.
     """
 
     def __init__(
@@ -288,17 +300,21 @@ class Scale:
         self._fixed, self._other = sum(fixed.values()), other / records
 
     def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
-        """One for every share of tokens; none if a codec that is not the chosen one cannot hold these features."""
+        """Return one option for every share of tokens.
+
+        The result is empty if the features exceed the codec's range; for the configured codec, UserError is raised.
+        """
         try:
             measured = [fidelity(CODECS[codec], x, self._calibration[b]) for b, x in self._features.items()]
             error = max(m["clean"]["relative_error"] for m in measured)
             return [self.option(codec, share, error) for share in shares]
-        except UserError:  # beyond its range
+        except UserError:
             if codec == self.config.cache.codec:
                 raise
             return []
 
     def option(self, codec: str, share: float, error: float) -> PlanOption:
+        """Return the option of a codec that stores this share of the patch tokens; error: see PlanOption."""
         views, blocks = self.config.views.count, len(self._features)
         patches = self.vit.grid[0] * self.vit.grid[1]
         stored = max(1, round(share * patches))
@@ -326,7 +342,7 @@ class Scale:
         )
 
     def block_bytes(self, codec: str, block: int, stored: int) -> float:
-        """Stored bytes of a record's features of a block, of so many patches."""
+        """Return the stored bytes of one record's features at a block, if `stored` of its patches are kept."""
         x, prefix = self._features[block], self.vit.prefix
         patches = x.shape[1] - prefix
         if stored < patches:
@@ -344,5 +360,5 @@ class Scale:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder is or will be."""
+    """Return the free bytes of the disk on which a folder is or will be."""
     return shutil.disk_usage(existing(folder)).free

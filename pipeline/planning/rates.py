@@ -1,4 +1,4 @@
-"""Measured rates: work a second, in three repeats, alone and beside other work."""
+"""Measured rates: work a second, in three repeats, alone or beside other work."""
 
 import threading
 import time
@@ -14,9 +14,10 @@ REPEATS = 3
 
 
 def rate_of(steps: Generator[int, None, None], seconds: float, device: torch.device | None = None) -> Rate:
-    """How fast an endless generator goes whose every step tells how many records it has done; the first warms up.
+    """Measure the records a second of an endless generator, which yields after each step how many records it did.
 
-    seconds: in all, as three repeats. device: which is waited for after each repeat. The generator is closed.
+    The first step warms up and does not count. seconds: the time of all three repeats; device: the device to wait for
+    after each repeat. The generator is closed in the end.
     """
 
     def wait() -> None:
@@ -37,18 +38,18 @@ def rate_of(steps: Generator[int, None, None], seconds: float, device: torch.dev
 
 
 def rate_beside(steps: Generator[int, None, None], busy: Callable[[], object], seconds: float) -> Rate:
-    """As rate_of, in a thread of its own while this one is busy."""
+    """Measure as rate_of does, in a second thread, while this thread calls `busy`."""
     found: list[Rate] = []
-    over = threading.Event()
+    finished = threading.Event()
 
     def run() -> None:
         try:
             found.append(rate_of(steps, seconds))
         finally:
-            over.set()
+            finished.set()
 
-    with BackgroundWorker(run, "measure") as behind:
-        behind()
-        while not over.is_set():
+    with BackgroundWorker(run, "measure") as start:
+        start()
+        while not finished.is_set():
             busy()
     return found[0]

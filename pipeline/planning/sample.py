@@ -23,7 +23,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
-    """The teacher at work: views (n, side, side, 3) uint8 -> {block: features (n, N, d) float32} on its device."""
+    """The teacher as a function from views to features.
+
+    It takes views (n, side, side, 3) uint8 and returns {block: features (n, N, d) float32} on its device.
+    """
 
     def __init__(self, config: Config, vit: Backbone, blocks: Sequence[int], device: torch.device) -> None:
         self.vit, self.blocks, self.device = vit, blocks, device
@@ -32,6 +35,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
+        """Return the features of the views, as described at the class."""
         images = normalise(pixels, self.vit.mean, self.vit.std, self.device)
         with torch.autocast(self.device.type, self._half, self._half is not None):
             outputs = block_outputs(self.vit.model, images, self.blocks)
@@ -39,7 +43,7 @@ class Teacher:
 
 
 Record = tuple[int, int]
-"""Number of an image, and of its view."""
+"""The number of an image, and the number of its view."""
 
 
 class Sample:
@@ -51,7 +55,7 @@ class Sample:
         self._records = [divmod(int(r), config.views.count) for r in rng.permutation(len(images) * config.views.count)]
 
     def views(self, records: Sequence[Record], sides: Iterable[int]) -> dict[int, Tensor]:
-        """{side: (n, side, side, 3) uint8}. Each image is decoded once."""
+        """Return {side: views (n, side, side, 3) uint8} of the records, with each image decoded once."""
         found: dict[int, list[np.ndarray]] = {side: [] for side in sides}
         for number, view in records:
             image = self.files.read(number)
@@ -61,17 +65,18 @@ class Sample:
         return {side: torch.from_numpy(np.stack(pictures)) for side, pictures in found.items()}
 
     def __len__(self) -> int:
-        """Records."""
+        """Return the number of records."""
         return len(self._records)
 
     def batches(self, size: int) -> list[list[Record]]:
-        """All records in a random order, a batch at a time; of few, some more than once."""
+        """Return all records in a random order, in batches of `size`; the last batch repeats the first records."""
         endless = cycle(self._records)
         return [[next(endless) for _ in range(size)] for _ in range(-(-len(self._records) // size))]
 
     def load(self, records: Sequence[Record], side: int) -> Tensor:
-        """The views for the teacher, (n, side, side, 3) uint8, as a thread of cache-teacher makes them: if views are
-        stored, these are encoded, too.
+        """Return the views for the teacher, (n, side, side, 3) uint8.
+
+        It does the work of one thread of cache-teacher: if views are stored, it encodes them, too.
         """
         settings = self.config.views
         small = (settings.pixel_size or side) if settings.pixels != "none" else side
@@ -81,13 +86,13 @@ class Sample:
         return views[side]
 
     def decoding(self, size: int, side: int) -> Generator[int, None, None]:
-        """Decode batches of so many views in as many threads as cache-teacher does."""
+        """Decode batches of `size` views in as many threads as cache-teacher does; yield the number of views."""
         batches = cycle(self.batches(size))
         for views in prefetch(lambda records: self.load(records, side), batches, self.config.cache.workers):
             yield len(views)
 
     def write_tar(self, path: Path, numbers: Sequence[int], prefix: str = "") -> None:
-        """A shard of these images, under their keys after a prefix and, where one occurs again, its place."""
+        """Write a shard of these images; a key has the prefix and, where an image is repeated, its position."""
         seen: set[int] = set()
         with tarfile.open(path, "w") as tar:
             for place, number in enumerate(numbers):

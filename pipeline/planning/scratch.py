@@ -1,4 +1,4 @@
-"""A folder for measurements beside the cache to be, which is removed at the end, whatever ends it."""
+"""A folder for measurements beside the future cache; it is removed at the end, even after an error or SIGTERM."""
 
 import signal
 import threading
@@ -14,10 +14,10 @@ SCRATCH = ".singer-plan"
 
 @contextmanager
 def scratch(out: Place) -> Iterator[Place]:
-    """A place on the disk, or in the bucket, of `out`; it is emptied before and removed afterwards.
+    """Provide a place on the disk, or in the bucket, of `out`; it is emptied before and removed afterwards.
 
-    SIGTERM removes it, too. What a killed plan has left is removed by the next one at the same place. Raises UserError
-    if another plan is at work there.
+    SIGTERM removes it, too. If a plan is killed, the next plan at the same place removes the leftovers. Raises
+    UserError if another plan is running there.
     """
     place: Place = f"{str(out).rstrip('/')}/{SCRATCH}" if is_remote(out) else existing(Path(out)) / SCRATCH
     store = open_store(place)
@@ -30,7 +30,7 @@ def scratch(out: Place) -> Iterator[Place]:
 
 
 def existing(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """Return the folder itself, or the nearest folder above it that exists."""
     place = folder.absolute()
     while not place.is_dir():
         place = place.parent
@@ -39,7 +39,7 @@ def existing(folder: Path) -> Path:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends this as Ctrl-C does, instead of at once."""
+    """Let SIGTERM raise an exception, as Ctrl-C does, so that the scratch folder is removed."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""What a plan measures: the real stages at work on a few images, in a folder that is removed afterwards."""
+"""What a plan measures: the real stages, on a few images, in a folder that is removed afterwards."""
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from pipeline.planning.training_speed import TRAINING, train_on
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
 
-# Of the seconds of a plan: those of each stage by itself.
+# The share of a plan's seconds for which each stage is measured alone.
 _PART = 0.25
 
 
 def encoding(
     codec: Codec, features: Mapping[int, Tensor], calibration: Mapping[int, Calibration]
 ) -> Generator[int, None, None]:
-    """Encode a batch's features again and again."""
+    """Encode a batch's features again and again; yield its number of records each time."""
     while True:
         for block, x in features.items():
             for few in few_records(x):
@@ -34,11 +34,12 @@ def encoding(
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured, views a second.
+    """The measured speeds, in views a second.
 
-    caching: "images" (read from the shards), "decoding", "teacher", "encoding", "writing", and "caching": all of them
-    together. training: "reading" (of features), "student images" (decoded), "student" (its steps alone), and whole
-    steps: "cached" and "online". targets: of these steps. setup_seconds: of caching, before the first record.
+    caching: "images" (reading shards), "decoding", "teacher", "encoding", "writing", and "caching" (all of them
+    together); training: "reading" (features), "student images" (decoding them), "student" (its steps alone), and the
+    whole steps "cached" and "online"; targets: the targets of these steps; setup_seconds: the time of caching before
+    its first record; written_bytes: bytes that were written to measure the disk.
     """
 
     caching: dict[str, Rate]
@@ -52,6 +53,7 @@ _CACHING = ("images", "decoding", "teacher", "encoding", "writing", "caching")
 
 
 def no_speeds(why: str) -> Speeds:
+    """Return speeds that were not measured, for the reason `why`."""
     nothing = not_measured(why)
     return Speeds(dict.fromkeys(_CACHING, nothing), dict.fromkeys(TRAINING, nothing), "none", None, 0)
 
@@ -67,11 +69,11 @@ def measure_speeds(
     cache_bytes: int,
     seconds: float,
 ) -> Speeds:
-    """Measure every stage by itself, and then all at work.
+    """Measure every stage alone, and then all stages together.
 
-    listed: all images; store: a temporary place where the cache will be, if that is known; free: bytes there;
-    cache_bytes: of the whole cache. seconds: how long caching runs, and the disk is written to at most; others have a
-    quarter.
+    listed: all images; store: a temporary place on the future cache's disk, or None if there is none; free: the free
+    bytes there; cache_bytes: the size of the whole cache; seconds: how long caching runs, and how long the disk is
+    written to at most. Each other stage runs for a quarter of it.
     """
     config, device, part = pilot.config, teacher.device, _PART * seconds
     batch = sample.batches(config.cache.batch_size)[0]
@@ -99,7 +101,7 @@ def measure_speeds(
         disk, written = write_to_disk(store, cache_bytes, free, seconds, config.cache.shard_mb * MB)
         caching["writing"] = disk.scaled(records / cache_bytes)
         say(f"caching for {seconds:g} s")
-        # After the disk, whose own cache is full by now.
+        # This follows the measurement of the disk, which has filled the drive's own cache.
         image_bytes = max(1.0, float(sample.images.size.mean())) + config.views.count * cache_bytes / records
         room = MOST_IMAGES if free is None else int(free / 10 / REPEATS / image_bytes)
         caching["caching"] = pilot.grow(pilot.first.images_per_second, seconds, room)

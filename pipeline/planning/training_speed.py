@@ -1,4 +1,4 @@
-"""The speed of a student's steps, from the cache and with the teacher in every step."""
+"""The speed of a student's steps, from the cache or with the teacher in every step."""
 
 from collections.abc import Generator, Iterator, Sequence
 from itertools import cycle
@@ -32,8 +32,8 @@ def train_on(
 ) -> tuple[dict[str, Rate], str]:
     """Train the configured student on the pilot's cache and, with the teacher in every step, on its images.
 
-    Rates as in Speeds, and the targets. on_disk: whether the pilot is where the cache will be, so that reading says
-    something. seconds: of each measurement.
+    Return the rates, as in Speeds, and the targets. on_disk: whether the pilot is on the future cache's disk, so that
+    its reading can be measured; seconds: the time of each measurement.
     """
     own = {"trackers": (), "local_copy": None, "teacher": None}
     config = pilot.config
@@ -41,7 +41,7 @@ def train_on(
         update={
             "distill": config.distill.model_copy(update=own),
             "student": config.student.model_copy(update={"pretrained": False}),
-            # As many steps as it takes to have adapters: their speed is that of trained ones.
+            # One step is enough, because adapters are as fast before training as after it.
             "refine": config.refine.model_copy(update={"steps": 1, "local_copy": None, "teacher": None}),
         }
     )
@@ -83,7 +83,7 @@ def train_on(
             done = len(cache)
             for count in prefetch(read_group, lists(), settings.workers, None, ahead):
                 if done >= len(cache) and not is_remote(pilot.place):
-                    # Once a pass: what was read lately would come from memory.
+                    # Once a pass, because records that were read in the last pass would come from memory.
                     forget_files(Path(pilot.place))
                     done = 0
                 yield count
@@ -130,4 +130,4 @@ def train_on(
         if on_disk:
             reading = rate_of(read(), seconds)
         steps = {"student images": decode, "student": student, "cached": cached, "online": online}
-        return {"reading": reading, **{n: rate_of(of(), seconds, device) for n, of in steps.items()}}, targets
+        return {"reading": reading, **{n: rate_of(make(), seconds, device) for n, make in steps.items()}}, targets

@@ -1,1 +1,1 @@
-"""One HTML page about some runs: what was trained on what, what came of it and what it looks like."""
+"""One HTML page about some runs: students, their teachers, their figures and their features."""

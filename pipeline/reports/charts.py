@@ -1,4 +1,4 @@
-"""Charts as SVG within the page, in the colours of its text, so that they are legible in light and in dark."""
+"""Charts as SVG within the page, in the colours of its text, so that they are legible in light and in dark mode."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
 from pipeline.training.checkpoint import read_log
 
-# Of middle lightness: these can be told apart on white and on black.
+# These colours have a middle lightness, so that they are legible on white and on black.
 COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a08300", "#e5484d")
 _GREY = "#8a8a8a"
-# Inches.
+# In inches.
 _WIDTH, _NARROW = 4.6, 2.3
-# Epochs from which on a training curve shows their means.
+# From so many epochs on, a training curve shows the mean of each epoch.
 _SMOOTH = 4
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def colour(number: int) -> str:
-    """Of the number-th student; from the ninth on they are grey."""
+    """Return the colour of the student with this number, counted from 0; from the ninth student on, it is grey."""
     return COLOURS[number] if number < len(COLOURS) else _GREY
 
 
@@ -38,7 +38,10 @@ def tasks(
     columns: Sequence[Column],
     teacher: Mapping[Column, float],
 ) -> list[tuple[Column, str]]:
-    """A bar chart of every figure, a bar for each student (the paper's Figure 1b); a dotted line: the teacher."""
+    """Draw a bar chart of every figure, with a bar for each student (the paper's Figure 1b).
+
+    A dotted line shows the teacher. Figures that are errors have no chart.
+    """
     charts = []
     for column in (c for c in columns if not c.error):
         held = [(n, table[group][column].mean) for n, group in enumerate(groups) if column in table[group]]
@@ -59,12 +62,15 @@ def tasks(
 
 
 def _around(mean: Mean) -> np.ndarray:
-    """(2, 1): how far its line goes down and up."""
+    """Return how far the line of uncertainty extends down and up, (2, 1)."""
     return np.abs(np.array(mean.ends) - mean.mean)[:, None]
 
 
 def losses(groups: Sequence[SeedGroup], file: str) -> str:
-    """Training loss of every run over its epochs, relative to its first value: targets have different units."""
+    """Draw the training loss of every run over its epochs, relative to its first value.
+
+    It is relative, because targets have different units.
+    """
     figure, axes = _figure(2.9)
     axis = axes[0, 0]
     for number, group in reversed([*enumerate(groups)]):
@@ -74,10 +80,10 @@ def losses(groups: Sequence[SeedGroup], file: str) -> str:
                 loss = np.array([line["loss"] for line in lines]) / lines[0]["loss"]
                 epochs = np.array([line["epoch"] for line in lines])
                 whole = np.ceil(epochs)
-                # Short runs as they are; of others, what zigzags would hide the rest.
+                # The noisy curve of a long run would hide the others, so it is pale and its means are drawn over it.
                 pale = epochs[-1] >= _SMOOTH
-                look = {"linewidth": 0.7, "alpha": 0.25} if pale else {"linewidth": 1.4, "alpha": 0.9}
-                axis.plot(epochs, loss, color=colour(number), **look)
+                style = {"linewidth": 0.7, "alpha": 0.25} if pale else {"linewidth": 1.4, "alpha": 0.9}
+                axis.plot(epochs, loss, color=colour(number), **style)
                 if pale:
                     means = [loss[whole == epoch].mean() for epoch in np.unique(whole)]
                     axis.plot(np.unique(whole) - 0.5, means, color=colour(number), linewidth=1.6)
@@ -89,7 +95,10 @@ def losses(groups: Sequence[SeedGroup], file: str) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of a refiner's adapters. style: of the line, as CSS names it; lines: [{"step", "outlier", "info"}]."""
+    """The losses of a refiner's adapters.
+
+    style: the style of the line, as CSS names it; lines: [{"step", "outlier", "info"}].
+    """
 
     title: str
     colour: str
@@ -98,7 +107,7 @@ class Curve:
 
 
 def fits(curves: Sequence[Curve]) -> str:
-    """How the adapters' two losses went: of artifacts, and of drift."""
+    """Draw the adapters' two losses over steps: that of artifacts, and that of drift."""
     figure, axes = _figure(3.6, rows=2)
     above, below = axes[:, 0]
     for curve in curves:
@@ -113,9 +122,9 @@ def fits(curves: Sequence[Curve]) -> str:
 
 
 def norms(looks: Sequence[Measurement], colours: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Box plots of patch norms by block, in units of the block's median (the paper's Figure 5), for every model.
+    """Draw box plots of patch norms by block for every model (the paper's Figure 5); return (title, chart) of each.
 
-    All have the same axis.
+    Norms are in units of the block's median. All charts have the same axis.
     """
     boxes = {
         look.title: [box_of((look.norms[b] / look.norms[b].median()).numpy(), str(b)) for b in sorted(look.norms)]
@@ -137,7 +146,7 @@ def norms(looks: Sequence[Measurement], colours: Mapping[str, str]) -> list[tupl
         axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(axis="y", color=_GREY, alpha=0.25)
-        # Of many blocks, not every number.
+        # If there are many blocks, only some have a number.
         for number, label in enumerate(axis.get_xticklabels()):
             label.set_visible(number % -(-len(found) // 8) == 0)
         charts.append((title, as_svg(figure, f"Box plots of the patch norms of {title} by block")))
@@ -145,13 +154,13 @@ def norms(looks: Sequence[Measurement], colours: Mapping[str, str]) -> list[tupl
 
 
 def box_of(values: np.ndarray, label: str) -> dict[str, Any]:
-    """The box of some values: quartiles, whiskers at 1 and 99 %, and the largest as a point."""
+    """Return the box of some values: quartiles, whiskers at 1 and 99 %, and the largest as a point."""
     low, first, median, third, high, most = np.quantile(values, [0.01, 0.25, 0.5, 0.75, 0.99, 1.0])
     return {"label": label, "whislo": low, "q1": first, "med": median, "q3": third, "whishi": high, "fliers": [most]}
 
 
 def read_fit(folder: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
-    """{file's stem: its lines, each with step and the losses summed over blocks} of the logs of adapters."""
+    """Read the logs of adapters: {file's stem: its lines, each with step and the losses summed over blocks}."""
     curves = {}
     for file in sorted(folder.glob(pattern)):
         lines = []
@@ -168,7 +177,7 @@ def read_fit(folder: Path, pattern: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _figure(height: float, width: float = _WIDTH, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure that fits a phone, and its axes (rows, 1). height, width: inches."""
+    """Return a figure that fits a phone, and its axes (rows, 1); height and width are in inches."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes: np.ndarray = figure.subplots(rows, 1, squeeze=False)

@@ -1,4 +1,4 @@
-"""What is measured for a page: norms of all models on one sample of records, and pictures of a few images of it."""
+"""What is measured for a page: norms of all models on one sample of records, and pictures of some of its images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,16 +26,18 @@ from pipeline.training.refiners import read_refiner
 from singer.artifacts import robust_threshold
 
 _IMAGES = 6
-# Students of which there are pictures.
+# At most so many students have pictures.
 _PICTURED = 6
 _PHOTO = 224
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student.
+    """The measurements of a page.
 
-    threshold: of artifacts in the teacher's units; strips: {kind: rows of pictures}; more: students without pictures.
+    looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student;
+    threshold: the norm above which a token is an artifact, in the teacher's units; strips: {kind: rows of pictures};
+    more: the number of students without pictures.
     """
 
     looks: list[Measurement]
@@ -47,7 +49,10 @@ class Measurements:
 
 
 def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, count: int) -> Measurements:
-    """Look at `count` records. groups: best first; files: where the images lie, if the cache does not hold them."""
+    """Measure all models on `count` records.
+
+    groups: best first; files: the images, if the cache does not hold them.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = spread(np.arange(len(cache)), count)
     firsts = [group.runs[0] for group in groups]
@@ -78,14 +83,14 @@ def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, 
 
 
 def choose_pictured(runs: Sequence[Trained], ratios: Mapping[Trained, float]) -> list[Trained]:
-    """The first runs, best first, and in the last place, if there are more, the one with the largest outliers."""
+    """Return the runs to draw, best first; if some are left out, the last one is the run with the largest outliers."""
     best, rest = list(runs[:_PICTURED]), runs[_PICTURED:]
     worst = max(runs, key=lambda run: ratios[run])
     return [*best[:-1], worst] if worst in rest else best
 
 
 def _threshold(runs: Sequence[Trained], norms: Tensor, block: int) -> float:
-    """Of artifacts at a block: the refiner's, or, without one, that of the measured records."""
+    """Return the threshold of artifacts at a block: the refiner's, or else that of the measured records."""
     for run in runs:
         if run.source is not None and not run.source.joint:
             scale = read_refiner(run.source.folder).scales.get(block)

@@ -1,4 +1,4 @@
-"""What teacher, refined teacher and students make of the same images: patch norms, and patches for pictures."""
+"""Patch norms, and patches for pictures, of teacher, refined teacher and students on the same images."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model on the measured images, and closer on the shown ones.
+    """The norms of a model on the measured images, and its patches on the shown ones.
 
-    block: whose maps are shown; grid: (rows, columns) of its patches, None where only some are stored; norms: {block:
-    patch norms (n, P)}; patches: (shown, P, d) of `block`, None where there is no grid. All on the CPU.
+    block: the block that is shown; grid: (rows, columns) of its patches, or None if the cache stores only some; norms:
+    {block: patch norms (n, P)}; patches: (shown, P, d) of `block`, or None without a grid. All are on the CPU.
     """
 
     title: str
@@ -44,36 +44,39 @@ class Measurement:
 
     @property
     def mean_max_over_median(self) -> float:
-        """Mean over the images of the largest patch norm over the median of all, at `block`."""
+        """Return the mean over the images of (largest patch norm / median of all norms), at `block`."""
         norms = self.norms[self.block]
         return float((norms.amax(1) / norms.median()).mean())
 
     def above(self, threshold: float) -> float:
-        """Share (%) of the patches at `block` with a norm above the threshold."""
-        # A token clipped to the threshold is none, whatever its last bit.
+        """Return the share (%) of the patches at `block` with a norm above the threshold."""
+        # A token that was clipped to the threshold may exceed it by rounding, and does not count.
         return 100 * float((self.norms[self.block] > threshold * (1 + 1e-5)).float().mean())
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Records of a cache that are measured, and those among them that are shown (rows of `records`)."""
+    """The records of a cache that are measured, and the rows of `records` that are shown."""
 
     records: np.ndarray
     shown: np.ndarray
 
 
 def choose_shown(norms: Tensor, threshold: float, count: int) -> np.ndarray:
-    """Rows of patch norms (n, P), spread evenly over those that have an artifact; over all, if too few have one."""
+    """Return `count` rows of patch norms (n, P), spread evenly over the rows with an artifact.
+
+    If fewer than `count` rows have one, they are spread over all rows.
+    """
     rows = np.arange(len(norms))
-    striking = rows[(norms > threshold).any(1).numpy()]
-    return spread(striking if len(striking) >= count else rows, count)
+    with_artifact = rows[(norms > threshold).any(1).numpy()]
+    return spread(with_artifact if len(with_artifact) >= count else rows, count)
 
 
 @torch.no_grad()
 def norms_of(
     cache: Cache, records: np.ndarray, device: torch.device, refiner: Refiner | None = None
 ) -> dict[int, Tensor]:
-    """{block: patch norms (n, P)} of cached features, refined if there is a refiner. On the CPU."""
+    """Return {block: patch norms (n, P)} of cached features, refined if there is a refiner, on the CPU."""
     prefix = cache.manifest.teacher.prefix_tokens
     found: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
     for features in batches(cache, records, device):
@@ -85,7 +88,7 @@ def norms_of(
 def look_at_features(
     cache: Cache, title: str, block: int, sample: Sample, device: torch.device, source: RefinerSource | None = None
 ) -> Measurement:
-    """The teacher; or, with a source, what it is refined to, still in its own units."""
+    """Measure the teacher or, with a source, the refined teacher before its normaliser, in the teacher's units."""
     refiner = None
     if source is not None:
         cache, refiner = load_source(cache, source)
@@ -102,11 +105,14 @@ def look_at_features(
 
 
 def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
-    """The cache, opened for the blocks of a refiner, and that refiner, frozen. Raises UserError if it is damaged."""
+    """Return the cache, opened for the blocks of a refiner, and that refiner, frozen.
+
+    Raises UserError if the refiner is damaged.
+    """
     if not source.joint:
         part = Cache(cache.place, None, tuple(read_refiner(source.folder).scales), known=cache.id)
         return part, load_refiner(source.folder, part)
-    # Of adapters that were trained with a student only their tensors are kept.
+    # A run with joint training keeps only the tensors of its adapters.
     state = read_tensors(source.folder / ADAPTERS)
     ranks = {int(name.split(".")[1]): x.shape[1] for name, x in state.items() if name.endswith(".down")}
     part = Cache(cache.place, None, tuple(ranks), known=cache.id)
@@ -119,21 +125,21 @@ def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
 
 
 class Students:
-    """Students on the sampled images, which are read once for each resolution."""
+    """The students' measurements on the sampled images, which are read once for each resolution."""
 
     def __init__(self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device) -> None:
         self._cache, self._files, self._sample, self._device = cache, files, sample, device
         self._pixels: dict[int, Tensor] = {}
 
     def pixels(self, size: int) -> Tensor:
-        """(n, size, size, 3) uint8"""
+        """Return the sampled images, (n, size, size, 3) uint8."""
         if size not in self._pixels:
             self._pixels[size] = self._cache.pixels(self._sample.records, size, self._files)
         return self._pixels[size]
 
     @torch.inference_mode()
     def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
-        """A run's student. block: the teacher's, whose match is shown; default: the last one matched."""
+        """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
         student = load_saved(run.result.student)
         student.model.to(self._device)
         matching = run.result.matching
@@ -160,5 +166,5 @@ class Students:
 
 
 def sources_of(runs: Iterable[Trained]) -> list[RefinerSource]:
-    """The refiners of some runs, each once."""
+    """Return the refiners of some runs, each once."""
     return list({(s.hash, s.title): s for run in runs if (s := run.source) is not None}.values())

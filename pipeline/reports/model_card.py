@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, where it comes from, how to load it, what to beware of."""
+"""The model card of an exported student: its shape, origin, loading and caveats."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +23,10 @@ _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "ma
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card tells of. format: as given to --to; difference: of the export from the student.
+    """The data of a card.
 
-    snippet: Python that loads it; packages: those beside torch and timm that wrote it.
+    format: as given to --to; difference: the largest difference between the outputs of export and student; snippet:
+    Python code that loads the export; packages: those that wrote it, beside torch and timm.
     """
 
     format: str
@@ -41,7 +42,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class ClassificationFigures:
-    """Of an evaluate-*.json, what a card shows. config: the section evaluate that it was made with."""
+    """The fields of an evaluate-*.json that a card shows; config: the section evaluate that it was made with."""
 
     linear: Accuracies
     knn: Accuracies
@@ -52,7 +53,10 @@ class ClassificationFigures:
 
 
 def write_card(card: ModelCard) -> str:
-    """The card as Markdown. Raises UserError naming a file of the run that is missing or damaged."""
+    """Return the card as Markdown.
+
+    Raises UserError, with the file's name, if a file of the run is missing or damaged.
+    """
     run, model = card.run, card.vit.model
     hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
     environment = jinja2.Environment(
@@ -78,7 +82,7 @@ def write_card(card: ModelCard) -> str:
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
         if card.vit.is_vit
         else "timm's pooling of the last feature map",
-        norm=describe_norm(model) if card.vit.is_vit else "What timm puts behind the last stage was not trained.",
+        norm=describe_norm(model) if card.vit.is_vit else "The layers of timm after the last stage were not trained.",
         caveats=caveats(card.vit, card.trained),
         probes=read_probes(run),
         made_with=read_versions(run),
@@ -87,7 +91,7 @@ def write_card(card: ModelCard) -> str:
 
 
 def read_probes(run: Path) -> list[ClassificationFigures]:
-    """The run's classification figures."""
+    """Return the run's classification figures."""
     files = sorted(run.glob("evaluate-*.json"))
     tasks = {f: read_json(run, f.name, "result of evaluate").get("task", "classification") for f in files}
     return [
@@ -96,13 +100,14 @@ def read_probes(run: Path) -> list[ClassificationFigures]:
 
 
 def describe_teacher(learned: TeacherLink) -> str:
-    """Its name, or its architecture if the name is a path of the machine where it was cached."""
+    """Return the teacher's name, or its architecture if the name is a path on the machine where it was cached."""
     if learned.teacher is None:
         return "a teacher that the run does not name (the cache's manifest does)"
     return learned.teacher.architecture if learned.teacher.name.startswith(LOCAL) else learned.teacher.name
 
 
 def describe_refiner(learned: TeacherLink, file_hash: str | None) -> str:
+    """Return the refiner's kind and the hash of its file in words, or "none" for raw features."""
     if learned.adapters is None:
         return "none: raw features (FitNet)"
     what = "kind not recorded"
@@ -112,7 +117,7 @@ def describe_refiner(learned: TeacherLink, file_hash: str | None) -> str:
 
 
 def describe_norm(model: VisionTransformer) -> str:
-    """What the final norm is: training looks at raw block outputs only, and leaves the norm as it was."""
+    """Return what the final norm is, in sentences: training uses only raw outputs of blocks and leaves it unchanged."""
     norm = final_norm(model)
     if norm is None:
         return "The model has no final norm."
@@ -120,26 +125,26 @@ def describe_norm(model: VisionTransformer) -> str:
     if plain:
         return (
             "The final norm was not trained and is still at its initial values (weight 1, bias 0): it standardises "
-            "each token over its channels and does nothing else. It is kept, so that the model is an ordinary one of "
-            "timm."
+            "each token over its channels and does nothing else. It is kept, so that the model is an ordinary timm "
+            "model."
         )
     return (
-        "The final norm was not trained: its weights are those of the pretrained model that the student began as, "
-        "and were not made for the features that it now gets."
+        "The final norm was not trained: its weights are those of the pretrained model that the student began as. They "
+        "do not fit the features that the norm gets now."
     )
 
 
 def caveats(vit: Backbone, trained: DistillResult) -> list[str]:
-    """What was never trained and makes outputs worthless, in sentences."""
+    """Return sentences about untrained parts that make outputs worthless."""
     found = []
     last, supervised = depth(vit.model) - 1, max(b for t in trained.taught for b in t.matching.values())
     if supervised < last:
         found.append(
-            f"no target reached the blocks behind block {supervised} (of 0 to {last}): they are untrained, and so is "
-            f"whatever the last one gives; take the output of block {supervised}"
+            f"no target reached the blocks after block {supervised} (of 0 to {last}): they are untrained, and so is "
+            f"the output of the last one; take the output of block {supervised}"
         )
     if vit.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
-        found.append("the teacher has no CLS token, so that the student's had no target; use the patch tokens")
+        found.append("the teacher has no CLS token, so the student's CLS token had no target; use the patch tokens")
     if getattr(vit.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")
     return found

@@ -1,4 +1,4 @@
-"""The page of a report, filled from what was read and measured."""
+"""The page of a report, filled from figures that were read and measured."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.runtime.progress import duration
 from pipeline.teachers.models import LOCAL
 from pipeline.training.run_directory import LOG
 
-# What tells a page of ours from other files.
+# The value of the page's meta tag `generator`; a file without it is never overwritten.
 GENERATOR = "singer report"
 
 
@@ -30,6 +30,11 @@ def render_page(
     title: str,
     note: str | None,
 ) -> str:
+    """Return the page as HTML.
+
+    rows: the leaderboard, best first; by: the column that ranks it; teacher: the teacher's figures; note: a text at the
+    top of the page.
+    """
     groups = [row.group for row in rows]
     reference = {c: teacher[c.probe][c.figure] for c in columns if c.figure in teacher.get(c.probe, {})}
     drawn = groups[: len(charts.COLOURS)]
@@ -37,7 +42,7 @@ def render_page(
     fits = tables.fit_curves(groups)
     info = cache_info(cache.place)
     known = cache.manifest.teacher
-    of = next(t for t in info.teachers if t.variant == known.variant)
+    cached = next(t for t in info.teachers if t.variant == known.variant)
     means = [score.mean for row in rows for score in row.scores.values()]
     figures = {
         "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
@@ -61,7 +66,7 @@ def render_page(
         several=any(mean.std is not None for mean in means),
         intervals=any(mean.interval is not None for mean in means),
         info=info,
-        of=of,
+        cached=cached,
         data=cache.manifest.data,
         refiners=tables.refiners(groups),
         differences=differences(groups),

@@ -1,4 +1,4 @@
-"""Pages that need no other file, and pictures in them."""
+"""HTML pages that need no other file, and the pictures in them."""
 
 import base64
 import html
@@ -14,37 +14,40 @@ from matplotlib.figure import Figure
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill a template, which may include others beside it or beside this file; an HTML page."""
+    """Fill a template and return the HTML page; it may include templates of its own folder or of this one."""
     loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.get_template(template.name).render(values)
 
 
 def as_data_url(figure: Figure) -> str:
+    """Return a figure as a PNG in a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def as_svg(figure: Figure, what: str) -> str:
-    """An SVG element for a page, in which what is black takes the colour of the text around it.
+    """Return a figure as an SVG element for a page.
 
-    what: the figure in words, for who cannot see it. Its text is text, and nothing in it has a background.
+    Black parts take the colour of the text around the figure; its text stays text, and it has no background. what: the
+    figure in words, for readers who cannot see it.
     """
     buffer = io.StringIO()
-    # Names of clip paths come from the salt; two figures of a page must not share them.
+    # The salt gives the names of clip paths, and two figures of a page must not share them.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": what}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # What describes the file names the places of vocabularies on the web; a page has no use for it.
+    # The metadata and the name spaces contain web addresses, and a page must contain none.
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    # Where a fill is black, it is left out.
+    # Matplotlib leaves out a fill that is black, so the element below sets fill, too.
     text = text.replace("#000000", "currentColor")
     return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(what)}" fill="currentColor" ', 1).strip()
 
 
 def without_ticks(axis: Axes) -> None:
+    """Remove the ticks of both axes."""
     axis.set_xticks([])
     axis.set_yticks([])

@@ -16,22 +16,22 @@ from pipeline.reports.measurements import Measurement
 from singer.maps import cosine_to, principal_scores, turn_towards
 
 NORMS, COSINES = "magma", "viridis"
-# Norms beyond this many medians look alike.
+# Norms beyond this many medians have the same colour.
 MOST_MEDIANS = 5.0
-# Standard deviations of a component from black to full colour.
+# So many standard deviations of a component extend from black to full colour.
 _SPAN = 4.0
 _STOPS = 9
 _PHOTO = 192
 
-# In shares of height and width.
+# A position as shares of height and width.
 Place = tuple[float, float]
-# What has maps: a look, its patches (n, P, d) and their grid.
+# A measurement that has maps, its patches (n, P, d) and their grid.
 _Whole = tuple[Measurement, Tensor, tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A patch, in percent of the picture's sides."""
+    """The frame of a patch, in percent of the picture's sides."""
 
     left: float
     top: float
@@ -41,9 +41,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Strip:
-    """A model's pictures, as data URLs, one for each image. size: of the pictures in patches; "" for photographs.
+    """A model's pictures, as data URLs, one for each image.
 
-    marks: one for each picture, or none.
+    size: the size of the pictures in patches, or "" for photographs; marks: one for each picture, or none.
     """
 
     title: str
@@ -53,9 +53,9 @@ class Strip:
 
 
 def choose_places(looks: Sequence[Measurement]) -> list[Place]:
-    """For each image, the place that is marked: of the patches in its middle the one least like the image's mean patch.
+    """Return the place to mark in each image: the patch in its middle that is least similar to its mean patch.
 
-    As the reference sees it, see `pca_strips`. Empty without maps.
+    The features are those of the reference, see `pca_strips`. The result is empty if no model has maps.
     """
     able = _with_grids(looks)
     if not able:
@@ -72,13 +72,13 @@ def choose_places(looks: Sequence[Measurement]) -> list[Place]:
 
 
 def photos(images: np.ndarray, grid: tuple[int, int], places: Sequence[Place] = ()) -> Strip:
-    """The images (n, size, size, 3) uint8, with the patch of a grid marked that lies at each place."""
+    """Return the strip of the images (n, size, size, 3) uint8, with the patch of the grid marked at each place."""
     pictures = [_url(Image.fromarray(image), "JPEG") for image in images]
     return Strip("image", "", pictures, [_mark(grid, place) for place in places])
 
 
 def norm_strips(looks: Sequence[Measurement]) -> list[Strip]:
-    """Patch norms in units of each model's median over all measured images."""
+    """Draw patch norms in units of each model's median over all measured images."""
     strips = []
     for look, patches, grid in _with_grids(looks):
         maps = patches.norm(dim=-1) / look.norms[look.block].median()
@@ -87,7 +87,7 @@ def norm_strips(looks: Sequence[Measurement]) -> list[Strip]:
 
 
 def cosine_strips(looks: Sequence[Measurement], places: Sequence[Place]) -> list[Strip]:
-    """Cosine similarity, from 0 on, of every patch to the one at the marked place of its image."""
+    """Draw the cosine similarity, from 0 to 1, of every patch to the patch at the marked place of its image."""
     strips = []
     for look, patches, grid in _with_grids(looks):
         marked = torch.tensor([_patch_at(grid, place) for place in places])
@@ -96,9 +96,9 @@ def cosine_strips(looks: Sequence[Measurement], places: Sequence[Place]) -> list
 
 
 def pca_strips(looks: Sequence[Measurement]) -> list[Strip]:
-    """Principal components as red, green and blue, each model's own, turned to look most like the reference's.
+    """Draw each model's own principal components as red, green and blue, turned to be most like the reference's.
 
-    The reference is the first refined teacher, or the teacher, or else the first student.
+    The reference is the first refined teacher, or else the teacher, or else the first student.
     """
     able = _with_grids(looks)
     if not able:
@@ -114,7 +114,7 @@ def pca_strips(looks: Sequence[Measurement]) -> list[Strip]:
 
 
 def gradient(colours: str) -> str:
-    """A colour map as the stops of a CSS gradient."""
+    """Return a colour map as the stops of a CSS gradient."""
     return ", ".join(mpl.colors.to_hex(c) for c in mpl.colormaps[colours](np.linspace(0, 1, _STOPS)))
 
 
@@ -128,14 +128,14 @@ def _reference(able: Sequence[_Whole]) -> _Whole:
 
 
 def _coloured(look: Measurement, maps: Tensor, grid: tuple[int, int], colours: str, marks: list[Mark]) -> Strip:
-    """maps: (n, P), from 0 to 1."""
+    """Draw maps (n, P) of values from 0 to 1."""
     pixels = mpl.colormaps[colours](maps.unflatten(1, grid).clamp(0, 1).numpy(), bytes=True)[..., :3]
     pictures = [_url(Image.fromarray(np.ascontiguousarray(image)), "PNG") for image in pixels]
     return Strip(look.title, _size(grid), pictures, marks)
 
 
 def _patch_at(grid: tuple[int, int], place: Place) -> int:
-    """The number of the patch at a place."""
+    """Return the number of the patch at a place."""
     rows, columns = grid
     return int(place[0] * rows) * columns + int(place[1] * columns)
 

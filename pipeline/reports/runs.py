@@ -1,4 +1,4 @@
-"""The runs that a report is about, and where what they were made from lies now."""
+"""The runs that a report is about, and the places of their caches and refiners."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,9 +18,10 @@ from singer.errors import UserError
 
 @dataclass(frozen=True)
 class RefinerSource:
-    """A refiner that students learned from. folder: its own, or, of joint training, that of the run; hash: SHA-256.
+    """A refiner that students learned from.
 
-    cleans: whether it does more than to normalise.
+    folder: the refiner's folder or, with joint training, that of the run; hash: SHA-256 of its file; cleans: whether it
+    has a cleaner.
     """
 
     title: str
@@ -32,7 +33,10 @@ class RefinerSource:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A finished run. name: one that no other has; config: what it was made with, its refiner's section `refine`."""
+    """A finished run.
+
+    name: a unique name; config: the configuration of the run, with the section `refine` of its refiner.
+    """
 
     name: str
     folder: Path
@@ -42,7 +46,7 @@ class Trained:
     versions: dict[str, str]
 
     def settings(self) -> dict[str, Any]:
-        """{section.key: value} of what the student depends on."""
+        """Return {section.key: value} of all settings that affect the student."""
         sections = ["student", "distill", *(["refine"] if self.source is not None else [])]
         tree = self.config.model_dump(mode="json")
         return {
@@ -54,7 +58,10 @@ class Trained:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The finished runs among folders of `singer distill` and `singer sweep`. Raises UserError naming what is none."""
+    """Return the finished runs among folders of `singer distill` and `singer sweep`.
+
+    Raises UserError, with the folder's name, if a folder is neither.
+    """
     found: list[Path] = []
     for place in places:
         if not place.is_dir():
@@ -67,21 +74,28 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
         inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
         done = [folder for folder in inside if (folder / RUN).is_file()]
         if not done:
-            raise UserError(f"{place} is a sweep without a finished run; go on with singer sweep --resume")
+            raise UserError(f"{place} is a sweep without a finished run; continue it with singer sweep --resume")
         if len(done) < len(inside):
-            say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and left out")
+            say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and are left out")
         found += done
     return list({folder.resolve(): folder for folder in found}.values())
 
 
 def read_runs(folders: Sequence[Path], refiners: Sequence[Path] = ()) -> list[Trained]:
-    """Raises UserError naming a run that is damaged, or whose refiner is not where it was, nor among `refiners`."""
+    """Read the runs, each with a unique name.
+
+    Raises UserError, with the run's name, if a run is damaged, or if its refiner is neither at its recorded place nor
+    among `refiners`.
+    """
     names = _names(folders)
     return [_read(folder, name, refiners) for folder, name in zip(folders, names, strict=True)]
 
 
 def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
-    """The cache that all runs learned from. Raises UserError if it is not found, or if they have several."""
+    """Return the cache that all runs learned from.
+
+    Raises UserError if it is not found, or if the runs learned from several caches.
+    """
     first = runs[0]
     cache = _open(given, first) if given is not None else _search(first)
     for run in runs:
@@ -97,7 +111,7 @@ def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Of the folders; where these are not different, with the one above, or as they were given."""
+    """Return unique names: those of the folders, or with the folder above, or else the paths as they were given."""
     places = [folder.resolve() for folder in folders]
     for last in (1, 2):
         names = ["/".join(place.parts[-last:]) for place in places]
@@ -132,7 +146,7 @@ def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence
             continue
         manifest = read_refiner(folder)
         kind = (manifest.cleaner, manifest.normaliser)
-        # Two closed forms may have the same tensors.
+        # Two refiners in closed form may have the same tensors.
         if result.refiner is None or kind == (result.refiner.cleaner, result.refiner.normaliser):
             return RefinerSource(
                 " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
@@ -155,12 +169,12 @@ def _search(run: Trained) -> Cache:
 
 
 def _open(place: Place, run: Trained) -> Cache:
-    """For the variant of the teacher that the run learned from."""
+    """Open a cache for the variant of the teacher that the run learned from."""
     return Cache(place, known=run.result.cache)
 
 
 def _cache_option(run: Path) -> str | None:
-    """What the command that made the run was given as --cache: runs once did not record it otherwise."""
+    """Return the --cache of the command that made the run; early versions recorded the cache nowhere else."""
     try:
         words = shlex.split(str(read_json(run, PROVENANCE, "output of singer").get("command", "")))
     except ValueError:
@@ -174,7 +188,7 @@ def _cache_option(run: Path) -> str | None:
 
 
 def _nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
-    """Where something lay, and as near the run as it may have been, since folders often move together."""
+    """Yield the recorded places, and the same names near the run, because folders often move together."""
     above = run.resolve().parent
     for place in recorded:
         if is_remote(place):

@@ -1,4 +1,4 @@
-"""What the evaluate-*.json of runs hold: figures that may be compared, and their means over seeds."""
+"""The figures in the evaluate-*.json of runs: which may be compared, and their means over seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from pipeline.storage.outputs import read_json, validated
 from singer.errors import UserError
 
 RESULTS = "evaluate-*.json"
-# Errors, in meters: better where they are smaller.
+# Errors in meters, for which smaller is better.
 _ERRORS = {"depth": ("bins.rmse", "regression.rmse")}
-# Settings of a probe in words, where their keys alone say little or their values are Python's.
-_TOKENS = {"block": "raw tokens", "norm": "tokens behind the final norm"}
+# The values of evaluate.tokens in words.
+_TOKENS = {"block": "raw tokens", "norm": "tokens after the final norm"}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A task on certain images with certain settings, seeds apart: only figures of one probe may be compared."""
+    """A task on certain images with certain settings, apart from seeds; only figures of one probe may be compared."""
 
     task: str
     train: tuple[str, ...]
@@ -32,20 +32,23 @@ class Probe:
 
     @property
     def words(self) -> str:
-        """The settings, as the page tells them; what is not set goes without saying."""
-        told = {"tokens": _TOKENS.get(dict(self.settings)["tokens"], "")}
+        """Return the settings in words, as the page shows them; settings that are none are left out."""
+        words = {"tokens": _TOKENS.get(dict(self.settings)["tokens"], "")}
         for key, value in self.settings:
             if key == "image_size":
-                told[key] = "at the model's own resolution" if value is None else f"at {value} px"
-            elif key not in told and value is not None:
+                words[key] = "at the model's own resolution" if value is None else f"at {value} px"
+            elif key not in words and value is not None:
                 values = ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
-                told[key] = f"{key.replace('_', ' ')} {values}"
-        return "; ".join(told.values())
+                words[key] = f"{key.replace('_', ' ')} {values}"
+        return "; ".join(words.values())
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a probe. label: words for it, the task first; form: how a value is written; error: less is better."""
+    """A figure of a probe.
+
+    label: words for it, with the task first; form: the printf format of a value; error: whether less is better.
+    """
 
     probe: Probe
     figure: str
@@ -55,29 +58,32 @@ class Column:
 
     @property
     def name(self) -> str:
-        """The figure's; those of several probes of a task have the same."""
+        """Return the name of the figure, which several probes of one task share."""
         return f"{self.probe.task}.{self.figure}"
 
     @property
     def key(self) -> str:
-        """A name that no other column has."""
+        """Return a name that no other column has."""
         return f"{self.label[0]}.{self.figure}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """Over `count` runs of a group."""
+    """The mean of a figure over `count` runs of a group."""
 
     mean: Mean
     count: int
 
 
-# {probe: {figure: value}}; the bounds of figures are there too.
+# {probe: {figure: value}}, with the bounds of figures.
 Figures = dict[Probe, dict[str, float]]
 
 
 def read_figures(folder: Path) -> Figures:
-    """Of all evaluate-*.json in a folder. Raises UserError naming a damaged file, or models if there are several."""
+    """Read the figures of all evaluate-*.json in a folder.
+
+    Raises UserError if a file is damaged, or if the figures are those of several models.
+    """
     found: Figures = {}
     models: dict[Probe, object] = {}
     for file in sorted(folder.glob(RESULTS)):
@@ -88,7 +94,7 @@ def read_figures(folder: Path) -> Figures:
         try:
             known = {k: v for k, v in value["config"].items() if k in EvaluateConfig.model_fields}
             settings = validated(known, EvaluateConfig, str(file)).model_dump(mode="json")
-            if settings["tokens"] == "both":  # those of raw tokens are where they are in a result of these alone
+            if settings["tokens"] == "both":  # raw tokens have the same place in the result of both and of block
                 settings["tokens"] = "block"
             probe = Probe(
                 task,
@@ -104,7 +110,9 @@ def read_figures(folder: Path) -> Figures:
             raise UserError(f"{file} is damaged: it does not say what was probed; repeat singer evaluate") from None
         if models.setdefault(probe, value.get("model")) != value.get("model"):
             both = f"{models[probe] or 'a model without name'} and {value.get('model') or 'a model without name'}"
-            raise UserError(f"{folder} has figures of {both}; keep those of one model apart (evaluate --out)")
+            raise UserError(
+                f"{folder} has figures of {both}; keep those of each model in its own folder (evaluate --out)"
+            )
         value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
         figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
@@ -112,13 +120,13 @@ def read_figures(folder: Path) -> Figures:
 
 
 def _keys_of(task: str) -> list[str]:
-    """List the keys of the section evaluate that figures of a task depend on, seeds apart."""
+    """List the keys of the section evaluate, apart from seeds, that the figures of a task depend on."""
     found = ((name, about) for name, about in keys(EvaluateConfig) if about.affects == "result" and name != "seed")
     return [name for name, about in found if not about.only or task in about.only]
 
 
 def columns_of(everything: Iterable[Figures]) -> list[Column]:
-    """Every figure that some model has, task by task."""
+    """Return a column for every figure that some model has, task by task."""
     held: dict[Probe, set[str]] = {}
     for figures in everything:
         for probe, values in figures.items():
@@ -136,7 +144,10 @@ def columns_of(everything: Iterable[Figures]) -> list[Column]:
 
 
 def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], asked: str | None) -> Column | None:
-    """What runs are ranked by: the figure asked for, the usual one, or any; of the probe that most runs have."""
+    """Return the column that ranks the runs, or None if there is none.
+
+    It is the figure `asked` for, or else the default one, or else any, of the probe that most runs have.
+    """
     able = [column for column in columns if not column.error]
     for name in (asked, DEFAULT_FIGURE):
         able = [column for column in able if column.name == name] or able
@@ -146,7 +157,7 @@ def ranking_column(columns: Sequence[Column], everything: Sequence[Figures], ask
 def score(
     groups: Mapping[SeedGroup, Sequence[Figures]], columns: Sequence[Column]
 ) -> dict[SeedGroup, dict[Column, Score]]:
-    """Means over the runs of a group that have a figure."""
+    """Return the mean of every figure over the runs of a group that have it."""
     table: dict[SeedGroup, dict[Column, Score]] = {}
     for group, members in groups.items():
         table[group] = {}
@@ -158,7 +169,10 @@ def score(
 
 
 def rank(table: Mapping[SeedGroup, Mapping[Column, Score]], by: Column | None) -> list[tuple[int | None, SeedGroup]]:
-    """Best first, equals alike; groups without the figure come behind, in their order."""
+    """Return (rank, group), best first; equal figures have equal ranks.
+
+    Groups without the figure have rank None and come last, in their order.
+    """
     if by is None:
         return [(None, group) for group in table]
     ranked = sorted((g for g in table if by in table[g]), key=lambda g: -table[g][by].mean.mean)
@@ -180,7 +194,7 @@ def _pick(value: Any, figure: str) -> float | None:
 
 
 def _labels(probes: Sequence[Probe]) -> dict[Probe, str]:
-    """The task; where it is there several times, with the first test shard or a number."""
+    """Return a label of every probe: its task and, if a task has several probes, its first test shard or a number."""
     labels: dict[Probe, str] = {}
     for probe in probes:
         same = [p for p in probes if p.task == probe.task]

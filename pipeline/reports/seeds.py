@@ -1,4 +1,4 @@
-"""Runs that differ in seeds only are one student on the page; what else differs is told."""
+"""Runs that differ only in their seeds are one student on the page; the page lists all other differences."""
 
 import itertools
 import json
@@ -11,24 +11,25 @@ from pipeline.config import Config, meta, section_of
 from pipeline.reports.runs import Trained
 from singer.cleaners import CLEANERS
 
-# A refiner's title tells these.
-_TOLD = ("refine.variant", "refine.cleaner", "refine.normaliser")
+# A refiner's title contains these settings.
+_IN_TITLE = ("refine.variant", "refine.cleaner", "refine.normaliser")
 
 
 @dataclass(frozen=True, eq=False)
 class SeedGroup:
-    """Runs that differ in nothing but seeds."""
+    """Runs that differ only in their seeds."""
 
     name: str
     runs: tuple[Trained, ...]
 
     @property
     def settings(self) -> dict[str, Any]:
+        """Return {section.key: value} of the settings that the runs share."""
         return _seedless(self.runs[0])
 
 
 def group_runs(runs: Sequence[Trained]) -> list[SeedGroup]:
-    """In the order of their first runs."""
+    """Group runs that differ only in their seeds; the groups are in the order of their first runs."""
     found: dict[str, list[Trained]] = {}
     for run in runs:
         found.setdefault(json.dumps(_seedless(run), sort_keys=True), []).append(run)
@@ -40,24 +41,24 @@ def group_runs(runs: Sequence[Trained]) -> list[SeedGroup]:
 
 
 def differences(groups: Sequence[SeedGroup]) -> dict[str, list[Any]]:
-    """{key: value of every group} of the settings that are not the same everywhere; None: it has none.
+    """Return {key: value of every group} of the settings that differ; a value is None if a group does not use the key.
 
-    targets: what the features were refined by, or raw. Keys of the section refine count where they were of use: most
-    are about the training of adapters.
+    The key `targets` is the refiner's title, or raw. Most keys of the section refine are used only in the training of
+    adapters.
     """
     firsts = [group.runs[0] for group in groups]
     titles = [run.source.title if run.source is not None else "raw" for run in firsts]
     columns: dict[str, list[Any]] = {"targets": titles}
     for key in dict.fromkeys(key for group in groups for key in group.settings):
-        if key not in _TOLD:
-            useful = [_is_of_use(key, run) for run in firsts]
-            columns[key] = [g.settings.get(key) if use else None for g, use in zip(groups, useful, strict=True)]
+        if key not in _IN_TITLE:
+            used = [_is_used(key, run) for run in firsts]
+            columns[key] = [g.settings.get(key) if use else None for g, use in zip(groups, used, strict=True)]
     different = {key: {json.dumps(v) for v in values if v is not None} for key, values in columns.items()}
     lacking = {key: None in values and not key.startswith("refine.") for key, values in columns.items()}
     return {key: values for key, values in columns.items() if len(different[key]) + lacking[key] > 1}
 
 
-def _is_of_use(key: str, run: Trained) -> bool:
+def _is_used(key: str, run: Trained) -> bool:
     section, _, name = key.partition(".")
     if not meta(section_of(Config, section), name).only:
         return True
@@ -69,7 +70,7 @@ def _seedless(run: Trained) -> dict[str, Any]:
 
 
 def _common_name(names: list[str]) -> str:
-    """clip_seed-0 and clip_seed-1 -> clip"""
+    """Return what the names have in common: clip for clip_seed-0 and clip_seed-1."""
     if len(names) == 1:
         return names[0]
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))

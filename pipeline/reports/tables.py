@@ -1,4 +1,4 @@
-"""The page in figures: the leaderboard's rows, the cards on top, refiners, recipes."""
+"""The tables of the page: the leaderboard's rows, the cards at the top, refiners, recipes."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ _STYLES = ("solid", "dashed", "dotted")
 
 @dataclass(frozen=True)
 class ReportRow:
-    """A line of the leaderboard. norm: mean_max_over_median of its students, as in ReportResult."""
+    """A row of the leaderboard; norm: mean_max_over_median of its students, as in ReportResult."""
 
     rank: int | None
     group: SeedGroup
@@ -36,13 +36,13 @@ class ReportRow:
     norm: Mean
 
     def mean(self, name: str) -> Mean:
-        """Of a field of the runs' results, over the seeds."""
+        """Return the mean over the seeds of a field of the runs' results."""
         return Mean.of([float(getattr(run.result, name)) for run in self.group.runs])
 
 
 @dataclass(frozen=True)
 class SummaryCard:
-    """One of the figures that the page begins with. text: what it says."""
+    """A card at the top of the page; text: explains the value."""
 
     title: str
     value: str
@@ -51,7 +51,11 @@ class SummaryCard:
 
 @dataclass(frozen=True)
 class Refined:
-    """A refiner's own figures on some held-out records: {block: as in its metrics.json}. runs: what learned from it."""
+    """A refiner's own figures on its held-out records.
+
+    runs: the students that learned from it; blocks: {block: figures, as in its metrics.json}; records: the number of
+    held-out records, or None if it is not stored.
+    """
 
     title: str
     runs: list[str]
@@ -64,16 +68,16 @@ class Refined:
 def cards(
     rows: Sequence[ReportRow], by: Column | None, measured: Measurements, teacher: TeacherManifest
 ) -> list[SummaryCard]:
-    """What matters first: which student won, what became of the artifacts, what it cost."""
+    """Return the cards: best student, artifacts before and after refining, the student's outliers, size, cost."""
     first = rows[0]
     name, run = first.group.name, first.group.runs[0].result
     found = []
     if by is not None and by in first.scores:
         others = [row for row in rows[1:] if by in row.scores]
-        behind = f"; then {others[0].group.name}, {others[0].scores[by].mean.text(by.form)}" if others else ""
+        second = f"; then {others[0].group.name}, {others[0].scores[by].mean.text(by.form)}" if others else ""
         found.append(
             SummaryCard(
-                "best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{behind}"
+                "best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{second}"
             )
         )
     teachers, *others_seen = measured.looks
@@ -86,7 +90,7 @@ def cards(
         text += f" ({refined.title.removeprefix('refined: ')})" if several else ""
         found.append(SummaryCard("artifacts", f"{before} → {after} %", text))
     else:
-        found.append(SummaryCard("artifacts", f"{before} %", "of the teacher's patch tokens; nothing refined them"))
+        found.append(SummaryCard("artifacts", f"{before} %", "of the teacher's patch tokens; they were not refined"))
     text = f"mean over images of largest / median norm: {name}; the teacher has {teachers.mean_max_over_median:.1f}"
     found.append(SummaryCard("student's outliers", f"{first.norm.mean:.1f}", text))
     count = parameters(teacher)
@@ -99,14 +103,14 @@ def cards(
 
 
 def parameters(teacher: TeacherManifest) -> int:
-    """How many the teacher has, its head included."""
+    """Return the number of the teacher's parameters, with its head."""
     with torch.device("meta"):
         model = timm.create_model(teacher.architecture, **teacher.model_args)
     return sum(p.numel() for p in model.parameters())
 
 
 def refiners(groups: Sequence[SeedGroup]) -> list[Refined]:
-    """Those of the first run of every group, each once; of joint adapters no figures exist."""
+    """Return the refiners of the first run of every group, each once; joint adapters have no figures."""
     found = []
     firsts = [group.runs[0] for group in groups]
     for source in sources_of(firsts):
@@ -119,13 +123,13 @@ def refiners(groups: Sequence[SeedGroup]) -> list[Refined]:
 
 
 def fit_curves(groups: Sequence[SeedGroup]) -> list[charts.Curve]:
-    """What the losses of adapters were, alone or in joint training, of the first run of every group."""
+    """Return the losses of the adapters, fitted alone or in joint training, of the first run of every group."""
     curves = []
     for number, group in enumerate(groups):
         source = group.runs[0].source
         if source is None:
             continue
-        # The last block's first: it has the plain line.
+        # The last block comes first, so that it has the solid line.
         logs = charts.read_fit(source.folder, LOG if source.joint else "log-*.jsonl")
         for stem, style in zip(sorted(logs, key=_block, reverse=True), itertools.cycle(_STYLES), strict=False):
             what = "joint" if source.joint else stem.replace("log-", "block ")
@@ -134,13 +138,13 @@ def fit_curves(groups: Sequence[SeedGroup]) -> list[charts.Curve]:
 
 
 def _block(stem: str) -> int:
-    """log-11 -> 11; blocks that were fitted together are called by the first."""
+    """Return the block of a log file's stem: 11 for log-11; blocks that were fitted together have the first number."""
     numbers = re.findall(r"\d+", stem)
     return int(numbers[0]) if numbers else 0
 
 
 def recipe(group: SeedGroup) -> str:
-    """The sections that made the students, as YAML; of several runs the first one's."""
+    """Return the sections that made the students, as YAML; if there are several runs, those of the first."""
     run = group.runs[0]
     tree = run.config.model_dump(mode="json")
     sections = ["refine"] * (run.source is not None) + ["student", "distill"]
@@ -148,7 +152,7 @@ def recipe(group: SeedGroup) -> str:
 
 
 def flat(row: ReportRow, columns: Sequence[Column]) -> dict[str, Any]:
-    """A row as plain values, for the command line."""
+    """Return a row as plain values, for the command line."""
     means = {c.key: row.scores[c].mean.mean if c in row.scores else None for c in columns}
     ranked: dict[str, Any] = {"rank": row.rank} if columns else {}
     return {

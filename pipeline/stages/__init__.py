@@ -1,1 +1,1 @@
-"""One file a command, which reads top to bottom."""
+"""The stages: one file for each command, written to be read from top to bottom."""

@@ -1,8 +1,8 @@
 """Stage 1: run the teacher once over WebDataset shards and store the features of chosen blocks.
 
-`singer cache-teacher --teacher vit_large_patch16_224 --shards 'train-*.tar' --out CACHE`. Works on any number of
-processes; a run that was killed goes on with --resume, also with another number of processes, and ends with the
-same bytes. --append adds blocks, images, views or another teacher to a cache.
+Run it with `singer cache-teacher --teacher vit_large_patch16_224 --shards 'train-*.tar' --out CACHE`, on any number of
+processes. --resume continues a run that was killed, also with another number of processes, and the result has the same
+bytes. --append adds blocks, images, views or another teacher to a cache.
 """
 
 import time
@@ -34,10 +34,11 @@ from singer.errors import UserError
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What a run of stage 1 did. records, blocks, bytes: of the whole cache; seconds, images_per_second: of this run.
+    """The result of a run of stage 1.
 
-    variant: names the teacher, as it was run, in refine.teacher and distill.teacher; skipped: images and shards left
-    out for their defects, listed in skipped.json.
+    variant: the name of the teacher, as it was run, for refine.teacher and distill.teacher; records, blocks, bytes: of
+    the whole cache; skipped: the number of defective images and shards, which skipped.json lists; seconds,
+    images_per_second: of this run.
     """
 
     cache: Place
@@ -53,7 +54,10 @@ class CacheResult:
 
 
 def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode: Mode = "new") -> CacheResult:
-    """Fill a cache at `out` from the images in `shards`. Raises UserError for whatever the user can fix."""
+    """Fill a cache at `out` from the images in `shards`.
+
+    Raises UserError for mistakes that the user can fix.
+    """
     check_codec(config.cache.codec)
     inputs = [*expand_shards(shards), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
@@ -63,7 +67,8 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
     accelerator = make_accelerator(config.cache.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
-        # Before the output is claimed: what is wrong with the shards leaves none. A resumed run has the list already.
+        # Shards are indexed before the output is claimed, so that broken shards leave no output. A resumed run has
+        # their list already.
         listed = index_shards(shards, config.cache.on_error) if main and not (begun and mode == "resume") else None
         teacher.model.to(accelerator.device)
         extract = Extractor(config, teacher, accelerator)
@@ -75,7 +80,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
         if begun and mode == "resume":
             check_begun(config, store, extract.teacher)
         if begun:
-            # What an earlier run has begun comes first: only complete parts are known well enough to be added to.
+            # Segments that an earlier run began are filled first, because only complete segments can be appended to.
             done += fill_segments(store, extract, shards if mode == "resume" else None)
         if main and listed is not None:
             create_segments(config, listed, out, mode, extract)
@@ -98,12 +103,13 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
 
 
 def check_codec(codec: str) -> None:
+    """Raise UserError if there is no such codec."""
     if codec not in CODECS:
         raise UserError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
 
 
 def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
-    """Raise UserError naming both sides if the cache was begun with another teacher or other settings."""
+    """Raise UserError, with both values, if the cache was begun with another teacher or other settings."""
     there = read_manifest(store)
     if there.version == 2:
         raise UserError(f"{store.url} was begun by format version 2 and cannot be continued; use --overwrite")

@@ -1,11 +1,12 @@
-"""Stage 3: train students on frozen refined targets, computed on the fly from the cached features.
+"""Stage 3: train students on frozen refined targets, which are computed from the cached features in each step.
 
-`singer distill --cache CACHE --refiner REFINER --out RUN`, or `accelerate launch cli.py distill ...` on several
-processes. Without a refiner the targets are the raw features: the FitNet baseline. Sees only the cache and the images.
+Run it with `singer distill --cache CACHE --refiner REFINER --out RUN`, or with `accelerate launch cli.py distill ...`
+on several processes. Without a refiner, the targets are the raw features; this is the FitNet baseline. The stage reads
+only the cache and the images.
 
 Several caches of the same images and views are several teachers: a student has projectors and an objective for each,
-and minimises their weighted sum. Several students that share the data train on one pass over it (`fan_out`), each as
-it would alone.
+and minimises the weighted sum of the objectives. Several students that share the data train on one pass over it
+(`fan_out`), each as it would alone.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -46,7 +47,7 @@ from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS
 
-# What students must share to be trained on one pass.
+# The keys that must be equal for all students of one pass.
 SHARED = [name for name, about in keys(DistillConfig) if about.shared]
 
 
@@ -58,10 +59,10 @@ def distill(
     shards: str | Sequence[str] | None = None,
     mode: Mode = "new",
 ) -> DistillResult:
-    """Train a student and store it at `out`. Raises UserError for whatever the user can mend.
+    """Train a student and store it at `out`.
 
-    caches: one, or of several teachers a list, with a list of refiners in the same order. shards: where the cached
-    shards lie now, if they have moved since they were cached.
+    caches: one cache, or a list for several teachers, with a list of refiners in the same order; shards: where the
+    cached shards are, if they moved after they were cached. Raises UserError for mistakes that the user can fix.
     """
     return fan_out([StudentSpec(config, out, refiner)], caches, shards, mode)[0]
 
@@ -69,9 +70,9 @@ def distill(
 def fan_out(
     jobs: Sequence[StudentSpec], caches: Places, shards: str | Sequence[str] | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
-    """Train several students on one pass over the cache, each as it would be alone.
+    """Train several students on one pass over the cache, each as it would be trained alone.
 
-    Raises UserError for whatever the user can mend, and if the jobs differ in what they must SHARE.
+    Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the jobs.
     """
     check_shared(jobs)
     settings = jobs[0].config.distill
@@ -109,9 +110,9 @@ def fan_out(
 
 
 def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
-    """The inputs of a run that goes on."""
-    going_on = mode == "resume" and (out / INPUTS).exists()
-    return read_as(out / INPUTS, dict[str, str | None], "run") if going_on else None
+    """Return the inputs of a run that is continued, or None for a new run."""
+    continued = mode == "resume" and (out / INPUTS).exists()
+    return read_as(out / INPUTS, dict[str, str | None], "run") if continued else None
 
 
 def check_shared(jobs: Sequence[StudentSpec]) -> None:
@@ -141,8 +142,8 @@ def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None
 
 
 def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:
-    """Raise UserError if its student cannot learn so from these teachers."""
+    """Raise UserError if the job's settings do not fit these teachers."""
     if job.config.distill.joint and any(s.refiner is not None for s in sources):
-        raise UserError("distill.joint trains adapters of its own; leave --refiner out, or distill.joint")
+        raise UserError("distill.joint trains its own adapters; leave out --refiner or distill.joint")
     if job.config.distill.joint and len(sources) > 1:
         raise UserError("distill.joint is for one teacher; refine each cache first and give its --refiner")

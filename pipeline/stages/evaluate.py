@@ -1,6 +1,6 @@
 """After stage 3: probes of a frozen model on labelled shards.
 
-`singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/evaluation/ holds the tasks.
+Run it with `singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/evaluation/ holds the tasks.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, 
 from singer.errors import UserError
 
 Shards = str | Sequence[str]
-# Images of --test that are looked for among those that the student learned from.
+# So many images of --test are looked up among the images that the student learned from.
 _LOOKED_FOR = 256
 
 
@@ -63,7 +63,7 @@ def evaluate(
     out: Path | None = None,
     weights: Path | None = None,
 ) -> EvaluateResult:
-    """One task of evaluate_tasks."""
+    """Run one task, as evaluate_tasks does, and return its figures."""
     (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
     return result
 
@@ -77,11 +77,12 @@ def evaluate_tasks(
     out: Path | None = None,
     weights: Path | None = None,
 ) -> dict[str, EvaluateResult]:
-    """Probe a run (its student), a folder in timm's layout, or a model that timm knows by name; {task: its figures}.
+    """Probe a model by several tasks and return {task: its figures}.
 
-    train: None if all tasks learn nothing. out: a folder for the figures; default: the run, and nowhere for other
-    models. weights: a file for a model given by name; default: those that timm fetches. Tasks with a label for each
-    image share the model's passes over the shards. Raises UserError for what the user can mend.
+    model: a run, of which the student is probed, a folder in timm's layout, or the name of a timm model; train: None
+    if no task learns; out: a folder for the figures; by default the run's folder, and for other models none is
+    written; weights: a file for a model given by name; by default, timm fetches the weights. Tasks with a label for
+    each image share the model's passes over the shards. Raises UserError for mistakes that the user can fix.
     """
     started = time.perf_counter()
     unknown = [task for task in tasks if task not in TASKS]
@@ -111,7 +112,7 @@ def evaluate_tasks(
     train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
     computed: ComputedFeatures = {}
     results = {}
-    # A folder of the user's gets a log only of what went wrong.
+    # A folder that is not the run gets a log only if there is a warning or an error.
     log = stage_log(place, config) if own and place else process_log(place) if place is not None else nullcontext()
     with log:
         for task in dict.fromkeys(tasks):
@@ -124,7 +125,7 @@ def evaluate_tasks(
             result.train.extend(train_names)
             result.test.extend(test_names)
             if file is not None:
-                # A run may move; whatever else is named by its place.
+                # A run's own path is left out, because a run may move. Other models are identified by their name.
                 about = {"model": None if own else str(model), "written": None, "task": task}
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
@@ -133,9 +134,10 @@ def evaluate_tasks(
 
 
 def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
-    """Tell whether the caches that a run learned from hold any of some test images; if that is unknown, why.
+    """Return whether the caches that a run learned from hold any of a sample of test images.
 
-    The caches of a run hold the same images, so that one of them is enough.
+    If this is unknown, the second value is the reason. All caches of a run hold the same images, so that one of them
+    is enough.
     """
     reasons = []
     for taught in run.taught:
@@ -151,7 +153,7 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
 
 
 def _cached_images(taught: TeacherLink) -> np.ndarray | str:
-    """The digests of the images that a cache holds, or why they are unknown."""
+    """Return the digests of the images that a cache holds, or the reason why they are unknown."""
     place = taught.cache_place
     if place is None:
         return "the run does not say where its cache is"
@@ -159,7 +161,7 @@ def _cached_images(taught: TeacherLink) -> np.ndarray | str:
         return f"its cache {place} is not on this machine"
     try:
         cache = Cache(place, known=taught.cache)
-    except (UserError, OSError) as error:  # moved, deleted, damaged
+    except (UserError, OSError) as error:  # the cache was moved, deleted or damaged
         return f"its cache cannot be read: {error}"
     if taught.cache not in cache.ids:
         return f"there is another cache at {place} now"
@@ -185,9 +187,10 @@ def _check_model(model: Path | str, weights: Path | None) -> None:
 def result_file(
     place: Path, task: str, shards: tuple[Images | None, Images], config: Config, model: str | None = None
 ) -> Path:
-    """evaluate-<hash>.json: one for each task, pair of shard sets and settings; a repeated command replaces its own.
+    """Return the path evaluate-<hash>.json, with one hash for each task, pair of shard sets and settings.
 
-    model: what sets it apart from others of the same folder; None for the run that the folder is.
+    A repeated command therefore replaces its own file. model: the identity of a model that shares the folder with
+    others, or None if the folder is the run itself.
     """
     what: list[Any] = [
         task,

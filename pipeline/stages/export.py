@@ -1,7 +1,8 @@
 """A student alone, in a format that others load: `singer export RUN --to timm|hf|onnx|torch-export --out FOLDER`.
 
-A format is one function that writes the student, reads it back and says how others do, and one line in FORMATS. What
-has been read back is compared with the student in a scratch folder, and only a faithful export gets to --out.
+A format is one line in FORMATS and one function, which writes the student, reads it back and returns the code that
+loads it. The export is written to a scratch folder, read back and compared with the student. It is copied to --out
+only if both agree.
 """
 
 import tempfile
@@ -24,7 +25,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An export. max_difference: the largest from the student's output on a fixed random batch."""
+    """An export; max_difference: the largest difference from the student's output on a fixed random batch."""
 
     export: Path
     format: str
@@ -35,9 +36,10 @@ class ExportResult:
 
 
 def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") -> ExportResult:
-    """Write the student of a finished run to `out` in the format `to`; of `config`, only the section export counts.
+    """Write the student of a finished run to `out` in the format `to`.
 
-    Raises UserError for whatever the user can mend, and if the export differs from the student.
+    Only the section export of `config` is used. Raises UserError for mistakes that the user can fix, and if the export
+    differs from the student.
     """
     if to not in FORMATS:
         raise UserError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
@@ -58,13 +60,13 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
         with claimed_output(out, mode, STAGE, recipe, None):
             for file in sorted(Path(scratch).iterdir()):
                 write_atomic(out / file.name, file.read_bytes())
-            # Last: an export without it was interrupted.
+            # The card comes last: an export without one was interrupted.
             write_atomic(out / CARD, text.encode())
     return _result(out, to, student, trained, difference)
 
 
 def _recipe(run: Path) -> Config:
-    """The configuration that the run was made with."""
+    """Return the configuration of a finished run, or raise UserError if there is none."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is no finished run: it has no {CONFIG}")
     return load_config(run / CONFIG)

@@ -1,7 +1,8 @@
-"""What is in a cache, and what a refiner makes of it: norms, artifacts, drift at the teacher's readers, pictures.
+"""What a cache holds, and what a refiner changes: norms, artifacts, drift at the teacher's readers, pictures.
 
-`singer inspect CACHE [--refiner REFINER] [--out FOLDER]`. Figures come from records that were held
-out, those of a refiner from the ones that it was not fitted on; thresholds are the refiner's, or come from the others.
+Run it with `singer inspect CACHE [--refiner REFINER] [--out FOLDER]`. The figures come from held-out records; with a
+refiner, they come from the records that it was not fitted on. The thresholds are the refiner's, or come from the
+records that were not held out.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,10 +45,10 @@ _PIXELS = 224
 
 @dataclass(frozen=True)
 class InspectResult:
-    """Figures of every block. page: the HTML page, if one was asked for.
+    """The figures of every block.
 
-    blocks: {block: {"norms", "artifacts", "direction", "loss_share"} and, with a refiner, {"refined", "drift",
-    "spliced", "loss_share_refined", "clean_drift_percent"}}.
+    blocks: {block: {"threshold", "norms", "artifacts", "direction", "loss_share"} and, with a refiner, {"refined",
+    "drift", "spliced", "loss_share_refined", "clean_drift_percent"}}; page: the HTML page, if --out was given.
     """
 
     cache: str
@@ -59,7 +60,11 @@ class InspectResult:
 
 @dataclass(frozen=True)
 class _Shown:
-    """A block for the page. maps: {title: (n, rows, columns) patch norms}; similar: the same of cosines to a patch."""
+    """The data of a block for the page.
+
+    norms: (n, patches); where: map (rows, columns) of the percentage of images with an artifact; maps: {title: patch
+    norms (n, rows, columns)}; similar: {title: cosines to the middle patch (n, rows, columns)}.
+    """
 
     block: int
     norms: Tensor
@@ -78,8 +83,8 @@ def inspect(
 ) -> InspectResult:
     """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
 
-    shards: where the images lie now, if they have moved; without them the page has none. Raises UserError for
-    whatever the user can mend.
+    shards: where the images are, if they moved; if they are not found, the page has no images. Raises UserError for
+    mistakes that the user can fix.
     """
     settings = config.refine
     teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copy
@@ -141,10 +146,10 @@ def _block_figures(context: FitContext, refiner: Refiner | None) -> dict[str, An
     if refiner is not None:
         clean = _cleaner(refiner, context.block)
         figures |= {
-            # A share of the patches is not what the teacher's blocks read.
+            # Without a grid, the cache holds only a share of the patches, but the teacher's blocks read all of them.
             "drift": reader_drift(context, clean) if context.grid is not None else {},
             "spliced": splice(context, clean) if context.grid is not None else {},
-            # Of the targets as students get them: standardising may blow up again what a cleaner has left.
+            # It is measured on the targets of a student: the normaliser may enlarge artifacts that the cleaner left.
             "loss_share_refined": loss_share(context, lambda x: refiner({context.block: x})[context.block]),
         }
     return figures
@@ -155,7 +160,7 @@ def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
 
 
 def _choose(context: FitContext) -> np.ndarray:
-    """Records for pictures: half of them those with the largest patch norms, the others the first."""
+    """Return the records for pictures: half of them have the largest patch norms, the others are the first ones."""
     largest = patch_norms(context.tokens, context.prefix).amax(1).cpu().numpy()
     worst = np.argsort(-largest, kind="stable")[: _SHOWN // 2]
     others = np.setdiff1d(np.arange(len(largest)), worst)[: _SHOWN - len(worst)]
@@ -163,7 +168,7 @@ def _choose(context: FitContext) -> np.ndarray:
 
 
 def _show(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
-    """What the page shows of a block; without a grid, only the norms."""
+    """Return what the page shows of a block; without a grid, these are only the norms."""
     norms = patch_norms(context.tokens, context.prefix).cpu()
     if context.grid is None:
         return _Shown(context.block, norms, None, {}, {})
@@ -206,7 +211,7 @@ def _page(
 
 
 def _draw_norms(shown: list[_Shown]) -> str:
-    """Box plots of patch norms by block (the paper's Figure 5), and where artifacts sit."""
+    """Draw box plots of patch norms by block (the paper's Figure 5), and maps of where artifacts are."""
     wheres = [part for part in shown if part.where is not None]
     figure = Figure(figsize=(3.2 * (1 + len(wheres)), 3.2), layout="constrained")
     first, *others = np.atleast_1d(figure.subplots(1, 1 + len(wheres)))
@@ -226,7 +231,7 @@ def _draw_norms(shown: list[_Shown]) -> str:
 
 
 def _draw_maps(part: _Shown, images: np.ndarray | None) -> str:
-    """Images over maps of patch norms and of the cosine to the middle patch (the paper's Figure 2)."""
+    """Draw images above maps of patch norms and of the cosine to the middle patch (the paper's Figure 2)."""
     median = float(part.norms.median())
     rows: list[tuple[str, Tensor, dict[str, Any]]] = []
     for name, maps in part.maps.items():
@@ -239,9 +244,9 @@ def _draw_maps(part: _Shown, images: np.ndarray | None) -> str:
     for column in range(count):
         if images is not None:
             axes[0, column].imshow(images[column])
-        for row, (_, maps, look) in enumerate(rows, start=1):
-            axes[row, column].imshow(maps[column].numpy(), **look)
-            if "cmap" in look and look["cmap"] == "coolwarm":
+        for row, (_, maps, style) in enumerate(rows, start=1):
+            axes[row, column].imshow(maps[column].numpy(), **style)
+            if style["cmap"] == "coolwarm":
                 height, width = maps.shape[1:]
                 axes[row, column].plot(width // 2, height // 2, "kx", markersize=5)
     for row, title in enumerate(["image", *(title for title, _, _ in rows)]):

@@ -1,8 +1,8 @@
-"""Before stage 1: a folder of images -> WebDataset shards.
+"""Before stage 1: pack a folder of images into WebDataset shards.
 
-`singer prepare IMAGES --out SHARDS`. Sub-folders are classes (ImageFolder); a flat folder has no labels. A mask or a
-depth map lies beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of known
-data sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
+Run it with `singer prepare IMAGES --out SHARDS`. Sub-folders are classes (ImageFolder); a flat folder has no labels. A
+mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of
+known data sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
 """
 
 import io
@@ -26,13 +26,16 @@ from pipeline.storage.outputs import Mode, check_output, claimed_output, write_j
 from singer.errors import UserError
 
 STAGE = "prepare"
-# Whatever a file is called, no other decoder sees it: some run interpreters.
+# Only these decoders are used, whatever a file's name is, because some decoders of PIL run interpreters.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What was written. classes: names in the order of their labels; skipped: files that are no readable images."""
+    """The shards that were written.
+
+    classes: names in the order of their labels; skipped: files that are no readable images.
+    """
 
     out: Path
     shards: list[Path]
@@ -42,7 +45,10 @@ class PrepareResult:
 
 
 def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> PrepareResult:
-    """Write the images below a folder as shards OUT/NAME-000000.tar. Raises UserError for what the user can mend."""
+    """Write the images below a folder as shards OUT/NAME-000000.tar.
+
+    Raises UserError for mistakes that the user can fix.
+    """
     settings = config.prepare
     if not images.is_dir():
         raise UserError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
@@ -58,12 +64,12 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
     skipped: list[Path] = []
     written = 0
     with claimed_output(out, mode, STAGE, config, settings.seed), meter("prepare", len(files), "images") as m:
-        # Shards appear in OUT when all are whole: half a data set must not look like one.
+        # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         pattern = str(partial / f"{out.name.replace('%', '_')}-%06d.tar")
-        # No clock in the headers: the same images give the same bytes.
+        # mtime is fixed, so that the same images give the same bytes.
         with webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0) as writer:
             for number in order:
                 entry = listing.entries[number]
@@ -71,7 +77,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
                     sample = read_sample(entry, listing.convert)
                 except UserError as error:
                     if settings.on_error == "fail":
-                        raise UserError(f"{error}; remove it, or skip all such with --on-error skip") from None
+                        raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
                     say(f"skipped: {error}")
                     skipped.append(entry.file)
                     continue
@@ -89,9 +95,9 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
 
 
 def renumbered(listing: Listing, file: Path) -> Listing:
-    """With the class numbers of another split, by its classes.json; labels without names are such numbers already.
+    """Return the listing with the class numbers of another split, which its classes.json gives.
 
-    Raises UserError if a class here is none of them.
+    Labels without names are taken as such numbers. Raises UserError if the other split lacks a class.
     """
     try:
         classes = [str(name) for name in json.loads(file.read_text())]
@@ -105,18 +111,22 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     if not labels:
         raise UserError(f"prepare.classes: {file} is given, but these images have no classes; leave it out")
     if max(labels) >= len(numbers):
-        raise UserError(f"prepare.classes: {file} has {len(classes)} classes, but there is a label {max(labels)}")
+        raise UserError(f"prepare.classes: {file} has {len(classes)} classes, but an image has label {max(labels)}")
     entries = [e if e.label is None else replace(e, label=numbers[e.label]) for e in listing.entries]
     return replace(listing, entries=entries, classes=classes)
 
 
 def file_key(folder: Path, file: Path) -> str:
-    """The key of an image in its shard: its relative path without extension. A key ends at its first dot."""
+    """Return the key of an image in its shard: its relative path without extension and without dots.
+
+    WebDataset ends a key at its first dot.
+    """
     relative = file.relative_to(folder)
     return "/".join(part.replace(".", "_") for part in (*relative.parts[:-1], relative.stem))
 
 
 def check_keys(keys: list[str], files: list[Path]) -> None:
+    """Raise UserError if two files have the same key."""
     first: dict[str, Path] = {}
     for key, file in zip(keys, files, strict=True):
         if key in first:
@@ -125,9 +135,9 @@ def check_keys(keys: list[str], files: list[Path]) -> None:
 
 
 def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes]:
-    """The members of an image: itself, its label, mask and depth map. Raises UserError if one is unreadable.
+    """Return {extension: bytes} of an image: itself, its label, mask and depth map.
 
-    convert: {extension: how such maps are changed}.
+    convert: {extension: function that changes such maps}. Raises UserError if a file cannot be read.
     """
     file = entry.file
     data = file.read_bytes()
@@ -136,7 +146,7 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes
     if file.suffix.lower() in CONVERTED:
         data = _png(to_rgb(image))
     elif image.format not in ("JPEG", "PNG", "WEBP"):
-        raise UserError(f"{file} is a {image.format} under a wrong extension")
+        raise UserError(f"{file} is a {image.format} with a wrong extension")
     sample = {extension: data}
     for name, place in entry.beside.items():
         sample[name] = place.read_bytes()

@@ -1,10 +1,11 @@
 """Stage 2: fit a refiner on the cached features, so that artifacts vanish and information stays.
 
-`singer refine --cache CACHE --out REFINER`. The teacher is not needed: its frozen suffix is in the cache.
+Run it with `singer refine --cache CACHE --out REFINER`. The teacher is not needed: its frozen suffix is in the cache.
 
-A refiner is a cleaner and a normaliser. Closed forms take a sample; adapters (SiNGER, in its two-stage form) start in a
-subspace that the next reader hardly sees and minimise outlier_weight · L_outlier + info_weight · L_info +
-keep_weight · L_keep; there is no student yet. The normaliser's statistics come from refined clean tokens, at the end.
+A refiner is a cleaner and a normaliser. Cleaners in closed form need only a sample of records. Adapters (SiNGER, in its
+two-stage form) start in a subspace that has little effect on the next block, and minimise
+outlier_weight · L_outlier + info_weight · L_info + keep_weight · L_keep; there is no student yet. At the end, the
+normaliser's statistics are computed from refined clean tokens.
 """
 
 import time
@@ -49,9 +50,10 @@ STAGE = "refine"
 
 @dataclass(frozen=True)
 class RefineResult:
-    """A fitted refiner and its figures on held-out records, of which there were so many; of old ones it is not known.
+    """A fitted refiner and its figures on held-out records.
 
-    blocks: {block: {"before", "after", drift ...}}; max_over_median in it is the largest norm of all, over the median.
+    held_out_records: their number, or None for a refiner that does not store it; blocks: {block: {"before", "after",
+    drift ...}}, where max_over_median is the largest norm of all tokens over the median.
     """
 
     refiner: Path
@@ -64,7 +66,10 @@ class RefineResult:
 
 
 def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> RefineResult:
-    """Fit a refiner to the cache and store it at `out`. Raises UserError for whatever the user can mend."""
+    """Fit a refiner to the cache and store it at `out`.
+
+    Raises UserError for mistakes that the user can fix.
+    """
     settings = config.refine
     check_names(settings)
     begun = None
@@ -75,7 +80,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
-        _forget_parts(out)
+        _remove_intermediate_files(out)
         return _result(out)
     if begun is not None and begun not in cache.ids:
         raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
@@ -95,7 +100,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
 
 
 def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
-    """Train this process's share of the adapters; return when all processes have done theirs."""
+    """Train this process's share of the adapters, and wait until all processes have trained theirs."""
     cache, settings = fit.cache, fit.settings
     if not fit.starts:
         return
@@ -112,7 +117,10 @@ def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
 
 
 def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> None:
-    """Finish, measure and store; the manifest comes last: a refiner without one was interrupted."""
+    """Finish the refiner, measure it and store it.
+
+    The manifest is written last: a refiner without one was interrupted.
+    """
     cache, settings = fit.cache, fit.settings
     fit.close()
     seconds = time.perf_counter() - start
@@ -133,11 +141,11 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
         variant=cache.manifest.teacher.variant,
     )
     write_json(out / MANIFEST, asdict(manifest))
-    _forget_parts(out)
+    _remove_intermediate_files(out)
 
 
-def _forget_parts(out: Path) -> None:
-    """What fits leave for those that go on."""
+def _remove_intermediate_files(out: Path) -> None:
+    """Remove the files that only an interrupted fit needs, to be continued."""
     for pattern in ("fitted-*", "checkpoint-*"):
         for file in out.glob(pattern):
             file.unlink()

@@ -1,7 +1,7 @@
-"""After stage 3: one page on what was trained on what, what came of it and what it looks like.
+"""After stage 3: one HTML page about students, their teachers, their figures and their features.
 
-`singer report RUN... --out FILE.html`. Figures of tasks are those that `singer evaluate` has stored; norms and pictures
-are measured now, on records spread evenly over the cache.
+Run it with `singer report RUN... --out FILE.html`. The figures of tasks are those that `singer evaluate` has stored.
+The report itself measures norms and draws pictures, on records spread evenly over the cache.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,11 @@ RECORDS = 256
 
 @dataclass(frozen=True)
 class ReportResult:
-    """out: the page; best: the first of the leaderboard, by the figure rank_by; both None without probes.
+    """The result of a report.
 
-    leaderboard: a row for every group of runs that differ in seeds only, with means; mean_max_over_median: {model: mean
-    over the measured images of the largest patch norm over the median of all}.
+    out: the page; best: the first group of the leaderboard; rank_by: the figure that ranks it; both are None without
+    probes; leaderboard: a row with means for every group of runs that differ only in their seeds;
+    mean_max_over_median: {model: mean over the measured images of (largest patch norm / median of all norms)}.
     """
 
     out: Path
@@ -54,11 +55,12 @@ def report(
     title: str = "Students of one teacher",
     note: str | None = None,
 ) -> ReportResult:
-    """Write a page about finished runs of one cache. Raises UserError for whatever the user can mend.
+    """Write a page about finished runs of one cache.
 
-    runs: folders of singer distill, or sweeps. cache, refiners, shards: where cache, refiners and images lie now, if
-    they have moved; teacher_probes: a folder with the teacher's figures, of singer evaluate --out; records: how many
-    are measured; note: what to know before anything else.
+    runs: folders of singer distill, or sweeps; cache, refiners, shards: where cache, refiners and images are, if they
+    moved; teacher_probes: a folder with the teacher's figures, which singer evaluate --out wrote; records: the number
+    of records that are measured; note: a text at the top of the page. Raises UserError for mistakes that the user can
+    fix.
     """
     check_page(out, overwrite)
     trained = read_runs(find_runs(runs), refiners)
@@ -69,8 +71,8 @@ def report(
         raise UserError(f"{teacher_probes} holds no figures of singer evaluate; make them with its --out")
     groups = group_runs(trained)
     columns = columns_of([*figures.values(), teacher])
-    by = ranking_column(columns, [*figures.values()], _asked(runs))
-    # What students are ranked by is what a narrow screen shows first.
+    by = ranking_column(columns, [*figures.values()], _sweep_ranking(runs))
+    # The figure that ranks the students comes first, so that a narrow screen shows it.
     columns.sort(key=lambda column: column != by)
     table = score({g: [figures[run] for run in g.runs] for g in groups}, columns)
     order = rank(table, by)
@@ -94,16 +96,16 @@ def report(
     )
 
 
-def _asked(runs: Sequence[Path]) -> str | None:
-    """What a sweep ranks by, if the report is about one sweep alone."""
+def _sweep_ranking(runs: Sequence[Path]) -> str | None:
+    """Return the figure that a sweep is ranked by, or None unless the report is about one sweep alone."""
     if len(runs) != 1 or not (runs[0] / f"{LEADERBOARD}.json").is_file():
         return None
-    asked: str | None = read_json(runs[0], f"{LEADERBOARD}.json", "sweep").get("rank_by")
-    return asked
+    ranking: str | None = read_json(runs[0], f"{LEADERBOARD}.json", "sweep").get("rank_by")
+    return ranking
 
 
 def check_page(out: Path, overwrite: bool) -> None:
-    """Raise UserError if no page may be written there; changes nothing."""
+    """Raise UserError if no page may be written to `out`; nothing is changed."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
     if out.is_dir():

@@ -1,7 +1,7 @@
-"""Is a cache whole and true? `singer cache verify CACHE [--weights FILE] [--repair]`.
+"""Check that a cache is complete and correct: `singer cache verify CACHE [--weights FILE] [--repair]`.
 
-Every file is compared with its checksum and the index with the manifest; with the teacher at hand, its features are
-computed anew for a random sample and compared with the stored ones. --repair computes again what is damaged.
+Every file is compared with its checksum, and the index with the manifest. If the teacher is given, it computes the
+features of a random sample again, and they are compared with the stored ones. --repair computes damaged shards again.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ def verify(
     sample: int = 64,
     repair: bool = False,
 ) -> VerifyResult:
-    """Check the cache at `place`, complete or not; with `live` or `repair`, load config.teacher for a sample too.
+    """Check the cache at `place`, complete or not; with `live` or `repair`, run config.teacher on a sample, too.
 
-    A teacher is run as for each of its variants in the cache; teacher.name may name a single one.
+    The teacher is run with the settings of each of its variants in the cache; teacher.name may name a single variant.
 
-    shards: where the images lie now, if they have moved; sample: records of each part. Nothing is written, nor a lock
-    taken, except for `repair`. Raises UserError if a manifest cannot be read, two parts hold the same, the teacher is
-    none of the cache's, or what `repair` needs is gone.
+    shards: where the images are, if they moved; sample: records of each segment. Only `repair` writes or takes a lock.
+    Raises UserError if a manifest cannot be read, if two segments hold the same features, if the cache does not hold
+    this teacher, or if `repair` lacks the images that it needs.
     """
     store = open_store(place)
     parts = read_segments(store)
@@ -44,7 +44,7 @@ def verify(
     if repair and parts[0].manifest.version == 2:
         raise UserError(f"{place} was written by format version 2 and cannot be repaired; make a new cache")
     extractors = load_extractors(config, parts) if live or repair else iter(())
-    first = list(islice(extractors, 1))  # before hours of reading
+    first = list(islice(extractors, 1))  # so that a wrong teacher is found before hours of reading
     with store.lock() if repair else nullcontext():
         reports = {part.name: check_segment(part) for part in parts}
         reports[""].files |= unreachable(store, parts)

@@ -1,8 +1,8 @@
-"""A sweep's file -> its runs: each with a name and a resolved configuration, and the refiners that they share.
+"""A sweep's file, read into runs with names and resolved configurations, and the refiners that the runs share.
 
-base: a recipe's name, or a tree of configuration. grid: {key: values}, of which every combination is taken.
-runs: a list of {name, set: {key: value}}; with a grid beside it, each of them is repeated at every point of the grid.
-Keys are those of the configuration, and `refiner`: fit, or none for raw targets.
+The file's keys: base is a recipe's name, or a tree of configuration. grid is {key: values}; every combination of the
+values is a run. runs is a list of {name, set: {key: value}}; if there is a grid, too, each entry is repeated at every
+point of the grid. The keys in grid and set are those of the configuration, and `refiner`: fit, or none for raw targets.
 """
 
 import difflib
@@ -24,39 +24,45 @@ from pipeline.config import Config, Positive, Section, load_config, recipes, res
 from pipeline.evaluation.figures import DEFAULT_FIGURE, figures_of
 from singer.errors import UserError
 
-# What may vary while the cache stays the same.
+# The sections that may vary in a sweep, because the cache stays the same.
 SECTIONS = ("refine", "student", "distill", "evaluate")
 REFINER = "refiner"
 _LONGEST = 80
 
 Value = Any
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=_LONGEST)]
-# Students have no head of their own.
+# The task `head` is missing, because students have no classification head.
 Known = Literal["classification", "segmentation", "depth", "retrieval", "domain-shift"]
 
 
 class RunEntry(Section):
-    """A run of the list. Without a name it is called after what it sets."""
+    """An entry of the list of runs; without a name, it is named after the keys that it sets."""
 
     name: Name | None = None
     set: dict[str, Value] = Field(default_factory=dict)
 
 
 class SweepFile(Section):
+    """The content of a sweep's file, as the module describes it.
+
+    probes: the tasks by which every student is evaluated; rank_by: the figure that ranks the students; together: the
+    largest number of students that train on one pass over the data.
+    """
+
     base: Any = Field(default_factory=dict)
     grid: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(default_factory=dict)
     runs: tuple[RunEntry, ...] = ()
     probes: Annotated[tuple[Known, ...], Field(min_length=1)] = ("classification",)
     rank_by: str | None = None
-    # Students that train on one pass over the data, where seeds, batches and epochs let them.
     together: Positive = 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student to train. label: its name without seeds; changes: the keys that the file sets, as resolved.
+    """A student to train.
 
-    refiner: which of the sweep's; None for raw targets and for adapters that are trained with the student.
+    label: its name without seeds; changes: {key: resolved value} of the keys that the file sets; refiner: the name of
+    its refiner, or None for raw targets and for adapters that are trained with the student.
     """
 
     name: str
@@ -66,13 +72,17 @@ class Run:
     refiner: str | None
 
     def settings(self) -> dict[str, Value]:
-        """{key: value} of everything that the run's figures depend on."""
+        """Return {key: value} of everything that the run's figures depend on."""
         return _settings(self.config, self.refiner is not None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """refiners: {name: its configuration}. rank_by: task and place in its result, joined by dots."""
+    """A sweep.
+
+    refiners: {name: configuration}; rank_by: a task and the path in its result, joined by dots; together: the largest
+    number of students on one pass.
+    """
 
     base: Config
     runs: tuple[Run, ...]
@@ -83,7 +93,7 @@ class Plan:
 
 
 def find_sweep(file: str | Path) -> Path:
-    """A file, or a bundled one by its name. Raises UserError if there is neither."""
+    """Return the path of a file, or of a bundled sweep by its name; raise UserError if there is neither."""
     bundled = resource("configs") / "sweeps"
     for path in (Path(file), bundled / f"{file}.yaml"):
         if path.is_file():
@@ -93,7 +103,7 @@ def find_sweep(file: str | Path) -> Path:
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises UserError, in one line, for whatever is wrong in the file."""
+    """Read a sweep's file; raise UserError, in one line, for a mistake in it."""
     try:
         return make_plan(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -103,7 +113,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def make_plan(tree: Any) -> Plan:
-    """The plan of a file's content. Raises UserError."""
+    """Return the plan of a file's content; raise UserError for a mistake in it."""
     try:
         file = SweepFile.model_validate(tree or {})
     except ValidationError as error:
@@ -127,7 +137,10 @@ def make_plan(tree: Any) -> Plan:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A run without a name. own: keys that its name tells of, beside the one it was given."""
+    """A run before it has its final name.
+
+    given: its name in the file, if any; own: the keys that its name contains, too; fitted: whether it has a refiner.
+    """
 
     given: str | None
     own: tuple[str, ...]
@@ -137,7 +150,7 @@ class _Draft:
 
 
 def _base(base: Any) -> str | dict[str, Any]:
-    """The recipe, or a tree like one."""
+    """Return the name of a recipe, or a tree of configuration; raise UserError for anything else."""
     if isinstance(base, str):
         if base not in recipes() and not Path(base).is_file():
             raise UserError(f"base: no file {base}, nor a recipe among {', '.join(recipes())}")
@@ -148,7 +161,7 @@ def _base(base: Any) -> str | dict[str, Any]:
 
 
 def _setting(key: str, value: Value) -> str:
-    """JSON is YAML too, and has no form for what is neither."""
+    """Return "key=value" for load_config, with the value as JSON, which is YAML, too."""
     return f"{key}={json.dumps(value, default=str)}"
 
 
@@ -170,7 +183,7 @@ def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any])
     resolved = {key: _at(config, key) for key in changes}
     if REFINER in entry.set or REFINER in point:
         resolved[REFINER] = refiner or "none"
-    # Joint training has adapters of its own.
+    # Joint training trains its own adapters.
     fitted = refiner == "fit" and not config.distill.joint
     own = [*(() if entry.name else entry.set), *point]
     return _Draft(entry.name, tuple(own), resolved, config, fitted)
@@ -179,9 +192,9 @@ def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any])
 def _check_key(key: str) -> None:
     section, dot, _ = key.partition(".")
     if key == REFINER or (dot and (section in SECTIONS or section not in Config.model_fields)):
-        return  # keys that do not exist are left to the configuration, which knows the nearest
+        return  # load_config reports a key that does not exist, with the nearest one that does
     if dot:
-        raise UserError(f"{key} belongs to the cache, and a sweep has one; it varies {', '.join(SECTIONS)}")
+        raise UserError(f"{key} belongs to the cache, and a sweep has one cache; it varies {', '.join(SECTIONS)}")
     ends = {REFINER: REFINER, **{k: f"{s}.{k}" for s in SECTIONS for k in getattr(Config(), s).model_dump()}}
     (near,) = difflib.get_close_matches(key, ends, n=1, cutoff=0)
     raise UserError(f"unknown key {key!r}; did you mean {ends[near]!r}?")
@@ -199,7 +212,7 @@ def _settings(config: Config, fitted: bool) -> dict[str, Value]:
 
 
 def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
-    """Runs and refiners with names that depend on nothing but what they are, and on which keys the file sets."""
+    """Return runs and refiners; their names depend only on their settings and on the keys that the file sets."""
     keys = {key for draft in drafts for key in draft.changes}
     ends = Counter(key.rpartition(".")[2] for key in keys)
     short = {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
@@ -210,24 +223,24 @@ def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
         return "_".join([*filter(None, [draft.given]), *parts]) or "base"
 
     names = _unique([(name(d, True), d.changes) for d in drafts])
-    # The first run that asks for a refiner names it.
+    # A refiner is named after the first run that needs it.
     firsts = {_section(d): d for d in reversed(drafts) if d.fitted}
-    called = dict(zip(firsts, _unique([(_refiner_name(d), s) for s, d in firsts.items()]), strict=True))
+    refiner_names = dict(zip(firsts, _unique([(_refiner_name(d), s) for s, d in firsts.items()]), strict=True))
     runs = [
-        Run(n, name(d, False), d.changes, d.config, called[_section(d)] if d.fitted else None)
+        Run(n, name(d, False), d.changes, d.config, refiner_names[_section(d)] if d.fitted else None)
         for n, d in zip(names, drafts, strict=True)
     ]
-    return runs, {called[section]: draft.config for section, draft in firsts.items()}
+    return runs, {refiner_names[section]: draft.config for section, draft in firsts.items()}
 
 
 def _section(draft: _Draft) -> str:
     refine, teachers = draft.config.refine.model_dump(mode="json"), draft.config.distill.teachers
-    # Each cache is refined for the teacher that students learn from.
+    # Each cache is refined for the teacher that the students learn from.
     return _key([refine, teachers] if teachers is not None else refine)
 
 
 def _refiner_name(draft: _Draft) -> str:
-    """Its cleaner and normaliser, and what else was set."""
+    """Return a refiner's name: its cleaner and normaliser, and the other keys that are set."""
     refine = draft.config.refine
     more = {k.removeprefix("refine."): v for k, v in draft.changes.items() if k.startswith("refine.")}
     parts = [f"{k}-{_slug(v)}" for k, v in more.items() if k not in ("cleaner", "normaliser")]
@@ -235,7 +248,7 @@ def _refiner_name(draft: _Draft) -> str:
 
 
 def _unique(named: list[tuple[str, Any]]) -> list[str]:
-    """The names, with the beginning of a hash of their content where they are too long or not the only ones."""
+    """Return unique names: a name that is too long or not unique ends with the beginning of its content's hash."""
     counts = Counter(name for name, _ in {(name.casefold(), _key(content)) for name, content in named})
     names = []
     for name, content in named:
@@ -250,7 +263,7 @@ def _key(value: Any) -> str:
 
 
 def _slug(value: Value) -> str:
-    """[8, 11] -> 8-11: what every file system takes."""
+    """Return a value as text that every file system accepts: 8-11 for [8, 11]."""
     return re.sub(r"[^a-z0-9.+]+", "-", str(value).lower()).strip("-")
 
 
@@ -263,7 +276,7 @@ def _check_different(entries: Sequence[RunEntry], runs: list[Run]) -> None:
     for run in runs:
         settings = _key(run.settings())
         if settings in seen:
-            raise UserError(f"runs {seen[settings]} and {run.name} have one and the same configuration; leave one out")
+            raise UserError(f"runs {seen[settings]} and {run.name} have the same configuration; leave one out")
         seen[settings] = run.name
 
 

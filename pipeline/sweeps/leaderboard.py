@@ -1,4 +1,4 @@
-"""What a sweep has found: a row for every group of runs that differ in nothing but seeds, ranked as was asked."""
+"""The leaderboard of a sweep: a ranked row for every group of runs that differ only in their seeds."""
 
 import csv
 import io
@@ -18,10 +18,11 @@ from pipeline.training.run_directory import RUNS, load_result
 
 @dataclass(frozen=True)
 class LeaderboardRow:
-    """Runs that differ in seeds only. rank: None where the figure that ranks is missing, or none was asked for.
+    """Runs that differ only in their seeds.
 
-    names: of those that are done; planned: how many there will be. changes: {key: value} of what the file sets, seeds
-    apart. figures in percent; seconds of training, since it was last resumed; loss: of the last epoch.
+    rank: None if the figure that ranks is missing, or if there are no probes; names: the runs that are done; planned:
+    how many runs there will be; changes: {key: value} that the file sets, apart from seeds; figures: in percent;
+    seconds: of training, after the last start; loss: of the last epoch.
     """
 
     rank: int | None
@@ -37,26 +38,26 @@ class LeaderboardRow:
 
 
 class Leaderboard:
-    """files: {run: {task: its figures, once it is probed}}; ranked: whether there are probes."""
+    """The leaderboard of a sweep; files: {run: {task: file of its figures}}; ranked: whether there are probes."""
 
     def __init__(self, plan: Plan, out: Path, files: dict[str, dict[str, Path]], ranked: bool) -> None:
         self.page = out / f"{LEADERBOARD}.html"
         self.rank_by = plan.rank_by if ranked else None
         self._figures = figures_of(plan.probes) if ranked else []
         self._plan, self._out, self._files = plan, out, files
-        # What any run sets, which every row of the CSV tells.
+        # The keys that any run sets; every row of the CSV has them.
         self._keys = list(dict.fromkeys(k for run in plan.runs for k in run.changes if not k.endswith(".seed")))
 
     def write(self, failed: dict[str, str]) -> None:
-        """leaderboard.csv, .json and .html of what is done by now."""
+        """Write leaderboard.csv, .json and .html with the runs that are done; failed: {run: error}."""
         rows = self.rows()
         write_atomic(self.page.with_suffix(".csv"), self._csv(rows).encode())
         value = {"rank_by": self.rank_by, "rows": [asdict(row) for row in rows], "failed": failed}
         write_json(self.page.with_suffix(".json"), value)
-        # Of those that some student has: one without CLS has no figures of it.
+        # Only figures that some student has: a student without CLS has no figures for CLS.
         figures = [f for f in self._figures if any(f in row.figures for row in rows)]
         columns = _columns(rows)
-        # What is the same everywhere is told below the table.
+        # Columns with one value in all rows are written below the table.
         same = {name: cells[0] for name, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
         means = [mean for row in rows for mean in row.figures.values()]
         first = 0 if len(self._plan.probes) > 1 else 1
@@ -77,7 +78,7 @@ class Leaderboard:
         write_atomic(self.page, page.encode())
 
     def summary(self) -> list[dict[str, Any]]:
-        """Flat rows of the means. Figures go without their task where there is only one."""
+        """Return flat rows of the means; if there is only one task, the figures' names are without it."""
         first = 0 if len(self._plan.probes) > 1 else 1
         short = {f: ".".join(f.split(".")[first:]) for f in self._figures}
         lines = []
@@ -93,7 +94,7 @@ class Leaderboard:
         return lines
 
     def rows(self) -> list[LeaderboardRow]:
-        """Best first; those without a rank behind, in the order of the file."""
+        """Return the rows, best first; rows without a rank come last, in the order of the file."""
         groups: dict[str, list[Run]] = {}
         for run in self._plan.runs:
             groups.setdefault(repr(_seedless(run.settings())), []).append(run)
@@ -128,7 +129,7 @@ class Leaderboard:
         )
 
     def _read(self, run: Run) -> dict[str, float]:
-        """The figures of a run, and their bounds. A student without CLS has none of it."""
+        """Return the figures of a run and their bounds; a student without CLS has no figures for CLS."""
         found: dict[str, float] = {}
         for task, file in self._files[run.name].items():
             result = read_json(file.parent, file.name, "run")
@@ -157,7 +158,7 @@ class Leaderboard:
 
 
 def _columns(rows: Sequence[LeaderboardRow]) -> dict[str, list[str]]:
-    """{title: a text for every row} behind the figures."""
+    """Return {title: a text for every row} of the columns after the figures."""
     counts = [f"{len(row.names)}" + f" of {row.planned}" * (len(row.names) < row.planned) for row in rows]
     return {
         "parameters": [f"{row.parameters:,}" for row in rows],

@@ -1,7 +1,7 @@
-"""Train, probe and compare the students of a sweep's file, on all GPUs at hand.
+"""Train, probe and compare the students of a sweep's file, on all visible GPUs.
 
-A refiner that several runs ask for is fitted once. Every run is a folder as `singer distill` makes it, so that what is
-done is skipped and what was interrupted goes on, after whatever kind of death.
+A refiner that several runs need is fitted once. Every run is a folder as `singer distill` makes it, so that finished
+runs are skipped and interrupted runs are continued, even after the sweep was killed.
 """
 
 import os
@@ -51,10 +51,11 @@ Shards = str | Sequence[str]
 
 @dataclass(frozen=True)
 class SweepResult:
-    """failed: {run: what went wrong, in one line}; rank_by: None without probes.
+    """The result of a sweep.
 
-    leaderboard: a row for every group of runs that differ in seeds only, best first, with means; std is that of the
-    figure that ranks. leaderboard.json in `out` has everything.
+    failed: {run: error in one line}; defects: the runs that failed by a defect of singer; rank_by: None without probes;
+    leaderboard: a row with means for every group of runs that differ only in their seeds, best first; std belongs to
+    the figure that ranks. leaderboard.json in `out` has all figures.
     """
 
     out: Path
@@ -67,7 +68,7 @@ class SweepResult:
     leaderboard: list[dict[str, Any]]
 
     def check(self) -> None:
-        """Raise UserError naming the runs that failed, if any did; DefectsFound if one failed by a defect of singer."""
+        """Raise UserError, with the runs' names, if runs failed; DefectsFound if one failed by a defect of singer."""
         if self.failed:
             each = "; ".join(f"{name} ({error})" for name, error in self.failed.items())
             kind = DefectsFound if self.defects else UserError
@@ -85,25 +86,25 @@ def sweep(
     shards: Shards | None = None,
     workers: int | None = None,
 ) -> SweepResult:
-    """Do all runs of a sweep's file, or of a bundled one by its name, below `out`.
+    """Do all runs of a sweep's file, or of a bundled sweep by its name, in the folder `out`.
 
-    caches: one, or of several teachers a list. train, test: labelled shards for the probes; without them students are
-    trained and not compared. shards: where the cached shards lie now, if they have moved. workers: processes; default:
-    one a GPU. One works in this very process.
+    caches: one cache, or a list for several teachers; train, test: labelled shards for the probes, without which
+    students are trained but not compared; shards: where the cached shards are, if they moved; workers: the number of
+    processes, by default one for each GPU. A single worker is this process itself.
 
-    Raises UserError for whatever the user can mend before anything starts. What fails later is in the result.
+    Raises UserError, before anything starts, for mistakes that the user can fix. Later failures are in the result.
     """
     if (train is None) != (test is None):
         raise UserError("probes need both --train and --test")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("singer sweep spreads its runs by itself; start it without accelerate launch")
+        raise UserError("singer sweep starts its own processes; start it without accelerate launch")
     path = find_sweep(file)
     plan, content = read_plan(path), path.read_bytes()
     places = as_places(caches)
     opened = [Cache(place) for place in places]
     check_records(opened)
     check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
-    if mode != "resume":  # what was begun goes on with what it was begun on
+    if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
     images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
@@ -142,25 +143,25 @@ def _sweep(
     jobs = list(_jobs(plan, setting, files))
     done = len(plan.runs) - sum(len(job.members) for job in jobs if job.kind == "run")
     say(f"{len(plan.runs)} runs on {len(plan.refiners)} refiners; {done} of the runs are done already")
-    board = Scheduler(jobs, done, write)
-    _serve(board, setting, jobs, workers)
-    write(board.failed)
+    scheduler = Scheduler(jobs, done, write)
+    _serve(scheduler, setting, jobs, workers)
+    write(scheduler.failed)
     return SweepResult(
         out=out,
         page=leaderboard.page,
         runs=len(plan.runs),
-        done=board.done,
-        failed={name: failure.message for name, failure in board.failed.items()},
-        defects=[name for name, failure in board.failed.items() if failure.defect],
+        done=scheduler.done,
+        failed={name: failure.message for name, failure in scheduler.failed.items()},
+        defects=[name for name, failure in scheduler.failed.items() if failure.defect],
         rank_by=leaderboard.rank_by,
         leaderboard=leaderboard.summary(),
     )
 
 
 def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
-    """Raise UserError naming a refiner or a run that was started with other settings.
+    """Raise UserError, with the name, if a refiner or a run was started with other settings.
 
-    Those of evaluate may change: figures are kept apart by the settings that they come from.
+    The section evaluate may change, because figures of different settings are stored in different files.
     """
     out = setting.out
     for name, config in plan.refiners.items():
@@ -179,7 +180,7 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
 
 
 def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
-    """Raise UserError if a teacher that a refiner or a run names is none of its cache's, or several variants."""
+    """Raise UserError if a refiner or a run names a teacher that its cache lacks or has in several variants."""
     for number, place in enumerate(places):
         named = {refiner_config(config, number).refine.teacher: "refine.teacher" for config in plan.refiners.values()}
         for teachers in {run.config.distill.teachers for run in plan.runs}:
@@ -192,18 +193,20 @@ def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
 
 def _refuse(what: str, out: Path, change: str | None) -> None:
     if change is not None:
-        raise UserError(f"{what} in {out} was started with {change}; put that back, name it anew, or use another --out")
+        raise UserError(
+            f"{what} in {out} was started with {change}; restore this setting, give a new name, or use another --out"
+        )
 
 
 def _result_files(run: Run, probes: Sequence[str], out: Path, images: tuple[Images, Images] | None) -> dict[str, Path]:
-    """{task: where a run's figures lie once it is probed}; empty without labelled shards."""
+    """Return {task: file of a run's figures}; it is empty without labelled shards."""
     if images is None:
         return {}
     return {task: result_file(out / RUNS / run.name, task, images, run.config) for task in probes}
 
 
 def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, test: Images) -> None:
-    """Raise UserError, before anything is trained, if a probe that is still to come cannot work on these shards."""
+    """Raise UserError, before anything is trained, if a probe that is not done yet does not fit these shards."""
     left = {
         (task, run.config.evaluate.model_dump_json()): run
         for run in plan.runs
@@ -218,7 +221,7 @@ def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, 
 
 
 def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
-    """All that is left to do, every refiner ahead of the first run that needs it."""
+    """Yield the jobs that are not done yet, each refiner before the first run that needs it."""
     fitted = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
     left = []
     for run in plan.runs:
@@ -237,7 +240,7 @@ def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) 
 
 
 def _passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
-    """Runs that may share a pass over the data, at most `together` of them; in the order of the first of each."""
+    """Group the runs that may share a pass over the data, at most `together` in a group; first runs give the order."""
     open_: dict[str, list[Task]] = {}
     passes: list[list[Task]] = []
     for member in members:
@@ -250,36 +253,36 @@ def _passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
     return [tuple(p) for p in passes]
 
 
-def _serve(board: Scheduler, setting: SweepContext, jobs: Sequence[Job], workers: int | None) -> None:
-    """Have the jobs done by as many workers as were asked for, or else by one a GPU."""
+def _serve(scheduler: Scheduler, setting: SweepContext, jobs: Sequence[Job], workers: int | None) -> None:
+    """Let as many workers as were asked for, or else one for each GPU, do the jobs."""
     devices = gpus()
     count = min(workers or max(1, len(devices)), max(1, len(jobs)))
     if count == 1:
-        board.serve(partial(attempt, setting), f"GPU {devices[0]}" if devices else "the CPU")
+        scheduler.serve(partial(attempt, setting), f"GPU {devices[0]}" if devices else "the CPU")
         return
     threads = max(1, len(os.sched_getaffinity(0)) // count)
-    staff: dict[str, Worker] = {}
+    started: dict[str, Worker] = {}
     for number in range(count):
         gpu = devices[number % len(devices)] if devices else None
         name = f"worker {number}" + (f" (GPU {gpu})" if gpu is not None else "")
-        staff[name] = Worker(setting, gpu, threads, setting.out / f"worker-{number}.log")
+        started[name] = Worker(setting, gpu, threads, setting.out / f"worker-{number}.log")
     try:
         with ThreadPoolExecutor(count) as pool:
             try:
-                for future in [pool.submit(board.serve, worker.do, name) for name, worker in staff.items()]:
+                for future in [pool.submit(scheduler.serve, worker.do, name) for name, worker in started.items()]:
                     future.result()
             except BaseException:
-                board.stop()
-                for worker in staff.values():
+                scheduler.stop()
+                for worker in started.values():
                     worker.kill()
                 raise
     finally:
-        for worker in staff.values():
+        for worker in started.values():
             worker.close()
 
 
 def gpus() -> list[str]:
-    """The visible GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    """Return the visible GPUs, as CUDA_VISIBLE_DEVICES names them."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]

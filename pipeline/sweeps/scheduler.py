@@ -1,4 +1,4 @@
-"""Who does what: every job of a sweep goes to one worker, runs after the refiner that they need."""
+"""The scheduler of a sweep: it gives every job to one worker, and runs only after the refiner that they need."""
 
 import threading
 import time
@@ -11,10 +11,10 @@ from pipeline.sweeps.tasks import Job
 
 
 class Scheduler:
-    """The jobs that wait, shared by the threads that serve the workers.
+    """The waiting jobs, shared by the threads that serve the workers.
 
-    done: runs that need nothing more; failed: {run: what went wrong}. changed: called after every run that ends, by one
-    thread at a time.
+    done: the number of finished runs; failed: {run: failure}; changed: called after every job that ends, by one thread
+    at a time.
     """
 
     def __init__(self, jobs: Sequence[Job], done: int, changed: Callable[[dict[str, Failure]], None]) -> None:
@@ -29,7 +29,10 @@ class Scheduler:
         self.failed: dict[str, Failure] = {}
 
     def serve(self, do: Callable[[Job], dict[str, Failure]], where: str) -> None:
-        """Do jobs at one place until none is left. Whatever is raised here ends the sweep."""
+        """Do jobs at one place until none is left; any exception here ends the sweep.
+
+        do: does a job and returns the failures of its members; where: the place in words.
+        """
         try:
             while (job := self._take()) is not None:
                 what = job.names if job.kind == "run" else f"refiner {job.names}"
@@ -42,14 +45,14 @@ class Scheduler:
             raise
 
     def stop(self) -> None:
-        """Hand out no more jobs, and take no notice of how those under way end."""
+        """Give out no more jobs, and ignore the results of jobs that are running."""
         with self._condition:
             self._stopped = True
             self._waiting.clear()
             self._condition.notify_all()
 
     def _take(self) -> Job | None:
-        """The first job that can begin, as soon as there is one."""
+        """Wait for a job that can begin, and return it, or None if no job is left."""
         with self._condition:
             while self._waiting:
                 for job in self._waiting:
@@ -70,18 +73,18 @@ class Scheduler:
             else:
                 self.failed |= failed
                 self.done += len(job.members) - len(failed)
-            told = "; ".join(f"{name} failed: {error.message}" for name, error in failed.items()) or f"{seconds:.0f} s"
-            say(f"{what}: {told}; {self._progress()}")
+            outcome = "; ".join(f"{name} failed: {e.message}" for name, e in failed.items()) or f"{seconds:.0f} s"
+            say(f"{what}: {outcome}; {self._progress()}")
             self._changed(self.failed)
             self._condition.notify_all()
 
     def _drop(self, refiner: str, error: Failure) -> None:
-        """The runs that wait for a refiner that cannot be fitted."""
+        """Mark the runs that wait for a refiner as failed, because it cannot be fitted."""
         waiting = []
         for job in self._waiting:
             kept = tuple(m for m in job.members if m.needs != refiner)
-            told = replace(error, message=f"refiner {refiner}: {error.message}")
-            self.failed |= {m.name: told for m in job.members if m.needs == refiner}
+            of_refiner = replace(error, message=f"refiner {refiner}: {error.message}")
+            self.failed |= {m.name: of_refiner for m in job.members if m.needs == refiner}
             if kept:
                 waiting.append(replace(job, members=kept))
         self._waiting = waiting
@@ -92,7 +95,7 @@ class Scheduler:
         if self.failed:
             text += f", {len(self.failed)} failed"
         if left and self.done > self._first:
-            # Of all that has been spent so far, refiners and failures too, over what has come of it.
+            # The time so far includes refiners and failures, and is divided by the runs that it finished.
             each = (time.monotonic() - self._started) / (self.done - self._first)
             text += f", about {duration(each * left)} left"
         return text

@@ -1,4 +1,4 @@
-"""One piece of a sweep: a refiner to fit, or students to train on one pass and to probe."""
+"""The jobs of a sweep: a refiner to fit, or students to train on one pass and to probe."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ REFINERS = "refiners"
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What all pieces have in common. caches: one for each teacher; command: of the sweep, for the provenance of what
-    it makes.
+    """The settings that all jobs share.
+
+    caches: one for each teacher; command: the command line of the sweep, for the provenance of its outputs.
     """
 
     caches: list[Place]
@@ -34,14 +35,14 @@ class SweepContext:
     command: list[str]
 
     def refiners(self, name: str) -> list[Path]:
-        """The folders of a refiner: one for each cache."""
+        """Return the folders of a refiner, one for each cache."""
         folder, count = self.out / REFINERS / name, len(self.caches)
         return [folder] if count == 1 else [folder / str(number) for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A refiner or a run. needs: the refiner of a run; probes: the tasks that it has no figures of yet."""
+    """A refiner or a run; needs: the refiner of a run; probes: the tasks that it has no figures for yet."""
 
     name: str
     config: Config
@@ -58,18 +59,19 @@ class Job:
 
     @property
     def names(self) -> str:
+        """Return the names of the members, separated by commas."""
         return ", ".join(m.name for m in self.members)
 
 
 def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
-    """Do the job as far as it is not done; {member: what went wrong}."""
+    """Do the parts of a job that are not done yet, and return {member: failure}."""
     if job.kind == "refiner":
         (member,) = job.members
         return _failures(member, partial(_fit, setting, member))
     untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN).exists()]
-    # Where one of several cannot be trained, each is left to its own pass, so that none takes the others along.
+    # If students cannot train together, each gets its own pass, so that one student's failure does not stop the others.
     if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
-        say("these runs do not train together; now one by one")
+        say("these runs do not train together; they now train one by one")
     failed: dict[str, Failure] = {}
     for member in job.members:
         failed |= _failures(member, partial(_finish, setting, member))
@@ -79,7 +81,7 @@ def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
 def _failures(member: Task, do: Callable[[], object]) -> dict[str, Failure]:
     try:
         do()
-    except Exception as error:  # no run may take the others along, whatever its model or its GPU does
+    except Exception as error:  # one run's failure, of whatever kind, must not stop the others
         return {member.name: failure(error)}
     return {}
 
@@ -90,7 +92,10 @@ def _fit(setting: SweepContext, member: Task) -> None:
 
 
 def refiner_config(config: Config, number: int) -> Config:
-    """Of the refiner of one cache, counted from 0: where the students' teachers are named, it is fitted to its own."""
+    """Return the configuration of a cache's refiner; number: that of the cache, counted from 0.
+
+    If distill.teacher names the students' teachers, the refiner is fitted to the one of its cache.
+    """
     teachers = config.distill.teachers
     if teachers is None or number >= len(teachers):
         return config
@@ -102,7 +107,7 @@ def _train(setting: SweepContext, members: Sequence[Task]) -> None:
     for member in members:
         refiner = setting.refiners(member.needs) if member.needs is not None else None
         jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, refiner))
-    # A folder that is there is continued, and one that is not is begun.
+    # The mode resume continues a folder that exists and begins one that does not.
     fan_out(jobs, setting.caches, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
 
 
@@ -115,7 +120,7 @@ def _finish(setting: SweepContext, member: Task) -> None:
 
 
 def is_done(run: Path, figures: Mapping[str, Path]) -> bool:
-    """Whether a run is trained and has all figures. figures: {task: their file}."""
+    """Return whether a run is trained and has all figures; figures: {task: file of its figures}."""
     return (run / RUN).exists() and all(file.exists() for file in figures.values())
 
 
@@ -124,4 +129,5 @@ def _mode(out: Path) -> Mode:
 
 
 def as_list(shards: str | Sequence[str] | None) -> list[str]:
+    """Return shards as a list, which is empty if there are none."""
     return [shards] if isinstance(shards, str) else list(shards or ())

@@ -1,4 +1,7 @@
-"""A process that does the jobs of a sweep, one after the other: JSON lines in, JSON lines out. Its log is stderr."""
+"""A process that does the jobs of a sweep, one after the other.
+
+It reads jobs as JSON lines from stdin and writes answers as JSON lines to stdout; its log is stderr.
+"""
 
 import os
 import signal
@@ -22,14 +25,15 @@ _SETTING, _JOB, _ANSWER = TypeAdapter(SweepContext), TypeAdapter(Job), TypeAdapt
 
 
 class Worker:
-    """The sweep's end of such a process, which starts with its first job, and again where it has died.
+    """A worker process, as the sweep sees it; it starts with its first job, and again after it died.
 
-    device: its CUDA_VISIBLE_DEVICES, None: as they are. log: file to which its messages are added.
+    device: its CUDA_VISIBLE_DEVICES, or None to leave the variable unchanged; threads: its number of CPU threads; log:
+    the file to which its messages are appended.
     """
 
     def __init__(self, setting: SweepContext, device: str | None, threads: int, log: Path) -> None:
         self._setting, self._log = setting, log
-        # As many threads as there are cores for: otherwise each process starts one for every core of the machine.
+        # Without this limit, each process would start a thread for every core of the machine.
         self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         if device is not None:
             self._environment["CUDA_VISIBLE_DEVICES"] = device
@@ -37,12 +41,14 @@ class Worker:
         self._killed = False
 
     def do(self, job: Job) -> dict[str, Failure]:
-        """As attempt(). Where the process dies of several members, each goes on in its own, from its last checkpoint;
-        where it dies of one, that is the error of this one.
+        """Do a job as attempt() does, in the process.
+
+        If the process dies in a job with several members, each member is continued alone, from its last checkpoint. If
+        it dies in a job with one member, this is the member's failure.
         """
         if self._process is None:
             self._process = self._start()
-        if self._killed:  # meanwhile
+        if self._killed:  # kill() may have run in another thread while the process started
             self._process.kill()
         _send(self._process, _JOB.dump_json(job))
         assert self._process.stdout is not None
@@ -52,22 +58,22 @@ class Worker:
         code = self._end(self._process)
         error = f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
         if len(job.members) == 1 or self._killed:
-            # A signal is the system's, most often for want of memory; nothing else may end a worker.
+            # Death by a signal is no defect: the system sends it, most often because memory is short.
             return {member.name: Failure(error, defect=code > 0) for member in job.members}
-        say(f"{job.names}: {error}; now one by one")
+        say(f"{job.names}: {error}; they now train one by one")
         failed: dict[str, Failure] = {}
         for member in job.members:
             failed |= self.do(replace(job, members=(member,)))
         return failed
 
     def kill(self) -> None:
-        """End the process, whatever it is at, for good; another thread may be waiting for its answer."""
+        """End the process at once and for good; another thread may be waiting for its answer."""
         self._killed = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
-        """End the process, and free what it took. No other thread may be using it."""
+        """End the process and free its resources; no other thread may be using it."""
         self.kill()
         if self._process is not None:
             self._end(self._process)
@@ -78,7 +84,7 @@ class Worker:
         return process.returncode
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: a folder "pipeline" of the user's, where the command was given, is not ours.
+        # -P keeps Python from importing a folder "pipeline" of the user's in the current folder.
         command = [sys.executable, "-P", "-m", __name__, str(self._log)]
         with self._log.open("a") as log:
             process = subprocess.Popen(
@@ -95,16 +101,19 @@ class Worker:
 
 def _send(process: subprocess.Popen[str], line: bytes) -> None:
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has died; that it gives no answer says so
+    with suppress(BrokenPipeError):  # the process has died, which do() sees when there is no answer
         process.stdin.write(line.decode() + "\n")
         process.stdin.flush()
 
 
 def main() -> None:
-    """Work until stdin ends, which it also does when the sweep is killed: nobody is to hold its folders then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep gets it too, and ends us
+    """Work until stdin ends.
+
+    It also ends when the sweep is killed, so that no worker still writes to the sweep's folders then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep gets SIGINT, too, and ends its workers
     answers: IO[str] = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # so that a library's prints go to the log and not among the answers
     lines: SimpleQueue[str] = SimpleQueue()
 
     def listen() -> None:
