@@ -164,6 +164,17 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
     assert done.returncode == 0 and "cache-teacher" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("target", "installed"), [("demo", ["."]), ("test", [".", "'.[dev]'"]), ("docs", [".", "'.[docs]'"])]
+)
+def test_one_command_installs_what_it_needs(target: str, installed: list[str]) -> None:
+    """On a fresh machine; and the demo installs no tools of developers."""
+    make = subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert [line.split()[-1] for line in make.stdout.splitlines() if "pip install" in line] == installed
+
+
 @pytest.mark.parametrize("forbidden", ["pickle.load", "allow_pickle=True", "weights_only=False"])
 def test_nothing_is_unpickled(forbidden: str) -> None:
     for file in [
