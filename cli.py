@@ -31,7 +31,6 @@ app = typer.Typer(
     help="Distil large Vision Transformers into small ones from a feature cache, without their artifact tokens.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 cache_app = typer.Typer(help="Plan, look at and verify feature caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
@@ -63,10 +62,22 @@ def refiner_option(help: str) -> Any:
     return typer.Option("--refiner", "--adapters", help=help)
 
 
+def _print_version(wanted: bool) -> None:
+    """Print the version and end, before any command runs."""
+    if wanted:
+        from pipeline.runtime.machine import versions
+
+        print(f"singer {versions(['singer'])['singer']}")
+        raise typer.Exit
+
+
 @app.callback()
 def every_command(
     verbose: Annotated[
         bool, typer.Option(VERBOSE, help="Show details, the messages of libraries, and whole tracebacks.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Apply the options that every command has."""

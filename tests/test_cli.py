@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -303,6 +304,63 @@ def test_help_lists_every_command() -> None:
         "demo",
     ):
         assert command in text
+
+
+def test_version_is_that_of_our_distribution(tmp_path: Path) -> None:
+    """Of `singer-vit`, whatever a stranger's `singer` beside it has; found without waiting for torch."""
+    for name, version in (("singer", "0.0.1"), ("singer_vit", "9.8.7")):
+        (tmp_path / f"{name}-{version}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.4\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(metadata)
+    code = (
+        "import sys, cli\n"
+        "from pipeline.runtime.machine import versions\n"
+        "assert versions()['singer'] == '9.8.7', versions()\n"
+        "sys.argv = ['singer', '--version']\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr, done.returncode) == ("singer 9.8.7\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("singer ca", {"cache", "cache-teacher"}),
+        ("singer cache ve", {"verify"}),
+        ("singer --verbose distill --ep", {"--epochs"}),
+        ("singer --ver", {"--verbose", "--version"}),
+    ],
+)
+def test_shell_completes_commands_and_options(words: str, offered: set[str]) -> None:
+    """As the script that --show-completion prints asks for them, without waiting for torch."""
+    code = (
+        "import sys, cli\n"
+        "sys.argv = ['singer']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    question = {
+        "_SINGER_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+        "PYTHONPATH": str(Path(cli.__file__).parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **question}, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) == offered
+
+
+def test_completion_is_offered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_singer(monkeypatch, "--help") == 0
+    assert {"--install-completion", "--show-completion", "--version"} <= set(capsys.readouterr().out.split())
+    assert run_singer(monkeypatch, "--show-completion", "bash") == 0
+    assert "_COMPLETE=complete_bash" in capsys.readouterr().out
 
 
 def test_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import draw_images, make_vit, plant_artifacts
 from test_storage import Server
+from test_structure import FLOORS
 
 import cli
 import pipeline.config
@@ -51,7 +53,9 @@ from pipeline.teachers.models import LOCAL
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*PAGES, *sorted((ROOT / "data").rglob("*.md"))]
+# The other pages of a public project; their commands are checked and not run.
+HABITS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+DOCUMENTS = [*PAGES, *HABITS, *sorted((ROOT / "data").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 TEACHER = "teacher"
 # Every command runs with these keys, whatever it says itself: 24 blocks, so that the numbers in the pages exist.
 TOY: dict[str, object] = {
@@ -121,6 +125,10 @@ def fences(page: Path) -> list[Fence]:
 
 def name_of(page: Path) -> str:
     return page.stem
+
+
+def place_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 # Checking without running
@@ -199,7 +207,7 @@ def check_fence(fence: Fence) -> None:
                 check_benchmark(script, args)
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-            case ["git" | "cd" | "pip" | "." | "export" | "tensorboard" | "df", *_]:
+            case ["git" | "cd" | "pip" | "pre-commit" | "." | "export" | "tensorboard" | "df", *_]:
                 pass
             case _:
                 raise AssertionError(f"{fence.place}: do not know how to check {line!r}")
@@ -400,12 +408,12 @@ def test_page_runs(
             exec(compile("\n" * (fence.line - 1) + fence.text, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
 def test_fences_are_labelled_and_those_not_run_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for fence in fences(page):
         assert fence.language in ("bash", "python", "yaml", "text"), f"{fence.place}: say what it is"
-        if fence.language in ("bash", "python") and not fence.runs:
+        if fence.language in ("bash", "python") and (page not in PAGES or not fence.runs):
             check_fence(fence)
         if fence.language == "yaml":
             yaml.safe_load(fence.text)
@@ -497,7 +505,7 @@ def anchors(page: Path) -> set[str]:
     return {slug(h) for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -511,7 +519,59 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_found_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
-    assert not [p.name for p in PAGES[1:] if f"(docs/{p.name})" not in text]
+    assert not [place_of(p) for p in (*PAGES[1:], *HABITS) if f"({place_of(p)})" not in text]
+
+
+def test_every_page_is_found_in_the_site() -> None:
+    """And in the list of pages; `mkdocs build --strict` itself, which `make docs` runs, checks links and names."""
+    groups = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = [page for group in groups for pages in group.values() for page in pages]
+    wanted = [page for page in DOCUMENTS if not page.is_relative_to(ROOT / ".github")]
+    assert sorted(listed) == sorted(map(place_of, wanted))
+    text = (ROOT / "docs" / "README.md").read_text()
+    assert not [p.name for p in PAGES[1:] if p.name != "README.md" and f"({p.name})" not in text]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
+def test_paths_in_the_text_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    paths = re.findall(r"`((?:benchmarks|configs|data|docs|pipeline|singer|tests)/[\w./-]*)`", text)
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
+def test_nobody_is_sent_to_a_strangers_package(page: Path) -> None:
+    """`singer` on the package index is not ours."""
+    assert not re.search(r"pip3? install [^\n`]*\bsinger(?!-vit)\b", page.read_text())
+
+
+def test_figures_of_the_limits_are_those_of_the_results() -> None:
+    def numbers(page: str) -> set[str]:
+        return set(re.findall(r"\d+(?:[.,]\d+)*", (ROOT / "docs" / page).read_text()))
+
+    assert numbers("limits.md") <= numbers("results.md")
+
+
+def test_contributing_lists_the_floors() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = text[text.index("<!-- floors: begin -->") : text.index("<!-- floors: end -->")]
+    assert [set(re.findall(r"`(\w+)`", line)) for line in listed.splitlines()[1:] if line] == FLOORS
+
+
+def test_the_habits_of_the_project_fit_it() -> None:
+    """Versions agree, hosted checks call what the Makefile has, and forms are whole."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert commands == ["make check", "make docs"]
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml"):
+        fields = yaml.safe_load(form.read_text())
+        assert {"name", "description", "body"} <= set(fields) and all("type" in part for part in fields["body"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["id"] for repo in hooks for hook in repo["hooks"]} == {"ruff-check", "ruff-format", "mypy"}
 
 
 def messages() -> Iterator[str]:

@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,7 +119,16 @@ def test_what_is_public_is_there(package: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "pipeline", "singer.errors", "pipeline.config", "pipeline.storage", "pipeline.data"]
+    "module",
+    [
+        "cli",
+        "pipeline",
+        "singer.errors",
+        "pipeline.config",
+        "pipeline.storage",
+        "pipeline.data",
+        "pipeline.runtime.machine",
+    ],
 )
 def test_what_needs_no_torch_does_not_wait_for_it(module: str, tmp_path: Path) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'timm', 'accelerate'}} & set(sys.modules)"
@@ -126,7 +136,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(module: str, tmp_path: Path) -
 
 
 def test_wheel_is_whole(tmp_path: Path) -> None:
-    """Built and unpacked elsewhere, it has every command, recipe and the demo's teacher."""
+    """Built and unpacked elsewhere, it has every command, recipe and the demo's teacher, and knows its version."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(ROOT)]
     subprocess.run([*build, "--wheel-dir", str(tmp_path)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -135,8 +145,11 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
         names = archive.namelist()
         archive.extractall(site)
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "docs/", "data/"))]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     code = (
         "import sys, cli; from pipeline.config import recipes, load_config; from pipeline.config import resource\n"
+        "from pipeline.runtime.machine import versions\n"
+        f"assert versions()['singer'] == {project['version']!r}, versions()\n"
         f"assert cli.__file__.startswith({str(site)!r}), cli.__file__\n"
         "assert 'vit-l-to-ti' in recipes() and load_config('demo').student.dim\n"
         "assert (resource('data/demo_teacher') / 'model.safetensors').is_file()\n"
@@ -149,6 +162,17 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "cache-teacher" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "installed"), [("demo", ["."]), ("test", [".", "'.[dev]'"]), ("docs", [".", "'.[docs]'"])]
+)
+def test_one_command_installs_what_it_needs(target: str, installed: list[str]) -> None:
+    """On a fresh machine; and the demo installs no tools of developers."""
+    make = subprocess.run(
+        ["make", "--dry-run", "--always-make", target], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert [line.split()[-1] for line in make.stdout.splitlines() if "pip install" in line] == installed
 
 
 @pytest.mark.parametrize("forbidden", ["pickle.load", "allow_pickle=True", "weights_only=False"])

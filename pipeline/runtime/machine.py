@@ -5,25 +5,28 @@ import os
 import platform
 from collections.abc import Sequence
 
-import torch
-
+# Where the distribution has another name than the package: `singer` of the package index is a stranger's.
+_DISTRIBUTIONS = {"singer": "singer-vit"}
 _PACKAGES = ("singer", "torch", "timm", "zarr", "obstore", "webdataset", "accelerate", "numpy", "pillow")
 
 
 def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Return {name: version} of Python and the packages."""
+    """Return {name: version} of Python and the packages; the version of one that is absent is "not installed"."""
     return {"python": platform.python_version()} | {p: _version(p) for p in packages}
 
 
 def _version(package: str) -> str:
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
 def machine() -> str:
-    """Describe in one line the platform, the CPU cores that this process may use, the memory and the GPUs."""
+    """Describe the platform, the CPU cores that this process may use, the memory and the GPUs, in one line."""
+    # Imported late: `singer --version` needs no torch.
+    import torch
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     gpus = [
         torch.cuda.get_device_properties(number)
