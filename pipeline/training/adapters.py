@@ -57,7 +57,7 @@ class ReduceOnPlateau:
     """The schedule of a fit.
 
     The learning rate falls when the mean loss of a window of steps is not better than the best mean by more than
-    `tolerance` (relative). The fit ends when the rate would fall once too often.
+    `tolerance` (relative). The fit ends when the rate has fallen more than _DROPS times.
     """
 
     tolerance: float

@@ -99,8 +99,8 @@ class TeacherHead:
     """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
 
     There is a projector to the teacher's width at every matched block; the adapters refine the targets. matching:
-    {teacher block: student block}; objectives: {name: weight}; weight: the weight of the teacher; name: its name among
-    several teachers.
+    {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum; name: the teacher's
+    name among several teachers.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ def as_places(places: Places) -> list[Place]:
 
 
 def _same_views(a: Cache, b: Cache) -> bool:
-    """Return whether two caches with the same rows have the same views: the rules of drawing have changed once."""
+    """Return whether two caches with the same rows have equal views: other versions may draw them by other rules."""
     return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip", "color"))
 
 
