@@ -60,7 +60,7 @@ def test_appending_again_adds_nothing(world: Path, tmp_path: Path, capfd: pytest
     before = tree_bytes(tmp_path / "c")
     make(config, shards(world), tmp_path / "c", "append")
     assert tree_bytes(tmp_path / "c") == before
-    assert "everything is there already" in capfd.readouterr().err
+    assert "the cache already holds everything" in capfd.readouterr().err
 
 
 def test_images(world: Path, config: Config, tmp_path: Path) -> None:
@@ -138,15 +138,15 @@ def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) 
         make(config, first, out, "append")
     make(config, first, out)
     before = tree_bytes(out)
-    with pytest.raises(UserError, match="cannot grow: its codec is float16, this run has int8"):
+    with pytest.raises(UserError, match="cannot be appended to: its codec is float16, this run has int8"):
         make(world_config(world, "cache.codec=int8"), rest, out, "append")
-    with pytest.raises(UserError, match=r"cannot grow: its views\.crop is 1\.0, this run has 0\.5"):
+    with pytest.raises(UserError, match=r"cannot be appended to: its views\.crop is 1\.0, this run has 0\.5"):
         make(world_config(world, "views.crop=0.5"), rest, out, "append")
     with pytest.raises(UserError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
         make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
     assert tree_bytes(out) == before
     golden = Path(__file__).parent / "golden" / "cache-v2-int4"
-    with pytest.raises(UserError, match="was written by format version 2 and cannot grow"):
+    with pytest.raises(UserError, match="was written by format version 2 and cannot be appended to"):
         make(config, rest, golden, "append")
 
 

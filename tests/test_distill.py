@@ -491,5 +491,5 @@ def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path)
         fan_out(jobs, world / "cache")
     assert not (tmp_path / "raw").exists()
     for blocks in ("[]", "[3, 3]"):
-        with pytest.raises(UserError, match="blocks must be one or more different numbers"):
+        with pytest.raises(UserError, match="blocks must be one or more distinct numbers"):
             distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")

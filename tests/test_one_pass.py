@@ -121,7 +121,7 @@ def test_a_cache_with_broken_images_grows_and_is_repaired(
     # What could not be read is not taken for new images.
     capfd.readouterr()
     cache_teacher(world_config(world, skip), spec, tmp_path / "c", "append")
-    assert "everything is there already" in capfd.readouterr().err and tree_bytes(tmp_path / "c") == whole
+    assert "the cache already holds everything" in capfd.readouterr().err and tree_bytes(tmp_path / "c") == whole
     for name in ("features/3/values/c/1/0/0", "parts/001/views/c/2/0", "parts/001/complete.json"):
         (tmp_path / "c" / name).write_bytes(b"torn")
     verify(world_config(world, skip), tmp_path / "c", repair=True, sample=4).check()
@@ -130,7 +130,7 @@ def test_a_cache_with_broken_images_grows_and_is_repaired(
 
 def test_nothing_but_broken_images(world: Path, tmp_path: Path) -> None:
     spec = write_shards(tmp_path / "in", 1, 5, (0, 1, 2, 3, 4))
-    with pytest.raises(UserError, match="none of 5 images can be decoded that were tried; the first is '00000': "):
+    with pytest.raises(UserError, match="none of 5 sampled images can be decoded; the first is '00000': "):
         cache_teacher(world_config(world, "cache.on_error=skip"), spec, tmp_path / "c")
 
 

@@ -310,6 +310,6 @@ def test_a_fit_goes_on_on_its_own_cache_only(
 
 def test_a_coupled_loss_needs_two_blocks(world: Path, tmp_path: Path) -> None:
     config = world_config(world, "refine.variant=official", "refine.blocks=[3]")
-    with pytest.raises(UserError, match="refine.info_form official needs an intermediate block besides the last"):
+    with pytest.raises(UserError, match="refine.info_form official needs an intermediate block besides the last one"):
         refine(config, world / "cache", tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -1,8 +1,8 @@
-"""What an `--append` adds: the parts that lack between what a cache holds and what is wanted of it.
+"""Plan what `--append` adds: the segments that a cache still needs to hold all that a run asks for.
 
-Wanted are all given images, in all wanted views, with all wanted blocks of the given teacher; what is there already
-is not computed again. New blocks and new teachers cover the records of earlier parts as they are; new images and new
-views become records of their own. Images are known by their keys; whether they have changed since is seen when they are
+A run asks for all given images, in all configured views, with all configured blocks of the given teacher. What the
+cache holds already is not computed again. New blocks and new teachers get the records of earlier segments. New images
+and new views become new records. Images are identified by their keys; a change of their content is found when they are
 read.
 """
 
@@ -22,10 +22,10 @@ from singer.errors import UserError
 
 @dataclass(frozen=True)
 class Addition:
-    """A part to be: blocks for views of images.
+    """A segment that will be created: some blocks, for some views of some images.
 
-    first_view, views: numbers of the views of each image; drawing: settings of an earlier part that drew them, None
-    for those of this run.
+    first_view: the number of the first view of each image; views: the number of views of each image; drawing: the
+    settings by which an earlier segment drew the views, None for the settings of this run.
     """
 
     blocks: tuple[int, ...]
@@ -36,27 +36,30 @@ class Addition:
 
 
 def plan_additions(
-    parts: Sequence[Segment], mine: Sequence[Segment], listed: Images, views: int, blocks: Sequence[int]
+    segments: Sequence[Segment], mine: Sequence[Segment], listed: Images, views: int, blocks: Sequence[int]
 ) -> list[Addition]:
-    """parts: all of the cache, complete; mine: those of the given teacher; listed: the given images; views: of each.
+    """Return the segments to create.
 
-    Raises UserError if images of an earlier part are given in part only, or differ from what they were.
+    segments: all segments of the cache, which are complete; mine: those of the given teacher; listed: the given images;
+    views: the number of views of each image; blocks: the wanted blocks. Raises UserError if only some images of an
+    earlier segment are given, or if they have changed.
     """
-    blocks = tuple(sorted({*blocks, *(b for p in mine for b in p.manifest.blocks)}))
+    blocks = tuple(sorted({*blocks, *(b for s in mine for b in s.manifest.blocks)}))
     held: dict[str, set[int]] = {}
-    for part in mine:
-        held.setdefault(part.rows, set()).update(part.manifest.blocks)
+    for segment in mine:
+        held.setdefault(segment.rows, set()).update(segment.manifest.blocks)
     spans: dict[str, Segment] = {}
-    for part in parts:
-        spans.setdefault(part.rows, part)
+    for segment in segments:
+        spans.setdefault(segment.rows, segment)
 
     hashes = listed.keys.hashes()
     order = np.argsort(hashes)
     new = np.ones(len(listed), dtype=bool)
     additions: list[Addition] = []
-    seen: dict[str, tuple[Images, int]] = {}
-    for rows, part in spans.items():
-        manifest, known = part.manifest, part.index().images
+    # {hash of images: (the images, the number after that of their last view)}.
+    viewed: dict[str, tuple[Images, int]] = {}
+    for rows, segment in spans.items():
+        manifest, known = segment.manifest, segment.index().images
         missing = tuple(b for b in blocks if b not in held.get(rows, ()))
         wanted = known.keys.hashes()
         place = np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)
@@ -64,11 +67,13 @@ def plan_additions(
         absent = hashes[given] != wanted
         if absent.all():
             if missing and rows in held:
-                raise UserError(f"block {missing[0]} must be added for all images; --shards gives none of {_of(part)}")
+                shards = _shard_names(segment)
+                raise UserError(f"block {missing[0]} must be added for all images; --shards gives none of {shards}")
             continue
         if absent.any():
             key = known.keys[int(np.argmax(absent))]
-            raise UserError(f"--shards gives some of the images of {_of(part)} but not {key!r}; give all or none")
+            shards = _shard_names(segment)
+            raise UserError(f"--shards gives some of the images of {shards} but not {key!r}; give all or none")
         images = listed.select(given)
         assert images.keys == known.keys, "two keys have one hash"
         for name in ("labels", "size"):
@@ -79,21 +84,21 @@ def plan_additions(
         first, count = manifest.views["first"], manifest.views_each
         if missing:
             additions.append(Addition(missing, images, first, count, manifest.views))
-        seen[part.hash] = images, max(first + count, seen.get(part.hash, (images, 0))[1])
-    for images, end in seen.values():
+        viewed[segment.hash] = images, max(first + count, viewed.get(segment.hash, (images, 0))[1])
+    for images, end in viewed.values():
         if end < views:
             additions.append(Addition(blocks, images, end, views - end))
-    for part in parts:
-        new[_left_out(part, hashes, listed)] = False
+    for segment in segments:
+        new[_left_out(segment, hashes, listed)] = False
     if new.any():
-        ends = [p.manifest.views["first"] + p.manifest.views_each for p in parts]
+        ends = [s.manifest.views["first"] + s.manifest.views_each for s in segments]
         additions.append(Addition(blocks, listed.select(np.flatnonzero(new)), 0, max(views, *ends)))
     return additions
 
 
-def _left_out(part: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:
-    """Which of the listed images, by number, a part knows to be broken: of the same key and size."""
-    broken = part.unreadable()
+def _left_out(segment: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:
+    """Return the numbers of the listed images that a segment knows to be broken: the key and the size are the same."""
+    broken = segment.unreadable()
     order = np.argsort(broken_hashes := broken.keys.hashes())
     if not len(order):
         return order
@@ -102,22 +107,23 @@ def _left_out(part: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:
     return np.flatnonzero(same)
 
 
-def _of(part: Segment) -> str:
-    shards = part.manifest.data.shards
+def _shard_names(segment: Segment) -> str:
+    """Return the name of the segment's only shard, or of its first and last one."""
+    shards = segment.manifest.data.shards
     return shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
 
 
-def check_growth(parts: Sequence[Segment], here: Manifest, place: Place) -> None:
-    """Raise UserError if what is to be added does not go together with what is there."""
-    if not parts:
-        raise UserError(f"{place} has no {MANIFEST}: nothing can be added; begin it with --resume")
-    there = parts[0].manifest
+def check_growth(segments: Sequence[Segment], here: Manifest, place: Place) -> None:
+    """Raise UserError if what a run adds does not match what the cache holds."""
+    if not segments:
+        raise UserError(f"{place} has no {MANIFEST}, so nothing can be added; start it with --resume")
+    there = segments[0].manifest
     if there.version == 2:
-        raise UserError(f"{place} was written by format version 2 and cannot grow; make a new cache")
-    for part in parts:
-        if part.lacks() is not None:
-            raise UserError(f"{part.store.url} is incomplete; repeat its cache-teacher command with --append first")
-    same = [p.manifest for p in parts if p.manifest.teacher.identity() == here.teacher.identity()]
+        raise UserError(f"{place} was written by format version 2 and cannot be appended to; make a new cache")
+    for segment in segments:
+        if segment.lacks() is not None:
+            raise UserError(f"{segment.store.url} is incomplete; repeat its cache-teacher command with --append first")
+    same = [s.manifest for s in segments if s.manifest.teacher.identity() == here.teacher.identity()]
 
     def compared(m: Manifest) -> dict[str, Any]:
         views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
@@ -130,4 +136,4 @@ def check_growth(parts: Sequence[Segment], here: Manifest, place: Place) -> None
         for name, value in compared(before).items():
             now = compared(here).get(name, value)
             if now != value:
-                raise UserError(f"{place} cannot grow: its {name} is {value}, this run has {now}")
+                raise UserError(f"{place} cannot be appended to: its {name} is {value}, this run has {now}")

@@ -1,4 +1,4 @@
-"""What follows the teacher: its features are encoded and whole shards written while it computes the next ones."""
+"""Encode the teacher's features and write whole shards, while the teacher computes the next features."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from pipeline.data.buffers import empty
 
 
 class Gathered:
-    """The values of some records' arrays, brought a few records at a time to where they are written from.
+    """The values of the arrays of one shard, collected on the CPU a few records at a time.
 
-    arrays: {name: form}; records: how many there will be.
+    arrays: {name: form}; records: how many records the shard has.
     """
 
     def __init__(self, arrays: Mapping[str, Fixed | None], records: int) -> None:
@@ -28,7 +28,7 @@ class Gathered:
         self.unreadable: dict[int, str] = {}
 
     def add(self, name: str, values: Tensor | Ragged) -> None:
-        """The array's next records, from any device."""
+        """Append the next records of an array; their values may be on any device."""
         if isinstance(values, Ragged):
             self._ragged[name].append(values.to("cpu"))
             return
@@ -37,19 +37,21 @@ class Gathered:
         self._fixed[name][start : self._filled[name]].copy_(values)
 
     def whole(self) -> dict[str, np.ndarray | Ragged]:
+        """Return {array: its values}, once all records have been added."""
         ragged = {name: Ragged.cat(strings) for name, strings in self._ragged.items()}
         assert {*self._filled.values(), *(len(r.lengths) for r in ragged.values())} == {self._records}
         return {name: values.numpy() for name, values in self._fixed.items()} | ragged
 
 
 @contextmanager
-def filling(part: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], Batch], None]]:
-    """Gives what is to be called with the features of every batch, in order; a batch lies within one shard.
+def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], Batch], None]]:
+    """Give a function to call with the features of every batch, in order; all records of a batch are in one shard.
 
-    A batch is encoded and a shard written while the next is on its way. Once the `with` block has ended, all shards
-    whose last record has come are done. An error of encoding or writing is raised by one of the next calls, or then.
+    Background workers encode a batch and write a shard while the teacher computes the next batch. At the end of the
+    `with` block, all shards that got their last record have been written. An error in encoding or writing is raised by
+    one of the next calls, or at the end of the block.
     """
-    manifest = part.manifest
+    manifest = segment.manifest
     gathered: Gathered | None = None
 
     def add(features: dict[int, Tensor], batch: Batch) -> None:
@@ -62,7 +64,7 @@ def filling(part: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tens
         for name, values in encode(features, batch):
             gathered.add(name, values)
         if batch.records[-1] == stop - 1:
-            write(part.store, manifest, shard, gathered.whole(), gathered.unreadable)
+            write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
     with BackgroundWorker(write_shard, "write") as write, BackgroundWorker(add, "encode") as store:

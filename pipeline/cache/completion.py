@@ -1,4 +1,4 @@
-"""The end of a part: what was found in the pass that fed the teacher becomes its index."""
+"""Complete a segment: what was found when images were read for the teacher becomes its index."""
 
 import hashlib
 
@@ -15,26 +15,29 @@ from pipeline.storage.outputs import json_bytes
 from singer.errors import UserError
 
 
-def complete_segment(part: Segment) -> int:
-    """Write the index of a part whose shards are all done, and that it is complete; how many images it leaves out.
+def complete_segment(segment: Segment) -> int:
+    """Write the index and complete.json of a segment, once all its shards are done.
 
-    Raises UserError if none of its images can be decoded.
+    Return how many images are left out. Raises UserError if none of its images can be decoded.
     """
-    done, small = describe_completion(part)
+    done, small = describe_completion(segment)
     for name, content in small.items():
-        part.store.write(name, content)
-    part.store.write(COMPLETE, done.to_bytes())
-    return part.manifest.data.images - done.images
+        segment.store.write(name, content)
+    segment.store.write(COMPLETE, done.to_bytes())
+    return segment.manifest.data.images - done.images
 
 
-def describe_completion(part: Segment) -> tuple[Completion, dict[str, bytes]]:
-    """What is known once all shards are done, and the small files that hold it: a function of what the part holds."""
-    manifest, entries = part.manifest, part.entries()
+def describe_completion(segment: Segment) -> tuple[Completion, dict[str, bytes]]:
+    """Return the content of complete.json, and the other small files that are written at the end.
+
+    Both depend only on what the segment holds.
+    """
+    manifest, entries = segment.manifest, segment.entries()
     files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
-    stored = SegmentReader(part, files).read(VIEWS, np.arange(manifest.records))
+    stored = SegmentReader(segment, files).read(VIEWS, np.arange(manifest.records))
     found = stored.numpy().reshape(-1).view(manifest.view_form)  # type: ignore[union-attr]
-    listed = read_images(part.store)
-    # All views of an image tell the same of it.
+    listed = read_images(segment.store)
+    # All views of an image have the same digest and size.
     of_image = found[:: manifest.views_each]
     good = of_image["width"] > 0
     reasons = {int(n): why for entry in entries.values() for n, why in entry["unreadable"].items()}

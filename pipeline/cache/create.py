@@ -1,4 +1,4 @@
-"""The manifest and the small files of a new segment."""
+"""Create new segments: their manifests and small files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,12 +31,12 @@ _MAX_SHARD_RECORDS = 4096
 
 
 def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
-    """Create the parts that lack: the whole cache, or what --append adds. Numbers all records."""
+    """Create the missing segments: the whole cache, or what --append adds. This numbers all their records."""
     store = open_store(out)
     for skipped in listed.skipped:
         say(f"skipped: {skipped}")
-    parts = read_segments(store) if MANIFEST in store.sizes() else []
-    known = mine(parts, extract.teacher)
+    segments = read_segments(store) if MANIFEST in store.sizes() else []
+    known = mine(segments, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:
         wanted = known[0].manifest.blocks
@@ -44,52 +44,55 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     whole = Addition(blocks, listed, 0, config.views.count)
     additions = [whole]
     if mode == "append":
-        check_growth(parts, describe(config, whole, extract.teacher), out)
-        additions = plan_additions(parts, known, listed, config.views.count, blocks)
+        check_growth(segments, describe(config, whole, extract.teacher), out)
+        additions = plan_additions(segments, known, listed, config.views.count, blocks)
         if not additions:
-            say("everything is there already")
+            say("the cache already holds everything that this run asks for")
     for addition in additions:
-        name = segment_name(len(parts))
+        name = segment_name(len(segments))
         child = store.child(name) if name else store
-        manifest, files = build_segment(config, addition, extract, parts)
+        manifest, files = build_segment(config, addition, extract, segments)
         if name:
             write_provenance(child, STAGE, config, seed=None)
         create_segment(child, manifest, files)
-        parts.append(Segment(name, child, manifest))
+        segments.append(Segment(name, child, manifest))
 
 
 def build_segment(
-    config: Config, addition: Addition, extract: Extractor, parts: Sequence[Segment]
+    config: Config, addition: Addition, extract: Extractor, segments: Sequence[Segment]
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Manifest and small files of a part. parts: the earlier ones; this teacher's calibration holds on."""
-    manifest, known = describe(config, addition, extract.teacher), mine(parts, extract.teacher)
-    earlier = [p.manifest.tail_first_block for p in known]
+    """Return the manifest and the small files of a new segment.
+
+    segments: the earlier ones. A block that is in one of them for this teacher keeps its calibration.
+    """
+    manifest, known = describe(config, addition, extract.teacher), mine(segments, extract.teacher)
+    earlier = [s.manifest.tail_first_block for s in known]
     suffix = None
     if not earlier or manifest.blocks[0] < min(earlier):
         suffix = suffix_state(extract.vit.model.state_dict(), manifest.blocks[0])
-        # Built here for a look: a teacher whose suffix cannot be rebuilt must fail before hours of work.
+        # This is a check: if the suffix cannot be built again from its state, the run must fail before hours of work.
         TeacherSuffix(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], suffix)
     else:
         manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
     calibration: dict[int, Calibration] = {}
     measured: dict[int, Any] = {}
-    for part in known:
-        figures = read_json(part.store, FIDELITY, "part of a cache")
-        calibration |= read_calibration(part)
-        measured |= {b: figures[str(b)] for b in part.manifest.blocks}
+    for segment in known:
+        fidelities = read_json(segment.store, FIDELITY, "segment of a cache")
+        calibration |= read_calibration(segment)
+        measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
-    rows = rows_of(manifest, addition.images, parts)
+    rows = rows_of(manifest, addition.images, segments)
     with ImageFile(addition.images) as files, decoding_quietly():
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
-    ours = {b: calibration[b] for b in manifest.blocks}
-    return manifest, small_files(manifest, addition.images, suffix, ours, {b: measured[b] for b in manifest.blocks})
+    own = {b: calibration[b] for b in manifest.blocks}
+    return manifest, small_files(manifest, addition.images, suffix, own, {b: measured[b] for b in manifest.blocks})
 
 
 def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
-    """The manifest of a part: all that its features depend on but the images, known before any is read."""
+    """Return the manifest of a new segment: all that its features depend on, as known before any image is read."""
     images, records = addition.images, len(addition.images) * addition.views
     pixels = None
     if addition.drawing is None and config.views.pixels != "none":
@@ -122,6 +125,6 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
 
 
 def drawing(views: ViewsConfig) -> dict[str, Any]:
-    """The settings on which the drawn views depend."""
+    """Return the settings on which the drawn views depend."""
     unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
     return views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", *unused})

@@ -1,4 +1,4 @@
-"""What is stored of a batch: codecs, sampled patches, pixels -> the values of a part's arrays."""
+"""Compute what a segment stores of a batch: encoded features, views, positions of sampled patches, and pixels."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +19,15 @@ from pipeline.data.views import draw_positions
 from singer.matching import take_patches
 
 Values = dict[str, Tensor | Ragged]
+"""{name of an array: its values of some records}."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the teacher sees of some records, (n, size, size, 3) uint8, and what is stored beside its features.
+    """The views of some records for the teacher, and what is stored beside its features.
 
-    unreadable: {image: why it cannot be decoded}.
+    pixels: (n, size, size, 3) uint8; extra: values of the arrays that are not features; unreadable: {image: why it
+    cannot be decoded}.
     """
 
     records: np.ndarray
@@ -34,14 +36,15 @@ class Batch:
     unreadable: dict[int, str]
 
 
-def calibration_on(part: Segment, device: torch.device) -> dict[int, Calibration]:
-    return {block: calibration.to(device) for block, calibration in read_calibration(part).items()}
+def calibration_on(segment: Segment, device: torch.device) -> dict[int, Calibration]:
+    """Read {block: calibration} of a segment and move it to a device."""
+    return {block: calibration.to(device) for block, calibration in read_calibration(segment).items()}
 
 
 class Encoder:
-    """Features and views of a batch -> the values of a part's arrays.
+    """Turn the features and views of a batch into the values of a segment's arrays.
 
-    calibration: of every block, on the device of the features.
+    calibration: {block: its calibration}, on the device of the features.
     """
 
     def __init__(self, manifest: Manifest, rows: Rows, calibration: Mapping[int, Calibration]) -> None:
@@ -50,22 +53,22 @@ class Encoder:
 
     @property
     def sides(self) -> set[int]:
-        """The sides of the views that are needed, in pixels: the teacher's, and that of stored views."""
+        """Return the sides of the views that are needed, in pixels: the teacher's, and that of stored views."""
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
         return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
 
     def load(self, read: RowReader, records: np.ndarray) -> Batch:
-        """Decode the views, for the teacher and, at the size of stored pixels, for the students."""
-        pixels, seen = self._manifest.pixels, read(records)
-        extra: Values = {VIEWS: torch.from_numpy(seen.found.view(np.uint8).reshape(len(records), -1))}
+        """Read the views of some records: for the teacher and, at the size of stored pixels, for the students."""
+        pixels, rows = self._manifest.pixels, read(records)
+        extra: Values = {VIEWS: torch.from_numpy(rows.found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
-            small = seen.pixels[pixels.size]
+            small = rows.pixels[pixels.size]
             extra[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
-        large = seen.pixels[self._manifest.teacher.image_size]
-        return Batch(records, large, extra | self.positions(records), seen.unreadable)
+        large = rows.pixels[self._manifest.teacher.image_size]
+        return Batch(records, large, extra | self.positions(records), rows.unreadable)
 
     def positions(self, records: np.ndarray) -> Values:
-        """Which patches of some records are stored; nothing if all are."""
+        """Return the numbers of the stored patches of some records as values; return no values if all are stored."""
         if not self._manifest.sampled:
             return {}
         seed, patches = self._manifest.views["seed"], self._manifest.teacher.patches
@@ -76,9 +79,9 @@ class Encoder:
         return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
     def __call__(self, features: dict[int, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor | Ragged]]:
-        """(array, its values of some records), each array's in the order of the records.
+        """Yield (array, its values of some records); the values of each array are in the order of the records.
 
-        Raises UserError naming the key for a NaN or Inf.
+        Raises UserError naming the image's key for a NaN or Inf.
         """
         yield from batch.extra.items()
         positions = batch.extra.get(POSITIONS)

@@ -1,4 +1,4 @@
-"""The teacher at work: views of records -> features of its blocks."""
+"""Compute the teacher's features: views of records -> features of its blocks."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ _CALIBRATION_RECORDS = 256
 
 
 class Extractor:
-    """Images of records -> features of blocks, and what is stored of them."""
+    """A teacher that computes features of blocks, and its description for the manifest."""
 
     def __init__(self, config: Config, vit: Backbone, accelerator: Accelerator) -> None:
         self.config, self.vit, self.accelerator = config, vit, accelerator
@@ -42,21 +42,22 @@ class Extractor:
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the teacher."""
         device: torch.device = self.accelerator.device
         return device
 
     @torch.inference_mode()
     def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """(n, size, size, 3) uint8 -> {block: (n, N, d) float32}."""
+        """Compute {block: features (n, N, d) float32} of pixels (n, size, size, 3) uint8."""
         images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
         with self.accelerator.autocast():
             outputs = block_outputs(self.vit.model, images, blocks)
         return {block: x.float() for block, x in outputs.items()}
 
     def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """{block: features} of a fixed sample that is spread over all records, on the CPU, without broken images.
+        """Return {block: features} of a fixed sample that is spread over all records, on the CPU.
 
-        Raises UserError if all of them are broken.
+        Broken images are left out. Raises UserError if all of them are broken.
         """
         if not blocks:
             return {}
@@ -66,24 +67,24 @@ class Extractor:
         batches = np.array_split(records, -(-count // settings.batch_size))
         outputs: list[dict[int, Tensor]] = []
         broken: dict[int, str] = {}
-        for batch, seen in zip(batches, prefetch(read, batches, settings.workers), strict=True):
-            broken |= seen.unreadable
-            good = seen.found["width"] > 0
+        for batch, views in zip(batches, prefetch(read, batches, settings.workers), strict=True):
+            broken |= views.unreadable
+            good = views.found["width"] > 0
             if good.any():
-                pixels = seen.pixels[self.teacher.image_size][torch.from_numpy(good)]
+                pixels = views.pixels[self.teacher.image_size][torch.from_numpy(good)]
                 outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks).items()})
                 check_finite(outputs[-1], batch[good], rows.key)
         if not outputs:
             first, why = next(iter(broken.items()))
             key = rows.images.keys[first]
-            raise UserError(f"none of {count} images can be decoded that were tried; the first is {key!r}: {why}")
+            raise UserError(f"none of {count} sampled images can be decoded; the first is {key!r}: {why}")
         return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 
 
 def check_finite(features: dict[int, Tensor], records: np.ndarray, key: Callable[[int], str]) -> None:
-    """Raise UserError naming the image of the first record with a NaN or Inf. key: record -> name of its image."""
+    """Raise UserError naming the image of the first record with a NaN or Inf. key: record -> the key of its image."""
     for block, x in features.items():
-        if torch.isfinite(x.sum()):  # thirty times as fast as looking at every number
+        if torch.isfinite(x.sum()):  # this is thirty times as fast as a check of every number
             continue
         bad = ~torch.isfinite(x).flatten(1).all(1)
         if bad.any():

@@ -1,4 +1,4 @@
-"""Filling the segments of a cache: images -> teacher -> encoded features -> shards."""
+"""Fill the segments of a cache: images -> teacher -> encoded features -> shards."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -24,68 +24,75 @@ from pipeline.storage import Store
 
 
 def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Segment]) -> Rows:
-    """The records of a part. earlier: parts; of one with the same images, digests and perhaps views are known."""
-    for part in earlier:
-        if part.lacks() is None:
-            index = part.index()
+    """Return the records of a segment.
+
+    earlier: earlier segments. If one of them has the same images, their digests are taken from it, and also the views
+    if it has the same.
+    """
+    for segment in earlier:
+        if segment.lacks() is None:
+            index = segment.index()
             if listing_hash(index.images) == manifest.data.hash:
-                return Rows.of(manifest, images, index.digest, index if part.manifest.views == manifest.views else None)
+                replay = index if segment.manifest.views == manifest.views else None
+                return Rows.of(manifest, images, index.digest, replay)
     return Rows.of(manifest, images)
 
 
 def fill_segments(store: Store, extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
-    """Fill this teacher's parts as far as they are not; the number of records that all processes do.
+    """Compute what is missing in this teacher's segments; return the number of records that all processes compute.
 
-    shards: where the images of the first part lie now, if they may have moved.
+    shards: where the images of the first segment are now, if they may have moved.
     """
     done, accelerator, ranks = 0, extract.accelerator, current()
-    parts = read_segments(store)
-    for part in mine(parts, extract.teacher):
-        lacks = part.lacks() if accelerator.is_main_process else None
-        # One list for all processes: a quick one may have finished a shard before a slow one looks.
-        ours = None if lacks is None else part.pending()
+    segments = read_segments(store)
+    for segment in mine(segments, extract.teacher):
+        lacks = segment.lacks() if accelerator.is_main_process else None
+        # All processes use the list of the first one: a fast process may finish a shard before a slow one lists them.
+        of_first = None if lacks is None else segment.pending()
         ranks.wait()
         with ranks.together():
-            (pending,) = broadcast_object_list([ours])
+            (pending,) = broadcast_object_list([of_first])
         if pending is None:
             continue
         if accelerator.is_main_process:
-            # A shard that is computed again may differ in its last bits, where the machine is another one.
-            part.store.remove(COMPLETE)
-        done += fill(part, pending, extract, parts, None if part.name else shards)
+            # complete.json has the old checksums, and a shard that is computed again on another machine may differ in
+            # its last bits.
+            segment.store.remove(COMPLETE)
+        done += fill(segment, pending, extract, segments, None if segment.name else shards)
         ranks.wait()
         if accelerator.is_main_process:
-            left_out = complete_segment(part)
+            left_out = complete_segment(segment)
             if left_out:
-                say(f"{left_out} images cannot be decoded and are left out; {part.store.url}/{SKIPPED} lists them")
+                say(f"{left_out} images cannot be decoded and are left out; {segment.store.url}/{SKIPPED} lists them")
         ranks.wait()
     return done
 
 
 def fill(
-    part: Segment,
+    segment: Segment,
     pending: Sequence[int],
     extract: Extractor,
-    parts: Sequence[Segment],
+    segments: Sequence[Segment],
     shards: str | Sequence[str] | None = None,
     digests: np.ndarray | None = None,
 ) -> int:
-    """Compute and write this process's share of the pending shards; the number of records that all processes do.
+    """Compute and write this process's share of the pending shards.
 
-    parts: all of the cache; shards: where the images lie now, if they have moved; digests: of the images, if they were
-    read before. Raises UserError if they are gone or have changed.
+    Return the number of records that all processes compute. segments: all segments of the cache; shards: where the
+    images are now, if they have moved; digests: those of the images, if they were read before. Raises UserError if
+    images are missing or have changed.
     """
     if not pending:
         return 0
-    manifest = part.manifest
-    images = relocate(read_images(part.store), shards)
-    rows = rows_of(manifest, images, takewhile(lambda p: p.name != part.name, parts))
+    manifest = segment.manifest
+    images = relocate(read_images(segment.store), shards)
+    rows = rows_of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
-    encode = Encoder(manifest, rows, calibration_on(part, extract.device))
+    encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
-    ranges = [manifest.shard_range(s) for s in own]
+    ranges = [manifest.shard_range(shard) for shard in own]
     batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
     total = sum(stop - start for start, stop in ranges)
     if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
@@ -95,7 +102,7 @@ def fill(
         ImageFile(images) as files,
         decoding_quietly(),
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
-        filling(part, encode) as store,
+        filling(segment, encode) as store,
     ):
         read = RowReader(rows, files, manifest.view_form, encode.sides, config.cache.on_error)
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):

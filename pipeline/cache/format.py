@@ -1,4 +1,4 @@
-"""What lies where in a cache. docs/cache-format.md is normative; where this file differs, this file is wrong."""
+"""Name the files of a cache. docs/cache-format.md is normative; where this file differs, this file is wrong."""
 
 from pipeline.cache.codecs import Fixed
 
@@ -9,7 +9,7 @@ MANIFEST = "manifest.json"
 IMAGES = "images.safetensors"
 RECORDS = "records.safetensors"
 COMPLETE = "complete.json"
-# Version 2 had it in place of these three.
+# Version 2 had this file in place of the three above.
 INDEX = "index.safetensors"
 TAIL = "tail.safetensors"
 CALIBRATION = "calibration.safetensors"
@@ -24,10 +24,11 @@ PARTS = "parts"
 
 
 def shard_file(array: str, form: Fixed | None, shard: int) -> str:
-    """Place of one shard of an array: Zarr's default chunk keys."""
+    """Return the file of one shard of an array, by Zarr's default chunk keys."""
     axes = 1 + (len(form.shape) if form is not None else 0)
     return "/".join([array, "c", str(shard), *["0"] * (axes - 1)])
 
 
 def journal_file(shard: int) -> str:
+    """Return the file of a shard's journal entry."""
     return f"{JOURNAL}/{shard:06d}.json"

@@ -1,4 +1,4 @@
-"""The index of a cache: which image and which view each record is."""
+"""Read and write the index of a cache, which says which image and which view each record is."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _NO_CHANGE = np.array([1, 1, 1, 0], dtype=np.float32)
 
 @dataclass(frozen=True)
 class Index:
-    """Which image and view each record is, and where the image lies. Only images that can be decoded are in it.
+    """The image and the view of each record, and where the images are. It has only images that can be decoded.
 
     digest: (images,) uint64; image, view: (records,) int32; box: (records, 4) float32; flip: (records,) bool; color:
     (records, 4) float32, or None.
@@ -42,9 +42,11 @@ class Index:
         return len(self.image)
 
     def key(self, record: int) -> str:
+        """Return the key of the record's image."""
         return self.images.keys[int(self.image[record])]
 
     def record_view(self, record: int) -> View:
+        """Return the view of a record."""
         left, upper, right, lower = (float(v) for v in self.box[record])
         color = None
         if self.color is not None:
@@ -53,19 +55,22 @@ class Index:
         return View((left, upper, right, lower), bool(self.flip[record]), color)
 
     def record_bytes(self) -> bytes:
-        """What records.safetensors holds: all but what is known from the listed images."""
+        """Return the content of records.safetensors: all columns but those that follow from the listed images."""
         columns = {"image.digest": self.digest, "record.box": self.box, "record.flip": self.flip}
         return save_columns(columns | ({} if self.color is None else {"record.color": self.color}))
 
 
 def number_records(images: int, first_view: int, views: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image and number of the view of every record, (records,) int32 each: image by image, and view by view."""
+    """Return the image and the view number of every record, (records,) int32 each.
+
+    Records are numbered image by image and, for each image, view by view.
+    """
     image = np.repeat(np.arange(images, dtype=np.int32), views)
     return image, np.tile(np.arange(first_view, first_view + views, dtype=np.int32), images)
 
 
 def image_bytes(images: Images) -> bytes:
-    """What images.safetensors holds: the listed images, and what the shards hold besides."""
+    """Return the content of images.safetensors: the listed images, and what was skipped in the shards."""
     columns = {
         "image.key_bytes": images.keys.text,
         "image.key_end": images.keys.ends,
@@ -76,12 +81,12 @@ def image_bytes(images: Images) -> bytes:
         "shard.size": np.array(images.shard_sizes, dtype=np.int64),
     }
     about = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
-    # One entry: safetensors writes several in whatever order.
+    # There is one metadata entry because safetensors writes several entries in no fixed order.
     return save_columns(columns, {"listing": json.dumps(about)})
 
 
 def read_images(store: Store) -> Images:
-    """The images that were listed when a part was begun. Raises UserError if the file is missing or damaged."""
+    """Read the images that were listed for a segment. Raises UserError if the file is missing or damaged."""
     with _reading(store, IMAGES) as (columns, about):
         listing = json.loads(about["listing"])
         skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
@@ -89,7 +94,7 @@ def read_images(store: Store) -> Images:
 
 
 def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
-    """The index of a complete part, whose readable images are given. Raises UserError as read_images."""
+    """Read the index of a complete segment. images: those that can be decoded. Raises UserError like read_images."""
     with _reading(store, RECORDS) as (columns, _):
         image, view = number_records(len(images), manifest.views["first"], manifest.views_each)
         shapes = {columns["image.digest"].shape: (len(images),), columns["record.box"].shape: (len(image), 4)}
@@ -100,7 +105,7 @@ def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
 
 
 def read_index_2(store: Store) -> Index:
-    """The index of a part of version 2. Raises UserError as read_images."""
+    """Read the index of a segment of version 2. Raises UserError like read_images."""
     with _reading(store, INDEX) as (columns, about):
         names = ("image.digest", "record.image", "record.view", "record.box", "record.flip")
         digest, image, view, box, flip = (columns[name] for name in names)
@@ -110,7 +115,7 @@ def read_index_2(store: Store) -> Index:
 
 
 def content_hash_2(images: Images, digest: np.ndarray) -> str:
-    """`data.hash` of version 2: SHA-256 over keys, with NUL between them, labels and digests."""
+    """Return `data.hash` of version 2: the SHA-256 over keys, with NUL between them, labels and digests."""
     whole = hashlib.sha256("\0".join(images.keys).encode())
     whole.update(images.labels.astype("<i4").tobytes())
     whole.update(digest.astype("<u8").tobytes())
@@ -130,8 +135,8 @@ def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:
 
 
 def save_columns(columns: Mapping[str, np.ndarray], about: dict[str, str] | None = None) -> bytes:
-    """A safetensors file of some arrays."""
-    # safetensors writes the memory of an array, whatever its strides.
+    """Return the content of a safetensors file with some arrays. about: its metadata."""
+    # safetensors writes the memory of an array and ignores its strides.
     rows = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     data: bytes = safetensors.numpy.save(rows, metadata=about)
     return data
@@ -139,7 +144,10 @@ def save_columns(columns: Mapping[str, np.ndarray], about: dict[str, str] | None
 
 @contextmanager
 def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
-    """The arrays of a safetensors file and its metadata; whatever is wrong with them is a UserError."""
+    """Give the arrays and the metadata of a safetensors file.
+
+    Raises UserError if the file is missing, or if anything is wrong with its content.
+    """
     file = f"{store.url}/{name}"
     try:
         data = store.read(name)
@@ -152,7 +160,7 @@ def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], d
 
 
 def join(indices: Iterable[Index]) -> Index:
-    """The records of several indices, one after the other."""
+    """Concatenate the records of several indices."""
     indices = list(indices)
     if len(indices) == 1:
         return indices[0]

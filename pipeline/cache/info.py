@@ -1,4 +1,4 @@
-"""What a cache holds, read from its manifests and journals."""
+"""Describe what a cache holds, from its manifests and journals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +15,13 @@ from pipeline.storage.outputs import read_json
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """One teacher's features in a cache. records: views of images; missing: shards still to do.
+    """One teacher's features in a cache.
 
-    variant: names it in refine.teacher and distill.teacher; feature_bytes: of its stored features; ratio: how many
-    times smaller than float16 of all tokens; fidelity: {block: norms of patch tokens, errors of the codec on prefix,
-    clean and artifact tokens} as measured when the block was first cached, on a sample of its records.
+    variant: its name in refine.teacher and distill.teacher; id: the id of the cache for this teacher, None if it is
+    incomplete; tokens: stored tokens per record; records: views of images; missing: shards that are not done yet;
+    feature_bytes: the size of its stored features; ratio: how many times smaller they are than float16 of all tokens;
+    fidelity: {block: norms of patch tokens, errors of the codec on prefix, clean and artifact tokens}, measured on a
+    sample of the records when the block was first cached.
     """
 
     variant: str
@@ -43,7 +45,11 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """images, labelled: of all parts; views: how they were drawn, and the largest number of an image; bytes: of all."""
+    """What a cache holds.
+
+    images, labelled: the number of images in all segments, and of those with a label; views: how views were drawn, and
+    as `count` the largest number of views of an image; parts: the number of segments; bytes: the size of all files.
+    """
 
     cache: Place
     version: int
@@ -57,10 +63,10 @@ class CacheInfo:
 
 
 def cache_info(place: Place) -> CacheInfo:
-    """Raises UserError if there is no cache at `place`; an incomplete one is described too."""
+    """Describe a cache, complete or not. Raises UserError if there is no cache at `place`."""
     store = open_store(place)
-    parts = read_segments(store)
-    manifests = [p.manifest for p in parts]
+    segments = read_segments(store)
+    manifests = [s.manifest for s in segments]
     by_images = {m.data.hash: m.data for m in manifests}
     return CacheInfo(
         cache=place,
@@ -69,9 +75,9 @@ def cache_info(place: Place) -> CacheInfo:
         labelled=sum(d.labelled for d in by_images.values()),
         views=_views(manifests),
         pixels=next((m.pixels.kind for m in manifests if m.pixels), "none"),
-        parts=len(parts),
+        parts=len(segments),
         bytes=sum(store.sizes().values()),
-        teachers=[_teacher_info(p) for p in variants_of(parts)],
+        teachers=[_teacher_info(variant) for variant in variants_of(segments)],
     )
 
 
@@ -80,35 +86,35 @@ def _views(manifests: list[Manifest]) -> dict[str, Any]:
     return settings | {"count": max(m.views.get("first", 0) + m.views["count"] for m in manifests)}
 
 
-def _teacher_info(parts: list[Segment]) -> TeacherInfo:
-    first = parts[0].manifest
+def _teacher_info(segments: list[Segment]) -> TeacherInfo:
+    first = segments[0].manifest
     stored = exact = missing = 0
     fidelity: dict[int, Any] = {}
-    for part in parts:
-        m, entries = part.manifest, part.entries()
-        pending = set(part.pending(entries))
+    for segment in segments:
+        m, entries = segment.manifest, segment.entries()
+        pending = set(segment.pending(entries))
         missing += len(pending)
         for shard, entry in entries.items():
             if shard not in pending:
                 stored += sum(f["bytes"] for n, f in entry["files"].items() if n.startswith("features/"))
                 exact += float16_bytes(m) * int(np.subtract(*m.shard_range(shard)[::-1]))
         if FIDELITY in m.files:
-            figures = read_json(part.store, FIDELITY, "part of a cache")
-            fidelity |= {b: figures.get(str(b)) for b in m.blocks}
+            measured = read_json(segment.store, FIDELITY, "segment of a cache")
+            fidelity |= {b: measured.get(str(b)) for b in m.blocks}
     return TeacherInfo(
         variant=first.teacher.variant,
         name=first.teacher.name,
         weights=first.teacher.weights,
-        id=None if any(p.lacks() for p in parts) else joint_id(parts),
+        id=None if any(s.lacks() for s in segments) else joint_id(segments),
         image_size=first.teacher.image_size,
         precision=first.teacher.precision,
-        blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
+        blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
         tokens=first.tokens,
         width=first.teacher.width,
         codec=first.codec,
         lossless=first.lossless,
-        records=sum({p.manifest.rows(): p.manifest.records for p in parts}.values()),
-        shards=sum(p.manifest.shards for p in parts),
+        records=sum({s.manifest.rows(): s.manifest.records for s in segments}.values()),
+        shards=sum(s.manifest.shards for s in segments),
         missing=missing,
         feature_bytes=stored,
         ratio=exact / stored if stored else 0.0,
@@ -117,5 +123,5 @@ def _teacher_info(parts: list[Segment]) -> TeacherInfo:
 
 
 def float16_bytes(m: Manifest) -> int:
-    """Bytes of a record if all its tokens were stored as float16."""
+    """Return the size of a record in bytes if all its tokens were stored as float16."""
     return 2 * (m.teacher.prefix_tokens + m.teacher.patches) * m.teacher.width * len(m.blocks)

@@ -1,4 +1,4 @@
-"""What a segment of a cache is, as its manifest tells it."""
+"""Describe what a segment of a cache is: its manifest, and what is known once it is complete."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ class _Section(BaseModel):
 
 
 class TeacherManifest(_Section):
-    """The teacher and its preprocessing. weights: SHA-256 (models.weight_hash)."""
+    """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash)."""
 
     name: str
     architecture: str
@@ -37,24 +37,28 @@ class TeacherManifest(_Section):
 
     @property
     def patches(self) -> int:
+        """Return the number of patch tokens."""
         return self.grid[0] * self.grid[1]
 
     def identity(self) -> dict[str, Any]:
-        """All but the name, which may be a path: the weights say which teacher it is."""
+        """Return all fields but the name, which may be a path; the weights say which teacher it is."""
         return self.model_dump(mode="json", exclude={"name"})
 
     def digest(self) -> str:
-        """SHA-256 of the identity."""
+        """Return the SHA-256 of the identity."""
         return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
 
     @property
     def variant(self) -> str:
-        """The short name of this teacher as it was run, such as vit_tiny_patch16_224@0a1b2c3d."""
+        """Return the short name of this teacher as it was run, such as vit_tiny_patch16_224@0a1b2c3d."""
         return f"{self.architecture}@{self.digest()[:8]}"
 
 
 class DataManifest(_Section):
-    """The images that the shards list. hash: shards.listing_hash; in version 2, of keys, labels and encoded bytes."""
+    """The images that the shards list.
+
+    hash: data.listing_hash; in version 2, a hash of keys, labels and encoded bytes (index.content_hash_2).
+    """
 
     shards: tuple[str, ...]
     images: int
@@ -63,7 +67,7 @@ class DataManifest(_Section):
 
 
 class PixelsManifest(_Section):
-    """Stored views: their side in pixels, and for JPEG the quality."""
+    """Stored views: their side in pixels and, for JPEG, the quality."""
 
     kind: Literal["jpeg", "uint8"]
     size: int
@@ -71,10 +75,10 @@ class PixelsManifest(_Section):
 
 
 class Manifest(_Section):
-    """All that defines a part of a cache. Written once, before any image is read.
+    """All that defines a segment of a cache. It is written once, before any image is read.
 
-    views: how views are drawn, with `first` and `count` for their numbers; stored_patches: patch tokens a record;
-    records: the views of all listed images; files: SHA-256 of the small files beside it.
+    views: how views are drawn; its `first` and `count` give the numbers of the views; stored_patches: patch tokens per
+    record; records: the number of views of all listed images; files: SHA-256 of the small files beside the manifest.
     """
 
     format: Literal["singer-feature-cache"] = "singer-feature-cache"
@@ -94,28 +98,29 @@ class Manifest(_Section):
 
     @property
     def tokens(self) -> int:
-        """Stored tokens a record."""
+        """Return the number of stored tokens per record."""
         return self.teacher.prefix_tokens + self.stored_patches
 
     @property
     def sampled(self) -> bool:
+        """Return whether only some of the patches are stored."""
         return self.stored_patches < self.teacher.patches
 
     @property
     def shards(self) -> int:
-        """Number of Zarr shards of each array."""
+        """Return the number of Zarr shards of each array."""
         return -(-self.records // self.shard_records)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First record of a shard and the one behind its last."""
+        """Return the first record of a shard, and the one after its last."""
         return shard * self.shard_records, min(self.records, (shard + 1) * self.shard_records)
 
     def layout(self, block: int) -> Layout:
-        """{part: form} of a block's arrays."""
+        """Return {part: form} of a block's arrays."""
         return CODECS[self.codec].parts(self.tokens, self.teacher.width)
 
     def arrays(self) -> Layout:
-        """{name: form of one record} of all arrays."""
+        """Return {name: form of one record} of all arrays."""
         arrays: Layout = {f"{FEATURES}/{b}/{part}": form for b in self.blocks for part, form in self.layout(b).items()}
         if self.sampled:
             arrays[POSITIONS] = Fixed((self.stored_patches,), "int16")
@@ -128,49 +133,54 @@ class Manifest(_Section):
 
     @property
     def view_form(self) -> np.dtype[np.void]:
+        """Return the dtype of a record in the array `views`."""
         return view_form(any(self.views["color"]))
 
     @property
     def views_each(self) -> int:
-        """Records an image."""
+        """Return the number of records per image."""
         return int(self.views["count"])
 
     def compression(self, array: str) -> str:
-        """Only features are compressed, and of these only the parts of one size."""
+        """Return the compression of an array. Only features are compressed, and only their fixed parts."""
         return self.lossless if array.startswith(FEATURES) and self.arrays()[array] is not None else "none"
 
     def rows(self) -> str:
-        """Which listed images and views: equal for parts of whole images that hold other blocks of the same records."""
+        """Return a text that is equal for segments with the same listed images and the same views.
+
+        Such segments hold other blocks, or features of another teacher, for the same records.
+        """
         return canonical([self.data.hash, self.views])
 
     def identity(self) -> dict[str, Any]:
-        """What a cache must agree in to be the same: all but names and places."""
+        """Return the fields that two manifests of the same segment share: all but names and places."""
         value = self.model_dump(mode="json", exclude={"files"})
         value["teacher"] = self.teacher.identity()
         del value["data"]["shards"]
         return value
 
     def id(self) -> str:
-        """SHA-256 of the identity: the name by which the journal refers to the part."""
+        """Return the SHA-256 of the identity, by which the journal refers to the segment."""
         return hashlib.sha256(canonical(self.identity()).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
+        """Return the content of manifest.json."""
         return json_bytes(sealed(self.model_dump(mode="json")))
 
 
 def view_form(color: bool) -> np.dtype[np.void]:
-    """The bytes of a record in the array `views`: what was found when its image was read, and its view."""
+    """Return the dtype of a record in the array `views`: what was found when its image was read, and its view."""
     fields: list[Any] = [("digest", "<u8"), ("width", "<i4"), ("height", "<i4"), ("box", "<f4", 4), ("flip", "?")]
     return np.dtype(fields + [("color", "<f4", 4)] * color)
 
 
 class Completion(_Section):
-    """What is known of a part once all its shards are done. Written last; without it the part is not complete.
+    """What is known about a segment once all its shards are done. It is written last: it makes the segment complete.
 
-    part: the manifest's id; hash: shards.content_hash of the images that can be decoded; images, labelled, records:
-    how many of these there are; unreadable: numbers of the others among the listed ones; skipped: all that is left out,
-    as skipped.json lists it; files: SHA-256 of the small files that are written now; arrays: {name: [bytes, SHA-256] of
-    each shard's file}.
+    part: the manifest's id; hash: data.content_hash of the images that can be decoded; images, labelled, records: how
+    many of these there are; unreadable: the numbers of the other listed images; skipped: the number of entries in
+    skipped.json, which lists all that is left out; files: SHA-256 of the small files that are written at the end;
+    arrays: {name: [bytes, SHA-256] of each shard's file}.
     """
 
     part: str
@@ -184,15 +194,17 @@ class Completion(_Section):
     arrays: dict[str, list[tuple[int, str]]]
 
     def to_bytes(self) -> bytes:
+        """Return the content of complete.json."""
         return json_bytes(sealed(self.model_dump(mode="json")))
 
 
 def canonical(value: Any) -> str:
+    """Return canonical JSON: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def read_manifest(store: Store) -> Manifest:
-    """Raises UserError if there is no cache of a known version in the store."""
+    """Read the manifest of a store. Raises UserError if the store has no cache of a known version."""
     value = read_json(store, MANIFEST, "feature cache")
     file = f"{store.url}/{MANIFEST}"
     if value.get("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""The views of records: drawn from their images, or stored beside the features, so that students need no images."""
+"""Get the views of records: from their images, or as stored beside the features, so that students need no images."""
 
 import io
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from pipeline.data.views import apply_view
 
 
 def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:
-    """The views of some records, (n, size, size, 3) uint8."""
+    """Return the views of some records, (n, size, size, 3) uint8."""
     return np.stack([apply_view(files.read(int(index.image[r])), index.record_view(int(r)), size) for r in records])
 
 
 def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:
-    """JPEG of every view (size, size, 3) uint8, colours at full resolution."""
+    """Encode every view, (size, size, 3) uint8, as JPEG with colours at full resolution."""
     strings = []
     for view in views:
         buffer = io.BytesIO()
@@ -31,7 +31,7 @@ def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:
 
 
 def stored_views(stored: Tensor | Ragged) -> list[Image.Image]:
-    """Stored views of some records, not yet decoded if they are JPEG."""
+    """Return stored views of some records; JPEG views are not decoded yet."""
     if isinstance(stored, Tensor):
         return [Image.fromarray(view) for view in stored.numpy()]
     pieces = np.split(stored.data.numpy(), np.cumsum(stored.lengths.numpy())[:-1])
@@ -39,7 +39,7 @@ def stored_views(stored: Tensor | Ragged) -> list[Image.Image]:
 
 
 def resize(view: Image.Image, size: int) -> np.ndarray:
-    """(size, size, 3) uint8, as stored if it has that size."""
+    """Return a view as (size, size, 3) uint8; it is only resized if it has another size."""
     if view.size != (size, size):
         view = view.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(view)

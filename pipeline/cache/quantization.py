@@ -1,4 +1,4 @@
-"""How much of the features a codec keeps: relative error and cosine, clean and artifact tokens apart."""
+"""Measure the quantization error of codecs: relative error and cosine, separately for clean and artifact tokens."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from singer.artifacts import clean_mask, norm_summary, patch_norms
 
 
 def fidelity(codec: Codec, x: Tensor, calibration: Calibration) -> dict[str, Any]:
-    """What `codec` makes of features x (n, N, d) of a block, and their norms."""
+    """Return the norms of a block's features x (n, N, d), and the errors of `codec` on them as `errors` names them."""
     sums = torch.zeros(3, 4, dtype=torch.float64)
     for few in few_records(x):
         decoded = codec.decode(codec.encode(few, calibration), calibration)
@@ -19,9 +19,10 @@ def fidelity(codec: Codec, x: Tensor, calibration: Calibration) -> dict[str, Any
 
 
 def error_sums(decoded: Tensor, exact: Tensor, prefix: int, threshold: float) -> Tensor:
-    """What `errors` needs of features (n, N, d): (3, 4) float64 on the CPU, to be added up over batches.
+    """Return the sums that `errors` needs, (3, 4) float64 on the CPU; sums of several batches can be added.
 
-    Rows: prefix, clean and artifact tokens. Columns: squared error, squares, cosine, tokens.
+    decoded, exact: (n, N, d). Rows: prefix, clean and artifact tokens. Columns: squared error, squares, cosine, number
+    of tokens.
     """
     clean = clean_mask(patch_norms(exact, prefix), threshold)
     groups = torch.zeros(3, *exact.shape[:2], dtype=torch.float64, device=exact.device)
@@ -35,9 +36,9 @@ def error_sums(decoded: Tensor, exact: Tensor, prefix: int, threshold: float) ->
 
 
 def errors(sums: Tensor) -> dict[str, dict[str, float] | None]:
-    """{"prefix", "clean", "artifact": errors}; None where there is no such token.
+    """Return {"prefix", "clean", "artifact": errors}; None where there is no such token.
 
-    relative_error: root of the summed squared error over the summed squares; cosine: mean over tokens.
+    relative_error: the root of the summed squared error divided by the summed squares; cosine: the mean over tokens.
     """
     return {
         name: {"relative_error": (error / max(squares, 1e-60)) ** 0.5, "cosine": cosine / tokens} if tokens else None
@@ -46,6 +47,6 @@ def errors(sums: Tensor) -> dict[str, dict[str, float] | None]:
 
 
 def token_cosines(decoded: Tensor, exact: Tensor) -> Tensor:
-    """(n, N) of features (n, N, d); two tokens of nothing but zeros agree."""
+    """Return the cosine (n, N) of each pair of tokens (n, N, d); equal tokens have cosine 1, even if all are zeros."""
     cosine = torch.nn.functional.cosine_similarity(decoded, exact, dim=-1)
     return cosine.masked_fill((decoded == exact).all(-1), 1.0)

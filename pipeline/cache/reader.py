@@ -1,4 +1,4 @@
-"""Reading a cache: batches of records in any order, decoded on the training device."""
+"""Read a cache: batches of records in any order, decoded on the training device."""
 
 import math
 from collections.abc import Sequence
@@ -29,13 +29,16 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some records as they are stored. blocks: {block: parts}; positions: (n, k) int16 patch numbers, if sampled."""
+    """Some records as they are stored.
+
+    blocks: {block: {part: its stored values}}; positions: (n, k) int16 patch numbers, if patches were sampled.
+    """
 
     blocks: dict[int, Stored]
     positions: Tensor | None = None
 
     def split(self, counts: list[int]) -> list["Encoded"]:
-        """In parts of so many records, which share the memory."""
+        """Split the records into groups with `counts` records each; the groups share the memory of the whole."""
         if len(counts) == 1:
             return [self]
         pieces: list[dict[int, Stored]] = [{block: {} for block in self.blocks} for _ in counts]
@@ -48,79 +51,85 @@ class Encoded:
 
 
 class SegmentReader:
-    """The arrays of a part. files: of its shards, at least of those that are read."""
+    """The arrays of a segment.
 
-    def __init__(self, part: Segment, files: Files, local_copy: Path | None = None) -> None:
-        self.part = part
+    files: the files of its shards, at least of those that are read; local_copy: a folder to which shards are copied
+    when they are first read.
+    """
+
+    def __init__(self, segment: Segment, files: Files, local_copy: Path | None = None) -> None:
+        self.segment = segment
         self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
-        self._source: ByteRanges = part.store
+        self._source: ByteRanges = segment.store
         if local_copy is not None:
-            folder = local_copy / part.manifest.id()[:16]
-            self._source = ReadThrough(part.store, folder, {n: f["sha256"] for n, f in files.items()})
+            folder = local_copy / segment.manifest.id()[:16]
+            self._source = ReadThrough(segment.store, folder, {n: f["sha256"] for n, f in files.items()})
         self._arrays: dict[str, ShardedArray] = {}
 
     def array(self, name: str) -> ShardedArray:
+        """Return an array by its name."""
         if name not in self._arrays:
-            m = self.part.manifest
+            m = self.segment.manifest
             self._arrays[name] = ShardedArray(
                 self._source, name, m.arrays()[name], m.compression(name), m.records, m.shard_records, self._sizes
             )
         return self._arrays[name]
 
     def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
-        """Some records of an array, in the order asked for."""
+        """Read some records of an array, in the given order."""
         order = np.argsort(records)
         return read_arrays([(self.array(name), records[order], order)], len(records))
 
 
 def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
-    """Which records, as numbered where they are stored, have an image that can be decoded; and an index of just these.
+    """Return those of the stored records `rows` with an image that can be decoded, and an index of only these.
 
-    The part need not be complete; a record's image has the number of the record in this index.
+    The segment need not be complete. In the index, each record has an image of its own, with the number of the record.
     """
-    part, manifest = reader.part, reader.part.manifest
+    segment, manifest = reader.segment, reader.segment.manifest
     if manifest.version == 2:
-        whole = part.index()
+        whole = segment.index()
         color = None if whole.color is None else whole.color[rows]
         image = whole.image[rows]
         found = (whole.images.select(image), whole.digest[image])
         return rows, Index(*found, np.arange(len(rows)), whole.view[rows], whole.box[rows], whole.flip[rows], color)
     stored = reader.read(VIEWS, rows)
     assert isinstance(stored, Tensor)
-    facts = stored.numpy().reshape(-1).view(manifest.view_form)
-    rows, facts = rows[facts["width"] > 0], facts[facts["width"] > 0]
+    views = stored.numpy().reshape(-1).view(manifest.view_form)
+    rows, views = rows[views["width"] > 0], views[views["width"] > 0]
     image, view = np.divmod(rows, manifest.views_each)
-    color = facts["color"] if "color" in (facts.dtype.names or ()) else None
-    images = read_images(part.store).select(image)
+    color = views["color"] if "color" in (views.dtype.names or ()) else None
+    images = read_images(segment.store).select(image)
     first = manifest.views["first"]
-    return rows, Index(images, facts["digest"], np.arange(len(rows)), first + view, facts["box"], facts["flip"], color)
+    return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Records that were added together: the parts that hold each block and, if they are stored, the views."""
+    """Records that were added together: the segment that holds each block, and the one that stores their views."""
 
     blocks: dict[int, Segment]
     pixels: Segment | None
 
     @property
     def main(self) -> Segment:
+        """Return the segment that says which images and views the records are."""
         return next(iter(self.blocks.values()))
 
 
 _Group = tuple[int, np.ndarray, np.ndarray]
-"""Number of a span, records within it, and their places among all that are asked for."""
+"""The number of a span, records within it, and their places among all requested records."""
 
 
 class Cache:
-    """A complete cache, opened for reading. Safe to share between threads.
+    """A complete cache, opened for reading. It is safe to share between threads.
 
-    place: a folder or a URL. teacher: which one, where the cache has several: a variant (manifest.teacher.variant), or
-    a name, an architecture or the beginning of the weights' hash that fits one variant only; default: the first.
-    blocks: default: all. local_copy: a folder to which shards are copied when they are first read. known: the id that a
-    refiner or a run has of the cache, which opens its variant if it is there. option: what names a variant, for the
-    message. Raises UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a
-    block.
+    place: a folder or a URL. teacher: the teacher to read if the cache has several: a variant
+    (manifest.teacher.variant), or a name, an architecture or the beginning of the weights' hash that fits only one
+    variant; default: the first teacher. blocks: the blocks to read; default: all. local_copy: a folder to which shards
+    are copied when they are first read. known: the id by which a refiner or a run knows the cache; it selects that
+    variant if the cache has it. option: the option that names a variant, for the message, with {} for the name. Raises
+    UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a block.
     """
 
     def __init__(
@@ -135,15 +144,15 @@ class Cache:
         self.place = place
         self._arguments = (place, teacher, blocks, local_copy, known, option)
         self._readers: dict[str, SegmentReader] = {}
-        parts = self._complete(read_segments(open_store(place)), local_copy)
-        self._parts = choose_variant(parts, place, teacher, known, option)
-        check_held_once(self._parts)
-        self.manifest = self._parts[0].manifest
+        segments = self._complete(read_segments(open_store(place)), local_copy)
+        self._segments = choose_variant(segments, place, teacher, known, option)
+        check_held_once(self._segments)
+        self.manifest = self._segments[0].manifest
         if blocks is not None and len(set(blocks)) != max(1, len(blocks)):
-            raise UserError(f"blocks must be one or more different ones, not {list(blocks)}")
-        held = sorted({b for p in self._parts for b in p.manifest.blocks})
+            raise UserError(f"blocks must be one or more distinct numbers, not {list(blocks)}")
+        held = sorted({b for s in self._segments for b in s.manifest.blocks})
         self.blocks = tuple(held if blocks is None else sorted(blocks))
-        self._spans = self._find_spans(parts)
+        self._spans = self._find_spans(segments)
         counts = [s.main.records for s in self._spans]
         self._starts, self._count = np.cumsum([0, *counts])[:-1], sum(counts)
         self._codec = CODECS[self.manifest.codec]
@@ -151,11 +160,12 @@ class Cache:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The cache's id now and, before that, at each time since it began to grow."""
-        return ids_of(self._parts)
+        """Return the id of the cache now, then its earlier ids: it gets a new one with each appended segment."""
+        return ids_of(self._segments)
 
     @property
     def id(self) -> str:
+        """Return the id of the cache as it is now."""
         return self.ids[0]
 
     def __len__(self) -> int:
@@ -198,26 +208,27 @@ class Cache:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Which images and views, in their order: equal for caches that hold the same records."""
+        """Return texts for the images and views, in order; they are equal for caches that hold the same records."""
         return tuple(span.main.rows for span in self._spans)
 
     @property
     def record_bytes(self) -> int:
-        """Of a record's features as they are stored, without outliers, entropy coding and views."""
+        """Return the stored size of a record's features in bytes, without outliers, compression and views."""
         forms = [form for block in self.blocks for form in self.manifest.layout(block).values() if form is not None]
         return sum(math.prod(form.shape) * np.dtype(form.dtype).itemsize for form in forms)
 
     @cached_property
     def index(self) -> Index:
+        """Return the image and the view of every record."""
         return join(span.main.index() for span in self._spans)
 
     @cached_property
     def has_pixels(self) -> bool:
-        """Whether the views themselves are stored, so that students need no images."""
+        """Return whether the views themselves are stored, so that students need no images."""
         return all(span.pixels is not None for span in self._spans)
 
     def read(self, records: Sequence[int] | np.ndarray) -> Encoded:
-        """The stored form of some records on the CPU, in the order asked for."""
+        """Read some records in their stored form, on the CPU and in the given order."""
         groups = self._groups(records)
         blocks: dict[int, Stored] = {
             block: {
@@ -233,17 +244,17 @@ class Cache:
         return Encoded(blocks, positions)
 
     def pixels(self, records: Sequence[int] | np.ndarray, size: int, files: ImageFile | None = None) -> Tensor:
-        """The views of some records at a resolution, (n, size, size, 3) uint8.
+        """Return the views of some records at a resolution, (n, size, size, 3) uint8.
 
-        files: where the images of `index` lie now; not needed if the cache holds the views.
+        files: the images of `index`, where they are now; not needed if the cache holds the views.
         """
         if self.has_pixels:
             views = np.empty((len(records), size, size, 3), np.uint8)
-            # Part by part: another teacher may have stored its views at another size, or as another kind.
+            # Views are read segment by segment because segments may store them at different sizes or as other kinds.
             for span, rows, places in self._groups(records):
-                part = self._spans[span].pixels
-                assert part is not None
-                stored = stored_views(self._readers[part.name].read(PIXELS, part.stored(rows)))
+                segment = self._spans[span].pixels
+                assert segment is not None
+                stored = stored_views(self._readers[segment.name].read(PIXELS, segment.stored(rows)))
                 for row, view in zip(places.tolist(), stored, strict=True):
                     views[row] = resize(view, size)
             return torch.from_numpy(views)
@@ -251,9 +262,9 @@ class Cache:
         return torch.from_numpy(views_of(files, self.index, np.asarray(records), size))
 
     def decode(self, encoded: Encoded, device: torch.device) -> dict[int, Tensor]:
-        """{block: features (n, N, d) float32} on the device, moved there in their stored form.
+        """Return {block: features (n, N, d) float32} on the device; they are moved there in their stored form.
 
-        Of a cache with sampled tokens, N counts the prefix tokens and the stored patches of each record.
+        In a cache with sampled tokens, N is the number of the prefix tokens and the stored patches of each record.
         """
         calibration = self._calibration_on(device)
         features = {}
@@ -266,52 +277,53 @@ class Cache:
         return features
 
     def features(self, records: Sequence[int] | np.ndarray, device: torch.device) -> dict[int, Tensor]:
-        """{block: features (n, N, d) float32} of some records."""
+        """Read and decode some records: {block: features (n, N, d) float32}."""
         return self.decode(self.read(records), device)
 
     def suffix(self) -> TeacherSuffix:
-        """The frozen end of the teacher, on the CPU."""
-        part = min(
-            (p for p in self._parts if TAIL in p.manifest.files),
-            key=lambda p: p.manifest.tail_first_block,
+        """Return the frozen suffix of the teacher, on the CPU. Raises UserError if its file is damaged."""
+        segment = min(
+            (s for s in self._segments if TAIL in s.manifest.files),
+            key=lambda s: s.manifest.tail_first_block,
         )
-        teacher, file = part.manifest.teacher, f"{part.store.url}/{TAIL}"
-        state = parse_tensors(part.store.read(TAIL), file)
+        teacher, file = segment.manifest.teacher, f"{segment.store.url}/{TAIL}"
+        state = parse_tensors(segment.store.read(TAIL), file)
         try:
-            return TeacherSuffix(teacher.architecture, teacher.model_args, part.manifest.tail_first_block, state)
+            return TeacherSuffix(teacher.architecture, teacher.model_args, segment.manifest.tail_first_block, state)
         except RuntimeError as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
 
-    def _complete(self, parts: list[Segment], local_copy: Path | None) -> list[Segment]:
-        """The parts without those that are still being added."""
+    def _complete(self, segments: list[Segment], local_copy: Path | None) -> list[Segment]:
+        """Return the complete segments. Raises UserError if the first one is incomplete; others are left out."""
         complete = []
-        for part in parts:
-            lacks = part.lacks()
+        for segment in segments:
+            lacks = segment.lacks()
             if lacks is None:
-                complete.append(part)
-                self._readers[part.name] = SegmentReader(part, part.files, local_copy)
-            elif part.name:
-                say(f"{part.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
+                complete.append(segment)
+                self._readers[segment.name] = SegmentReader(segment, segment.files, local_copy)
+            elif segment.name:
+                say(f"{segment.store.url} is incomplete and left out; repeat its cache-teacher command with --append")
             else:
                 raise UserError(f"{self.place} is incomplete: {lacks}; repeat its cache-teacher command with --resume")
         return complete
 
     def _find_spans(self, everything: list[Segment]) -> list[_Span]:
+        """Group the segments of this teacher by their records. everything: those of all teachers, for stored views."""
         spans: dict[str, dict[int, Segment]] = {}
-        for part in self._parts:
-            spans.setdefault(part.rows, {}).update(dict.fromkeys(part.manifest.blocks, part))
-        pixels = {p.rows: p for p in everything if p.manifest.pixels is not None}
+        for segment in self._segments:
+            spans.setdefault(segment.rows, {}).update(dict.fromkeys(segment.manifest.blocks, segment))
+        pixels = {s.rows: s for s in everything if s.manifest.pixels is not None}
         for blocks in spans.values():
             missing = [b for b in self.blocks if b not in blocks]
             if missing:
-                part = next(iter(blocks.values()))
+                url = next(iter(blocks.values())).store.url
                 raise UserError(
-                    f"{part.store.url} has no block {missing[0]}; add it with cache-teacher --append, or choose blocks"
+                    f"{url} has no block {missing[0]}; add it with cache-teacher --append, or choose blocks"
                 )
         return [_Span(blocks, pixels.get(rows)) for rows, blocks in spans.items()]
 
     def _groups(self, records: Sequence[int] | np.ndarray) -> list[_Group]:
-        """Of every span, those of some records that lie in it, in the order in which they are stored."""
+        """Group some records by span; within a group, they are in the order in which they are stored."""
         chosen = np.asarray(records, dtype=np.int64)
         wrong = chosen[(chosen < 0) | (chosen >= len(self))]
         if len(wrong):
@@ -324,11 +336,11 @@ class Cache:
         ]
         return [group for group in groups if len(group[1])] or groups[:1]
 
-    def _read(self, groups: list[_Group], array: str, parts: list[Segment]) -> Tensor | Ragged:
-        """Some records of an array that lies in one part of every span."""
-        arrays = [self._readers[part.name].array(array) for part in parts]
+    def _read(self, groups: list[_Group], array: str, segments: list[Segment]) -> Tensor | Ragged:
+        """Read some records of an array. segments: for every span, the segment that holds the array."""
+        arrays = [self._readers[segment.name].array(array) for segment in segments]
         count = sum(len(records) for _, records, _ in groups)
-        return read_arrays([(arrays[s], parts[s].stored(records), places) for s, records, places in groups], count)
+        return read_arrays([(arrays[s], segments[s].stored(records), places) for s, records, places in groups], count)
 
     def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
         if device not in self._calibration:
@@ -339,7 +351,10 @@ class Cache:
 
 
 def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
-    """Records of several arrays of one form: [(array, its records, their places among `count`)]."""
+    """Read `count` records from several arrays that have the same form.
+
+    groups: [(array, its records, their places in the result)].
+    """
     form = groups[0][0].form
     found = [(array, array.find(records), places) for array, records, places in groups]
     if form is not None:
@@ -357,16 +372,16 @@ def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], c
     return out if form is not None else Ragged(out, torch.from_numpy(lengths))
 
 
-def read_calibration(part: Segment) -> dict[int, Calibration]:
-    """{block: calibration} of a part. Raises UserError if it is damaged."""
-    file = f"{part.store.url}/{CALIBRATION}"
-    tensors = parse_tensors(part.store.read(CALIBRATION), file)
+def read_calibration(segment: Segment) -> dict[int, Calibration]:
+    """Read {block: calibration} of a segment. Raises UserError if its file is damaged."""
+    file = f"{segment.store.url}/{CALIBRATION}"
+    tensors = parse_tensors(segment.store.read(CALIBRATION), file)
     try:
         return {
             block: Calibration.from_tensors(
                 {n.removeprefix(f"{block}."): t for n, t in tensors.items() if n.startswith(f"{block}.")}
             )
-            for block in part.manifest.blocks
+            for block in segment.manifest.blocks
         }
     except KeyError as error:
         raise UserError(f"{file} is damaged: it has no {error}") from None

@@ -1,4 +1,4 @@
-"""The records of a part on their way to the teacher: each image is read and decoded once, and what is found is kept."""
+"""Read the records of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,12 @@ from singer.errors import UserError
 
 @dataclass(frozen=True)
 class Rows:
-    """The records of a part, before anything is known of its images but where they lie.
+    """The records of a segment, when nothing is known about its images yet except where they are.
 
-    Record = image · views + view. images: the listed ones; first_view, views: numbers of the views of each; drawing:
-    how they are drawn; digests: (images,) uint64 of images that were read before and must not have changed since, 0 for
-    others; replay: index of an earlier part with the same records, whose views are taken.
+    Record = image · views + view. images: the listed images; first_view: the number of the first view of each image;
+    views: the number of views of each image; drawing: how views are drawn; digests: (images,) uint64, the digests of
+    images that were read before and must not have changed since, 0 for the others; replay: the index of an earlier
+    segment with the same records, from which the views are taken.
     """
 
     images: Images
@@ -36,7 +37,7 @@ class Rows:
     def of(
         cls, manifest: Manifest, images: Images, digests: np.ndarray | None = None, replay: Index | None = None
     ) -> "Rows":
-        """The records of a part with this manifest and these listed images."""
+        """Return the records of a segment with this manifest and these listed images."""
         first, count = manifest.views["first"], manifest.views_each
         return cls(images, first, count, drawn_as(manifest.views), digests, replay)
 
@@ -44,30 +45,31 @@ class Rows:
         return len(self.images) * self.views
 
     def key(self, record: int) -> str:
+        """Return the key of the record's image."""
         return self.images.keys[record // self.views]
 
     def number(self, record: int) -> int:
-        """Of the view."""
+        """Return the number of the record's view."""
         return self.first_view + record % self.views
 
     def view(self, record: int, size: tuple[int, int]) -> View:
-        """The view of an image of a size (width, height)."""
+        """Return the view of a record with an image of size (width, height), in pixels."""
         if self.replay is not None:
             return self.replay.record_view(record)
         return draw_view(self.drawing, self.key(record), self.number(record), size)
 
 
 def drawn_as(views: dict[str, Any]) -> ViewsConfig:
-    """The settings that a manifest's `views` came from."""
+    """Return the settings from which a manifest's `views` came."""
     return ViewsConfig.model_validate({k: v for k, v in views.items() if k not in ("first", "count")})
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of reading some records' images.
+    """The result of reading the images of some records.
 
-    pixels: {side: (n, side, side, 3) uint8}, black where an image cannot be decoded; found: (n,) of Manifest.view_form;
-    unreadable: {image: why it cannot be decoded}.
+    pixels: {side: (n, side, side, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
+    Manifest.view_form; unreadable: {image: why it cannot be decoded}.
     """
 
     pixels: dict[int, Tensor]
@@ -76,9 +78,9 @@ class Seen:
 
 
 class RowReader:
-    """Reads records: an image is read, hashed and decoded once for all of its views and sides that are asked for.
+    """Read records. An image is read, hashed and decoded once for all of its requested views and sides.
 
-    form: Manifest.view_form; sides: of the views, in pixels.
+    form: Manifest.view_form; sides: the sides of the views, in pixels.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class RowReader:
         self._sides, self._on_error = sides, on_error
 
     def __call__(self, records: np.ndarray) -> Seen:
-        """Raises UserError for an image that has changed and, unless on_error is "skip", for one that is broken."""
+        """Read some records.
+
+        Raises UserError for an image that has changed and, unless on_error is "skip", for an image that is broken.
+        """
         views = {side: np.zeros((len(records), side, side, 3), np.uint8) for side in self._sides}
         found = np.zeros(len(records), self._form)
         unreadable: dict[int, str] = {}
@@ -110,14 +115,14 @@ class RowReader:
         return Seen({side: torch.from_numpy(pixels) for side, pixels in views.items()}, found, unreadable)
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
-        """Image `number`, RGB, and its digest; None if it is broken."""
+        """Return image `number` as RGB, or None if it is broken, and its digest."""
         data, where = self._files.encoded(number)
         digest = image_digest(data)
         if self.rows.digests is not None and self.rows.digests[number] not in (0, digest):
             raise UserError(f"image {self.rows.images.keys[number]!r} has changed since it was cached ({where})")
         try:
             return to_rgb(open_known(data)), digest
-        except Exception as error:  # decoders raise whatever broken data makes them stumble over
+        except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(
                     f"{where} cannot be decoded: {one_line(error)}; repair it, or go on without it: "

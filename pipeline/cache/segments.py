@@ -1,6 +1,7 @@
-"""Parts: what one `cache-teacher` command added to a cache. The first lies at its root, later ones in `parts/NNN`.
+"""Read segments: each one holds what one `cache-teacher` command added to a cache.
 
-A part holds some blocks of one teacher for some records (its rows), and never changes once it is complete.
+The first segment is at the root of the cache, later ones are in `parts/NNN`. A segment holds some blocks of one teacher
+for some records (its rows), and never changes once it is complete.
 """
 
 import hashlib
@@ -26,28 +27,28 @@ from singer.errors import UserError
 
 _READERS = 16
 Files = dict[str, dict[str, Any]]
-"""{name: {"bytes": .., "sha256": ..}} of shard files."""
+"""{name of a shard file: {"bytes": .., "sha256": ..}}."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """name: its folder within the cache, "" for the root."""
+    """A segment of a cache, complete or not. name: its folder within the cache, "" for the root."""
 
     name: str
     store: Store
     manifest: Manifest
 
     def entries(self) -> dict[int, dict[str, Any]]:
-        """{shard: journal entry} of the shards that are done. Raises UserError naming a damaged entry."""
+        """Read {shard: journal entry} of the shards that are done. Raises UserError naming a damaged entry."""
         present = self.store.sizes(JOURNAL)
         numbers = [n for n in range(self.manifest.shards) if journal_file(n) in present]
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(zip(numbers, pool.map(self.entry, numbers), strict=True))
 
     def pending(self, done: Mapping[int, dict[str, Any]] | None = None) -> list[int]:
-        """Shards without a journal entry, or with a file missing or of the wrong size."""
+        """Return the shards that have no journal entry, or a file that is missing or has the wrong size."""
         done = self.entries() if done is None else done
-        # Zarr reads a missing file as zeros, so its absence must be noticed here.
+        # Zarr reads a missing file as zeros, so a missing file must be noticed here.
         sizes = self.store.sizes()
         return [
             shard
@@ -57,7 +58,7 @@ class Segment:
         ]
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """The journal entry of a shard that is done. Raises UserError if it is damaged."""
+        """Read the journal entry of a shard that is done. Raises UserError if it is damaged."""
         name = journal_file(shard)
         entry = read_json(self.store, name, "journal")
         try:
@@ -72,7 +73,7 @@ class Segment:
         return entry
 
     def lacks(self) -> str | None:
-        """What keeps the part from being complete, in words; None if nothing does."""
+        """Say in words why the segment is not complete; return None if it is."""
         shards = self.manifest.shards
         if self.manifest.version == 2:
             missing = len(self.pending())
@@ -89,10 +90,13 @@ class Segment:
 
     @cached_property
     def completion(self) -> Completion | None:
-        """None if the part is not complete, or of version 2. Raises UserError if the file is damaged."""
+        """Return the content of complete.json; None if the segment is not complete, or if it has version 2.
+
+        Raises UserError if the file is damaged.
+        """
         file = f"{self.store.url}/{COMPLETE}"
         try:
-            value = read_json(self.store, COMPLETE, "complete part of a cache")
+            value = read_json(self.store, COMPLETE, "complete segment of a cache")
         except UserError:
             if COMPLETE in self.store.sizes():
                 raise
@@ -112,7 +116,7 @@ class Segment:
 
     @cached_property
     def files(self) -> Files:
-        """All shard files of a complete part; none of one that is not."""
+        """Return all shard files of a complete segment; an incomplete one has none."""
         if self.manifest.version == 2:
             return {n: f for entry in self.entries().values() for n, f in entry["files"].items()}
         if self.completion is None:
@@ -128,44 +132,56 @@ class Segment:
 
     @property
     def _places(self) -> Iterator[tuple[str, int]]:
-        """(array, shard) of every file of `files`, in its order."""
+        """Yield (array, shard) for every file of `files`, in the same order."""
         arrays = {} if self.completion is None else self.completion.arrays
         return ((array, shard) for array, of_shards in arrays.items() for shard in range(len(of_shards)))
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the images of a complete part."""
+        """Return the SHA-256 of the images of a complete segment."""
         return self.manifest.data.hash if self.manifest.version == 2 else self._complete.hash
 
     @property
     def id(self) -> str:
-        """The name by which refiners and runs refer to a complete part: of the manifest, and of what was read."""
+        """Return the id of a complete segment, by which refiners and runs refer to it.
+
+        It is a hash of the manifest's id and of the images that were read.
+        """
         own = self.manifest.id()
         return own if self.manifest.version == 2 else hashlib.sha256(f"{own}\n{self.hash}".encode()).hexdigest()
 
     @property
     def records(self) -> int:
-        """How many records a complete part has for readers."""
+        """Return the number of records that a complete segment has for readers."""
         return self.manifest.records if self.manifest.version == 2 else self._complete.records
 
     @property
     def rows(self) -> str:
-        """Which images and views: equal for complete parts that hold other blocks of the same records."""
+        """Return a text that is equal for complete segments with the same images and the same views.
+
+        Such segments hold other blocks, or features of another teacher, for the same records.
+        """
         return canonical([self.hash, self.manifest.views])
 
     def stored(self, records: np.ndarray) -> np.ndarray:
-        """Where the readable records of these numbers are stored: those of unreadable images have a place, too."""
+        """Return where records are stored, given their numbers among the readable records.
+
+        The two differ because the records of unreadable images are stored, too.
+        """
         if self.manifest.version == 2 or not self._complete.unreadable:
             return records
         each = self.manifest.views_each
         image, view = np.divmod(records, each)
-        # Image n of the readable ones comes after all unreadable ones u of which u - rank(u) <= n.
+        # Readable image n comes after each unreadable image u with u - rank(u) <= n.
         left_out = np.asarray(self._complete.unreadable, dtype=np.int64)
         image = image + np.searchsorted(left_out - np.arange(len(left_out)), image, side="right")
         return np.asarray(image * each + view)
 
     def index(self) -> Index:
-        """Images and views of a complete part. Raises UserError if they are damaged or not those of the part."""
+        """Read the images and views of a complete segment.
+
+        Raises UserError if they are damaged or belong to another segment.
+        """
         if self.manifest.version == 2:
             index = read_index_2(self.store)
             same = content_hash_2(index.images, index.digest) == self.hash
@@ -180,18 +196,18 @@ class Segment:
         return index
 
     def digests(self) -> np.ndarray:
-        """(listed images,) uint64: digests of a complete part's images, 0 where one cannot be decoded."""
+        """Return the digests of a complete segment's listed images, (images,) uint64; 0 if one cannot be decoded."""
         found = np.zeros(self.manifest.data.images, dtype=np.uint64)
         found[np.delete(np.arange(len(found)), self._complete.unreadable)] = self.index().digest
         return found
 
     def unreadable(self) -> Images:
-        """The listed images of a complete part that cannot be decoded."""
+        """Return the listed images of a complete segment that cannot be decoded."""
         return read_images(self.store).select(np.array(self._complete.unreadable, dtype=np.int64))
 
 
 def read_segments(store: Store) -> list[Segment]:
-    """All parts, complete or not. Raises UserError if there is no cache in the store."""
+    """Read all segments, complete or not. Raises UserError if there is no cache in the store."""
     return [Segment("", store, read_manifest(store)), *_appended(store)]
 
 
@@ -209,9 +225,10 @@ def _appended(store: Store) -> Iterator[Segment]:
 
 
 def segment_name(number: int) -> str:
+    """Return the folder of a segment within the cache; "" for number 0."""
     return f"{PARTS}/{number:03d}" if number else ""
 
 
-def mine(parts: Iterable[Segment], teacher: TeacherManifest) -> list[Segment]:
-    """The parts that hold features of this very teacher."""
-    return [p for p in parts if p.manifest.teacher.identity() == teacher.identity()]
+def mine(segments: Iterable[Segment], teacher: TeacherManifest) -> list[Segment]:
+    """Return the segments that hold features of exactly this teacher."""
+    return [s for s in segments if s.manifest.teacher.identity() == teacher.identity()]

@@ -1,4 +1,4 @@
-"""What is measured on a cache's records: a block's normal norms, samples, channel moments, what refining changed."""
+"""Measure features of a cache: norms of blocks, samples of tokens, channel moments, and what refining changed."""
 
 from collections.abc import Iterator
 
@@ -19,27 +19,27 @@ _BATCH = 64
 
 
 def batches(cache: Cache, records: np.ndarray, device: torch.device) -> Iterator[dict[int, Tensor]]:
-    """The features of some records, {block: (n, N, d)}, a batch at a time."""
+    """Yield the features of some records, {block: (n, N, d)}, one batch at a time."""
     parts = [records[i : i + _BATCH] for i in range(0, len(records), _BATCH)]
     for encoded in prefetch(cache.read, parts, 1):
         yield cache.decode(encoded, device)
 
 
 def spread(records: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the records, evenly spread over them."""
+    """Choose at most `count` of the records, evenly spread over them."""
     chosen: np.ndarray = records[np.linspace(0, len(records) - 1, min(len(records), count)).astype(int)]
     return chosen
 
 
 def shape_of(cache: Cache, rank: int = 1, softness: float = 1.0) -> Shape:
-    """The shape of the cached features of any block."""
+    """Return the shape of the cached features, which is the same for every block."""
     teacher = cache.manifest.teacher
     grid = None if cache.manifest.sampled else teacher.grid
     return Shape(teacher.width, teacher.prefix_tokens, grid, rank, softness)
 
 
 def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
-    """Median norm and artifact threshold of every block, from the ORIGINAL features."""
+    """Measure the median norm and the artifact threshold of every block on the ORIGINAL features."""
     norms: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
     for features in batches(cache, records, torch.device("cpu")):
         for block, x in features.items():
@@ -56,7 +56,7 @@ def gather_context(
     device: torch.device,
     seed: int,
 ) -> FitContext:
-    """Evidence of one block from some records, possibly none, held in memory."""
+    """Gather what a cleaner of one block is fitted to: the tokens of some records (or of none), held in memory."""
     shape = shape_of(cache)
     none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
     tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
@@ -66,9 +66,10 @@ def gather_context(
 def clean_moments(
     cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
 ) -> dict[int, Moments]:
-    """{block: moments of refined tokens}: of patches that were no artifacts, and of each prefix position.
+    """Measure the moments of refined tokens, {block: moments}, of clean patch tokens and of each prefix position.
 
-    As the block's normaliser wants them prepared.
+    The tokens are prepared as the block's normaliser needs them. A patch is clean if it was not an artifact
+    before refining.
     """
     shape = shape_of(cache)
     prefix = shape.prefix
@@ -84,7 +85,7 @@ def clean_moments(
 def measure_blocks(
     cache: Cache, refiner: Refiner, scales: dict[int, BlockScale], records: np.ndarray, device: torch.device
 ) -> dict[int, dict[str, object]]:
-    """{block: norms before and after cleaning, and how far clean tokens moved}, on some records."""
+    """Return {block: norms before and after cleaning, and how far clean tokens moved}, measured on some records."""
     prefix = cache.manifest.teacher.prefix_tokens
     found = {b: _Measured() for b in cache.blocks}
     for features in batches(cache, records, device):
@@ -99,7 +100,7 @@ def measure_blocks(
 
 
 class _Measured:
-    """Of one block: norms, batch by batch, and the spread of clean tokens and of their change."""
+    """Measurements of one block: norms, batch by batch, and the spread of clean tokens and of their change."""
 
     def __init__(self) -> None:
         self.before: list[Tensor] = []
@@ -107,30 +108,32 @@ class _Measured:
         self.change, self.tokens = Spread(), Spread()
 
     def figures(self, threshold: float) -> dict[str, object]:
+        """Return the summary of all batches."""
         return {
             "threshold": threshold,
             "before": norm_summary(torch.cat(self.before), threshold),
             "after": norm_summary(torch.cat(self.after), threshold),
-            # Shares of the clean tokens' variance around their mean: a shift common to all tokens is no loss.
+            # This is relative to the spread of clean tokens around their mean. A shift common to all tokens does not
+            # count, because it loses nothing.
             "clean_drift_percent": 100 * (self.change.variance() / max(self.tokens.variance(), 1e-30)) ** 0.5,
         }
 
 
 class Spread:
-    """Running variance, in float64, of vectors around their mean."""
+    """Running variance of vectors around their mean, in float64."""
 
     def __init__(self) -> None:
         self._count, self._squares = 0, 0.0
         self._sum: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> None:
-        """x (n, d)."""
+        """Add vectors x (n, d)."""
         x = x.double()
         self._count += len(x)
         self._sum = self._sum + x.sum(0)
         self._squares += float(x.square().sum())
 
     def variance(self) -> float:
-        """Summed over the channels."""
+        """Return the variance, summed over the channels."""
         mean = torch.as_tensor(self._sum) / max(1, self._count)
         return max(0.0, self._squares / max(1, self._count) - float(mean.square().sum()))

@@ -1,6 +1,6 @@
-"""Which teacher of a cache: one teacher at another precision, image size or preprocessing is a variant of its own.
+"""Choose a teacher of a cache. A teacher at another precision, image size or preprocessing is a separate variant.
 
-A variant is named ARCHITECTURE@HASH (TeacherManifest.variant). Names that users know, which say less, may fit several.
+A variant is named ARCHITECTURE@HASH (TeacherManifest.variant). Shorter names that users know may fit several variants.
 """
 
 import hashlib
@@ -16,35 +16,35 @@ from singer.errors import UserError
 _SHORTEST_HASH = 6
 
 
-def joint_id(parts: Sequence[Segment]) -> str:
-    """The id of a cache of these parts, which are complete; of a single one, its own."""
-    ids = [p.id for p in parts]
+def joint_id(segments: Sequence[Segment]) -> str:
+    """Return the id of a cache with these complete segments; if there is only one, it is the id of the segment."""
+    ids = [segment.id for segment in segments]
     return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
-def ids_of(parts: Sequence[Segment]) -> tuple[str, ...]:
-    """The id of a variant of these parts now and, before that, at each time since it began to grow."""
-    return tuple(joint_id(parts[:n]) for n in range(len(parts), 0, -1))
+def ids_of(segments: Sequence[Segment]) -> tuple[str, ...]:
+    """Return the id of a variant with these segments, then its earlier ids: it gets a new one with each segment."""
+    return tuple(joint_id(segments[:n]) for n in range(len(segments), 0, -1))
 
 
-def variants_of(parts: Sequence[Segment]) -> list[list[Segment]]:
-    """The parts of each variant, in the order of their first parts."""
+def variants_of(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Group segments by variant, in the order of the variants' first segments."""
     found: dict[str, list[Segment]] = {}
-    for part in parts:
-        found.setdefault(part.manifest.teacher.digest(), []).append(part)
+    for segment in segments:
+        found.setdefault(segment.manifest.teacher.digest(), []).append(segment)
     return list(found.values())
 
 
 def choose_variant(
-    parts: Sequence[Segment], place: Place, teacher: str | None, known: str | None, option: str
+    segments: Sequence[Segment], place: Place, teacher: str | None, known: str | None, option: str
 ) -> list[Segment]:
-    """The parts of one variant: the first that `teacher` fits, of all if it is None.
+    """Return the segments of one variant: the first that `teacher` fits, or the first of all if `teacher` is None.
 
-    known: the id that a refiner or run has of the cache, which decides where the cache still has its variant.
-    option: what names a variant, with {} for its name. Raises UserError, which lists variants, if the name fits none
-    or, without a known id, several.
+    known: the id by which a refiner or run knows the cache; the variant with this id is taken if there is one. option:
+    the option that names a variant, with {} for the name. Raises UserError, which lists the variants, if the name fits
+    none or, without a known id, several.
     """
-    everything = variants_of(parts)
+    everything = variants_of(segments)
     fitting = [v for v in everything if teacher is None or fits(v[0].manifest.teacher, teacher)]
     if not fitting:
         names = ", ".join(describe([v[0].manifest.teacher for v in everything]))
@@ -61,29 +61,32 @@ def choose_variant(
     return fitting[0]
 
 
-def check_held_once(parts: Sequence[Segment]) -> None:
-    """Raise UserError if two parts hold a block of one variant for the same records: readers would take either."""
+def check_held_once(segments: Sequence[Segment]) -> None:
+    """Raise UserError if two segments hold the same block of one variant for the same records.
+
+    It would not be clear which of the two readers take.
+    """
     held: dict[tuple[str, str, int], Segment] = {}
-    for part in parts:
-        teacher = part.manifest.teacher
-        for block in part.manifest.blocks:
-            earlier = held.setdefault((teacher.digest(), part.manifest.rows(), block), part)
-            if earlier is not part:
+    for segment in segments:
+        teacher = segment.manifest.teacher
+        for block in segment.manifest.blocks:
+            earlier = held.setdefault((teacher.digest(), segment.manifest.rows(), block), segment)
+            if earlier is not segment:
                 raise UserError(
-                    f"{earlier.store.url} and {part.store.url} both hold block {block} of {teacher.variant} for the "
-                    "same records; remove the second and all later parts, then repeat their cache-teacher commands "
+                    f"{earlier.store.url} and {segment.store.url} both hold block {block} of {teacher.variant} for the "
+                    "same records; remove the second and all later segments, then repeat their cache-teacher commands "
                     "with --append"
                 )
 
 
 def fits(teacher: TeacherManifest, name: str) -> bool:
-    """Whether `name` is the teacher's variant, name or architecture, or the beginning of its weights' hash."""
+    """Return whether `name` is the teacher's variant, name or architecture, or the beginning of its weights' hash."""
     known = (teacher.variant, teacher.name, teacher.architecture)
     return name in known or (len(name) >= _SHORTEST_HASH and teacher.weights.startswith(name))
 
 
 def describe(teachers: Sequence[TeacherManifest]) -> list[str]:
-    """Each variant with that in which the listed ones differ: vit_tiny_patch16_224@0a1b2c3d (precision bf16)."""
+    """Describe each variant by what differs between them, such as vit_tiny_patch16_224@0a1b2c3d (precision bf16)."""
     fields = [_fields(t) for t in teachers]
     different = [key for key in dict.fromkeys(itertools.chain(*fields)) if len({str(f.get(key)) for f in fields}) > 1]
     texts = [", ".join(f"{key} {field.get(key)}" for key in different) for field in fields]
@@ -91,7 +94,7 @@ def describe(teachers: Sequence[TeacherManifest]) -> list[str]:
 
 
 def _fields(teacher: TeacherManifest) -> dict[str, Any]:
-    """What tells variants apart, each field by itself and without what follows from the others."""
+    """Return the fields in which variants can differ, without those that follow from others."""
     fields = teacher.model_dump(mode="json", exclude={"grid", "model_args"})
     args = {f"model_args.{key}": value for key, value in teacher.model_args.items() if key != "img_size"}
     return fields | {"weights": teacher.weights[:12]} | args

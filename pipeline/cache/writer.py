@@ -1,4 +1,7 @@
-"""Writing a part of a cache: whole Zarr shards, each by one process, each done once its journal entry is durable."""
+"""Write a segment of a cache: whole Zarr shards, each by one process.
+
+A shard is done once its journal entry is durable.
+"""
 
 import hashlib
 import json
@@ -27,7 +30,10 @@ def small_files(
     calibration: Mapping[int, Calibration],
     fidelity: Mapping[int, Any],
 ) -> dict[str, bytes]:
-    """{name: content} of everything that is written of a part before its features, but the manifest."""
+    """Return {name: content} of all files of a segment that are written before its features, except the manifest.
+
+    suffix: state of the teacher's suffix, None if an earlier segment has it; calibration, fidelity: {block: value}.
+    """
     statistics = {f"{b}.{name}": t for b, c in calibration.items() for name, t in c.tensors().items()}
     compression = {name: manifest.compression(name) for name in manifest.arrays()}
     files = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
@@ -40,7 +46,7 @@ def small_files(
 
 
 def create_segment(store: Store, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Everything but the features. The manifest comes last: without it, there is no part yet."""
+    """Write all files but the features. The manifest comes last, because it makes the segment exist."""
     for name, content in files.items():
         store.write(name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
@@ -48,7 +54,7 @@ def create_segment(store: Store, manifest: Manifest, files: Mapping[str, bytes])
 
 
 def check_same(there: Manifest, here: Manifest, place: str) -> None:
-    """Raise UserError naming both sides if the part at `place` is not the one that `here` describes."""
+    """Raise UserError naming both sides if the segment at `place` is not the one that `here` describes."""
     difference = first_difference(there.identity(), here.identity())
     if difference:
         name, before, now = difference
@@ -94,7 +100,7 @@ def _sha256(pieces: Sequence[bytes | memoryview]) -> str:
 
 
 def first_difference(there: Any, here: Any, name: str = "") -> tuple[str, str, str] | None:
-    """(name, value there, value here) of the first field in which two trees differ."""
+    """Return (name, value there, value here) of the first field in which two trees differ; None if they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(k for k in here if k not in there)]:
             found = first_difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)

@@ -1,7 +1,7 @@
-"""Zarr v3 shards, written whole and read by record.
+"""Write whole Zarr v3 shards, and read them by record.
 
-zarr-python writes the metadata. Shards are packed and read here: every record is one inner chunk, so that a shard is
-one write of bytes at hand and a record is one read at a known place, which no Zarr library does as fast
+zarr-python writes the metadata. This module packs and reads the shards. Every record is one inner chunk: a shard is
+written at once from bytes in memory, and a record is one read at a known place. No Zarr library does this as fast
 (docs/results.md has the measurements).
 """
 
@@ -25,10 +25,10 @@ from pipeline.cache.format import shard_file
 from pipeline.storage import Ranges
 from singer.errors import UserError
 
-# Of shards, whose indices are read together.
+# This many shards have their indices read together.
 _INDICES_AT_ONCE = 64
 _MISSING = 2**64 - 1
-# Ahead of every byte string: the number of strings in the chunk, and its length.
+# Each byte string has a header: the number of strings in the chunk, and the length of the string in bytes.
 _STRING = struct.Struct("<II")
 _LEVEL = {"zstd": 3, "blosc": 5}
 
@@ -36,19 +36,19 @@ _LEVEL = {"zstd": 3, "blosc": 5}
 def array_metadata(
     arrays: dict[str, Fixed | None], compression: dict[str, str], records: int, shard_records: int
 ) -> dict[str, bytes]:
-    """{name: content} of the zarr.json files of a group with these arrays."""
+    """Return {name: content} of the zarr.json files of a group with these arrays."""
     contents: dict[str, Any] = {}
     files = zarr.storage.MemoryStore(contents)
     group = zarr.open_group(files, mode="w", zarr_format=3)
     with warnings.catch_warnings():
-        # Byte strings are no part of the Zarr core yet; docs/cache-format.md fixes what is written.
+        # Byte strings are not in the core of the Zarr specification yet. docs/cache-format.md specifies them.
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         for name, form in arrays.items():
             shape, dtype = form or Fixed((), "variable_length_bytes")
             group.create_array(
                 name,
                 shape=(records, *shape),
-                # One record a chunk: students read records in any order.
+                # A chunk is one record because students read records in any order.
                 chunks=(1, *shape),
                 shards=(shard_records, *shape),
                 dtype=dtype,
@@ -73,7 +73,7 @@ def _compressor(compression: str) -> Compressor | None:
 
 
 def pack_shard(values: np.ndarray | Ragged, shard_records: int, compression: str) -> list[bytes | memoryview]:
-    """The bytes of a shard with these records, in pieces: payload, index, checksum of the index."""
+    """Return the bytes of a shard with these records, in pieces: payload, index, checksum of the index."""
     compressor = _compressor(compression)
     payload: list[bytes | memoryview]
     if isinstance(values, Ragged):
@@ -99,16 +99,18 @@ def pack_shard(values: np.ndarray | Ragged, shard_records: int, compression: str
 
 
 class ByteRanges(Protocol):
-    """What a reader needs of a store."""
+    """What a reader needs from a store."""
 
     @property
-    def url(self) -> str: ...
+    def url(self) -> str:
+        """Return the place of the store, for messages."""
 
-    def read_ranges(self, ranges: Ranges) -> None: ...
+    def read_ranges(self, ranges: Ranges) -> None:
+        """Read ranges of bytes into a given array."""
 
 
 class Chunks(NamedTuple):
-    """Where records are stored: numbers of their shards, offsets in these and bytes, (n,) int64 each."""
+    """Where records are stored: numbers of their shards, offsets in these and lengths in bytes, (n,) int64 each."""
 
     shards: np.ndarray
     offsets: np.ndarray
@@ -116,9 +118,9 @@ class Chunks(NamedTuple):
 
 
 class ShardedArray:
-    """One array of a part, read by record. Safe to share between threads.
+    """One array of a segment, read by record. It is safe to share between threads.
 
-    sizes: {shard file: bytes}, from the journal.
+    form: that of one record, None for byte strings; sizes: {shard file: bytes}, from the journal.
     """
 
     def __init__(
@@ -135,15 +137,16 @@ class ShardedArray:
         self._compressor = _compressor(compression)
         self._records, self._shard_records = records, shard_records
         self._files = [shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
-        # By shard: whether its index was read.
+        # For each shard: whether its index was read.
         self._known = np.zeros(len(self._files), dtype=np.bool_)
-        # (records, 2) offset and bytes of every record of these shards; None if all follow each other at one size.
+        # The offset and the size in bytes of every record, (records, 2), where its shard is known. It is None while all
+        # known records have one size and are in the order of their numbers.
         regular = form is not None and self._compressor is None
         self._places = None if regular else np.empty((records, 2), np.int64)
         self._lock = threading.Lock()
 
     def find(self, records: np.ndarray) -> Chunks:
-        """Raises UserError if the index of a shard is damaged."""
+        """Find where some records are stored. Raises UserError if the index of a shard is damaged."""
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
@@ -155,7 +158,7 @@ class ShardedArray:
         return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
 
     def read_into(self, chunks: Chunks, out: np.ndarray, places: np.ndarray) -> None:
-        """Fill out[places[i]:] (bytes) with the record that is stored in chunk i."""
+        """Copy the record that is stored in chunk i to out[places[i]:], for all i; `out` is (bytes,) uint8."""
         if self._compressor is None:
             self._store.read_ranges(Ranges(self._files, *chunks, out, places))
             return
@@ -167,12 +170,12 @@ class ShardedArray:
 
     @cached_property
     def row(self) -> int:
-        """Bytes of a record as the array's form has it."""
+        """Return the decoded size of one record, in bytes."""
         assert self.form is not None
         return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
 
     def _read_indices(self, shards: np.ndarray) -> None:
-        """Read the indices of some shards, many at once: each is a request, and none waits for another."""
+        """Read the indices of some shards, many at once, because each of them is a request of its own."""
         size = 16 * self._shard_records + 4
         for some in np.split(shards, np.arange(_INDICES_AT_ONCE, len(shards), _INDICES_AT_ONCE)):
             files = [self._files[shard] for shard in some.tolist()]
@@ -190,7 +193,7 @@ class ShardedArray:
         encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
         index = np.frombuffer(encoded, dtype="<i8").reshape(-1, 2)[: self._records - first]
         offsets, sizes = index[:, 0], index[:, 1]
-        # Whatever is read goes to memory that is made for it, so that no size is believed that cannot be.
+        # Memory is allocated by the sizes in the index, so impossible offsets and sizes are refused here.
         right = struct.pack("<I", google_crc32c.value(encoded)) == checksum and offsets.min() >= 0
         if self._compressor is None:
             right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
@@ -198,7 +201,7 @@ class ShardedArray:
             raise UserError(f"{self._store.url}/{file} is damaged; run singer cache verify")
         places = self._places
         if places is None and (offsets != self.row * np.arange(len(index))).any():
-            # No writer of singer does so, but the Zarr format allows any order.
+            # No writer of singer changes the order of records, but the Zarr format allows any order.
             numbers = np.arange(self._records) % self._shard_records
             places = np.stack([numbers * self.row, np.full(self._records, self.row)], axis=1)
         if places is not None:

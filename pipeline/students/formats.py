@@ -1,6 +1,7 @@
-"""Formats of exported students.
+"""Write students in the formats of `singer export`.
 
-A format is one function that writes the student, reads it back and says how others do, and one line in FORMATS.
+A format is one function and one line in FORMATS. The function writes the student, reads it back, and tells users how to
+read it.
 """
 
 import importlib.util
@@ -27,11 +28,11 @@ from singer.errors import UserError
 PREPROCESS = "preprocess.json"
 ONNX = "model.onnx"
 TORCH_EXPORT = "model.pt2"
-# Another size than those compared, so that a batch axis that is not dynamic shows.
+# The traced batch has another size than the compared ones, so that a batch axis that is not dynamic is noticed.
 _TRACED, _COMPARED = 2, (3, 1)
 # The first axis of the input may have any length.
 _SHAPES = ({0: torch.export.Dim("batch", min=1)},)
-# From an image to the input, without singer.
+# Python code that makes the model's input from an image, without singer.
 _PIXELS = f"""with open("{PREPROCESS}") as file:
     p = json.load(file)
 image = Image.open("image.png").convert("RGB")
@@ -42,7 +43,10 @@ images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any si
 
 @dataclass(frozen=True)
 class Student:
-    """What is exported. module: normalised images (B, 3, size, size) -> "pooled" (B, d) or "tokens" (B, N, d)."""
+    """What is exported.
+
+    module: normalised images (B, 3, size, size) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
+    """
 
     vit: Backbone
     module: nn.Module
@@ -50,7 +54,10 @@ class Student:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """From an RGB image to the input: largest centred square, resized, / 255, minus mean, over std, as CHW."""
+        """Return how to make the input from an RGB image.
+
+        The largest centred square is resized, divided by 255, normalised by mean and std, and given as CHW.
+        """
         return {
             "size": self.vit.image_size,
             "crop": "center-square",
@@ -60,13 +67,16 @@ class Student:
         }
 
     def images(self, count: int) -> Tensor:
-        """Always the same random input (count, 3, size, size)."""
+        """Return random images (count, 3, size, size), which are always the same for a count."""
         shape = (count, 3, self.vit.image_size, self.vit.image_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(count))
 
 
 class LastBlock(nn.Module):
-    """Raw tokens (B, N, d) of the last block: what the targets of training are and what probes read by default."""
+    """A module that returns the raw tokens (B, N, d) of a model's last block.
+
+    Training compares these tokens with targets, and probes read them by default.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -74,14 +84,16 @@ class LastBlock(nn.Module):
         self.last = depth(model) - 1
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute the tokens (B, N, d) of normalised images (B, 3, H, W)."""
         return block_outputs(self.model, images, [self.last])[self.last]
 
 
 @dataclass(frozen=True)
 class Written:
-    """load: the student's function, as read back from what was written; snippet: Python that does so, for the card.
+    """A written student.
 
-    packages: those beside torch and timm whose versions matter.
+    load: the student's function, read back from the written files; snippet: Python code that reads the files, for the
+    model card; packages: the packages, besides torch and timm, that need the right version.
     """
 
     load: Callable[[Tensor], Tensor]
@@ -90,29 +102,29 @@ class Written:
 
 
 def write_timm(student: Student, folder: Path) -> Written:
-    """timm's local-dir layout, as the run itself has it."""
+    """Write timm's local-dir layout, which the run directory has, too."""
     _require_whole_model(student, "timm")
     save_backbone(student.vit, student.vit.model.state_dict(), folder)
     return _read_timm(student, folder)
 
 
 def write_hf(student: Student, folder: Path) -> Written:
-    """A repository of the Hugging Face Hub that timm (`hf-hub:`) and the TimmWrapper of transformers read."""
+    """Write a repository for the Hugging Face Hub; timm (`hf-hub:`) and the TimmWrapper of transformers read it."""
     _require_whole_model(student, "hf")
     config = timm_config(student.vit)
-    # TimmWrapper gives num_classes itself and fails if it is here too; timm takes it from pretrained_cfg.
+    # TimmWrapper passes num_classes itself and fails if it is also in model_args. timm takes it from pretrained_cfg.
     config["model_args"] = {k: v for k, v in config["model_args"].items() if k != "num_classes"}
     write_json(folder / "config.json", config)
     state = {k: v.contiguous() for k, v in student.vit.model.state_dict().items()}
-    # Versions of transformers refuse safetensors that do not say which framework wrote them.
+    # Some versions of transformers refuse a safetensors file that does not say which framework wrote it.
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return _read_timm(student, folder)
 
 
 def write_onnx(student: Student, folder: Path) -> Written:
-    """model.onnx with a dynamic batch axis and the preprocessing among its metadata.
+    """Write model.onnx, with a dynamic batch axis and the preprocessing in its metadata.
 
-    Raises UserError if the packages of the extra are missing.
+    Raises UserError if packages of the extra `export` are missing.
     """
     packages = ("onnx", "onnxruntime", "onnxscript")
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
@@ -121,7 +133,7 @@ def write_onnx(student: Student, folder: Path) -> Written:
     import onnxruntime
 
     with warnings.catch_warnings():
-        # Of torch on itself, while it copies the traced program.
+        # torch gives this warning about its own code while it copies the traced program.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         program = torch.onnx.export(
             trace(student),
@@ -153,9 +165,9 @@ session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvide
 
 
 def write_torch_export(student: Student, folder: Path) -> Written:
-    """model.pt2 of torch.export with a dynamic batch axis and preprocess.json within."""
+    """Write model.pt2 by torch.export, with a dynamic batch axis and with preprocess.json in it."""
     program = trace(student)
-    # Otherwise stored too, as the only pickle in the file.
+    # The example inputs would be stored, too, as the only pickle in the file.
     program.example_inputs = None
     torch.export.save(program, folder / TORCH_EXPORT, extra_files={PREPROCESS: json.dumps(student.preprocess)})
     write_json(folder / PREPROCESS, student.preprocess)
@@ -177,7 +189,7 @@ with torch.inference_mode():
 
 
 def trace(student: Student) -> ExportedProgram:
-    """The student's graph, without the traces that name source files of this machine."""
+    """Trace the student, and remove the stack traces, which name source files of this machine."""
     program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -194,16 +206,17 @@ FORMATS: dict[str, Callable[[Student, Path], Written]] = {
 
 @torch.inference_mode()
 def compare(student: Student, load: Callable[[Tensor], Tensor], settings: ExportConfig) -> float:
-    """The largest difference between the student's outputs and those of what was read back.
+    """Return the largest difference between the outputs of the student and of the export that was read back.
 
-    Raises UserError if it is beyond settings.tolerance.
+    Raises UserError if the difference is larger than settings.tolerance, relative to the largest output if that is
+    above 1.
     """
     largest = 0.0
     for count in _COMPARED:
         images = student.images(count)
         expected = student.module(images)
         difference = float((load(images) - expected).abs().max())
-        # Written so that NaN fails too.
+        # With `not <=` instead of `>`, NaN fails, too.
         if not difference <= settings.tolerance * max(1.0, float(expected.abs().max())):
             raise UserError(
                 f"the export differs from the student by {difference:.2g}, beyond export.tolerance "
@@ -230,7 +243,7 @@ def _read_timm(student: Student, folder: Path) -> Written:
 import torch
 from PIL import Image
 
-model = timm.create_model("{LOCAL}.", pretrained=True).eval()  # the place of this folder
+model = timm.create_model("{LOCAL}.", pretrained=True).eval()  # "." is the path of this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)
 with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""New students: timm models, or plain Vision Transformers of given dimensions."""
+"""Build new students: timm models, or plain Vision Transformers with given dimensions."""
 
 from typing import Any
 
@@ -8,12 +8,15 @@ from pipeline.teachers.fetching import first_line
 from pipeline.teachers.models import check_known, create_model
 from singer.errors import UserError
 
-# The architecture that a `vit` of given dimensions is built from; its own are all replaced.
+# A student named `vit` is built from this architecture; the given dimensions replace all of its own.
 PLAIN_VIT = "vit_tiny_patch16_224"
 
 
 def new_student(config: StudentConfig, image_size: int) -> Backbone:
-    """A student to be trained, without a head. image_size: used where the config gives none."""
+    """Build a student without a head, for training. image_size: in pixels, used if the configuration gives none.
+
+    Raises UserError if the configuration does not describe a model that gives feature maps.
+    """
     dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     given = {k: v for k, v in dims.items() if v is not None}
     if config.name == "vit":
@@ -34,8 +37,8 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
     size = config.image_size or image_size
     student = create_model(name, size, args, None, pretrained=config.pretrained, what="student.name")
     try:
-        student.layout  # noqa: B018 - what runs once runs again
-    except Exception as error:  # each architecture raises its own
+        student.layout  # noqa: B018 - this runs the model once; if it fails here, it cannot be trained
+    except Exception as error:  # each architecture raises errors of its own types
         raise UserError(
             f"student.name {config.name} gives no feature maps at {size} pixels: {first_line(error)}"
         ) from None

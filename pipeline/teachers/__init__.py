@@ -1,1 +1,1 @@
-"""What can be cached: models and their weights."""
+"""Load teachers and other timm models, with their weights."""

@@ -1,4 +1,4 @@
-"""A timm model, and what is needed to build it again."""
+"""Hold a timm model with what is needed to build it again, and save it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,13 +13,16 @@ from torch import Tensor
 from pipeline.storage.outputs import write_json, write_tensors
 from singer.backbones import is_vit, layout
 
-# How every image is brought to the models' size (views.apply_view).
+# Every image is resized to a model's image size in this way (data.views.apply_view).
 INTERPOLATION = "bicubic"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students need not be."""
+    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students may be others.
+
+    image_size: in pixels; mean, std: of RGB in [0, 1].
+    """
 
     model: Any
     architecture: str
@@ -30,42 +33,44 @@ class Backbone:
 
     @property
     def is_vit(self) -> bool:
+        """Return whether the model is a VisionTransformer of timm."""
         return is_vit(self.model)
 
     @property
     def prefix(self) -> int:
-        """CLS and register tokens."""
+        """Return the number of CLS and register tokens."""
         return int(self.model.num_prefix_tokens) if self.is_vit else 0
 
     @property
     def has_cls(self) -> bool:
+        """Return whether the model has a class token."""
         return self.is_vit and bool(self.model.has_class_token)
 
     @cached_property
     def layout(self) -> list[tuple[int, tuple[int, int]]]:
-        """(width, grid of the patch tokens) of every block, or stage."""
+        """Return (width, grid of the patch tokens) of every block or stage."""
         return layout(self.model, self.image_size)
 
     @property
     def width(self) -> int:
-        """Of the last block."""
+        """Return the width of the last block, in channels."""
         return self.layout[-1][0]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Of the last block's patch tokens."""
+        """Return the grid of the last block's patch tokens."""
         return self.layout[-1][1]
 
 
 def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Weights and configuration such that timm.create_model("local-dir:FOLDER", pretrained=True) gives the model."""
+    """Save weights and configuration; timm.create_model("local-dir:FOLDER", pretrained=True) then gives the model."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", timm_config(vit))
 
 
 def timm_config(vit: Backbone) -> dict[str, Any]:
-    """What timm stores as config.json beside the weights."""
+    """Return the configuration that timm stores as config.json beside the weights."""
     own = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
     if not vit.is_vit:
         own = {key: vit.model.pretrained_cfg.get(key) for key in own}
@@ -87,9 +92,9 @@ def timm_config(vit: Backbone) -> dict[str, Any]:
 
 
 def weight_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of a state dict.
+    """Return the SHA-256 of the names, types, shapes and bytes of a state dict.
 
-    The position embedding is left out: it is interpolated to the image size, which is recorded by itself.
+    The position embedding is left out: it is interpolated to the image size, which is recorded separately.
     """
     digest = hashlib.sha256()
     for name in sorted(set(state) - {"pos_embed"}):

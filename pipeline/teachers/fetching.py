@@ -1,4 +1,4 @@
-"""Why weights did not come from the network."""
+"""Explain why weights were not fetched from the network."""
 
 from urllib.error import URLError
 
@@ -9,9 +9,10 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def why_not_fetched(error: BaseException) -> str | None:
-    """Why something did not come from the network; None if that is not what an error is about.
+    """Say why something was not fetched from the network; return None if the error has another reason.
 
-    The hub's client says of most that the file is not on this disk; the cause is behind that.
+    For most errors, the hub's client only says that the file is not on this disk. The cause is further down the chain
+    of errors.
     """
     chain = []
     while error not in chain:
@@ -20,12 +21,7 @@ def why_not_fetched(error: BaseException) -> str | None:
     for link in chain:
         status = getattr(getattr(link, "response", None), "status_code", None) or getattr(link, "code", None)
         if isinstance(status, int):
-            hints = {
-                401: "no such model, or one that needs a login",
-                403: "access is not granted",
-                404: "no such model or file",
-            }
-            hint = f" ({hints[status]})" if status in hints else ""
+            hint = f" ({_HINTS[status]})" if status in _HINTS else ""
             return f"the server answered {status}{hint}: {first_line(link)}"
     for link in reversed(chain):
         if isinstance(link, ConnectionError | TimeoutError | URLError | LocalEntryNotFoundError) or (
@@ -36,4 +32,5 @@ def why_not_fetched(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most 200 characters; its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Loading timm Vision Transformers: teachers with their weights, new students, students that a run saved."""
+"""Load timm models: teachers with their weights, new students, and students that a run saved."""
 
 import difflib
 import logging
@@ -22,9 +22,9 @@ from singer.backbones import is_vit
 from singer.errors import UserError
 
 LOCAL = "local-dir:"
-# Where ViTs and other architectures keep the weight of their head.
+# The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
-# What to do without a network, by the place that names the model.
+# What to do without a network; the keys say where the name of the model was given.
 _REMEDIES = {
     "teacher.name": "give a local file with --weights FILE (teacher.weights)",
     "student.name": "check the network or its cache",
@@ -33,32 +33,36 @@ _REMEDIES = {
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that a `local-dir:` name stands for; None for other names."""
+    """Return the folder that a `local-dir:` name stands for; None for other names."""
     return Path(name.removeprefix(LOCAL)).expanduser() if name.startswith(LOCAL) else None
 
 
 def load_teacher(config: TeacherConfig) -> Backbone:
-    """The teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
+    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
     return _frozen(
         create_model(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher.name")
     )
 
 
 def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
-    """A model saved in timm's local-dir layout, by `save_backbone` or by timm itself."""
+    """Load a model that was saved in timm's local-dir layout, by `save_backbone` or by timm itself."""
     return load_model(f"{LOCAL}{folder}", image_size=image_size)
 
 
 def load_model(name: str, weights: Path | None = None, image_size: int | None = None) -> Backbone:
-    """Any pretrained model of timm, frozen, by a name of timm's, hf-hub:USER/NAME or local-dir:FOLDER.
+    """Load any pretrained model of timm, frozen, by a name that timm knows, hf-hub:USER/NAME or local-dir:FOLDER.
 
-    weights: a local file; default: the folder's, or those that timm fetches. image_size: pixels; default: the model's.
+    weights: a local file; default: those in the folder, or those that timm fetches. image_size: in pixels; default: the
+    model's own.
     """
     return _frozen(create_model(name, image_size, {}, weights, pretrained=True, what="model"))
 
 
 def check_known(name: str, message: str) -> None:
-    """Raise UserError(message), with the nearest name, if timm has no such model; other places are asked later."""
+    """Raise UserError(message), with the nearest name, if timm has no such model.
+
+    Names with a prefix such as hf-hub: are not checked here.
+    """
     if ":" in name or timm.is_model(name):
         return
     family = timm.list_models(f"{name[:3]}*") or timm.list_models(module="vision_transformer")
@@ -72,7 +76,10 @@ def _frozen(vit: Backbone) -> Backbone:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or .pth file, never unpickling anything but tensors."""
+    """Read the tensors of a .safetensors or .pth file; nothing but tensors is ever unpickled.
+
+    Raises UserError if the file is missing or damaged, or if it holds no state dict.
+    """
     if not path.is_file():
         raise UserError(f"weights {path}: no such file")
     if path.suffix == ".safetensors":
@@ -97,6 +104,12 @@ def create_model(
     pretrained: bool,
     what: str,
 ) -> Backbone:
+    """Build a model of timm.
+
+    image_size: in pixels, None for the model's own; args: more arguments of timm.create_model; weights: a local file;
+    pretrained: whether to load weights; what: the setting that names the model, for messages. Raises UserError if the
+    model, its weights or its image size cannot be used.
+    """
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
         kwargs["img_size"] = image_size
@@ -105,7 +118,7 @@ def create_model(
         config = read_json(folder, "config.json", "timm model folder")
         model_args = config.get("model_args", {})
         if not isinstance(model_args, dict):
-            raise UserError(f"{folder / 'config.json'} is damaged: model_args is no object")
+            raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
@@ -113,14 +126,14 @@ def create_model(
         state = read_weights(weights)
         head = next((state[key] for key in _HEADS if key in state), None)
         kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
-        # Through timm's own loader: it converts foreign layouts and interpolates the position embedding.
-        # An empty source makes it take this state dict, whatever place the name stands for.
+        # timm's own loader converts other layouts and interpolates the position embedding. With an empty source, it
+        # takes this state dict, and not the weights of the place that the name stands for.
         overlay = {"state_dict": state, "source": "", "num_classes": kwargs["num_classes"], "custom_load": False}
         kwargs["pretrained_cfg_overlay"] = overlay
     model = _build(name, pretrained, kwargs, weights, what)
     kwargs.pop("pretrained_cfg_overlay", None)
     pretrained_cfg = model.pretrained_cfg
-    # Hub tags change the head; the architecture alone would rebuild another one.
+    # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
     if is_vit(model):
         size = model.patch_embed.img_size
@@ -142,7 +155,7 @@ def create_model(
 
 
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
-    # The hub's client warns of every retry; what comes of them is said here, once.
+    # The hub's client warns about every retry. The error that is raised below reports the result once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     subject = f"{what} {name}"
     try:
@@ -157,7 +170,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         elif what == "teacher.name":
             raise UserError(f"{subject}: it is a {type(outline).__name__}, not a VisionTransformer of timm")
         elif not outline.pretrained_cfg.get("fixed_input_size"):
-            # It takes any size, and no argument for it.
+            # The model works at any image size and has no argument for it.
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
             subject = f"weights of {subject} were not loaded"
@@ -167,24 +180,24 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except UserError:
         raise
-    except Exception as error:  # timm, the hub client and torch each raise their own
+    except Exception as error:  # timm, the hub's client and torch raise errors of their own types
         reason = why_not_fetched(error)
         if reason is not None:
             raise UserError(f"weights of {what} {name} were not fetched: {reason}; {_REMEDIES[what]}") from error
-        if not isinstance(error, _OF_WHAT_WAS_GIVEN) and "unexpected keyword argument" not in str(error):
-            raise  # a defect, or the disk
+        if not isinstance(error, _INPUT_ERRORS) and "unexpected keyword argument" not in str(error):
+            raise  # this is a defect, or the disk fails
         remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
         raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error
 
 
-# What timm and torch raise for arguments, names and weights that are wrong, each in its own way; others are defects.
-_OF_WHAT_WAS_GIVEN = (
+# timm and torch raise these errors for wrong arguments, names and weights. Other errors are defects.
+_INPUT_ERRORS = (
     AssertionError, FileNotFoundError, KeyError, RuntimeError, SafetensorError, UnpicklingError, ValueError,
 )  # fmt: skip
 
 
 def _first_mismatch(error: Exception) -> str:
-    """The first tensor that a state dict does not fit, or an error's first line."""
+    """Return torch's message about the first tensor that does not fit, or the first line of another error."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if lines and lines[0].startswith("Error(s) in loading"):
         return " ".join(lines[1:2])[:300]

@@ -1,7 +1,8 @@
-"""Fitting adapters by gradient on a cache: the training half of stage 2.
+"""Fit adapters to a cache by gradient descent: the training half of stage 2.
 
-Blocks share no parameter, so each is fitted by itself, until it has converged: processes share the blocks out, and any
-number of them gives the same adapters. Only where a loss couples blocks (the authors' L_info) are they fitted together.
+Blocks share no parameters, so each block is fitted by itself until it has converged. The blocks are divided among the
+processes, and any number of processes gives the same adapters. Blocks are only fitted together where a loss couples
+them (the authors' L_info).
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,15 +34,17 @@ _SAVE_MINUTES = 0.25
 
 
 def groups(blocks: tuple[int, ...], info_form: str) -> list[tuple[int, ...]]:
-    """The blocks that must be fitted together."""
+    """Return the groups of blocks that must be fitted together."""
     return [blocks] if info_form in COUPLED else [(b,) for b in blocks]
 
 
 def fitted_file(out: Path, group: tuple[int, ...]) -> Path:
+    """Return the file of a group's fitted adapters."""
     return out / f"fitted-{_name(group)}.safetensors"
 
 
 def log_file(out: Path, group: tuple[int, ...]) -> Path:
+    """Return the log of a group's fit."""
     return out / f"log-{_name(group)}.jsonl"
 
 
@@ -51,7 +54,11 @@ def _name(group: tuple[int, ...]) -> str:
 
 @dataclass
 class ReduceOnPlateau:
-    """Whether to go on: the rate falls when the mean loss of a window is hardly better than the best, and then ends."""
+    """The schedule of a fit.
+
+    The learning rate falls when the mean loss of a window of steps is not better than the best mean by more than
+    `tolerance` (relative). The fit ends when the rate has fallen more than _DROPS times.
+    """
 
     tolerance: float
     best: float = float("inf")
@@ -60,6 +67,7 @@ class ReduceOnPlateau:
     count: int = 0
 
     def add(self, loss: float) -> None:
+        """Add the loss of a step."""
         self.total += loss
         self.count += 1
         if self.count == _WINDOW:
@@ -71,17 +79,20 @@ class ReduceOnPlateau:
 
     @property
     def factor(self) -> float:
-        """Of the learning rate."""
+        """Return the factor by which to multiply the initial learning rate."""
         return _FACTOR**self.drops
 
     @property
     def over(self) -> bool:
+        """Return whether the fit has converged."""
         return self.drops > _DROPS
 
     def state_dict(self) -> dict[str, float]:
+        """Return all state, for a checkpoint."""
         return {"best": self.best, "drops": self.drops, "total": self.total, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what `state_dict` returned."""
         self.best, self.total = state["best"], state["total"]
         self.drops, self.count = int(state["drops"]), int(state["count"])
 
@@ -98,9 +109,10 @@ def fit_adapters(
     out: Path,
     device: torch.device,
 ) -> None:
-    """Fit the adapters of a group of blocks and store them in `out`. Goes on where it was interrupted.
+    """Fit the adapters of a group of blocks and store them in `out`; an interrupted fit continues.
 
-    cache: opened for just these blocks. Raises UserError if the fit diverges.
+    cache: opened for only these blocks; starts: {block: (d, rank)}, the directions where the adapters start; records:
+    those to fit to. Raises UserError if the fit diverges.
     """
     file = fitted_file(out, group)
     if file.exists():
@@ -129,7 +141,8 @@ def fit_adapters(
             losses = adapter_losses(
                 batch, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
             )
-            total = torch.stack([weights[n] * v for n, of in losses.items() for v in of.values()]).sum() / len(group)
+            terms = [weights[name] * loss for name, by_block in losses.items() for loss in by_block.values()]
+            total = torch.stack(terms).sum() / len(group)
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             for options in optimiser.param_groups:
@@ -142,7 +155,7 @@ def fit_adapters(
             m.advance(1, f"loss {loss:.4f}")
             done = step + 1
             if done % _LOG_EVERY == 0 or plateau.over or done == settings.steps:
-                parts = {f"{n}.{b}": float(v.detach()) for n, of in losses.items() for b, v in of.items()}
+                parts = {f"{n}.{b}": float(v.detach()) for n, by_block in losses.items() for b, v in by_block.items()}
                 log.write(step=done, loss=loss, lr=settings.lr * plateau.factor, **parts)
                 if checkpoint.due:
                     checkpoint.save(done)
@@ -155,13 +168,13 @@ def fit_adapters(
 
 
 def load_fitted(refiner: Refiner, group: tuple[int, ...], out: Path) -> None:
-    """Give the refiner the adapters that some process has fitted."""
+    """Load the fitted adapters of a group, which any process may have fitted, into the refiner."""
     adapters = torch.nn.ModuleDict({str(b): refiner.cleaner(b) for b in group})
     adapters.load_state_dict(read_tensors(fitted_file(out, group)))
 
 
 def batch_order(records: np.ndarray, settings: RefineConfig, first: int = 0) -> Iterator[np.ndarray]:
-    """Batches of records from step `first` to `steps`, epoch after epoch; a pure function of the seed."""
+    """Yield batches of records from step `first` to `steps`, epoch after epoch; the order depends only on the seed."""
     per_epoch = len(records) // settings.batch_size
     shuffled = records
     for step in range(first, settings.steps):

@@ -1,4 +1,4 @@
-"""Batch normalisation in students: over all processes where a device can, and never over a single value."""
+"""Set up batch normalisation in students: over all processes where the device can do it, never over a single value."""
 
 import copy
 
@@ -17,15 +17,16 @@ from singer.errors import UserError
 
 
 def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model has layers of batch normalisation."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
-    """Have batch normalisation take its statistics over all processes; say so where it cannot."""
+    """Make batch normalisation take its statistics over all processes; print a note where it cannot."""
     if accelerator.num_processes == 1 or not has_batch_norm(model):
         return
     if accelerator.device.type == "cuda":
-        # timm's: that of torch drops the activation that timm's own layers hold.
+        # torch's own conversion would drop the activation that timm's layers hold.
         convert_sync_batchnorm(model)
     elif accelerator.is_main_process:
         say(
@@ -37,18 +38,18 @@ def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
 def check_parts(
     student: Backbone, last_block: int, settings: DistillConfig, records: int, accelerator: Accelerator
 ) -> None:
-    """Raise UserError if a part of some batch is one record, and the blocks cannot be trained on one."""
+    """Raise UserError if a part of some batch has only one record, and the blocks cannot be trained on one."""
     world = accelerator.num_processes
     if smallest_part(records, settings.batch_size, world, settings.accumulate) > 1 or not has_batch_norm(student.model):
         return
     if any(isinstance(module, nn.SyncBatchNorm) for module in student.model.modules()):
-        return  # each process has a part
+        return  # the statistics are over the parts of all processes, and each process has one
     trial = copy.deepcopy(student.model).train()
     image = torch.zeros(1, 3, student.image_size, student.image_size).to(next(trial.parameters()))
     try:
         block_outputs(trial, image, [last_block])
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # torch's own words for it
+        if "more than 1 value per channel" not in str(error):  # this is in torch's message
             raise
         raise UserError(
             f"{records} records in batches of {settings.batch_size}, on {world} processes in {settings.accumulate} "

@@ -1,4 +1,4 @@
-"""What a run keeps while it goes on: its last checkpoint and its log. Both survive a crash at any moment."""
+"""Write and read the checkpoint and the log of a run. Both survive a crash at any moment."""
 
 import io
 import json
@@ -14,15 +14,21 @@ from singer.errors import UserError
 
 
 class Stateful(Protocol):
-    """What can be kept and restored: a model, an optimiser, a loss scale ..."""
+    """An object that a checkpoint can store and restore: a model, an optimiser, a loss scale ..."""
 
-    def state_dict(self) -> Any: ...
+    def state_dict(self) -> Any:
+        """Return all state."""
 
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Restore what `state_dict` returned."""
 
 
 class Checkpoint:
-    """All that a run needs to go on: the state of its parts, and the steps done. Replaced atomically."""
+    """The file with all that a run needs to continue: the state of its parts, and the number of steps done.
+
+    parts: {name: object, or None for one that this run does not have}; minutes: the time between two checkpoints. The
+    file is replaced atomically.
+    """
 
     def __init__(self, path: Path, parts: Mapping[str, Stateful | None], minutes: float) -> None:
         self.path = path
@@ -32,7 +38,7 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether enough time has gone by since the last."""
+        """Return whether enough time has passed since the last checkpoint."""
         return time.monotonic() - self._saved >= self._seconds
 
     def save(self, step: int, write: bool = True) -> None:
@@ -45,7 +51,10 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def restore(self) -> int:
-        """Load the last checkpoint, if there is one, into the parts, where these are; the steps it had done."""
+        """Load the last checkpoint into the parts, on their devices, and return the number of steps done.
+
+        Return 0 if there is no checkpoint. Raises UserError if it is damaged or does not fit the parts.
+        """
         if not self.path.is_file():
             return 0
         try:
@@ -58,7 +67,7 @@ class Checkpoint:
 
 
 class RunLog:
-    """The run's JSON lines, cut back to the step from which it goes on."""
+    """The log of a run, one JSON object per line. Lines after the step from which the run continues are removed."""
 
     def __init__(self, path: Path, first_step: int, main: bool) -> None:
         self._path, self._main = path, main
@@ -67,13 +76,17 @@ class RunLog:
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, **values: object) -> None:
+        """Append a line, on the main process only."""
         if self._main:
             with self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines log; one that a crash cut short is left out. Raises UserError if it is another file."""
+    """Read the lines of a JSON-lines log; a line that a crash cut short is left out.
+
+    Raises UserError if the file is not such a log.
+    """
     lines: list[dict[str, Any]] = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -81,6 +94,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
         if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
-            raise UserError(f"{path} is damaged: line {len(lines) + 1} is of no step; remove the file to go without it")
+            number = len(lines) + 1
+            raise UserError(f"{path} is damaged: line {number} has no step; remove the file to continue without it")
         lines.append(line)
     return lines

@@ -1,5 +1,6 @@
-"""What stage 3 trains, and on what: a student, its projectors and objective for each teacher, targets from stored
-features.
+"""Build what stage 3 trains: a student, and its projectors and objective for each teacher.
+
+The targets are made from stored features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,22 +28,26 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """A teacher's part of a batch on the device. features {block: (B, N, d)} as it left them; positions (B, k): of
-    sampled patches.
+    """A teacher's part of a batch on the device.
+
+    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches.
     """
 
     features: dict[int, Tensor]
     positions: Tensor | None = None
 
     def rows(self, rows: slice) -> "TeacherFeatures":
+        """Return the features of some records of the batch."""
         positions = self.positions[rows] if self.positions is not None else None
         return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on the device. images (B, 3, H, W); shown: by each teacher; weights (B,): of each record in the mean;
-    labels (B,), negative where there is none.
+    """A batch on the device.
+
+    images: (B, 3, H, W); shown: the features of each teacher; weights: (B,), the weight of each record in the mean;
+    labels: (B,), negative where there is none.
     """
 
     images: Tensor
@@ -51,7 +56,7 @@ class Batch:
     labels: Tensor
 
     def split(self, parts: int) -> Iterator["Batch"]:
-        """In as many parts, or fewer if there are not enough records."""
+        """Split the batch into `parts` parts, or fewer if there are not enough records."""
         size = part_size(len(self.weights), parts)
         for start in range(0, len(self.weights), size):
             rows = slice(start, start + size)
@@ -61,7 +66,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class JointTraining:
-    """What the paper trains with the student: fresh adapters, and what their losses need. Not a module: all frozen."""
+    """What the losses of adapters need when they are trained with the student, as in the paper.
+
+    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens.
+    """
 
     suffix: TeacherSuffix
     scales: dict[int, BlockScale]
@@ -70,11 +78,15 @@ class JointTraining:
 
     @property
     def weights(self) -> dict[str, float]:
+        """Return {name of a loss: its weight}."""
         s = self.settings
         return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
 
     def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Weighted L_outlier and L_info (and L_keep) over {block: (B, N, d)}, each a mean over the blocks."""
+        """Return the weighted L_outlier and L_info (and L_keep), each as a mean over the blocks.
+
+        original, refined: {block: (B, N, d)}.
+        """
         s = self.settings
         found = adapter_losses(
             RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
@@ -84,8 +96,11 @@ class JointTraining:
 
 
 class TeacherHead:
-    """What a student has for one teacher: a projector to its width at every matched block, an objective and, in joint
-    training, the adapters that refine its targets. weight: of the objective; name: among several teachers.
+    """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
+
+    There is a projector to the teacher's width at every matched block; the adapters refine the targets. matching:
+    {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum; name: the teacher's
+    name among several teachers.
     """
 
     def __init__(
@@ -108,7 +123,7 @@ class TeacherHead:
         self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
-            """Only for what is compared: a projector without a gradient would stop DDP."""
+            """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
             made = {}
             for t in blocks:
                 spec = ProjectorSpec(*self.layout[matching[t]], context.width, targets.grid, context.prefix)
@@ -118,19 +133,19 @@ class TeacherHead:
         self.normalised, self.cleaned = (self.objective.reads(in_units) for in_units in (False, True))
         self.projectors, self.unit_projectors = projectors(self.normalised), projectors(self.cleaned)
         self.matching = {t: matching[t] for t in sorted({*self.normalised, *self.cleaned})}
-        # On which projected tokens are.
+        # {teacher block: the grid of the projected tokens}.
         self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """What is trained for this teacher alone, by name."""
+        """Return the modules that are trained for this teacher alone, by name."""
         modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
         return {"objective": self.objective, **{name: module for name, module in modules.items() if module}}
 
     def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None) -> Tokens:
-        """Project the student's tokens to the teacher's width, and bring them to where there are targets.
+        """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
 
-        outputs: {student block: (B, N, d)}; positions: of sampled patches.
+        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches.
         """
         kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
 
@@ -143,7 +158,10 @@ class TeacherHead:
     def losses(
         self, outputs: Mapping[int, Tensor], shown: TeacherFeatures, weights: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Named scalar losses of what the student gives, {student block: (B, N, d)}. weights, labels: of a Batch."""
+        """Return named scalar losses of the student's outputs.
+
+        outputs: {student block: (B, N, d)}; weights, labels: those of a Batch.
+        """
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
         if self.joint is None:
@@ -159,7 +177,7 @@ class TeacherHead:
             targets.arrange({b: wanted.normalised[b] for b in self.normalised}, shown.positions),
             targets.arrange({b: wanted.cleaned[b] for b in self.cleaned}, shown.positions),
         )
-        # Small differences of large products, as in Grams, are lost in half precision.
+        # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
             found = self.objective(tokens, wanted, labels)
         return {name: (loss * weights).sum() * self.weight for name, loss in found.items()} | losses
@@ -167,24 +185,24 @@ class TeacherHead:
     def _joint_losses(
         self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor
     ) -> dict[str, Tensor]:
-        """The adapters' losses, in proportion to the records of this part of the batch, so that parts add up."""
+        """Return the adapters' losses in proportion to the records of this part of the batch, so that parts add up."""
         assert self.joint is not None
-        real = weights > 0  # the last batch of an epoch may be filled up
+        real = weights > 0  # the last batch of an epoch may be padded with other records
         if not real.any():
-            nothing = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
-            return dict.fromkeys(self.joint.weights, nothing)
+            zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+            return dict.fromkeys(self.joint.weights, zero)
         losses = self.joint.losses({b: x[real] for b, x in features.items()}, {b: x[real] for b, x in refined.items()})
         return {name: loss * weights.sum() for name, loss in losses.items()}
 
 
 class Distiller(nn.Module):
-    """All that is trained, and its losses: a student, and what it has for each teacher."""
+    """The module with all that is trained: a student, and what it has for each teacher. It computes the losses."""
 
     def __init__(self, student: Backbone, heads: Sequence[TeacherHead]) -> None:
         super().__init__()
         self.student = student.model
         self.heads = list(heads)
-        # An only teacher has no name among parameters and losses.
+        # A single teacher has no name in parameters and losses.
         named = {head.name: nn.ModuleDict(head.trained) for head in heads} if len(heads) > 1 else heads[0].trained
         for name, module in named.items():
             self.add_module(name, module)
@@ -192,7 +210,7 @@ class Distiller(nn.Module):
         freeze_unused(self.student, self.blocks[-1], student.image_size)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar losses, whose sum is to be minimised."""
+        """Return named scalar losses; their sum is minimised."""
         outputs = block_outputs(self.student, batch.images, self.blocks)
         losses: dict[str, Tensor] = {}
         for head, shown in zip(self.heads, batch.shown, strict=True):
@@ -203,14 +221,16 @@ class Distiller(nn.Module):
 
 
 def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
-    """CLS (if kept) and patches of tokens (B, N, d); registers never meet those of another model."""
+    """Return CLS (if kept) and the patches of tokens (B, N, d); registers are never compared between models."""
     patches = tokens[:, prefix:]
     return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
 
 
 class Targets:
-    """Stored features -> what the student is to match: on its own token grid, or the teacher's where it has several or
-    its tokens are lifted there.
+    """Turn stored features into what the student must match.
+
+    The targets are on the student's token grid. They are on the teacher's grid if the student has several grids, or if
+    a projector lifts the student's tokens to the teacher's grid (`lifted`).
     """
 
     def __init__(
@@ -223,15 +243,15 @@ class Targets:
 
     @property
     def meeting_grid(self) -> tuple[int, int] | None:
-        """The grid on which tokens are compared; None where the cache holds a share of the patches."""
+        """Return the grid on which tokens are compared; None if the cache holds only some of the patches."""
         return None if self.cache.manifest.sampled else self.grid
 
     def features(self, encoded: Encoded) -> dict[int, Tensor]:
-        """The teacher's features {block: (B, N, d)} on the device."""
+        """Decode the teacher's features, {block: (B, N, d)}, on the device."""
         return self.cache.decode(encoded, self.device)
 
     def objective_context(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
-        """What these objectives may know; the end of the teacher only if one reads with it."""
+        """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it."""
         teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
         classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
         return ObjectiveContext(
@@ -248,7 +268,7 @@ class Targets:
     def refine(self, features: dict[int, Tensor]) -> Tokens:
         """Clean and normalise features by the frozen refiner, if there is one.
 
-        In full precision: refinement takes small differences of large values.
+        This is done in full precision because refinement takes small differences of large values.
         """
         if self.refiner is None:
             return Tokens(features, features)
@@ -257,7 +277,7 @@ class Targets:
             return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
 
     def arrange(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
-        """The tokens that students have counterparts of, on the common grid unless they were sampled."""
+        """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled."""
         teacher = self.cache.manifest.teacher
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
         if positions is not None:
@@ -265,14 +285,16 @@ class Targets:
         return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return normalised targets {block: (B, N, d)} of stored records."""
         return self.arrange(self.refine(self.features(encoded)).normalised, encoded.positions)
 
     def meet(
         self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
     ) -> dict[int, Tensor]:
-        """Student tokens where there are targets: of a cache with sampled tokens, those at the teacher's positions.
+        """Bring student tokens to the places of the targets, which are the sampled positions if patches were sampled.
 
-        grids: of the student's tokens, by teacher block.
+        tokens: {teacher block: (B, N, d)}; grids: {teacher block: the grid of these tokens}; positions: (B, k), those
+        of sampled patches.
         """
         prefix = int(self.keep_cls)
         if positions is None:
@@ -282,7 +304,7 @@ class Targets:
 
 
 def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:
-    """Fresh adapters for joint training, in their starting subspace, and what their losses need."""
+    """Return what the losses of joint training need, and new adapters in their starting subspace."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
     fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
     for block, start in fit.starts.items():

@@ -1,7 +1,7 @@
-"""Models in shards: where Accelerate's configuration says FSDP, every process keeps its part of a student.
+"""Shard models by FSDP: if Accelerate's configuration asks for FSDP, every process keeps a part of a student.
 
-torch's fully_shard does it by itself, on CPUs as on GPUs; Accelerate has no FSDP on CPUs. What is kept of a run is
-whole in any case, so that it goes on with or without shards, on any number of processes.
+This uses torch's fully_shard, which works on CPUs and GPUs; Accelerate has no FSDP on CPUs. Checkpoints and results
+always hold whole tensors, so that a run can continue with or without FSDP and on any number of processes.
 """
 
 import os
@@ -31,21 +31,23 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def wants_shards(accelerator: Accelerator) -> bool:
+    """Return whether models must be sharded."""
     return bool(parse_flag_from_env(FSDP)) and accelerator.num_processes > 1
 
 
 def check_sharding(precision: Precision) -> None:
-    """Raise UserError if Accelerate's configuration asks for what is not possible, before Accelerate sees it."""
+    """Raise UserError if Accelerate's configuration asks for something unsupported, before Accelerate reads it."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
     if parse_flag_from_env(FSDP) and precision == "fp16" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("FSDP with fp16 is not supported: its loss scale is of one process; use precision bf16")
+        raise UserError("FSDP with fp16 is not supported: each process has its own loss scale; use precision bf16")
 
 
 def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
-    """Keep a part of every weight on each process; blocks of a ViT are put together one at a time, all else at once.
+    """Keep a part of every weight on each process.
 
-    Returns how many weights this process keeps, of how many.
+    For computation, the blocks of a ViT are gathered one at a time, and all other weights at once. Return the number of
+    weights that this process keeps, and the number of all weights.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for vit in [module for module in model.modules() if is_vit(module)]:
@@ -58,16 +60,20 @@ def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
 
 
 class WholeModel:
-    """The state of a model, whole on the CPU of the first process. All processes must ask for it together."""
+    """The state of a sharded model as whole tensors, on the CPU of the first process.
+
+    All processes must call a method together.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
+        """Gather the state of the model."""
         return get_model_state_dict(self._model, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Raises UserError if a part is missing, which torch would leave as it is."""
+        """Set the state of the model. Raises UserError if a tensor is missing, which torch would ignore."""
         for name in self._model.state_dict():
             if name not in state:
                 raise UserError(f"it lacks {name}")
@@ -75,16 +81,20 @@ class WholeModel:
 
 
 class WholeOptimiser:
-    """The state of a model's optimiser, as WholeModel gives it."""
+    """The state of the optimiser of a sharded model as whole tensors; see WholeModel."""
 
     def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self._model, self._optimiser = model, optimiser
 
     def state_dict(self) -> dict[str, Any]:
+        """Gather the state of the optimiser."""
         return get_optimizer_state_dict(self._model, self._optimiser, options=_WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Raises UserError for a state with other groups: torch would give weights the decay of the new ones."""
+        """Set the state of the optimiser.
+
+        Raises UserError if the state has other groups of weights: torch would give them the decay of the new groups.
+        """
         names = {id(p): name for name, p in self._model.named_parameters()}
         groups = [{names[id(p)] for p in group["params"]} for group in self._optimiser.param_groups]
         if [set(group["params"]) for group in state["param_groups"]] != groups:

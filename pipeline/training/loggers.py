@@ -1,4 +1,4 @@
-"""Figures of a run while it goes on, in the trackers that people look at: TensorBoard, W&B, what Accelerate has."""
+"""Send the figures of a running run to trackers: TensorBoard, W&B and the others that Accelerate supports."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +14,18 @@ PROJECT = "singer"
 
 
 class Tracking:
-    """The trackers of one run. Only the main process may make one. config: W&B shows it beside the figures."""
+    """The trackers of one run. Only the main process may make an instance.
+
+    out: the run directory; config: the configuration, which W&B shows beside the figures.
+    """
 
     def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any]) -> None:
         self._trackers: list[GeneralTracker] = []
         for name in names:
             tracker = LOGGER_TYPE_TO_CLASS[name]
             if name == "wandb":
-                # A run of its own for each of several students of one process; its files go with those of the run.
+                # Each student has a W&B run of its own, also if one process trains several students. The files of W&B
+                # are in the run directory.
                 own = {"name": out.name, "dir": str(out), "config": dict(config), "reinit": "create_new"}
                 made = tracker(PROJECT, **own)
             elif tracker.requires_logging_directory:
@@ -33,16 +37,18 @@ class Tracking:
             self._trackers.append(made)
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the figures of a step."""
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
     def close(self) -> None:
+        """Finish all trackers."""
         for tracker in self._trackers:
             tracker.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError for a tracker that Accelerate does not know, or whose package is missing."""
+    """Raise UserError for a tracker that Accelerate does not know, or that needs a missing package."""
     known, present = sorted(LOGGER_TYPE_TO_CLASS), {str(LoggerType(t)) for t in get_available_trackers()}
     for name in names:
         if name not in known:

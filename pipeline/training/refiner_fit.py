@@ -1,4 +1,4 @@
-"""A refiner in the making: its parts with a closed form, and where its adapters start."""
+"""Fit what a refiner has in closed form, and choose where its adapters start."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from singer.suffix import TeacherSuffix
 
 
 class RefinerFit:
-    """A refiner in the making: what is known of the cache's blocks before anything is trained."""
+    """A refiner that is being fitted, and what is known about the cache's blocks before anything is trained."""
 
     def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
@@ -31,14 +31,15 @@ class RefinerFit:
         if CLEANERS[settings.cleaner].trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
                 raise UserError(
-                    f"refine.info_form {settings.info_form} needs an intermediate block beside the last; cache another"
+                    f"refine.info_form {settings.info_form} needs an intermediate block besides the last one; "
+                    "cache another block"
                 )
             self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
             self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
 
     def close(self) -> None:
-        """Everything with a closed form, once the adapters are there: cleaners, then normalisers behind them."""
+        """Fit everything that has a closed form, once the adapters are there: cleaners, then normalisers after them."""
         cache, settings = self.cache, self.settings
         self.refiner.requires_grad_(False)
         needs_tokens = CLEANERS[settings.cleaner].needs_tokens
@@ -59,7 +60,7 @@ def start_directions(
     settings: RefineConfig,
     device: torch.device,
 ) -> dict[int, Tensor]:
-    """{block: (d, rank)}: where the adapters start."""
+    """Return the directions where the adapters start, {block: (d, rank)}."""
     starts = {}
     for block in cache.blocks:
         sample = spread(records, settings.sample_records)
@@ -68,6 +69,6 @@ def start_directions(
         if rank == "auto":
             rank, curve = best_rank(context, settings.basis)
             removed, drift = curve[rank - 1]
-            say(f"block {block}: rank {rank} takes {removed:.1%} of the artifact energy and {drift:.1%} of the drift")
+            say(f"block {block}: rank {rank} removes {removed:.1%} of the artifact energy at {drift:.1%} of the drift")
         starts[block] = BASES[settings.basis](context, rank)
     return starts

@@ -1,4 +1,4 @@
-"""Refiners on disk: what they were fitted to, and whether they belong to a cache."""
+"""Open stored refiners, and check what they were fitted to and whether they belong to a cache."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
 from singer.subspaces import BASES
 
-# What names one of several variants of a teacher.
+# The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
 MANIFEST = "refiner.json"
@@ -33,10 +33,11 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class RefinerManifest:
-    """What a stored refiner is, and the id of the cache and the hash of the teacher that it was fitted to.
+    """What a stored refiner is, and what it was fitted to.
 
-    variant: the teacher's; old refiners have None, and the id alone tells it. ranks: {block: rank of its adapter}; seed
-    and holdout tell which records it was not fitted on.
+    cache: the id of the cache; teacher: the hash of the teacher's weights; variant: the teacher's variant, which is
+    None in old refiners, where only the id of the cache identifies it; ranks: {block: rank of its adapter}; scales:
+    {block: its norms}; seed, holdout: they determine the records on which the refiner was not fitted.
     """
 
     cache: str
@@ -51,6 +52,7 @@ class RefinerManifest:
 
 
 def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
+    """Build a refiner for a cache's blocks that is not fitted yet. ranks: {block: rank of its adapter}."""
     shapes = {b: shape_of(cache, ranks[b], settings.softness) for b in cache.blocks}
     return Refiner(shapes, settings.cleaner, settings.normaliser)
 
@@ -58,15 +60,16 @@ def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]
 def open_refined(
     path: Path, place: Place, teacher: str | None, blocks: Sequence[int] | None, local_copy: Path | None, option: str
 ) -> Cache:
-    """The cache of a refiner: the variant and, unless others are asked for, the blocks that it was fitted to.
+    """Open the cache of a refiner, with the variant to which it was fitted.
 
-    The arguments after `path` are those of Cache. Raises UserError if the refiner was fitted to another cache.
+    Without `blocks`, the refiner's blocks are opened. The arguments after `path` are those of Cache. Raises UserError
+    if the refiner was fitted to another cache.
     """
     manifest = read_refiner(path)
     try:
         return Cache(place, teacher, blocks or tuple(manifest.scales), local_copy, manifest.cache, option)
     except UserError:
-        # That it lacks blocks is no remedy where it is another teacher's.
+        # The message that blocks are missing would mislead if the refiner was fitted to another teacher.
         check_belongs(path, manifest, Cache(place, teacher, None, local_copy, manifest.cache, option))
         raise
 
@@ -74,7 +77,7 @@ def open_refined(
 def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
     """Raise UserError if the refiner at `path` was fitted to another cache.
 
-    A cache that has grown since is still the same: what was there has not changed.
+    A cache to which segments were appended since is still the same, because its earlier segments have not changed.
     """
     variant = cache.manifest.teacher.variant
     if manifest.variant not in (None, variant):
@@ -90,7 +93,7 @@ def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
 
 
 def load_refiner(path: Path, cache: Cache) -> Refiner:
-    """The refiner stored at `path`, frozen. Raises UserError if it was fitted to another cache, or to other blocks."""
+    """Load the refiner at `path`, frozen. Raises UserError if it was fitted to another cache or to other blocks."""
     manifest = read_refiner(path)
     check_belongs(path, manifest, cache)
     if not set(cache.blocks) <= set(manifest.scales):
@@ -108,12 +111,15 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
 
 
 def read_refiner(path: Path) -> RefinerManifest:
-    """Raises UserError if there is no finished refiner at `path`."""
+    """Read the manifest of a refiner. Raises UserError if there is no finished refiner at `path`."""
     return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
 
 
 def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(records to fit on, held-out records): a random split, a pure function of the seed."""
+    """Return (records to fit on, held-out records), a random split that depends only on the seed.
+
+    Raises UserError if there are too few records.
+    """
     order = np.random.default_rng([settings.seed, 0]).permutation(len(cache))
     held_out = max(1, round(settings.holdout * len(cache)))
     if len(cache) == held_out:
@@ -126,6 +132,7 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
 
 
 def check_names(settings: RefineConfig) -> None:
+    """Raise UserError for a name of a cleaner, normaliser, basis or form that does not exist."""
     known: dict[str, Iterable[str]] = {
         "cleaner": CLEANERS,
         "normaliser": NORMALISERS,

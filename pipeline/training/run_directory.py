@@ -1,4 +1,4 @@
-"""The folder of a student: its files, and what it learned from whom."""
+"""Describe a run directory: its files, and what the student learned from which teacher."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ RUNS = "runs"
 STAGE = "distill"
 STUDENT = "student"
 PROJECTORS_FILE = "projectors.safetensors"
-# Of joint training.
+# Joint training writes this file.
 ADAPTERS = "adapters.safetensors"
 CHECKPOINT = "checkpoint.pt"
 RUN = "run.json"
@@ -19,9 +19,9 @@ LOG = "log.jsonl"
 
 @dataclass(frozen=True)
 class TeacherNote:
-    """Whose features a student learned from. weights: SHA-256, as in the cache's manifest.
+    """The teacher from which a student learned. weights: SHA-256, as in the cache's manifest.
 
-    variant: the name of its weights, precision, size and preprocessing together; old runs have None.
+    variant: one name for its weights, precision, image size and preprocessing; old runs have None.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TeacherNote:
 
 @dataclass(frozen=True)
 class RefinerNote:
-    """What refined them; the hash of its file is among the inputs."""
+    """The refiner of the teacher's features. The hash of its file is among the run's inputs."""
 
     cleaner: str
     normaliser: str
@@ -42,9 +42,11 @@ class RefinerNote:
 
 @dataclass(frozen=True)
 class TeacherLink:
-    """What a student learned from one teacher. matching: {teacher block: student block}.
+    """What a student learned from one teacher.
 
-    refiner: None without adapters. cache_place: where the cache was. Runs from before these notes have None for them.
+    cache: the id of the cache; adapters: the folder of the refiner, None without one; matching: {teacher block: student
+    block}; refiner: None without a refiner; cache_place: where the cache was. In old runs, teacher, refiner and
+    cache_place are None.
     """
 
     cache: str
@@ -57,9 +59,10 @@ class TeacherLink:
 
 @dataclass(frozen=True)
 class DistillResult:
-    """A trained student, and what it learned from its first teacher: see Taught; of several, others holds the rest.
+    """A trained student, and what it learned from its first teacher (see TeacherLink).
 
-    loss: mean since the log line before the last.
+    loss: the mean since the log line before the last; seconds: the duration of training; others: what the student
+    learned from its other teachers.
     """
 
     run: Path
@@ -80,11 +83,11 @@ class DistillResult:
 
     @property
     def taught(self) -> list[TeacherLink]:
-        """By each teacher."""
+        """Return what the student learned from each teacher."""
         first = TeacherLink(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
         return [first, *self.others]
 
 
 def load_result(run: Path) -> DistillResult:
-    """The result of a finished run. Raises UserError if there is none at `run`."""
+    """Read the result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)

@@ -1,4 +1,4 @@
-"""Students in training: built with all they need, trained on one pass, stored."""
+"""Build students with all they need, train them on one pass over a cache, and store them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -52,15 +52,16 @@ from singer.projectors import PROJECTORS
 from singer.refiner import Refiner
 
 State = Mapping[str, Tensor]
-# What never decays beside vectors and biases: CLS, register and mask tokens, positions, scales of more than one axis.
+# Besides vectors and biases, these never decay: CLS, register and mask tokens, position embeddings, and scales with
+# more than one axis.
 _NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
 
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """A student to be trained: its configuration, where the run goes, and the refiner of its targets, if any.
+    """A student to train: its configuration, its run directory, and the refiner of its targets, if any.
 
-    refiner: of several caches one for each, or None for all.
+    refiner: for several caches, a list with one for each, or None for all.
     """
 
     config: Config
@@ -69,7 +70,7 @@ class StudentSpec:
 
 
 class NewStudent:
-    """A student that is built, with all it needs, but has not touched its output yet."""
+    """A student that is built with all it needs. Nothing has been written to its run directory yet."""
 
     def __init__(self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator) -> None:
         self.job, self.sources = job, sources
@@ -99,13 +100,13 @@ class NewStudent:
             )  # fmt: skip
         self.distiller = Distiller(self.student, heads).to(device)
         check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
-        # Weights in shards and buffers do not go through one foreach.
+        # One foreach operation cannot take both sharded weights and plain buffers.
         foreach = not wants_shards(accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
 
     @property
     def taught(self) -> list[TeacherLink]:
-        """By each teacher. The matching is without blocks that the objectives do not read."""
+        """Return what the student learns from each teacher; the matching has only blocks that an objective reads."""
         found = []
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t, note = source.cache.manifest.teacher, source.note
@@ -116,7 +117,7 @@ class NewStudent:
         return found
 
     def matched(self) -> list[str]:
-        """A line for each teacher: 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
+        """Return a line on the matched blocks for each teacher: 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
 
         def place(block: int, width: int, grid: tuple[int, int]) -> str:
             return f"{block} ({width}, {grid[0]} x {grid[1]})"
@@ -125,15 +126,15 @@ class NewStudent:
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t = source.cache.manifest.teacher
             pairs = [f"{place(b, t.width, t.grid)} -> {place(s, *head.layout[s])}" for b, s in head.matching.items()]
-            of = f"of {source.name} " if len(self.sources) > 1 else ""
-            lines.append(f"teacher block {of}-> student block (width, grid): {', '.join(pairs)}")
+            owner = f"of {source.name} " if len(self.sources) > 1 else ""
+            lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
         return lines
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
-        """Ready to train, from its last checkpoint if it has one."""
+        """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
         settings, out = self.job.config.distill, self.job.out
         sharded = wants_shards(accelerator)
-        model = accelerator.prepare_model(self.distiller, evaluation_mode=sharded)  # which is without DDP
+        model = accelerator.prepare_model(self.distiller, evaluation_mode=sharded)  # evaluation mode means no DDP
         average = self.ema.module if self.ema is not None else None
         if sharded:
             kept, weights = shard(self.distiller, accelerator)
@@ -165,11 +166,12 @@ class NewStudent:
 def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
     """Group what is trained for an optimiser: weights that decay, and those that do not.
 
-    Biases, norms and scales, tokens and position embeddings do not, nor what the student's architecture names.
+    Biases, norms, scales, tokens and position embeddings do not decay, nor do the weights that the student's
+    architecture names.
     """
     named: Any = getattr(distiller.student, "no_weight_decay", set)
-    spared = {f"student.{name}" for name in named()} | set(_NO_DECAY)
-    groups: list[dict[str, Any]] = param_groups_weight_decay(distiller, weight_decay, no_weight_decay_list=spared)
+    exempt = {f"student.{name}" for name in named()} | set(_NO_DECAY)
+    groups: list[dict[str, Any]] = param_groups_weight_decay(distiller, weight_decay, no_weight_decay_list=exempt)
     return groups
 
 
@@ -179,14 +181,17 @@ def run_jobs(
     mode: Mode,
     accelerator: Accelerator,
 ) -> dict[Path, DistillResult]:
-    """Train and store, once everything has been checked and the outputs are ours."""
+    """Train and store students; return {run directory: result}.
+
+    Call it after all checks, once the run directories are claimed (claimed_output).
+    """
     for new in made if accelerator.is_main_process else ():
         write_json(new.job.out / INPUTS, input_hashes(new.sources))
         for line in new.matched():
             say(line)
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
-            say(f"note: nothing trains the student behind block {supervised}; probes read its last block, {last}")
+            say(f"note: nothing trains the student after block {supervised}; probes read its last block, {last}")
     ranks = current()
     ranks.wait()
     with ranks.together():
@@ -196,7 +201,7 @@ def run_jobs(
         if student_run.first_step and accelerator.is_main_process:
             step, epochs = student_run.first_step, student_run.settings.epochs
             done = step / steps_per_epoch(len(caches[0]), student_run.settings.batch_size)
-            say(f"{new.job.out} goes on from step {step}: {done:.1f} of {epochs} epochs are done")
+            say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
         m = train(student_runs, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
     results = {}
@@ -214,6 +219,7 @@ def run_jobs(
 
 
 def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
+    """Return the result of a trained student."""
     settings, job = new.job.config.distill, new.job
     first, *others = new.taught
     return DistillResult(
@@ -231,7 +237,7 @@ def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResul
 
 
 def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
-    """The student (its moving average, if there is one) and what was trained beside it; the result comes last."""
+    """Store the student (its moving average, if there is one) and what was trained with it; write the result last."""
     out = new.job.out
     save_backbone(new.student, student, out / STUDENT)
     write_tensors(out / PROJECTORS_FILE, {
@@ -242,7 +248,7 @@ def store(new: NewStudent, result: DistillResult, student: State, trained: State
     if new.fresh is not None:
         adapters = {n.removeprefix("adapters."): t for n, t in trained.items() if n.startswith("adapters.")}
         write_tensors(out / ADAPTERS, adapters)
-    # Without the place where it was made: a run may move.
+    # The stored result has no absolute paths of the run, because a run directory may be moved.
     value = {**asdict(result), "run": ".", "student": STUDENT}
     if not result.others:
         del value["others"]

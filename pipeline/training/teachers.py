@@ -1,4 +1,4 @@
-"""Whose features a student learns from: the caches of one or several teachers, each with its refiner, in one order."""
+"""Open the teachers of a run: the caches of one or several teachers, each with its refiner."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from pipeline.storage.outputs import file_hash
 from pipeline.training.refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
-# Of an only teacher without a list; otherwise one for each, in one order.
+# A single value is for a single teacher. A list has one value for each teacher, in the order of the caches.
 Places = Place | Sequence[Place]
 Refiners = Path | Sequence[Path | None] | None
 Value = TypeVar("Value")
@@ -27,7 +27,8 @@ Value = TypeVar("Value")
 class CachedTeacher:
     """A teacher: its opened cache, and the refiner of its features, if any.
 
-    name: what its losses are called after beside those of others; weight: of its objective.
+    name: the prefix of its losses if there are several teachers; refiner: its folder; note: its manifest; weight: the
+    weight of the teacher's objective.
     """
 
     name: str
@@ -40,10 +41,10 @@ class CachedTeacher:
 def open_teachers(
     settings: DistillConfig, places: Places, refiners: Refiners, begun: Mapping[str, str | None] | None = None
 ) -> list[CachedTeacher]:
-    """The teachers of a run, with the blocks asked for, or else their refiners'.
+    """Open the teachers of a run, with the blocks of distill.blocks, or else those of their refiners.
 
-    begun: input_hashes of a run that goes on. Raises UserError if there is no such cache or refiner, if a name fits
-    several variants of a teacher, if there is not one of a list's values for each cache, and if the caches hold
+    begun: the input_hashes of a run that is resumed. Raises UserError if a cache or refiner does not exist, if a name
+    fits several variants of a teacher, if a list does not have one value for each cache, or if the caches hold
     different records.
     """
     listed = as_places(places)
@@ -67,11 +68,12 @@ def open_teachers(
 
 
 def as_places(places: Places) -> list[Place]:
+    """Return one or several places as a list."""
     return [places] if isinstance(places, str | Path) else list(places)
 
 
 def _same_views(a: Cache, b: Cache) -> bool:
-    """Of the same rows: whether they were drawn alike, too; rules have changed."""
+    """Return whether two caches with the same rows have equal views: other versions may draw them by other rules."""
     return all(np.array_equal(getattr(a.index, name), getattr(b.index, name)) for name in ("box", "flip", "color"))
 
 
@@ -88,9 +90,10 @@ def check_records(caches: Sequence[Cache]) -> None:
 
 
 def input_hashes(sources: Sequence[CachedTeacher]) -> dict[str, str | None]:
-    """{"cache": its id, "adapters": hash of their file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}
+    """Return what identifies the inputs of a run.
 
-    Refiners of different kinds may hold the same tensors.
+    {"cache": its id, "adapters": hash of the refiner's file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}.
+    The kind is needed because refiners of different kinds may hold the same tensors.
     """
     hashes: dict[str, str | None] = {}
     for number, source in enumerate(sources, start=1):
@@ -103,7 +106,7 @@ def input_hashes(sources: Sequence[CachedTeacher]) -> dict[str, str | None]:
 
 
 def _option(teachers: Sequence[str | None], number: int) -> str:
-    """What names the variant of the cache of this number (from 1), with {} for it."""
+    """Return the option that names the variant of cache `number` (from 1), with {} for the name."""
     if len(teachers) == 1:
         return "--set distill.teacher={}"
     names = ["{}" if n == number else name or "null" for n, name in enumerate(teachers, start=1)]
@@ -111,12 +114,12 @@ def _option(teachers: Sequence[str | None], number: int) -> str:
 
 
 def numbered(name: str, number: int) -> str:
-    """The first goes without its number, as an only one does."""
+    """Append a number to a name; number 1 is left out, as if there were only one."""
     return name if number == 1 else f"{name} {number}"
 
 
 def _each(key: str, values: Sequence[Value] | None, count: int, default: Value) -> Sequence[Value]:
-    """A value for each cache."""
+    """Return a value for each cache. Raises UserError if `values` does not have one for each."""
     if values is None:
         return [default] * count
     if len(values) != count:
@@ -125,12 +128,15 @@ def _each(key: str, values: Sequence[Value] | None, count: int, default: Value) 
 
 
 def _names(caches: Sequence[Cache]) -> list[str]:
-    """The teachers' architectures, numbered where they are the same."""
+    """Return the teachers' architectures, numbered where they are the same."""
     names = [cache.manifest.teacher.architecture for cache in caches]
     counts = Counter(names)
     return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
 
 
 def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
-    """The cached images where they lie now; None if the cache holds the views. Raises UserError as relocate."""
+    """Open the cached images where they are now; give None if the cache holds the views.
+
+    Raises UserError like data.relocate.
+    """
     return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))

@@ -1,4 +1,4 @@
-"""The loop of stage 3: students that share the data, each with its own optimiser, on one pass over a cache."""
+"""Run the training loop of stage 3: students share one pass over a cache, and each has its own optimiser."""
 
 import hashlib
 import itertools
@@ -42,8 +42,8 @@ _LOG_STEPS = 50
 class StoredBatch:
     """What one process trains on in one step, as it was read.
 
-    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights (n,): of each record in the
-    mean; labels (n,): negative where there is none.
+    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of each
+    record in the mean; labels: (n,), negative where there is none.
     """
 
     pixels: dict[int, Tensor]
@@ -52,7 +52,7 @@ class StoredBatch:
     labels: Tensor
 
     def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
-        """Move and decode everything, once each; a Batch for every student, whose images it may share with others."""
+        """Move and decode everything once; return a Batch for every student. Equal inputs are shared by students."""
         shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)]
         weights, labels = self.weights.to(device), self.labels.to(device).long()
         keys = [(s.image_size, s.mean, s.std) for s in students]
@@ -61,9 +61,10 @@ class StoredBatch:
 
 
 class BatchLoader:
-    """Shares -> batches: the stored views, decoded anew at the students' resolutions, and the stored features.
+    """Load batches: the views of records at the students' resolutions, and their stored features.
 
-    caches: of the same records; views and labels come from the first.
+    caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
+    cache holds the views; sides: the students' image sizes, in pixels.
     """
 
     def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
@@ -72,44 +73,45 @@ class BatchLoader:
         self.labels = torch.from_numpy(index.images.labels[index.image])
 
     def __len__(self) -> int:
-        """Records."""
+        """Return the number of records."""
         return len(self.caches[0])
 
     @property
     def record_bytes(self) -> int:
-        """Of a record's features, as they are stored."""
+        """Return the stored size of a record's features from all caches, in bytes."""
         return sum(cache.record_bytes for cache in self.caches)
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
     ) -> Generator[StoredBatch, None, None]:
-        """The batches of all shares, read ahead: images share by share, the features of a list in one piece.
+        """Yield the batches of all lists of batch indices; background workers read ahead.
 
-        most: lists that are read ahead; default: as many as shares of images.
+        Images are read batch by batch, and the features of a list in one piece. most: how many lists of features are
+        read ahead; default: as many as batches of images.
         """
         lists, again = itertools.tee(lists)
         images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)
         features = prefetch(self.features, again, workers, meter, most)
         with closing(images), closing(features):
-            for (share, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                labels = self.labels[torch.from_numpy(share.records)]
-                yield StoredBatch(pixels, encoded, torch.from_numpy(share.weights), labels)
+            for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
+                labels = self.labels[torch.from_numpy(indices.records)]
+                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
-        """{side: (n, side, side, 3) uint8} of a share's records."""
+        """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""
         return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
 
     def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
-        """The stored features of each share, by each cache."""
+        """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
         records = np.concatenate([share.records for share in shares])
         counts = [len(share.records) for share in shares]
-        return [list(of_all) for of_all in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
+        return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
 
 
 class StudentRun:
     """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
 
-    first_step: the step from which it goes on.
+    first_step: the step from which it continues; ema: the moving average of the student's weights, if any.
     """
 
     def __init__(
@@ -132,9 +134,9 @@ class StudentRun:
         self._since = 0
 
     def update(self, step: int, per_epoch: int, batch: Batch, accelerator: Accelerator) -> None:
-        """One step of the optimiser."""
-        # Whatever a model draws (drop path, dropout, masks) depends on the step alone, so that a resumed run repeats
-        # it, and a student among others draws as it would alone.
+        """Do one step of the optimiser."""
+        # The random numbers of a model (drop path, dropout, masks) depend only on the step. A resumed run repeats them,
+        # and a student that shares the pass with others draws the same as it would alone.
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch)
@@ -155,7 +157,7 @@ class StudentRun:
         self._since += 1
 
     def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
-        """A log line of the mean losses since the last. Raises UserError if they are not finite."""
+        """Log the mean losses since the last report. Raises UserError if their sum is not finite."""
         parts = {name: float(v) / self._since for name, v in _mean(self._sums, accelerator).items()}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
@@ -174,14 +176,17 @@ class StudentRun:
 
 
 def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Accelerator) -> Meter:
-    """From where the furthest behind goes on to the end of the last epoch. All have one order of the data."""
+    """Train students from the earliest of their first steps to the end of the last epoch.
+
+    All of them see the records in the same order. Return the meter of the pass.
+    """
     settings, records = student_runs[0].settings, len(load)
     per_epoch = steps_per_epoch(records, settings.batch_size)
     total = settings.epochs * per_epoch
     first = min(t.first_step for t in student_runs)
 
     def seen(step: int) -> int:
-        """Records that all processes have trained on before `step`."""
+        """Return the number of records on which all processes have trained before `step`."""
         epoch, within = divmod(step, per_epoch)
         return epoch * records + min(records, within * settings.batch_size)
 
@@ -194,7 +199,7 @@ def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Ac
         few = WINDOW_BYTES // load.record_bytes
         say(
             f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
-            f"which is faster; the largest that would be is distill.shuffle_window={few}"
+            f"which is faster; the largest such window is distill.shuffle_window={few}"
         )
     lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
     ahead = prefetch_depth(settings, load.record_bytes, world)
@@ -215,22 +220,22 @@ def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Ac
             if (step + 1) % log_every == 0 or epoch_ends:
                 for student_run in going:
                     student_run.report(step, per_epoch, m, accelerator)
-                    # Only here are all running sums empty, so that a checkpoint needs none of them.
+                    # A checkpoint is only saved here, where all running sums are empty and need not be stored.
                     if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
                         with ranks.together(), ranks.slow():
                             student_run.checkpoint.save(step + 1, write=main)
-                        ranks.wait()  # for the first process, which writes
+                        ranks.wait()  # the first process writes the file
     return m
 
 
 def _agreed(due: bool, accelerator: Accelerator) -> bool:
-    """What the first process's clock says: all must gather the state together."""
+    """Return what the first process decides by its clock, because all processes must gather the state together."""
     with current().together():
         return bool(broadcast(torch.tensor(due, device=accelerator.device)))
 
 
 def _mean(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Over all processes."""
+    """Return the means of some sums over all processes."""
     with current().together():
         found: dict[str, Tensor] = accelerator.reduce(sums, "mean")
         return found
@@ -246,7 +251,7 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
-    """Linear warm-up over warmup_epochs, then half a cosine down to final_lr · lr at the last step."""
+    """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine to final_lr · lr at the end."""
     warm = settings.warmup_epochs * per_epoch
     if step < warm:
         return settings.lr * (step + 1) / (warm + 1)

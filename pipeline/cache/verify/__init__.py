@@ -1,1 +1,1 @@
-"""Is a cache whole and true? Files against checksums, features against the teacher, and repair."""
+"""Verify and repair a cache: compare its files with checksums, and its features with those of the teacher."""

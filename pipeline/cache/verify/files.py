@@ -1,4 +1,4 @@
-"""Every file of a part against its checksum, and the index against the manifest."""
+"""Compare every file of a segment with its checksum, and the index with the manifest."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from pipeline.storage import Store
 from pipeline.storage.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes
 from singer.errors import UserError
 
-# Each holds a whole file in memory.
+# Each reader holds a whole file in memory.
 _READERS = 2
 
 
-def check_segment(part: Segment) -> SegmentReport:
-    """Compare every file of a part with its checksum, and what is known of its images with the manifest."""
-    manifest, store = part.manifest, part.store
-    report = SegmentReport(part.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
+def check_segment(segment: Segment) -> SegmentReport:
+    """Compare every file of a segment with its checksum, and what is known about its images with the manifest."""
+    manifest, store = segment.manifest, segment.store
+    report = SegmentReport(segment.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
     sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
     report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
     wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
@@ -31,7 +31,7 @@ def check_segment(part: Segment) -> SegmentReport:
     wrong |= provenance_defects(store, sizes)
     known = {MANIFEST, PROVENANCE, CONFIG, *manifest.files}
     with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.shards, "shards") as m:
-        defects = pool.map(lambda shard: shard_defects(part, sizes, shard), range(manifest.shards))
+        defects = pool.map(lambda shard: shard_defects(segment, sizes, shard), range(manifest.shards))
         for shard, found in enumerate(defects):
             known |= {journal_file(shard), *shard_files(manifest, shard)}
             if found is None:
@@ -41,67 +41,72 @@ def check_segment(part: Segment) -> SegmentReport:
                 wrong |= found
             m.advance(1)
     if manifest.version == 2:
-        wrong[INDEX] = wrong.get(INDEX) or index_defect(part)
+        wrong[INDEX] = wrong.get(INDEX) or index_defect(segment)
     else:
-        wrong |= completion_defects(part, sizes, whole=not (report.missing or report.damaged))
+        wrong |= completion_defects(segment, sizes, whole=not (report.missing or report.damaged))
         known |= {COMPLETE, RECORDS, SKIPPED}
     wrong |= dict.fromkeys(sorted(set(sizes) - known), UNKNOWN)
-    report.files = {within(part, name): why for name, why in wrong.items() if why is not None}
+    report.files = {within(segment, name): why for name, why in wrong.items() if why is not None}
     return report
 
 
-def completion_defects(part: Segment, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
-    """What is wrong with the files that end a part. whole: whether its shards are all done and as the journal says."""
-    store = part.store
-    if not whole or file_defect(store, sizes, IMAGES, part.manifest.files[IMAGES]):
-        # They can only be compared with each other. A part that is still being filled has none.
+def completion_defects(segment: Segment, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
+    """Return {file: what is wrong with it} of the files that complete a segment.
+
+    whole: whether all its shards are done and match the journal.
+    """
+    store = segment.store
+    if not whole or file_defect(store, sizes, IMAGES, segment.manifest.files[IMAGES]):
+        # These files can only be compared with each other. A segment that is still being filled has none of them.
         wrong = sealed_defect(store, sizes, COMPLETE)
-        found = None if wrong else part.completion
+        found = None if wrong else segment.completion
         named = {} if found is None else found.files
         wrong_files = {name: file_defect(store, sizes, name, sha256) for name, sha256 in named.items()}
         return wrong_files | {COMPLETE: None if wrong == "missing" else wrong}
-    done, small = describe_completion(part)
+    done, small = describe_completion(segment)
     contents = small | {COMPLETE: done.to_bytes()}
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     present = {name for name in (COMPLETE, RECORDS, SKIPPED) if name in sizes} - set(expected)
     return {n: file_defect(store, sizes, n, sha256) for n, sha256 in expected.items()} | dict.fromkeys(present, UNKNOWN)
 
 
-def shard_defects(part: Segment, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
-    """{file: what is wrong with it} of a shard; None if it was never finished."""
+def shard_defects(segment: Segment, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
+    """Return {file: what is wrong with it} of a shard; None if it was never finished."""
     journal = journal_file(shard)
     if journal not in sizes:
         return None
     try:
-        files = part.entry(shard)["files"]
+        files = segment.entry(shard)["files"]
     except (UserError, OSError):
         return {journal: "damaged"}
-    if sealed_defect(part.store, sizes, journal) is not None or set(files) != set(shard_files(part.manifest, shard)):
+    expected = set(shard_files(segment.manifest, shard))
+    if sealed_defect(segment.store, sizes, journal) is not None or set(files) != expected:
         return {journal: "damaged"}
-    found = {n: file_defect(part.store, sizes, n, f["sha256"], f["bytes"]) for n, f in files.items()}
+    found = {n: file_defect(segment.store, sizes, n, f["sha256"], f["bytes"]) for n, f in files.items()}
     return {name: why for name, why in found.items() if why is not None}
 
 
 def shard_files(manifest: Manifest, shard: int) -> list[str]:
+    """Return the files of a shard, one for each array."""
     return [shard_file(name, form, shard) for name, form in manifest.arrays().items()]
 
 
 def metadata(manifest: Manifest) -> dict[str, bytes]:
-    """{name: content} of the zarr.json files of a part."""
+    """Return {name: content} of the zarr.json files of a segment."""
     arrays = manifest.arrays()
     compression = {name: manifest.compression(name) for name in arrays}
     return array_metadata(arrays, compression, manifest.records, manifest.shard_records)
 
 
-def within(part: Segment, name: str) -> str:
-    """The place of a part's file in the cache."""
-    return f"{part.name}/{name}" if part.name else name
+def within(segment: Segment, name: str) -> str:
+    """Return the place of a segment's file within the cache."""
+    return f"{segment.name}/{name}" if segment.name else name
 
 
 def file_defect(
     store: Store, sizes: Mapping[str, int], name: str, sha256: str | None, size: int | None = None
 ) -> str | None:
-    """What is wrong with a file; None if nothing is. sha256, size: what it should have, if known."""
+    """Say what is wrong with a file; return None if nothing is. sha256, size: the right values, if they are known."""
     if name not in sizes:
         return "missing"
     if size is not None and sizes[name] != size:
@@ -114,13 +119,13 @@ def file_defect(
 
 
 def sealed_defect(store: Store, sizes: Mapping[str, int], name: str) -> str | None:
-    """What is wrong with a JSON file that holds its own checksum; None if nothing is."""
+    """Say what is wrong with a JSON file that holds its own checksum; return None if nothing is."""
     if name not in sizes:
         return "missing"
     try:
         data = store.read(name)
         value = json.loads(data)
-        # The checksum is that of the value: blanks, say, could have changed beside it.
+        # The checksum covers the JSON value, but not its spelling: spaces, for example, could have changed.
         whole = isinstance(value, dict) and is_sealed(value) and json_bytes(value) == data
     except OSError as error:
         return f"unreadable: {error.strerror or error}"
@@ -130,30 +135,30 @@ def sealed_defect(store: Store, sizes: Mapping[str, int], name: str) -> str | No
 
 
 def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str | None]:
-    """What is wrong with the files that say how a part was made."""
+    """Return {file: what is wrong with it} of the files that say how a segment was made."""
     wrong = sealed_defect(store, sizes, PROVENANCE)
     known = json.loads(store.read(PROVENANCE)).get("config_sha256") if wrong is None else None
     return {PROVENANCE: wrong, CONFIG: file_defect(store, sizes, CONFIG, known)}
 
 
-def index_defect(part: Segment) -> str | None:
-    """Why the index of version 2 cannot be that of the manifest; None if it can."""
+def index_defect(segment: Segment) -> str | None:
+    """Say what is wrong with the index of a segment of version 2; return None if nothing is."""
     try:
-        index = part.index()
-    except ValueError:  # also what damaged columns make NumPy stumble over
+        index = segment.index()
+    except ValueError:  # NumPy raises it, too, for damaged columns
         return "damaged"
     return None if len(set(index.images.keys)) == len(index.images) else "damaged: keys occur twice"
 
 
-def unreachable(store: Store, parts: Sequence[Segment]) -> dict[str, str]:
-    """{file: what is wrong with it} of what lies among the parts but belongs to none."""
-    reached = {part.name for part in parts}
+def unreachable(store: Store, segments: Sequence[Segment]) -> dict[str, str]:
+    """Return {file: what is wrong with it} of files in the folder of the segments that belong to none of them."""
+    reached = {segment.name for segment in segments}
     found = {}
     for name in sorted(store.sizes(PARTS)):
         folder = "/".join(name.split("/")[:2])
         if name == folder:
             found[name] = UNKNOWN
         elif folder not in reached:
-            # An appending run that died before this, or a lost file.
-            found[f"{PARTS}/{len(parts):03d}/{MANIFEST}"] = "missing"
+            # Either an appending run died before it wrote the manifest, or the file was lost.
+            found[f"{PARTS}/{len(segments):03d}/{MANIFEST}"] = "missing"
     return found

@@ -1,4 +1,4 @@
-"""What is found in a cache, and what to do about it."""
+"""Hold what was found in a cache, and say what to do about it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,11 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class LiveCheck:
-    """Stored against live features of a sample of records.
+    """A comparison of stored and live features on a sample of records.
 
-    gate: mean cosine of a record's tokens below which it fails; below: how many do; worst: the lowest, with its key and
-    block; blocks: {block: relative error and cosine of prefix, clean and artifact tokens}.
+    gate: a record fails if the mean cosine of its tokens is below this; below: how many records fail; worst: the lowest
+    mean cosine; worst_key, worst_block: its image and block; blocks: {block: relative error and cosine of prefix, clean
+    and artifact tokens}.
     """
 
     records: int
@@ -31,10 +32,10 @@ class LiveCheck:
 
 @dataclass
 class SegmentReport:
-    """What was found in a part. part: its folder, "." for the first.
+    """What was found in a segment. part: its folder, "." for the first segment.
 
-    missing: shards that were never finished; damaged: shards with a wrong or lost file; repaired: of both, the shards
-    that were computed again; files: {place within the cache: what is wrong with it}.
+    missing: shards that were never finished; damaged: shards with a wrong or missing file; repaired: the shards that
+    were missing or damaged and were computed again; files: {place within the cache: what is wrong with it}.
     """
 
     part: str
@@ -51,12 +52,17 @@ class SegmentReport:
 
     @property
     def whole(self) -> bool:
+        """Return whether nothing is missing or damaged, and no record failed the live check."""
         return not (self.missing or self.damaged or self.files or (self.live and self.live.below))
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """whole: everything is there, as it was written and, if the teacher was at hand, as it computes it."""
+    """The result of verifying a cache. parts: the reports of its segments.
+
+    whole: nothing is missing, all files are as they were written and, if the teacher was given, it computes the same
+    features.
+    """
 
     cache: Place
     whole: bool
@@ -72,7 +78,7 @@ class VerifyResult:
 
 
 def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
-    """(what is wrong, what to do about it)."""
+    """Yield (what is wrong, what to do about it)."""
     place = result.cache
     repair = f"repair with singer cache verify {place} --repair --weights FILE"
     for r in result.parts:
@@ -89,7 +95,7 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
         for name, why in r.files.items():
             file = name.rpartition("/")[2]
             if why == UNKNOWN:
-                yield f"{place}/{name} belongs to no part of the cache", "remove it"
+                yield f"{place}/{name} belongs to no segment of the cache", "remove it"
             elif file == MANIFEST and why == "missing":
                 yield f"{place}/{name} is missing", "repeat the cache-teacher command with --append"
             elif file in (MANIFEST, INDEX, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):

@@ -1,4 +1,4 @@
-"""Stored features against what the teacher computes now."""
+"""Compare stored features with those that the teacher computes now."""
 
 from collections.abc import Iterator, Sequence
 
@@ -27,25 +27,25 @@ from singer.errors import UserError
 from singer.matching import take_patches
 
 
-def load_extractors(config: Config, parts: Sequence[Segment]) -> Iterator[Extractor]:
-    """The teacher of config.teacher, run as for each of its variants in the cache; the cache's first if none is named.
+def load_extractors(config: Config, segments: Sequence[Segment]) -> Iterator[Extractor]:
+    """Yield the teacher of config.teacher, once for each of its variants in the cache.
 
-    teacher.name may be that of a variant, which is then the only one; teacher.image_size and cache.precision choose
-    among several. Use one before asking for the next: they share the device's settings. The first raises UserError,
-    naming both sides, if the cache holds no features of it.
+    If no teacher is named, the cache's first one is taken. teacher.name may name a variant, which is then the only one;
+    teacher.image_size and cache.precision choose among several. Use one extractor before you ask for the next: they
+    share the device's settings. Raises UserError, naming both sides, if the cache holds no features of the teacher.
     """
-    given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(parts)]
-    asked = given.name if "name" in given.model_fields_set else None
-    named = [t for t in teachers if asked in (t.variant, t.name)]
+    given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(segments)]
+    wanted = given.name if "name" in given.model_fields_set else None
+    named = [t for t in teachers if wanted in (t.variant, t.name)]
     fitting = _as_set(config, named or teachers)
     known = fitting[0]
-    if asked != known.variant:  # weights of a file may be those of a teacher by another name
+    if wanted != known.variant:  # a weights file may hold a teacher that the cache has under another name
         fitting += [t for t in _as_set(config, teachers) if t not in fitting]
-    name = known.name if asked in (None, known.variant) else asked
+    name = known.name if wanted in (None, known.variant) else wanted
     first = _extractor(config, name, known)
     here, matched = first.teacher, False
     for teacher in fitting:
-        # Only these weights at other sizes and precisions: other teachers may not even load so.
+        # Only the same weights are tried at other sizes and precisions. Other teachers may not load from this file.
         if (teacher.architecture, teacher.weights) == (here.architecture, here.weights):
             extract = first if teacher is known else _extractor(config, name, teacher)
             if extract.teacher.digest() == teacher.digest():
@@ -60,14 +60,14 @@ def load_extractors(config: Config, parts: Sequence[Segment]) -> Iterator[Extrac
 
 
 def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherManifest]:
-    """Those at the image size and precision that the configuration gives, as far as there are any."""
+    """Keep the teachers that have the configured image size and precision; ignore a setting that none of them has."""
     sized = [t for t in teachers if t.image_size == config.teacher.image_size] or teachers
     given = "precision" in config.cache.model_fields_set
     return [t for t in sized if given and t.precision == config.cache.precision] or list(sized)
 
 
 def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
-    """A teacher at the image size and precision of one in the cache."""
+    """Load a teacher at the image size and precision of a teacher in the cache."""
     config = config.model_copy(
         update={
             "teacher": config.teacher.model_copy(update={"name": name, "image_size": known.image_size}),
@@ -80,13 +80,16 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
     return Extractor(config, vit, accelerator)
 
 
-def computable(part: Segment, report: SegmentReport) -> bool:
-    """Whether shards can be computed: all else that they need is whole."""
-    return not {within(part, IMAGES), within(part, INDEX), within(part, CALIBRATION)} & set(report.files)
+def computable(segment: Segment, report: SegmentReport) -> bool:
+    """Return whether shards can be computed again: the other files that they need are not damaged."""
+    return not {within(segment, IMAGES), within(segment, INDEX), within(segment, CALIBRATION)} & set(report.files)
 
 
 def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> None:
-    """Raise UserError naming the first of some images that is not the one that was cached, if its digest is not 0."""
+    """Raise UserError naming the first of some images that is not the one that was cached.
+
+    digests: (images,) uint64 of the cached images; an image with digest 0 is not checked.
+    """
     for number in numbers.tolist():
         data, where = files.encoded(number)
         if digests[number] not in (0, image_digest(data)):
@@ -94,27 +97,28 @@ def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> 
 
 
 def check_live(
-    part: Segment, report: SegmentReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
+    segment: Segment, report: SegmentReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
 ) -> LiveCheck | None:
-    """Compute the features of a random sample of a part's whole shards anew and compare them with the stored ones.
+    """Compute the features of a random sample of records anew, and compare them with the stored ones.
 
-    None if there is nothing to compare.
+    sample: the number of records, which are drawn from the segment's undamaged shards. Return None if there is nothing
+    to compare.
     """
-    manifest = part.manifest
+    manifest = segment.manifest
     whole = sorted(set(range(manifest.shards)) - {*report.missing, *report.damaged})
-    if not whole or not computable(part, report):
+    if not whole or not computable(segment, report):
         return None
     device = extract.device
     rng = np.random.default_rng(int(manifest.id()[:8], 16))
     pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
     chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
-    entries = [part.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
-    reader = SegmentReader(part, {n: f for entry in entries for n, f in entry["files"].items()})
+    entries = [segment.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
+    reader = SegmentReader(segment, {n: f for entry in entries for n, f in entry["files"].items()})
     records, index = read_rows(reader, chosen)
     if not len(records):
         return None
     images = relocate(index.images, shards)
-    codec, calibration, prefix = CODECS[manifest.codec], calibration_on(part, device), manifest.teacher.prefix_tokens
+    codec, calibration, prefix = CODECS[manifest.codec], calibration_on(segment, device), manifest.teacher.prefix_tokens
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
     cosines = []
     with ImageFile(images) as files, meter("live check", len(records), "records") as m:
@@ -139,7 +143,7 @@ def check_live(
     return LiveCheck(
         records=len(records),
         gate=codec.min_cosine,
-        # A cosine that is no number fails too.
+        # NaN fails, too.
         below=int((~(by_record >= codec.min_cosine)).any(0).sum()),
         worst=float(by_record[block, record]),
         worst_key=index.key(record),

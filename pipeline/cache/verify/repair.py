@@ -1,4 +1,4 @@
-"""What is damaged and can be computed, computed again."""
+"""Repair a cache: compute again what is damaged, where this is possible."""
 
 import hashlib
 from collections.abc import Sequence
@@ -27,81 +27,85 @@ from singer.suffix import suffix_state
 
 
 def repair_segment(
-    part: Segment,
-    parts: Sequence[Segment],
+    segment: Segment,
+    segments: Sequence[Segment],
     report: SegmentReport,
     extract: Extractor,
     shards: str | Sequence[str] | None,
 ) -> None:
-    """Write again what is damaged or missing of a part and can be computed; the report is brought up to date."""
-    manifest, store = part.manifest, part.store
+    """Compute and write what is damaged or missing in a segment, where this is possible, and update the report."""
+    manifest, store = segment.manifest, segment.store
     again = metadata(manifest)
-    if within(part, TAIL) in report.files:
+    if within(segment, TAIL) in report.files:
         again[TAIL] = tensor_bytes(suffix_state(extract.vit.model.state_dict(), manifest.tail_first_block))
     for name, content in again.items():
-        if within(part, name) not in report.files:
+        if within(segment, name) not in report.files:
             continue
         if hashlib.sha256(content).hexdigest() == manifest.files.get(name):
             store.write(name, content)
-            del report.files[within(part, name)]
+            del report.files[within(segment, name)]
         else:
             say(f"{store.url}/{name} was written by other versions of libraries; restore it from a copy")
 
     wanted = sorted(report.missing + report.damaged)
-    if not computable(part, report):
+    if not computable(segment, report):
         return
     if wanted:
-        compute_again(part, parts, wanted, report, extract, shards)
-    ends = {within(part, name): name for name in (COMPLETE, RECORDS, SKIPPED)}
+        compute_again(segment, segments, wanted, report, extract, shards)
+    ends = {within(segment, name): name for name in (COMPLETE, RECORDS, SKIPPED)}
     unfinished = COMPLETE not in store.sizes() or any(place in report.files for place in ends)
     if unfinished and not (report.missing or report.damaged):
         for place, name in ends.items():
             store.remove(name)
             report.files.pop(place, None)
-        complete_segment(part)
+        complete_segment(segment)
 
 
 def compute_again(
-    part: Segment,
-    parts: Sequence[Segment],
+    segment: Segment,
+    segments: Sequence[Segment],
     wanted: Sequence[int],
     report: SegmentReport,
     extract: Extractor,
     shards: str | Sequence[str] | None,
 ) -> None:
-    """Compute some shards again and bring the report up to date."""
-    manifest, store = part.manifest, part.store
+    """Compute some shards again and update the report."""
+    manifest, store = segment.manifest, segment.store
     own = copy(extract)
     own.config = with_batch_size(extract.config, store)
     digests = None
-    with suppress(UserError):  # of a part that was never completed, or whose index is damaged, they are not known
-        digests = part.digests() if part.completion is not None else None
+    with suppress(UserError):  # the digests are not known if the segment was never completed or its index is damaged
+        digests = segment.digests() if segment.completion is not None else None
     if digests is not None:
         numbers = np.unique(
             np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]) // manifest.views_each
         )
         with ImageFile(relocate(read_images(store), shards)) as files:
             check_images(files, numbers, digests)
-    # First: a run that dies from here on leaves the part incomplete and the shard missing, not half new.
+    # These files are removed first. If the run dies after this, the segment is incomplete and its shards are missing,
+    # but no shard is half old and half new.
     store.remove(COMPLETE)
     for shard in wanted:
         store.remove(journal_file(shard))
-    fill(part, wanted, own, parts, shards, digests)
+    fill(segment, wanted, own, segments, shards, digests)
 
     report.missing, report.damaged, sizes = [], [], store.sizes()
     for shard in wanted:
         for name in (journal_file(shard), *shard_files(manifest, shard)):
-            report.files.pop(within(part, name), None)
-        found = shard_defects(part, sizes, shard)
+            report.files.pop(within(segment, name), None)
+        found = shard_defects(segment, sizes, shard)
         if found == {}:
             report.repaired.append(shard)
         else:  # the disk itself fails
             report.damaged.append(shard)
-            report.files |= {within(part, name): why for name, why in (found or {}).items()}
+            report.files |= {within(segment, name): why for name, why in (found or {}).items()}
 
 
 def with_batch_size(config: Config, store: Store) -> Config:
-    """The configuration with the batches in which a part was computed: others change the last bits of features."""
+    """Return the configuration with the batch size by which a segment was computed.
+
+    Another batch size would change the last bits of the features.
+    """
     try:
         size = yaml.safe_load(store.read(CONFIG))["cache"]["batch_size"]
         known = CacheConfig.model_validate({**config.cache.model_dump(), "batch_size": size})
