@@ -55,7 +55,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def build_model() -> VisionTransformer:
-    """The untrained teacher: wider initial weights and sine/cosine positions, for a quicker start."""
+    """Make the untrained teacher: wider initial weights and sine/cosine positions, for a quicker start."""
     model: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=10, **MODEL_ARGS)
     for name, weight in model.blocks.named_parameters():
         if name.endswith("weight") and weight.ndim == 2:
@@ -173,6 +173,7 @@ def save(model: VisionTransformer) -> None:
 
 
 def main() -> None:
+    """Train the teacher and store it beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few-steps", type=int, default=1800, help="steps of phase 1, on few patches")
     parser.add_argument("--full-steps", type=int, default=300, help="steps of phase 2, on all patches")
