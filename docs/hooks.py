@@ -19,7 +19,7 @@ import singer
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("*.md", "docs/*.md", "data/**/*.md")
-PICTURES = ("docs/*.svg",)
+PICTURES = ("docs/*.png", "docs/*.svg")
 LINK = re.compile(r"\]\(([^)\s#:]+)\)")
 LANGUAGES = {".py": "python", ".sbatch": "bash", ".yaml": "yaml"}
 
@@ -66,7 +66,7 @@ def on_post_build(config: MkDocsConfig, **_: object) -> None:
 
 def _is_source(target: Path) -> bool:
     """Tell whether a link leads to something of the repository that is neither a page nor a picture."""
-    return target.is_relative_to(ROOT) and target.exists() and target.suffix not in (".md", ".svg")
+    return target.is_relative_to(ROOT) and target.exists() and target.suffix not in (".md", ".png", ".svg")
 
 
 def _sources(text: str, page: Path) -> Iterator[Path]:
