@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE, world_config
+from conftest import SIZE, seeded, world_config
 from torch.utils.data import DataLoader
 
 from pipeline import Cache, cache_teacher
@@ -48,7 +48,7 @@ def test_several_workers_give_what_is_stored(sampled: Path, context: str) -> Non
         cache,  # type: ignore[arg-type]
         batch_size=9,
         shuffle=True,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seeded(0)),
         num_workers=2,
         multiprocessing_context=context,
     )

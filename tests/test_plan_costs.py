@@ -107,7 +107,7 @@ def test_repeats_that_differ_too_much_are_no_measurement() -> None:
     assert Rate.of([(10, 1.0), (12, 1.0)]).per_second == pytest.approx(11)
     assert Rate.of([(10, 1.0), (12, 1.0)]).spread == pytest.approx(1 / 11)
     wide = Rate.of([(10, 1.0), (30, 1.0)])
-    assert wide.per_second is None and wide.spread == pytest.approx(0.5) and "repeats differ by 50%" in wide.status
+    assert wide.per_second is None and wide.spread == pytest.approx(0.5) and "repeats differ by ±50%" in wide.status
     assert Rate.of([(10, 1.0)]).per_second is None
 
 
