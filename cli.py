@@ -208,7 +208,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
     shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
-    student: Annotated[str | None, typer.Option(help="A timm VisionTransformer, or vit.")] = None,
+    student: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,

@@ -17,8 +17,8 @@ from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Batch, Distiller, Targets, TeacherFeatures, TeacherHead
-from pipeline.training.refiners import load_refiner
+from pipeline.training.distiller import Batch, Distiller, Targets, TeacherBranch, TeacherFeatures
+from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 
@@ -90,7 +90,7 @@ class Student:
         refiner = load_refiner(adapters, cache) if adapters is not None else None
         self.targets = Targets(cache, refiner, self.vit, DEVICE)
         matching = match_blocks(cache.blocks, described.depth, depth(self.vit.model))
-        head = TeacherHead(self.vit, matching, self.targets, config.distill.objectives)
+        head = TeacherBranch(self.vit, matching, self.targets, config.distill.objectives)
         self.model = Distiller(self.vit, [head]).to(DEVICE)
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 

@@ -24,7 +24,7 @@ from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices, steps
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import fan_out
 from pipeline.stages.refine import refine
-from pipeline.training.student_run import StudentSpec
+from pipeline.training.runs import StudentSpec
 
 
 def online_run(config: Config, cache: Cache, adapters: Path) -> None:

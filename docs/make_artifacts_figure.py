@@ -3,7 +3,7 @@
     make demo
     python docs/make_artifacts_figure.py demo-out docs/artifacts.png
 
-It shows the patch norms that the demo's report shows, of the same images: both come from pipeline.reports.figures.
+It shows the patch norms that the demo's report shows, of the same images: both come from pipeline.reports.measure.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.reports.figures import measure
-from pipeline.reports.pages import without_ticks
+from pipeline.reports.html import without_ticks
+from pipeline.reports.measure import measure
 from pipeline.reports.pictures import MOST_MEDIANS, NORMS, Strip
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.reports.seeds import group_runs
 from pipeline.stages.report import RECORDS
-from pipeline.training.teachers import open_images
+from pipeline.training.cached_teachers import open_images
 
 # Titles of the report's rows, and what README calls them. The order is that of the picture.
 ROWS = {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.stages.verify import VerifyResult, verify
     from pipeline.sweeps.run import SweepResult, sweep
     from pipeline.training.run_directory import DistillResult
-    from pipeline.training.student_run import StudentSpec
+    from pipeline.training.runs import StudentSpec
 
 __all__ = [
     "Cache",
@@ -78,7 +78,7 @@ _MODULES = {
     "PrepareResult": "pipeline.stages.prepare",
     "RefineResult": "pipeline.stages.refine",
     "ReportResult": "pipeline.stages.report",
-    "StudentSpec": "pipeline.training.student_run",
+    "StudentSpec": "pipeline.training.runs",
     "SweepResult": "pipeline.sweeps.run",
     "VerifyResult": "pipeline.stages.verify",
     "cache_info": "pipeline.cache.info",

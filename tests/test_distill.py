@@ -28,14 +28,14 @@ from pipeline.training.distiller import (
     Batch,
     Distiller,
     Targets,
+    TeacherBranch,
     TeacherFeatures,
-    TeacherHead,
     new_joint,
     select_tokens,
 )
-from pipeline.training.refiners import REFINER, load_refiner
 from pipeline.training.run_directory import RefinerNote, load_result
-from pipeline.training.student_run import StudentSpec
+from pipeline.training.runs import StudentSpec
+from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -86,7 +86,7 @@ def test_select_tokens() -> None:
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
     cache = Cache(world / "cache")
-    model = Distiller(student, [TeacherHead(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
+    model = Distiller(student, [TeacherBranch(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
     shown = [TeacherFeatures(cache.features([0, 1], CPU))]
     batch = Batch(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
     losses = model(batch)
@@ -187,7 +187,7 @@ def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
     assert distill(config, world / "cache", run, mode="resume") == first
     with pytest.raises(UserError, match=r"started with distill\.lr 0\.001, not 0\.5"):
         distill(world_config(world, "distill.lr=0.5"), world / "cache", run, mode="resume")
-    with pytest.raises(UserError, match="started with another adapters"):
+    with pytest.raises(UserError, match="started with another refiner;"):
         distill(config, world / "cache", run, world / "adapters", mode="resume")
     with pytest.raises(UserError, match="exists; continue it with --resume"):
         distill(config, world / "cache", run)
@@ -201,7 +201,7 @@ def test_resume_tells_refiners_of_one_tensor_apart(world: Path, tmp_path: Path) 
     assert file_hash(tmp_path / "clip" / REFINER) == file_hash(tmp_path / "neighbour" / REFINER)
     config = world_config(world, "distill.epochs=1")
     distill(config, world / "cache", tmp_path / "run", tmp_path / "clip")
-    with pytest.raises(UserError, match="started with another refiner"):
+    with pytest.raises(UserError, match="started with another kind of refiner;"):
         distill(config, world / "cache", tmp_path / "run", tmp_path / "neighbour", mode="resume")
 
 
@@ -447,7 +447,9 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(student, [TeacherHead(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)])
+    distiller = Distiller(
+        student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)]
+    )
     shown = [TeacherFeatures(cache.features(range(8), CPU))]
     batch = Batch(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
     return distiller, batch

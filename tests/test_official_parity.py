@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
 from pipeline.teachers.backbone import Backbone
-from pipeline.training.distiller import Batch, Distiller, JointTraining, Targets, TeacherFeatures, TeacherHead
+from pipeline.training.distiller import Batch, Distiller, JointTraining, Targets, TeacherBranch, TeacherFeatures
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape
@@ -97,7 +97,7 @@ class Fixture:
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
-        head = TeacherHead(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
+        head = TeacherBranch(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():

@@ -24,7 +24,7 @@ from pipeline.storage import LocalStore
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
 from pipeline.training.distiller import Targets
-from pipeline.training.refiners import load_refiner
+from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.matching import take_patches

@@ -16,10 +16,10 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import save_backbone
-from pipeline.training import adapters
-from pipeline.training.adapters import batch_order
+from pipeline.training import adapter_fit
+from pipeline.training.adapter_fit import batch_order
 from pipeline.training.checkpoint import read_log
-from pipeline.training.refiners import load_refiner, split_records
+from pipeline.training.stored_refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape
 from singer.errors import UserError
@@ -186,8 +186,8 @@ def test_existing_output(world: Path, config: Config, tmp_path: Path) -> None:
 
 def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fit that dies within its second block goes on from its last checkpoint and ends with the same bytes."""
-    monkeypatch.setattr(adapters, "_SAVE_MINUTES", 1e-9)
-    steps, losses = 0, adapters.adapter_losses
+    monkeypatch.setattr(adapter_fit, "_SAVE_MINUTES", 1e-9)
+    steps, losses = 0, adapter_fit.adapter_losses
 
     def dying(*args: Any) -> Any:
         nonlocal steps
@@ -196,10 +196,10 @@ def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return losses(*args)
 
-    monkeypatch.setattr(adapters, "adapter_losses", dying)
+    monkeypatch.setattr(adapter_fit, "adapter_losses", dying)
     with pytest.raises(KeyboardInterrupt):
         refine(config, world / "cache", tmp_path / "a")
-    monkeypatch.setattr(adapters, "adapter_losses", losses)
+    monkeypatch.setattr(adapter_fit, "adapter_losses", losses)
     left = {f.name for f in (tmp_path / "a").iterdir()}
     assert {"fitted-2.safetensors", "checkpoint-3.pt"} <= left and "refiner.json" not in left
     refine(config, world / "cache", tmp_path / "a", "resume")
@@ -208,16 +208,16 @@ def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatc
 
 
 def test_plateau_lowers_the_rate_and_ends() -> None:
-    plateau = adapters.ReduceOnPlateau(tolerance=0.1)
+    plateau = adapter_fit.ReduceOnPlateau(tolerance=0.1)
     factors = []
     for step in range(600):
         if plateau.over:
             break
         plateau.add(max(1.0, 4 - step / 50))
         factors.append(plateau.factor)
-    assert factors[199] == 1.0 and min(factors) == pytest.approx(adapters._FACTOR**4) and step < 599
+    assert factors[199] == 1.0 and min(factors) == pytest.approx(adapter_fit._FACTOR**4) and step < 599
     assert sorted(factors, reverse=True) == factors
-    again = adapters.ReduceOnPlateau(tolerance=0.1)
+    again = adapter_fit.ReduceOnPlateau(tolerance=0.1)
     again.load_state_dict(plateau.state_dict())
     assert again == plateau
 
@@ -297,7 +297,7 @@ def test_a_fit_goes_on_on_its_own_cache_only(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "adapter_losses", dying)
+        patch.setattr(adapter_fit, "adapter_losses", dying)
         with pytest.raises(KeyboardInterrupt):
             refine(config, world / "cache", tmp_path / "a")
     cache_teacher(config, str(world / "test" / "*.tar"), tmp_path / "other")

@@ -26,7 +26,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.report import ReportResult, report
 from pipeline.teachers.models import load_saved
-from pipeline.training.refiners import load_refiner
+from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.maps import cosine_to, principal_scores, turn_towards

@@ -21,10 +21,10 @@ from pipeline.sweeps import sweep
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import LOCAL
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Batch, Distiller, Targets, TeacherFeatures, TeacherHead
-from pipeline.training.refiners import load_refiner
+from pipeline.training.distiller import Batch, Distiller, Targets, TeacherBranch, TeacherFeatures
 from pipeline.training.run_directory import load_result
-from pipeline.training.student_run import StudentSpec
+from pipeline.training.runs import StudentSpec
+from pipeline.training.stored_refiners import load_refiner
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_losses_add_up(world: Path, second: Path) -> None:
     caches = [Cache(world / "cache"), Cache(second / "cache")]
     refiners = [load_refiner(r / "adapters", c) for r, c in zip((world, second), caches, strict=True)]
     heads = [
-        TeacherHead(student, m, Targets(c, r, student, CPU), {"mse": 1.0}, weight=w, name=n)
+        TeacherBranch(student, m, Targets(c, r, student, CPU), {"mse": 1.0}, weight=w, name=n)
         for m, c, r, w, n in zip(({2: 1, 3: 2}, {2: 2}), caches, refiners, (0.25, 2.0), ("a", "b"), strict=True)
     ]
     model = Distiller(student, heads)
@@ -96,7 +96,7 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
         for n, weight in enumerate(weights):
             torch.manual_seed(seeded(1))
             heads.append(
-                TeacherHead(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}")
+                TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}")
             )
         torch.manual_seed(seeded(2))
         shown = [TeacherFeatures(cache.features(range(6), CPU))] * len(weights)
@@ -136,10 +136,10 @@ def test_run_and_resume(world: Path, second: Path, tmp_path: Path, monkeypatch: 
         patch.setattr(Checkpoint, "save", dying)
         with pytest.raises(KeyboardInterrupt):
             distill(config, caches, part, adapters)
-    for order, wrong in (([0, 0], "cache 2"), ([1, 0], "cache")):
+    for order, wrong in (([0, 0], r"cache \(number 2\)"), ([1, 0], "cache")):
         with pytest.raises(UserError, match=f"started with another {wrong};"):
             distill(config, [caches[n] for n in order], part, [adapters[n] for n in order], mode="resume")
-    with pytest.raises(UserError, match="started with another adapters 2; use that"):
+    with pytest.raises(UserError, match="started with another refiner .number 2.; use that"):
         distill(config, caches, part, [adapters[0], None], mode="resume")
     distill(config, caches, part, adapters, mode="resume")
     for name in (WEIGHTS, "projectors.safetensors"):
@@ -226,5 +226,5 @@ def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     assert (runs / "raw" / WEIGHTS).read_bytes() == weights[0]
     fitted = [tmp_path / "sweep" / "refiners" / "clip-standardize" / n for n in "12"]
     assert [t.adapters for t in load_result(runs / "clip").taught] == [str(f) for f in fitted]
-    with pytest.raises(UserError, match="started with another cache 2"):
+    with pytest.raises(UserError, match="started with another cache .number 2."):
         sweep(file, caches[:1], tmp_path / "sweep", "resume")

@@ -161,7 +161,7 @@ class RefineConfig(Section):
 
 
 class StudentConfig(Section):
-    """Any timm VisionTransformer by name, or `vit` with the dimensions given here."""
+    """Any timm model with tokens or feature maps, or `vit` with the dimensions given here."""
 
     name: str = key("vit", "a model of timm, or vit: a plain Vision Transformer of the dimensions below")
     dim: Positive | None = key(None, "vit: width", shape=True)
@@ -259,7 +259,7 @@ class DistillConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Probes of a frozen student."""
+    """Probes of a frozen model."""
 
     tokens: Literal["block", "norm", "both"] = key(
         "both", "output of the last block: raw (block), after the final norm (norm), or both where there is a norm"

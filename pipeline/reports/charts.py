@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pipeline.evaluation.figures import Mean
+from pipeline.reports.html import as_svg
 from pipeline.reports.measurements import Measurement
-from pipeline.reports.pages import as_svg
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
 from pipeline.training.checkpoint import read_log

@@ -13,8 +13,8 @@ from pipeline.runtime.machine import versions
 from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import LOCAL
+from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
-from pipeline.training.teachers import numbered
 from singer.backbones import depth, final_norm
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")

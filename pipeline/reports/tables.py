@@ -13,14 +13,14 @@ import yaml
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.reports import charts
-from pipeline.reports.figures import Measurements
+from pipeline.reports.measure import Measurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
 from pipeline.runtime.progress import duration
 from pipeline.storage.outputs import read_json
-from pipeline.training.refiners import METRICS
 from pipeline.training.run_directory import LOG
+from pipeline.training.stored_refiners import METRICS
 
 _STYLES = ("solid", "dashed", "dotted")
 

@@ -25,16 +25,7 @@ from pipeline.storage.outputs import (
     process_log,
     read_as,
 )
-from pipeline.training.fsdp import check_sharding
-from pipeline.training.run_directory import (
-    CHECKPOINT,
-    RUN,
-    STAGE,
-    DistillResult,
-    load_result,
-)
-from pipeline.training.student_run import NewStudent, StudentSpec, run_jobs
-from pipeline.training.teachers import (
+from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,
     Refiners,
@@ -43,6 +34,15 @@ from pipeline.training.teachers import (
     open_images,
     open_teachers,
 )
+from pipeline.training.fsdp import check_sharding
+from pipeline.training.run_directory import (
+    CHECKPOINT,
+    RUN,
+    STAGE,
+    DistillResult,
+    load_result,
+)
+from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.projectors import PROJECTORS

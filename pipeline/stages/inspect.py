@@ -18,12 +18,12 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import gather_context, measure_blocks, measure_scales, spread
 from pipeline.config import Config
-from pipeline.reports.pages import as_data_url, render, without_ticks
+from pipeline.reports.html import as_data_url, render, without_ticks
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
-from pipeline.training.refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
-from pipeline.training.teachers import open_images
+from pipeline.training.cached_teachers import open_images
+from pipeline.training.stored_refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
 from singer.artifacts import norm_summary, patch_norms
 from singer.diagnostics import (
     artifact_direction,

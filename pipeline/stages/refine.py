@@ -31,9 +31,9 @@ from pipeline.storage.outputs import (
     write_json,
     write_tensors,
 )
-from pipeline.training.adapters import fit_adapters, groups, load_fitted
+from pipeline.training.adapter_fit import fit_adapters, groups, load_fitted
 from pipeline.training.refiner_fit import RefinerFit
-from pipeline.training.refiners import (
+from pipeline.training.stored_refiners import (
     MANIFEST,
     METRICS,
     OPTION,
@@ -122,7 +122,7 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
     The manifest is written last: a refiner without one was interrupted.
     """
     cache, settings = fit.cache, fit.settings
-    fit.close()
+    fit.fit_closed_forms()
     seconds = time.perf_counter() - start
     sample = spread(held_out, settings.statistics_records)
     blocks = measure_blocks(cache, fit.refiner, fit.scales, sample, fit.device)

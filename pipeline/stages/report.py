@@ -11,15 +11,15 @@ from typing import Any
 
 from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
-from pipeline.reports.figures import measure
-from pipeline.reports.page import GENERATOR, render_page
+from pipeline.reports.measure import measure
+from pipeline.reports.report_page import GENERATOR, render_page
 from pipeline.reports.runs import find_cache, find_runs, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
 from pipeline.reports.seeds import group_runs
 from pipeline.reports.tables import ReportRow
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import read_json
-from pipeline.training.teachers import open_images
+from pipeline.training.cached_teachers import open_images
 from singer.errors import UserError
 
 RECORDS = 256

@@ -41,6 +41,8 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "demo": None,
     "sweep": (),  # each of its runs is checked by itself, and runs may be added
 }
+# The words for the inputs of a run. A refiner's file does not tell its kind.
+_INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner"}
 # These outputs are for others to load or publish, so they hold no log.
 _LOGLESS = ("export",)
 Mode = Literal["new", "resume", "overwrite", "append"]
@@ -175,7 +177,9 @@ def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     before = read_as(path / INPUTS, dict[str, str | None], "run")
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
-            raise UserError(f"{path} cannot be continued: it was started with another {name}; use that or --overwrite")
+            kind, _, number = name.partition(" ")
+            what = _INPUT_WORDS.get(kind, kind) + (f" (number {number})" if number else "")
+            raise UserError(f"{path} cannot be continued: it was started with another {what}; use that or --overwrite")
 
 
 def file_hash(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.evaluation.figures import LEADERBOARD, Mean, figures_of, in_percent, with_bounds, words_of
-from pipeline.reports.pages import render
+from pipeline.reports.html import render
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import read_json, write_json
 from pipeline.sweeps.file import REFINER, Plan, Run

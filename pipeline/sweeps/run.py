@@ -38,9 +38,9 @@ from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.tasks import REFINERS, Job, SweepContext, Task, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.worker import Worker
-from pipeline.training.refiners import MANIFEST
+from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
 from pipeline.training.run_directory import RUN, RUNS
-from pipeline.training.teachers import Places, as_places, check_records, numbered
+from pipeline.training.stored_refiners import MANIFEST
 from singer.errors import UserError
 
 STAGE = "sweep"

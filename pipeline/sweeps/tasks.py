@@ -15,7 +15,7 @@ from pipeline.stages.refine import refine
 from pipeline.storage import Place
 from pipeline.storage.outputs import Mode
 from pipeline.training.run_directory import RUN, RUNS
-from pipeline.training.student_run import StudentSpec
+from pipeline.training.runs import StudentSpec
 
 REFINERS = "refiners"
 

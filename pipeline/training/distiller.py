@@ -95,7 +95,7 @@ class JointTraining:
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
-class TeacherHead:
+class TeacherBranch:
     """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
 
     There is a projector to the teacher's width at every matched block; the adapters refine the targets. matching:
@@ -198,7 +198,7 @@ class TeacherHead:
 class Distiller(nn.Module):
     """The module with all that is trained: a student, and what it has for each teacher. It computes the losses."""
 
-    def __init__(self, student: Backbone, heads: Sequence[TeacherHead]) -> None:
+    def __init__(self, student: Backbone, heads: Sequence[TeacherBranch]) -> None:
         super().__init__()
         self.student = student.model
         self.heads = list(heads)

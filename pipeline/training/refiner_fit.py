@@ -8,7 +8,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import clean_moments, gather_context, measure_scales, spread
 from pipeline.config import RefineConfig
 from pipeline.runtime.progress import say
-from pipeline.training.refiners import (
+from pipeline.training.stored_refiners import (
     empty_refiner,
 )
 from singer.artifacts import BlockScale
@@ -38,7 +38,7 @@ class RefinerFit:
             self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
 
-    def close(self) -> None:
+    def fit_closed_forms(self) -> None:
         """Fit everything that has a closed form, once the adapters are there: cleaners, then normalisers after them."""
         cache, settings = self.cache, self.settings
         self.refiner.requires_grad_(False)

@@ -32,7 +32,7 @@ from pipeline.runtime.ranks import current
 from pipeline.teachers.backbone import Backbone
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.distiller import Batch, TeacherFeatures
-from pipeline.training.loggers import Tracking
+from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
 _LOG_STEPS = 50

@@ -27,11 +27,10 @@ from pipeline.storage.outputs import (
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.training.batch_norm import check_parts, synchronise
+from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Distiller, JointTraining, Targets, TeacherHead, new_joint
+from pipeline.training.distiller import Distiller, JointTraining, Targets, TeacherBranch, new_joint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
-from pipeline.training.loggers import Tracking, check_trackers
-from pipeline.training.refiners import load_refiner
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -44,7 +43,8 @@ from pipeline.training.run_directory import (
     TeacherLink,
     TeacherNote,
 )
-from pipeline.training.teachers import CachedTeacher, Refiners, input_hashes
+from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.trackers import Tracking, check_trackers
 from pipeline.training.trainer import BatchLoader, StudentRun, train
 from singer.backbones import depth
 from singer.matching import match_blocks
@@ -93,7 +93,7 @@ class NewStudent:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
             heads.append(
-                TeacherHead(
+                TeacherBranch(
                     self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint, weight,
                     source.name,
                 )

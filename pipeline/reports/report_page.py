@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.reports import charts, pictures, tables
-from pipeline.reports.figures import Measurements
-from pipeline.reports.pages import render
+from pipeline.reports.html import render
+from pipeline.reports.measure import Measurements
 from pipeline.reports.scores import Column, Figures
 from pipeline.reports.seeds import differences
 from pipeline.reports.tables import ReportRow

@@ -22,7 +22,7 @@ from pipeline.reports.measurements import (
 )
 from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.reports.seeds import SeedGroup
-from pipeline.training.refiners import read_refiner
+from pipeline.training.stored_refiners import read_refiner
 from singer.artifacts import robust_threshold
 
 _IMAGES = 6

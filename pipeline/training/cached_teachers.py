@@ -14,7 +14,7 @@ from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, relocate
 from pipeline.storage import Place
 from pipeline.storage.outputs import file_hash
-from pipeline.training.refiners import REFINER, RefinerManifest, open_refined, read_refiner
+from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
 # A single value is for a single teacher. A list has one value for each teacher, in the order of the caches.

@@ -1,0 +1,1 @@
+"""What can be trained: new students, and the formats in which they are exported."""
