@@ -26,7 +26,8 @@ from pipeline.teachers.models import LOCAL
 os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 # The tests' processes, and those that they start, have one number of threads: results depend on it in the last bits.
-THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+# Processes that are only told by the environment never take more than there are cores.
+THREADS = min(int(os.environ.setdefault("OMP_NUM_THREADS", "1")), len(os.sched_getaffinity(0)))
 # The one place from which every seed of the tests derives; `make luck` changes it.
 SEED = int(os.environ.get("SINGER_TEST_SEED", "0"))
 torch.set_num_threads(THREADS)

@@ -57,7 +57,8 @@ def test_several_workers_give_what_is_stored(sampled: Path, context: str) -> Non
         records = batch["record"].tolist()
         seen += records
         for block, x in batch["features"].items():
-            assert torch.equal(x, expected[block][records])
+            # Workers compute with one thread, and round as one.
+            torch.testing.assert_close(x, expected[block][records])
         assert np.array_equal(batch["label"], cache.index.images.labels[cache.index.image[records]])
         assert torch.equal(batch["pixels"], cache.pixels(records, SIZE))
     assert sorted(seen) == list(range(len(cache)))

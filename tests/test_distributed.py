@@ -140,7 +140,7 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
     torch.manual_seed(seeded(0))
     student = new_student(world_config(world, *sets).student, 32)
     cache = Cache(world / "cache")
-    mine = batch_indices(EpochOrder(100, 0, 0), 0, 100, 0, 2).records
+    mine = batch_indices(EpochOrder(100, seeded(0), 0), 0, 100, 0, 2).records
     with ImageFile(cache.index.images) as files:
         images = normalise(cache.pixels(mine, 32, files), student.mean, student.std, torch.device("cpu"))
     student.model.train()(images)
