@@ -20,7 +20,7 @@ from pipeline.data import ImageFile, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
 from pipeline.stages.refine import refine
-from pipeline.training.trainer import BatchLoader
+from pipeline.training.batch import BatchLoader
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.data import ImageFile, relocate
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.stages.refine import refine
-from pipeline.training.trainer import BatchLoader, StoredBatch
+from pipeline.training.batch import BatchLoader, StoredBatch
 
 
 def main() -> None:

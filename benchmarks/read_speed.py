@@ -40,7 +40,7 @@ from pipeline.data import Images, Keys, listing_hash
 from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_depth
 from pipeline.storage import LocalStore
-from pipeline.training.trainer import BatchLoader
+from pipeline.training.batch import BatchLoader
 
 BLOCK, TOKENS = 0, 197
 # The records in a batch that is written, or that other engines read.

@@ -17,8 +17,10 @@ from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Batch, Distiller, Targets, TeacherBranch, TeacherFeatures
+from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.targets import Targets
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 

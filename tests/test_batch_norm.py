@@ -15,8 +15,8 @@ from pipeline.config import StudentConfig
 from pipeline.data.sampler import EpochOrder, batch_indices, smallest_part
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
+from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.batch_norm import synchronise
-from pipeline.training.distiller import Batch, TeacherFeatures
 from singer.errors import UserError
 
 RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]

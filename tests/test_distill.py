@@ -12,7 +12,7 @@ import timm
 import torch
 from conftest import seeded, tree_bytes, world_config
 
-import pipeline.training.trainer as stage
+import pipeline.training.batch as stage
 from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data import relocate, sampler
@@ -23,19 +23,14 @@ from pipeline.stages.refine import refine
 from pipeline.storage.outputs import file_hash
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
+from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import (
-    Batch,
-    Distiller,
-    Targets,
-    TeacherBranch,
-    TeacherFeatures,
-    new_joint,
-    select_tokens,
-)
+from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
+from pipeline.training.targets import Targets, select_tokens
 from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES

@@ -21,7 +21,10 @@ from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
 from pipeline.teachers.backbone import Backbone
-from pipeline.training.distiller import Batch, Distiller, JointTraining, Targets, TeacherBranch, TeacherFeatures
+from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.joint_training import JointTraining
+from pipeline.training.targets import Targets
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape

@@ -23,8 +23,8 @@ from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
-from pipeline.training.distiller import Targets
 from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.targets import Targets
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.matching import take_patches

@@ -31,9 +31,11 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
-from pipeline.training.distiller import Distiller, Targets, TeacherBranch, new_joint
+from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeOptimiser
+from pipeline.training.joint_training import new_joint
 from pipeline.training.runs import decay_groups
+from pipeline.training.targets import Targets
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape

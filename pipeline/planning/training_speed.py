@@ -17,10 +17,9 @@ from pipeline.planning.sample import Sample, Teacher
 from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
+from pipeline.training.batch import Batch, BatchLoader, TeacherFeatures
 from pipeline.training.cached_teachers import open_images, open_teachers
-from pipeline.training.distiller import Batch, TeacherFeatures
 from pipeline.training.runs import NewStudent, StudentSpec
-from pipeline.training.trainer import BatchLoader
 from singer.errors import UserError
 from singer.matching import take_patches
 

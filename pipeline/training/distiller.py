@@ -1,98 +1,18 @@
-"""Build what stage 3 trains: a student, and its projectors and objective for each teacher.
+"""What stage 3 trains: a student, and its projectors and objective for each teacher."""
 
-The targets are made from stored features.
-"""
+from collections.abc import Mapping, Sequence
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.cache.reader import Cache, Encoded
-from pipeline.config import RefineConfig
-from pipeline.data.sampler import part_size
 from pipeline.teachers.backbone import Backbone
-from pipeline.training.refiner_fit import RefinerFit
-from singer.artifacts import BlockScale
+from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.joint_training import JointTraining
+from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs, freeze_unused
-from singer.cleaners import Adapter
-from singer.losses import RefinementBatch, adapter_losses
-from singer.matching import resize_tokens, take_patches
-from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
+from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.refiner import Refiner
-from singer.suffix import TeacherSuffix
-
-
-@dataclass(frozen=True)
-class TeacherFeatures:
-    """A teacher's part of a batch on the device.
-
-    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches.
-    """
-
-    features: dict[int, Tensor]
-    positions: Tensor | None = None
-
-    def rows(self, rows: slice) -> "TeacherFeatures":
-        """Return the features of some records of the batch."""
-        positions = self.positions[rows] if self.positions is not None else None
-        return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch on the device.
-
-    images: (B, 3, H, W); shown: the features of each teacher; weights: (B,), the weight of each record in the mean;
-    labels: (B,), negative where there is none.
-    """
-
-    images: Tensor
-    shown: Sequence[TeacherFeatures]
-    weights: Tensor
-    labels: Tensor
-
-    def split(self, parts: int) -> Iterator["Batch"]:
-        """Split the batch into `parts` parts, or fewer if there are not enough records."""
-        size = part_size(len(self.weights), parts)
-        for start in range(0, len(self.weights), size):
-            rows = slice(start, start + size)
-            shown = [s.rows(rows) for s in self.shown]
-            yield Batch(self.images[rows], shown, self.weights[rows], self.labels[rows])
-
-
-@dataclass(frozen=True)
-class JointTraining:
-    """What the losses of adapters need when they are trained with the student, as in the paper.
-
-    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens.
-    """
-
-    suffix: TeacherSuffix
-    scales: dict[int, BlockScale]
-    settings: RefineConfig
-    prefix: int
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Return {name of a loss: its weight}."""
-        s = self.settings
-        return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
-
-    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted L_outlier and L_info (and L_keep), each as a mean over the blocks.
-
-        original, refined: {block: (B, N, d)}.
-        """
-        s = self.settings
-        found = adapter_losses(
-            RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
-            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
-        )  # fmt: skip
-        return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
 class TeacherBranch:
@@ -107,7 +27,7 @@ class TeacherBranch:
         self,
         student: Backbone,
         matching: dict[int, int],
-        targets: "Targets",
+        targets: Targets,
         objectives: Mapping[str, float],
         projector: str = "linear",
         adapters: Refiner | None = None,
@@ -218,97 +138,3 @@ class Distiller(nn.Module):
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
-
-
-def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
-    """Return CLS (if kept) and the patches of tokens (B, N, d); registers are never compared between models."""
-    patches = tokens[:, prefix:]
-    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
-
-
-class Targets:
-    """Turn stored features into what the student must match.
-
-    The targets are on the student's token grid. They are on the teacher's grid if the student has several grids, or if
-    a projector lifts the student's tokens to the teacher's grid (`lifted`).
-    """
-
-    def __init__(
-        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
-    ) -> None:
-        self.cache, self.device = cache, device
-        self.refiner = refiner.to(device) if refiner is not None else None
-        self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
-
-    @property
-    def meeting_grid(self) -> tuple[int, int] | None:
-        """Return the grid on which tokens are compared; None if the cache holds only some of the patches."""
-        return None if self.cache.manifest.sampled else self.grid
-
-    def features(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Decode the teacher's features, {block: (B, N, d)}, on the device."""
-        return self.cache.decode(encoded, self.device)
-
-    def objective_context(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
-        """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it."""
-        teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
-        classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
-        return ObjectiveContext(
-            blocks,
-            teacher.width,
-            int(self.keep_cls),
-            self.meeting_grid,
-            self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
-            teacher.prefix_tokens,
-            classes,
-        )
-
-    @torch.no_grad()
-    def refine(self, features: dict[int, Tensor]) -> Tokens:
-        """Clean and normalise features by the frozen refiner, if there is one.
-
-        This is done in full precision because refinement takes small differences of large values.
-        """
-        if self.refiner is None:
-            return Tokens(features, features)
-        with torch.autocast(self.device.type, enabled=False):
-            cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
-            return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
-
-    def arrange(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
-        """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled."""
-        teacher = self.cache.manifest.teacher
-        targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
-        if positions is not None:
-            return targets
-        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
-
-    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Return normalised targets {block: (B, N, d)} of stored records."""
-        return self.arrange(self.refine(self.features(encoded)).normalised, encoded.positions)
-
-    def meet(
-        self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
-    ) -> dict[int, Tensor]:
-        """Bring student tokens to the places of the targets, which are the sampled positions if patches were sampled.
-
-        tokens: {teacher block: (B, N, d)}; grids: {teacher block: the grid of these tokens}; positions: (B, k), those
-        of sampled patches.
-        """
-        prefix = int(self.keep_cls)
-        if positions is None:
-            return {b: resize_tokens(x, prefix, grids[b], self.grid) for b, x in tokens.items()}
-        grid = self.cache.manifest.teacher.grid
-        return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}
-
-
-def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:
-    """Return what the losses of joint training need, and new adapters in their starting subspace."""
-    settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
-    fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
-    for block, start in fit.starts.items():
-        adapter = fit.refiner.cleaner(block)
-        assert isinstance(adapter, Adapter)
-        adapter.start(start, settings.start == "doubled")
-    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -26,11 +26,13 @@ from pipeline.storage.outputs import (
 )
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone, save_backbone
+from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Distiller, JointTraining, Targets, TeacherBranch, new_joint
+from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
+from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -44,8 +46,9 @@ from pipeline.training.run_directory import (
     TeacherNote,
 )
 from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.targets import Targets
 from pipeline.training.trackers import Tracking, check_trackers
-from pipeline.training.trainer import BatchLoader, StudentRun, train
+from pipeline.training.trainer import StudentRun, train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.projectors import PROJECTORS

@@ -1,111 +1,33 @@
 """Run the training loop of stage 3: students share one pass over a cache, and each has its own optimiser."""
 
 import hashlib
-import itertools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pipeline.cache.reader import Cache, Encoded
 from pipeline.config import DistillConfig
-from pipeline.data import ImageFile
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import (
     WINDOW_BYTES,
-    BatchIndices,
     batch_index_lists,
     prefetch_depth,
     reads_windows,
     steps_per_epoch,
 )
-from pipeline.data.views import normalise
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.teachers.backbone import Backbone
+from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.distiller import Batch, TeacherFeatures
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
 _LOG_STEPS = 50
-
-
-@dataclass(frozen=True)
-class StoredBatch:
-    """What one process trains on in one step, as it was read.
-
-    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of each
-    record in the mean; labels: (n,), negative where there is none.
-    """
-
-    pixels: dict[int, Tensor]
-    encoded: Sequence[Encoded]
-    weights: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
-        """Move and decode everything once; return a Batch for every student. Equal inputs are shared by students."""
-        shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)]
-        weights, labels = self.weights.to(device), self.labels.to(device).long()
-        keys = [(s.image_size, s.mean, s.std) for s in students]
-        images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
-        return [Batch(images[key], shown, weights, labels) for key in keys]
-
-
-class BatchLoader:
-    """Load batches: the views of records at the students' resolutions, and their stored features.
-
-    caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
-    cache holds the views; sides: the students' image sizes, in pixels.
-    """
-
-    def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
-        self.caches, self.files, self.sides = caches, files, sorted(set(sides))
-        index = caches[0].index
-        self.labels = torch.from_numpy(index.images.labels[index.image])
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self.caches[0])
-
-    @property
-    def record_bytes(self) -> int:
-        """Return the stored size of a record's features from all caches, in bytes."""
-        return sum(cache.record_bytes for cache in self.caches)
-
-    def __call__(
-        self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
-    ) -> Generator[StoredBatch, None, None]:
-        """Yield the batches of all lists of batch indices; background workers read ahead.
-
-        Images are read batch by batch, and the features of a list in one piece. most: how many lists of features are
-        read ahead; default: as many as batches of images.
-        """
-        lists, again = itertools.tee(lists)
-        images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)
-        features = prefetch(self.features, again, workers, meter, most)
-        with closing(images), closing(features):
-            for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                labels = self.labels[torch.from_numpy(indices.records)]
-                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels)
-
-    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
-        """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""
-        return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
-
-    def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
-        """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
-        records = np.concatenate([share.records for share in shares])
-        counts = [len(share.records) for share in shares]
-        return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
 
 
 class StudentRun:

@@ -1,0 +1,126 @@
+"""Batches: read as they are stored, then moved to the device and decoded there."""
+
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.data import ImageFile
+from pipeline.data.prefetch import prefetch
+from pipeline.data.sampler import BatchIndices, part_size
+from pipeline.data.views import normalise
+from pipeline.runtime.progress import Meter
+from pipeline.teachers.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class TeacherFeatures:
+    """A teacher's part of a batch on the device.
+
+    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches.
+    """
+
+    features: dict[int, Tensor]
+    positions: Tensor | None = None
+
+    def rows(self, rows: slice) -> "TeacherFeatures":
+        """Return the features of some records of the batch."""
+        positions = self.positions[rows] if self.positions is not None else None
+        return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the device.
+
+    images: (B, 3, H, W); shown: the features of each teacher; weights: (B,), the weight of each record in the mean;
+    labels: (B,), negative where there is none.
+    """
+
+    images: Tensor
+    shown: Sequence[TeacherFeatures]
+    weights: Tensor
+    labels: Tensor
+
+    def split(self, parts: int) -> Iterator["Batch"]:
+        """Split the batch into `parts` parts, or fewer if there are not enough records."""
+        size = part_size(len(self.weights), parts)
+        for start in range(0, len(self.weights), size):
+            rows = slice(start, start + size)
+            shown = [s.rows(rows) for s in self.shown]
+            yield Batch(self.images[rows], shown, self.weights[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """What one process trains on in one step, as it was read.
+
+    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of each
+    record in the mean; labels: (n,), negative where there is none.
+    """
+
+    pixels: dict[int, Tensor]
+    encoded: Sequence[Encoded]
+    weights: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
+        """Move and decode everything once; return a Batch for every student. Equal inputs are shared by students."""
+        shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)]
+        weights, labels = self.weights.to(device), self.labels.to(device).long()
+        keys = [(s.image_size, s.mean, s.std) for s in students]
+        images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
+        return [Batch(images[key], shown, weights, labels) for key in keys]
+
+
+class BatchLoader:
+    """Load batches: the views of records at the students' resolutions, and their stored features.
+
+    caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
+    cache holds the views; sides: the students' image sizes, in pixels.
+    """
+
+    def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
+        self.caches, self.files, self.sides = caches, files, sorted(set(sides))
+        index = caches[0].index
+        self.labels = torch.from_numpy(index.images.labels[index.image])
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.caches[0])
+
+    @property
+    def record_bytes(self) -> int:
+        """Return the stored size of a record's features from all caches, in bytes."""
+        return sum(cache.record_bytes for cache in self.caches)
+
+    def __call__(
+        self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
+    ) -> Generator[StoredBatch, None, None]:
+        """Yield the batches of all lists of batch indices; background workers read ahead.
+
+        Images are read batch by batch, and the features of a list in one piece. most: how many lists of features are
+        read ahead; default: as many as batches of images.
+        """
+        lists, again = itertools.tee(lists)
+        images = prefetch(self.pixels, itertools.chain.from_iterable(lists), workers, meter)
+        features = prefetch(self.features, again, workers, meter, most)
+        with closing(images), closing(features):
+            for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
+                labels = self.labels[torch.from_numpy(indices.records)]
+                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels)
+
+    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
+        """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""
+        return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
+
+    def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
+        """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
+        records = np.concatenate([share.records for share in shares])
+        counts = [len(share.records) for share in shares]
+        return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]

@@ -1,0 +1,59 @@
+"""What the paper trains with the student: fresh adapters, and what their losses need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache
+from pipeline.config import RefineConfig
+from pipeline.training.refiner_fit import RefinerFit
+from singer.artifacts import BlockScale
+from singer.cleaners import Adapter
+from singer.losses import RefinementBatch, adapter_losses
+from singer.refiner import Refiner
+from singer.suffix import TeacherSuffix
+
+
+@dataclass(frozen=True)
+class JointTraining:
+    """What the losses of adapters need when they are trained with the student, as in the paper.
+
+    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens.
+    """
+
+    suffix: TeacherSuffix
+    scales: dict[int, BlockScale]
+    settings: RefineConfig
+    prefix: int
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return {name of a loss: its weight}."""
+        s = self.settings
+        return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
+
+    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Return the weighted L_outlier and L_info (and L_keep), each as a mean over the blocks.
+
+        original, refined: {block: (B, N, d)}.
+        """
+        s = self.settings
+        found = adapter_losses(
+            RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
+            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
+        )  # fmt: skip
+        return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
+
+
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:
+    """Return what the losses of joint training need, and new adapters in their starting subspace."""
+    settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
+    fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
+    for block, start in fit.starts.items():
+        adapter = fit.refiner.cleaner(block)
+        assert isinstance(adapter, Adapter)
+        adapter.start(start, settings.start == "doubled")
+    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -1,0 +1,95 @@
+"""Stored features -> what a student is to match."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import Cache, Encoded
+from pipeline.teachers.backbone import Backbone
+from singer.matching import resize_tokens, take_patches
+from singer.objectives import Objective, ObjectiveContext, Tokens
+from singer.refiner import Refiner
+
+
+def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
+    """Return CLS (if kept) and the patches of tokens (B, N, d); registers are never compared between models."""
+    patches = tokens[:, prefix:]
+    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+
+
+class Targets:
+    """Turn stored features into what the student must match.
+
+    The targets are on the student's token grid. They are on the teacher's grid if the student has several grids, or if
+    a projector lifts the student's tokens to the teacher's grid (`lifted`).
+    """
+
+    def __init__(
+        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
+    ) -> None:
+        self.cache, self.device = cache, device
+        self.refiner = refiner.to(device) if refiner is not None else None
+        self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
+        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
+
+    @property
+    def meeting_grid(self) -> tuple[int, int] | None:
+        """Return the grid on which tokens are compared; None if the cache holds only some of the patches."""
+        return None if self.cache.manifest.sampled else self.grid
+
+    def features(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Decode the teacher's features, {block: (B, N, d)}, on the device."""
+        return self.cache.decode(encoded, self.device)
+
+    def objective_context(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
+        """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it."""
+        teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
+        classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
+        return ObjectiveContext(
+            blocks,
+            teacher.width,
+            int(self.keep_cls),
+            self.meeting_grid,
+            self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
+            teacher.prefix_tokens,
+            classes,
+        )
+
+    @torch.no_grad()
+    def refine(self, features: dict[int, Tensor]) -> Tokens:
+        """Clean and normalise features by the frozen refiner, if there is one.
+
+        This is done in full precision because refinement takes small differences of large values.
+        """
+        if self.refiner is None:
+            return Tokens(features, features)
+        with torch.autocast(self.device.type, enabled=False):
+            cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
+            return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
+
+    def arrange(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+        """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled."""
+        teacher = self.cache.manifest.teacher
+        targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
+        if positions is not None:
+            return targets
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
+
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return normalised targets {block: (B, N, d)} of stored records."""
+        return self.arrange(self.refine(self.features(encoded)).normalised, encoded.positions)
+
+    def meet(
+        self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Bring student tokens to the places of the targets, which are the sampled positions if patches were sampled.
+
+        tokens: {teacher block: (B, N, d)}; grids: {teacher block: the grid of these tokens}; positions: (B, k), those
+        of sampled patches.
+        """
+        prefix = int(self.keep_cls)
+        if positions is None:
+            return {b: resize_tokens(x, prefix, grids[b], self.grid) for b, x in tokens.items()}
+        grid = self.cache.manifest.teacher.grid
+        return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}
