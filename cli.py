@@ -412,6 +412,8 @@ def print_config(
     from pipeline.config import load_config
     from pipeline.config.reference import as_markdown, as_yaml
 
+    if markdown and (config or sets):
+        raise typer.BadParameter("the page has the defaults; leave out --config and --set, or --markdown")
     print(as_markdown() if markdown else as_yaml(load_config(config, sets or ())), end="")
 
 

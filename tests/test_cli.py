@@ -12,6 +12,8 @@ import pytest
 from conftest import make_vit, run_singer, tree_bytes
 
 import cli
+from pipeline.config import load_config
+from pipeline.config.reference import as_markdown
 from pipeline.teachers.backbone import save_backbone
 
 
@@ -285,6 +287,20 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
 def test_usage_errors_exit_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_singer(monkeypatch, "refine") == 2
     assert run_singer(monkeypatch, "frobnicate") == 2
+
+
+def test_config_prints_what_config_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--config", "vit-l-to-ti", "--set", "distill.lr=0.25")
+    assert run_singer(monkeypatch, "config", *given) == 0
+    file = tmp_path / "all.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(file) == load_config("vit-l-to-ti", ["distill.lr=0.25"])
+    assert run_singer(monkeypatch, "config", "--markdown") == 0
+    assert capsys.readouterr().out == as_markdown()
+    assert run_singer(monkeypatch, "config", "--markdown", *given) == 2
+    assert "leave out --config and --set" in capsys.readouterr().err
 
 
 def test_help_lists_every_command() -> None:

@@ -93,7 +93,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join(_type(one, metadata if one is not type(None) else []) for one in inner)
     if origin is tuple:
         if inner[-1] is Ellipsis:
-            return f"list of {_type(inner[0], [])}"
+            element = _type(inner[0], [])
+            return f"list of {f'({element})' if ' or ' in element else element}"
         return f"[{', '.join(_type(one, []) for one in inner)}]"
     if origin is dict:
         return f"names with {_type(inner[1], [])}"

@@ -27,13 +27,13 @@ def machine() -> str:
     # Imported late: `singer --version` needs no torch.
     import torch
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     gpus = [
         torch.cuda.get_device_properties(number)
         for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     ]
     listed = ", ".join(f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus) or "no GPU"
-    return f"{platform.platform()}, {len(os.sched_getaffinity(0))} CPU cores, {memory:.0f} GB of memory, {listed}"
+    cores, memory = len(os.sched_getaffinity(0)), memory_bytes() / 1e9
+    return f"{platform.platform()}, {cores} CPU cores, {memory:.0f} GB of memory, {listed}"
 
 
 def memory_bytes() -> int:
