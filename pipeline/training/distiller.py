@@ -50,9 +50,11 @@ class TeacherBranch:
                 made[str(t)] = project(spec)
             return nn.ModuleDict(made)
 
-        self.normalised, self.cleaned = (self.objective.reads(in_units) for in_units in (False, True))
-        self.projectors, self.unit_projectors = projectors(self.normalised), projectors(self.cleaned)
-        self.matching = {t: matching[t] for t in sorted({*self.normalised, *self.cleaned})}
+        # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
+        self.normalised_blocks = self.objective.reads(in_teacher_units=False)
+        self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
+        self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
+        self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
         # {teacher block: the grid of the projected tokens}.
         self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
@@ -94,8 +96,8 @@ class TeacherBranch:
             wanted = Tokens(refined, refined)
         tokens = self.tokens(outputs, shown.positions)
         wanted = Tokens(
-            targets.arrange({b: wanted.normalised[b] for b in self.normalised}, shown.positions),
-            targets.arrange({b: wanted.cleaned[b] for b in self.cleaned}, shown.positions),
+            targets.arrange({b: wanted.normalised[b] for b in self.normalised_blocks}, shown.positions),
+            targets.arrange({b: wanted.cleaned[b] for b in self.cleaned_blocks}, shown.positions),
         )
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
