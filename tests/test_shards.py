@@ -557,7 +557,7 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
 
 def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
-    monkeypatch.setattr("pipeline.data.image_reading.MAX_PIXELS", 399)
+    monkeypatch.setattr("pipeline.data.decoding.MAX_PIXELS", 399)
     with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
         files.read(0)
     assert validate_images(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}
