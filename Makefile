@@ -32,8 +32,9 @@ demo: setup
 test: develop
 	$(BIN)/pytest -n 2 --dist worksteal
 
+# What takes too long for `test`: about a quarter of an hour.
 slow: develop
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 # The tests with other seeds, instruction sets and numbers of threads, and beside other work: thrice as long as `test`.
 luck: develop

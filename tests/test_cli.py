@@ -375,6 +375,8 @@ def test_shell_completes_commands_and_options(words: str, offered: set[str]) -> 
 def test_completion_is_offered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_singer(monkeypatch, "--help") == 0
     assert {"--install-completion", "--show-completion", "--version"} <= set(capsys.readouterr().out.split())
+    # Otherwise the shell would be that of the process which started the tests, if it has one.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     assert run_singer(monkeypatch, "--show-completion", "bash") == 0
     assert "_COMPLETE=complete_bash" in capsys.readouterr().out
 

@@ -275,6 +275,7 @@ def chain(world: Path, root: Path, *sets: str) -> list[tuple[object, ...]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_chain_with_few_descriptors(world: Path, tmp_path: Path) -> None:
     commands = chain(world, tmp_path, "cache.blocks=[3]", "cache.codec=float16")
     run_with_few_descriptors(*commands[:5])

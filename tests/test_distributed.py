@@ -75,7 +75,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("environment", "sets"),
     [
-        pytest.param({}, [], id="ddp", marks=pytest.mark.slow),
+        pytest.param({}, [], id="ddp"),
         pytest.param(
             {"ACCELERATE_USE_FSDP": "true"},
             ["distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
@@ -83,6 +83,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
         ),
     ],
 )
+@pytest.mark.slow
 def test_resume_on_more_processes(
     world: Path,
     config_file: Path,
@@ -131,6 +132,7 @@ def test_resume_on_more_processes(
             torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
     """On the CPU the running statistics are those of the first process's part: here, half of all records."""
     own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]

@@ -380,7 +380,17 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server.stop()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(f.runs for f in fences(p))], ids=name_of)
+def _running_pages() -> list[object]:
+    """Pages with commands to run. Only what a new user reads first is run by default."""
+    first = ("README.md", "quick-start.md")
+    return [
+        pytest.param(page, id=name_of(page), marks=() if page.name in first else pytest.mark.slow)
+        for page in PAGES
+        if any(f.runs for f in fences(page))
+    ]
+
+
+@pytest.mark.parametrize("page", _running_pages())
 def test_page_runs(
     page: Path, toys: World, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:

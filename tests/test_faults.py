@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "faults.py"
 
 
+@pytest.mark.slow
 def test_a_few_faults() -> None:
     """Kills of caching runs of several processes, resumed with other numbers; a few of the other faults."""
     command = [sys.executable, str(SCRIPT), "--kills", "1", "--mutations", "4", "--flips", "3"]

@@ -222,6 +222,7 @@ def test_plateau_lowers_the_rate_and_ends() -> None:
     assert again == plateau
 
 
+@pytest.mark.slow
 def test_fits_end_by_themselves(world: Path, tmp_path: Path) -> None:
     refine(world_config(world, "refine.steps=5000", "refine.tolerance=0.2"), world / "cache", tmp_path / "a")
     for block in (2, 3):

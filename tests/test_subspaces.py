@@ -61,8 +61,16 @@ def exact_curvature(context: FitContext, reader: str) -> np.ndarray:
     return total / count
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("reader", READERS)
+def _architectures_and_readers() -> list[object]:
+    """Every architecture with every reader; by default each of them once."""
+    return [
+        pytest.param(kind, reader, marks=() if k % len(READERS) == r else pytest.mark.slow)
+        for k, kind in enumerate(ARCHITECTURES)
+        for r, reader in enumerate(READERS)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "reader"), _architectures_and_readers())
 def test_curvature_against_the_exact_jacobian(kind: str, reader: str) -> None:
     context = make_context(kind, count=2)
     exact = exact_curvature(context, reader)

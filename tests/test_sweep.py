@@ -468,6 +468,7 @@ def test_a_worker_that_dies_fails_its_run(
     assert set(result.failed) == {"mse", "cosine", "raw0", "raw1"}
 
 
+@pytest.mark.slow
 def test_members_of_a_pass_outlive_their_worker(
     world: Path,
     file: Path,
