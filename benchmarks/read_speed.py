@@ -76,7 +76,6 @@ def synthetic_manifest(
         blocks=(BLOCK,),
         codec=codec,
         stored_patches=side * side,
-        lossless="none",
         pixels=PixelsManifest(kind="uint8", size=pixel_size, quality=None) if pixel_size else None,
         records=records,
         shard_records=min(records, fitting, 4096),

@@ -5,7 +5,6 @@ a function and a line in the registry.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -44,32 +43,19 @@ def weights_official(context: FitContext, rank: int, threshold: float = OFFICIAL
     return filled
 
 
-def ln_folded(context: FitContext, rank: int) -> Tensor:
-    """Return the smallest directions of the next block's branches with its norms folded in.
-
-    For the last block, the reader is the final norm. The branches are stacked: the MLP,
-    E[1/σ]·ls2·fc2·diag(E[gelu'])·fc1·diag(γ2)(I - 11ᵀ/d), and the value path of attention,
-    E[1/σ]·ls1·proj·V·diag(γ1)(I - 11ᵀ/d).
-    """
-    suffix, block = context.suffix, context.block
-    if suffix.is_last(block):
-        return smallest_directions(reader_weight(suffix, block), rank)
-    return smallest_directions(_folded_branches(context, suffix.block(block + 1)), rank)
-
-
-def least_curvature(context: FitContext, rank: int, reader: str) -> Tensor:
-    """Return the bottom eigenvectors of the curvature sketch at a reader."""
-    _, vectors = torch.linalg.eigh(curvature(context, reader))
+def least_curvature(context: FitContext, rank: int) -> Tensor:
+    """Return the bottom eigenvectors of the curvature sketch at the final norm."""
+    _, vectors = torch.linalg.eigh(curvature(context, "final-norm"))
     flattest: Tensor = vectors[:, : _checked(rank, len(vectors))].float().contiguous()
     return flattest
 
 
-def artifact_aware(context: FitContext, rank: int, reader: str = "final-norm") -> Tensor:
+def artifact_aware(context: FitContext, rank: int) -> Tensor:
     """Return the directions with most artifact energy for the curvature they cost.
 
     They are the top of A v = λ (C + εI) v, orthonormalised in order.
     """
-    cost = curvature(context, reader)
+    cost = curvature(context, "final-norm")
     d = len(cost)
     floor = _FLOOR * cost.diagonal().mean()
     lower = torch.linalg.cholesky(cost + floor * torch.eye(d, dtype=cost.dtype, device=cost.device))
@@ -92,10 +78,7 @@ def random(context: FitContext, rank: int) -> Tensor:
 BASES: dict[str, Basis] = {
     "weights": weights,
     "weights-official": weights_official,
-    "ln-folded": ln_folded,
-    "curvature": partial(least_curvature, reader="final-norm"),
-    "curvature-next-norm": partial(least_curvature, reader="next-norm"),
-    "curvature-branch": partial(least_curvature, reader="branch"),
+    "curvature": least_curvature,
     "artifact-aware": artifact_aware,
     "random": random,
 }
@@ -164,50 +147,6 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
     if not readers:
         raise UserError(f"block {block} of this teacher has no linear layer known to read its input")
     return readers
-
-
-@torch.no_grad()
-def _folded_branches(context: FitContext, module: nn.Module) -> Tensor:
-    """Return the linearised branches (outputs, d) of a block.
-
-    For a block that is not plain, they are its first readers after the norm.
-    """
-    norm1, attention, norm2, mlp = (getattr(module, n, None) for n in ("norm1", "attn", "norm2", "mlp"))
-    fc1, fc2, act = (getattr(mlp, n, None) for n in ("fc1", "fc2", "act"))
-    plain = isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm) and hasattr(attention, "qkv")
-    linear = isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear) and fc1.out_features == fc2.in_features
-    if not (plain and linear and act is not None):
-        readers = torch.cat(_first_readers(module, context.block + 1)).double()
-        norm = next((m for m in module.modules() if isinstance(m, nn.LayerNorm)), None)
-        return _centred(readers * norm.weight.double()) if norm is not None else readers
-    assert isinstance(attention, nn.Module) and isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm)
-    assert isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear)
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        norm1.register_forward_pre_hook(lambda _, args: inputs.update(norm1=args[0])),
-        norm2.register_forward_pre_hook(lambda _, args: inputs.update(norm2=args[0])),
-        fc1.register_forward_hook(lambda _, __, output: inputs.update(hidden=output)),
-    ]
-    module(context.tokens)
-    for hook in hooks:
-        hook.remove()
-    hidden = inputs["hidden"][:, context.prefix :].flatten(0, 1)
-    with torch.enable_grad():
-        probe = hidden.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(act(probe).sum(), probe)
-    d = context.tokens.shape[-1]
-    qkv, proj = (attention.get_parameter(f"{name}.weight").double() for name in ("qkv", "proj"))
-    paths = [
-        (fc2.weight.double() * slope.double().mean(0)) @ fc1.weight.double() * norm2.weight.double(),
-        proj @ qkv[2 * d :] * norm1.weight.double(),
-    ]
-    scales = [getattr(getattr(module, n, None), "gamma", None) for n in ("ls2", "ls1")]
-    folded = []
-    for path, gamma, x in zip(paths, scales, (inputs["norm2"], inputs["norm1"]), strict=True):
-        spread = x[:, context.prefix :].double().std(-1, correction=0)
-        layer_scale = gamma.double().unsqueeze(1) if isinstance(gamma, Tensor) else 1.0
-        folded.append((1 / spread).mean() * layer_scale * _centred(path))
-    return torch.cat(folded)
 
 
 def _centred(weight: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Growing a cache: blocks, images, views and teachers are added, and nothing that is there is computed again."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +145,6 @@ def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) 
     with pytest.raises(UserError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
         make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
     assert tree_bytes(out) == before
-    golden = tmp_path / "v2"
-    shutil.copytree(Path(__file__).parent / "golden" / "cache-v2-int4", golden)
-    with pytest.raises(UserError, match="was written by format version 2 and cannot be appended to"):
-        make(config, rest, golden, "append")
 
 
 def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ def quick(world: Path, config: Config, **options: Any) -> PlanResult:
         ("cache.codec=int4-plain", "cache.blocks=[0,1,2,3]"),
         ("cache.token_share=0.5", "cache.codec=int8"),
         ("cache.token_share=0.3", *VIEWS),
-        ("cache.lossless=zstd",),
         ("views.pixels=uint8", "cache.codec=int2"),
         ("views.pixels=jpeg", *VIEWS, "views.pixel_size=48", "cache.codec=int2"),
     ],

@@ -1,5 +1,7 @@
 """What a record is: a view of an image replayed exactly, its stored pixels, and the patches that were sampled."""
 
+import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from conftest import seeded, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.codecs import Fixed, Ragged
-from pipeline.cache.format import shard_file
+from pipeline.cache.format import MANIFEST, shard_file
 from pipeline.cache.reader import read_arrays
 from pipeline.cache.zarr_shards import ShardedArray
 from pipeline.config import Config
@@ -21,6 +23,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
+from pipeline.storage.outputs import json_bytes, sealed
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_saved
 from pipeline.training.stored_refiners import load_refiner
@@ -136,20 +139,27 @@ def test_targets_of_sampled_tokens_meet_the_right_student_tokens(world: Path, tm
         assert met[:, 1:, 0][upper].mean() < met[:, 1:, 0][~upper].mean()
 
 
-@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int4"])
-@pytest.mark.parametrize("lossless", ["zstd", "blosc"])
-def test_lossless_stage(world: Path, tmp_path: Path, codec: str, lossless: str) -> None:
-    plain = make(world_config(world, f"cache.codec={codec}"), world, tmp_path / "plain")
-    small = make(world_config(world, f"cache.codec={codec}", f"cache.lossless={lossless}"), world, tmp_path / "small")
-    order = np.random.default_rng(seeded(0)).permutation(100)
-    for block, x in small.features(order, CPU).items():
-        assert torch.equal(x, plain.features(order, CPU)[block])
-    sizes = {
-        c: sum(f.stat().st_size for f in (tmp_path / c / "features").rglob("[0-9]*") if f.is_file())
-        for c in ("plain", "small")
-    }
-    if codec == "bfloat16":
-        assert sizes["small"] < 0.95 * sizes["plain"]
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": 2}, "has cache format version 2, not 3; make it again with cache-teacher --overwrite"),
+        ({"version": 4}, "has cache format version 4, not 3; install a newer singer"),
+        (
+            {"lossless": "zstd"},
+            "is compressed with zstd, which is not read any more; make it again with cache-teacher --ov",
+        ),
+    ],
+)
+def test_caches_that_are_not_read_any_more(world: Path, tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    """They are refused in one line, and the remedy works as printed."""
+    place = Path(shutil.copytree(world / "cache", tmp_path / "c"))
+    manifest = json.loads((place / MANIFEST).read_text())
+    del manifest["sha256"]
+    (place / MANIFEST).write_bytes(json_bytes(sealed(manifest | change)))
+    with pytest.raises(UserError, match=f"{place} {reason}"):
+        Cache(place)
+    cache_teacher(world_config(world), str(world / "train" / "*000003.tar"), place, "overwrite")
+    assert len(Cache(place)) == 10
 
 
 def test_views_settings_are_checked(world: Path) -> None:
@@ -192,7 +202,7 @@ def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: b
     for shard in range(2):
         name = shard_file("a", form, shard)
         store.write(name, payload, encoded, struct.pack("<I", google_crc32c.value(encoded)))
-    return ShardedArray(store, "a", form, "none", 4, 3, store.sizes())
+    return ShardedArray(store, "a", form, 4, 3, store.sizes())
 
 
 def test_records_in_any_order_within_a_shard(tmp_path: Path) -> None:
@@ -213,7 +223,7 @@ def test_an_index_that_cannot_be_right_is_refused(tmp_path: Path, form: Fixed | 
         read_arrays([(array, np.array([0, 1]), np.array([0, 1]))], 2)
 
 
-@pytest.mark.parametrize("sets", [["cache.codec=int4", "cache.token_share=0.5"], ["cache.lossless=zstd"], []])
+@pytest.mark.parametrize("sets", [["cache.codec=int4", "cache.token_share=0.5"], []])
 def test_no_records_are_read_as_such(world: Path, tmp_path: Path, sets: list[str]) -> None:
     """Also as the first that are read of a cache."""
     cache_teacher(world_config(world, *sets), str(world / "train" / "*.tar"), tmp_path / "c")

@@ -30,7 +30,7 @@ SHARD = "features/2/values/c/1/0/0"
 # Ragged parts, views of several kinds of place, and shards of which the last is shorter.
 CODECS = {
     "float16": ("cache.codec=float16",),
-    "int4": ("cache.codec=int4", "views.flip=true", "views.pixels=jpeg", "cache.lossless=zstd"),
+    "int4": ("cache.codec=int4", "views.flip=true", "views.pixels=jpeg"),
 }
 
 

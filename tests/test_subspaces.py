@@ -8,7 +8,7 @@ import torch
 from conftest import WIDTH, make_vit, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from singer.artifacts import BlockScale, neighbour_mean
 from singer.cleaners import CLEANERS, Neighbour, Projector, Shape
@@ -18,7 +18,7 @@ from singer.errors import UserError
 from singer.fit_context import FitContext
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
 from singer.refiner import Refiner
-from singer.subspaces import BASES, artifact_aware, best_rank, ln_folded, mlp_product
+from singer.subspaces import BASES, artifact_aware, best_rank, mlp_product
 from singer.suffix import TeacherSuffix, suffix_state
 
 ARCHITECTURES = {
@@ -130,21 +130,6 @@ def test_generalised_eigenproblem_against_scipy() -> None:
     expected = np.linalg.qr(vectors[:, ::-1][:, :2])[0]
     found = artifact_aware(context, 2).numpy()
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3)
-
-
-def test_ln_folding_against_the_jacobian_of_a_linear_mlp() -> None:
-    """With a linear activation and no attention the fold is the Jacobian, but for 1/σ and the token's own part."""
-    context = make_context()
-    block = context.suffix.block(3)
-    nn.init.normal_(block.norm2.weight)
-    block.mlp.act = nn.Identity()
-    nn.init.zeros_(block.attn.proj.weight)
-    nn.init.zeros_(block.attn.proj.bias)
-    directions = ln_folded(context, 5).double()
-    folded = block.mlp.fc2.weight.double() @ block.mlp.fc1.weight.double() * block.norm2.weight.double()
-    folded = folded - folded.mean(1, keepdim=True)
-    _, _, right = np.linalg.svd(folded.detach().numpy())
-    np.testing.assert_allclose((directions @ directions.T).numpy(), right[-5:].T @ right[-5:], atol=1e-4)
 
 
 def test_best_rank_is_that_of_the_artifacts() -> None:

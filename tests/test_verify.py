@@ -21,7 +21,6 @@ from pipeline.storage import LocalStore
 from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
-GOLDEN = Path(__file__).with_name("golden")
 # Random views, sampled tokens, codes, byte strings and two arrays of pixels: every kind of file.
 SETTINGS = ("views.kind=random-resized-crop", "views.count=2", "cache.token_share=0.5", "cache.codec=int4")
 
@@ -219,20 +218,6 @@ def test_reading_takes_no_lock(cache: Path) -> None:
         assert check(cache).whole
         with pytest.raises(UserError, match="is being written by another run"):
             verify(load_config(), cache, repair=True)
-
-
-def test_version_2(tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(GOLDEN / "cache-v2-int4", tmp_path / "c"))
-    check(copy).check()
-    (copy / TAIL).unlink()
-    (copy / "index.safetensors").write_bytes((copy / "index.safetensors").read_bytes()[:-1])
-    values = next(copy.glob("features/1/codes/c/1/0/0"))
-    values.write_bytes(bytes(len(values.read_bytes())))
-    report = check(copy).parts[0]
-    assert report.damaged == [1]
-    assert report.files == {TAIL: "missing", "index.safetensors": "damaged", "features/1/codes/c/1/0/0": "damaged"}
-    with pytest.raises(UserError, match="version 2 and cannot be repaired"):
-        verify(load_config(), copy, repair=True)
 
 
 def test_live_features_are_compared(world: Path, caches: dict[str, Path]) -> None:

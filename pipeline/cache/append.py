@@ -118,8 +118,6 @@ def check_growth(segments: Sequence[Segment], here: Manifest, place: Place) -> N
     if not segments:
         raise UserError(f"{place} has no {MANIFEST}, so nothing can be added; start it with --resume")
     there = segments[0].manifest
-    if there.version == 2:
-        raise UserError(f"{place} was written by format version 2 and cannot be appended to; make a new cache")
     for segment in segments:
         if segment.lacks() is not None:
             raise UserError(f"{segment.store.url} is incomplete; repeat its cache-teacher command with --append first")
@@ -127,9 +125,7 @@ def check_growth(segments: Sequence[Segment], here: Manifest, place: Place) -> N
 
     def compared(m: Manifest) -> dict[str, Any]:
         views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
-        own = (
-            {"codec": m.codec, "stored_patches": m.stored_patches, "lossless": m.lossless} if m in [*same, here] else {}
-        )
+        own = {"codec": m.codec, "stored_patches": m.stored_patches} if m in [*same, here] else {}
         return views | own
 
     for before in [there, *same[:1]]:

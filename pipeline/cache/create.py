@@ -112,7 +112,6 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
         blocks=addition.blocks,
         codec=config.cache.codec,
         stored_patches=max(1, round(config.cache.token_share * teacher.patches)),
-        lossless=config.cache.lossless,
         pixels=pixels,
         records=records,
         shard_records=1,

@@ -9,8 +9,6 @@ MANIFEST = "manifest.json"
 IMAGES = "images.safetensors"
 RECORDS = "records.safetensors"
 COMPLETE = "complete.json"
-# Version 2 had this file in place of the three above.
-INDEX = "index.safetensors"
 TAIL = "tail.safetensors"
 CALIBRATION = "calibration.safetensors"
 FIDELITY = "fidelity.json"

@@ -1,6 +1,5 @@
 """Read and write the index of a cache, which says which image and which view each record is."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from pipeline.cache.format import IMAGES, INDEX, RECORDS
+from pipeline.cache.format import IMAGES, RECORDS
 from pipeline.cache.manifest import Manifest
 from pipeline.data import Images, Keys, Skipped
 from pipeline.data.views import View
@@ -102,24 +101,6 @@ def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
             raise ValueError(f"its columns are not those of {len(images)} images")
         color = columns.get("record.color")
         return Index(images, columns["image.digest"], image, view, columns["record.box"], columns["record.flip"], color)
-
-
-def read_index_2(store: Store) -> Index:
-    """Read the index of a segment of version 2. Raises UserError like read_images."""
-    with _reading(store, INDEX) as (columns, about):
-        names = ("image.digest", "record.image", "record.view", "record.box", "record.flip")
-        digest, image, view, box, flip = (columns[name] for name in names)
-        return Index(
-            _images(columns, json.loads(about["shards"])), digest, image, view, box, flip, columns.get("record.color")
-        )
-
-
-def content_hash_2(images: Images, digest: np.ndarray) -> str:
-    """Return `data.hash` of version 2: the SHA-256 over keys, with NUL between them, labels and digests."""
-    whole = hashlib.sha256("\0".join(images.keys).encode())
-    whole.update(images.labels.astype("<i4").tobytes())
-    whole.update(digest.astype("<u8").tobytes())
-    return whole.hexdigest()
 
 
 def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:

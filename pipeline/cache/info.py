@@ -34,7 +34,6 @@ class TeacherInfo:
     tokens: int
     width: int
     codec: str
-    lossless: str
     records: int
     shards: int
     missing: int
@@ -112,7 +111,6 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         tokens=first.tokens,
         width=first.teacher.width,
         codec=first.codec,
-        lossless=first.lossless,
         records=sum({s.manifest.rows(): s.manifest.records for s in segments}.values()),
         shards=sum(s.manifest.shards for s in segments),
         missing=missing,

@@ -57,7 +57,7 @@ class TeacherManifest(_Section):
 class DataManifest(_Section):
     """The images that the shards list.
 
-    hash: data.listing_hash; in version 2, a hash of keys, labels and encoded bytes (index.content_hash_2).
+    hash: data.listing_hash.
     """
 
     shards: tuple[str, ...]
@@ -82,14 +82,14 @@ class Manifest(_Section):
     """
 
     format: Literal["singer-feature-cache"] = "singer-feature-cache"
-    version: Literal[2, 3] = 3
+    version: Literal[3] = 3
     teacher: TeacherManifest
     data: DataManifest
     views: dict[str, Any]
     blocks: tuple[int, ...]
     codec: str
     stored_patches: int
-    lossless: Literal["none", "zstd", "blosc"]
+    lossless: Literal["none"] = "none"
     pixels: PixelsManifest | None
     records: int
     shard_records: int
@@ -127,8 +127,7 @@ class Manifest(_Section):
         if self.pixels is not None:
             size = self.pixels.size
             arrays[PIXELS] = Fixed((size, size, 3), "uint8") if self.pixels.kind == "uint8" else None
-        if self.version >= 3:
-            arrays[VIEWS] = Fixed((self.view_form.itemsize,), "uint8")
+        arrays[VIEWS] = Fixed((self.view_form.itemsize,), "uint8")
         return arrays
 
     @property
@@ -140,10 +139,6 @@ class Manifest(_Section):
     def views_each(self) -> int:
         """Return the number of records per image."""
         return int(self.views["count"])
-
-    def compression(self, array: str) -> str:
-        """Return the compression of an array. Only features are compressed, and only their fixed parts."""
-        return self.lossless if array.startswith(FEATURES) and self.arrays()[array] is not None else "none"
 
     def rows(self) -> str:
         """Return a text that is equal for segments with the same listed images and the same views.
@@ -206,13 +201,17 @@ def canonical(value: Any) -> str:
 def read_manifest(store: Store) -> Manifest:
     """Read the manifest of a store. Raises UserError if the store has no cache of a known version."""
     value = read_json(store, MANIFEST, "feature cache")
-    file = f"{store.url}/{MANIFEST}"
+    file, again = f"{store.url}/{MANIFEST}", "make it again with cache-teacher --overwrite"
     if value.get("format") != FORMAT:
         raise UserError(f"{file} does not describe a singer feature cache")
-    if value.get("version") not in (2, VERSION):
-        raise UserError(f"{store.url} has cache format version {value.get('version')}; this singer reads 2 and 3")
+    if (version := value.get("version")) != VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        remedy = "install a newer singer" if newer else again
+        raise UserError(f"{store.url} has cache format version {version}, not {VERSION}; {remedy}")
     if not is_sealed(value):
         raise UserError(f"{file} is damaged: it does not match its own checksum")
+    if (lossless := value.get("lossless")) != "none":
+        raise UserError(f"{store.url} is compressed with {lossless}, which is not read any more; {again}")
     del value["sha256"]
     manifest = validated(value, Manifest, file)
     if manifest.codec not in CODECS:

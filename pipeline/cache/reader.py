@@ -70,9 +70,8 @@ class SegmentReader:
         """Return an array by its name."""
         if name not in self._arrays:
             m = self.segment.manifest
-            self._arrays[name] = ShardedArray(
-                self._source, name, m.arrays()[name], m.compression(name), m.records, m.shard_records, self._sizes
-            )
+            form = m.arrays()[name]
+            self._arrays[name] = ShardedArray(self._source, name, form, m.records, m.shard_records, self._sizes)
         return self._arrays[name]
 
     def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
@@ -87,12 +86,6 @@ def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Inde
     The segment need not be complete. In the index, each record has an image of its own, with the number of the record.
     """
     segment, manifest = reader.segment, reader.segment.manifest
-    if manifest.version == 2:
-        whole = segment.index()
-        color = None if whole.color is None else whole.color[rows]
-        image = whole.image[rows]
-        found = (whole.images.select(image), whole.digest[image])
-        return rows, Index(*found, np.arange(len(rows)), whole.view[rows], whole.box[rows], whole.flip[rows], color)
     stored = reader.read(VIEWS, rows)
     assert isinstance(stored, Tensor)
     views = stored.numpy().reshape(-1).view(manifest.view_form)
@@ -213,7 +206,7 @@ class Cache:
 
     @property
     def record_bytes(self) -> int:
-        """Return the stored size of a record's features in bytes, without outliers, compression and views."""
+        """Return the stored size of a record's features in bytes, without outliers and views."""
         forms = [form for block in self.blocks for form in self.manifest.layout(block).values() if form is not None]
         return sum(math.prod(form.shape) * np.dtype(form.dtype).itemsize for form in forms)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.format import COMPLETE, JOURNAL, MANIFEST, PARTS, journal_file, shard_file
-from pipeline.cache.index import Index, content_hash_2, read_images, read_index_2, read_records
+from pipeline.cache.index import Index, read_images, read_records
 from pipeline.cache.manifest import Completion, Manifest, TeacherManifest, canonical, read_manifest
 from pipeline.data import Images, content_hash
 from pipeline.storage import Store
@@ -74,26 +74,18 @@ class Segment:
 
     def lacks(self) -> str | None:
         """Say in words why the segment is not complete; return None if it is."""
-        shards = self.manifest.shards
-        if self.manifest.version == 2:
-            missing = len(self.pending())
-        else:
-            sizes = self.store.sizes()
-            done = {shard for shard in range(shards) if journal_file(shard) in sizes}
-            for (_, shard), (name, known) in zip(self._places, self.files.items(), strict=True):
-                if sizes.get(name) != known["bytes"]:
-                    done.discard(shard)
-            missing = shards - len(done)
-        if missing:
+        shards, sizes = self.manifest.shards, self.store.sizes()
+        done = {shard for shard in range(shards) if journal_file(shard) in sizes}
+        for (_, shard), (name, known) in zip(self._places, self.files.items(), strict=True):
+            if sizes.get(name) != known["bytes"]:
+                done.discard(shard)
+        if missing := shards - len(done):
             return f"{missing} of {shards} shards are missing"
-        return None if self.manifest.version == 2 or self.completion else f"its {COMPLETE} is missing"
+        return None if self.completion else f"its {COMPLETE} is missing"
 
     @cached_property
     def completion(self) -> Completion | None:
-        """Return the content of complete.json; None if the segment is not complete, or if it has version 2.
-
-        Raises UserError if the file is damaged.
-        """
+        """Return the content of complete.json; None if there is no such file. Raises UserError if it is damaged."""
         file = f"{self.store.url}/{COMPLETE}"
         try:
             value = read_json(self.store, COMPLETE, "complete segment of a cache")
@@ -117,8 +109,6 @@ class Segment:
     @cached_property
     def files(self) -> Files:
         """Return all shard files of a complete segment; an incomplete one has none."""
-        if self.manifest.version == 2:
-            return {n: f for entry in self.entries().values() for n, f in entry["files"].items()}
         if self.completion is None:
             return {}
         forms, arrays = self.manifest.arrays(), self.completion.arrays
@@ -139,7 +129,7 @@ class Segment:
     @property
     def hash(self) -> str:
         """Return the SHA-256 of the images of a complete segment."""
-        return self.manifest.data.hash if self.manifest.version == 2 else self._complete.hash
+        return self._complete.hash
 
     @property
     def id(self) -> str:
@@ -147,13 +137,12 @@ class Segment:
 
         It is a hash of the manifest's id and of the images that were read.
         """
-        own = self.manifest.id()
-        return own if self.manifest.version == 2 else hashlib.sha256(f"{own}\n{self.hash}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.manifest.id()}\n{self.hash}".encode()).hexdigest()
 
     @property
     def records(self) -> int:
         """Return the number of records that a complete segment has for readers."""
-        return self.manifest.records if self.manifest.version == 2 else self._complete.records
+        return self._complete.records
 
     @property
     def rows(self) -> str:
@@ -168,7 +157,7 @@ class Segment:
 
         The two differ because the records of unreadable images are stored, too.
         """
-        if self.manifest.version == 2 or not self._complete.unreadable:
+        if not self._complete.unreadable:
             return records
         each = self.manifest.views_each
         image, view = np.divmod(records, each)
@@ -182,16 +171,11 @@ class Segment:
 
         Raises UserError if they are damaged or belong to another segment.
         """
-        if self.manifest.version == 2:
-            index = read_index_2(self.store)
-            same = content_hash_2(index.images, index.digest) == self.hash
-        else:
-            images = read_images(self.store)
-            if self._complete.unreadable:
-                images = images.select(np.delete(np.arange(len(images)), self._complete.unreadable))
-            index = read_records(self.store, images, self.manifest)
-            same = content_hash(images, index.digest) == self.hash
-        if len(index) != self.records or not same:
+        images = read_images(self.store)
+        if self._complete.unreadable:
+            images = images.select(np.delete(np.arange(len(images)), self._complete.unreadable))
+        index = read_records(self.store, images, self.manifest)
+        if len(index) != self.records or content_hash(images, index.digest) != self.hash:
             raise UserError(f"the index of {self.store.url} does not belong to its manifest; run singer cache verify")
         return index
 

@@ -35,8 +35,7 @@ def small_files(
     suffix: state of the teacher's suffix, None if an earlier segment has it; calibration, fidelity: {block: value}.
     """
     statistics = {f"{b}.{name}": t for b, c in calibration.items() for name, t in c.tensors().items()}
-    compression = {name: manifest.compression(name) for name in manifest.arrays()}
-    files = array_metadata(manifest.arrays(), compression, manifest.records, manifest.shard_records)
+    files = array_metadata(manifest.arrays(), manifest.records, manifest.shard_records)
     files[IMAGES] = image_bytes(images)
     files[CALIBRATION] = tensor_bytes(statistics)
     files[FIDELITY] = json_bytes(fidelity)
@@ -80,7 +79,7 @@ def write_shard(
     for name, form in manifest.arrays().items():
         stored = values[name]
         assert (len(stored.lengths) if isinstance(stored, Ragged) else len(stored)) == stop - start
-        pieces = pack_shard(stored, manifest.shard_records, manifest.compression(name))
+        pieces = pack_shard(stored, manifest.shard_records)
         file = shard_file(name, form, shard)
         # Hashing takes about as long as writing, and both release the interpreter lock.
         with ThreadPoolExecutor(1) as hasher:

@@ -15,9 +15,6 @@ from typing import Any, NamedTuple, Protocol
 import google_crc32c
 import numpy as np
 import zarr
-from numcodecs import Blosc, Zstd
-from numcodecs.abc import Codec as Compressor
-from zarr.codecs import BloscCodec, ZstdCodec
 from zarr.errors import UnstableSpecificationWarning
 
 from pipeline.cache.codecs import Fixed, Ragged
@@ -30,12 +27,9 @@ _INDICES_AT_ONCE = 64
 _MISSING = 2**64 - 1
 # Each byte string has a header: the number of strings in the chunk, and the length of the string in bytes.
 _STRING = struct.Struct("<II")
-_LEVEL = {"zstd": 3, "blosc": 5}
 
 
-def array_metadata(
-    arrays: dict[str, Fixed | None], compression: dict[str, str], records: int, shard_records: int
-) -> dict[str, bytes]:
+def array_metadata(arrays: dict[str, Fixed | None], records: int, shard_records: int) -> dict[str, bytes]:
     """Return {name: content} of the zarr.json files of a group with these arrays."""
     contents: dict[str, Any] = {}
     files = zarr.storage.MemoryStore(contents)
@@ -52,29 +46,13 @@ def array_metadata(
                 chunks=(1, *shape),
                 shards=(shard_records, *shape),
                 dtype=dtype,
-                compressors=_zarr_compressor(compression[name], dtype),
+                compressors=None,
             )
     return {name: buffer.to_bytes() for name, buffer in sorted(contents.items())}
 
 
-def _zarr_compressor(compression: str, dtype: str) -> Any:
-    if compression == "zstd":
-        return ZstdCodec(level=_LEVEL["zstd"])
-    if compression == "blosc":
-        size = np.dtype(dtype).itemsize
-        return BloscCodec(cname="zstd", clevel=_LEVEL["blosc"], shuffle="shuffle", typesize=size)
-    return None
-
-
-def _compressor(compression: str) -> Compressor | None:
-    if compression == "zstd":
-        return Zstd(level=_LEVEL["zstd"])
-    return Blosc(cname="zstd", clevel=_LEVEL["blosc"], shuffle=Blosc.SHUFFLE) if compression == "blosc" else None
-
-
-def pack_shard(values: np.ndarray | Ragged, shard_records: int, compression: str) -> list[bytes | memoryview]:
+def pack_shard(values: np.ndarray | Ragged, shard_records: int) -> list[bytes | memoryview]:
     """Return the bytes of a shard with these records, in pieces: payload, index, checksum of the index."""
-    compressor = _compressor(compression)
     payload: list[bytes | memoryview]
     if isinstance(values, Ragged):
         lengths = values.lengths.tolist()
@@ -84,9 +62,6 @@ def pack_shard(values: np.ndarray | Ragged, shard_records: int, compression: str
         for start, length in zip(ends.tolist(), lengths, strict=False):
             payload += [_STRING.pack(1, length), strings[start : start + length]]
         sizes = values.lengths.numpy() + _STRING.size
-    elif compressor is not None:
-        payload = [compressor.encode(np.ascontiguousarray(row)) for row in values]
-        sizes = np.array([len(chunk) for chunk in payload])
     else:
         values = np.ascontiguousarray(values)
         payload = [values.reshape(-1).view(np.uint8).data]
@@ -128,21 +103,18 @@ class ShardedArray:
         store: ByteRanges,
         name: str,
         form: Fixed | None,
-        compression: str,
         records: int,
         shard_records: int,
         sizes: dict[str, int],
     ) -> None:
         self._store, self.form, self._sizes = store, form, sizes
-        self._compressor = _compressor(compression)
         self._records, self._shard_records = records, shard_records
         self._files = [shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
         # For each shard: whether its index was read.
         self._known = np.zeros(len(self._files), dtype=np.bool_)
         # The offset and the size in bytes of every record, (records, 2), where its shard is known. It is None while all
         # known records have one size and are in the order of their numbers.
-        regular = form is not None and self._compressor is None
-        self._places = None if regular else np.empty((records, 2), np.int64)
+        self._places = None if form is not None else np.empty((records, 2), np.int64)
         self._lock = threading.Lock()
 
     def find(self, records: np.ndarray) -> Chunks:
@@ -159,14 +131,7 @@ class ShardedArray:
 
     def read_into(self, chunks: Chunks, out: np.ndarray, places: np.ndarray) -> None:
         """Copy the record that is stored in chunk i to out[places[i]:], for all i; `out` is (bytes,) uint8."""
-        if self._compressor is None:
-            self._store.read_ranges(Ranges(self._files, *chunks, out, places))
-            return
-        ends = np.cumsum(chunks.lengths)
-        data = np.empty(int(chunks.lengths.sum()), np.uint8)
-        self._store.read_ranges(Ranges(self._files, *chunks, data, ends - chunks.lengths))
-        for start, end, place in zip((ends - chunks.lengths).tolist(), ends.tolist(), places.tolist(), strict=True):
-            self._compressor.decode(data[start:end], out=out[place : place + self.row])
+        self._store.read_ranges(Ranges(self._files, *chunks, out, places))
 
     @cached_property
     def row(self) -> int:
@@ -195,8 +160,7 @@ class ShardedArray:
         offsets, sizes = index[:, 0], index[:, 1]
         # Memory is allocated by the sizes in the index, so impossible offsets and sizes are refused here.
         right = struct.pack("<I", google_crc32c.value(encoded)) == checksum and offsets.min() >= 0
-        if self._compressor is None:
-            right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
+        right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
         if not right or sizes.min() < 0 or max(offsets.max(), sizes.max(), (offsets + sizes).max()) > self._sizes[file]:
             raise UserError(f"{self._store.url}/{file} is damaged; run singer cache verify")
         places = self._places

@@ -84,7 +84,6 @@ class CacheConfig(Section):
     blocks: tuple[int, ...] | None = key(None, "numbers from 0 on; default: the block at 3/4 of the depth and the last")
     codec: str = key("float16", "how features are stored: float16, bfloat16, int8, int4, int3, int2 or int1")
     token_share: Fraction = key(1.0, "share of the patch tokens that is stored, a fixed random set for every record")
-    lossless: Literal["none", "zstd", "blosc"] = key("none", "compression of every record after the codec")
     on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images and shards", "failures")
     batch_size: Positive = key(64, "views in a forward pass of the teacher")
     precision: Precision = key("no", "autocast of the teacher's forward pass")

@@ -352,9 +352,8 @@ class Scale:
         size = 0.0
         for few in few_records(x):
             for values in CODECS[codec].encode(few, self._calibration[block]).values():
-                ragged = isinstance(values, Ragged)
                 on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
-                pieces = pack_shard(on_host, len(few), "none" if ragged else self.config.cache.lossless)
+                pieces = pack_shard(on_host, len(few))
                 size += sum(map(len, pieces)) - _END_OF_SHARD
         return size / len(x)
 

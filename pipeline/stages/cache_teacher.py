@@ -111,8 +111,6 @@ def check_codec(codec: str) -> None:
 def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
     """Raise UserError, with both values, if the cache was begun with another teacher or other settings."""
     there = read_manifest(store)
-    if there.version == 2:
-        raise UserError(f"{store.url} was begun by format version 2 and cannot be continued; use --overwrite")
     blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
     whole = Addition(blocks, read_images(store), 0, config.views.count)
     check_same(there, describe(config, whole, teacher), store.url)

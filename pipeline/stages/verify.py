@@ -16,7 +16,6 @@ from pipeline.cache.verify.live import check_live, load_extractors
 from pipeline.cache.verify.repair import repair_segment
 from pipeline.config import Config
 from pipeline.storage import Place, open_store
-from singer.errors import UserError
 
 __all__ = ["LiveCheck", "SegmentReport", "VerifyResult", "verify"]
 
@@ -41,8 +40,6 @@ def verify(
     store = open_store(place)
     parts = read_segments(store)
     check_held_once(parts)
-    if repair and parts[0].manifest.version == 2:
-        raise UserError(f"{place} was written by format version 2 and cannot be repaired; make a new cache")
     extractors = load_extractors(config, parts) if live or repair else iter(())
     first = list(islice(extractors, 1))  # so that a wrong teacher is found before hours of reading
     with store.lock() if repair else nullcontext():

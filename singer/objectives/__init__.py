@@ -7,21 +7,19 @@ from singer.objectives.labels import Labels
 from singer.objectives.logits import Logits
 from singer.objectives.mixture import Mixture
 from singer.objectives.mse import Mse
-from singer.objectives.relation import Relation, RelationQk
+from singer.objectives.relation import Relation
 from singer.objectives.smooth_l1 import SmoothL1
 from singer.objectives.theia import Theia
-from singer.objectives.unic import Balanced, Unic
+from singer.objectives.unic import Unic
 from singer.objectives.vitkd import VitKd
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "mse": Mse,
-    "balanced": Balanced,
     "cosine": Cosine,
     "gram": Gram,
     "labels": Labels,
     "logits": Logits,
     "relation": Relation,
-    "relation-qk": RelationQk,
     "smooth-l1": SmoothL1,
     "theia": Theia,
     "unic": Unic,

@@ -14,13 +14,12 @@ from singer.suffix import first_norm
 
 
 class Relation(Objective):
-    """KL of softmax(A·Bᵀ / √(d / heads)) of the student from the teacher's, mean over pairs, heads and queries.
+    """KL of softmax(A·Aᵀ / √(d / heads)) of the student from the teacher's, mean over kinds, heads and queries.
 
-    The pairs (A, B) are QQ, KK and VV, as in MiniLMv2.
+    The kinds of A are queries, keys and values, as in MiniLMv2.
     """
 
     in_teacher_units = True
-    pairs: tuple[str, ...] = ("qq", "kk", "vv")
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -47,13 +46,12 @@ class Relation(Objective):
         return {str(b): self.block_loss(student[b], targets[b], b) for b in self.blocks}
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        """Compute the mean KL (B,) over pairs, heads and queries of one block's tokens (B, N, d)."""
+        """Compute the mean KL (B,) over kinds, heads and queries of one block's tokens (B, N, d)."""
         learned, wanted = self.heads(student, block), self.heads(target, block)
         losses = []
-        for pair in self.pairs:
-            first, second = pair[0], pair[1]
+        for kind in "qkv":
             ours, theirs = (
-                (x[first] / x[first].shape[-1] ** 0.5 @ x[second].transpose(-1, -2)).log_softmax(-1)
+                (x[kind] / x[kind].shape[-1] ** 0.5 @ x[kind].transpose(-1, -2)).log_softmax(-1)
                 for x in (learned, wanted)
             )
             losses.append((theirs.exp() * (theirs - ours)).sum(-1).mean(dim=(1, 2)))
@@ -66,9 +64,3 @@ class Relation(Objective):
         mixed = attention.qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator, union-attr]
         parts = mixed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[union-attr]
         return {"q": parts[0], "k": parts[1], "v": parts[2]}
-
-
-class RelationQk(Relation):
-    """As `Relation`, with the pairs QK (the attention) and VV of the first MiniLM (arXiv 2002.10957) and TinyMIM."""
-
-    pairs = ("qk", "vv")

@@ -1,6 +1,5 @@
 """CLS and patches at equal weight (UNIC, arXiv 2408.05088): among hundreds of tokens, CLS would hardly count."""
 
-import torch
 from torch import Tensor
 
 from singer.objectives.base import Objective
@@ -20,12 +19,3 @@ class Unic(Objective):
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute UNIC's loss (B,) of one block's tokens (B, N, d)."""
         return halves(mixture(student, target, 1.0, 1.0), self.context.prefix)
-
-
-class Balanced(Objective):
-    """Mean squared error, half on CLS and half on the patches."""
-
-    def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
-        """Compute the balanced squared error (B,) of one block's tokens (B, N, d)."""
-        errors: Tensor = torch.square(student - target).mean(-1)
-        return halves(errors, self.context.prefix)

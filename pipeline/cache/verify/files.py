@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.cache.completion import describe_completion
-from pipeline.cache.format import COMPLETE, IMAGES, INDEX, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, shard_file
+from pipeline.cache.format import COMPLETE, IMAGES, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, shard_file
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
@@ -40,11 +40,8 @@ def check_segment(segment: Segment) -> SegmentReport:
                 report.damaged.append(shard)
                 wrong |= found
             m.advance(1)
-    if manifest.version == 2:
-        wrong[INDEX] = wrong.get(INDEX) or index_defect(segment)
-    else:
-        wrong |= completion_defects(segment, sizes, whole=not (report.missing or report.damaged))
-        known |= {COMPLETE, RECORDS, SKIPPED}
+    wrong |= completion_defects(segment, sizes, whole=not (report.missing or report.damaged))
+    known |= {COMPLETE, RECORDS, SKIPPED}
     wrong |= dict.fromkeys(sorted(set(sizes) - known), UNKNOWN)
     report.files = {within(segment, name): why for name, why in wrong.items() if why is not None}
     return report
@@ -93,9 +90,7 @@ def shard_files(manifest: Manifest, shard: int) -> list[str]:
 
 def metadata(manifest: Manifest) -> dict[str, bytes]:
     """Return {name: content} of the zarr.json files of a segment."""
-    arrays = manifest.arrays()
-    compression = {name: manifest.compression(name) for name in arrays}
-    return array_metadata(arrays, compression, manifest.records, manifest.shard_records)
+    return array_metadata(manifest.arrays(), manifest.records, manifest.shard_records)
 
 
 def within(segment: Segment, name: str) -> str:
@@ -139,15 +134,6 @@ def provenance_defects(store: Store, sizes: Mapping[str, int]) -> dict[str, str 
     wrong = sealed_defect(store, sizes, PROVENANCE)
     known = json.loads(store.read(PROVENANCE)).get("config_sha256") if wrong is None else None
     return {PROVENANCE: wrong, CONFIG: file_defect(store, sizes, CONFIG, known)}
-
-
-def index_defect(segment: Segment) -> str | None:
-    """Say what is wrong with the index of a segment of version 2; return None if nothing is."""
-    try:
-        index = segment.index()
-    except ValueError:  # NumPy raises it, too, for damaged columns
-        return "damaged"
-    return None if len(set(index.images.keys)) == len(index.images) else "damaged: keys occur twice"
 
 
 def unreachable(store: Store, segments: Sequence[Segment]) -> dict[str, str]:

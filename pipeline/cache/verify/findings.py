@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, INDEX, MANIFEST, RECORDS, SKIPPED, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, MANIFEST, RECORDS, SKIPPED, TAIL
 from pipeline.storage import Place
 from pipeline.storage.outputs import CONFIG, PROVENANCE
 from singer.errors import UserError
@@ -98,7 +98,7 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
                 yield f"{place}/{name} belongs to no segment of the cache", "remove it"
             elif file == MANIFEST and why == "missing":
                 yield f"{place}/{name} is missing", "repeat the cache-teacher command with --append"
-            elif file in (MANIFEST, INDEX, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):
+            elif file in (MANIFEST, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):
                 remedy = "this cannot be computed again: restore it from a copy or make the cache anew"
                 yield f"{place}/{name} is {why}", remedy
             elif file in (TAIL, "zarr.json", COMPLETE, RECORDS, SKIPPED):

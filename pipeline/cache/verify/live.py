@@ -8,7 +8,7 @@ import torch
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encode import calibration_on
 from pipeline.cache.extract import Extractor, check_finite
-from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, INDEX, POSITIONS
+from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
@@ -82,7 +82,7 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
 
 def computable(segment: Segment, report: SegmentReport) -> bool:
     """Return whether shards can be computed again: the other files that they need are not damaged."""
-    return not {within(segment, IMAGES), within(segment, INDEX), within(segment, CALIBRATION)} & set(report.files)
+    return not {within(segment, IMAGES), within(segment, CALIBRATION)} & set(report.files)
 
 
 def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> None:
