@@ -1,6 +1,7 @@
 """Load timm models: teachers with their weights, new students, and students that a run saved."""
 
 import difflib
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pipeline.config import TeacherConfig
@@ -18,7 +18,7 @@ from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json, read_tensors
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
-from singer.backbones import is_vit
+from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 
 LOCAL = "local-dir:"
@@ -135,23 +135,37 @@ def create_model(
     pretrained_cfg = model.pretrained_cfg
     # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
-    if is_vit(model):
-        size = model.patch_embed.img_size
-        args |= {"img_size": size[0], "global_pool": model.global_pool}
+    size = _built_size(model) or image_size or pretrained_cfg["input_size"][1:]
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows != columns:
+        raise UserError(f"{what} {name}: only square inputs are supported, not {rows} x {columns}")
+    if _takes_image_size(model):
+        args["img_size"] = rows
     else:
-        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
-        if not pretrained_cfg.get("fixed_input_size"):
-            args.pop("img_size", None)
-    if size[0] != size[1]:
-        raise UserError(f"{what} {name}: only square inputs are supported, not {size}")
+        args.pop("img_size", None)
+    if gives_tokens(model) and hasattr(model, "global_pool"):
+        args["global_pool"] = model.global_pool
     return Backbone(
         model=model,
         architecture=pretrained_cfg["architecture"],
         model_args=args,
-        image_size=size[0],
+        image_size=int(rows),
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
+
+
+def _takes_image_size(model: Any) -> bool:
+    """Return whether a model is built for one image size; others work at any size and have no argument for it."""
+    if gives_tokens(model):
+        return "img_size" in inspect.signature(type(model)).parameters
+    return bool(model.pretrained_cfg.get("fixed_input_size"))
+
+
+def _built_size(model: Any) -> Any:
+    """Return the image size, (rows, columns) in pixels, that a model of tokens was built for; None if it has none."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return size if gives_tokens(model) and _takes_image_size(model) else None
 
 
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
@@ -162,15 +176,13 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
             outline = timm.create_model(name, **plain)
-        if isinstance(outline, VisionTransformer):
-            patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
-            if size is not None and size % patch:
-                near = f"the nearest is {max(1, round(size / patch)) * patch}"
-                raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
-        elif what == "teacher.name":
-            raise UserError(f"{subject}: it is a {type(outline).__name__}, not a VisionTransformer of timm")
-        elif not outline.pretrained_cfg.get("fixed_input_size"):
-            # The model works at any image size and has no argument for it.
+        if not hasattr(outline, "forward_intermediates"):
+            raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
+        patch, size = patch_size(outline), kwargs.get("img_size")
+        if patch and size is not None and size % patch:
+            near = f"the nearest is {max(1, round(size / patch)) * patch}"
+            raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
+        if not _takes_image_size(outline):
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
             subject = f"weights of {subject} were not loaded"
