@@ -35,7 +35,7 @@ class PrepareConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A timm VisionTransformer: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
+    """A model of timm: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
 
     name: str = key(
         "vit_base_patch14_dinov2", "the model: a name in timm, hf-hub:USER/NAME or local-dir:FOLDER", "place"

@@ -139,6 +139,8 @@ def create_model(
     rows, columns = (size, size) if isinstance(size, int) else size
     if rows != columns:
         raise UserError(f"{what} {name}: only square inputs are supported, not {rows} x {columns}")
+    if image_size is not None and rows != image_size:
+        raise UserError(f"{what} {name}: it was built for {rows} pixels, and image_size {image_size} was asked for")
     if _takes_image_size(model):
         args["img_size"] = rows
     else:
@@ -158,7 +160,8 @@ def create_model(
 def _takes_image_size(model: Any) -> bool:
     """Return whether a model is built for one image size; others work at any size and have no argument for it."""
     if gives_tokens(model):
-        return "img_size" in inspect.signature(type(model)).parameters
+        constructors = [vars(kind)["__init__"] for kind in type(model).__mro__ if "__init__" in vars(kind)]
+        return any("img_size" in inspect.signature(init).parameters for init in constructors[:-1])  # object is last
     return bool(model.pretrained_cfg.get("fixed_input_size"))
 
 
