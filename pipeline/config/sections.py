@@ -41,6 +41,7 @@ class TeacherConfig(Section):
         "vit_base_patch14_dinov2", "the model: a name in timm, hf-hub:USER/NAME or local-dir:FOLDER", "place"
     )
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
+    averaged: bool = key(True, "take averaged weights (EMA) where a file has both")
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's own")
 
 
