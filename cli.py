@@ -113,7 +113,7 @@ def prepare(
 def cache_teacher(
     shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
-    teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
@@ -347,7 +347,7 @@ def cache_info(
 @cache_app.command("plan")
 def cache_plan(
     shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
-    teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,

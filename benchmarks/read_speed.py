@@ -101,7 +101,7 @@ def synthetic_features(records: int, tokens: int, width: int, seed: int = 0) -> 
 def create_synthetic(store: LocalStore, manifest: Manifest) -> None:
     """Write everything of a cache but the shards."""
     images = synthetic_images(manifest.records)
-    calibration = calibrate(synthetic_features(BATCH, manifest.tokens, manifest.teacher.width), 1)
+    calibration = calibrate(synthetic_features(BATCH, manifest.tokens_of(BLOCK), manifest.teacher.width), 1)
     create_segment(store, manifest, small_files(manifest, images, {}, {BLOCK: calibration}, {}))
 
 
@@ -112,7 +112,7 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
     """
     store = LocalStore(folder)
     create_synthetic(store, manifest)
-    shape = manifest.tokens, manifest.teacher.width
+    shape = manifest.tokens_of(BLOCK), manifest.teacher.width
     calibration = calibrate(synthetic_features(BATCH, *shape), 1)
     stored: list[Stored] = []
     for first in range(0, manifest.shard_records, BATCH):

@@ -1,49 +1,69 @@
 """What distillation needs of a timm model: images go in, tokens of chosen blocks come out.
 
-A Vision Transformer gives its tokens; any other model that has timm's forward_intermediates gives the positions of its
-feature maps as patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens.
+What a model can do decides, and not its class. A model of tokens (ViT, Eva, Beit, NaFlexVit ...) gives its prefix
+tokens and patches. Any other model that has timm's forward_intermediates gives the positions of its feature maps as
+patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from singer.errors import UserError
 
 
-def is_vit(model: nn.Module) -> bool:
-    """Return whether a model is a Vision Transformer of timm."""
-    return isinstance(model, VisionTransformer)
+def gives_tokens(model: nn.Module) -> bool:
+    """Return whether a model of timm returns prefix tokens and patches, and not feature maps."""
+    forward: Any = getattr(model, "forward_intermediates", None)
+    return forward is not None and "return_prefix_tokens" in inspect.signature(forward).parameters
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """Return the number of tokens before the patches: CLS, if there is one, and registers."""
+    return int(getattr(model, "num_prefix_tokens", 0)) if gives_tokens(model) else 0
+
+
+def has_cls(model: nn.Module) -> bool:
+    """Return whether the first token is a class token. Of several prefix tokens, it is the first in all of timm."""
+    told = getattr(model, "has_class_token", None)
+    return prefix_tokens(model) > 0 and (getattr(model, "cls_token", None) is not None if told is None else bool(told))
+
+
+def patch_size(model: nn.Module) -> int | None:
+    """Return the side of a patch, in pixels, of a model of tokens; None for other models."""
+    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    size: Any = getattr(embed, "patch_size", None)
+    if size is None or not gives_tokens(model):
+        return None
+    return size if isinstance(size, int) else int(size[0])
 
 
 def depth(model: nn.Module) -> int:
-    """Return the number of blocks of a ViT, or of stages of another model."""
-    info: Any = model.blocks if is_vit(model) else model.feature_info
+    """Return the number of blocks of a model of tokens, or of stages of another model."""
+    info: Any = model.feature_info
     return len(info)
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """Return the norm of a ViT's tokens after its last block, if it has one; models that pool first call it fc_norm."""
-    if not is_vit(model):
+    """Return the norm of the tokens after the last block, if there is one; models that pool first call it fc_norm."""
+    if not gives_tokens(model):
         return None
-    norm: Any = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    return None if isinstance(norm, nn.Identity) else norm
-
-
-def grid_size(model: VisionTransformer) -> tuple[int, int]:
-    """Return (rows, columns) of the patch tokens at the resolution that the model was built for."""
-    rows, columns = model.patch_embed.grid_size
-    return int(rows), int(columns)
+    for name in ("norm", "fc_norm"):
+        norm = getattr(model, name, None)
+        if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity):
+            return norm
+    return None
 
 
 @torch.no_grad()
 def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]]]:
     """List (width, (rows, columns)) of the tokens of every block at an image size in pixels."""
-    if isinstance(model, VisionTransformer):
-        return [(int(model.embed_dim), grid_size(model))] * depth(model)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if gives_tokens(model) and grid is not None:
+        return [(int(model.embed_dim), (int(grid[0]), int(grid[1])))] * depth(model)  # type: ignore[arg-type]
     training, place = model.training, next(model.parameters())
     model.eval()
     maps = _maps(model, torch.zeros(1, 3, image_size, image_size).to(place), range(depth(model)))
@@ -73,13 +93,13 @@ def block_outputs(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> di
 
     images: (B, 3, H, W), normalised. Nothing after the last wanted block is computed.
     """
-    if not is_vit(model):
+    if not gives_tokens(model):
         maps = _maps(model, images, blocks)
         return {b: x.flatten(2).transpose(1, 2) for b, x in zip(blocks, maps, strict=True)}
     outputs = model.forward_intermediates(  # type: ignore[operator]
         images,
         indices=list(blocks),
-        return_prefix_tokens=True,
+        return_prefix_tokens=prefix_tokens(model) > 0,
         norm=False,
         stop_early=True,
         output_fmt="NLC",

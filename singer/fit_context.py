@@ -6,24 +6,32 @@ import torch
 from torch import Tensor
 
 from singer.artifacts import BlockScale, clean_mask, expected_patches, patch_norms
-from singer.suffix import TeacherSuffix
+from singer.errors import UserError
+from singer.suffix import NO_SUFFIX, TeacherSuffix
 
 
 @dataclass(frozen=True)
 class FitContext:
     """A sample of a block's features, their scale, and the frozen suffix of the teacher that reads them.
 
-    tokens: (n, N, d) float32, prefix tokens first. grid: (rows, columns) of the patches; None where only some patches
-    of each image are stored. seed: seed of all that is drawn.
+    teacher_suffix: None if the teacher has none. tokens: (n, N, d) float32, prefix tokens first. grid: (rows, columns)
+    of the patches; None where only some patches of each image are stored. seed: seed of all that is drawn.
     """
 
-    suffix: TeacherSuffix
+    teacher_suffix: TeacherSuffix | None
     block: int
     tokens: Tensor
     scale: BlockScale
     prefix: int
     grid: tuple[int, int] | None
     seed: int = 0
+
+    @property
+    def suffix(self) -> TeacherSuffix:
+        """Return the teacher's suffix. Raises UserError if it has none."""
+        if self.teacher_suffix is None:
+            raise UserError(NO_SUFFIX)
+        return self.teacher_suffix
 
     @property
     def patches(self) -> Tensor:

@@ -1,20 +1,70 @@
-"""The frozen suffix of a teacher: what comes after the cached features, rebuilt without the rest of the model."""
+"""The frozen suffix of a teacher: what comes after the cached features, rebuilt without the rest of the model.
+
+Any model of tokens has one if its blocks take tokens and constants, such as the rotary embedding of its grid, and if
+its own output comes out of it (`find_suffix` tries that).
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
+from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
+from singer.backbones import block_outputs, depth, gives_tokens
 from singer.errors import UserError
 
-_FRONT = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "pos_drop", "patch_drop")
+# What a model does before its first block.
+_FRONT = (
+    "patch_embed", "embeds", "pos_embed", "cls_token", "reg_token", "dist_token", "norm_pre", "pos_drop", "patch_drop",
+    "rope", "rel_pos_bias", "shared_rel_pos", "mask_token",
+)  # fmt: skip
+# The name, in the state of a suffix, of what a block is called with besides tokens: block.N.name.
+_ARGUMENTS = "arguments."
+_TOLERANCE = 1e-4
+NO_SUFFIX = (
+    "this teacher has no suffix that can be rebuilt, so nothing can read features after a cached block; take "
+    "refine.cleaner clip, neighbour or none, and another distill.objective than logits and relation"
+)
+# Their norm1 comes after the first branch.
+_POST_NORM = (ResPostBlock, ResPostRelPosBlock, EvaBlockPostNorm)
+
+
+def find_suffix(
+    model: nn.Module, architecture: str, model_args: Mapping[str, Any], first_block: int, image_size: int
+) -> dict[str, Tensor] | None:
+    """Return the state of the suffix from first_block on; None if the model has no suffix.
+
+    It is tried with one image (image_size in pixels): the suffix must give the model's own last block and output.
+    """
+    if not gives_tokens(model) or len(getattr(model, "blocks", ())) != depth(model):
+        return None
+    place = next(model.parameters())
+    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(place)
+    last = depth(model) - 1
+    arguments = _block_arguments(model, image, first_block)
+    if arguments is None:
+        return None
+    state = {**suffix_state(model.state_dict(), first_block), **arguments}
+    with torch.no_grad():
+        outputs = block_outputs(model, image, sorted({first_block, last}))
+        try:
+            suffix = TeacherSuffix(architecture, model_args, first_block, state)
+            found = suffix.last_output(outputs[first_block], first_block), suffix.logits(outputs[last], last)
+        except (AttributeError, TypeError, NotImplementedError):  # its blocks or its head take something else
+            return None
+        same = all(
+            x.shape == y.shape and bool((x - y).abs().max() <= _TOLERANCE * max(1.0, float(y.abs().max())))
+            for x, y in zip(found, (outputs[last], model(image)), strict=True)
+        )
+    return state if same else None
 
 
 def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
-    """Take the part of a timm VisionTransformer state dict that belongs to the suffix from first_block on."""
+    """Take the part of a state dict that belongs to the suffix from first_block on."""
     kept = {}
     for name, tensor in state.items():
         parts = name.split(".")
@@ -24,12 +74,44 @@ def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Ten
     return kept
 
 
+@torch.no_grad()
+def _block_arguments(model: nn.Module, image: Tensor, first_block: int) -> dict[str, Tensor] | None:
+    """Return the tensors that blocks are called with besides tokens; None if they are not given by name.
+
+    A block takes what the block before it takes unless it has tensors of its own.
+    """
+    found: dict[str, Tensor] = {}
+    last: dict[str, Tensor] = {}
+    by_name = True
+
+    def note(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal by_name, last
+        by_name &= not any(isinstance(arg, Tensor) for arg in args[1:])
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        if block == first_block or any(last.get(name) is not value for name, value in tensors.items()):
+            found.update({f"{_ARGUMENTS}{block}.{name}": value.contiguous() for name, value in tensors.items()})
+        last = tensors
+
+    blocks: Any = model.blocks
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args, kwargs, b=b: note(b, args, kwargs), with_kwargs=True)
+        for b, block in enumerate(blocks)
+        if b >= first_block
+    ]
+    try:
+        model(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found if by_name else None
+
+
 class TeacherSuffix(nn.Module):
-    """Blocks first_block.. of a timm VisionTransformer with its final norm and head; frozen, in eval mode.
+    """Blocks first_block.. of a model of tokens with its final norm and head; frozen, in eval mode.
 
     It also holds the first cached block: some readers of its output need the block's own weights.
     architecture, model_args: what timm.create_model takes to build the teacher.
-    state: what `suffix_state` returns.
+    state: what `find_suffix` returns.
     """
 
     def __init__(
@@ -37,8 +119,7 @@ class TeacherSuffix(nn.Module):
     ) -> None:
         super().__init__()
         with torch.device("meta"):
-            # Without memory there is nothing to initialise, and an attempt takes most of the time.
-            model = timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
+            model = _outline(architecture, model_args)
         self.depth = len(model.blocks)
         self.first_block = first_block
         for block in range(first_block):
@@ -46,14 +127,31 @@ class TeacherSuffix(nn.Module):
         for name in _FRONT:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
-        model.load_state_dict(dict(state), strict=True, assign=True)
+        own = {name: tensor for name, tensor in state.items() if not name.startswith(_ARGUMENTS)}
+        model.load_state_dict(own, strict=True, assign=True)
+        place = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+        _fill_buffers(model, place)
         self.model = model.requires_grad_(False).eval()
+        self._arguments: dict[int, dict[str, str]] = {}
+        for key, tensor in state.items():
+            if key.startswith(_ARGUMENTS):
+                block_number, name = key.removeprefix(_ARGUMENTS).split(".", 1)
+                buffer_name = f"{name}_{block_number}"
+                self.register_buffer(buffer_name, tensor, persistent=False)
+                self._arguments.setdefault(int(block_number), {})[name] = buffer_name
 
     def block(self, index: int) -> nn.Module:
         """Return block `index` of the teacher. index: first_block to depth - 1."""
         assert self.first_block <= index < self.depth, f"the suffix has blocks {self.first_block} to {self.depth - 1}"
         module: nn.Module = self.model.blocks[index]
         return module
+
+    def run_block(self, index: int, tokens: Tensor) -> Tensor:
+        """Compute the output (B, N, d) of block `index` for tokens (B, N, d)."""
+        given = max((b for b in self._arguments if b <= index), default=None)
+        names = {} if given is None else self._arguments[given]
+        output: Tensor = self.block(index)(tokens, **{name: getattr(self, buffer) for name, buffer in names.items()})
+        return output
 
     def is_last(self, block: int) -> bool:
         """Return whether a block is the teacher's last one."""
@@ -63,8 +161,7 @@ class TeacherSuffix(nn.Module):
         """Compute the output (B, N, d) of block + 1 for tokens (B, N, d) of `block`; return them if it is the last."""
         if self.is_last(block):
             return tokens
-        output: Tensor = self.block(block + 1)(tokens)
-        return output
+        return self.run_block(block + 1, tokens)
 
     def next_norm(self, tokens: Tensor, block: int) -> Tensor:
         """Compute the output (B, N, d) of the norm that first reads the tokens (B, N, d) of `block`."""
@@ -75,7 +172,7 @@ class TeacherSuffix(nn.Module):
     def last_output(self, tokens: Tensor, block: int) -> Tensor:
         """Compute the output (B, N, d) of the last block for the tokens (B, N, d) of `block`."""
         for index in range(block + 1, self.depth):
-            tokens = self.block(index)(tokens)
+            tokens = self.run_block(index, tokens)
         return tokens
 
     def normed(self, tokens: Tensor, block: int) -> Tensor:
@@ -83,8 +180,9 @@ class TeacherSuffix(nn.Module):
 
         In models that pool before their norm, it is fc_norm.
         """
-        output: Tensor = self.model.fc_norm(self.model.norm(self.last_output(tokens, block)))
-        return output
+        output: Tensor = self.model.norm(self.last_output(tokens, block))
+        fc_norm = getattr(self.model, "fc_norm", None)
+        return output if fc_norm is None else fc_norm(output)
 
     def logits(self, tokens: Tensor, block: int) -> Tensor:
         """Compute the teacher's own output (B, classes) for the tokens (B, N, d) of `block`.
@@ -95,11 +193,30 @@ class TeacherSuffix(nn.Module):
         return output
 
 
+def _outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
+    """Build a model on the current device."""
+    try:
+        # Without memory there is nothing to initialise, and an attempt takes most of the time.
+        return timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
+    except (TypeError, AssertionError):  # not all families have that argument or that value
+        return timm.create_model(architecture, pretrained=False, **model_args)
+
+
+def _fill_buffers(model: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no state dict has, such as the indices of relative positions."""
+    for module in model.modules():
+        computed = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name, buffer in computed:
+            module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)
+        if computed:
+            module.init_non_persistent_buffers()  # type: ignore[operator]
+
+
 def first_norm(block: nn.Module) -> nn.Module:
     """Find the norm before a block's first branch. Raises UserError if it has none there (res-post-norm)."""
     for name in ("norm1", "in_norm"):
         norm = getattr(block, name, None)
-        if isinstance(norm, nn.Module) and not isinstance(block, ResPostBlock):
+        if isinstance(norm, nn.Module) and not isinstance(block, _POST_NORM):
             return norm
     branches = getattr(block, "attns", None)
     if isinstance(branches, nn.ModuleList):  # parallel branches, each with a norm of its own

@@ -23,7 +23,8 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.outputs import Mode, read_json, write_provenance
 from singer.backbones import resolve_blocks
-from singer.suffix import TeacherSuffix, suffix_state
+from singer.errors import UserError
+from singer.suffix import NO_SUFFIX
 
 STAGE = "cache-teacher"
 
@@ -69,9 +70,9 @@ def build_segment(
     earlier = [s.manifest.tail_first_block for s in known]
     suffix = None
     if not earlier or manifest.blocks[0] < min(earlier):
-        suffix = suffix_state(extract.vit.model.state_dict(), manifest.blocks[0])
-        # This is a check: if the suffix cannot be built again from its state, the run must fail before hours of work.
-        TeacherSuffix(extract.vit.architecture, extract.vit.model_args, manifest.blocks[0], suffix)
+        suffix = extract.suffix_state(manifest.blocks[0])
+        if suffix is None:
+            say(f"{extract.teacher.architecture}: {NO_SUFFIX}")
     else:
         manifest = manifest.model_copy(update={"tail_first_block": min(earlier)})
     calibration: dict[int, Calibration] = {}
@@ -94,6 +95,8 @@ def build_segment(
 def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
     """Return the manifest of a new segment: all that its features depend on, as known before any image is read."""
     images, records = addition.images, len(addition.images) * addition.views
+    if teacher.shapes is not None and config.cache.token_share < 1:
+        raise UserError("cache.token_share below 1 needs a teacher whose blocks have one grid; leave it at 1 here")
     pixels = None
     if addition.drawing is None and config.views.pixels != "none":
         quality = config.views.jpeg_quality if config.views.pixels == "jpeg" else None

@@ -13,8 +13,9 @@ from pipeline.config import Config
 from pipeline.data.prefetch import prefetch
 from pipeline.data.views import normalise
 from pipeline.teachers.backbone import Backbone, weight_hash
-from singer.backbones import block_outputs, depth, grid_size
+from singer.backbones import block_outputs, depth
 from singer.errors import UserError
+from singer.suffix import find_suffix
 
 _CALIBRATION_RECORDS = 256
 
@@ -33,11 +34,12 @@ class Extractor:
             width=vit.width,
             prefix_tokens=vit.prefix,
             class_token=vit.has_cls,
-            grid=grid_size(vit.model),
+            grid=vit.grid,
             image_size=vit.image_size,
             mean=vit.mean,
             std=vit.std,
             precision=config.cache.precision,
+            shapes=tuple(vit.layout) if len(set(vit.layout)) > 1 else None,
         )
 
     @property
@@ -45,6 +47,11 @@ class Extractor:
         """Return the device of the teacher."""
         device: torch.device = self.accelerator.device
         return device
+
+    def suffix_state(self, first_block: int) -> dict[str, Tensor] | None:
+        """Return the state of the teacher's suffix from first_block on; None if it has none."""
+        model, size = self.vit.model, self.teacher.image_size
+        return find_suffix(model, self.vit.architecture, self.vit.model_args, first_block, size)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:

@@ -108,8 +108,8 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         image_size=first.teacher.image_size,
         precision=first.teacher.precision,
         blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
-        tokens=first.tokens,
-        width=first.teacher.width,
+        tokens=first.tokens_of(max(first.blocks)),
+        width=first.teacher.width_of(max(first.blocks)),
         codec=first.codec,
         records=sum({s.manifest.rows(): s.manifest.records for s in segments}.values()),
         shards=sum(s.manifest.shards for s in segments),
@@ -122,4 +122,5 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
 
 def float16_bytes(m: Manifest) -> int:
     """Return the size of a record in bytes if all its tokens were stored as float16."""
-    return 2 * (m.teacher.prefix_tokens + m.teacher.patches) * m.teacher.width * len(m.blocks)
+    teacher = m.teacher
+    return sum(2 * (teacher.prefix_tokens + teacher.patches_of(b)) * teacher.width_of(b) for b in m.blocks)

@@ -5,7 +5,7 @@ import json
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from pipeline.cache.codecs import CODECS, Fixed, Layout
 from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
@@ -19,7 +19,10 @@ class _Section(BaseModel):
 
 
 class TeacherManifest(_Section):
-    """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash)."""
+    """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash).
+
+    width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have those of the last one.
+    """
 
     name: str
     architecture: str
@@ -34,10 +37,32 @@ class TeacherManifest(_Section):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str
+    shapes: tuple[tuple[int, tuple[int, int]], ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_shapes(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `shapes` out where it says nothing, so that identities are those of older caches."""
+        value: dict[str, Any] = default(self)
+        if self.shapes is None:
+            del value["shapes"]
+        return value
+
+    def width_of(self, block: int) -> int:
+        """Return the width of a block's tokens, in channels."""
+        return self.width if self.shapes is None else self.shapes[block][0]
+
+    def grid_of(self, block: int) -> tuple[int, int]:
+        """Return the grid (rows, columns) of a block's patch tokens."""
+        return self.grid if self.shapes is None else self.shapes[block][1]
+
+    def patches_of(self, block: int) -> int:
+        """Return the number of a block's patch tokens."""
+        rows, columns = self.grid_of(block)
+        return rows * columns
 
     @property
     def patches(self) -> int:
-        """Return the number of patch tokens."""
+        """Return the number of patch tokens of the last block."""
         return self.grid[0] * self.grid[1]
 
     def identity(self) -> dict[str, Any]:
@@ -96,10 +121,9 @@ class Manifest(_Section):
     tail_first_block: int
     files: dict[str, str] = {}
 
-    @property
-    def tokens(self) -> int:
-        """Return the number of stored tokens per record."""
-        return self.teacher.prefix_tokens + self.stored_patches
+    def tokens_of(self, block: int) -> int:
+        """Return the number of stored tokens of a record at a block."""
+        return self.teacher.prefix_tokens + (self.stored_patches if self.sampled else self.teacher.patches_of(block))
 
     @property
     def sampled(self) -> bool:
@@ -117,7 +141,7 @@ class Manifest(_Section):
 
     def layout(self, block: int) -> Layout:
         """Return {part: form} of a block's arrays."""
-        return CODECS[self.codec].parts(self.tokens, self.teacher.width)
+        return CODECS[self.codec].parts(self.tokens_of(block), self.teacher.width_of(block))
 
     def arrays(self) -> Layout:
         """Return {name: form of one record} of all arrays."""

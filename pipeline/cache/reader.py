@@ -24,7 +24,7 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place, ReadThrough, open_store
 from pipeline.storage.outputs import parse_tensors
 from singer.errors import UserError
-from singer.suffix import TeacherSuffix
+from singer.suffix import NO_SUFFIX, TeacherSuffix
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,12 @@ class Cache:
         return self.decode(self.read(records), device)
 
     def suffix(self) -> TeacherSuffix:
-        """Return the frozen suffix of the teacher, on the CPU. Raises UserError if its file is damaged."""
+        """Return the frozen suffix of the teacher, on the CPU.
+
+        Raises UserError if the teacher has none, or if its file is damaged.
+        """
+        if not self.has_suffix:
+            raise UserError(f"{self.manifest.teacher.architecture}: {NO_SUFFIX}")
         segment = min(
             (s for s in self._segments if TAIL in s.manifest.files),
             key=lambda s: s.manifest.tail_first_block,
@@ -285,6 +290,11 @@ class Cache:
             return TeacherSuffix(teacher.architecture, teacher.model_args, segment.manifest.tail_first_block, state)
         except RuntimeError as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+
+    @property
+    def has_suffix(self) -> bool:
+        """Return whether the teacher's blocks after the cached ones can be run."""
+        return any(TAIL in s.manifest.files for s in self._segments)
 
     def _complete(self, segments: list[Segment], local_copy: Path | None) -> list[Segment]:
         """Return the complete segments. Raises UserError if the first one is incomplete; others are left out."""

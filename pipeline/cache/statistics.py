@@ -31,11 +31,11 @@ def spread(records: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
-def shape_of(cache: Cache, rank: int = 1, softness: float = 1.0) -> Shape:
-    """Return the shape of the cached features, which is the same for every block."""
+def shape_of(cache: Cache, block: int, rank: int = 1, softness: float = 1.0) -> Shape:
+    """Return the shape of the cached features of a block."""
     teacher = cache.manifest.teacher
-    grid = None if cache.manifest.sampled else teacher.grid
-    return Shape(teacher.width, teacher.prefix_tokens, grid, rank, softness)
+    grid = None if cache.manifest.sampled else teacher.grid_of(block)
+    return Shape(teacher.width_of(block), teacher.prefix_tokens, grid, rank, softness)
 
 
 def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
@@ -52,13 +52,13 @@ def gather_context(
     records: np.ndarray,
     block: int,
     scale: BlockScale,
-    suffix: TeacherSuffix,
+    suffix: TeacherSuffix | None,
     device: torch.device,
     seed: int,
 ) -> FitContext:
     """Gather what a cleaner of one block is fitted to: the tokens of some records (or of none), held in memory."""
-    shape = shape_of(cache)
-    none = torch.empty(0, cache.manifest.tokens, shape.width, device=device)
+    shape = shape_of(cache, block)
+    none = torch.empty(0, cache.manifest.tokens_of(block), shape.width, device=device)
     tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
     return FitContext(suffix, block, tokens, scale, shape.prefix, shape.grid, seed)
 
@@ -71,9 +71,8 @@ def clean_moments(
     The tokens are prepared as the block's normaliser needs them. A patch is clean if it was not an artifact
     before refining.
     """
-    shape = shape_of(cache)
-    prefix = shape.prefix
-    moments = {b: Moments(shape, refiner.normaliser(b).needs_covariance) for b in cache.blocks}
+    prefix = cache.manifest.teacher.prefix_tokens
+    moments = {b: Moments(shape_of(cache, b), refiner.normaliser(b).needs_covariance) for b in cache.blocks}
     for features in batches(cache, records, device):
         for block, x in features.items():
             refined = refiner.normaliser(block).prepare(refiner.clean(x, block))

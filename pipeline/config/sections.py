@@ -35,12 +35,13 @@ class PrepareConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A timm VisionTransformer: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
+    """A model of timm: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
 
     name: str = key(
         "vit_base_patch14_dinov2", "the model: a name in timm, hf-hub:USER/NAME or local-dir:FOLDER", "place"
     )
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
+    averaged: bool = key(True, "take averaged weights (EMA) where a file has both")
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's own")
 
 

@@ -174,7 +174,8 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
         pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
         free = free_bytes(Path(out)) if out is not None and local is not None else None
         scale = Scale(config, vit, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
-        shares = sorted({*_SHARES, config.cache.token_share}, reverse=True)
+        uneven = len(set(vit.layout)) > 1  # then all tokens are stored
+        shares = [1.0] if uneven else sorted({*_SHARES, config.cache.token_share}, reverse=True)
         codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
         options = [option for codec in codecs for option in scale.options(codec, shares)]
         chosen = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
@@ -293,7 +294,7 @@ class Scale:
     ) -> None:
         self.config, self.vit, self.images, self.free = config, vit, images, free
         self._features, self._calibration = features, calibration
-        self.tail_bytes = sizes[TAIL]
+        self.tail_bytes = sizes.get(TAIL, 0)
         fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
         growing = {name: size for name, size in sizes.items() if name not in fixed}
         other = sum(size for name, size in growing.items() if not name.startswith((f"{FEATURES}/", f"{POSITIONS}/")))
@@ -316,7 +317,7 @@ class Scale:
     def option(self, codec: str, share: float, error: float) -> PlanOption:
         """Return the option of a codec that stores this share of the patch tokens; error: see PlanOption."""
         views, blocks = self.config.views.count, len(self._features)
-        patches = self.vit.grid[0] * self.vit.grid[1]
+        patches = next(iter(self._features.values())).shape[1] - self.vit.prefix
         stored = max(1, round(share * patches))
         features = sum(self.block_bytes(codec, block, stored) for block in self._features)
         beside = self._other + (2 * stored + _INDEX_ENTRY if stored < patches else 0)

@@ -71,7 +71,7 @@ def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, 
         looks.append(look_at_features(cache, _source_title(source, sources, pictured), block, sample, device, source))
     looks += [seen[run] for run in pictured]
     images = cache.pixels(records[sample.shown], _PHOTO, files).numpy()
-    grid = cache.manifest.teacher.grid
+    grid = cache.manifest.teacher.grid_of(block)
     places = pictures.choose_places(looks)
     plain, marked = pictures.photos(images, grid), pictures.photos(images, grid, places)
     strips = {

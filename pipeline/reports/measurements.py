@@ -95,7 +95,7 @@ def look_at_features(
         refiner = refiner.to(device)
         block = block if block in cache.blocks else max(cache.blocks)
     norms = norms_of(cache, sample.records, device, refiner)
-    grid = None if cache.manifest.sampled else cache.manifest.teacher.grid
+    grid = None if cache.manifest.sampled else cache.manifest.teacher.grid_of(block)
     patches = None
     if grid is not None:
         x = cache.features(sample.records[sample.shown], device)[block]
@@ -116,7 +116,7 @@ def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
     state = read_tensors(source.folder / ADAPTERS)
     ranks = {int(name.split(".")[1]): x.shape[1] for name, x in state.items() if name.endswith(".down")}
     part = Cache(cache.place, None, tuple(ranks), known=cache.id)
-    refiner = Refiner({b: shape_of(part, rank) for b, rank in ranks.items()}, "adapter", "none")
+    refiner = Refiner({b: shape_of(part, b, rank) for b, rank in ranks.items()}, "adapter", "none")
     try:
         refiner.load_state_dict(state)
     except RuntimeError as error:

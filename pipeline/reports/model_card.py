@@ -2,10 +2,11 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from pipeline.config import Config
 from pipeline.evaluation.classification import Accuracies
@@ -15,7 +16,7 @@ from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import LOCAL
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
-from singer.backbones import depth, final_norm
+from singer.backbones import depth, final_norm, patch_size
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
@@ -76,13 +77,15 @@ def write_card(card: ModelCard) -> str:
             for number, learned in enumerate(card.trained.taught, start=1)
         ],
         depth=depth(model),
-        heads=model.blocks[0].attn.num_heads if card.vit.is_vit else None,
-        patch=model.patch_embed.patch_size[0] if card.vit.is_vit else None,
+        heads=heads(model),
+        patch=patch_size(model),
         tokens=card.vit.prefix + card.vit.grid[0] * card.vit.grid[1],
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
-        if card.vit.is_vit
+        if card.vit.gives_tokens
         else "timm's pooling of the last feature map",
-        norm=describe_norm(model) if card.vit.is_vit else "The layers of timm after the last stage were not trained.",
+        norm=describe_norm(model)
+        if card.vit.gives_tokens
+        else "The layers of timm after the last stage were not trained.",
         caveats=caveats(card.vit, card.trained),
         probes=read_probes(run),
         made_with=read_versions(run),
@@ -116,7 +119,13 @@ def describe_refiner(learned: TeacherLink, file_hash: str | None) -> str:
     return f"{what}; SHA-256 `{file_hash}`"
 
 
-def describe_norm(model: VisionTransformer) -> str:
+def heads(model: Any) -> int | None:
+    """Return the number of attention heads of a model of tokens; None if its blocks do not tell."""
+    attention = getattr(next(iter(getattr(model, "blocks", ())), None), "attn", None)
+    return getattr(attention, "num_heads", None)
+
+
+def describe_norm(model: nn.Module) -> str:
     """Return what the final norm is, in sentences: training uses only raw outputs of blocks and leaves it unchanged."""
     norm = final_norm(model)
     if norm is None:

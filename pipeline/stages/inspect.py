@@ -106,7 +106,7 @@ def inspect(
         else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
     )
     sample = spread(held_out, settings.sample_records)
-    suffix = cache.suffix().to(device)
+    suffix = cache.suffix().to(device) if cache.has_suffix else None
     loaded = loaded.to(device) if loaded is not None else None
     figures, shown, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, loaded, scales, sample, device) if loaded is not None else {}
@@ -145,10 +145,11 @@ def _block_figures(context: FitContext, refiner: Refiner | None) -> dict[str, An
     }
     if refiner is not None:
         clean = _cleaner(refiner, context.block)
+        # Without a grid, the cache holds only a share of the patches, but the teacher's blocks read all of them.
+        readable = context.grid is not None and context.teacher_suffix is not None
         figures |= {
-            # Without a grid, the cache holds only a share of the patches, but the teacher's blocks read all of them.
-            "drift": reader_drift(context, clean) if context.grid is not None else {},
-            "spliced": splice(context, clean) if context.grid is not None else {},
+            "drift": reader_drift(context, clean) if readable else {},
+            "spliced": splice(context, clean) if readable else {},
             # It is measured on the targets of a student: the normaliser may enlarge artifacts that the cleaner left.
             "loss_share_refined": loss_share(context, lambda x: refiner({context.block: x})[context.block]),
         }

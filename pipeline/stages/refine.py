@@ -108,7 +108,7 @@ def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
     for group in together[ranks.rank :: ranks.world]:
         part = Cache(cache.place, None, group, settings.local_copy, cache.id)
         fit_adapters(
-            part, fit.refiner, fit.suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
+            part, fit.refiner, fit.adapter_suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
         )
     ranks.wait()
     if ranks.rank == 0:

@@ -238,7 +238,7 @@ def _read_timm(student: Student, folder: Path) -> Written:
     vit = student.vit
     tokens = "patches, prefix" if vit.prefix else "patches"
     more = ", return_prefix_tokens=True" if vit.prefix else ""
-    layout = "NLC" if vit.is_vit else "NCHW"
+    layout = "NLC" if vit.gives_tokens else "NCHW"
     snippet = f"""import timm
 import torch
 from PIL import Image

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.storage.outputs import write_json, write_tensors
-from singer.backbones import is_vit, layout
+from singer.backbones import gives_tokens, has_cls, layout, prefix_tokens
 
 # Every image is resized to a model's image size in this way (data.views.apply_view).
 INTERPOLATION = "bicubic"
@@ -19,7 +19,7 @@ INTERPOLATION = "bicubic"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm model and what is needed to build it again. Teachers are VisionTransformers; students may be others.
+    """A timm model and what is needed to build it again.
 
     image_size: in pixels; mean, std: of RGB in [0, 1].
     """
@@ -32,19 +32,19 @@ class Backbone:
     std: tuple[float, ...]
 
     @property
-    def is_vit(self) -> bool:
-        """Return whether the model is a VisionTransformer of timm."""
-        return is_vit(self.model)
+    def gives_tokens(self) -> bool:
+        """Return whether the model has tokens, and not feature maps."""
+        return gives_tokens(self.model)
 
     @property
     def prefix(self) -> int:
         """Return the number of CLS and register tokens."""
-        return int(self.model.num_prefix_tokens) if self.is_vit else 0
+        return prefix_tokens(self.model)
 
     @property
     def has_cls(self) -> bool:
         """Return whether the model has a class token."""
-        return self.is_vit and bool(self.model.has_class_token)
+        return has_cls(self.model)
 
     @cached_property
     def layout(self) -> list[tuple[int, tuple[int, int]]]:
@@ -71,9 +71,7 @@ def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> N
 
 def timm_config(vit: Backbone) -> dict[str, Any]:
     """Return the configuration that timm stores as config.json beside the weights."""
-    own = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
-    if not vit.is_vit:
-        own = {key: vit.model.pretrained_cfg.get(key) for key in own}
+    own = {key: vit.model.pretrained_cfg.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
     return {
         "architecture": vit.architecture,
         "num_classes": vit.model.num_classes,

@@ -1,6 +1,7 @@
 """Load timm models: teachers with their weights, new students, and students that a run saved."""
 
 import difflib
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from pipeline.config import TeacherConfig
 from pipeline.runtime.logs import adopt_libraries
-from pipeline.storage.outputs import read_json, read_tensors
+from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
-from singer.backbones import is_vit
+from pipeline.teachers.weights import describe_size, read_weights
+from singer.backbones import depth, gives_tokens, patch_size
 from singer.errors import UserError
 
 LOCAL = "local-dir:"
+# What timm calls ViTs of a width, and how many such models are looked at for a hint: each takes a tenth of a second.
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
+_MOST_TRIED = 8
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 # What to do without a network; the keys say where the name of the model was given.
@@ -40,7 +43,7 @@ def local_folder(name: str) -> Path | None:
 def load_teacher(config: TeacherConfig) -> Backbone:
     """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
     return _frozen(
-        create_model(config.name, config.image_size, {}, config.weights, pretrained=True, what="teacher.name")
+        create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
     )
 
 
@@ -75,27 +78,6 @@ def _frozen(vit: Backbone) -> Backbone:
     return vit
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors or .pth file; nothing but tensors is ever unpickled.
-
-    Raises UserError if the file is missing or damaged, or if it holds no state dict.
-    """
-    if not path.is_file():
-        raise UserError(f"weights {path}: no such file")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and header errors differ in type
-        raise UserError(f"weights {path} cannot be read: {first_line(error)}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"weights {path}: expected a state dict of tensors")
-    return loaded
-
-
 def create_model(
     name: str,
     image_size: int | None,
@@ -103,12 +85,13 @@ def create_model(
     weights: Path | None,
     pretrained: bool,
     what: str,
+    averaged: bool = True,
 ) -> Backbone:
     """Build a model of timm.
 
     image_size: in pixels, None for the model's own; args: more arguments of timm.create_model; weights: a local file;
-    pretrained: whether to load weights; what: the setting that names the model, for messages. Raises UserError if the
-    model, its weights or its image size cannot be used.
+    averaged: see read_weights; pretrained: whether to load weights; what: the setting that names the model, for
+    messages. Raises UserError if the model, its weights or its image size cannot be used.
     """
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
@@ -123,7 +106,7 @@ def create_model(
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
-        state = read_weights(weights)
+        state = read_weights(weights, _tensor_names(name, args), averaged)
         head = next((state[key] for key in _HEADS if key in state), None)
         kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
         # timm's own loader converts other layouts and interpolates the position embedding. With an empty source, it
@@ -135,23 +118,69 @@ def create_model(
     pretrained_cfg = model.pretrained_cfg
     # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
-    if is_vit(model):
-        size = model.patch_embed.img_size
-        args |= {"img_size": size[0], "global_pool": model.global_pool}
+    size = _built_size(model) or image_size or pretrained_cfg["input_size"][1:]
+    rows, columns = (size, size) if isinstance(size, int) else size
+    if rows != columns:
+        raise UserError(f"{what} {name}: only square inputs are supported, not {rows} x {columns}")
+    if image_size is not None and rows != image_size:
+        raise UserError(f"{what} {name}: it was built for {rows} pixels, and image_size {image_size} was asked for")
+    if _takes_image_size(model):
+        args["img_size"] = rows
     else:
-        size = (image_size, image_size) if image_size else tuple(pretrained_cfg["input_size"][1:])
-        if not pretrained_cfg.get("fixed_input_size"):
-            args.pop("img_size", None)
-    if size[0] != size[1]:
-        raise UserError(f"{what} {name}: only square inputs are supported, not {size}")
+        args.pop("img_size", None)
+    if gives_tokens(model) and hasattr(model, "global_pool"):
+        args["global_pool"] = model.global_pool
     return Backbone(
         model=model,
         architecture=pretrained_cfg["architecture"],
         model_args=args,
-        image_size=size[0],
+        image_size=int(rows),
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
+
+
+def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tensors of a model of timm; none if it cannot be built (_build says why)."""
+    try:
+        with torch.device("meta"):
+            return set(timm.create_model(name, **{k: v for k, v in args.items() if v is not None}).state_dict())
+    except Exception:  # timm raises errors of many types
+        return set()
+
+
+def _fitting(name: str, state: Mapping[str, torch.Tensor]) -> str:
+    """Return a hint that names models of the same family with the width, depth and patch size of some weights."""
+    size, family = describe_size(state), name.partition(".")[0]
+    if size is None or not timm.is_model(family):
+        return ""
+    width, blocks, patch = size
+    near = sorted(
+        timm.list_models(f"*{_SIZES.get(width, '')}*patch{patch}*"),
+        key=lambda other: -difflib.SequenceMatcher(None, family, other).ratio(),
+    )
+    found = []
+    for other in near[:_MOST_TRIED]:
+        with torch.device("meta"):
+            outline = timm.create_model(other)
+        if gives_tokens(outline) and (getattr(outline, "embed_dim", None), depth(outline)) == (width, blocks):
+            found.append(other)
+    like = f", as {', '.join(found[:3])}" if found else ""
+    return f"; they are {width} wide and have {blocks} blocks and patches of {patch} pixels{like}"
+
+
+def _takes_image_size(model: Any) -> bool:
+    """Return whether a model is built for one image size; others work at any size and have no argument for it."""
+    if gives_tokens(model):
+        constructors = [vars(kind)["__init__"] for kind in type(model).__mro__ if "__init__" in vars(kind)]
+        return any("img_size" in inspect.signature(init).parameters for init in constructors[:-1])  # object is last
+    return bool(model.pretrained_cfg.get("fixed_input_size"))
+
+
+def _built_size(model: Any) -> Any:
+    """Return the image size, (rows, columns) in pixels, that a model of tokens was built for; None if it has none."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return size if gives_tokens(model) and _takes_image_size(model) else None
 
 
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
@@ -162,15 +191,13 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
         with torch.device("meta"):
             outline = timm.create_model(name, **plain)
-        if isinstance(outline, VisionTransformer):
-            patch, size = outline.patch_embed.patch_size[0], kwargs.get("img_size")
-            if size is not None and size % patch:
-                near = f"the nearest is {max(1, round(size / patch)) * patch}"
-                raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
-        elif what == "teacher.name":
-            raise UserError(f"{subject}: it is a {type(outline).__name__}, not a VisionTransformer of timm")
-        elif not outline.pretrained_cfg.get("fixed_input_size"):
-            # The model works at any image size and has no argument for it.
+        if not hasattr(outline, "forward_intermediates"):
+            raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
+        patch, size = patch_size(outline), kwargs.get("img_size")
+        if patch and size is not None and size % patch:
+            near = f"the nearest is {max(1, round(size / patch)) * patch}"
+            raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
+        if not _takes_image_size(outline):
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
             subject = f"weights of {subject} were not loaded"
@@ -187,6 +214,8 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         if not isinstance(error, _INPUT_ERRORS) and "unexpected keyword argument" not in str(error):
             raise  # this is a defect, or the disk fails
         remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
+        if subject.startswith(f"weights {weights} "):
+            remedy = _fitting(name, kwargs["pretrained_cfg_overlay"]["state_dict"])
         raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error
 
 

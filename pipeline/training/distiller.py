@@ -46,7 +46,7 @@ class TeacherBranch:
             """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
             made = {}
             for t in blocks:
-                spec = ProjectorSpec(*self.layout[matching[t]], context.width, targets.grid, context.prefix)
+                spec = ProjectorSpec(*self.layout[matching[t]], targets.width(t), targets.grid(t), context.prefix)
                 made[str(t)] = project(spec)
             return nn.ModuleDict(made)
 
@@ -56,7 +56,7 @@ class TeacherBranch:
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
         self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
         # {teacher block: the grid of the projected tokens}.
-        self.grids = {t: targets.grid if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
+        self.grids = {t: targets.grid(t) if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
 
     @property
     def trained(self) -> dict[str, nn.Module]:

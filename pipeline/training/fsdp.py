@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.config import Precision
-from singer.backbones import is_vit
+from singer.backbones import gives_tokens
 from singer.errors import UserError
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -46,12 +46,12 @@ def check_sharding(precision: Precision) -> None:
 def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
     """Keep a part of every weight on each process.
 
-    For computation, the blocks of a ViT are gathered one at a time, and all other weights at once. Return the number of
-    weights that this process keeps, and the number of all weights.
+    For computation, the blocks of a model of tokens are gathered one at a time, and all other weights at once. Return
+    the number of weights that this process keeps, and the number of all weights.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for vit in [module for module in model.modules() if is_vit(module)]:
-        blocks: Any = vit.blocks
+    for vit in [module for module in model.modules() if gives_tokens(module)]:
+        blocks: Any = getattr(vit, "blocks", ())
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

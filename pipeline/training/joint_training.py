@@ -56,4 +56,4 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
         adapter = fit.refiner.cleaner(block)
         assert isinstance(adapter, Adapter)
         adapter.start(start, settings.start == "doubled")
-    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
+    return JointTraining(fit.adapter_suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

@@ -26,9 +26,10 @@ class RefinerFit:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
         self.statistics = spread(records, settings.statistics_records)
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
-        self.suffix = cache.suffix().to(device)
+        trained = CLEANERS[settings.cleaner].trained
+        self.suffix = cache.suffix().to(device) if trained or cache.has_suffix else None
         self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
-        if CLEANERS[settings.cleaner].trained:
+        if trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
                 raise UserError(
                     f"refine.info_form {settings.info_form} needs an intermediate block besides the last one; "
@@ -37,6 +38,12 @@ class RefinerFit:
             self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
             self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
+
+    @property
+    def adapter_suffix(self) -> TeacherSuffix:
+        """Return the suffix with which the losses of adapters read; it is there if adapters are trained."""
+        assert self.suffix is not None
+        return self.suffix
 
     def fit_closed_forms(self) -> None:
         """Fit everything that has a closed form, once the adapters are there: cleaners, then normalisers after them."""
@@ -54,7 +61,7 @@ class RefinerFit:
 
 def start_directions(
     cache: Cache,
-    suffix: TeacherSuffix,
+    suffix: TeacherSuffix | None,
     scales: dict[int, BlockScale],
     records: np.ndarray,
     settings: RefineConfig,

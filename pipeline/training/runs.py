@@ -128,7 +128,10 @@ class NewStudent:
         lines = []
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t = source.cache.manifest.teacher
-            pairs = [f"{place(b, t.width, t.grid)} -> {place(s, *head.layout[s])}" for b, s in head.matching.items()]
+            pairs = [
+                f"{place(b, t.width_of(b), t.grid_of(b))} -> {place(s, *head.layout[s])}"
+                for b, s in head.matching.items()
+            ]
             owner = f"of {source.name} " if len(self.sources) > 1 else ""
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
         return lines

@@ -53,7 +53,7 @@ class RefinerManifest:
 
 def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
     """Build a refiner for a cache's blocks that is not fitted yet. ranks: {block: rank of its adapter}."""
-    shapes = {b: shape_of(cache, ranks[b], settings.softness) for b in cache.blocks}
+    shapes = {b: shape_of(cache, b, ranks[b], settings.softness) for b in cache.blocks}
     return Refiner(shapes, settings.cleaner, settings.normaliser)
 
 

@@ -31,12 +31,15 @@ class Targets:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
+        self._grid = student.grid if student.gives_tokens and not lifted else None
 
-    @property
-    def meeting_grid(self) -> tuple[int, int] | None:
-        """Return the grid on which tokens are compared; None if the cache holds only some of the patches."""
-        return None if self.cache.manifest.sampled else self.grid
+    def grid(self, block: int) -> tuple[int, int]:
+        """Return the grid of the targets of a teacher's block."""
+        return self._grid or self.cache.manifest.teacher.grid_of(block)
+
+    def width(self, block: int) -> int:
+        """Return the width of the targets of a teacher's block, in channels."""
+        return self.cache.manifest.teacher.width_of(block)
 
     def features(self, encoded: Encoded) -> dict[int, Tensor]:
         """Decode the teacher's features, {block: (B, N, d)}, on the device."""
@@ -48,9 +51,9 @@ class Targets:
         classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
         return ObjectiveContext(
             blocks,
-            teacher.width,
+            teacher.width_of(blocks[-1]),
             int(self.keep_cls),
-            self.meeting_grid,
+            None if self.cache.manifest.sampled else self.grid(blocks[-1]),
             self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
             teacher.prefix_tokens,
             classes,
@@ -74,7 +77,7 @@ class Targets:
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
         if positions is not None:
             return targets
-        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid, self.grid) for b, x in targets.items()}
+        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid_of(b), self.grid(b)) for b, x in targets.items()}
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
         """Return normalised targets {block: (B, N, d)} of stored records."""
@@ -90,6 +93,6 @@ class Targets:
         """
         prefix = int(self.keep_cls)
         if positions is None:
-            return {b: resize_tokens(x, prefix, grids[b], self.grid) for b, x in tokens.items()}
+            return {b: resize_tokens(x, prefix, grids[b], self.grid(b)) for b, x in tokens.items()}
         grid = self.cache.manifest.teacher.grid
         return {b: take_patches(resize_tokens(x, prefix, grids[b], grid), prefix, positions) for b, x in tokens.items()}

@@ -12,9 +12,9 @@ from singer.suffix import TeacherSuffix
 class ObjectiveContext:
     """What student and teacher tokens have in common: matched teacher blocks, width, prefix tokens (0 or CLS), grid.
 
-    grid: (rows, columns) of the patch tokens; None where only some patches of each image are stored. suffix: the frozen
-    suffix of the teacher; teacher_prefix: number of its CLS and register tokens. classes: number of classes of the
-    labels, None without labels.
+    width, grid: of the last matched block. grid: (rows, columns) of the patch tokens; None where only some patches of
+    each image are stored. suffix: the frozen suffix of the teacher; teacher_prefix: number of its CLS and register
+    tokens. classes: number of classes of the labels, None without labels.
     """
 
     blocks: tuple[int, ...]

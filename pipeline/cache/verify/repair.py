@@ -23,7 +23,6 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Store
 from pipeline.storage.outputs import CONFIG, tensor_bytes
 from singer.errors import UserError
-from singer.suffix import suffix_state
 
 
 def repair_segment(
@@ -37,7 +36,7 @@ def repair_segment(
     manifest, store = segment.manifest, segment.store
     again = metadata(manifest)
     if within(segment, TAIL) in report.files:
-        again[TAIL] = tensor_bytes(suffix_state(extract.vit.model.state_dict(), manifest.tail_first_block))
+        again[TAIL] = tensor_bytes(extract.suffix_state(manifest.tail_first_block) or {})
     for name, content in again.items():
         if within(segment, name) not in report.files:
             continue
