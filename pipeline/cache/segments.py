@@ -186,7 +186,7 @@ class Segment:
             index = read_index_2(self.store)
             same = content_hash_2(index.images, index.digest) == self.hash
         else:
-            images = read_images(self.store)
+            images = self._listed()
             if self._complete.unreadable:
                 images = images.select(np.delete(np.arange(len(images)), self._complete.unreadable))
             index = read_records(self.store, images, self.manifest)
@@ -194,6 +194,9 @@ class Segment:
         if len(index) != self.records or not same:
             raise UserError(f"the index of {self.store.url} does not belong to its manifest; run singer cache verify")
         return index
+
+    def _listed(self) -> Images:
+        return read_images(self.store, self.manifest.data.decoding)
 
     def digests(self) -> np.ndarray:
         """Return the digests of a complete segment's listed images, (images,) uint64; 0 if one cannot be decoded."""
@@ -203,7 +206,7 @@ class Segment:
 
     def unreadable(self) -> Images:
         """Return the listed images of a complete segment that cannot be decoded."""
-        return read_images(self.store).select(np.array(self._complete.unreadable, dtype=np.int64))
+        return self._listed().select(np.array(self._complete.unreadable, dtype=np.int64))
 
 
 def read_segments(store: Store) -> list[Segment]:

@@ -114,5 +114,5 @@ def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
     if there.version == 2:
         raise UserError(f"{store.url} was begun by format version 2 and cannot be continued; use --overwrite")
     blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
-    whole = Addition(blocks, read_images(store), 0, config.views.count)
+    whole = Addition(blocks, read_images(store, there.data.decoding), 0, config.views.count)
     check_same(there, describe(config, whole, teacher), store.url)
