@@ -70,7 +70,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     extract = Extractor(config, vit, accelerator)
     create.create_segments(config, index_shards(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
-    manifest, images = part.manifest, read_images(part.store)
+    manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)
     rows = Rows.of(manifest, images)
     encode = Encoder(manifest, rows, calibration_on(part, extract.device))
     turn = max(1, options.images // manifest.shard_records)
@@ -113,7 +113,11 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     store = LocalStore(folder)
     create_synthetic(store, manifest)
     (part,) = read_segments(store)
-    encode = Encoder(manifest, Rows.of(manifest, read_images(store)), calibration_on(part, torch.device("cpu")))
+    encode = Encoder(
+        manifest,
+        Rows.of(manifest, read_images(store, manifest.data.decoding)),
+        calibration_on(part, torch.device("cpu")),
+    )
 
     def store_all() -> None:
         with filling(part, encode) as store:

@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.cache.manifest import view_form
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.config import ViewsConfig
-from pipeline.data import ImageFile, Images, OnError, decoding_quietly
+from pipeline.data import ImageFile, Images, OnError
 from pipeline.data.prefetch import prefetch
 
 
@@ -22,7 +22,7 @@ class Validated:
 
 def validate_images(images: Images, workers: int, on_error: OnError) -> Validated:
     rows = Rows(images, 0, 1, ViewsConfig())
-    with ImageFile(images) as files, decoding_quietly():
+    with ImageFile(images) as files:
         read = RowReader(rows, files, view_form(False), {4}, on_error)
         seen = list(prefetch(read, np.array_split(np.arange(len(images)), -(-len(images) // 8)), workers))
     found = np.concatenate([s.found for s in seen])

@@ -1,6 +1,7 @@
 """Create new segments: their manifests and small files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.cache.rows import RowReader
 from pipeline.cache.segments import Segment, mine, read_segments, segment_name
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
-from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash
+from pipeline.data import ImageFile, Images, listing_hash
 from pipeline.data.tars import NO_LABEL
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
@@ -46,6 +47,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     additions = [whole]
     if mode == "append":
         check_growth(segments, describe(config, whole, extract.teacher), out)
+        listed = replace(listed, decoding=segments[0].manifest.data.decoding)
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
         if not additions:
             say("the cache already holds everything that this run asks for")
@@ -83,7 +85,7 @@ def build_segment(
         measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
     rows = rows_of(manifest, addition.images, segments)
-    with ImageFile(addition.images) as files, decoding_quietly():
+    with ImageFile(addition.images) as files:
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
@@ -110,6 +112,7 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
             images=len(images),
             labelled=int((images.labels != NO_LABEL).sum()),
             hash=listing_hash(images),
+            decoding=images.decoding,
         ),
         views=(addition.drawing or drawing(config.views)) | {"first": addition.first_view, "count": addition.views},
         blocks=addition.blocks,

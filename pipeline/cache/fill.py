@@ -16,7 +16,7 @@ from pipeline.cache.index import read_images
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import Segment, mine, read_segments
-from pipeline.data import ImageFile, Images, decoding_quietly, listing_hash, relocate
+from pipeline.data import ImageFile, Images, listing_hash, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from pipeline.runtime.ranks import current
@@ -85,7 +85,7 @@ def fill(
     if not pending:
         return 0
     manifest = segment.manifest
-    images = relocate(read_images(segment.store), shards)
+    images = relocate(read_images(segment.store, manifest.data.decoding), shards)
     rows = rows_of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
@@ -100,7 +100,6 @@ def fill(
 
     with (
         ImageFile(images) as files,
-        decoding_quietly(),
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         filling(segment, encode) as store,
     ):

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from pipeline.cache.format import IMAGES, RECORDS
 from pipeline.cache.manifest import Manifest
-from pipeline.data import Images, Keys, Skipped
+from pipeline.data import Decoding, Images, Keys, Skipped
 from pipeline.data.views import View
 from pipeline.storage import Store
 from singer.errors import UserError
@@ -84,12 +84,15 @@ def image_bytes(images: Images) -> bytes:
     return save_columns(columns, {"listing": json.dumps(about)})
 
 
-def read_images(store: Store) -> Images:
-    """Read the images that were listed for a segment. Raises UserError if the file is missing or damaged."""
+def read_images(store: Store, decoding: Decoding) -> Images:
+    """Read the images that were listed for a segment. Raises UserError if the file is missing or damaged.
+
+    decoding: that of the segment's manifest.
+    """
     with _reading(store, IMAGES) as (columns, about):
         listing = json.loads(about["listing"])
         skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
-        return replace(_images(columns, listing["shards"]), skipped=skipped)
+        return replace(_images(columns, listing["shards"], decoding), skipped=skipped)
 
 
 def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
@@ -103,7 +106,7 @@ def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
         return Index(images, columns["image.digest"], image, view, columns["record.box"], columns["record.flip"], color)
 
 
-def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:
+def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str], decoding: Decoding) -> Images:
     return Images(
         paths=tuple(map(Path, shards)),
         shard_sizes=tuple(columns["shard.size"].tolist()),
@@ -112,6 +115,7 @@ def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str]) -> Images:
         shard=columns["image.shard"],
         offset=columns["image.offset"],
         size=columns["image.size"],
+        decoding=decoding,
     )
 
 
@@ -141,13 +145,16 @@ def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], d
 
 
 def join(indices: Iterable[Index]) -> Index:
-    """Concatenate the records of several indices."""
+    """Concatenate the records of several indices. Raises UserError if their images are decoded in different ways."""
     indices = list(indices)
     if len(indices) == 1:
         return indices[0]
     first_image = np.cumsum([0, *(len(i.images) for i in indices)])
     first_shard = np.cumsum([0, *(len(i.images.paths) for i in indices)])
     images = [i.images for i in indices]
+    decoding, *others = sorted({i.decoding for i in images})
+    if others:
+        raise UserError(f"the segments decode images in different ways ({decoding}, {others[0]}); make a new cache")
     colors = [np.tile(_NO_CHANGE, (len(i), 1)) if i.color is None else i.color for i in indices]
     all_images = Images(
         paths=tuple(chain.from_iterable(i.paths for i in images)),
@@ -157,6 +164,7 @@ def join(indices: Iterable[Index]) -> Index:
         shard=np.concatenate([i.shard + s for i, s in zip(images, first_shard, strict=False)]),
         offset=np.concatenate([i.offset for i in images]),
         size=np.concatenate([i.size for i in images]),
+        decoding=decoding,
     )
     return Index(
         all_images,

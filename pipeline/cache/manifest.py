@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 
 from pipeline.cache.codecs import CODECS, Fixed, Layout
 from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
+from pipeline.data import Decoding
 from pipeline.storage import Store
 from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated
 from singer.errors import UserError
@@ -82,13 +83,22 @@ class TeacherManifest(_Section):
 class DataManifest(_Section):
     """The images that the shards list.
 
-    hash: data.listing_hash.
+    hash: data.listing_hash. decoding: how the images are decoded.
     """
 
     shards: tuple[str, ...]
     images: int
     labelled: int
     hash: str
+    decoding: Decoding = "stored"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the way in which all caches of earlier versions were made, so that they keep their ids."""
+        value: dict[str, Any] = serialize(self)
+        if self.decoding == "stored":
+            del value["decoding"]
+        return value
 
 
 class PixelsManifest(_Section):

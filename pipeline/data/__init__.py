@@ -1,11 +1,12 @@
 """WebDataset shards: their content, and their images by number."""
 
-from pipeline.data.decoding import decode, decoding_quietly, one_line, open_image, open_known, to_rgb
+from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
 from pipeline.data.image_reading import ImageFile
 from pipeline.data.images import Images, Keys, Skipped, content_hash, image_digest, listing_hash, require_labels
 from pipeline.data.shard_index import OnError, expand_shards, index_beside, index_shards, relocate
 
 __all__ = [
+    "Decoding",
     "ImageFile",
     "Images",
     "Keys",
@@ -13,16 +14,14 @@ __all__ = [
     "Skipped",
     "content_hash",
     "decode",
-    "decoding_quietly",
+    "decode_rgb",
     "expand_shards",
     "image_digest",
     "index_beside",
     "index_shards",
     "listing_hash",
+    "named_errors",
     "one_line",
-    "open_image",
-    "open_known",
     "relocate",
     "require_labels",
-    "to_rgb",
 ]

@@ -1,82 +1,162 @@
 """Decode images. Archives may be hostile: images are decoded with care, nothing is unpickled."""
 
 import io
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
+from pipeline.data.decoder_warnings import naming, warn
+from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, is_heif
 from singer.errors import UserError
 
 # Larger images are refused before they are decoded: a few bytes can claim gigabytes.
 MAX_PIXELS = 100_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP")
+
+Decoding = Literal["upright", "stored"]
+"""How the images of a cache are decoded.
+
+upright: all FORMATS, turned as their EXIF says; stored: as caches of earlier versions were made, not turned, and only
+FORMATS_BEFORE.
+"""
+_FORMATS: dict[Decoding, tuple[str, ...]] = {"upright": tuple(FORMATS), "stored": FORMATS_BEFORE}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+# Pillow gives the size and the pixels of these as they are after turning.
+_TURNED_BY_PILLOW = ("TIFF", "HEIF")
+_EXIF_FIRST = ("JPEG", "MPO")
+# A PNG may have its EXIF after the pixels, in a chunk with one of these names. Without them there is no need to look.
+_PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def open_image(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """Open an image of a known kind and sane size, without decoding it.
+def decode_rgb(data: bytes, decoding: Decoding = "upright") -> Image.Image:
+    """Decode an image as RGB, and turn it if `decoding` says so. Raises whatever a decoder raises."""
+    image = _open(data, _FORMATS[decoding])
+    image.load()
+    turn = _TURNS.get(_orientation(image)) if decoding == "upright" else None
+    rgb = to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
 
-    Raises UserError if it is too large, OSError or SyntaxError if it is no such image.
+
+def read_size(data: bytes, decoding: Decoding = "upright", whole: bool = True) -> tuple[int, int]:
+    """Return the (width, height) that decode_rgb gives.
+
+    whole: whether data are all bytes of the image, or the first ones. Raises whatever a decoder raises, and EOFError if
+    the size may depend on later bytes.
     """
-    try:
-        return open_known(data, formats)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{where}: {error}") from None
+    image = _open(data, _FORMATS[decoding])
+    width, height = image.size
+    if decoding == "stored" or width == height or image.format in _TURNED_BY_PILLOW:
+        return width, height
+    if image.format == "PNG" and whole:
+        if not any(mark in data for mark in _PNG_MARKS):
+            return width, height
+        image.load()
+    elif not whole and image.format not in _EXIF_FIRST:
+        raise EOFError("later bytes may turn it")
+    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
-def decode(data: bytes, where: str, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """Decode an image in the mode in which it is stored. Raises UserError that begins with `where` if that fails."""
+def decode(data: bytes, where: str, formats: Sequence[str]) -> Image.Image:
+    """Decode an image, such as a map, as it is stored. Raises UserError that begins with `where` if that fails."""
     with named_errors(where):
-        image = open_known(data, formats)
+        image = _open(data, formats)
         image.load()
         return image
 
 
-def open_known(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Image.Image:
-    """Open an image as open_image does, but raise PIL's own error if it is too large."""
+def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
+    """Open an image of some formats and sane size, without decoding it. Its content decides what it is."""
+    if is_heif(data) and "HEIF" in formats:
+        _register_heif()
+        tried = ["HEIF"]
+    else:
+        tried = [name for name in formats if name != "HEIF"]
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=tried)
     except UnidentifiedImageError:
         # PIL's own message names an address in memory, which differs in every run.
-        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}") from None
+        also = "; this cache was begun by an earlier singer, a new one reads more" if formats == FORMATS_BEFORE else ""
+        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}{also}") from None
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
     return image
 
 
+def _register_heif() -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError(f"it is HEIC (HEIF), which needs an extra package: {HEIF_EXTRA}") from None
+    register_heif_opener()
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none, or a broken one."""
+    try:
+        found = image.getexif().get(Base.Orientation, 1)
+        return int(found) if found in _TURNS else 1
+    except Exception as error:  # Pillow raises many kinds of errors on broken EXIF
+        warn("exif", f"its EXIF is broken, so it is not turned: {one_line(error)}")
+        return 1
+
+
 @contextmanager
 def named_errors(where: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a UserError that begins with `where`."""
-    try:
-        yield
-    except Exception as error:  # decoders raise many kinds of errors on broken data
-        raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
-
-
-@contextmanager
-def decoding_quietly() -> Iterator[None]:
-    """Refuse images of a suspicious size, and ignore PIL's other warnings, in all threads until the block ends.
-
-    The filters of warnings belong to the process, so this is called once and not in each thread.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+    """Turn whatever a decoder raises into a UserError that begins with `where`, and name its warnings."""
+    with naming(where):
+        try:
+            yield
+        except Exception as error:  # decoders raise many kinds of errors on broken data
+            raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. 16-bit greys are scaled to 8 bits; transparent images get a white background."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    """Convert any mode to RGB, 8 bits a channel. Transparent images get a white background.
+
+    Profiles of colour (ICC) are not applied. Raises ValueError for numbers without a known range, see _eight_bits.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Scale a grey image of more than 8 bits to 8 bits, (H, W) uint8.
+
+    16 bits lose their lower half. Integers of 32 bits are taken as 8 bits if they fit, or else as 16 bits; floats are
+    within 0 to 1. Raises ValueError, with the range that was found, for other numbers.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):  # NaN, too
+            raise ValueError(f"its floats are from {low:g} to {high:g}; scale them to 0 to 1, or store 8 or 16 bits")
+        return (values * 255 + 0.5).astype(np.uint8)
+    if low < 0 or high > 0xFFFF:
+        raise ValueError(f"its integers are from {low} to {high}; scale them to 0 to 65535, or store 8 or 16 bits")
+    tags = getattr(image, "tag_v2", {})
+    bits = 12 if tags.get(258) == (12,) else 16
+    if image.mode == "I" and image.format == "TIFF" and high <= 0xFF:
+        bits = 8
+    white_is_zero = image.mode.startswith("I;") and tags.get(262) == 0
+    grey: np.ndarray = (values >> (bits - 8)).astype(np.uint8)
+    return ~grey if white_is_zero else grey
 
 
 def one_line(error: Exception) -> str:

@@ -1,10 +1,12 @@
 """Read images by their place in a shard."""
 
 import os
+from contextlib import ExitStack
 
 from PIL import Image
 
-from pipeline.data.decoding import named_errors, open_known, to_rgb
+from pipeline.data.decoder_warnings import watched_decoders
+from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
 from pipeline.storage import Opened, OpenFile
 from singer.errors import UserError
@@ -14,14 +16,16 @@ _HEADER_BYTES = 1 << 16
 
 
 class ImageFile:
-    """Reads images of `Images` by number. It is safe to share between threads.
+    """Reads images of `Images` by number, as their `decoding` says. It is safe to share between threads.
 
-    what: the word for an image in messages.
+    Within its `with` block, warnings of decoders are said with the name of the image. what: the word for an
+    image in messages.
     """
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
         self._files = self._closed()
+        self._context = ExitStack()
         # The stamp of every shard when it was first opened.
         self._stamps: dict[int, tuple[int, int]] = {}
 
@@ -29,16 +33,16 @@ class ImageFile:
         """Return image `number` as RGB. Raises UserError that names key and shard if it cannot be decoded."""
         data, where = self.encoded(number)
         with named_errors(where):
-            return to_rgb(open_known(data))
+            return decode_rgb(data, self.images.decoding)
 
     def dimensions(self, number: int) -> tuple[int, int]:
-        """Return (width, height) of image `number`, from its header."""
+        """Return (width, height) of image `number` as `read` gives it, from its header where that says enough."""
         try:
-            return open_known(self.encoded(number, _HEADER_BYTES)[0]).size
+            return read_size(self.encoded(number, _HEADER_BYTES)[0], self.images.decoding, whole=False)
         except Exception:  # the header is longer, or this is no image
             data, where = self.encoded(number)
             with named_errors(where):
-                return open_known(data).size
+                return read_size(data, self.images.decoding)
 
     def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
         """Return the bytes of image `number` (the first `most`), and its key and shard for messages.
@@ -70,7 +74,9 @@ class ImageFile:
         return [OpenFile(path) for path in self.images.paths]
 
     def __enter__(self) -> "ImageFile":
+        self._context.enter_context(watched_decoders())
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._context.close()

@@ -9,6 +9,7 @@ from typing import overload
 
 import numpy as np
 
+from pipeline.data.decoding import Decoding
 from pipeline.data.tars import NO_LABEL, key_hash
 from singer.errors import UserError
 
@@ -109,7 +110,7 @@ class Images:
 
     paths, shard_sizes: the shards and their sizes in bytes; keys: names; labels: int32, NO_LABEL where there is none;
     shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes; skipped:
-    samples of the shards that were left out.
+    samples of the shards that were left out; decoding: how the images are decoded.
     """
 
     paths: tuple[Path, ...]
@@ -120,6 +121,7 @@ class Images:
     offset: np.ndarray
     size: np.ndarray
     skipped: tuple[Skipped, ...] = ()
+    decoding: Decoding = "upright"
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from pipeline.data.formats import IMAGE_EXTENSIONS
+
 LABEL_EXTENSION = "cls"
 NO_LABEL = -1
 _LABEL_BYTES = 32
@@ -158,7 +159,7 @@ def contents(sample: Sample) -> tuple[int, Member]:
         raise Defect(sample.defect)
     image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
     if image is None:
-        raise Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
+        raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)})")
     if not image.regular:
         raise Defect("has an image that is no regular file")
     if not image.size:

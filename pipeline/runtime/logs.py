@@ -187,6 +187,8 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
     # A command also logs the messages of libraries; a program that uses singer has its own place for those.
     top = logging.getLogger() if _screen is not None else logger
     adopt_libraries()
+    if not _open:
+        _once.clear()
     top.addHandler(file)
     _open.append(file)
     try:
@@ -203,6 +205,16 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
         top.removeHandler(file)
         _open.remove(file)
         file.close()
+
+
+_once: set[str] = set()
+
+
+def warn_once(kind: str, text: str) -> None:
+    """Log a warning, unless one of its kind was logged since the outermost log file was opened."""
+    if kind not in _once:
+        _once.add(kind)
+        logger.warning("%s", text)
 
 
 def keep_traceback(error: BaseException) -> Path:

@@ -17,17 +17,16 @@ import webdataset
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.data import open_image, to_rgb
+from pipeline.data import decode, decode_rgb, named_errors
+from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
-from pipeline.data.importers.listing import CONVERTED, KEPT, Convert, Entry, Listing
+from pipeline.data.importers.listing import KEPT, Convert, Entry, Listing
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
 from singer.errors import UserError
 
 STAGE = "prepare"
-# Only these decoders are used, whatever a file's name is, because some decoders of PIL run interpreters.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,11 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
 
     skipped: list[Path] = []
     written = 0
-    with claimed_output(out, mode, STAGE, config, settings.seed), meter("prepare", len(files), "images") as m:
+    with (
+        claimed_output(out, mode, STAGE, config, settings.seed),
+        watched_decoders(),
+        meter("prepare", len(files), "images") as m,
+    ):
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,16 +144,12 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes
     """
     file = entry.file
     data = file.read_bytes()
-    extension = KEPT.get(file.suffix.lower(), "png")
-    image = _decoded(data, file)
-    if file.suffix.lower() in CONVERTED:
-        data = _png(to_rgb(image))
-    elif image.format not in ("JPEG", "PNG", "WEBP"):
-        raise UserError(f"{file} is a {image.format} with a wrong extension")
-    sample = {extension: data}
+    with named_errors(str(file)):
+        decode_rgb(data)
+    sample = {KEPT.get(file.suffix.lower(), "png"): data}
     for name, place in entry.beside.items():
         sample[name] = place.read_bytes()
-        pixels = _decoded(sample[name], place)
+        pixels = decode(sample[name], str(place), ("PNG",))
         if name in convert:
             if pixels.mode not in ("L", "P"):
                 raise UserError(f"{place} holds no class numbers of 8 bits")
@@ -158,15 +157,6 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes
     if entry.label is not None:
         sample["cls"] = str(entry.label).encode()
     return sample
-
-
-def _decoded(data: bytes, file: Path) -> Image.Image:
-    try:
-        image = open_image(data, str(file), FORMATS)
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} cannot be decoded: {error}") from None
-    return image
 
 
 def _png(image: Image.Image) -> bytes:

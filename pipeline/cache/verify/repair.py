@@ -79,7 +79,7 @@ def compute_again(
         numbers = np.unique(
             np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]) // manifest.views_each
         )
-        with ImageFile(relocate(read_images(store), shards)) as files:
+        with ImageFile(relocate(read_images(store, manifest.data.decoding), shards)) as files:
             check_images(files, numbers, digests)
     # These files are removed first. If the run dies after this, the segment is incomplete and its shards are missing,
     # but no shard is half old and half new.

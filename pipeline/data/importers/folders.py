@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.data.importers.listing import CONVERTED, KEPT, Entry, Listing, images_in, read_lines, read_mat
+from pipeline.data.importers.listing import KEPT, Entry, Listing, images_in, read_lines, read_mat
 from singer.errors import UserError
 
 BESIDE = ("seg.png", "depth.png")
@@ -16,13 +16,12 @@ def folder(root: Path, split: str = "") -> Listing:
     A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. Hidden files and folders are left out.
     Raises UserError for a map without an image, a mixture of class folders and loose images, or an empty class.
     """
-    known = (*KEPT, *CONVERTED)
-    found = sorted(f for f in root.rglob("*") if f.suffix.lower() in known and f.is_file())
+    found = sorted(f for f in root.rglob("*") if f.suffix.lower() in KEPT and f.is_file())
     found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts)]
     maps = {f for f in found if f.name.lower().endswith(tuple(f".{name}" for name in BESIDE))}
     files = [f for f in found if f not in maps]
     if not files:
-        raise UserError(f"no images ({', '.join(known)}) below {root}")
+        raise UserError(f"no images ({', '.join(KEPT)}) below {root}")
     stems = {f.with_suffix("") for f in files}
     for file in sorted(maps):
         if file.with_suffix("").with_suffix("") not in stems:

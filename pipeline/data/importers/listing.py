@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
+from pipeline.data.formats import IMAGE_EXTENSIONS
 from singer.errors import UserError
 
-# Images with these extensions are kept; the values are their extensions in shards.
-KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-# These are stored as PNG: they are lossless, but webdataset users do not expect them in shards.
-CONVERTED = (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# The values are the extensions in shards.
+KEPT = {f".{extension}": extension for extension in IMAGE_EXTENSIONS} | {".jpeg": "jpg"}
 
 # The pixels of a map -> those that are stored.
 Convert = Callable[[np.ndarray], np.ndarray]
@@ -61,7 +60,7 @@ def existing(file: Path, why: str = "this layout needs it") -> Path:
 def images_in(folder: Path) -> list[Path]:
     """List the images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
     found = folder.iterdir() if folder.is_dir() else ()
-    files = sorted(f for f in found if f.suffix.lower() in (*KEPT, *CONVERTED) and not f.name.startswith("."))
+    files = sorted(f for f in found if f.suffix.lower() in KEPT and not f.name.startswith("."))
     if not files:
         raise UserError(f"{folder} holds no images; this layout needs them there")
     return files
