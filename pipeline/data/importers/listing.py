@@ -1,5 +1,6 @@
 """What every layout lists of a data set: its images with their labels and maps, and the names of classes."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,36 +8,43 @@ from pathlib import Path
 import numpy as np
 from scipy.io import loadmat
 
+from pipeline.data.importers.walk import walk
 from singer.errors import UserError
 
 # Images with these extensions are kept; the values are their extensions in shards.
 KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 # These are stored as PNG: they are lossless, but webdataset users do not expect them in shards.
 CONVERTED = (".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGES = (*KEPT, *CONVERTED)
 
 # The pixels of a map -> those that are stored.
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
+# There may be millions of entries, and a Path takes much more memory than a string.
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image. label: its class number, if it has one; beside: {extension: file} of its mask and depth map."""
 
-    file: Path
+    file: str
     label: int | None = None
-    beside: Mapping[str, Path] = field(default_factory=dict)
+    beside: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
     """What a data set holds.
 
-    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}.
+    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}; left_out:
+    {kind: how many files of the data set's folders are no images}, see walk.Found; class_root: the folder whose
+    sub-folders are the classes, if these are known from there.
     """
 
     entries: list[Entry]
     classes: list[str]
     convert: Mapping[str, Convert] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    class_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,15 @@ def existing(file: Path, why: str = "this layout needs it") -> Path:
     return file
 
 
-def images_in(folder: Path) -> list[Path]:
-    """List the images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    files = sorted(f for f in found if f.suffix.lower() in (*KEPT, *CONVERTED) and not f.name.startswith("."))
-    if not files:
+def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """List the images directly in a folder, sorted by name, and what is left out there.
+
+    Raises UserError if there are none.
+    """
+    found = walk(folder, IMAGES, deep=False) if folder.is_dir() else None
+    if found is None or not found.files:
         raise UserError(f"{folder} holds no images; this layout needs them there")
-    return files
+    return [folder / name for name in found.files], found.left_out
 
 
 def read_lines(file: Path) -> list[str]:
