@@ -1,9 +1,20 @@
-"""WebDataset shards: their content, and their images by number."""
+"""Images: where they come from, and each of them by its number."""
 
 from pipeline.data.decoding import decode, decoding_quietly, one_line, open_image, open_known, to_rgb
-from pipeline.data.image_reading import ImageFile
-from pipeline.data.images import Images, Keys, Skipped, content_hash, image_digest, listing_hash, require_labels
-from pipeline.data.shard_index import OnError, expand_shards, index_beside, index_shards, relocate
+from pipeline.data.image_reading import ImageFile, files_of
+from pipeline.data.images import (
+    Images,
+    Keys,
+    Skipped,
+    content_hash,
+    image_digest,
+    listing_hash,
+    numbered_as,
+    require_labels,
+)
+from pipeline.data.relocation import relocate
+from pipeline.data.shard_index import OnError, index_beside, index_shards, list_images, list_probe_images
+from pipeline.data.specs import Spec, resolve
 
 __all__ = [
     "ImageFile",
@@ -11,18 +22,23 @@ __all__ = [
     "Keys",
     "OnError",
     "Skipped",
+    "Spec",
     "content_hash",
     "decode",
     "decoding_quietly",
-    "expand_shards",
+    "files_of",
     "image_digest",
     "index_beside",
     "index_shards",
+    "list_images",
+    "list_probe_images",
     "listing_hash",
+    "numbered_as",
     "one_line",
     "open_image",
     "open_known",
     "relocate",
     "require_labels",
+    "resolve",
     "to_rgb",
 ]

@@ -1,7 +1,8 @@
-"""Keys of images that are files: their names, as far as a key can hold them."""
+"""Keys of images: names of files and sources, as far as a key can hold them."""
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline.data.tars import UNSAFE
 
@@ -42,3 +43,14 @@ def _safe(key: str) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(f"%{byte:02X}" for byte in text.encode(errors="surrogateescape"))
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return a key for each path: its name without suffixes, after as many of its folders as tell all paths apart."""
+    parts = [path.resolve().parts for path in paths]
+    stems = [[*p[1:-1], p[-1].partition(".")[0] or p[-1]] for p in parts]
+    for depth in range(1, max(map(len, stems)) + 1):
+        names = [_safe("/".join(stem[-depth:]).replace(".", "_")) for stem in stems]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}/{name}" for number, name in enumerate(names)]

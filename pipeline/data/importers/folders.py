@@ -56,8 +56,8 @@ def check_filled(listing: Listing) -> None:
     empty = [name for number, name in enumerate(listing.classes) if number not in filled]
     if empty:
         raise UserError(
-            f"class folder {printable(listing.class_root / empty[0])} holds no images; remove it, or give the classes of another "
-            "split with --set prepare.classes=FILE"
+            f"class folder {printable(listing.class_root / empty[0])} holds no images; remove it, or give the classes "
+            "of another split with --set prepare.classes=FILE"
         )
 
 

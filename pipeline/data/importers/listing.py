@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from pipeline.data.importers.walk import walk
 from singer.errors import UserError
@@ -91,6 +90,8 @@ def read_lines(file: Path) -> list[str]:
 
 def read_mat(file: Path, name: str) -> np.ndarray:
     """Read a variable of a MATLAB file, without dimensions of size one. Raises UserError that names both."""
+    from scipy.io import loadmat  # imported late, as few layouts need it
+
     existing(file)
     try:
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])
