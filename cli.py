@@ -54,12 +54,18 @@ TASK_HELP = (
     "classification (default), segmentation, depth, retrieval, domain-shift or head (the model's); may be repeated."
 )
 REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their order. Default: raw targets."
+MOVED_HELP = "Where the cached images are, if they moved."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
 def refiner_option(help: str) -> Any:
     """Return the option --refiner; its former name --adapters works, too."""
     return typer.Option("--refiner", "--adapters", help=help)
+
+
+def images_option(help: str = "A folder of images or shards, file, list, table, glob or URL; may be repeated.") -> Any:
+    """Return the option --images; --shards is another name of it."""
+    return typer.Option("--images", "--shards", help=help)
 
 
 def _print_version(wanted: bool) -> None:
@@ -111,7 +117,7 @@ def prepare(
 
 @app.command("cache-teacher")
 def cache_teacher(
-    shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
+    images: Annotated[list[str], images_option()],
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
     teacher: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
@@ -144,7 +150,7 @@ def cache_teacher(
         "cache.on_error": on_error,
     }
     mode = output_mode(resume, overwrite, append)
-    _report(run(load_config(config, sets or (), options), shards, out, mode), as_json)
+    _report(run(load_config(config, sets or (), options), images, out, mode), as_json)
 
 
 @app.command()
@@ -187,7 +193,7 @@ def inspect(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
     refiner: Annotated[Path | None, refiner_option("A refiner of stage 2 to judge.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -199,7 +205,7 @@ def inspect(
     from pipeline.storage.outputs import output_mode
 
     tree = load_config(config, sets or ())
-    _report(run(tree, cache, refiner, out, output_mode(False, overwrite), shards), as_json)
+    _report(run(tree, cache, refiner, out, output_mode(False, overwrite), images), as_json)
 
 
 @app.command()
@@ -207,7 +213,7 @@ def distill(
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
     student: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
@@ -237,14 +243,14 @@ def distill(
     }
     mode = output_mode(resume, overwrite)
     refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
-    _report(run(load_config(config, sets or (), options), cache, out, refiners, shards, mode), as_json)
+    _report(run(load_config(config, sets or (), options), cache, out, refiners, images, mode), as_json)
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or the name of a timm model.")],
-    test: Annotated[list[str], typer.Option(help="Labelled shards that the probes are tested on.")],
-    train: Annotated[list[str] | None, typer.Option(help="Labelled shards to learn from; not for retrieval.")] = None,
+    test: Annotated[list[str], typer.Option(help="Labelled images that the probes are tested on, as --images.")],
+    train: Annotated[list[str] | None, typer.Option(help="Labelled images to learn from; not for retrieval.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=TASK_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
@@ -270,9 +276,9 @@ def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for refiners, runs and the leaderboard.")],
-    train: Annotated[list[str] | None, typer.Option(help="Labelled shards that the probes learn from.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help="Labelled shards that they are tested on.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    train: Annotated[list[str] | None, typer.Option(help="Labelled images that the probes learn from.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="Labelled images that they are tested on.")] = None,
+    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each GPU.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -283,7 +289,7 @@ def sweep(
     from pipeline.sweeps import sweep as run
 
     mode = output_mode(resume, overwrite)
-    result = run(file, cache, out, mode, train=train, test=test, shards=shards, workers=workers)
+    result = run(file, cache, out, mode, train=train, test=test, shards=images, workers=workers)
     _report(result, as_json)
     result.check()
 
@@ -294,7 +300,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write: FILE.html.")],
     cache: Annotated[str | None, typer.Option(help="Where the runs' cache is, if it moved.")] = None,
     refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are, if they moved.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
     teacher_probes: Annotated[Path | None, typer.Option(help="The folder of singer evaluate TEACHER --out.")] = None,
     records: Annotated[int, typer.Option(min=1, help="Norms are measured on so many records.")] = 256,
     title: Annotated[str, typer.Option(help="The page's title.")] = "Students of one teacher",
@@ -305,7 +311,7 @@ def report(
     from pipeline.stages.report import report as run
 
     result = run(
-        runs, out, cache=cache, refiners=refiner or (), shards=shards, teacher_probes=teacher_probes,
+        runs, out, cache=cache, refiners=refiner or (), shards=images, teacher_probes=teacher_probes,
         records=records, overwrite=overwrite, title=title,
     )  # fmt: skip
     _report(result, as_json)
@@ -346,7 +352,7 @@ def cache_info(
 
 @cache_app.command("plan")
 def cache_plan(
-    shards: Annotated[list[str], typer.Option(help="Glob, brace range or file; may be repeated.")],
+    images: Annotated[list[str], images_option()],
     teacher: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
@@ -374,7 +380,7 @@ def cache_plan(
         "cache.codec": codec,
         "views.count": views,
     }
-    value = dataclasses.asdict(run(load_config(config, sets or (), options), shards, out, seconds))
+    value = dataclasses.asdict(run(load_config(config, sets or (), options), images, out, seconds))
     nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
     _report(value if as_json else _unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
 
@@ -384,7 +390,7 @@ def cache_verify(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
     teacher: Annotated[str | None, typer.Option(help="Teacher or variant to compare with; default: the first.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    shards: Annotated[list[str] | None, typer.Option(help="Where the cached shards are, if they moved.")] = None,
+    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
     sample: Annotated[int, typer.Option(min=1, help="Records that the teacher computes again.")] = 64,
     repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing shards again.")] = False,
     config: ConfigOption = None,
@@ -397,7 +403,7 @@ def cache_verify(
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
-    result = run(tree, cache, live=live, shards=shards, sample=sample, repair=repair)
+    result = run(tree, cache, live=live, shards=images, sample=sample, repair=repair)
     _report(result, as_json)
     result.check()
 

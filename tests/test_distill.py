@@ -217,10 +217,10 @@ def test_moved_shards(world: Path, config: Config, tmp_path: Path) -> None:
     for i, path in enumerate(sorted(moved.glob("*.tar"))):
         (moved / f"{i}").mkdir()
         twins.append(path.rename(moved / f"{i}" / "x.tar"))
-    with pytest.raises(UserError, match="gives 3 shards with repeated names; the cache has 4"):
+    with pytest.raises(UserError, match="gives 3 sources with repeated names; the cache has 4"):
         relocate(cache.index.images, [str(p) for p in twins])
     (moved / "other.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=f"--shards does not give {first.name}"):
+    with pytest.raises(UserError, match=f"--images does not give {first.name}"):
         relocate(cache.index.images, str(moved / "*.tar"))
 
 

@@ -18,7 +18,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, JOURNAL
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Keys, index_shards
-from pipeline.data.tars import _plain_file
+from pipeline.data.tar_members import _plain_file
 from pipeline.data.views import draw_view
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify

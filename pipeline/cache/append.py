@@ -68,12 +68,12 @@ def plan_additions(
         if absent.all():
             if missing and rows in held:
                 shards = _shard_names(segment)
-                raise UserError(f"block {missing[0]} must be added for all images; --shards gives none of {shards}")
+                raise UserError(f"block {missing[0]} must be added for all images; --images gives none of {shards}")
             continue
         if absent.any():
             key = known.keys[int(np.argmax(absent))]
             shards = _shard_names(segment)
-            raise UserError(f"--shards gives some of the images of {shards} but not {key!r}; give all or none")
+            raise UserError(f"--images gives some of the images of {shards} but not {key!r}; give all or none")
         images = listed.select(given)
         assert images.keys == known.keys, "two keys have one hash"
         for name in ("labels", "size"):

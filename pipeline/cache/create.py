@@ -18,7 +18,7 @@ from pipeline.cache.rows import RowReader
 from pipeline.cache.segments import Segment, mine, read_segments, segment_name
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
-from pipeline.data import ImageFile, Images, listing_hash
+from pipeline.data import ImageFile, Images, listing_hash, numbered_as
 from pipeline.data.tars import NO_LABEL
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
@@ -46,6 +46,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     whole = Addition(blocks, listed, 0, config.views.count)
     additions = [whole]
     if mode == "append":
+        listed = numbered_as(listed, segments[0].index().images.classes)
         check_growth(segments, describe(config, whole, extract.teacher), out)
         listed = replace(listed, decoding=segments[0].manifest.data.decoding)
         additions = plan_additions(segments, known, listed, config.views.count, blocks)

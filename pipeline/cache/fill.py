@@ -16,7 +16,7 @@ from pipeline.cache.index import read_images
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import Segment, mine, read_segments
-from pipeline.data import ImageFile, Images, listing_hash, relocate
+from pipeline.data import ImageFile, Images, Spec, listing_hash, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from pipeline.runtime.ranks import current
@@ -38,7 +38,7 @@ def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Segment]) -> R
     return Rows.of(manifest, images)
 
 
-def fill_segments(store: Store, extract: Extractor, shards: str | Sequence[str] | None = None) -> int:
+def fill_segments(store: Store, extract: Extractor, shards: Spec | None = None) -> int:
     """Compute what is missing in this teacher's segments; return the number of records that all processes compute.
 
     shards: where the images of the first segment are now, if they may have moved.
@@ -73,7 +73,7 @@ def fill(
     pending: Sequence[int],
     extract: Extractor,
     segments: Sequence[Segment],
-    shards: str | Sequence[str] | None = None,
+    shards: Spec | None = None,
     digests: np.ndarray | None = None,
 ) -> int:
     """Compute and write this process's share of the pending shards.

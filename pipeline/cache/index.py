@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -14,6 +15,7 @@ import safetensors.numpy
 from pipeline.cache.format import IMAGES, RECORDS
 from pipeline.cache.manifest import Manifest
 from pipeline.data import Decoding, Images, Keys, Skipped
+from pipeline.data.images import join_files
 from pipeline.data.views import View
 from pipeline.storage import Store
 from singer.errors import UserError
@@ -79,7 +81,12 @@ def image_bytes(images: Images) -> bytes:
         "image.size": images.size,
         "shard.size": np.array(images.shard_sizes, dtype=np.int64),
     }
-    about = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
+    about: dict[str, Any] = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
+    # Caches of shards alone have neither: their bytes are as they have always been.
+    if images.files is not None:
+        columns |= {"image.file_bytes": images.files.text, "image.file_end": images.files.ends}
+    if images.classes:
+        about["classes"] = list(images.classes)
     # There is one metadata entry because safetensors writes several entries in no fixed order.
     return save_columns(columns, {"listing": json.dumps(about)})
 
@@ -92,7 +99,8 @@ def read_images(store: Store, decoding: Decoding) -> Images:
     with _reading(store, IMAGES) as (columns, about):
         listing = json.loads(about["listing"])
         skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
-        return replace(_images(columns, listing["shards"], decoding), skipped=skipped)
+        classes = tuple(map(str, listing.get("classes", ())))
+        return replace(_images(columns, listing["shards"], decoding), skipped=skipped, classes=classes)
 
 
 def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
@@ -107,6 +115,7 @@ def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
 
 
 def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str], decoding: Decoding) -> Images:
+    files = Keys(columns["image.file_bytes"], columns["image.file_end"]) if "image.file_end" in columns else None
     return Images(
         paths=tuple(map(Path, shards)),
         shard_sizes=tuple(columns["shard.size"].tolist()),
@@ -116,6 +125,7 @@ def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str], decoding: 
         offset=columns["image.offset"],
         size=columns["image.size"],
         decoding=decoding,
+        files=files,
     )
 
 
@@ -165,6 +175,8 @@ def join(indices: Iterable[Index]) -> Index:
         offset=np.concatenate([i.offset for i in images]),
         size=np.concatenate([i.size for i in images]),
         decoding=decoding,
+        files=join_files(images),
+        classes=images[0].classes,
     )
     return Index(
         all_images,

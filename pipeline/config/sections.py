@@ -86,6 +86,11 @@ class CacheConfig(Section):
     codec: str = key("float16", "how features are stored: float16, bfloat16, int8, int4, int3, int2 or int1")
     token_share: Fraction = key(1.0, "share of the patch tokens that is stored, a fixed random set for every record")
     on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images and shards", "failures")
+    image_key: str | None = key(
+        None,
+        "which field of a sample is the image, such as left.jpg; .jpg: keys end at this, not at the first dot; of a "
+        "table: its column",
+    )
     batch_size: Positive = key(64, "views in a forward pass of the teacher")
     precision: Precision = key("no", "autocast of the teacher's forward pass")
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")

@@ -1,9 +1,20 @@
-"""WebDataset shards: their content, and their images by number."""
+"""Images: where they come from, and each of them by its number."""
 
 from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
-from pipeline.data.image_reading import ImageFile
-from pipeline.data.images import Images, Keys, Skipped, content_hash, image_digest, listing_hash, require_labels
-from pipeline.data.shard_index import OnError, expand_shards, index_beside, index_shards, relocate
+from pipeline.data.image_reading import ImageFile, files_of
+from pipeline.data.images import (
+    Images,
+    Keys,
+    Skipped,
+    content_hash,
+    image_digest,
+    listing_hash,
+    numbered_as,
+    require_labels,
+)
+from pipeline.data.relocation import relocate
+from pipeline.data.shard_index import OnError, index_beside, index_shards, list_images, list_probe_images
+from pipeline.data.specs import Spec, resolve
 
 __all__ = [
     "Decoding",
@@ -12,16 +23,21 @@ __all__ = [
     "Keys",
     "OnError",
     "Skipped",
+    "Spec",
     "content_hash",
     "decode",
     "decode_rgb",
-    "expand_shards",
+    "files_of",
     "image_digest",
     "index_beside",
     "index_shards",
+    "list_images",
+    "list_probe_images",
     "listing_hash",
     "named_errors",
+    "numbered_as",
     "one_line",
     "relocate",
     "require_labels",
+    "resolve",
 ]

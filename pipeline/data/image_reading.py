@@ -1,15 +1,16 @@
-"""Read images by their place in a shard."""
+"""Read images by their place in a shard, a folder or a table."""
 
-import os
+from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 from PIL import Image
 
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
-from pipeline.storage import Opened, OpenFile
-from singer.errors import UserError
+from pipeline.data.importers.walk import printable
+from pipeline.data.sources import Place, kind_of
 
 # This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
@@ -24,10 +25,9 @@ class ImageFile:
 
     def __init__(self, images: Images, what: str = "image") -> None:
         self.images, self.what = images, what
-        self._files = self._closed()
         self._context = ExitStack()
-        # The stamp of every shard when it was first opened.
-        self._stamps: dict[int, tuple[int, int]] = {}
+        self._kinds = [kind_of(path) for path in images.paths]
+        self._readers = [kind.read(path) for kind, path in zip(self._kinds, images.paths, strict=True)]
 
     def read(self, number: int) -> Image.Image:
         """Return image `number` as RGB. Raises UserError that names key and shard if it cannot be decoded."""
@@ -49,29 +49,17 @@ class ImageFile:
 
         Raises UserError if they cannot be read.
         """
-        shard = int(self.images.shard[number])
-        where = f"{self.what} {self.images.keys[number]!r} in {self.images.paths[shard]}"
-        size, offset = int(self.images.size[number]), int(self.images.offset[number])
-        size = size if most is None else min(size, most)
-        file = self._files[shard]
-        try:
-            with Opened((file,)) as (descriptor,):
-                data, stamp = os.pread(descriptor, size, offset), file.stamp
-        except OSError as error:
-            raise UserError(f"shard {file.path}: {error.strerror}") from None
-        # The file may have been closed and opened again, and another file holds something else at these places.
-        if self._stamps.setdefault(shard, stamp) != stamp:
-            raise UserError(f"{where}: the shard has changed since this run began; start it again")
-        if len(data) < size:
-            raise UserError(f"{where}: the shard ends {size - len(data)} bytes too early")
-        return data, where
+        images, shard = self.images, int(self.images.shard[number])
+        size, offset = int(images.size[number]), int(images.offset[number])
+        file = "" if images.files is None else images.files[number]
+        place = images.paths[shard] / file if self._kinds[shard].named else images.paths[shard]
+        where = f"{self.what} {images.keys[number]!r} in {printable(place)}"
+        return self._readers[shard].read(Place(file, offset, size, where), size if most is None else most), where
 
     def close(self) -> None:
         """Close the files; later reads open them again."""
-        self._files = self._closed()
-
-    def _closed(self) -> list[OpenFile]:
-        return [OpenFile(path) for path in self.images.paths]
+        for reader in self._readers:
+            reader.close()
 
     def __enter__(self) -> "ImageFile":
         self._context.enter_context(watched_decoders())
@@ -80,3 +68,11 @@ class ImageFile:
     def __exit__(self, *_: object) -> None:
         self.close()
         self._context.close()
+
+
+def files_of(images: Images) -> Iterator[Path]:
+    """Yield the files that hold the images: shards and tables, and of folders the image files."""
+    named = [kind_of(path).named for path in images.paths]
+    yield from (path for path, one_each in zip(images.paths, named, strict=True) if not one_each)
+    if images.files is not None:
+        yield from (images.paths[s] / images.files[n] for n, s in enumerate(images.shard.tolist()) if named[s])

@@ -1,9 +1,10 @@
-"""The images in some shards and their places: columns in the order of the archives."""
+"""The images in some shards, folders or tables, and their places: columns in the order of these."""
 
 import hashlib
+import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
@@ -21,8 +22,9 @@ _KEYS_AT_ONCE = 1 << 18
 class Keys(Sequence[str]):
     """Names of images, decoded when they are read: a million take little more memory than their letters.
 
-    text: uint8, the UTF-8 bytes of all keys one after the other; ends: int64, where each key ends in text.
-    Raises UserError if the two do not fit each other.
+    text: uint8, the UTF-8 bytes of all keys one after the other; ends: int64, where each key ends in text. Names of
+    files may have other bytes, too; as in Python's os module, these become surrogates. Raises UserError if text and
+    ends do not fit each other.
     """
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
@@ -35,9 +37,14 @@ class Keys(Sequence[str]):
         """Collect keys from strings."""
         text, ends = bytearray(), array("q")
         for key in keys:
-            text += key.encode()
+            text += key.encode(errors="surrogateescape")
             ends.append(len(text))
         return cls(np.frombuffer(bytes(text), dtype=np.uint8), np.array(ends, dtype=np.int64))
+
+    @classmethod
+    def empty(cls, count: int) -> "Keys":
+        """Return `count` empty texts."""
+        return cls(np.zeros(0, dtype=np.uint8), np.zeros(count, dtype=np.int64))
 
     @classmethod
     def join(cls, several: Sequence["Keys"]) -> "Keys":
@@ -58,7 +65,7 @@ class Keys(Sequence[str]):
         if isinstance(numbers, range):
             return tuple(self[number] for number in numbers)
         start = int(self.ends[numbers - 1]) if numbers else 0
-        return self.text[start : int(self.ends[numbers])].tobytes().decode()
+        return self.text[start : int(self.ends[numbers])].tobytes().decode(errors="surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -106,11 +113,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Images:
-    """The place of every image in some shards: parallel columns in the order of shards and members.
+    """The place of every image in some containers: parallel columns in the order of the containers and their members.
 
-    paths, shard_sizes: the shards and their sizes in bytes; keys: names; labels: int32, NO_LABEL where there is none;
-    shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes; skipped:
-    samples of the shards that were left out; decoding: how the images are decoded.
+    A container is a tar (a shard), a folder of files or a table; pipeline/data/sources/ has the kinds. paths,
+    shard_sizes: the containers and the sizes of their files in bytes; keys: names; labels: int32, NO_LABEL where there
+    is none; shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes (of a
+    table: the number of the row); files: the name of each image's file in a folder, or column in a table, "" in tars,
+    or None if all are tars; classes: names by label, empty if they are not known; skipped: samples that
+    were left out; decoding: how the images are decoded; left_out: {kind: how many other files the folders hold}.
     """
 
     paths: tuple[Path, ...]
@@ -122,6 +132,9 @@ class Images:
     size: np.ndarray
     skipped: tuple[Skipped, ...] = ()
     decoding: Decoding = "upright"
+    files: Keys | None = None
+    classes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -129,15 +142,91 @@ class Images:
     def select(self, rows: np.ndarray) -> "Images":
         """Take some of the images, in the order of `rows`."""
         columns = {name: getattr(self, name)[rows] for name in ("labels", "shard", "offset", "size")}
-        return replace(self, keys=self.keys.select(rows), **columns)
+        files = None if self.files is None else self.files.select(rows)
+        return replace(self, keys=self.keys.select(rows), files=files, **columns)
+
+    def class_names(self) -> list[str] | None:
+        """Return the names of the classes, which a file beside shards may give; None if they are not known.
+
+        Raises UserError if that file is damaged.
+        """
+        file = self.paths[0].with_name(CLASSES)
+        if self.classes or not file.is_file():
+            return list(self.classes) or None
+        return read_classes(file)
 
     def place_hash(self) -> str:
         """Hash shard names, keys, labels and places of all images; the bytes of pixels are not read."""
-        digest = hashlib.sha256("\0".join(p.name for p in self.paths).encode())
+        digest = hashlib.sha256("\0".join(p.name for p in self.paths).encode(errors="surrogateescape"))
         for column, kind in ((self.shard, "<i4"), (self.offset, "<i8")):
             digest.update(column.astype(kind, copy=False).tobytes())
+        if self.files is not None:
+            digest.update(self.files.text.tobytes())
         digest.update(listing_hash(self).encode())
         return digest.hexdigest()
+
+
+def join_files(several: Sequence[Images]) -> Keys | None:
+    """Join the names of files, "" for images that are none; None if all are such."""
+    if all(images.files is None for images in several):
+        return None
+    return Keys.join([Keys.empty(len(i)) if i.files is None else i.files for i in several])
+
+
+Labelled = tuple[np.ndarray, tuple[str, ...]]
+
+
+def join_classes(several: Sequence[Labelled], paths: Sequence[Path]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Join the labels and class names of sources. Where sources have other classes, these are numbered anew, sorted.
+
+    A classes.json beside a shard names its classes. Raises UserError if some labelled sources name their classes and
+    others do not.
+    """
+    if not any(classes for _, classes in several):
+        return np.concatenate([labels for labels, _ in several]), ()
+    known: dict[tuple[str, ...], Path] = {}
+    parts: list[Labelled] = []
+    for (labels, own), path in zip(several, paths, strict=True):
+        beside = path.with_name(CLASSES)
+        classes = own or (tuple(read_classes(beside)) if beside.is_file() else ())
+        labelled = bool(np.any(labels != NO_LABEL))
+        if labelled and int(labels.max()) >= len(classes):
+            raise UserError(
+                f"{path} numbers its classes, and another source names them; write their names, in order, to "
+                f"{beside} as a list in JSON"
+            )
+        if labelled:
+            known.setdefault(classes, path)
+        parts.append((labels, classes))
+    together = next(iter(known), ()) if len(known) < 2 else tuple(sorted({name for names in known for name in names}))
+    return np.concatenate([_renumbered(labels, classes, together) for labels, classes in parts]), together
+
+
+def _renumbered(labels: np.ndarray, before: Sequence[str], after: Sequence[str]) -> np.ndarray:
+    """Return labels, (n,) int32, by the numbers that classes have in another list; all are in both."""
+    if tuple(before) == tuple(after) or not np.any(labels != NO_LABEL):
+        return labels
+    numbers = {name: number for number, name in enumerate(after)}
+    # The last place is for NO_LABEL, -1.
+    table = np.array([*(numbers.get(name, NO_LABEL) for name in before), NO_LABEL], dtype=np.int32)
+    renumbered: np.ndarray = table[labels]
+    return renumbered
+
+
+def numbered_as(images: Images, classes: Sequence[str]) -> Images:
+    """Return images whose classes have names with the numbers of other classes; further names come after these."""
+    if not images.classes or not classes or images.classes == tuple(classes):
+        return images
+    after = (*classes, *sorted(set(images.classes) - set(classes)))
+    return replace(images, labels=_renumbered(images.labels, images.classes, after), classes=after)
+
+
+def read_classes(file: Path) -> list[str]:
+    """Read the names of classes. Raises UserError if the file is damaged."""
+    try:
+        return [str(name) for name in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise UserError(f"{file} is damaged: it holds no list of classes") from None
 
 
 def listing_hash(images: Images) -> str:

@@ -1,56 +1,35 @@
-"""WebDataset shards: their files, and what is in them.
+"""The images of shards, folders, lists and tables: where they are, with what is wrong with them.
 
-The order of training is singer's own, so members are read by position, not streamed. Every defect is raised or listed.
+The order of training is singer's own, so images are read by position, not streamed. Every defect is raised or listed.
 """
 
-import glob
 import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from pipeline.data.images import Images, Keys, Skipped
-from pipeline.data.tars import UNSAFE, TarListing, list_tar, read_samples
-from pipeline.runtime.progress import meter
+from pipeline.config import Config
+from pipeline.data.images import Images, Keys, Skipped, join_classes, numbered_as
+from pipeline.data.importers.walk import as_text, printable
+from pipeline.data.listed import SourceListing
+from pipeline.data.names import distinct_names
+from pipeline.data.sources import Options, kind_of
+from pipeline.data.specs import Spec, resolve
+from pipeline.data.tars import UNSAFE
+from pipeline.runtime.progress import meter, say
 from singer.errors import UserError
 
 OnError = Literal["fail", "skip"]
-# With this many shards or more, starting processes takes less time than they save.
+# With this many sources or more, starting processes takes less time than they save.
 _MANY_SHARDS = 64
 _SHARDS_AT_ONCE = 4
-
-
-def expand_shards(spec: str | Sequence[str]) -> list[Path]:
-    """Expand globs, brace ranges (`train-{0000..0004}.tar`) and names to shard files, in order.
-
-    Raises UserError if one matches nothing, a file is missing, or a file is given twice.
-    """
-    from webdataset.shardlists import expand_urls  # imported late, as it imports torch
-
-    paths: list[Path] = []
-    for pattern in [spec] if isinstance(spec, str) else spec:
-        for name in expand_urls(os.fspath(pattern)):
-            if glob.has_magic(name) and not Path(name).is_file():
-                found = sorted(Path(p) for p in glob.glob(name))  # noqa: PTH207 (absolute patterns too)
-                if not found:
-                    raise UserError(f"no shard matches {name!r}")
-                paths += found
-            else:
-                paths.append(Path(name))
-    missing = [p for p in paths if not p.is_file()]
-    if missing:
-        raise UserError(f"shard {missing[0]} does not exist" + (f" (nor {len(missing) - 1} more)" * (len(missing) > 1)))
-    if not paths:
-        raise UserError("no shards given")
-    if len(set(paths)) < len(paths):
-        raise UserError(f"shard {Counter(paths).most_common(1)[0][0]} is given twice")
-    return paths
 
 
 @dataclass
@@ -62,34 +41,39 @@ class Defects:
 
     def add(self, path: Path, key: str, reason: str) -> None:
         """Raise UserError for a defect, or list it."""
-        # The key is printed and stored, so it must be harmless.
+        # These are printed and stored, so they must be harmless.
         key = key.encode("unicode_escape").decode() if UNSAFE.search(key) else key
+        reason = printable(reason)
         if self.on_error == "fail":
-            where = Skipped(str(path), key, reason)
-            raise UserError(f"{where}; repair it, or cache without it (cache.on_error=skip)")
+            where = Skipped(printable(path), key, reason)
+            raise UserError(f"{where}; repair it, or leave it out with --set cache.on_error=skip")
         self.skipped.append(Skipped(path.name, key, reason))
 
 
-def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Images:
-    """List the images of shards from the tar headers.
+def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None = None, seed: int = 0) -> Images:
+    """List the images of what a specification names, see specs.resolve; of tars, only headers and labels are read.
 
-    A defect is a damaged archive or an unusable sample: without an image, an empty image, a label that is no class
-    number, a link in place of a file, a key that occurs twice (the first one counts) or is unsafe as a path. The
-    samples before the damage of a shard stay, without the last one, which may have lost members. As in the
-    webdataset library, files with a name that has no extension or begins with a dot belong to no sample.
+    A defect is a damaged archive or an unusable sample: without an image, an empty image, a file that is missing, a
+    label that is no class number, a link in place of a file, a key that is unsafe as a path or that occurs twice in a
+    source (the first one counts). The samples before the damage of a shard stay, without those that may have lost
+    members. As in the webdataset library, files with a name that has no extension or begins with a dot belong to no
+    sample. A key that an earlier source has, too, gets the name of its source as prefix. image_key, seed: see
+    sources.Options.
 
-    Raises UserError for a shard that is missing, if there are no images at all, and for the first defect unless
+    Raises UserError for a source that is missing, if there are no images at all, and for the first defect unless
     on_error is "skip"; then defects are listed in `skipped`.
     """
-    paths = expand_shards(spec)
-    listings = _list_all(paths)
+    paths = resolve(spec)
+    listings = _list_all(paths, Options(image_key, seed))
     usable = np.concatenate([listing.usable for listing in listings])
     keys = Keys.join([Keys(listing.key_text, listing.key_ends) for listing in listings])
     starts = np.cumsum([0, *(len(listing.usable) for listing in listings)])
-    twice = _repeated(keys, np.concatenate([listing.hashes for listing in listings])) & usable
+    shard = np.repeat(np.arange(len(paths), dtype=np.int32), np.diff(starts))
+    hashes = np.concatenate([listing.hashes for listing in listings])
+    keys, twice = told_apart(keys, hashes, usable, shard, paths)
     found = [(s, *defect) for s, listing in enumerate(listings) for defect in listing.defects]
     for row in np.flatnonzero(twice).tolist():
-        s = int(np.searchsorted(starts, row, side="right")) - 1
+        s = int(shard[row])
         found.append((s, row - int(starts[s]), keys[row], "occurs twice"))
     defects = Defects(on_error)
     for s, _, key, reason in sorted(found, key=lambda f: f[:2]):
@@ -97,92 +81,125 @@ def index_shards(spec: str | Sequence[str], on_error: OnError = "fail") -> Image
     rows = np.flatnonzero(usable & ~twice)
     if not len(rows):
         also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
-        raise UserError(f"no images in {len(paths)} shards, the first of them {paths[0]}{also}")
+        word = kind_of(paths[0]).word
+        raise UserError(f"no images in {len(paths)} {word}s, the first of them {paths[0]}{also}")
+    labels, classes = join_classes([(listing.labels, listing.classes) for listing in listings], paths)
     images = Images(
-        tuple(p.resolve() for p in paths),
+        tuple(kind_of(path).container(path).resolve() for path in paths),
         tuple(listing.size for listing in listings),
         keys,
-        np.concatenate([listing.labels for listing in listings]),
-        np.repeat(np.arange(len(paths), dtype=np.int32), np.diff(starts)),
+        labels,
+        shard,
         np.concatenate([listing.offsets for listing in listings]),
         np.concatenate([listing.sizes for listing in listings]),
         tuple(defects.skipped),
+        files=_files(listings),
+        classes=classes,
+        left_out=_left_out(listings),
     )
     return images if len(rows) == len(images) else images.select(rows)
 
 
-def _list_all(paths: Sequence[Path]) -> list[TarListing]:
-    """List shards, many of them in one process for each core, because Python reads headers on one core only."""
+def list_images(config: Config, spec: Spec) -> Images:
+    """List images as the configuration says; those of a folder in the order in which `singer prepare` packs them."""
+    return index_shards(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+
+
+def list_probe_images(config: Config, train: Spec, test: Spec) -> tuple[Images, Images]:
+    """List the images for a probe. If both name their classes, those of `test` get the numbers that `train` has."""
+    learn_from, tested = list_images(config, train), list_images(config, test)
+    return learn_from, numbered_as(tested, learn_from.class_names() or ())
+
+
+def _files(listings: Sequence[SourceListing]) -> Keys | None:
+    """Join the names of files, "" for members of tars; None if there are only these."""
+    if all(listing.files is None for listing in listings):
+        return None
+    each = ([""] * len(listing.usable) if listing.files is None else listing.files for listing in listings)
+    return Keys.of(name for names in each for name in names)
+
+
+def _left_out(listings: Sequence[SourceListing]) -> dict[str, int]:
+    """Add up what folders hold besides images, and say it."""
+    total: Counter[str] = Counter()
+    for listing in listings:
+        total.update(listing.left_out)
+    if total:
+        say(f"left out: {as_text(total)}")
+    return dict(total)
+
+
+def _list_all(paths: Sequence[Path], options: Options) -> list[SourceListing]:
+    """List sources, many of them in one process for each core, because Python reads headers on one core only."""
     cores = len(os.sched_getaffinity(0))
     pool: Executor = ThreadPoolExecutor(min(len(paths), 2 * cores))
     if len(paths) >= _MANY_SHARDS and cores > 1:
         # The processes are fresh: a fork of a process with threads may hang.
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context("forkserver"))
-    with pool, meter("index", len(paths), "shards") as m:
+    with pool, meter("index", len(paths), "sources") as m:
         listings = []
-        for listing in pool.map(list_tar, paths, chunksize=_SHARDS_AT_ONCE):
+        for listing in pool.map(partial(_list_one, options), paths, chunksize=_SHARDS_AT_ONCE):
             listings.append(listing)
             m.advance(1)
     return listings
 
 
-def _repeated(keys: Keys, hashes: np.ndarray) -> np.ndarray:
-    """Return which keys, (n,) bool, have occurred before."""
+def _list_one(options: Options, path: Path) -> SourceListing:
+    return kind_of(path).list(path, options)
+
+
+def told_apart(
+    keys: Keys, hashes: np.ndarray, usable: np.ndarray, shard: np.ndarray, paths: Sequence[Path]
+) -> tuple[Keys, np.ndarray]:
+    """Return the keys, with a prefix for those that an earlier source has, too, and which of them still occur twice.
+
+    hashes: (n,) uint64, see tars.key_hash; usable: (n,) bool; shard: (n,), index into paths. The prefix is the name of
+    the source, or as much of its path as tells it from the others.
+    """
+    first = _first_rows(keys, hashes)
+    again = np.flatnonzero((first >= 0) & usable)
+    other = again[shard[again] != shard[first[again]]]
+    twice = np.zeros(len(keys), dtype=np.bool_)
+    if not len(other):
+        twice[again] = True
+        return keys, twice
+    names = distinct_names(paths)
+    prefixed = {row: f"{names[int(shard[row])]}/{keys[row]}" for row in other.tolist()}
+    say(f"{len(other)} keys are in several sources; later ones get a prefix, such as {next(iter(prefixed.values()))!r}")
+    keys = Keys.of(prefixed.get(row, key) for row, key in enumerate(keys))
+    twice[np.flatnonzero((_first_rows(keys, keys.hashes()) >= 0) & usable)] = True
+    return keys, twice
+
+
+def _first_rows(keys: Keys, hashes: np.ndarray) -> np.ndarray:
+    """Return for each key, (n,) int64, the row at which it occurred first, or -1 for this one."""
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
-    again = np.zeros(len(keys), dtype=np.bool_)
-    seen: set[str] = set()
+    found = np.full(len(keys), -1, dtype=np.int64)
+    seen: dict[str, int] = {}
     # There is hardly ever anything to do: different keys nearly always have different hashes.
     for row in order[np.union1d(same, same + 1)].tolist():
-        again[row] = keys[row] in seen
-        seen.add(keys[row])
-    return again
+        found[row] = seen.setdefault(keys[row], row)
+    return np.where(found == np.arange(len(keys)), -1, found)
 
 
 def index_beside(images: Images, extension: str) -> Images:
-    """Index the members .{extension} beside the images: the same rows, with the places and sizes of these members.
+    """Index the files .{extension} beside the images: the same rows, with the places and sizes of these files.
 
-    Raises UserError that names shard and key if one is missing, empty, no regular file or there twice.
+    Raises UserError that names source and key if one is missing, empty, no regular file or there twice.
     """
     offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
+    files = None if images.files is None else list(images.files)
     order = np.argsort(images.shard, kind="stable")
     ends = np.searchsorted(images.shard[order], np.arange(len(images.paths)), side="right").tolist()
     for path, start, end in zip(images.paths, [0, *ends], ends, strict=False):
-        samples = {sample.key: sample for sample in read_samples(path, extension)[0]}
-        for row in order[start:end].tolist():
-            sample = samples.get(images.keys[row])
-            member = None if sample is None else sample.members.get(extension)
-            if sample is None or member is None:
-                reason = f"has no .{extension}; every image needs one here"
-            elif extension in sample.repeated:
-                reason = f"has two members .{extension}; remove one"
-            elif not member.regular or not member.size:
-                reason = f"has a .{extension} that is {'empty' if member.regular else 'no regular file'}; replace it"
-            else:
-                offset[row], size[row] = member.offset, member.size
-                continue
-            raise UserError(str(Skipped(str(path), images.keys[row], reason)))
-    return replace(images, offset=offset, size=size)
-
-
-def relocate(images: Images, shards: str | Sequence[str] | None) -> Images:
-    """Return the images with the present places of their shards. Raises UserError if one is missing or has changed."""
-    paths = images.paths
-    if shards is not None:
-        given = expand_shards(shards)
-        found = {p.name: p.resolve() for p in given}
-        if len(found) == len(given):
-            missing = [p.name for p in paths if p.name not in found]
-            if missing:
-                raise UserError(f"--shards does not give {missing[0]}, which the cache was made from")
-            paths = tuple(found[p.name] for p in paths)
-        elif len(given) == len(paths):  # names repeat, so the order counts
-            paths = tuple(p.resolve() for p in given)
-        else:
-            raise UserError(f"--shards gives {len(given)} shards with repeated names; the cache has {len(paths)}")
-    for path, size in zip(paths, images.shard_sizes, strict=True):
-        if not path.is_file():
-            raise UserError(f"shard {path} of the cache is gone; if it has moved, give its place with --shards")
-        if path.stat().st_size != size:
-            raise UserError(f"shard {path} has changed since it was cached; cache it again")
-    return replace(images, paths=paths)
+        rows = order[start:end]
+        keys = [images.keys[row] for row in rows.tolist()]
+        names = [] if files is None else [files[row] for row in rows.tolist()]
+        if not keys:
+            continue
+        found, offset[rows], size[rows] = kind_of(path).beside(path, extension, keys, names, images.offset[rows])
+        for row, name in zip(rows.tolist(), found or (), strict=False):
+            assert files is not None
+            files[row] = name
+    return replace(images, offset=offset, size=size, files=None if files is None else Keys.of(files))

@@ -1,43 +1,25 @@
-"""The content of a tar, which may be hostile: every defect is reported, and only headers and labels are read.
-
-tarfile ends an iteration silently at a broken header and believes what headers claim. This module uses its parser of
-single headers, and walks from one header to the next itself.
-"""
+"""The samples of a tar, grouped as in the webdataset library; only headers and labels are read."""
 
 import hashlib
 import os
 import re
-import tarfile
-from collections.abc import Iterator
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
+from pipeline.data.listed import NO_LABEL as NO_LABEL
+from pipeline.data.listed import SourceListing
+from pipeline.data.tar_members import Defect, Member, members_of
 
 LABEL_EXTENSION = "cls"
-NO_LABEL = -1
+# Masks and depth maps are beside images, and are none.
+MAPS = ("seg.png", "depth.png")
 _LABEL_BYTES = 32
 _ROW = np.dtype("i8,u8,i4,i8,i8,?")
-_BLOCK = tarfile.BLOCKSIZE
-# These headers describe the member after them.
-_GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_EXTENDED = (*_GNU_LONG, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-# These are the keywords of POSIX; those of vendors have a dot. Any other may be a damaged `path`.
-_PAX_KEYWORDS = frozenset(
-    b"atime charset comment ctime gid gname hdrcharset linkpath mtime path size uid uname".split()
-)
-# The header of an ordinary file: a name of printable ASCII, octal numbers, no link, no prefix.
-_PLAIN = re.compile(
-    rb"(?!\./\./@)(?P<name>[ -~]{0,99}[ -.0-~])\0*(?<=.{100})(?:[0-7]{7}\0){3}(?P<size>[0-7]{11})[\0 ][0-7]{11}[\0 ]"
-    rb"(?P<sum>[0-7]{6})\0 [0\0]\0{100}ustar(?:\x0000|  \0).{64}[0-7\0]{16}\0{167}",
-    re.DOTALL,
-)
-# A disk reads this much at once anyway.
-_WINDOW = 8 * _BLOCK
-# Extended headers hold names; a larger one is not honest.
-_EXTENDED_BYTES = 1 << 20
+_COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2 -k", b"\xfd7zXZ\0": "unxz -k"}
 # Key and extensions, split as in the webdataset library; importing it would load torch into every reader of tars.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 # Names are unsafe that are empty, absolute, not UTF-8 (tarfile turns that into surrogates), or have `..`, a backslash
@@ -45,91 +27,110 @@ _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class Defect(Exception):
-    """What is wrong with a sample, or with a shard from some byte on: the rest of a sentence about it."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """An entry of a tar. regular: it is an ordinary file; offset, size: place of its data, in bytes."""
-
-    name: str
-    regular: bool
-    offset: int
-    size: int
-
-
 @dataclass
 class Sample:
-    """Consecutive members with one key, by extension. label: text of .cls; repeated: extensions that occur twice."""
+    """The members with one key, by extension.
+
+    members: those that matter; images: those that may be the image, also with dots in their extension; label: text of
+    .cls; repeated: extensions that occur twice.
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
+    images: dict[str, Member] = field(default_factory=dict)
     label: bytes | None = None
     repeated: list[str] = field(default_factory=list)
     defect: str | None = None
 
-
-def read_samples(path: Path, *also: str) -> tuple[list[Sample], str | None]:
-    """Read the samples of a shard, and what is wrong with it as a whole. also: further extensions that matter."""
-    samples: list[Sample] = []
-    try:
-        with path.open("rb", buffering=0) as file:
-            for member in members_of(file.fileno()):
-                _add_member(samples, member, file.fileno(), also)
-    except (Defect, OSError) as error:
-        if samples:
-            samples[-1].defect = "may have lost members: the shard is damaged after it"
-        return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
-    return samples, None
+    def has(self, extension: str) -> bool:
+        """Return whether a member with this extension would be one too many."""
+        another = extension in IMAGE_EXTENSIONS and not self.images.keys().isdisjoint(IMAGE_EXTENSIONS)
+        return another or extension in self.members or extension in self.images
 
 
-def _add_member(samples: list[Sample], member: Member, file: int, also: tuple[str, ...]) -> None:
-    """Add a member to the last sample, or begin a new one."""
-    unsafe = UNSAFE.search(member.name) is not None
-    named = _SAMPLE.match(member.name)
-    if named is not None:
-        key, extension = named.groups()
-    elif unsafe:
-        key, extension = member.name, ""
-    else:
-        return
-    if not samples or samples[-1].key != key:
-        samples.append(Sample(key))
-    sample, extension = samples[-1], extension.lower()
-    if unsafe:
-        sample.defect = f"has the unsafe name {member.name!r}"
-    elif extension in sample.members:
-        sample.repeated.append(extension)
-    elif extension in (LABEL_EXTENSION, *IMAGE_EXTENSIONS, *also):
-        sample.members[extension] = member
-        if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
-            sample.label = os.pread(file, member.size, member.offset)
+class Samples:
+    """Groups the members of a tar, one after the other. The members of a sample need not follow one another.
 
-
-@dataclass(frozen=True)
-class TarListing:
-    """The samples of a shard as columns, with the unusable ones.
-
-    size: size of the file, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see key_hash;
-    labels: int32; offsets, sizes: int64, places of the images; usable: bool; defects: (number of the sample, its key,
-    what is wrong), in order, with number -1 for the shard itself.
+    image_key: see CacheConfig; also: further extensions that matter. A member that its sample has already begins
+    another sample with the same key, unless it follows directly.
     """
 
-    size: int
-    key_text: np.ndarray
-    key_ends: np.ndarray
-    hashes: np.ndarray
-    labels: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    usable: np.ndarray
-    defects: list[tuple[int, str, str]]
+    def __init__(self, image_key: str | None = None, also: tuple[str, ...] = ()) -> None:
+        self.all: list[Sample] = []
+        self.scattered = False
+        self._by_key: dict[str, Sample] = {}
+        self._wanted = {LABEL_EXTENSION, *also}
+        # A key that begins with a dot is the end of names: then a key ends there, and not at its first dot.
+        ends = [image_key, f".{LABEL_EXTENSION}", *(f".{name}" for name in {*MAPS, *also})] if image_key else []
+        self._ends = tuple(sorted(ends, key=len, reverse=True)) if image_key and image_key.startswith(".") else ()
+
+    def add(self, member: Member, file: int) -> None:
+        """Add a member of the tar that is open as `file`."""
+        unsafe = UNSAFE.search(member.name) is not None
+        parts = self._parts(member.name)
+        if parts is None and not unsafe:
+            return
+        key, extension = parts or (member.name, "")
+        sample = self._sample(key, extension)
+        if unsafe:
+            sample.defect = f"has the unsafe name {member.name!r}"
+        elif extension in sample.members or extension in sample.images:
+            sample.repeated.append(extension)
+        elif extension in self._wanted:
+            sample.members[extension] = member
+            if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
+                sample.label = os.pread(file, member.size, member.offset)
+        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS and not extension.endswith(MAPS):
+            sample.images[extension] = member
+
+    def _sample(self, key: str, extension: str) -> Sample:
+        """Return the sample to which a member belongs, a new one if need be."""
+        if self.all and self.all[-1].key == key:
+            return self.all[-1]
+        sample = self._by_key.get(key)
+        if sample is None or sample.has(extension):
+            sample = self._by_key[key] = Sample(key)
+            self.all.append(sample)
+        else:
+            self.scattered = True
+        return sample
+
+    def _parts(self, name: str) -> tuple[str, str] | None:
+        """Split a name into key and extension; None if it belongs to no sample."""
+        end = next((end for end in self._ends if name.lower().endswith(end)), None)
+        if end is not None and not name.rpartition("/")[2].startswith("."):
+            return name[: -len(end)], end[1:]
+        named = _SAMPLE.match(name)
+        return None if named is None or self._ends else (named[1], named[2].lower())
+
+    def damaged(self) -> None:
+        """Mark the samples that may have lost members, because the rest of the tar cannot be read."""
+        for sample in self.all if self.scattered else self.all[-1:]:
+            if sample is self.all[-1] or LABEL_EXTENSION not in sample.members:
+                sample.defect = "may have lost members: the shard is damaged after it"
 
 
-def list_tar(path: Path) -> TarListing:
-    """List the samples of a shard. Its content raises no error: defects are listed."""
-    samples, damage = read_samples(path)
+def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[list[Sample], str | None]:
+    """Read the samples of a shard, and what is wrong with it as a whole. also: further extensions that matter."""
+    samples = Samples(image_key, also)
+    try:
+        with path.open("rb", buffering=0) as file:
+            start = os.pread(file.fileno(), 6, 0)
+            command = next((_COMPRESSED[magic] for magic in _COMPRESSED if start.startswith(magic)), None)
+            if command is not None:
+                how = f"{command} {shlex.quote(str(path))}"
+                raise Defect(f"is compressed, but images are read by their place; unpack it: {how}")
+            for member in members_of(file.fileno()):
+                samples.add(member, file.fileno())
+    except (Defect, OSError) as error:
+        samples.damaged()
+        return samples.all, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
+    return samples.all, None
+
+
+def list_tar(path: Path, image_key: str | None = None) -> SourceListing:
+    """List the samples of a shard. Its content raises no error: defects are listed. image_key: see CacheConfig."""
+    samples, damage = read_samples(path, image_key=image_key)
     defects = [(-1, "", damage)] if damage is not None else []
     rows = np.zeros(len(samples), dtype=_ROW)
     text = bytearray()
@@ -138,14 +139,14 @@ def list_tar(path: Path) -> TarListing:
         text += key
         defects += [(number, sample.key, f"has two members .{extension}") for extension in sample.repeated]
         try:
-            label, image = contents(sample)
+            label, image = contents(sample, image_key)
             rows[number] = len(text), key_hash(key), label, image.offset, image.size, True
         except Defect as defect:
             defects.append((number, sample.key, str(defect)))
             rows[number] = len(text), key_hash(key), NO_LABEL, 0, 0, False
     ends, hashes, labels, offsets, sizes, usable = (np.ascontiguousarray(rows[name]) for name in _ROW.names or ())
     letters = np.frombuffer(bytes(text), np.uint8)
-    return TarListing(path.stat().st_size, letters, ends, hashes, labels, offsets, sizes, usable, defects)
+    return SourceListing(path.stat().st_size, letters, ends, hashes, labels, offsets, sizes, usable, defects)
 
 
 def key_hash(key: bytes) -> int:
@@ -153,13 +154,11 @@ def key_hash(key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
 
 
-def contents(sample: Sample) -> tuple[int, Member]:
+def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]:
     """Return label and image of a sample. Raises Defect if there is no usable image or label."""
     if sample.defect is not None:
         raise Defect(sample.defect)
-    image = next((sample.members[e] for e in IMAGE_EXTENSIONS if e in sample.members), None)
-    if image is None:
-        raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)})")
+    image = sample.images[image_extension(sample, image_key)]
     if not image.regular:
         raise Defect("has an image that is no regular file")
     if not image.size:
@@ -167,138 +166,32 @@ def contents(sample: Sample) -> tuple[int, Member]:
     if LABEL_EXTENSION not in sample.members:
         return NO_LABEL, image
     text = (sample.label or b"").strip()
+    if text == str(NO_LABEL).encode():
+        return NO_LABEL, image
     if not text.isdigit() or int(text) >= 2**31:
         raise Defect(f"has a label that is no class number: {text[:20]!r}")
     return int(text), image
 
 
-def members_of(file: int) -> Iterator[Member]:
-    """Yield the members of a tar, and check that it is whole: headers and files are within it, and zeros end it.
+def image_extension(sample: Sample, image_key: str | None) -> str:
+    """Return the extension of the image: the given one, else an ordinary one, else the only one with dots in it.
 
-    tarfile itself takes a broken header for the end of the archive, and believes the sizes that headers claim.
-    Here the position only grows, and nothing but headers is read. Raises Defect if the tar is not whole.
+    Raises Defect if there is none, or if there are several with dots.
     """
-    end = os.fstat(file).st_size
-    window = _Window(file)
-    position = 0
-    common: dict[str, str] = {}
-    own: dict[str, str] = {}
-    extended = False  # the last header belongs to a member that is still to come
-    while True:
-        block = window.read(position)
-        if len(block) < _BLOCK:
-            raise Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
-        plain = _plain_file(block)
-        if plain is not None and not (common or own):
-            name, size = plain
-            position += _BLOCK
-            if position + size > end:
-                raise Defect("ends in the middle of a member")
-            yield Member(name, True, position, size)
-            position += -(-size // _BLOCK) * _BLOCK
-            extended = False
-            continue
-        if not any(block):
-            break
-        broken = Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError):
-            raise broken from None
-        position += _BLOCK
-        kind, size = header.type, header.size
-        extended = kind in _EXTENDED
-        # An extended header that looks like a file, or the other way round, would hide the member after it.
-        reserved = header.name.startswith("././@") and not extended
-        if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
-            raise broken
-        more = kind == tarfile.GNUTYPE_SPARSE and block[482]
-        while more:  # a sparse file with many holes: further blocks list them
-            block = os.pread(file, _BLOCK, position)
-            position += _BLOCK
-            more = len(block) == _BLOCK and block[504]
-        attributes = {} if extended else common | own
-        if "linkpath" in attributes and header.isreg():
-            raise broken
-        if "size" in attributes:
-            size = int(attributes["size"])
-        if not (extended or header.isreg() or kind not in tarfile.SUPPORTED_TYPES):
-            size = 0  # links, folders and devices have no data, whatever they claim
-        if size < 0 or (extended and size > _EXTENDED_BYTES):
-            raise broken
-        if position + size > end:
-            raise Defect("ends in the middle of a member")
-        if extended:
-            try:
-                found = _extension(kind, os.pread(file, size, position))
-            except ValueError:
-                raise broken from None
-            if kind == tarfile.XGLTYPE:
-                common |= found
-            elif own.keys() & found.keys():  # the member of the first header is missing
-                raise broken
-            else:
-                own |= found
-        else:
-            name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
-            regular = header.isreg() and kind != tarfile.GNUTYPE_SPARSE and "GNU.sparse" not in attributes
-            yield Member(name.rstrip("/"), regular, position, size)
-            own = {}
-        position += -(-size // _BLOCK) * _BLOCK
-    if extended:
-        raise Defect(f"is unreadable from byte {position}")
-    while rest := os.pread(file, 1 << 20, position):
-        if any(rest):
-            raise Defect(f"holds more than zeros from byte {position} on, after its end-of-archive marker")
-        position += len(rest)
-
-
-class _Window:
-    """Blocks of a file. Neighbouring blocks are read at once, as the headers of small members are close together."""
-
-    def __init__(self, file: int) -> None:
-        self._file, self._start, self._data = file, 0, b""
-
-    def read(self, position: int) -> bytes:
-        """Return the block at a position; it is shorter at the end of the file."""
-        at = position - self._start
-        if at < 0 or at + _BLOCK > len(self._data):
-            self._start, self._data, at = position, os.pread(self._file, _WINDOW, position), 0
-        return self._data[at : at + _BLOCK]
-
-
-def _plain_file(block: bytes) -> tuple[str, int] | None:
-    """Return name and size of an ordinary file with a short ASCII name, from its header; None for any other header.
-
-    tarfile gives the same, but takes four times as long (docs/log.md). Nearly all headers are of this kind.
-    """
-    found = _PLAIN.fullmatch(block)
-    if found is None or sum(block) - sum(block[148:156]) + 256 != int(found["sum"], 8):
-        return None
-    return found["name"].decode(), int(found["size"], 8)
-
-
-def _extension(kind: bytes, payload: bytes) -> dict[str, str]:
-    """Read from an extended header path, size, and whether a file is sparse. Raises ValueError if it is broken."""
-    if kind in _GNU_LONG:
-        name = payload.removesuffix(b"\0")
-        if not name or b"\0" in name:
-            raise ValueError
-        return {"path" if kind == tarfile.GNUTYPE_LONGNAME else "linkpath": name.decode("utf-8", "surrogateescape")}
-    values: dict[str, str] = {}
-    at = 0
-    while at < len(payload):  # records of pax: LENGTH KEYWORD=VALUE and a line break
-        length = payload[at : at + 8].partition(b" ")[0]
-        stop = at + int(length)
-        keyword, _, value = payload[at + len(length) + 1 : stop].partition(b"=")
-        known = keyword in _PAX_KEYWORDS or b"." in keyword
-        if not (known and at < stop <= len(payload) and value.endswith(b"\n")):
-            raise ValueError
-        if keyword in (b"path", b"GNU.sparse.name"):
-            values[keyword.decode()] = value[:-1].decode("utf-8", "surrogateescape")
-        elif keyword == b"size":
-            values["size"] = str(int(value))
-        if keyword.startswith(b"GNU.sparse."):
-            values["GNU.sparse"] = ""
-        at = stop
-    return values
+    found = sample.images
+    if image_key is not None:
+        wanted = image_key.lower().removeprefix(".")
+        if wanted not in found:
+            raise Defect(f"has no .{wanted} (cache.image_key); it has {', '.join(found) or 'no image'}")
+        return wanted
+    ordinary = [extension for extension in IMAGE_EXTENSIONS if extension in found]
+    chosen = ordinary or list(found)
+    if not chosen:
+        raise Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
+    if len(chosen) > 1 and not ordinary:
+        raise Defect(
+            f"has several images ({', '.join(found)}), since a key ends at its first dot; name the image with --set "
+            f"cache.image_key={chosen[0]}, or let keys end at the last dot with --set "
+            f"cache.image_key=.{chosen[0].rpartition('.')[2]}"
+        )
+    return chosen[0]

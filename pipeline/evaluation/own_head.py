@@ -4,7 +4,6 @@ Labels are numbers of the head's classes, or evaluate.class_map gives the class 
 classes compete, as in domain_shift.py.
 """
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from PIL import Image
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
-from pipeline.data.images import CLASSES
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import accuracy
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, inputs
@@ -89,9 +87,6 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
 
 
 def _named(images: Images) -> int | None:
-    """Return how many classes the classes.json beside the shards names, or None if there is no such file."""
-    file = images.paths[0].with_name(CLASSES)
-    try:
-        return len(json.loads(file.read_text())) if file.is_file() else None
-    except (ValueError, TypeError):
-        raise UserError(f"{file} is damaged: it holds no list of classes") from None
+    """Return how many classes the classes.json beside the shards names, or None if they are not known."""
+    names = images.class_names()
+    return None if names is None else len(names)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data import Images
+from pipeline.data import Images, files_of
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.rates import REPEATS, rate_of
 from pipeline.storage import Store
@@ -66,7 +66,7 @@ def read_shards(images: Images, seconds: float) -> Rate:
     """Return the images a second that are read from the shards, in their order, from the disk and not from memory."""
 
     def bytes_read() -> Generator[int, None, None]:
-        for path in cycle(images.paths):
+        for path in cycle(list(files_of(images))):
             with path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 while piece := file.read(MB):

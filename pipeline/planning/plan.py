@@ -21,7 +21,7 @@ from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.zarr_shards import pack_shard
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, index_shards
+from pipeline.data import ImageFile, Images, Spec, list_images
 from pipeline.planning.costs import (
     Rate,
     StudentCost,
@@ -148,7 +148,7 @@ class PlanResult:
     options: list[PlanOption]
 
 
-def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, seconds: float = 20.0) -> PlanResult:
+def plan(config: Config, images: Spec, out: Place | None = None, seconds: float = 20.0) -> PlanResult:
     """Run the real stages for some seconds in a temporary place beside `out`, and return what a cache would cost.
 
     out: where the cache would be; without it, neither the disk nor the hours with a cache are measured. seconds: how
@@ -156,7 +156,7 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
     only bytes are measured. Raises UserError for mistakes that the user can fix.
     """
     check_codec(config.cache.codec)
-    listed = index_shards(shards, config.cache.on_error)
+    listed = list_images(config, images)
     vit = load_teacher(config.teacher)
     blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
     device = make_accelerator(config.cache.precision).device
@@ -166,8 +166,8 @@ def plan(config: Config, shards: str | Sequence[str], out: Place | None = None, 
         if local is not None:
             local.mkdir(exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
-        images = draw_images(config, listed)
-        sample = Sample(config, images, stack.enter_context(ImageFile(images)))
+        drawn = draw_images(config, listed)
+        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)))
         teacher = Teacher(config, vit, blocks, device)
         features = sample_features(config, sample, teacher)
         calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}

@@ -1,4 +1,4 @@
-"""Stage 1: run the teacher once over WebDataset shards and store the features of chosen blocks.
+"""Stage 1: run the teacher once over images and store the features of chosen blocks.
 
 Run it with `singer cache-teacher --teacher vit_large_patch16_224 --shards 'train-*.tar' --out CACHE`, on any number of
 processes. --resume continues a run that was killed, also with another number of processes, and the result has the same
@@ -6,7 +6,6 @@ bytes. --append adds blocks, images, views or another teacher to a cache.
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from pipeline.cache.segments import mine, read_segments
 from pipeline.cache.variants import joint_id
 from pipeline.cache.writer import check_same
 from pipeline.config import Config
-from pipeline.data import expand_shards, index_shards
+from pipeline.data import Spec, list_images, resolve
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import watched
 from pipeline.storage import Place, Store, open_store
@@ -49,17 +48,18 @@ class CacheResult:
     codec: str
     bytes: int
     skipped: int
+    left_out: dict[str, int]
     seconds: float
     images_per_second: float
 
 
-def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode: Mode = "new") -> CacheResult:
-    """Fill a cache at `out` from the images in `shards`.
+def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") -> CacheResult:
+    """Fill a cache at `out` from some images, see data.specs.resolve.
 
     Raises UserError for mistakes that the user can fix.
     """
     check_codec(config.cache.codec)
-    inputs = [*expand_shards(shards), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
+    inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)
     begun = mode in ("resume", "append") and MANIFEST in store.sizes()
@@ -69,7 +69,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
     with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
         # Shards are indexed before the output is claimed, so that broken shards leave no output. A resumed run has
         # their list already.
-        listed = index_shards(shards, config.cache.on_error) if main and not (begun and mode == "resume") else None
+        listed = list_images(config, images) if main and not (begun and mode == "resume") else None
         teacher.model.to(accelerator.device)
         extract = Extractor(config, teacher, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
@@ -81,7 +81,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
             check_begun(config, store, extract.teacher)
         if begun:
             # Segments that an earlier run began are filled first, because only complete segments can be appended to.
-            done += fill_segments(store, extract, shards if mode == "resume" else None)
+            done += fill_segments(store, extract, images if mode == "resume" else None)
         if main and listed is not None:
             create_segments(config, listed, out, mode, extract)
         ranks.wait()
@@ -96,6 +96,7 @@ def cache_teacher(config: Config, shards: str | Sequence[str], out: Place, mode:
         blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
         codec=config.cache.codec,
         bytes=sum(store.sizes().values()),
+        left_out={} if listed is None else dict(listed.left_out),
         skipped=sum({p.rows: p.completion.skipped for p in parts if p.completion is not None}.values()),
         seconds=seconds,
         images_per_second=done / seconds,

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.config import Config, DistillConfig, keys
+from pipeline.data import Spec
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import (
@@ -56,7 +57,7 @@ def distill(
     caches: Places,
     out: Path,
     refiner: Refiners = None,
-    shards: str | Sequence[str] | None = None,
+    shards: Spec | None = None,
     mode: Mode = "new",
 ) -> DistillResult:
     """Train a student and store it at `out`.
@@ -68,7 +69,7 @@ def distill(
 
 
 def fan_out(
-    jobs: Sequence[StudentSpec], caches: Places, shards: str | Sequence[str] | None = None, mode: Mode = "new"
+    jobs: Sequence[StudentSpec], caches: Places, shards: Spec | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be trained alone.
 

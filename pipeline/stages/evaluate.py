@@ -17,7 +17,7 @@ import torch
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, image_digest, index_shards
+from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
 from pipeline.evaluation import TASKS
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
@@ -29,7 +29,6 @@ from pipeline.teachers.models import check_known, load_model, load_saved
 from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 
-Shards = str | Sequence[str]
 # So many images of --test are looked up among the images that the student learned from.
 _LOOKED_FOR = 256
 
@@ -38,8 +37,8 @@ _LOOKED_FOR = 256
 def evaluate(
     config: Config,
     model: Path | str,
-    train: Shards | None,
-    test: Shards,
+    train: Spec | None,
+    test: Spec,
     task: Literal["classification"] = "classification",
     out: Path | None = None,
     weights: Path | None = None,
@@ -48,8 +47,8 @@ def evaluate(
 def evaluate(
     config: Config,
     model: Path | str,
-    train: Shards | None,
-    test: Shards,
+    train: Spec | None,
+    test: Spec,
     task: str,
     out: Path | None = None,
     weights: Path | None = None,
@@ -57,8 +56,8 @@ def evaluate(
 def evaluate(
     config: Config,
     model: Path | str,
-    train: Shards | None,
-    test: Shards,
+    train: Spec | None,
+    test: Spec,
     task: str = "classification",
     out: Path | None = None,
     weights: Path | None = None,
@@ -71,8 +70,8 @@ def evaluate(
 def evaluate_tasks(
     config: Config,
     model: Path | str,
-    train: Shards | None,
-    test: Shards,
+    train: Spec | None,
+    test: Spec,
     tasks: Sequence[str],
     out: Path | None = None,
     weights: Path | None = None,
@@ -90,7 +89,8 @@ def evaluate_tasks(
         raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     _check_model(model, weights)
-    shards = None if train is None else index_shards(train), index_shards(test)
+    shards: tuple[Images | None, Images]
+    shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     if Path(model).exists():
         vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
     else:
@@ -119,7 +119,7 @@ def evaluate_tasks(
             named = None if own else f"{model} {weights}"
             file = result_file(place, task, shards, config, named) if place is not None else None
             result = TASKS[task].probe(
-                EvaluationContext(model, vit, device, *shards, config.evaluate, started, file, computed)
+                EvaluationContext(model, vit, device, shards[0], shards[1], config.evaluate, started, file, computed)
             )
             object.__setattr__(result, "learned_from_test", learned)
             result.train.extend(train_names)

@@ -5,7 +5,7 @@ refiner, they come from the records that it was not fitted on. The thresholds ar
 records that were not held out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import gather_context, measure_blocks, measure_scales, spread
 from pipeline.config import Config
+from pipeline.data import Spec
 from pipeline.reports.html import as_data_url, render, without_ticks
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
@@ -79,7 +80,7 @@ def inspect(
     refiner: Path | None = None,
     out: Path | None = None,
     mode: Mode = "new",
-    shards: str | Sequence[str] | None = None,
+    shards: Spec | None = None,
 ) -> InspectResult:
     """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
 
@@ -193,7 +194,7 @@ def _page(
     result: InspectResult,
     shown: list[_Shown],
     records: np.ndarray,
-    shards: str | Sequence[str] | None,
+    shards: Spec | None,
 ) -> str:
     images = None
     try:

@@ -16,24 +16,29 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from pipeline.config import Config
+from pipeline.config import Config, PrepareConfig
 from pipeline.data import decode, decode_rgb, named_errors
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
+from pipeline.data.importers.folders import check_filled
 from pipeline.data.importers.listing import KEPT, Convert, Entry, Listing
+from pipeline.data.importers.walk import as_text, printable
+from pipeline.data.names import file_keys
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
 from singer.errors import UserError
 
 STAGE = "prepare"
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
 class PrepareResult:
     """The shards that were written.
 
-    classes: names in the order of their labels; skipped: files that are no readable images.
+    classes: names in the order of their labels; skipped: files that are no readable images; left_out: {kind: how many
+    other files are in the folder}, where a kind is a suffix, or one of the names in importers/walk.py.
     """
 
     out: Path
@@ -41,6 +46,7 @@ class PrepareResult:
     images: int
     classes: list[str]
     skipped: list[Path]
+    left_out: dict[str, int]
 
 
 def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> PrepareResult:
@@ -51,50 +57,56 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
     settings = config.prepare
     if not images.is_dir():
         raise UserError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
+    partial = out / _PARTIAL
+    if mode == "new" and partial.is_dir():  # what a run left that failed or was killed is no data set
+        mode = "overwrite"
     check_output(out, mode, STAGE, config, [images, *filter(None, [settings.classes])])
     listing = list_layout(settings.layout, images, settings.split)
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
-    files = [entry.file for entry in listing.entries]
-    keys = [file_key(images, file) for file in files]
-    check_keys(keys, files)
-    order = np.random.default_rng(settings.seed).permutation(len(files))
-
-    skipped: list[Path] = []
-    written = 0
-    with (
-        claimed_output(out, mode, STAGE, config, settings.seed),
-        watched_decoders(),
-        meter("prepare", len(files), "images") as m,
-    ):
+    else:
+        check_filled(listing)
+    if listing.left_out:
+        say(f"left out: {as_text(listing.left_out)}")
+    with claimed_output(out, mode, STAGE, config, settings.seed), watched_decoders():
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
-        partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        pattern = str(partial / f"{out.name.replace('%', '_')}-%06d.tar")
-        # mtime is fixed, so that the same images give the same bytes.
-        with webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0) as writer:
-            for number in order:
-                entry = listing.entries[number]
-                try:
-                    sample = read_sample(entry, listing.convert)
-                except UserError as error:
-                    if settings.on_error == "fail":
-                        raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
-                    say(f"skipped: {error}")
-                    skipped.append(entry.file)
-                    continue
-                writer.write({"__key__": keys[number], **sample})
-                written += 1
-                m.advance(1)
+        written, skipped = pack(config.prepare, listing, images, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
         if not written:
-            raise UserError(f"none of the {len(files)} images below {images} can be read")
+            raise UserError(f"none of the {len(listing.entries)} images below {images} can be read")
         if listing.classes:
             write_json(out / CLASSES, listing.classes)
         for shard in sorted(partial.glob("*.tar")):
             shard.rename(out / shard.name)
         partial.rmdir()
-    return PrepareResult(out, sorted(out.glob("*.tar")), written, listing.classes, skipped)
+    return PrepareResult(out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out))
+
+
+def pack(settings: PrepareConfig, listing: Listing, root: Path, pattern: str) -> tuple[int, list[Path]]:
+    """Write the images of a listing as shards; return how many there are, and the files that are no readable images.
+
+    pattern: the path of a shard, with %06d for its number. Raises UserError for such a file, unless settings skip it.
+    """
+    entries = listing.entries
+    keys = file_keys([str(Path(entry.file).relative_to(root)) for entry in entries])
+    order = np.random.default_rng(settings.seed).permutation(len(entries))
+    skipped: list[Path] = []
+    # mtime is fixed, so that the same images give the same bytes.
+    writer = webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0)
+    with writer, meter("prepare", len(entries), "images") as m:
+        for number in order.tolist():
+            try:
+                sample = read_sample(entries[number], listing.convert)
+            except UserError as error:
+                if settings.on_error == "fail":
+                    raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
+                say(f"skipped: {error}")
+                skipped.append(Path(entries[number].file))
+                continue
+            writer.write({"__key__": keys[number], **sample})
+            m.advance(1)
+    return len(entries) - len(skipped), skipped
 
 
 def renumbered(listing: Listing, file: Path) -> Listing:
@@ -119,44 +131,33 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     return replace(listing, entries=entries, classes=classes)
 
 
-def file_key(folder: Path, file: Path) -> str:
-    """Return the key of an image in its shard: its relative path without extension and without dots.
-
-    WebDataset ends a key at its first dot.
-    """
-    relative = file.relative_to(folder)
-    return "/".join(part.replace(".", "_") for part in (*relative.parts[:-1], relative.stem))
-
-
-def check_keys(keys: list[str], files: list[Path]) -> None:
-    """Raise UserError if two files have the same key."""
-    first: dict[str, Path] = {}
-    for key, file in zip(keys, files, strict=True):
-        if key in first:
-            raise UserError(f"{first[key]} and {file} would have the same key {key!r}; rename one")
-        first[key] = file
-
-
 def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes]:
     """Return {extension: bytes} of an image: itself, its label, mask and depth map.
 
     convert: {extension: function that changes such maps}. Raises UserError if a file cannot be read.
     """
-    file = entry.file
-    data = file.read_bytes()
-    with named_errors(str(file)):
+    file = Path(entry.file)
+    data = _bytes_of(file)
+    with named_errors(printable(file)):
         decode_rgb(data)
     sample = {KEPT.get(file.suffix.lower(), "png"): data}
-    for name, place in entry.beside.items():
-        sample[name] = place.read_bytes()
-        pixels = decode(sample[name], str(place), ("PNG",))
+    for name, place in ((name, Path(path)) for name, path in (entry.beside or {}).items()):
+        sample[name] = _bytes_of(place)
+        pixels = decode(sample[name], printable(place), ("PNG",))
         if name in convert:
             if pixels.mode not in ("L", "P"):
-                raise UserError(f"{place} holds no class numbers of 8 bits")
+                raise UserError(f"{printable(place)} holds no class numbers of 8 bits")
             sample[name] = _png(Image.fromarray(convert[name](np.asarray(pixels))))
     if entry.label is not None:
         sample["cls"] = str(entry.label).encode()
     return sample
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{printable(file)} cannot be read: {error.strerror}") from None
 
 
 def _png(image: Image.Image) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data import Spec
 from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
 from pipeline.reports.measure import measure
@@ -48,7 +49,7 @@ def report(
     *,
     cache: Place | None = None,
     refiners: Sequence[Path] = (),
-    shards: str | Sequence[str] | None = None,
+    shards: Spec | None = None,
     teacher_probes: Path | None = None,
     records: int = RECORDS,
     overwrite: bool = False,

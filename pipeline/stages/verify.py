@@ -4,7 +4,6 @@ Every file is compared with its checksum, and the index with the manifest. If th
 features of a random sample again, and they are compared with the stored ones. --repair computes damaged shards again.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain, islice
 
@@ -15,6 +14,7 @@ from pipeline.cache.verify.findings import LiveCheck, SegmentReport, VerifyResul
 from pipeline.cache.verify.live import check_live, load_extractors
 from pipeline.cache.verify.repair import repair_segment
 from pipeline.config import Config
+from pipeline.data import Spec
 from pipeline.storage import Place, open_store
 
 __all__ = ["LiveCheck", "SegmentReport", "VerifyResult", "verify"]
@@ -25,7 +25,7 @@ def verify(
     place: Place,
     *,
     live: bool = False,
-    shards: str | Sequence[str] | None = None,
+    shards: Spec | None = None,
     sample: int = 64,
     repair: bool = False,
 ) -> VerifyResult:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import obstore
@@ -24,7 +25,7 @@ from pipeline.storage.base import LOCK, Ranges, missing, too_short
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
-    from obstore import GetOptions
+    from obstore import GetOptions, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 Result = TypeVar("Result")
@@ -71,10 +72,13 @@ class RemoteStore:
         self._url, self._client, self._prefix = url, client, prefix
 
     @classmethod
-    def open(cls, url: str) -> "RemoteStore":
-        """Open the store at a URL. Raises UserError if its kind is unknown, or the environment lacks settings."""
+    def open(cls, url: str, also: Sequence[str] = ()) -> "RemoteStore":
+        """Open the store at a URL. also: further schemes.
+
+        Raises UserError if its kind is unknown, or the environment lacks settings.
+        """
         scheme = url.partition("://")[0]
-        if scheme not in _SCHEMES:
+        if scheme not in (*_SCHEMES, *also):
             raise UserError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
         if {"?", "#"} & set(url):
             raise UserError(f"{url}: a URL with ? or # cannot be used; choose another name")
@@ -116,6 +120,23 @@ class RemoteStore:
         if len(data) != end - start:
             raise too_short(f"{self._url}/{name}")
         return data
+
+    def about(self, name: str) -> "ObjectMeta":
+        """Return size, version and time of an object. Raises FileNotFoundError if there is no such object."""
+        return self._repeat(lambda: obstore.head(self._client, self._prefix + name), name)
+
+    def copy(self, name: str, target: Path) -> None:
+        """Copy a whole object to a local file, piece by piece. Raises FileNotFoundError if there is no such object."""
+
+        def stream() -> None:
+            found = obstore.get(self._client, self._prefix + name)
+            with target.open("wb") as file:
+                for piece in found.stream(min_chunk_size=_PIECE):
+                    file.write(piece)
+                if file.tell() != found.meta["size"]:
+                    raise OSError(f"{self._url}/{name}: the connection ended too early")
+
+        self._repeat(stream, name)
 
     def read_ranges(self, ranges: Ranges) -> None:
         """Fill ranges.out. Raises UserError if an object is missing or too short."""

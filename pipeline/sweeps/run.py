@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.data import Images, index_shards
+from pipeline.data import Images, Spec, list_probe_images
 from pipeline.evaluation import TASKS
 from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
@@ -46,7 +46,6 @@ from singer.errors import UserError
 STAGE = "sweep"
 STATE = "sweep.json"
 FILE = "sweep.yaml"
-Shards = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def sweep(
     out: Path,
     mode: Mode = "new",
     *,
-    train: Shards | None = None,
-    test: Shards | None = None,
-    shards: Shards | None = None,
+    train: Spec | None = None,
+    test: Spec | None = None,
+    shards: Spec | None = None,
     workers: int | None = None,
 ) -> SweepResult:
     """Do all runs of a sweep's file, or of a bundled sweep by its name, in the folder `out`.
@@ -106,7 +105,7 @@ def sweep(
     check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
-    images = (index_shards(train), index_shards(test)) if train is not None and test is not None else None
+    images = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = SweepContext(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
     if mode == "resume":

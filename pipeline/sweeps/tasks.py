@@ -1,5 +1,6 @@
 """The jobs of a sweep: a refiner to fit, or students to train on one pass and to probe."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Config
+from pipeline.data import Spec
 from pipeline.runtime.failures import Failure, failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import fan_out
@@ -128,6 +130,6 @@ def _mode(out: Path) -> Mode:
     return "resume" if out.exists() else "new"
 
 
-def as_list(shards: str | Sequence[str] | None) -> list[str]:
-    """Return shards as a list, which is empty if there are none."""
-    return [shards] if isinstance(shards, str) else list(shards or ())
+def as_list(spec: Spec | None) -> list[str]:
+    """Return a specification as a list, which is empty if there is none."""
+    return [os.fspath(spec)] if isinstance(spec, str | Path) else [os.fspath(one) for one in spec or ()]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
-from pipeline.data import ImageFile, relocate
+from pipeline.data import ImageFile, Spec, relocate
 from pipeline.storage import Place
 from pipeline.storage.outputs import file_hash
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
@@ -141,7 +141,7 @@ def _names(caches: Sequence[Cache]) -> list[str]:
     return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
 
 
-def open_images(cache: Cache, shards: str | Sequence[str] | None = None) -> AbstractContextManager[ImageFile | None]:
+def open_images(cache: Cache, shards: Spec | None = None) -> AbstractContextManager[ImageFile | None]:
     """Open the cached images where they are now; give None if the cache holds the views.
 
     Raises UserError like data.relocate.

@@ -19,7 +19,7 @@ from pipeline.cache.verify.files import within
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
-from pipeline.data import ImageFile, image_digest, relocate
+from pipeline.data import ImageFile, Spec, image_digest, relocate
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
 from pipeline.teachers.models import load_teacher
@@ -93,11 +93,11 @@ def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> 
     for number in numbers.tolist():
         data, where = files.encoded(number)
         if digests[number] not in (0, image_digest(data)):
-            raise UserError(f"{where} is not the one that was cached; give its shards with --shards")
+            raise UserError(f"{where} is not the one that was cached; give its place with --images")
 
 
 def check_live(
-    segment: Segment, report: SegmentReport, extract: Extractor, shards: str | Sequence[str] | None, sample: int
+    segment: Segment, report: SegmentReport, extract: Extractor, shards: Spec | None, sample: int
 ) -> LiveCheck | None:
     """Compute the features of a random sample of records anew, and compare them with the stored ones.
 

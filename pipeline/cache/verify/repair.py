@@ -18,7 +18,7 @@ from pipeline.cache.verify.files import metadata, shard_defects, shard_files, wi
 from pipeline.cache.verify.findings import SegmentReport
 from pipeline.cache.verify.live import check_images, computable
 from pipeline.config import CacheConfig, Config
-from pipeline.data import ImageFile, relocate
+from pipeline.data import ImageFile, Spec, relocate
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
 from pipeline.storage.outputs import CONFIG, tensor_bytes
@@ -30,7 +30,7 @@ def repair_segment(
     segments: Sequence[Segment],
     report: SegmentReport,
     extract: Extractor,
-    shards: str | Sequence[str] | None,
+    shards: Spec | None,
 ) -> None:
     """Compute and write what is damaged or missing in a segment, where this is possible, and update the report."""
     manifest, store = segment.manifest, segment.store
@@ -66,7 +66,7 @@ def compute_again(
     wanted: Sequence[int],
     report: SegmentReport,
     extract: Extractor,
-    shards: str | Sequence[str] | None,
+    shards: Spec | None,
 ) -> None:
     """Compute some shards again and update the report."""
     manifest, store = segment.manifest, segment.store

@@ -1,11 +1,14 @@
 """Data sets with a sub-folder for each class: any folder of images, and ImageNet in its variants."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.data.importers.listing import KEPT, Entry, Listing, images_in, read_lines, read_mat
+from pipeline.data.importers.walk import as_text, printable, walk
 from singer.errors import UserError
 
 BESIDE = ("seg.png", "depth.png")
+_MAPS = tuple(f".{name}" for name in BESIDE)
 _DEVKIT = Path("ILSVRC2012_devkit_t12") / "data"
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
@@ -13,39 +16,49 @@ _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 def folder(root: Path, split: str = "") -> Listing:
     """List the image files below a folder, sorted; its sub-folders are classes, if every image is in one.
 
-    A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. Hidden files and folders are left out.
-    Raises UserError for a map without an image, a mixture of class folders and loose images, or an empty class.
+    A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. Links are followed; hidden files and
+    folders are left out. Raises UserError for a map without an image, or a mixture of class folders and loose images.
     """
-    found = sorted(f for f in root.rglob("*") if f.suffix.lower() in KEPT and f.is_file())
-    found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts)]
-    maps = {f for f in found if f.name.lower().endswith(tuple(f".{name}" for name in BESIDE))}
-    files = [f for f in found if f not in maps]
+    found = walk(root, KEPT)
+    maps = {name for name in found.files if name.lower().endswith(_MAPS)}
+    files = [name for name in found.files if name not in maps]
     if not files:
-        raise UserError(f"no images ({', '.join(KEPT)}) below {root}")
-    stems = {f.with_suffix("") for f in files}
-    for file in sorted(maps):
-        if file.with_suffix("").with_suffix("") not in stems:
-            raise UserError(f"{file} has no image beside it")
-    loose = [f for f in files if f.parent == root]
+        also = f"; there are only {as_text(found.left_out)}" if found.left_out else ""
+        raise UserError(f"no images ({', '.join(KEPT)}) below {root}{also}")
+    stems = {name.rpartition(".")[0] for name in files}
+    for name in sorted(maps):
+        if name.rsplit(".", 2)[0] not in stems:
+            raise UserError(f"{printable(root / name)} has no image beside it")
+    loose = [name for name in files if "/" not in name]
     if loose and len(loose) < len(files):
-        raise UserError(f"{root} mixes class folders and loose images such as {loose[0].name}; move one of the two")
-    if loose:
-        return Listing([Entry(file, None, _beside(file)) for file in files], [])
-    classes = sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    numbers = {name: number for number, name in enumerate(classes)}
-    entries = [Entry(file, numbers[file.relative_to(root).parts[0]], _beside(file)) for file in files]
-    empty = set(range(len(classes))) - {entry.label for entry in entries}
-    if empty:
-        # Leaving it out would shift the numbers of all classes after it.
-        name = classes[min(empty)]
-        raise UserError(f"class folder {root / name} holds no images; remove it, or give prepare.classes")
-    return Listing(entries, classes)
+        raise UserError(
+            f"{root} mixes class folders and loose images such as {printable(loose[0])}; move one of the two"
+        )
+    numbers = {} if loose else {name: number for number, name in enumerate(found.folders)}
+    entries = [
+        Entry(f"{root}/{name}", numbers.get(name.partition("/")[0]), _beside(root, name, maps) if maps else None)
+        for name in files
+    ]
+    return Listing(entries, list(numbers), left_out=found.left_out, class_root=root)
 
 
-def _beside(file: Path) -> dict[str, Path]:
+def _beside(root: Path, file: str, maps: Collection[str]) -> dict[str, str]:
     """Return {extension: file} of the maps beside an image."""
-    places = {name: file.with_name(f"{file.stem}.{name}") for name in BESIDE}
-    return {name: place for name, place in places.items() if place.is_file()}
+    places = {name: f"{file.rpartition('.')[0]}.{name}" for name in BESIDE}
+    return {name: f"{root}/{place}" for name, place in places.items() if place in maps}
+
+
+def check_filled(listing: Listing) -> None:
+    """Raise UserError for a class folder without images: to leave it out would shift the numbers of those after it."""
+    if listing.class_root is None:
+        return
+    filled = {entry.label for entry in listing.entries}
+    empty = [name for number, name in enumerate(listing.classes) if number not in filled]
+    if empty:
+        raise UserError(
+            f"class folder {printable(listing.class_root / empty[0])} holds no images; remove it, or give the classes "
+            "of another split with --set prepare.classes=FILE"
+        )
 
 
 def _class_folders(root: Path) -> Listing:
@@ -66,7 +79,7 @@ def imagenet_1k(root: Path, split: str) -> Listing:
     here = root / split
     if split == "train" or (here.is_dir() and any(f.is_dir() for f in here.iterdir())):
         return _class_folders(here)
-    files, truth = images_in(here), read_lines(root / _DEVKIT / _TRUTH)
+    (files, left_out), truth = images_in(here), read_lines(root / _DEVKIT / _TRUTH)
     if len(files) != len(truth):
         raise UserError(f"{root / _DEVKIT / _TRUTH} has {len(truth)} lines for {len(files)} images in {here}")
     synsets = read_mat(root / _DEVKIT / "meta.mat", "synsets")
@@ -76,7 +89,8 @@ def imagenet_1k(root: Path, split: str) -> Listing:
     unknown = [line for line in truth if line not in numbers]
     if unknown:
         raise UserError(f"{root / _DEVKIT / _TRUTH} has {unknown[0]!r}, which is no class of meta.mat beside it")
-    return Listing([Entry(f, numbers[line]) for f, line in zip(files, truth, strict=True)], classes)
+    entries = [Entry(str(file), numbers[line]) for file, line in zip(files, truth, strict=True)]
+    return Listing(entries, classes, left_out=left_out)
 
 
 def imagenet_r(root: Path, split: str) -> Listing:
@@ -92,4 +106,4 @@ def imagenet_v2(root: Path, split: str) -> Listing:
         raise UserError(f"{root / wrong[0]} is no class number; the folders of this layout are 0 to 999")
     numbers = [int(name) for name in listing.classes]
     entries = [Entry(e.file, numbers[e.label], e.beside) for e in listing.entries if e.label is not None]
-    return Listing(entries, [])
+    return Listing(entries, [], left_out=listing.left_out)

@@ -1,13 +1,14 @@
 """What every layout lists of a data set: its images with their labels and maps, and the names of classes."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
+from pipeline.data.importers.walk import walk
 from singer.errors import UserError
 
 # The values are the extensions in shards.
@@ -17,25 +18,30 @@ KEPT = {f".{extension}": extension for extension in IMAGE_EXTENSIONS} | {".jpeg"
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
+# There may be millions of entries, and a Path takes much more memory than a string.
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An image. label: its class number, if it has one; beside: {extension: file} of its mask and depth map."""
 
-    file: Path
+    file: str
     label: int | None = None
-    beside: Mapping[str, Path] = field(default_factory=dict)
+    beside: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
     """What a data set holds.
 
-    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}.
+    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}; left_out:
+    {kind: how many files of the data set's folders are no images}, see walk.Found; class_root: the folder whose
+    sub-folders are the classes, if these are known from there.
     """
 
     entries: list[Entry]
     classes: list[str]
     convert: Mapping[str, Convert] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    class_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +63,15 @@ def existing(file: Path, why: str = "this layout needs it") -> Path:
     return file
 
 
-def images_in(folder: Path) -> list[Path]:
-    """List the images in a folder, sorted by name, without hidden ones. Raises UserError if there are none."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    files = sorted(f for f in found if f.suffix.lower() in KEPT and not f.name.startswith("."))
-    if not files:
+def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """List the images directly in a folder, sorted by name, and what is left out there.
+
+    Raises UserError if there are none.
+    """
+    found = walk(folder, KEPT, deep=False) if folder.is_dir() else None
+    if found is None or not found.files:
         raise UserError(f"{folder} holds no images; this layout needs them there")
-    return files
+    return [folder / name for name in found.files], found.left_out
 
 
 def read_lines(file: Path) -> list[str]:
@@ -80,6 +88,8 @@ def read_lines(file: Path) -> list[str]:
 
 def read_mat(file: Path, name: str) -> np.ndarray:
     """Read a variable of a MATLAB file, without dimensions of size one. Raises UserError that names both."""
+    from scipy.io import loadmat  # imported late, as few layouts need it
+
     existing(file)
     try:
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])

@@ -10,7 +10,7 @@ from singer.errors import UserError
 
 def _listed(pairs: Iterable[tuple[Path, int]], source: Path) -> list[Entry]:
     """Make entries of (file, label). Raises UserError for an image that is not there."""
-    return [Entry(existing(file, f"{source} lists it"), label) for file, label in pairs]
+    return [Entry(str(existing(file, f"{source} lists it")), label) for file, label in pairs]
 
 
 def _numbered(names: list[str], classes: list[str], source: Path) -> list[int]:

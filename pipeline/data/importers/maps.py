@@ -15,10 +15,12 @@ def ade20k(root: Path, split: str) -> Listing:
     """
     folder = {"train": "training", "val": "validation"}[split]
     entries = []
-    for file in images_in(root / "images" / folder):
+    files, left_out = images_in(root / "images" / folder)
+    for file in files:
         mask = root / "annotations" / folder / f"{file.stem}.png"
-        entries.append(Entry(file, None, {"seg.png": existing(mask, f"it is the mask of {file}")}))
-    return Listing(entries, [], {"seg.png": _without_void})
+        beside = {"seg.png": str(existing(mask, f"it is the mask of {file}"))}
+        entries.append(Entry(str(file), None, beside))
+    return Listing(entries, [], {"seg.png": _without_void}, left_out)
 
 
 def _without_void(mask: np.ndarray) -> np.ndarray:
@@ -38,5 +40,6 @@ def nyud_v2(root: Path, split: str) -> Listing:
     entries = []
     for file in files:
         depth = file.with_name(f"sync_depth_{file.stem.removeprefix('rgb_')}.png")
-        entries.append(Entry(file, None, {"depth.png": existing(depth, f"it is the depth map of {file}")}))
+        beside = {"depth.png": str(existing(depth, f"it is the depth map of {file}"))}
+        entries.append(Entry(str(file), None, beside))
     return Listing(entries, [])

@@ -1,0 +1,32 @@
+"""What one source lists: a shard, a folder, a list of files or a table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class SourceListing:
+    """The samples of a source as columns, with the unusable ones.
+
+    size: size of its files, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see
+    tars.key_hash; labels: int32; offsets, sizes: int64, places of the images, see images.Images; usable: bool; defects:
+    (number of the sample, its key, what is wrong), in order, with number -1 for the source itself; files: the names of
+    the files of a folder; classes: names by label, if they are known; left_out: {kind: how many other files}.
+    """
+
+    size: int
+    key_text: np.ndarray
+    key_ends: np.ndarray
+    hashes: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    usable: np.ndarray
+    defects: Sequence[tuple[int, str, str]]
+    files: Sequence[str] | None = None
+    classes: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)

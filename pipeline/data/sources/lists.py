@@ -1,0 +1,103 @@
+"""Lists of image files and their labels: text, CSV, TSV, or one JSON object a line."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.listed import SourceListing
+from pipeline.data.names import file_keys
+from pipeline.data.sources.folder import FOLDER, FileReader, add_files
+from pipeline.data.sources.kind import Kind, Options, Rows, numbered
+from singer.errors import UserError
+
+PATHS = ("path", "image", "file_name")
+LABELS = ("label", "class")
+# A path and its label, if it has one.
+Pair = tuple[str, str | int | None]
+
+
+def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
+    """Read lines `PATH`, `PATH LABEL`, or the two with a tab between; a path may have blanks."""
+    for line in map(str.strip, file):
+        if "\t" in line:
+            name, _, label = line.partition("\t")
+            yield name.strip(), label
+        elif line:
+            name, _, label = line.rpartition(" ")
+            yield (line, None) if not name or (path.parent / line).is_file() else (name.strip(), label)
+
+
+def _separated(separator: str) -> Callable[[Iterable[str], Path], Iterator[Pair]]:
+    def read(file: Iterable[str], path: Path) -> Iterator[Pair]:
+        rows = (row for row in csv.reader(file, delimiter=separator, strict=True) if any(map(str.strip, row)))
+        at, label = 0, 1
+        for number, row in enumerate(rows):
+            names = [cell.strip().lower() for cell in row]
+            if not number and set(names) & set(PATHS):
+                at = next(names.index(name) for name in PATHS if name in names)
+                label = next((names.index(name) for name in LABELS if name in names), len(names))
+            elif len(row) <= at:
+                raise ValueError(f"row {number + 1} has no path")
+            else:
+                yield row[at].strip(), row[label] if label < len(row) else None
+
+    return read
+
+
+def _objects(file: Iterable[str], path: Path) -> Iterator[Pair]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            value: Any = json.loads(line)
+            name = next((value[key] for key in PATHS if key in value), None) if isinstance(value, dict) else None
+            label = next((value[key] for key in LABELS if key in value), None) if isinstance(value, dict) else None
+            if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, str | int | None):
+                raise ValueError(f"line {number} is no object with {' or '.join(PATHS)}, and {' or '.join(LABELS)}")
+            yield name, label
+
+
+FORMS: dict[str, Callable[[Iterable[str], Path], Iterator[Pair]]] = {
+    ".txt": _text,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+    ".jsonl": _objects,
+}
+
+
+def read_pairs(path: Path) -> Sequence[Pair]:
+    """Read the paths and labels of a list. Raises UserError that names the file if it cannot be read."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            return list(FORMS[path.suffix.lower()](file, path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{path} is no list of images: {error}") from None
+
+
+def _list(path: Path, options: Options) -> SourceListing:
+    pairs = read_pairs(path)
+    if not pairs:
+        raise UserError(f"{path} is empty; it should list images, one a line")
+    names = [name.encode(errors="replace" if _is_odd(name) else "surrogateescape").decode(errors="surrogateescape")
+             for name, _ in pairs]  # fmt: skip
+    labels, classes = numbered([label for _, label in pairs], str(path))
+    rows = Rows(file_keys(names), labels, files=names)
+    add_files(rows, path.parent)
+    return rows.listing(sum(rows.sizes), classes)
+
+
+def _is_odd(name: str) -> bool:
+    """Return whether JSON has put half a character into a name, which no file has."""
+    return any("\ud800" <= c < "\udc80" for c in name)
+
+
+LIST = Kind(
+    "list",
+    lambda path: path.suffix.lower() in FORMS,
+    _list,
+    FileReader,
+    FOLDER.beside,
+    lambda path: path.parent,
+)

@@ -1,0 +1,153 @@
+"""What users give for their images -> the sources that it names: the one place that does so, for every command."""
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.data.importers.listing import KEPT
+from pipeline.data.importers.walk import suffix_of, walk
+from pipeline.data.sources.tables import SUFFIXES as TABLES
+from pipeline.storage import is_remote
+from pipeline.storage.downloads import download
+from singer.errors import UserError
+
+Spec = str | Path | Sequence[str | Path]
+_TARS = (".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_MOST = 1_000_000
+# Hugging Face `datasets` names the files of a split like this.
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
+
+
+def resolve(spec: Spec) -> list[Path]:
+    """Return the sources that a specification names, in order: shards, folders of images, lists and tables.
+
+    A specification is one or several of: a file; a folder of images, shards or tables; `~`; a glob; a brace range
+    (`train-{0000..0004}.tar`); a URL, which is copied to this machine first. A name that exists is taken as it is,
+    also with letters of globs in it. Raises UserError, which quotes what was given, if it names nothing, a file that is
+    missing, or a source twice.
+    """
+    given = [spec] if isinstance(spec, str | Path) else list(spec)
+    paths = [path for one in given for path in _sources(os.fspath(one))]
+    if not paths:
+        raise UserError("no images given")
+    twice, count = Counter(path.resolve() for path in paths).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{twice} is given twice")
+    return paths
+
+
+def _sources(given: str) -> list[Path]:
+    """Return the sources that one specification names."""
+    if given.startswith("pipe:"):
+        raise UserError(
+            f"{given!r}: a pipe can be read once, and images are read by their place, again and again; write its "
+            "output to a file, and give that"
+        )
+    if is_remote(given) and not given.startswith("file://"):
+        return [path for url in braces(given) for path in download(url)]
+    found = _paths(given.removeprefix("file://"), given)
+    missing = [path for path in found if not path.exists()]
+    if missing:
+        more = f" (nor {len(missing) - 1} more)" * (len(missing) > 1)
+        raise UserError(f"{_quoting(given, missing[0])}{missing[0]} does not exist{more}")
+    return [source for path in found for source in (_in_folder(path, given) if path.is_dir() else [_file(path)])]
+
+
+def _paths(text: str, given: str) -> list[Path]:
+    """Expand `~`, braces and globs."""
+    if text.startswith("~"):
+        try:
+            text = str(Path(text).expanduser())
+        except RuntimeError:
+            raise UserError(f"{given!r}: there is no such user, or no home folder") from None
+    here, rest = _existing(text)
+    if not rest:
+        return [Path(here)]
+    paths: list[Path] = []
+    for name in braces(rest):
+        there, pattern = _existing(here + name)
+        if glob.has_magic(pattern):
+            found = sorted(glob.glob(glob.escape(there) + pattern, recursive=True))  # noqa: PTH207 (absolute, too)
+            if not found:
+                raise UserError(f"nothing matches {given!r}; quote it, and look at what is in its folder")
+            paths += map(Path, found)
+        else:
+            paths.append(Path(there + pattern))
+    return paths
+
+
+def _existing(text: str) -> tuple[str, str]:
+    """Split a path after its longest beginning that exists, at a slash: a name that exists is no pattern."""
+    at = len(text)
+    while at >= 0:
+        if at and os.path.lexists(text[:at]):
+            return text[: at + 1], text[at + 1 :]
+        at = text.rfind("/", 0, at)
+        if not at:
+            return "/", text[1:]
+    return "", text
+
+
+def braces(text: str) -> Iterator[str]:
+    """Expand `{a,b}` and `{01..12}` as shells do, from left to right; other braces stay.
+
+    Raises UserError for more than a million names.
+    """
+    for found in _BRACES.finditer(text):
+        content = found[1]
+        numbers = _RANGE.fullmatch(content)
+        if numbers:
+            choices = _numbers(text, *numbers.groups())
+        elif "," in content:
+            choices = content.split(",")
+        else:
+            continue
+        for choice in choices:
+            for rest in braces(text[found.end() :]):
+                yield f"{text[: found.start()]}{choice}{rest}"
+        return
+    yield text
+
+
+def _numbers(text: str, first: str, last: str, step: str | None) -> list[str]:
+    a, b = int(first), int(last)
+    if abs(b - a) > _MOST:
+        raise UserError(f"{text!r} names more than {_MOST} files; give a glob, such as '*.tar'")
+    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    stride = max(1, int(step or 1)) * (1 if b >= a else -1)
+    return [f"{number:0{width}d}" for number in range(a, b + (1 if b >= a else -1), stride)]
+
+
+def _quoting(given: str, path: Path) -> str:
+    return "" if given == str(path) else f"{given!r}: "
+
+
+def _file(path: Path) -> Path:
+    if suffix_of(path.name) in KEPT:
+        raise UserError(f"{path} is an image; give its folder, or a list of images (.txt, .csv, .tsv or .jsonl)")
+    return path
+
+
+def _in_folder(path: Path, given: str) -> list[Path]:
+    """Return the shards or tables in a folder, or the folder itself: then it holds images."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise UserError(f"{given!r} has the splits {', '.join(splits)}; give one: {path / (splits or ['SPLIT'])[0]}")
+    found = walk(path, (*_TARS, *TABLES), deep=False)
+    tables = [name for name in found.files if suffix_of(name) in TABLES and not name.startswith("cache-")]
+    tars = [name for name in found.files if suffix_of(name) in _TARS]
+    if tars and tables:
+        raise UserError(f"{given!r} holds shards and tables; give one: '{path}/*{suffix_of(tars[0])}'")
+    if not found.files and "data" in found.folders and walk(path / "data", TABLES, deep=False).files:
+        return _in_folder(path / "data", given)
+    if tables:
+        splits = sorted({match[1] for name in tables if (match := _SPLIT.fullmatch(name.rpartition(".")[0]))})
+        if len(splits) > 1:
+            raise UserError(f"{given!r} has the splits {', '.join(splits)}; give one: '{path}/{splits[0]}-*'")
+    return [path / name for name in tars or tables] or [path]

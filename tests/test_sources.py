@@ -1,0 +1,400 @@
+"""Sources of images: what names them, and folders, lists and tables beside shards."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_shards import noise, png, write_tar
+
+from pipeline.cache.index import image_bytes, read_images
+from pipeline.data import ImageFile, Images, index_beside, index_shards, numbered_as, relocate, resolve
+from pipeline.data.specs import braces
+from pipeline.storage import LocalStore
+from singer.errors import UserError
+
+pyarrow = pytest.importorskip("pyarrow")
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    noise(8, 6, seed).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write(file: Path, data: bytes | str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data.encode() if isinstance(data, str) else data)
+    return file
+
+
+def content(images: Images) -> dict[str, tuple[int, bytes]]:
+    with ImageFile(images) as files:
+        return {key: (int(images.labels[n]), files.encoded(n)[0]) for n, key in enumerate(images.keys)}
+
+
+def photos(root: Path, names: str = "cat/a.png cat/b.jpg dog/c.png") -> Path:
+    for number, name in enumerate(names.split()):
+        write(root / name, encoded(number, "JPEG" if name.endswith("jpg") else "PNG"))
+    return root
+
+
+def names(spec: str | list[str]) -> list[str]:
+    return [path.name for path in resolve(spec)]
+
+
+def test_braces_are_those_of_shells() -> None:
+    for text, expected in {
+        "a": ["a"],
+        "a{1..3}b": ["a1b", "a2b", "a3b"],
+        "{08..10}": ["08", "09", "10"],
+        "{3..1}": ["3", "2", "1"],
+        "{0..6..3}": ["0", "3", "6"],
+        "{a,b}{1..2}": ["a1", "a2", "b1", "b2"],
+        "{a}{}x{1..y}": ["{a}{}x{1..y}"],
+        "{a,b/c}.tar": ["a.tar", "b/c.tar"],
+    }.items():
+        assert list(braces(text)) == expected
+    with pytest.raises(UserError, match="more than 1000000 files"):
+        list(braces("{0..99999999}"))
+
+
+def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("d[1]/x{1,2}.tar", "d[1]/y*.tar", "d1/z.tar", "a b/s.tar", "~/t.tar"):
+        write_tar(write(tmp_path / name, b""), {"a.png": png()})
+    monkeypatch.chdir(tmp_path)
+    assert names("d[1]/x{1,2}.tar") == ["x{1,2}.tar"] and names("d[1]/*.tar") == ["x{1,2}.tar", "y*.tar"]
+    assert (
+        names("d[1]") == ["x{1,2}.tar", "y*.tar"] and names("d?/*.tar") == ["z.tar"] and names("~/t.tar") == ["t.tar"]
+    )
+    assert (
+        names(str(tmp_path / "{a b,d1}/*.tar")) == ["s.tar", "z.tar"] == names(["a b", f"file://{tmp_path}/d1/z.tar"])
+    )
+    monkeypatch.setenv("HOME", str(tmp_path / "d1"))
+    (tmp_path / "~" / "t.tar").unlink()
+    (tmp_path / "~").rmdir()
+    assert names("~/z.tar") == ["z.tar"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nothing/*.tar", r"nothing matches 'nothing/\*\.tar'; quote it"),
+        ("nothing.tar", r"^nothing\.tar does not exist$"),
+        ("s-{0..1}.tar", r"^'s-\{0\.\.1\}\.tar': s-0\.tar does not exist \(nor 1 more\)"),
+        ("pipe:cat x.tar", "'pipe:cat x.tar': a pipe can be read once"),
+        ("ftp://host/x.tar", "is of no known kind"),
+        ("https://host/*.tar", "a web server has no list of its files; give a brace range"),
+        ("~nobody-here/x.tar", "no such user"),
+        ("cat.png", "cat.png is an image; give its folder, or a list"),
+        ("empty", r"no images \(.*\) below empty"),
+        ("both", r"'both' holds shards and tables; give one: 'both/\*\.tar'"),
+        ("splits", r"'splits' has the splits test, train; give one: 'splits/test-\*'"),
+        ("arrow", r"'arrow' has the splits test, train; give one: arrow/test"),
+    ],
+)
+def test_what_is_wrong_is_quoted(given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "cat.png", png())
+    (tmp_path / "empty").mkdir()
+    for name in ("both/a.tar", "both/a.parquet", "splits/train-00000-of-00002.parquet", "arrow/train/data.arrow"):
+        write(tmp_path / name, b"")
+    for name in ("splits/test-00000-of-00001-0123456789abcdef.parquet", "arrow/test/data.arrow"):
+        write(tmp_path / name, b"")
+    write(tmp_path / "arrow" / "dataset_dict.json", "{}")
+    with pytest.raises(UserError, match=message) as error:
+        index_shards(given)
+    assert "\n" not in str(error.value)
+
+
+def test_twice_is_seen_through_links(tmp_path: Path) -> None:
+    photos(tmp_path / "in")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(UserError, match="in is given twice"):
+        resolve([str(tmp_path / "in"), str(tmp_path / "link")])
+
+
+def pairs(root: Path) -> list[tuple[str, str]]:
+    photos(root / "img")
+    return [("img/cat/a.png", "cat"), ("img/cat/b.jpg", "cat"), ("img/dog/c.png", "dog"), ("img/cat/a b.png", "")]
+
+
+@pytest.mark.parametrize("form", ["txt", "tab", "csv", "headed.csv", "tsv", "jsonl"])
+def test_lists_of_every_form(form: str, tmp_path: Path) -> None:
+    rows = pairs(tmp_path)
+    write(tmp_path / rows[3][0], encoded(3))
+    lines = {
+        "txt": [f"{name} {label}".strip() for name, label in rows],
+        "tab": ["\t".join(row) for row in rows],
+        "csv": [",".join(row) for row in rows],
+        "headed.csv": ["id,Class,File_Name", *(f"{n},{label},{name}" for n, (name, label) in enumerate(rows))],
+        "tsv": ["image\tlabel", *("\t".join(row) for row in rows)],
+        "jsonl": [json.dumps({"file_name": name, "label": label or None, "x": [1]}) for name, label in rows],
+    }[form]
+    suffix = "txt" if form == "tab" else form.rpartition(".")[2]
+    text = "\ufeff" + "\r\n".join(lines) + "\r\n\r\n"
+    images = index_shards(str(write(tmp_path / f"list.{suffix}", text)))
+    assert list(images.keys) == ["img/cat/a", "img/cat/b", "img/dog/c", "img/cat/a b"]
+    assert images.labels.tolist() == [0, 0, 1, -1] and images.classes == ("cat", "dog")
+    assert [data for _, data in content(images).values()] == [
+        (tmp_path / name).read_bytes() for name, _ in rows
+    ]  # fmt: skip
+    assert images.paths == (tmp_path,) and relocate(images, str(tmp_path / f"list.{suffix}")).paths == (tmp_path,)
+
+
+def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
+    photos(tmp_path)
+    images = index_shards(str(write(tmp_path / "l.csv", "cat/a.png,7\ncat/b.jpg,-1\ndog/c.png,\n")))
+    assert images.labels.tolist() == [7, -1, -1] and images.classes == ()
+    outside = write(tmp_path / "sub" / "l.txt", f"../cat/a.png 1\n{tmp_path}/dog/c.png 2\n")
+    images = index_shards(str(outside))
+    assert list(content(images).values()) == [
+        (1, (tmp_path / "cat/a.png").read_bytes()),
+        (2, (tmp_path / "dog/c.png").read_bytes()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "path,label\ncat/a.png,1\ncat/no.png,2", r"sample 'cat/no' \(cat/no\.png\) does not exist; repair"),
+        ("l.txt", "cat 1", r"\(cat\) is no regular file"),
+        ("l.txt", "cat/a.png 1\ncat/a.png 2", r"sample 'cat/a%2Epng' occurs twice"),
+        ("l.txt", "\n\n", "l.txt is empty"),
+        ("l.txt", "cat/a.png 2147483648", "has the label 2147483648; class numbers are 0 to 2147483647"),
+        ("l.csv", '"cat/a.png,1', "l.csv is no list of images: "),
+        ("l.csv", "label,path\nx", "l.csv is no list of images: row 2 has no path"),
+        ("l.jsonl", '{"path": 3}', "line 1 is no object with path or image or file_name"),
+        ("l.jsonl", '{"path": "a", "label": true}', "line 1 is no object with"),
+        ("l.jsonl", "[1]", "line 1 is no object with"),
+        ("l.jsonl", "{", "l.jsonl is no list of images"),
+        ("l.jsonl", r'{"path": "\ud800"}', "does not exist"),
+        ("l.txt", "a\0b 1", "does not exist"),
+    ],
+)
+def test_wrong_lists(name: str, text: str, message: str, tmp_path: Path) -> None:
+    photos(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        index_shards(str(write(tmp_path / name, text)))
+    assert "\n" not in str(error.value) and "\0" not in str(error.value)
+
+
+def table(path: Path, columns: dict[str, object], rows_a_group: int = 2, hf: dict[str, object] | None = None) -> Path:
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    made = pyarrow.table(columns)
+    if hf is not None:
+        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": hf}})})
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(made, path, row_group_size=rows_a_group)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, made.schema) as writer:
+            writer.write_table(made, max_chunksize=rows_a_group)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables(suffix: str, tmp_path: Path) -> None:
+    data = [encoded(n) for n in range(5)]
+    columns = {
+        "image": [{"bytes": d, "path": None} for d in data],
+        "thumb": [{"bytes": b"x", "path": None}] * 5,
+        "label": [1, 0, -1, None, 1],
+    }
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
+    file = table(tmp_path / f"t.{suffix}", columns, hf=features)
+    for spec in (str(file), str(tmp_path)):
+        images = index_shards(spec)
+        assert [images.labels.tolist(), images.classes] == [[1, 0, -1, -1, 1], ("dog", "cat")]
+        assert list(images.keys)[:2] == ["t/000000", "t/000001"]
+        assert [read for _, read in content(images.select(np.array([4, 0, 3, 1, 2]))).values()] == [
+            data[n] for n in (4, 0, 3, 1, 2)
+        ]
+    with ImageFile(images) as files:
+        assert files.dimensions(2) == (8, 6) and files.encoded(1, 4)[0] == data[1][:4]
+    with pytest.raises(UserError, match=r"t\.\w+: sample 't/000000' has no \.seg\.png: tables have no maps"):
+        index_beside(images, "seg.png")
+    plain = table(tmp_path / f"u.{suffix}", {k: columns[k] for k in ("image", "thumb")})
+    with pytest.raises(UserError, match=r"has 2 columns of images .*; choose one with --set cache.image_key=image"):
+        index_shards(str(plain))
+    assert index_shards(str(plain), image_key="thumb").size.tolist() == [1] * 5
+    with pytest.raises(UserError, match=r"cache.image_key: .* has no column 'x' of images"):
+        index_shards(str(plain), image_key="x")
+
+
+def test_tables_with_faults(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.parquet", {"img": [b"x", b"", None], "cls": ["b", "a", "b"]})
+    with pytest.raises(UserError, match=r"sample 'a/000001' \(row 1\) has no bytes of an image"):
+        index_shards(str(file))
+    other = table(tmp_path / "b.parquet", {"img": [b"y"], "cls": ["c"]})
+    images = index_shards([str(file), str(other)], "skip")
+    assert list(images.keys) == ["a/000000", "b/000000"] and len(images.skipped) == 2
+    assert images.labels.tolist() == [1, 2] and images.classes == ("a", "b", "c")
+    table(other, {"img": [b"changed"], "cls": ["c"]})
+    with ImageFile(images) as files, pytest.raises(UserError, match="row 0 has changed since it was listed"):
+        files.encoded(1)
+    for name, data in (("c.parquet", b"PAR1 no"), ("c.arrow", b"no")):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as a table"):
+            index_shards(str(write(tmp_path / name, data)))
+    with pytest.raises(UserError, match=r"has 0 columns of images \(none\)$"):
+        index_shards(str(table(tmp_path / "d.parquet", {"x": [1]})))
+    with pytest.raises(UserError, match="'label' holds no class numbers or names"):
+        index_shards(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
+
+
+def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"need pyarrow: pip install 'singer-vit\[parquet\]'"):
+        index_shards(str(write(tmp_path / "a.parquet", b"")))
+
+
+def test_several_sources_in_one_cache(tmp_path: Path) -> None:
+    """All kinds at once, stored and read again; old listings have no new column."""
+    photos(tmp_path / "a")
+    photos(tmp_path / "b", "cat/a.png emu/d.png")
+    write(tmp_path / "c" / "classes.json", '["emu", "cat"]')
+    write_tar(tmp_path / "c" / "s.tar", {"x.png": encoded(7), "x.cls": b"1"})
+    table(tmp_path / "t.parquet", {"image": [encoded(8)]})
+    images = index_shards([str(tmp_path / name) for name in ("a", "c/s.tar", "t.parquet", "b")])
+    assert images.classes == ("cat", "dog", "emu")
+    labels = {key: label for key, (label, _) in content(images).items()}
+    assert labels == {"cat/a": 0, "cat/b": 0, "dog/c": 1, "x": 0, "t/000000": -1, "b/cat/a": 0, "emu/d": 2}
+    store = LocalStore(tmp_path / "store")
+    store.write("images.safetensors", image_bytes(images))
+    again = read_images(store)
+    assert content(again) == content(images) and again.classes == images.classes
+    alone = index_shards(str(tmp_path / "c" / "s.tar"))
+    assert b"file_end" not in image_bytes(alone) and b"classes" not in image_bytes(alone)
+    assert alone.class_names() == ["emu", "cat"]
+    (tmp_path / "c" / "classes.json").unlink()
+    with pytest.raises(UserError, match=r"s\.tar numbers its classes, and another source names them; .*classes\.json"):
+        index_shards([str(tmp_path / "a"), str(tmp_path / "c" / "s.tar")])
+
+
+def test_classes_are_numbered_as_others(tmp_path: Path) -> None:
+    images = index_shards(str(photos(tmp_path / "a", "dog/a.png ant/b.png")))
+    again = numbered_as(images, ["cat", "dog"])
+    assert again.classes == ("cat", "dog", "ant")
+    assert dict(zip(again.keys, again.labels.tolist(), strict=True)) == {"dog/a": 1, "ant/b": 2}
+
+
+def test_moved_folders(tmp_path: Path) -> None:
+    images = index_shards(str(photos(tmp_path / "a")))
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"a of the cache is gone; if it has moved, give its place with --images"):
+        relocate(images, None)
+    assert content(relocate(images, str(tmp_path / "b"))) == content(relocate(images, str(tmp_path / "b")))
+    first = tmp_path / "b" / (images.files or [""])[0]
+    with pytest.raises(UserError, match="of the cache is gone; if it has moved, give the place of its folder"):
+        relocate(images, str(photos(tmp_path / "other", "x/y.png")))
+    first.write_bytes(b"other")
+    with pytest.raises(UserError, match="has changed since it was cached"):
+        relocate(images, str(tmp_path / "b"))
+    moved = relocate(index_shards(str(tmp_path / "b")), None)
+    first.write_bytes(b"again")
+    with ImageFile(moved) as files:
+        assert files.encoded(0)[0] == b"again"
+        first.write_bytes(b"longer than before")
+        with pytest.raises(UserError, match="the file has changed since it was listed: 5 bytes, now 18"):
+            files.encoded(0)
+        first.unlink()
+        with pytest.raises(UserError, match="No such file or directory; if it has moved, give its place with --images"):
+            files.encoded(0)
+
+
+def test_maps_beside_files(tmp_path: Path) -> None:
+    photos(tmp_path / "a", "a.png b.jpg")
+    for name in ("a", "b"):
+        write(tmp_path / "a" / f"{name}.seg.png", encoded(len(name) + ord(name)))
+    for images in (
+        index_shards(str(tmp_path / "a")),
+        index_shards(str(write(tmp_path / "l.txt", "a/a.png\na/b.jpg\n"))),
+    ):
+        maps = content(index_beside(images, "seg.png"))
+        assert {key[-1]: data for key, (_, data) in maps.items()} == {
+            name: (tmp_path / "a" / f"{name}.seg.png").read_bytes() for name in "ab"
+        }
+    with pytest.raises(UserError, match=r"sample '.' needs a \.depth\.png beside it, but .\.depth\.png does not exist"):
+        index_beside(index_shards(str(tmp_path / "a")), "depth.png")
+
+
+def test_a_million_files_need_no_million_paths(tmp_path: Path) -> None:
+    """The listing has columns only, and a reader opens a file when it reads it."""
+    photos(tmp_path / "a", " ".join(f"{n}.png" for n in range(30)))
+    images = index_shards(str(tmp_path / "a"))
+    assert images.paths == (tmp_path / "a",) and images.files is not None
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with ImageFile(images) as files:
+        for number in range(30):
+            files.encoded(number)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208
+
+
+def test_dots_in_names(tmp_path: Path) -> None:
+    a, b = encoded(1), encoded(2)
+    one = write_tar(tmp_path / "a.tar", {"a/22.05.png": a, "a/22.05.cls": b"4", "a/23.06.png": b, "a/23.06.cls": b"5"})
+    assert content(index_shards(str(one))) == {"a/22": (-1, a), "a/23": (-1, b)}
+    assert content(index_shards(str(one), image_key=".png")) == {"a/22.05": (4, a), "a/23.06": (5, b)}
+    two = write_tar(tmp_path / "b.tar", {"s.input.jpg": a, "s.left.jpg": b, "s.cls": b"3", "s.left.seg.png": b"m"})
+    with pytest.raises(UserError, match=r"'s' has several images \(input.jpg, left.jpg\), since a key ends") as e:
+        index_shards(str(two))
+    assert "--set cache.image_key=input.jpg" in str(e.value) and "--set cache.image_key=.jpg" in str(e.value)
+    assert content(index_shards(str(two), image_key="left.jpg")) == {"s": (3, b)}
+    assert content(index_shards(str(two), image_key=".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
+    with pytest.raises(UserError, match=r"has no \.right\.jpg \(cache\.image_key\); it has input\.jpg, left\.jpg"):
+        index_shards(str(two), image_key="right.jpg")
+    maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
+    assert content(index_beside(index_shards(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
+
+
+def test_members_that_are_apart_are_joined(tmp_path: Path) -> None:
+    members = {f"{n}.png": encoded(ord(n)) for n in "abc"} | {f"{n}.cls": b"%d" % ord(n) for n in "cab"}
+    path = write_tar(tmp_path / "t.tar", members)
+    assert content(index_shards(str(path))) == {n: (ord(n), encoded(ord(n))) for n in "abc"}
+
+
+def test_a_cut_among_labels_leaves_no_image_without_its_own(tmp_path: Path) -> None:
+    members = {f"{n}.png": encoded(ord(n)) for n in "abc"} | {f"{n}.cls": b"%d" % ord(n) for n in "abc"}
+    data = write_tar(tmp_path / "t.tar", members, tarfile.USTAR_FORMAT).read_bytes()
+    at = data.index(b"c.cls")
+    (tmp_path / "t.tar").write_bytes(data[:at])
+    images = index_shards(str(tmp_path / "t.tar"), "skip")
+    assert {key: label for key, (label, _) in content(images).items()} == {"a": 97, "b": 98}
+
+
+def test_sources_that_number_alike(tmp_path: Path) -> None:
+    for name in ("x/s-0", "x/s-1", "y/s-0"):
+        write_tar(write(tmp_path / f"{name}.tar", b""), {"000.png": encoded(len(name)), f"{name[0]}.png": encoded(3)})
+    keys = list(index_shards([str(tmp_path / "x"), str(tmp_path / "y")]).keys)
+    assert keys == ["000", "x", "x/s-1/000", "x/s-1/x", "y/s-0/000", "y"]
+    maps = write_tar(tmp_path / "m.tar", {"000.png": encoded(1), "000.seg.png": b"mask"})
+    both = index_shards([str(tmp_path / "x" / "s-0.tar"), str(maps)])
+    assert list(both.keys)[-1] == "m/000"
+    assert content(index_beside(both.select(np.array([2])), "seg.png")) == {"m/000": (-1, b"mask")}
+
+
+def test_minus_one_is_no_label(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.cls": b"-1\n"})
+    assert index_shards(str(path)).labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize(("mode", "command"), [("gz", "gunzip -k"), ("bz2", "bunzip2 -k"), ("xz", "unxz -k")])
+def test_compressed_tars_say_how_to_unpack(mode: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    path = tmp_path / "a b" / f"t.tar.{mode}"
+    with tarfile.open(path, f"w:{mode}") as tar:  # type: ignore[call-overload]
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png())
+        tar.addfile(info, io.BytesIO(png()))
+    with pytest.raises(UserError, match=rf"is compressed, but .*; unpack it: {command} '.*/a b/t\.tar\.{mode}'"):
+        index_shards(str(path.parent))
+
+
+def test_order_is_a_pure_function_of_names(tmp_path: Path) -> None:
+    photos(tmp_path / "a", " ".join(f"{n}.png" for n in range(9)))
+    orders = [list(index_shards(str(tmp_path / "a"), seed=seed).keys) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
