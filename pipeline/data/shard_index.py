@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from braceexpand import braceexpand
 
 from pipeline.data.images import Images, Keys, Skipped
 from pipeline.data.tars import UNSAFE, TarListing, list_tar, read_samples
@@ -31,11 +32,9 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
 
     Raises UserError if one matches nothing, a file is missing, or a file is given twice.
     """
-    from webdataset.shardlists import expand_urls  # imported late, as it imports torch
-
     paths: list[Path] = []
     for pattern in [spec] if isinstance(spec, str) else spec:
-        for name in expand_urls(os.fspath(pattern)):
+        for name in _names(os.fspath(pattern)):
             if glob.has_magic(name) and not Path(name).is_file():
                 found = sorted(Path(p) for p in glob.glob(name))  # noqa: PTH207 (absolute patterns too)
                 if not found:
@@ -51,6 +50,14 @@ def expand_shards(spec: str | Sequence[str]) -> list[Path]:
     if len(set(paths)) < len(paths):
         raise UserError(f"shard {Counter(paths).most_common(1)[0][0]} is given twice")
     return paths
+
+
+def _names(pattern: str) -> list[str]:
+    """Expand brace ranges and lists. Raises UserError if a brace has no partner."""
+    try:
+        return [pattern] if Path(pattern).is_file() else list(braceexpand(pattern))
+    except ValueError:
+        raise UserError(f"shards {pattern}: a brace has no partner; write \\{{ for a brace in a name") from None
 
 
 @dataclass
