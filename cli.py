@@ -55,6 +55,7 @@ TASK_HELP = (
 )
 REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their order. Default: raw targets."
 MOVED_HELP = "Where the cached images are, if they moved."
+STUDENT_HELP = "Any timm model with tokens or feature maps, or vit with student.dim, depth and heads."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
@@ -91,6 +92,37 @@ def every_command(
         from pipeline.runtime.logs import be_verbose
 
         be_verbose()
+
+
+@app.command()
+def run(
+    photos: Annotated[str, typer.Argument(help="A folder of images (sub-folders are classes), or shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for everything that the run makes.")],
+    teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
+    student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's .safetensors or .pth; else timm's.")] = None,
+    hours: Annotated[float | None, typer.Option(help="How long all may take.")] = None,
+    disk_gb: Annotated[float | None, typer.Option(help="How large the cache may become, in GB.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="So many GPUs of this machine share the work.")] = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go from a folder of images to a student, a report and a model for timm: plan, and then every stage."""
+    from pipeline.config import load_config
+    from pipeline.storage.outputs import output_mode
+
+    options = {"teacher.name": teacher, "teacher.weights": weights, "student.name": student}
+    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    if gpus is not None:
+        from pipeline.runtime.launch import on_gpus
+
+        on_gpus(Path(__file__), gpus)
+    from pipeline.chains.run import run as chain
+
+    _report(chain(tree, photos, out, mode, hours=hours, disk_gb=disk_gb), as_json)
 
 
 @app.command()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipeline.cache.info import CacheInfo, cache_info
     from pipeline.cache.reader import Cache
     from pipeline.chains.demo import DemoResult, demo
+    from pipeline.chains.run import RunResult, run
     from pipeline.config import Config, load_config
     from pipeline.evaluation.context import EvaluateResult
     from pipeline.planning.plan import PlanResult, plan
@@ -43,6 +44,7 @@ __all__ = [
     "PrepareResult",
     "RefineResult",
     "ReportResult",
+    "RunResult",
     "StudentSpec",
     "SweepResult",
     "VerifyResult",
@@ -60,6 +62,7 @@ __all__ = [
     "prepare",
     "refine",
     "report",
+    "run",
     "sweep",
     "verify",
 ]
@@ -78,6 +81,7 @@ _MODULES = {
     "PrepareResult": "pipeline.stages.prepare",
     "RefineResult": "pipeline.stages.refine",
     "ReportResult": "pipeline.stages.report",
+    "RunResult": "pipeline.chains.run",
     "StudentSpec": "pipeline.training.runs",
     "SweepResult": "pipeline.sweeps.run",
     "VerifyResult": "pipeline.stages.verify",
@@ -95,6 +99,7 @@ _MODULES = {
     "prepare": "pipeline.stages.prepare",
     "refine": "pipeline.stages.refine",
     "report": "pipeline.stages.report",
+    "run": "pipeline.chains.run",
     "sweep": "pipeline.sweeps.run",
     "verify": "pipeline.stages.verify",
 }

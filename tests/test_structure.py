@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 # Rooms, the highest floor first: a room imports from its own and from lower floors, and from no other on its floor.
 FLOORS = [
     {"cli"},
-    {"sweeps", "planning", "chains"},
+    {"sweeps", "chains"},
+    {"planning"},
     {"stages"},
     {"reports"},
     {"evaluation"},

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.chains.digits import SPLITS, digit_images
-from pipeline.config import Config, resource
+from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
+from pipeline.chains.steps import chain
+from pipeline.config import Config, dump_config, resource
 from pipeline.evaluation.classification import Accuracies
-from pipeline.runtime.progress import say
-from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import distill
-from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.stages.refine import refine
-from pipeline.stages.report import report
-from pipeline.storage.outputs import Mode, check_output, claimed_output
+from pipeline.storage import write_atomic
+from pipeline.storage.outputs import Mode, check_output
 from pipeline.teachers.models import LOCAL
 
+STAGE = "demo"
 TEACHER = "data/demo_teacher"
 NOTE = (
     "Two students of the same size and seed: fitnet learned from raw features (FitNet), singer from refined ones "
@@ -29,6 +27,10 @@ NOTE = (
     "loss made them, because none appeared by itself in short runs. In large ViTs they do appear. There is one seed: "
     "this is a demonstration and no benchmark."
 )
+# {folder: whether the student learns from refined features}, and the names of the models in the result.
+STUDENTS = {"fitnet": False, "singer": True}
+NAMES = {"fitnet": "FitNet", "singer": "SiNGER", "teacher": "teacher"}
+_STAGES = 10
 # Two drawings of each of the 1,297 training digits, and one of each of the 500 test digits.
 COPIES = {"train": 2, "test": 1}
 
@@ -47,45 +49,31 @@ class DemoResult:
 
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
     """Run the chain in the folder `out`, or raise UserError if it may not be written."""
-    check_output(out, mode, "demo", config)
-    with claimed_output(out, mode, "demo", config, config.distill.seed):
-        return _demo(config, out)
+    check_output(out, mode, STAGE, config)
+    given = config.teacher.model_copy(update={"name": f"{LOCAL}{resource(TEACHER)}", "weights": None})
+    with chain(STAGE, config, out, mode, _STAGES) as steps:
+        config = config.model_copy(update={"teacher": given})
+        if steps.main:
+            write_atomic(out / PLANNED, dump_config(config).encode())
+        for split in SPLITS:
+            _packed(config, out, split).follow(steps)
+        train, test = ([glob.escape(str(out / SHARDS / split)) + "/*.tar"] for split in SPLITS)
+        learning = Learning(config, out, train, train, test, STUDENTS, "singer demo", NOTE)
+        results = {stage.name: stage.follow(steps) for stage in learning.stages(steps)}
+    linear = {name: results[f"probe {model}"] for model, name in NAMES.items()}
+    return DemoResult(out / PAGE, linear, results["report"])
 
 
-def _demo(config: Config, out: Path) -> DemoResult:
-    teacher = resource(TEACHER)
-    config = config.model_copy(
-        update={"teacher": config.teacher.model_copy(update={"name": f"{LOCAL}{teacher}", "weights": None})}
-    )
+def _packed(config: Config, out: Path, split: str) -> Stage:
+    """Return the stage that draws the digits of a split and packs them into shards."""
+    images, shards = out / "images" / split, out / SHARDS / split
 
-    say("1/6 drawing digits and packing them into WebDataset shards")
-    shards = {}
-    for split in SPLITS:
-        write_images(split, out / "images" / split)
-        prepare(config, out / "images" / split, out / "shards" / split)
-        shards[split] = glob.escape(str(out / "shards" / split)) + "/*.tar"
+    def pack() -> None:
+        write_images(split, images)
+        prepare(config, images, shards)
 
-    say("2/6 caching the teacher's features")
-    cached = cache_teacher(config, shards["train"], out / "cache")
-    say("3/6 refining: fitting a refiner to the cache")
-    refined = refine(config, cached.cache, out / "refiner")
-    say("4/6 distilling a student from raw features (FitNet)")
-    fitnet = distill(config, cached.cache, out / "fitnet")
-    say("5/6 distilling the same student from refined features (SiNGER)")
-    singer = distill(config, cached.cache, out / "singer", refiner=refined.refiner)
-    say("6/6 probing the frozen students and the teacher on digits that none of them has seen")
-    students = {"FitNet": fitnet, "SiNGER": singer}
-    probes = {name: evaluate(config, run.run, shards["train"], shards["test"]) for name, run in students.items()}
-    probes["teacher"] = evaluate(config, teacher, shards["train"], shards["test"], out=out / "teacher")
-    page = report(
-        [run.run for run in students.values()],
-        out / "report.html",
-        cache=cached.cache,
-        teacher_probes=out / "teacher",
-        title="singer demo",
-        note=NOTE,
-    )
-    return DemoResult(page.out, {name: probe.linear for name, probe in probes.items()}, page.mean_max_over_median)
+    again = command("prepare", images, "--config", out / PLANNED, "--out", shards, "--overwrite")
+    return Stage(f"{split} {SHARDS}", f"drawing digits and packing them: {split}", again, pack, together=False)
 
 
 def write_images(split: str, folder: Path) -> None:

@@ -249,15 +249,15 @@ def readable(files: ImageFile, number: int) -> bool:
     return True
 
 
-def sample_features(config: Config, sample: Sample, teacher: Teacher) -> dict[int, Tensor]:
-    """Return {block: features (n, N, d)} of some records, on the teacher's device.
+def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:
+    """Return {block: features (n, N, d)} of at most `most` records, on the teacher's device.
 
     Raises UserError if they are not finite.
     """
     vit, size = teacher.vit, config.cache.batch_size
     tokens = vit.prefix + vit.grid[0] * vit.grid[1]
     record_bytes = 4 * len(teacher.blocks) * tokens * vit.width
-    count = min(len(sample), _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+    count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
     (records, *_) = sample.batches(count)
     outputs = []
     for start in range(0, count, size):

@@ -19,7 +19,7 @@ from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.teachers.backbone import Backbone
 from singer.backbones import block_outputs
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
@@ -30,7 +30,7 @@ class Teacher:
 
     def __init__(self, config: Config, vit: Backbone, blocks: Sequence[int], device: torch.device) -> None:
         self.vit, self.blocks, self.device = vit, blocks, device
-        self._half = _AUTOCAST.get(config.cache.precision)
+        self._half = AUTOCAST.get(config.cache.precision)
         vit.model.to(device)
 
     @torch.no_grad()

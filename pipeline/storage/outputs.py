@@ -39,6 +39,7 @@ _SECTIONS: dict[str, tuple[str, ...] | None] = {
     "inspect": None,
     "export": None,
     "demo": None,
+    "run": ("prepare", "teacher", "views", "cache", "refine", "student", "distill", "evaluate", "export"),
     "sweep": (),  # each of its runs is checked by itself, and runs may be added
 }
 # The words for the inputs of a run. A refiner's file does not tell its kind.

@@ -1,0 +1,182 @@
+"""From a folder of images to a student, a report and a model for timm: `singer run PHOTOS --out DIR`.
+
+The chain packs the images into shards, plans, caches, refines, distils, probes on held-out images if there are labels,
+reports and exports. Each stage is the ordinary one, in a folder of its own below DIR.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
+from pipeline.chains.split import Photos, Split, is_folder_of_images, shards_of, split
+from pipeline.chains.steps import STEPS, Steps, chain
+from pipeline.config import Config, dump_config, load_config
+from pipeline.data import index_shards
+from pipeline.evaluation.classification import Accuracies
+from pipeline.planning.choice import Choice, Chooser
+from pipeline.planning.plan import free_bytes
+from pipeline.planning.quick import measure_costs
+from pipeline.runtime.progress import say
+from pipeline.stages.export import export
+from pipeline.storage import write_atomic
+from pipeline.storage.outputs import Mode, check_output, read_json
+from singer.errors import UserError
+
+STAGE = "run"
+STUDENT, TIMM = "student", "timm"
+_STAGES = 8
+_GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a chain.
+
+    student: the run of singer distill; timm: the folder that timm loads; report: the page to open; images: that were
+    cached; views, codec, epochs: what was chosen; linear: {model: accuracies (%) on held-out images}, none without
+    labels.
+    """
+
+    out: Path
+    student: Path
+    timm: Path
+    report: Path
+    images: int
+    views: int
+    codec: str
+    epochs: int
+    linear: dict[str, Accuracies]
+
+
+def run(
+    config: Config,
+    photos: Photos,
+    out: Path,
+    mode: Mode = "new",
+    *,
+    hours: float | None = None,
+    disk_gb: float | None = None,
+) -> RunResult:
+    """Go from images to a student in the folder `out`.
+
+    photos: a folder of images, whose sub-folders are classes, or shards; hours, disk_gb: what the chain may take, and
+    its cache. The chain chooses codec, views and epochs, unless the configuration gives them. Raises UserError for
+    mistakes that the user can fix, and if nothing fits.
+    """
+    given = {"photos": str(photos), "teacher": config.teacher.name, "hours": hours, "disk-gb": disk_gb}
+    check_run(config, photos, out, mode, given)
+    with chain(STAGE, config, out, mode, _STAGES) as steps:
+        steps.note(_GIVEN, given)
+        config = _on_device(config, steps)
+        shards = _packed(config, photos, out, steps).follow(steps)
+        config = config.model_copy(
+            update={"prepare": config.prepare.model_copy(update={"shard_images": shards["shard_images"]})}
+        )
+        plan = steps.alone(
+            "plan",
+            "planning: measuring teacher and student",
+            partial(_plan, config, shards["shards"], out, steps, given),
+        )
+        planned, parts = load_config(out / PLANNED), Split(**plan["split"])
+        learning = Learning(
+            planned, out, parts.train, parts.probe, parts.test, {STUDENT: True}, "Student of one teacher"
+        )
+        results = {stage.name: stage.follow(steps) for stage in [*learning.stages(steps), _export(learning, steps)]}
+        if steps.main and parts.why:
+            say(f"no probes: {parts.why}")
+    return RunResult(
+        out=out,
+        student=out / STUDENT,
+        timm=out / TIMM,
+        report=out / PAGE,
+        images=parts.images,
+        views=planned.views.count,
+        codec=planned.cache.codec,
+        epochs=planned.distill.epochs,
+        linear={name.removeprefix("probe "): value for name, value in results.items() if name.startswith("probe ")},
+    )
+
+
+def check_run(config: Config, photos: Photos, out: Path, mode: Mode, given: dict[str, Any]) -> None:
+    """Raise UserError if the chain may not write to `out`, or is continued with something else than it was given."""
+    for option in ("hours", "disk-gb"):
+        if given[option] is not None and not given[option] > 0:
+            raise UserError(f"--{option} {given[option]:g} must be above 0")
+    inputs = [Path(photos)] if isinstance(photos, str | Path) and Path(photos).exists() else []
+    check_output(out, mode, STAGE, config, inputs)
+    if mode == "resume" and (out / STEPS).exists():
+        before = read_json(out, STEPS, "chain").get(_GIVEN, given)
+        for name, value in given.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{out} cannot be continued: it was started with {name} {before.get(name)}, not {value}; repeat "
+                    "its command or use --overwrite"
+                )
+
+
+def _on_device(config: Config, steps: Steps) -> Config:
+    """Return the configuration with bf16 on a GPU that has it, where no precision is given."""
+    if steps.accelerator.device.type != "cuda" or not torch.cuda.is_bf16_supported():
+        return config
+    sections = {name: getattr(config, name) for name in ("cache", "distill")}
+    half = {
+        name: section.model_copy(update={"precision": "bf16"})
+        for name, section in sections.items()
+        if "precision" not in section.model_fields_set
+    }
+    return config.model_copy(update=half)
+
+
+def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
+    """Return the stage that makes shards. Its result: the shards as --shards takes them, and images in a shard."""
+    folder = out / SHARDS
+
+    def pack() -> dict[str, Any]:
+        packed, shards = shards_of(config, photos, folder, steps.again(folder))
+        return {"shards": shards, "shard_images": packed.prepare.shard_images}
+
+    is_folder = is_folder_of_images(photos)
+    title = "packing the images into shards" if is_folder else "taking the shards as they are"
+    again = command("prepare", str(photos), "--config", out / PLANNED, "--out", folder, "--overwrite")
+    return Stage(SHARDS, title, again if is_folder else None, pack, together=False)
+
+
+def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any]) -> dict[str, Any]:
+    """Split the shards, choose, and write the configuration with the choice. Return the split and the choice."""
+    parts = split(config, shards)
+    listed = index_shards(parts.train, config.cache.on_error)
+    costs = measure_costs(config, listed, steps.accelerator.device)
+    disk = None if given["disk-gb"] is None else int(given["disk-gb"] * 1e9)
+    processes = steps.accelerator.num_processes
+    chooser = Chooser(config, parts.images, parts.probed, costs, free_bytes(out), processes, given["hours"], disk)
+    choice = chooser.choose()
+    for line in [*choice.reasons, choice.forecast]:
+        say(f"    {line}")
+    held = f"{parts.probed} images are probed, the held-out ones are in {', '.join(parts.test)}"
+    say(f"    {held}" if parts.test else f"    nothing is held out, and there are no probes: {parts.why}")
+    write_atomic(out / PLANNED, dump_config(_chosen(config, choice)).encode())
+    return {"split": asdict(parts), "choice": asdict(choice)}
+
+
+def _chosen(config: Config, choice: Choice) -> Config:
+    """Return the configuration with what was chosen; probes see teacher and student at the same image size."""
+    sets = dict(choice.sets)
+    size, student = config.teacher.image_size, config.student.image_size
+    if size is not None and student in (None, size) and config.evaluate.image_size is None:
+        sets["evaluate.image_size"] = size
+    return load_config(config.model_dump(mode="json"), options=sets)
+
+
+def _export(learning: Learning, steps: Steps) -> Stage:
+    source, out = learning.out / STUDENT, learning.out / TIMM
+    return Stage(
+        TIMM,
+        "exporting the student for timm",
+        command("export", source, "--to", TIMM, *learning.planned, "--out", out, "--overwrite"),
+        lambda: str(export(learning.config, source, out, TIMM, steps.again(out)).export),
+        together=False,
+    )

@@ -1,0 +1,134 @@
+"""The shards of a chain: packed from a folder of images if need be, and split into a part to learn from and a test."""
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.config import Config
+from pipeline.data import Images, index_shards, resolve
+from pipeline.data.importers.listing import KEPT
+from pipeline.data.tars import NO_LABEL
+from pipeline.evaluation.classification import check
+from pipeline.stages.prepare import prepare
+from pipeline.storage.outputs import Mode
+from singer.errors import UserError
+
+Photos = str | Path | Sequence[str]
+# The last tenth of the shards, at least one, is held out; a small folder is packed into so many shards.
+_PARTS = 10
+# Probes see whole shards, the first ones, up to so many images.
+_LEARN, _TEST = 20_000, 10_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a chain learns from and is tested on, as --shards takes it.
+
+    train: shards that are cached; probe: those of them from which probes learn; test: held-out shards, none if there
+    are no labels; images, probed: images in train, and in probe and test together; why: why nothing is held out.
+    """
+
+    train: list[str]
+    probe: list[str]
+    test: list[str]
+    images: int
+    probed: int
+    why: str
+
+
+def is_folder_of_images(photos: Photos) -> bool:
+    """Return whether `photos` is a folder that has to be packed: one that holds no shards."""
+    return isinstance(photos, str | Path) and Path(photos).is_dir() and not any(Path(photos).glob("*.tar"))
+
+
+def shards_of(config: Config, photos: Photos, packed: Path, mode: Mode) -> tuple[Config, list[str]]:
+    """Return the shards of `photos`, as --shards takes them, and the configuration that packs them.
+
+    A folder of images is packed into the folder `packed` by singer prepare; small ones into several shards, so that
+    some can be held out.
+    """
+    if not is_folder_of_images(photos):
+        if isinstance(photos, str | Path) and Path(photos).is_dir():
+            photos = f"{glob.escape(str(photos))}/*.tar"
+        return config, [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
+    config = packing(config, Path(str(photos)))
+    prepare(config, Path(str(photos)), packed, mode)
+    return config, [f"{glob.escape(str(packed))}/*.tar"]
+
+
+def packing(config: Config, photos: Path) -> Config:
+    """Return the configuration with shards so small that there are several."""
+    most = _PARTS * config.prepare.shard_images
+    count = sum(1 for _ in islice((f for f in photos.rglob("*") if f.suffix.lower() in KEPT), most))
+    size = max(1, min(config.prepare.shard_images, -(-count // _PARTS)))
+    return config.model_copy(update={"prepare": config.prepare.model_copy(update={"shard_images": size})})
+
+
+def split(config: Config, shards: Sequence[str]) -> Split:
+    """Split shards into those to learn from and the last tenth, which is held out if all images have labels."""
+    paths = resolve(shards)
+    listed = index_shards(shards, config.cache.on_error)
+    held = max(1, len(paths) // _PARTS)
+    counts, kept = np.bincount(listed.shard, minlength=len(paths)), len(paths) - held
+    why = _why_not(config, listed, kept)
+    if why:
+        return Split(ranges(paths), [], [], len(listed), 0, why)
+    learn, test = _first(counts[:kept], _LEARN), kept + _first(counts[kept:], _TEST)
+    probed = int(counts[:learn].sum() + counts[kept:test].sum())
+    train, probe, tested = (ranges(paths[part]) for part in (slice(kept), slice(learn), slice(kept, test)))
+    return Split(train, probe, tested, int(counts[:kept].sum()), probed, "")
+
+
+def _why_not(config: Config, listed: Images, train: int) -> str:
+    """Return why no probe can learn from the first `train` shards and be tested on the others; "" if one can."""
+    if (listed.labels == NO_LABEL).all():
+        return "the images have no labels"
+    if not train:
+        return "there is one shard only, and nothing can be held out"
+    first, last = (listed.select(np.flatnonzero(part)) for part in (listed.shard < train, listed.shard >= train))
+    if not len(first) or not len(last):
+        return "shards without images cannot be held out"
+    try:
+        check(first, last, config.evaluate)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _first(counts: np.ndarray, most: int) -> int:
+    """Return how many of the shards with so many images hold at most `most` images, at least one."""
+    return max(1, int(np.searchsorted(np.cumsum(counts), most, side="right")))
+
+
+def ranges(paths: Sequence[Path]) -> list[str]:
+    """Return files as data.resolve takes them, in their order; numbered neighbours become one brace range."""
+    runs: list[tuple[str, str, str, str]] = []
+    for path in paths:
+        before, number, after = _numbered(str(path))
+        last = runs[-1] if runs else ("", "", "", "")
+        if number and last[::3] == (before, after) and len(last[2]) == len(number) and int(number) == int(last[2]) + 1:
+            runs[-1] = (before, last[1], number, after)
+        else:
+            runs.append((before, number, number, after))
+    return [before + after if not number else _range(before, number, end, after) for before, number, end, after in runs]
+
+
+def _numbered(path: str) -> tuple[str, str, str]:
+    """Return the text before the last number of a file's name, the number, and the text after it.
+
+    A name with braces of its own is taken as it is: they would look like a range.
+    """
+    folder, _, name = path.rpartition("/")
+    found = None if "{" in name or "}" in name else re.fullmatch(r"(.*?)(\d+)(\D*)", path, re.DOTALL)
+    return (found[1], found[2], found[3]) if found and len(found[1]) >= len(folder) else (path, "", "")
+
+
+def _range(before: str, first: str, last: str, after: str) -> str:
+    if first == last:
+        return f"{before}{first}{after}"
+    return f"{before}{{{first}..{last}}}{after}"

@@ -1,0 +1,84 @@
+"""The steps of a chain, in one folder: each is done once, and a chain that was interrupted goes on at its step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from pipeline.config import Config
+from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.progress import say
+from pipeline.runtime.ranks import watched
+from pipeline.storage.outputs import Mode, claimed_output, process_log, read_json, write_json
+
+# This file of a chain's folder has {step: its result}. A step that it lacks has not ended.
+STEPS = "steps.json"
+
+
+class Steps:
+    """The steps of a chain below the folder `out`. They are numbered up to `total`."""
+
+    def __init__(self, out: Path, mode: Mode, total: int, accelerator: Accelerator) -> None:
+        self.out, self.accelerator, self._mode = out, accelerator, mode
+        self._number, self._total = 0, total
+        self._done: dict[str, Any] = read_json(out, STEPS, "chain") if (out / STEPS).exists() else {}
+
+    @property
+    def main(self) -> bool:
+        """Return whether this is the first process."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def resumed(self) -> Mode:
+        """Return the mode of stages that can resume: whatever a killed chain has left of them is continued."""
+        return "resume" if self._mode == "resume" else "new"
+
+    def again(self, folder: Path) -> Mode:
+        """Return the mode of stages that cannot resume: what a killed chain has left in `folder` is replaced."""
+        return "overwrite" if self._mode == "resume" and folder.exists() else "new"
+
+    def note(self, name: str, value: Any) -> None:
+        """Store a value among the results of the steps."""
+        if self.main:
+            self._record(name, value)
+
+    def alone(self, name: str, title: str, work: Callable[[], Any]) -> Any:
+        """Do a step on the first process, while the others wait. Return its result, which JSON can hold."""
+        if self._begin(name, title):
+            with watched(self.accelerator, name):
+                if self.main:
+                    self._record(name, work())
+            self._done = read_json(self.out, STEPS, "chain")
+        return self._done[name]
+
+    def together(self, name: str, title: str, work: Callable[[], object]) -> None:
+        """Do a step on all processes."""
+        if self._begin(name, title):
+            work()
+            self._done[name] = None
+            if self.main:
+                self._record(name, None)
+
+    def _begin(self, name: str, title: str) -> bool:
+        """Announce a step. Return whether it has to be done."""
+        self._number += 1
+        if self.main:
+            say(f"{self._number}/{self._total} {title}{' (done before)' if name in self._done else ''}")
+        return name not in self._done
+
+    def _record(self, name: str, result: Any) -> None:
+        self._done[name] = result
+        write_json(self.out / STEPS, self._done)
+
+
+@contextmanager
+def chain(stage: str, config: Config, out: Path, mode: Mode, total: int) -> Iterator[Steps]:
+    """Claim the folder of a chain, and give its steps. Raises UserError if it may not be written."""
+    accelerator = make_accelerator("no")
+    seed = config.distill.seed
+    with claimed_output(out, mode, stage, config, seed) if accelerator.is_main_process else process_log(out):
+        with watched(accelerator, stage):
+            pass  # the folder is claimed before another process reads it
+        yield Steps(out, mode, total, accelerator)

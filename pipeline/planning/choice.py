@@ -1,0 +1,209 @@
+"""The choice of codec, views and epochs that fit a disk and a time, with its reasons: arithmetic on measured costs."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.runtime.progress import duration
+from singer.errors import UserError
+
+# From the most exact to the smallest.
+LADDER = ("float16", "int8", "int4", "int3", "int2", "int1")
+VIEWS = (5, 3, 2, 1)
+# The paper trains for 100 passes over the images, and warms up for 5 of them.
+PASSES, _WARMUP = 100, 0.05
+# The shares of the free disk that the cache may fill if no size is given, and of the time that is planned.
+_DISK, _TIME = 0.5, 0.9
+# Fewer views are stored if caching takes more than this share of the time, or if fewer epochs than this are left.
+_CACHING, _EPOCHS = 0.5, 4
+# Small data sets get smaller batches, so that an epoch has so many steps.
+_STEPS, _LEAST_BATCH = 16, 8
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured, for one process.
+
+    decode: images a second that one thread reads and decodes; teacher, student: views a second, the student's with its
+    backward pass; view_bytes: {codec: bytes of a view's features and pixels}; fixed_bytes: of the rest of a cache;
+    gpu: whether threads decode while the models run.
+    """
+
+    decode: float
+    teacher: float
+    student: float
+    view_bytes: dict[str, float]
+    fixed_bytes: int
+    gpu: bool
+
+    def seconds(self, model: float, workers: int) -> float:
+        """Return the seconds of a view in a stage whose model does `model` views a second."""
+        decode = 1 / self.decode
+        return max(1 / model, decode / workers) if self.gpu else 1 / model + decode
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice and its price: bytes of the cache, and hours of caching, training and probing.
+
+    sets: {key: value} of the configuration; reasons: a sentence for each choice.
+    """
+
+    sets: dict[str, Any]
+    reasons: list[str]
+    bytes: int
+    caching_hours: float
+    training_hours: float
+    probing_hours: float
+
+    @property
+    def hours(self) -> float:
+        """Return all hours together."""
+        return self.caching_hours + self.training_hours + self.probing_hours
+
+    @property
+    def forecast(self) -> str:
+        """Return the price in words."""
+        parts = {"teacher": self.caching_hours, "student": self.training_hours, "probes": self.probing_hours}
+        each = ", ".join(f"{name} {duration(3600 * value)}" for name, value in parts.items())
+        return f"forecast: about {duration(3600 * self.hours)} ({each}); the cache takes {self.bytes / 1e9:.3g} GB"
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses what the configuration does not give.
+
+    images: that are cached; probed: that the probes see; free: bytes of the disk; hours, disk: what the user allows, in
+    hours and bytes, or None; processes: how many share the work.
+    """
+
+    config: Config
+    images: int
+    probed: int
+    costs: Costs
+    free: int
+    processes: int = 1
+    hours: float | None = None
+    disk: int | None = None
+
+    def choose(self) -> Choice:
+        """Return the choice. Raises UserError if nothing fits."""
+        views = self._views()
+        epochs = self._epochs(views)
+        caching, training = self._caching_hours(views), self._training_hours(views, max(1, epochs))
+        self._check_time(views, epochs, caching + training + self._probing_hours)
+        codec = next(c for c in self._codecs if self._bytes(views, c) <= self._room)
+        sets = {"cache.codec": codec, **self._sets(views, epochs), **self._workers}
+        reasons = self._reasons(views, epochs, codec, sets.get("distill.batch_size", self.config.distill.batch_size))
+        return Choice(sets, reasons, self._bytes(views, codec), caching, training, self._probing_hours)
+
+    def _given(self, section: str, *keys: str) -> bool:
+        return not set(keys).isdisjoint(getattr(self.config, section).model_fields_set)
+
+    @property
+    def _views_given(self) -> bool:
+        centred = self._given("views", "kind", "crop") and self.config.views.kind == "center"
+        return self._given("views", "count") or centred
+
+    @property
+    def _codecs(self) -> tuple[str, ...]:
+        return (self.config.cache.codec,) if self._given("cache", "codec") else LADDER
+
+    @cached_property
+    def _room(self) -> int:
+        """Return the bytes that the cache may take."""
+        if self.disk is not None and self.disk > self.free:
+            raise UserError(
+                f"--disk-gb {self.disk / 1e9:g}: only {self.free / 1e9:.3g} GB are free there; free some, or give less"
+            )
+        return self.disk if self.disk is not None else int(_DISK * self.free)
+
+    @cached_property
+    def _workers(self) -> dict[str, int]:
+        """Return {key: threads that decode}: what was given, or the cores of a process."""
+        cores = max(2, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // self.processes))
+        return {
+            f"{name}.workers": getattr(self.config, name).workers if self._given(name, "workers") else cores
+            for name in ("cache", "distill")
+        }
+
+    @property
+    def _probing_hours(self) -> float:
+        # Both models run on one process, without a backward pass.
+        return self.probed * (1 / self.costs.teacher + 1 / (3 * self.costs.student) + 2 / self.costs.decode) / 3600
+
+    def _caching_hours(self, views: int) -> float:
+        seconds = self.costs.seconds(self.costs.teacher, self._workers["cache.workers"])
+        return self.images * views * seconds / self.processes / 3600
+
+    def _training_hours(self, views: int, epochs: int) -> float:
+        seconds = self.costs.seconds(self.costs.student, self._workers["distill.workers"])
+        return self.images * views * epochs * seconds / self.processes / 3600
+
+    def _bytes(self, views: int, codec: str) -> int:
+        return round(self.images * views * self.costs.view_bytes[codec]) + self.costs.fixed_bytes
+
+    def _views(self) -> int:
+        """Return the most views for which disk and time are enough. Raises UserError if the disk is too small."""
+        counts, smallest = (self.config.views.count,) if self._views_given else VIEWS, self._codecs[-1]
+        fitting = [n for n in counts if self._bytes(n, smallest) <= self._room]
+        if not fitting:
+            need = self._bytes(counts[-1], smallest) / 1e9
+            raise UserError(
+                f"the cache takes {need:.3g} GB even with views.count {counts[-1]} and codec {smallest}, and "
+                f"{self._room / 1e9:.3g} GB are allowed; give --disk-gb {1.05 * need:.2g} or more, or fewer images"
+            )
+        return next((n for n in fitting if self._quick(n)), fitting[-1])
+
+    def _quick(self, views: int) -> bool:
+        """Return whether the time is enough for these views and some epochs."""
+        if self.hours is None:
+            return True
+        enough = min(_EPOCHS, PASSES // views)
+        return self._caching_hours(views) <= _CACHING * _TIME * self.hours and self._epochs(views) >= enough
+
+    def _epochs(self, views: int) -> int:
+        """Return how many epochs fit, which may be none."""
+        if self._given("distill", "epochs"):
+            return self.config.distill.epochs
+        most = max(1, PASSES // views)
+        if self.hours is None:
+            return most
+        left = _TIME * self.hours - self._probing_hours - self._caching_hours(views)
+        return max(0, min(most, int(left / self._training_hours(views, 1))))
+
+    def _check_time(self, views: int, epochs: int, hours: float) -> None:
+        if self.hours is not None and (epochs < 1 or hours > self.hours):
+            raise UserError(
+                f"{self.images} images take about {duration(3600 * hours)} with views.count {views} and distill.epochs "
+                f"{max(1, epochs)}, more than --hours {self.hours:g}; give --hours {1.05 * hours / _TIME:.2g} or more, "
+                "fewer images or smaller models"
+            )
+
+    def _sets(self, views: int, epochs: int) -> dict[str, Any]:
+        """Return the keys that belong to so many views and epochs."""
+        distill, sets = self.config.distill, {"views.count": views, "distill.epochs": epochs}
+        small = max(_LEAST_BATCH, min(distill.batch_size, self.images * views // _STEPS))
+        chosen: dict[str, Any] = {"distill.batch_size": small, "distill.warmup_epochs": round(_WARMUP * epochs, 4)}
+        if views > 1:
+            chosen |= {"views.kind": "random-resized-crop", "views.flip": 0.5}
+        return sets | {key: value for key, value in chosen.items() if not self._given(*key.split("."))}
+
+    def _reasons(self, views: int, epochs: int, codec: str, batch: int) -> list[str]:
+        limit = "all that the time allows" if epochs < PASSES // views else f"{epochs * views} passes over the images"
+        crops = "random crops, as in the paper" if views == VIEWS[0] else "more do not fit the disk or the time"
+        exact = "exact, and it" if codec == LADDER[0] else "the most exact one that"
+        costs = self.costs
+        return [
+            f"speed: teacher {costs.teacher:.3g} views/s, student {costs.student:.3g} views/s, decoding "
+            f"{costs.decode:.3g} images/s a thread, processes {self.processes}",
+            f"views {views}: {'given' if self._views_given else crops}",
+            f"codec {codec}: {'given' if self._given('cache', 'codec') else exact + f' fits {self._room / 1e9:.3g} GB'}"
+            f"; a view takes {costs.view_bytes[codec] / 1e3:.3g} kB",
+            f"epochs {epochs}: {'given' if self._given('distill', 'epochs') else limit}",
+            f"batches of {batch}: "
+            + ("given" if self._given("distill", "batch_size") else f"an epoch has {-(-self.images * views // batch)}"),
+        ]

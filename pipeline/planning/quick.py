@@ -1,0 +1,98 @@
+"""A quick measurement of teacher, student and codecs, for a chain that has to fit a disk and a time: `singer run`.
+
+A few images go through both models, for some seconds each and at most a tenth of the images, so that small data sets
+are not planned for longer than they take. `cache plan` measures more, and longer. choice.py chooses.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pipeline.cache.codecs import calibrate
+from pipeline.cache.format import TAIL
+from pipeline.cache.pixels import encode_jpegs
+from pipeline.config import Config
+from pipeline.data import ImageFile, Images
+from pipeline.planning.choice import LADDER, Costs
+from pipeline.planning.plan import Scale, draw_images, sample_features
+from pipeline.planning.sample import AUTOCAST, Record, Sample, Teacher
+from pipeline.students.new import new_student
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.models import load_teacher
+from singer.backbones import block_outputs, depth, resolve_blocks
+
+# Each model is measured for so many seconds at most, on this share of the images, in batches of at most this size.
+_SECONDS, _IMAGES, _MOST_BATCH = 3.0, 0.1, 64
+
+
+def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs:
+    """Measure the teacher, the student and the codecs on some of the images.
+
+    Raises UserError if one of them cannot be used.
+    """
+    vit = load_teacher(config.teacher)
+    blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
+    images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
+    with ImageFile(images) as files:
+        sample, teacher = Sample(config, images, files), Teacher(config, vit, blocks, device)
+        records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
+        decode = _rate(lambda some: sample.load(some, vit.image_size), records, device, _MOST_BATCH)
+        views = sample.load(records, vit.image_size)
+        forward = _rate(lambda some: teacher(views[: len(some)]), records, device, config.cache.batch_size)
+        # So many take about two seconds.
+        features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
+    calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}
+    fixed = sum(4 * p.numel() for p in vit.model.parameters())
+    scale = Scale(config, vit, len(listed), features, calibration, {TAIL: fixed}, 1, None)
+    stored, patches = _pixel_bytes(config, views), max(1, round(config.cache.token_share * vit.grid[0] * vit.grid[1]))
+    codecs = dict.fromkeys([config.cache.codec, *LADDER])
+    sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
+    student = new_student(config.student, vit.image_size)
+    trained = _student_rate(config, student, records, device)
+    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda")
+
+
+def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
+    """Return the views a second that a student does with its backward pass."""
+    model, half = student.model.to(device).train(), AUTOCAST.get(config.distill.precision)
+    inputs = torch.zeros(len(records) + 1, 3, student.image_size, student.image_size, device=device)
+    last = depth(model) - 1
+
+    def step(some: Sequence[Record]) -> None:
+        # One image more, because batch norm needs two.
+        with torch.autocast(device.type, half, half is not None):
+            tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]
+        tokens.float().square().mean().backward()
+
+    return _rate(step, records, device, _MOST_BATCH)
+
+
+def _pixel_bytes(config: Config, views: torch.Tensor) -> float:
+    """Return the bytes of a stored view; views: (n, side, side, 3) uint8 as the teacher sees them."""
+    settings, side = config.views, views.shape[1]
+    share = ((settings.pixel_size or side) / side) ** 2
+    if settings.pixels == "jpeg":
+        return share * float(encode_jpegs(views.numpy(), settings.jpeg_quality).lengths.float().mean())
+    return share * 3 * side**2 if settings.pixels == "uint8" else 0.0
+
+
+def _rate(
+    work: Callable[[Sequence[Record]], object], records: Sequence[Record], device: torch.device, batch: int
+) -> float:
+    """Return the records a second of `work`, in batches that grow up to `batch`. The first call does not count."""
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        work(records[:count])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return max(time.perf_counter() - start, 1e-6)
+
+    size, spent, best = 1, timed(1), 0.0
+    while True:
+        seconds = timed(size)
+        best, spent = max(best, size / seconds), spent + seconds
+        if size >= min(batch, len(records)) or spent + 2 * seconds > _SECONDS:
+            return best
+        size = min(2 * size, batch, len(records))

@@ -1,0 +1,262 @@
+"""`singer run`: from a folder to a student; what it chooses; that it goes on where it was killed."""
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from accelerate.commands.launch import launch_command_parser
+from conftest import draw_images, run_singer, tree_bytes, world_config
+from rich.console import Console
+
+from pipeline.chains.run import RunResult, run
+from pipeline.chains.split import ranges, split
+from pipeline.config import Config, dump_config, load_config
+from pipeline.data import resolve
+from pipeline.planning.choice import Chooser, Costs
+from pipeline.runtime import logs
+from pipeline.runtime.launch import launcher
+from pipeline.storage.outputs import Mode
+from singer.errors import UserError
+
+COSTS = Costs(
+    100.0, 50.0, 25.0, {"float16": 4e5, "int8": 2e5, "int4": 1e5, "int3": 8e4, "int2": 5e4, "int1": 3e4}, 10**8, False
+)
+SMALL = ("refine.cleaner=neighbour", "evaluate.strengths=[0.1]", "distill.epochs=1", "views.count=1")
+
+
+def chooser(*sets: str, **how: Any) -> Chooser:
+    return Chooser(load_config(sets=sets), **{"images": 10_000, "probed": 0, "costs": COSTS, "free": 10**12, **how})
+
+
+def test_without_limits_it_is_the_papers_recipe() -> None:
+    choice = chooser().choose()
+    assert choice.sets["views.count"] == 5 and choice.sets["views.kind"] == "random-resized-crop"
+    assert choice.sets["distill.epochs"] == 20 and choice.sets["distill.warmup_epochs"] == 1
+    assert choice.sets["cache.codec"] == "float16" and choice.bytes == 10_000 * 5 * 4e5 + 10**8
+    assert choice.caching_hours == pytest.approx(50_000 * (1 / 50 + 1 / 100) / 3600)
+    assert choice.training_hours == pytest.approx(10**6 * (1 / 25 + 1 / 100) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("disk", "codec", "views"),
+    [(21, "float16", 5), (11, "int8", 5), (6, "int4", 5), (1.7, "int1", 5), (1.2, "int1", 3), (0.5, "int1", 1)],
+)
+def test_the_disk_takes_exactness_first_and_then_views(disk: float, codec: str, views: int) -> None:
+    choice = chooser(disk=int(disk * 1e9)).choose()
+    assert (choice.sets["cache.codec"], choice.sets["views.count"]) == (codec, views)
+    assert choice.bytes <= disk * 1e9
+    assert chooser(free=int(2 * disk * 1e9)).choose().sets["cache.codec"] == codec
+
+
+@pytest.mark.parametrize("hours", [8.0, 2.0, 0.4])
+def test_the_time_is_kept(hours: float) -> None:
+    choice = chooser(hours=hours).choose()
+    assert 0.5 * hours <= choice.hours <= hours
+    assert choice.sets["distill.epochs"] >= 1 and any("time" in reason for reason in choice.reasons)
+
+
+def test_what_is_given_is_kept() -> None:
+    sets = ["views.count=2", "views.flip=0.1", "cache.codec=int2", "distill.epochs=7", "distill.batch_size=33"]
+    choice = chooser(*sets, "views.kind=random-resized-crop").choose()
+    assert choice.sets["views.count"] == 2 and "views.flip" not in choice.sets and "views.kind" not in choice.sets
+    assert choice.sets["cache.codec"] == "int2" and choice.sets["distill.epochs"] == 7
+    assert "distill.batch_size" not in choice.sets and sum("given" in reason for reason in choice.reasons) == 4
+    assert chooser("views.kind=center").choose().sets["views.count"] == 1
+
+
+def test_small_data_gets_small_batches_and_more_processes_take_less() -> None:
+    assert chooser(images=40).choose().sets["distill.batch_size"] == 12
+    assert chooser(images=4).choose().sets["distill.batch_size"] == 8
+    assert chooser(processes=4).choose().hours == pytest.approx(chooser().choose().hours / 4)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"disk": 10**8}, "the cache takes 0.4 GB even with views.count 1 and codec int1, and 0.1 GB are allowed"),
+        ({"disk": 2 * 10**12}, "--disk-gb 2000: only 1e+03 GB are free there"),
+        ({"hours": 0.01}, "more than --hours 0.01; give --hours 0.2"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_a_remedy_that_works(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        chooser(**how).choose()
+    assert message in str(error.value)
+    words = str(error.value).split()
+    if "hours" in how:
+        chooser(hours=float(words[words.index("give") + 2])).choose()
+    elif "or" in words:
+        chooser(disk=int(float(words[words.index("give") + 2]) * 1e9)).choose()
+
+
+def test_shards_are_named_in_ranges(tmp_path: Path) -> None:
+    folder = tmp_path / "a{1,2}[b]7"
+    folder.mkdir()
+    names = ["x-0008.tar", "x-0009.tar", "x-0010.tar", "x-012.tar", "y.tar", "z9.tar", "z10.tar", "{q}.tar", "w1*.tar"]
+    files = [folder / name for name in names]
+    for file in files:
+        file.touch()
+    specs = ranges(files)
+    assert len(specs) == 7 and resolve(specs) == files
+
+
+def test_held_out_shards_are_the_last_tenth(world: Path, config: Config) -> None:
+    parts = split(config, [f"{world / 'train'}/*.tar"])
+    shards = sorted((world / "train").glob("*.tar"))
+    assert resolve(parts.train) == shards[:-1] == resolve(parts.probe)
+    assert resolve(parts.test) == shards[-1:] and not parts.why
+    assert (parts.images, parts.probed) == (90, 100)
+    one = split(config, [str(shards[0])])
+    assert one.test == [] and one.images == 30 and "one shard only" in one.why
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished chain, and what it printed."""
+    root = tmp_path_factory.mktemp("run")
+    draw_images(root / "photos", 2, 20)
+    return root, "\n".join(_run(world, root, root / "out"))
+
+
+def _run(world: Path, root: Path, out: Path, *options: object) -> list[str]:
+    """What `singer run` printed on stderr; it must succeed."""
+    file = root / "toy.yaml"
+    file.write_text(dump_config(world_config(world, *SMALL)))
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(logs, "console", Console(file=said, soft_wrap=True, highlight=False))
+        code = run_singer(patch, "run", root / "photos", "--out", out, "--config", file, *options)
+    assert code == 0, said.getvalue()
+    return said.getvalue().splitlines()
+
+
+def test_a_folder_becomes_a_student(whole: tuple[Path, str]) -> None:
+    root, said = whole
+    out = root / "out"
+    assert {"shards", "cache", "refiner", "student", "probes", "timm", "report.html", "config.yaml"} <= {
+        f.name for f in out.iterdir()
+    }
+    assert "forecast: about" in said and "codec float16" in said and "8/" in said
+    model = timm.create_model(f"local-dir:{out / 'timm'}", pretrained=True)
+    assert model.embed_dim == 12
+    assert "linear" in (out / "report.html").read_text()
+    probes = list((out / "student").glob("evaluate-*.json"))
+    (figures,) = [json.loads(file.read_text()) for file in probes]
+    assert figures["learned_from_test"] == "no" and figures["test_images"] == 4
+    assert json.loads((out / "provenance.json").read_text())["stage"] == "run"
+
+
+def test_every_stage_can_be_repeated_alone(
+    whole: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the commands as they were printed."""
+    root, said = whole
+    commands = [line.partition("alone: ")[2] for line in said.splitlines() if "alone: " in line]
+    assert [shlex.split(c)[1] for c in commands] == [
+        "prepare", "cache-teacher", "refine", "distill", "evaluate", "evaluate", "report", "export",
+    ]  # fmt: skip
+    before = tree_bytes(root / "out" / "cache", "provenance.json")
+    for command in commands:
+        assert run_singer(monkeypatch, *shlex.split(command)[1:]) == 0, (command, capfd.readouterr().err)
+    assert tree_bytes(root / "out" / "cache", "provenance.json") == before
+
+
+def test_a_finished_chain_is_refused_and_resumes_at_once(
+    whole: tuple[Path, str], world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = whole
+    assert run_singer(monkeypatch, "run", root / "photos", "--out", root / "out") == 2
+    assert "exists; continue it with --resume, replace it with --overwrite" in capfd.readouterr().err
+    before = {file: file.stat().st_mtime_ns for file in (root / "out").rglob("*.safetensors")}
+    said = _run(world, root, root / "out", "--resume")
+    assert sum("done before" in line for line in said) == 9
+    assert before == {file: file.stat().st_mtime_ns for file in (root / "out").rglob("*.safetensors")}
+    assert run_singer(monkeypatch, "run", root / "photos", "--out", root / "out", "--resume", "--hours", 3,
+                      "--config", root / "toy.yaml") == 2  # fmt: skip
+    assert "it was started with hours None, not 3" in capfd.readouterr().err
+
+
+STAGES = {
+    "prepare": "split", "cache_teacher": "learn", "refine": "learn", "distill": "learn", "evaluate": "learn",
+    "report": "learn", "export": "run",
+}  # fmt: skip
+
+
+def test_a_killed_chain_goes_on(world: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+    """Killed at every stage twice: before it began, and after it ended without the chain's having noted it."""
+    root, _ = whole
+    shutil.copytree(root / "photos", tmp_path / "photos")
+    begun: list[str] = []
+
+    def go_on() -> RunResult:
+        mode: Mode = "resume" if (tmp_path / "out").exists() else "new"
+        return run(load_config(root / "toy.yaml"), tmp_path / "photos", tmp_path / "out", mode)
+
+    for killed, module in STAGES.items():
+        place = f"pipeline.chains.{module}"
+        real: Callable[..., Any] = getattr(import_module(place), killed)
+        for late in (False, True):
+
+            def dies(*args: Any, late: bool = late, real: Callable[..., Any] = real, **how: Any) -> None:
+                begun.append(real.__name__)
+                if late:
+                    real(*args, **how)
+                raise KeyboardInterrupt
+
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(f"{place}.{killed}", dies)
+                go_on()
+    assert begun == [stage for stage in STAGES for _ in range(2)]
+    result = go_on()
+    assert set(result.linear) == {"student", "teacher"} and result.report.exists()
+    reference = root / "out" / "timm" / "model.safetensors"
+    assert (result.timm / "model.safetensors").read_bytes() == reference.read_bytes()
+
+
+def test_without_labels_nothing_is_probed(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    draw_images(tmp_path / "classes", 1, 20)
+    (tmp_path / "classes" / "class0").rename(tmp_path / "photos")
+    result = run(world_config(world, *SMALL), tmp_path / "photos", tmp_path / "out")
+    assert result.linear == {} and result.images == 20 and not (tmp_path / "out" / "probes").exists()
+    assert "no probes: the images have no labels" in capfd.readouterr().err
+
+
+def test_shards_are_taken_as_they_are(world: Path, tmp_path: Path) -> None:
+    result = run(world_config(world, *SMALL), world / "train", tmp_path / "out")
+    assert result.images == 90 and not (tmp_path / "out" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--hours", 0), "--hours 0 must be above 0"),
+        (("--disk-gb", -1), "--disk-gb -1 must be above 0"),
+        (("--gpus", 99), "--gpus 99: this machine has"),
+        (("--teacher", "vit_tinny"), "did you mean 'vit_tiny"),
+    ],
+)
+def test_mistakes(
+    options: tuple[object, ...],
+    message: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run_singer(monkeypatch, "run", world / "images" / "train", "--out", tmp_path / "out", *options) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_several_gpus_are_started_by_accelerate() -> None:
+    command = launcher(Path("/x/cli.py"), 4, ["run", "photos", "--gpus", "4"])
+    parsed = launch_command_parser().parse_args(command[3:])
+    assert parsed.num_processes == 4 and parsed.multi_gpu and parsed.training_script == "/x/cli.py"
+    assert parsed.training_script_args == ["run", "photos", "--gpus", "4"]
