@@ -89,11 +89,7 @@ def evaluate_tasks(
         raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     _check_model(model, weights)
-    shards: tuple[Images | None, Images]
-    if train is None:
-        shards = None, list_images(config, test)
-    else:
-        shards = list_probe_images(config, train, test)
+    shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     if Path(model).exists():
         vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
     else:
@@ -122,7 +118,7 @@ def evaluate_tasks(
             named = None if own else f"{model} {weights}"
             file = result_file(place, task, shards, config, named) if place is not None else None
             result = TASKS[task].probe(
-                EvaluationContext(model, vit, device, *shards, config.evaluate, started, file, computed)
+                EvaluationContext(model, vit, device, shards[0], shards[1], config.evaluate, started, file, computed)
             )
             object.__setattr__(result, "learned_from_test", learned)
             result.train.extend(train_names)
