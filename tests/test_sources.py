@@ -63,7 +63,7 @@ def test_braces_are_those_of_shells() -> None:
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("d[1]/x{1,2}.tar", "d[1]/y*.tar", "d1/z.tar", "a b/s.tar", "~/t.tar"):
+    for name in ("d[1]/x{1,2}.tar", "d[1]/y*.tar", "d1/z.tar", "a b/s.tar"):
         write_tar(write(tmp_path / name, b""), {"a.png": png()})
     monkeypatch.chdir(tmp_path)
     assert names("d[1]/x{1,2}.tar") == ["x{1,2}.tar"] and names("d[1]/*.tar") == ["x{1,2}.tar", "y*.tar"]
@@ -74,8 +74,6 @@ def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.Mo
         names(str(tmp_path / "{a b,d1}/*.tar")) == ["s.tar", "z.tar"] == names(["a b", f"file://{tmp_path}/d1/z.tar"])
     )
     monkeypatch.setenv("HOME", str(tmp_path / "d1"))
-    (tmp_path / "~" / "t.tar").unlink()
-    (tmp_path / "~").rmdir()
     assert names("~/z.tar") == ["z.tar"]
 
 
@@ -344,7 +342,7 @@ def test_dots_in_names(tmp_path: Path) -> None:
         index_shards(str(two))
     assert "--set cache.image_key=input.jpg" in str(e.value) and "--set cache.image_key=.jpg" in str(e.value)
     assert content(index_shards(str(two), image_key="left.jpg")) == {"s": (3, b)}
-    assert content(index_shards(str(two), image_key=".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
+    assert content(index_shards(str(two), "skip", ".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
     with pytest.raises(UserError, match=r"has no \.right\.jpg \(cache\.image_key\); it has input\.jpg, left\.jpg"):
         index_shards(str(two), image_key="right.jpg")
     maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})

@@ -108,7 +108,9 @@ def list_images(config: Config, spec: Spec) -> Images:
 def list_probe_images(config: Config, train: Spec, test: Spec) -> tuple[Images, Images]:
     """List the images for a probe. If both name their classes, those of `test` get the numbers that `train` has."""
     learn_from, tested = list_images(config, train), list_images(config, test)
-    return learn_from, numbered_as(tested, learn_from.class_names() or ())
+    # A map of classes is in the numbers that the test images have by themselves.
+    classes = learn_from.class_names() if config.evaluate.class_map is None else None
+    return learn_from, numbered_as(tested, classes or ())
 
 
 def _files(listings: Sequence[SourceListing]) -> Keys | None:
