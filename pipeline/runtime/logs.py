@@ -82,6 +82,14 @@ def _text(record: logging.LogRecord) -> str:
 
 
 _screen: _Screen | None = None
+_once: set[str] = set()
+
+
+def warn_once(kind: str, text: str) -> None:
+    """Log a warning, unless the command or the stage that is running has logged one of its kind."""
+    if kind not in _once:
+        _once.add(kind)
+        logger.warning("%s", text)
 
 
 @contextmanager
@@ -89,6 +97,7 @@ def on_console() -> Iterator[None]:
     """Show the messages of singer and the warnings of all libraries on stderr until the block ends."""
     global _screen
     root, before = logging.getLogger(), _screen
+    _once.clear()
     level = root.level
     _screen = _Screen()
     if before is not None:
@@ -205,16 +214,6 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
         top.removeHandler(file)
         _open.remove(file)
         file.close()
-
-
-_once: set[str] = set()
-
-
-def warn_once(kind: str, text: str) -> None:
-    """Log a warning, unless one of its kind was logged since the outermost log file was opened."""
-    if kind not in _once:
-        _once.add(kind)
-        logger.warning("%s", text)
 
 
 def keep_traceback(error: BaseException) -> Path:

@@ -1,0 +1,251 @@
+"""How the images of a cache are decoded is part of it; and whatever a decoder says, the image has a name."""
+
+import json
+import struct
+import tarfile
+import threading
+import warnings
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import seeded, world_config
+from files import PICTURE, chunk, pillow_heif, png, saved, tiff
+from PIL import Image
+from test_files import exif
+from test_shards import write_tar
+from validating import validate_images
+
+from pipeline.cache import Cache
+from pipeline.cache.index import Index, join
+from pipeline.data import ImageFile, Images, Keys, index_shards
+from pipeline.data.decoder_warnings import watched_decoders
+from pipeline.data.decoding import decode_rgb, named_errors
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.prepare import prepare
+from pipeline.stages.verify import verify
+from singer.errors import UserError
+
+SIDEWAYS = 6
+
+
+def photo(number: int = 0, orientation: int = SIDEWAYS) -> bytes:
+    pixels = (
+        np.random.default_rng(seeded(number)).integers(0, 256, (3, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    )
+    return saved(Image.fromarray(pixels), "JPEG", exif=exif(orientation))
+
+
+def photos(path: Path, count: int = 8, start: int = 0) -> Path:
+    return write_tar(path, {f"{n:03d}.jpg": photo(n) for n in range(start, start + count)})
+
+
+@pytest.fixture
+def earlier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Caches are made as an earlier version made them: without turning, and without a word of it."""
+
+    def listed(*args: Any) -> Images:
+        return replace(index_shards(*args), decoding="stored")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.cache_teacher.index_shards", listed)
+        yield patch
+
+
+def test_old_caches_stay_what_they_are(world: Path, tmp_path: Path, earlier: pytest.MonkeyPatch) -> None:
+    config, first = world_config(world, "views.pixels=none"), photos(tmp_path / "a.tar")
+    cache_teacher(config, str(first), tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    assert set(manifest["data"]) == {"shards", "images", "labelled", "hash"}
+    earlier.undo()
+
+    old = Cache(tmp_path / "old")
+    assert old.index.images.decoding == "stored"
+    with ImageFile(old.index.images) as files:
+        assert files.dimensions(0) == files.read(0).size == (64, 48)
+        seen = old.pixels([0], 32, files)
+    assert verify(config, tmp_path / "old", live=True).whole
+
+    cache_teacher(config, str(first), tmp_path / "new")
+    new = Cache(tmp_path / "new")
+    assert new.index.images.decoding == "upright" and new.id != old.id
+    with ImageFile(new.index.images) as files:
+        assert files.dimensions(0) == files.read(0).size == (48, 64)
+        # The centre of the sensor's picture, turned by a quarter, is the centre of the upright one.
+        turned = np.rot90(seen[0].numpy(), -1).astype(int)
+        assert np.abs(new.pixels([0], 32, files)[0].numpy() - turned).max() <= 8
+    assert verify(config, tmp_path / "new", live=True).whole
+
+    second = photos(tmp_path / "b.tar", start=8)
+    cache_teacher(config, [str(first), str(second)], tmp_path / "old", "append")
+    grown = Cache(tmp_path / "old")
+    assert len(grown) == 16 and grown.index.images.decoding == "stored" and old.id in grown.ids
+    assert "decoding" not in json.loads((tmp_path / "old" / "parts" / "001" / "manifest.json").read_text())["data"]
+    assert verify(config, tmp_path / "old", live=True).whole
+
+    with pytest.raises(UserError, match=r"new decodes images upright, .*old stored .*old is of an earlier version"):
+        distill(config, [tmp_path / "new", tmp_path / "old"], tmp_path / "run")
+
+
+def test_an_unfinished_old_cache_goes_on_as_it_began(
+    world: Path, tmp_path: Path, earlier: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, shard = world_config(world), photos(tmp_path / "a.tar")
+    cache_teacher(config, str(shard), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "pipeline.stages.cache_teacher.fill_segments", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        cache_teacher(config, str(shard), tmp_path / "begun")
+    earlier.undo()
+    cache_teacher(config, str(shard), tmp_path / "begun", "resume")
+    assert Cache(tmp_path / "begun").id == Cache(tmp_path / "whole").id
+
+
+def test_old_caches_read_the_old_formats(tmp_path: Path) -> None:
+    images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.jpg": tiff(PICTURE, 2), "b.png": photo()})))
+    assert validate_images(images, 1, "fail").unreadable == {}
+    found = validate_images(replace(images, decoding="stored"), 1, "skip")
+    assert list(found.unreadable) == ["a"] and "a new one reads more" in found.unreadable["a"]
+    assert found.found["width"].tolist() == [64]
+
+
+def test_segments_of_two_ways_are_refused() -> None:
+    none, some = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
+
+    def index(images: Images) -> Index:
+        return Index(images, none.astype(np.uint64), none, none, some, none.astype(bool))
+
+    images = Images((), (), Keys.of(()), none, none, none, none)
+    assert join([index(images), index(images)]).images.decoding == "upright"
+    with pytest.raises(UserError, match="in different ways"):
+        join([index(images), index(replace(images, decoding="stored"))])
+
+
+def test_sizes_where_the_tag_is_far_from_the_beginning(tmp_path: Path) -> None:
+    """After 64 kB: a PNG whose EXIF is after its pixels, and a JPEG with a long comment before its EXIF."""
+    noise = np.random.default_rng(seeded(1)).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    tail = png(noise, 8, 2, after=chunk(b"eXIf", exif(8).removeprefix(b"Exif\0\0")))
+    jpeg = photo()
+    comment = b"\xff\xfe" + struct.pack(">H", 65000) + b" " * 64998
+    members = {"a.png": tail, "b.jpg": jpeg[:2] + comment * 2 + jpeg[2:], "c.png": png(noise, 8, 2)}
+    with ImageFile(index_shards(str(write_tar(tmp_path / "t.tar", members)))) as files:
+        assert len(tail) > 1 << 16
+        assert [files.dimensions(n) for n in range(3)] == [(150, 200), (48, 64), (200, 150)]
+        assert [files.read(n).size for n in range(3)] == [(150, 200), (48, 64), (200, 150)]
+
+
+def broken_exif() -> dict[str, bytes]:
+    beyond = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x010F, 2, 100, 5000) + bytes(4)
+    return {
+        "none": b"Exif\0\0no TIFF at all",
+        "cut": exif(SIDEWAYS)[:9],
+        "beyond": beyond,
+        "nine": exif(9),
+        "zero": exif(0),
+    }
+
+
+@pytest.mark.parametrize("name", broken_exif())
+def test_broken_exif_stops_no_image(name: str) -> None:
+    data = broken_exif()[name]
+    for kind in ("JPEG", "WEBP"):
+        with watched_decoders(), named_errors("photo"):
+            assert decode_rgb(saved(Image.fromarray(PICTURE), kind, exif=data)).size == (48, 32)
+    with watched_decoders(), named_errors("photo"):
+        decode_rgb(png(PICTURE, 8, 2, before=chunk(b"eXIf", data.removeprefix(b"Exif\0\0"))))
+
+
+def test_each_kind_of_warning_is_said_once_with_a_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    corrupt = broken_exif()["beyond"]
+    members = {f"{n}.jpg": saved(Image.fromarray(PICTURE), "JPEG", exif=corrupt) for n in range(9)}
+    members["animation.png"] = png(PICTURE, 8, 2, before=chunk(b"acTL", bytes(8)))
+    shard = write_tar(tmp_path / "t.tar", members)
+    threads, filters, most = threading.active_count(), list(warnings.filters), Image.MAX_IMAGE_PIXELS
+    assert validate_images(index_shards(str(shard)), 3, "fail").unreadable == {}
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(lines) == 2 and all(f"in {shard}: " in line for line in lines), lines
+    assert any("Skipping tag 271" in line for line in lines)
+    assert any("image 'animation'" in line and "Invalid APNG" in line for line in lines)
+    assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (filters, most) and threading.active_count() <= threads
+
+
+def test_watches_overlap_in_any_order() -> None:
+    """Two generators that read images are not closed in the order of their opening."""
+    before = warnings.showwarning, Image.MAX_IMAGE_PIXELS
+    one, two = watched_decoders(), watched_decoders()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert warnings.showwarning is not before[0] and Image.MAX_IMAGE_PIXELS is None
+    two.__exit__(None, None, None)
+    assert (warnings.showwarning, Image.MAX_IMAGE_PIXELS) == before
+
+
+def test_warnings_of_others_pass() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with watched_decoders():
+            warnings.warn("of another library", stacklevel=1)
+    assert [str(w.message) for w in caught] == ["of another library"]
+
+
+def limits() -> dict[str, bytes]:
+    """What Pillow refuses for its own limits."""
+    return {
+        "text": png(PICTURE, 8, 2, before=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b" " * (3 << 20)))),
+        "profile": png(PICTURE, 8, 2, before=chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(3 << 20)))),
+        "nan": tiff(np.full((4, 4), np.nan, np.float32)),
+        "unsigned": tiff(np.full((4, 4), 3_000_000_000, np.uint32)),
+        "empty": b"",
+        "short": b"\xff\xd8",
+    }
+
+
+@pytest.mark.parametrize("name", limits())
+def test_every_refusal_names_the_image(name: str, tmp_path: Path) -> None:
+    data = limits()[name]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"{name}.png").write_bytes(data)
+    with pytest.raises(UserError, match=f"^{tmp_path}/in/{name}.png cannot be decoded: .*; remove it"):
+        prepare(world_config(tmp_path), tmp_path / "in", tmp_path / "out")
+    if data:
+        images = index_shards(str(write_tar(tmp_path / "t.tar", {f"{name}.png": data})))
+        with ImageFile(images) as files, pytest.raises(UserError, match=f"^image '{name}' in .* cannot be decoded: "):
+            files.read(0)
+
+
+@pytest.mark.skipif(pillow_heif is not None, reason="pillow-heif is installed")
+def test_heic_without_its_package_says_what_to_install() -> None:
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
+    with pytest.raises(UserError, match="^photo cannot be decoded: .*pip install pillow-heif"), named_errors("photo"):
+        decode_rgb(data)
+
+
+def test_prepare_keeps_every_format(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = Image.fromarray(PICTURE)
+    files = {
+        "a.JPG": saved(image, "MPO", save_all=True, append_images=[image]),
+        "b.tiff": tiff(PICTURE, 2),
+        "c.bmp": saved(image, "BMP"),
+        "d.gif": saved(image.quantize(16), "GIF"),
+        "e.ppm": saved(image, "PPM"),
+        "f.avif": saved(image, "AVIF"),
+        "g.jp2": saved(image, "JPEG2000"),
+        "h.jpeg": saved(image, "WEBP"),
+        "i.png": photo(),
+    }
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    result = prepare(world_config(tmp_path), tmp_path / "in", tmp_path / "out")
+    with tarfile.open(result.shards[0]) as tar:
+        packed = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    as_named = {name.lower().replace("jpeg", "jpg"): data for name, data in files.items()}
+    assert packed == as_named and result.skipped == []
+    found = validate_images(index_shards(str(result.shards[0])), 2, "fail")
+    assert len(found.images) == len(files) and found.unreadable == {}
