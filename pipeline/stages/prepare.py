@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from pipeline.config import Config
@@ -68,6 +67,8 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
         partial = out / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
+        import webdataset  # late, as it waits for torch
+
         pattern = str(partial / f"{out.name.replace('%', '_')}-%06d.tar")
         # mtime is fixed, so that the same images give the same bytes.
         with webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0) as writer:

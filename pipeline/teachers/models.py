@@ -15,13 +15,14 @@ from torch import Tensor
 
 from pipeline.config import TeacherConfig
 from pipeline.runtime.logs import adopt_libraries
-from pipeline.storage.outputs import read_json, read_tensors
+from pipeline.storage.outputs import read_json
+from pipeline.storage.tensors import read_tensors
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
+from pipeline.teachers.names import LOCAL, local_folder
 from singer.backbones import is_vit
 from singer.errors import UserError
 
-LOCAL = "local-dir:"
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 # What to do without a network; the keys say where the name of the model was given.
@@ -30,11 +31,6 @@ _REMEDIES = {
     "student.name": "check the network or its cache",
     "model": "give a local file with --weights FILE",
 }
-
-
-def local_folder(name: str) -> Path | None:
-    """Return the folder that a `local-dir:` name stands for; None for other names."""
-    return Path(name.removeprefix(LOCAL)).expanduser() if name.startswith(LOCAL) else None
 
 
 def load_teacher(config: TeacherConfig) -> Backbone:
