@@ -98,7 +98,7 @@ def every_command(
 def run(
     photos: Annotated[str, typer.Argument(help="A folder of images (sub-folders are classes), or shards.")],
     out: Annotated[Path, typer.Option(help="Folder for everything that the run makes.")],
-    teacher: Annotated[str | None, typer.Option(help="A timm VisionTransformer.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Any timm model with tokens or feature maps.")] = None,
     student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's .safetensors or .pth; else timm's.")] = None,
     hours: Annotated[float | None, typer.Option(help="How long all may take.")] = None,
@@ -111,11 +111,13 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Go from a folder of images to a student, a report and a model for timm: plan, and then every stage."""
+    from pipeline.checks import check_chain
     from pipeline.config import load_config
     from pipeline.storage.outputs import output_mode
 
     options = {"teacher.name": teacher, "teacher.weights": weights, "student.name": student}
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    check_chain(tree, photos, out, mode, hours, disk_gb)
     if gpus is not None:
         from pipeline.runtime.launch import on_gpus
 
@@ -139,7 +141,7 @@ def prepare(
 ) -> None:
     """Pack a folder of images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
     from pipeline.config import load_config
-    from pipeline.stages.prepare import prepare as run
+    from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
     from pipeline.storage.outputs import output_mode
 
     options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
@@ -167,8 +169,8 @@ def cache_teacher(
     as_json: JsonOption = False,
 ) -> None:
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.stages.cache_teacher import cache_teacher as run
     from pipeline.storage.outputs import output_mode
 
     options = {
@@ -181,8 +183,11 @@ def cache_teacher(
         "cache.precision": precision,
         "cache.on_error": on_error,
     }
-    mode = output_mode(resume, overwrite, append)
-    _report(run(load_config(config, sets or (), options), images, out, mode), as_json)
+    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite, append)
+    look("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
+    from pipeline.stages.cache_teacher import cache_teacher as run
+
+    _report(run(tree, images, out, mode), as_json)
 
 
 @app.command()
@@ -203,8 +208,8 @@ def refine(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.stages.refine import refine as run
     from pipeline.storage.outputs import output_mode
 
     options = {
@@ -216,8 +221,11 @@ def refine(
         "refine.seed": seed,
         "refine.local_copy": local_copy,
     }
-    mode = output_mode(resume, overwrite)
-    _report(run(load_config(config, sets or (), options), cache, out, mode), as_json)
+    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    look("refine", tree, out, mode, caches=[cache])
+    from pipeline.stages.refine import refine as run
+
+    _report(run(tree, cache, out, mode), as_json)
 
 
 @app.command()
@@ -232,12 +240,15 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.stages.inspect import inspect as run
     from pipeline.storage.outputs import output_mode
 
-    tree = load_config(config, sets or ())
-    _report(run(tree, cache, refiner, out, output_mode(False, overwrite), images), as_json)
+    tree, mode = load_config(config, sets or ()), output_mode(False, overwrite)
+    look("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
+    from pipeline.stages.inspect import inspect as run
+
+    _report(run(tree, cache, refiner, out, mode, images), as_json)
 
 
 @app.command()
@@ -260,8 +271,8 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train a student on the refined targets (stage 3)."""
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.stages.distill import distill as run
     from pipeline.storage.outputs import output_mode
 
     options = {
@@ -273,9 +284,12 @@ def distill(
         "distill.seed": seed,
         "distill.local_copy": local_copy,
     }
-    mode = output_mode(resume, overwrite)
+    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
-    _report(run(load_config(config, sets or (), options), cache, out, refiners, images, mode), as_json)
+    look("distill", tree, out, mode, caches=cache, refiners=refiners or (), images=[images])
+    from pipeline.stages.distill import distill as run
+
+    _report(run(tree, cache, out, refiners, images, mode), as_json)
 
 
 @app.command()
@@ -292,15 +306,20 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Probe a frozen model: a student, a teacher, or any timm model."""
+    from pipeline.checks import check_model, check_tasks, look
     from pipeline.config import load_config
+
+    tree, tasks = load_config(config, sets or (), {"evaluate.tokens": tokens}), task or ["classification"]
+    check_tasks(tasks)
+    check_model(model, weights)
+    look("evaluate", tree, images=[train, test])
     from pipeline.evaluation.context import without_top5
     from pipeline.stages.evaluate import evaluate_tasks
 
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
-    results = evaluate_tasks(tree, model, train, test, task or ["classification"], out, weights)
-    tasks = {name: dataclasses.asdict(result) for name, result in results.items()}
-    tasks = tasks if as_json else {name: without_top5(figures) for name, figures in tasks.items()}
-    _report(tasks if len(tasks) > 1 else next(iter(tasks.values())), as_json)
+    results = evaluate_tasks(tree, model, train, test, tasks, out, weights)
+    figures = {name: dataclasses.asdict(result) for name, result in results.items()}
+    figures = figures if as_json else {name: without_top5(value) for name, value in figures.items()}
+    _report(figures if len(figures) > 1 else next(iter(figures.values())), as_json)
 
 
 @app.command()
@@ -317,10 +336,14 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Train, probe and rank many students from one cache."""
+    from pipeline.checks import look
     from pipeline.storage.outputs import output_mode
-    from pipeline.sweeps import sweep as run
+    from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
+    look("sweep", read_plan(find_sweep(file)).base, out, mode, caches=cache, images=[train, test, images])
+    from pipeline.sweeps.run import sweep as run
+
     result = run(file, cache, out, mode, train=train, test=test, shards=images, workers=workers)
     _report(result, as_json)
     result.check()
@@ -340,6 +363,12 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
+    from pipeline.checks import check_page, look
+    from pipeline.training.run_directory import find_runs
+
+    check_page(out, overwrite)
+    find_runs(runs, quiet=True)
+    look("report", caches=[cache] if cache else (), refiners=refiner or (), images=[images])
     from pipeline.stages.report import report as run
 
     result = run(
@@ -363,12 +392,17 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the student alone, with a model card, in a format that other tools load."""
+    from pipeline.checks import check_finished, check_format, look
     from pipeline.config import load_config
-    from pipeline.stages.export import export as write
     from pipeline.storage.outputs import output_mode
 
-    tree = load_config(config, sets or (), {"export.output": output})
-    _report(write(tree, run, out, to, output_mode(False, overwrite)), as_json)
+    tree, mode = load_config(config, sets or (), {"export.output": output}), output_mode(False, overwrite)
+    check_format(to)
+    check_finished(run)
+    look("export", tree, out, mode, inputs=[run])
+    from pipeline.stages.export import export as write
+
+    _report(write(tree, run, out, to, mode), as_json)
 
 
 @cache_app.command("info")
@@ -377,6 +411,9 @@ def cache_info(
     as_json: JsonOption = False,
 ) -> None:
     """Print what a cache holds: teachers, data, blocks, codec and its errors, size."""
+    from pipeline.checks import look
+
+    look("info", caches=[cache])
     from pipeline.cache.info import cache_info as run
 
     _report(run(cache), as_json)
@@ -401,8 +438,8 @@ def cache_plan(
 
     It writes a temporary folder to the disk of --out, at most a tenth of what is free there, and removes it.
     """
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.planning.plan import plan as run
 
     options = {
         "teacher.name": teacher,
@@ -412,7 +449,11 @@ def cache_plan(
         "cache.codec": codec,
         "views.count": views,
     }
-    value = dataclasses.asdict(run(load_config(config, sets or (), options), images, out, seconds))
+    tree = load_config(config, sets or (), options)
+    look("plan", tree, images=[images])
+    from pipeline.planning.plan import plan as run
+
+    value = dataclasses.asdict(run(tree, images, out, seconds))
     nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
     _report(value if as_json else _unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
 
@@ -430,11 +471,14 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum; with --teacher or --weights, compare a sample with new features, too."""
+    from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.stages.verify import verify as run
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
+    look("verify" if live or repair else "info", tree, caches=[cache], images=[images])
+    from pipeline.stages.verify import verify as run
+
     result = run(tree, cache, live=live, shards=images, sample=sample, repair=repair)
     _report(result, as_json)
     result.check()
@@ -464,11 +508,15 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
-    from pipeline.chains.demo import demo as run
+    from pipeline.checks import look
     from pipeline.config import load_config
     from pipeline.storage.outputs import output_mode
 
-    _report(run(load_config(config or "demo", sets or ()), out, output_mode(False, overwrite)), as_json)
+    tree, mode = load_config(config or "demo", sets or ()), output_mode(False, overwrite)
+    look("demo", tree, out, mode)
+    from pipeline.chains.demo import demo as run
+
+    _report(run(tree, out, mode), as_json)
 
 
 def _report(result: Any, as_json: bool) -> None:

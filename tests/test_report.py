@@ -18,7 +18,7 @@ from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.reports.charts import box_of
 from pipeline.reports.measurements import choose_shown
-from pipeline.reports.runs import find_cache, find_runs, read_runs
+from pipeline.reports.runs import find_cache, read_runs
 from pipeline.reports.scores import columns_of, ranking_column, read_figures
 from pipeline.reports.seeds import differences, group_runs
 from pipeline.stages.cache_teacher import cache_teacher
@@ -26,6 +26,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.report import ReportResult, report
 from pipeline.teachers.models import load_saved
+from pipeline.training.run_directory import find_runs
 from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs
 from singer.errors import UserError

@@ -122,7 +122,11 @@ def test_the_advice_in_mid_work_works(
         assert keys == ["--set cache.image_key=a.png", "--set cache.image_key=.png", "--set cache.on_error=skip"]
         shutil.rmtree(tmp_path / "c2", ignore_errors=True)
         assert run_singer(monkeypatch, *words, *shlex.split(keys[0]), *shlex.split(keys[2])) == 0
-    assert list(read_images(LocalStore(tmp_path / "c2")).keys) == ["s", "t"] if (tmp_path / "c2").exists() else True
+    assert (
+        list(read_images(LocalStore(tmp_path / "c2", "upright")).keys) == ["s", "t"]
+        if (tmp_path / "c2").exists()
+        else True
+    )
 
 
 @pytest.fixture

@@ -263,7 +263,7 @@ def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     assert labels == {"cat/a": 0, "cat/b": 0, "dog/c": 1, "x": 0, "t/000000": -1, "b/cat/a": 0, "emu/d": 2}
     store = LocalStore(tmp_path / "store")
     store.write("images.safetensors", image_bytes(images))
-    again = read_images(store)
+    again = read_images(store, "upright")
     assert content(again) == content(images) and again.classes == images.classes
     alone = index_shards(str(tmp_path / "c" / "s.tar"))
     assert b"file_end" not in image_bytes(alone) and b"classes" not in image_bytes(alone)

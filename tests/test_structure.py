@@ -7,14 +7,17 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import cli
 import pipeline
 import singer
+from pipeline import checks
 
 ROOT = Path(__file__).parent.parent
 # Rooms, the highest floor first: a room imports from its own and from lower floors, and from no other on its floor.
@@ -23,6 +26,7 @@ FLOORS = [
     {"sweeps", "chains"},
     {"planning"},
     {"stages"},
+    {"checks"},
     {"reports"},
     {"evaluation"},
     {"training"},
@@ -37,8 +41,20 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What arithmetic may use.
-PURE = {"collections", "dataclasses", "functools", "importlib", "math", "numpy", "scipy", "singer", "timm", "torch"}
-PURE |= {"typing"}
+PURE = {
+    "collections",
+    "dataclasses",
+    "functools",
+    "importlib",
+    "inspect",
+    "math",
+    "numpy",
+    "scipy",
+    "singer",
+    "timm",
+    "torch",
+}
+PURE |= {"torch", "typing"}
 
 
 def modules_of(file: Path) -> Iterator[str]:
@@ -128,6 +144,7 @@ def test_what_is_public_is_there(package: ModuleType) -> None:
         "pipeline.config",
         "pipeline.storage",
         "pipeline.data",
+        "pipeline.checks",
         "pipeline.runtime.machine",
     ],
 )
@@ -183,3 +200,86 @@ def test_nothing_is_unpickled(forbidden: str) -> None:
         *(f for d in ("singer", "pipeline", "benchmarks") for f in (ROOT / d).rglob("*.py")),
     ]:
         assert forbidden not in file.read_text(), file
+
+
+# An error about each of these comes before torch and timm are imported; the file `x.tar` exists.
+EARLY = [
+    "evaluate nothing/here --test x.tar",
+    "evaluate vit_tiny_patch16_224 --test nothing",
+    "evaluate vit_tiny_patch16_224 --test x.tar --task flow",
+    "evaluate vit_tiny_patch16_224 --test x.tar --weights nothing.pth",
+    "prepare nothing --out out",
+    "prepare images --out out --layout coco",
+    "prepare images --out taken",
+    "run nothing --out out",
+    "run x.tar --out taken",
+    "run x.tar --out out --teacher local-dir:nothing",
+    "run x.tar --out out --hours 0",
+    "run x.tar --out out --set cache.codec=int7",
+    "cache-teacher --shards nothing --out out",
+    "cache-teacher --shards x.tar --out out --codec int7",
+    "cache-teacher --shards x.tar --out out --teacher local-dir:nothing",
+    "cache-teacher --shards x.tar --out out --teacher models/vit",
+    "cache-teacher --shards x.tar --out out --weights nothing.pth",
+    "cache-teacher --shards x.tar --out taken",
+    "cache-teacher --shards x.tar --out out --set cache.codecs=int8",
+    "refine --cache nothing --out out",
+    "refine --cache nothing --out out --cleaner soap",
+    "refine --cache nothing --out out --normaliser soap",
+    "distill --cache nothing --out out",
+    "distill --cache nothing --out out --refiner nothing",
+    "distill --cache nothing --out out --set distill.objective=soap",
+    "distill --cache nothing --out out --set distill.projector=soap",
+    "inspect nothing",
+    "sweep nothing --cache nothing --out out",
+    "sweep tinyimagenet-methods --cache nothing --out out",
+    "report nothing --out out.html",
+    "report taken --out out",
+    "export nothing --to timm --out out",
+    "export nothing --to onxx --out out",
+    "cache info nothing",
+    "cache plan --shards nothing",
+    "cache plan --shards x.tar --codec int7",
+    "cache verify nothing",
+    "config --set a.b=1",
+    "demo --out taken",
+]
+
+
+def test_errors_about_paths_and_options_do_not_wait_for_torch(tmp_path: Path) -> None:
+    """Every command has one; all run in one process, which may import neither torch nor timm."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    (tmp_path / "x.tar").touch()
+    (tmp_path / "images").mkdir()
+    code = (
+        "import sys, cli\n"
+        f"for command in {EARLY!r}:\n"
+        "    sys.argv = ['singer', *command.split()]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: assert stop.code == 2, command\n"
+        "    else: raise AssertionError(command)\n"
+        "    assert not {'torch', 'timm'} & set(sys.modules), command\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(EARLY) and all(line.startswith("error: ") for line in lines), lines
+    commands = {command.split()[0] for command in EARLY}
+    assert commands == {name or function.__name__ for name, function in registered_commands()}
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "taken", "x.tar"}
+
+
+def registered_commands() -> Iterator[tuple[str | None, Callable[..., object]]]:
+    """Each command's name, if it is given, and its function; `cache` is one of them."""
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        yield command.name, command.callback
+    yield "cache", cli.app
+
+
+def test_names_are_read_from_the_source_as_the_registries_have_them() -> None:
+    registries = {key: at for stage in checks.NAMES.values() for key, at in stage.items()}
+    for module, registry in [*registries.values(), checks.TASKS, checks.FORMATS]:
+        assert checks.registered(module, registry) == tuple(getattr(import_module(module), registry)), registry

@@ -21,13 +21,12 @@ import cli
 import pipeline.sweeps.tasks as work
 from pipeline.cache import Cache
 from pipeline.config import Config, recipes
-from pipeline.evaluation import TASKS
 from pipeline.evaluation.figures import FIGURES, in_percent
+from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.failures import DefectsFound, Failure
-from pipeline.sweeps import SweepResult, sweep
 from pipeline.sweeps.file import find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
-from pipeline.sweeps.run import _passes, gpus
+from pipeline.sweeps.run import SweepResult, _passes, gpus, sweep
 from pipeline.sweeps.tasks import Job, SweepContext, Task
 from pipeline.sweeps.worker import Worker
 from singer.errors import UserError

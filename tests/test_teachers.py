@@ -17,7 +17,7 @@ from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
-from pipeline.sweeps import sweep
+from pipeline.sweeps.run import sweep
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import LOCAL
 from pipeline.training.batch import Batch, TeacherFeatures

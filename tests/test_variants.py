@@ -24,7 +24,7 @@ from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.stages.verify import verify
 from pipeline.storage.outputs import Mode
-from pipeline.sweeps import sweep
+from pipeline.sweeps.run import sweep
 from pipeline.teachers.models import LOCAL
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import load_result

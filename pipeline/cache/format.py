@@ -1,6 +1,9 @@
 """Name the files of a cache. docs/cache-format.md is normative; where this file differs, this file is wrong."""
 
-from pipeline.cache.codecs import Fixed
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # codecs need torch
+    from pipeline.cache.codecs import Fixed
 
 FORMAT = "singer-feature-cache"
 VERSION = 3
@@ -21,7 +24,7 @@ VIEWS = "views"
 PARTS = "parts"
 
 
-def shard_file(array: str, form: Fixed | None, shard: int) -> str:
+def shard_file(array: str, form: "Fixed | None", shard: int) -> str:
     """Return the file of one shard of an array, by Zarr's default chunk keys."""
     axes = 1 + (len(form.shape) if form is not None else 0)
     return "/".join([array, "c", str(shard), *["0"] * (axes - 1)])

@@ -22,7 +22,7 @@ from pipeline.data import ImageFile
 from pipeline.data.buffers import empty
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, ReadThrough, open_store
-from pipeline.storage.outputs import parse_tensors
+from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX, TeacherSuffix
 

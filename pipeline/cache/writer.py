@@ -19,7 +19,8 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
 from pipeline.data import Images
 from pipeline.storage import Store
-from pipeline.storage.outputs import json_bytes, sealed, tensor_bytes
+from pipeline.storage.outputs import json_bytes, sealed
+from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
 

@@ -17,7 +17,7 @@ from pipeline.evaluation.classification import Accuracies
 from pipeline.stages.prepare import prepare
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import Mode, check_output
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import LOCAL
 
 STAGE = "demo"
 TEACHER = "data/demo_teacher"

@@ -13,7 +13,8 @@ import torch
 
 from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
 from pipeline.chains.split import Photos, Split, is_folder_of_images, shards_of, split
-from pipeline.chains.steps import STEPS, Steps, chain
+from pipeline.chains.steps import Steps, chain
+from pipeline.checks import GIVEN, check_chain
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import index_shards
 from pipeline.evaluation.classification import Accuracies
@@ -23,13 +24,11 @@ from pipeline.planning.quick import measure_costs
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode, check_output, read_json
-from singer.errors import UserError
+from pipeline.storage.outputs import Mode
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"
 _STAGES = 8
-_GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,9 @@ def run(
     its cache. The chain chooses codec, views and epochs, unless the configuration gives them. Raises UserError for
     mistakes that the user can fix, and if nothing fits.
     """
-    given = {"photos": str(photos), "teacher": config.teacher.name, "hours": hours, "disk-gb": disk_gb}
-    check_run(config, photos, out, mode, given)
+    given = check_chain(config, photos, out, mode, hours, disk_gb)
     with chain(STAGE, config, out, mode, _STAGES) as steps:
-        steps.note(_GIVEN, given)
+        steps.note(GIVEN, given)
         config = _on_device(config, steps)
         shards = _packed(config, photos, out, steps).follow(steps)
         config = config.model_copy(
@@ -99,23 +97,6 @@ def run(
         epochs=planned.distill.epochs,
         linear={name.removeprefix("probe "): value for name, value in results.items() if name.startswith("probe ")},
     )
-
-
-def check_run(config: Config, photos: Photos, out: Path, mode: Mode, given: dict[str, Any]) -> None:
-    """Raise UserError if the chain may not write to `out`, or is continued with something else than it was given."""
-    for option in ("hours", "disk-gb"):
-        if given[option] is not None and not given[option] > 0:
-            raise UserError(f"--{option} {given[option]:g} must be above 0")
-    inputs = [Path(photos)] if isinstance(photos, str | Path) and Path(photos).exists() else []
-    check_output(out, mode, STAGE, config, inputs)
-    if mode == "resume" and (out / STEPS).exists():
-        before = read_json(out, STEPS, "chain").get(_GIVEN, given)
-        for name, value in given.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out} cannot be continued: it was started with {name} {before.get(name)}, not {value}; repeat "
-                    "its command or use --overwrite"
-                )
 
 
 def _on_device(config: Config, steps: Steps) -> Config:

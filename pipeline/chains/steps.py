@@ -7,14 +7,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from pipeline.checks import STEPS
 from pipeline.config import Config
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import Mode, claimed_output, process_log, read_json, write_json
-
-# This file of a chain's folder has {step: its result}. A step that it lacks has not ended.
-STEPS = "steps.json"
 
 
 class Steps:

@@ -187,7 +187,7 @@ def image_extension(sample: Sample, image_key: str | None) -> str:
     ordinary = [extension for extension in IMAGE_EXTENSIONS if extension in found]
     chosen = ordinary or list(found)
     if not chosen:
-        raise Defect(f"has no {'/'.join(IMAGE_EXTENSIONS)}")
+        raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)})")
     if len(chosen) > 1 and not ordinary:
         raise Defect(
             f"has several images ({', '.join(found)}), since a key ends at its first dot; name the image with --set "

@@ -14,7 +14,7 @@ from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.runtime.progress import meter
-from pipeline.storage.outputs import read_tensors
+from pipeline.storage.tensors import read_tensors
 from pipeline.teachers.models import load_saved
 from pipeline.training.run_directory import ADAPTERS
 from pipeline.training.stored_refiners import load_refiner, read_refiner

@@ -13,7 +13,7 @@ from pipeline.evaluation.classification import Accuracies
 from pipeline.runtime.machine import versions
 from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
 from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import LOCAL
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
 from singer.backbones import depth, final_norm, patch_size

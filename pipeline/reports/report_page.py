@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
-from pipeline.reports import charts, pictures, tables
+from pipeline.reports import GENERATOR, charts, pictures, tables
 from pipeline.reports.html import render
 from pipeline.reports.measure import Measurements
 from pipeline.reports.scores import Column, Figures
@@ -13,11 +13,8 @@ from pipeline.reports.seeds import differences
 from pipeline.reports.tables import ReportRow
 from pipeline.runtime.machine import versions
 from pipeline.runtime.progress import duration
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import LOCAL
 from pipeline.training.run_directory import LOG
-
-# The value of the page's meta tag `generator`; a file without it is never overwritten.
-GENERATOR = "singer report"
 
 
 def render_page(

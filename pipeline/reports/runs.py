@@ -8,10 +8,9 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, keys, load_config, section_of
-from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.outputs import CONFIG, INPUTS, PROVENANCE, file_hash, read_as, read_json, read_versions
-from pipeline.training.run_directory import ADAPTERS, RUN, RUNS, DistillResult, load_result
+from pipeline.training.run_directory import ADAPTERS, DistillResult, load_result
 from pipeline.training.stored_refiners import MANIFEST, REFINER, read_refiner
 from singer.errors import UserError
 
@@ -55,30 +54,6 @@ class Trained:
             for name, about in keys(section_of(Config, section))
             if about.affects == "result"
         }
-
-
-def find_runs(places: Sequence[Path]) -> list[Path]:
-    """Return the finished runs among folders of `singer distill` and `singer sweep`.
-
-    Raises UserError, with the folder's name, if a folder is neither.
-    """
-    found: list[Path] = []
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
-        if (place / RUN).is_file():
-            found.append(place)
-            continue
-        if not (place / RUNS).is_dir():
-            raise UserError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
-        inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
-        done = [folder for folder in inside if (folder / RUN).is_file()]
-        if not done:
-            raise UserError(f"{place} is a sweep without a finished run; continue it with singer sweep --resume")
-        if len(done) < len(inside):
-            say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and are left out")
-        found += done
-    return list({folder.resolve(): folder for folder in found}.values())
 
 
 def read_runs(folders: Sequence[Path], refiners: Sequence[Path] = ()) -> list[Trained]:

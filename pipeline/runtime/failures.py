@@ -1,8 +1,7 @@
 """Kinds of failures: what users can fix, the disk and the network, and defects of singer."""
 
+import sys
 from dataclasses import dataclass
-
-import torch
 
 from pipeline.runtime.logs import command_line, keep_traceback, logger, show_traceback
 from pipeline.runtime.machine import machine, versions
@@ -49,7 +48,8 @@ def explained(error: Exception) -> Exception:
     """Return the error, or a UserError with the remedy if the memory is too small or the GPU cannot be used."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # without it, no error is one of torch
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return UserError(f"the GPU has too little memory ({first}); {_MEMORY}")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in text for s in _NO_MEMORY)):
         return UserError(f"out of memory ({first}); {_MEMORY}")

@@ -26,7 +26,8 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.storage.outputs import Mode, check_output, claimed_output, process_log
-from pipeline.teachers.models import load_teacher, local_folder
+from pipeline.teachers.models import load_teacher
+from pipeline.teachers.names import local_folder
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 

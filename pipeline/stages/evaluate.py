@@ -16,17 +16,18 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
+from pipeline.checks import check_model
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
-from pipeline.evaluation import TASKS
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
+from pipeline.evaluation.tasks import TASKS
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
-from pipeline.storage.outputs import PROVENANCE, process_log, read_json, stage_log, write_json
+from pipeline.storage.outputs import process_log, stage_log, write_json
 from pipeline.teachers.models import check_known, load_model, load_saved
-from pipeline.training.run_directory import RUN, STAGE, STUDENT, DistillResult, TeacherLink, load_result
+from pipeline.training.run_directory import RUN, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 
 # So many images of --test are looked up among the images that the student learned from.
@@ -88,7 +89,9 @@ def evaluate_tasks(
     if unknown:
         raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
-    _check_model(model, weights)
+    check_model(model, weights)
+    if not Path(model).exists():
+        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     if Path(model).exists():
@@ -166,22 +169,6 @@ def _cached_images(taught: TeacherLink) -> np.ndarray | str:
     if taught.cache not in cache.ids:
         return f"there is another cache at {place} now"
     return cache.index.digest
-
-
-def _check_model(model: Path | str, weights: Path | None) -> None:
-    folder = Path(model)
-    if not folder.exists():
-        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
-    elif weights is not None:
-        raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
-    elif (folder / PROVENANCE).is_file() and not ((folder / STUDENT).is_dir() or (folder / "config.json").is_file()):
-        stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
-        if stage == STAGE:
-            raise UserError(f"{model} is no finished run: repeat its distill command with --resume")
-        raise UserError(
-            f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
-            "hf, or a model"
-        )
 
 
 def result_file(

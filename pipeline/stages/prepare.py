@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from pipeline.config import Config, PrepareConfig
@@ -92,6 +91,8 @@ def pack(settings: PrepareConfig, listing: Listing, root: Path, pattern: str) ->
     keys = file_keys([str(Path(entry.file).relative_to(root)) for entry in entries])
     order = np.random.default_rng(settings.seed).permutation(len(entries))
     skipped: list[Path] = []
+    import webdataset  # late, as it waits for torch
+
     # mtime is fixed, so that the same images give the same bytes.
     writer = webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0)
     with writer, meter("prepare", len(entries), "images") as m:

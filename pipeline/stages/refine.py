@@ -29,8 +29,8 @@ from pipeline.storage.outputs import (
     read_as,
     read_json,
     write_json,
-    write_tensors,
 )
+from pipeline.storage.tensors import write_tensors
 from pipeline.training.adapter_fit import fit_adapters, groups, load_fitted
 from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.stored_refiners import (

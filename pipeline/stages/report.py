@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checks import check_page
 from pipeline.data import Spec
 from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
 from pipeline.reports.measure import measure
-from pipeline.reports.report_page import GENERATOR, render_page
-from pipeline.reports.runs import find_cache, find_runs, read_runs
+from pipeline.reports.report_page import render_page
+from pipeline.reports.runs import find_cache, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
 from pipeline.reports.seeds import group_runs
 from pipeline.reports.tables import ReportRow
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.outputs import read_json
 from pipeline.training.cached_teachers import open_images
+from pipeline.training.run_directory import find_runs
 from singer.errors import UserError
 
 RECORDS = 256
@@ -103,17 +105,3 @@ def _sweep_ranking(runs: Sequence[Path]) -> str | None:
         return None
     ranking: str | None = read_json(runs[0], f"{LEADERBOARD}.json", "sweep").get("rank_by")
     return ranking
-
-
-def check_page(out: Path, overwrite: bool) -> None:
-    """Raise UserError if no page may be written to `out`; nothing is changed."""
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; give a file")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")
-    if f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:4096]:
-        raise UserError(f"{out} was not written by {GENERATOR} and is left alone; give another --out")

@@ -12,11 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import safetensors
-import safetensors.torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from pipeline.config import Config, dump_config, meta, section_of
 from pipeline.runtime.failures import setting
@@ -213,35 +210,6 @@ def is_sealed(value: dict[str, Any]) -> bool:
 def _digest(value: dict[str, Any]) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """Return tensors as the bytes of a safetensors file."""
-    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-    return data
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file, durably, all or nothing."""
-    write_atomic(path, tensor_bytes(tensors))
-
-
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises UserError that names the file if it is missing or damaged."""
-    try:
-        return safetensors.torch.load_file(path, device=device)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-
-
-def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Parse the bytes of a safetensors file. Raises UserError that names the file if it is damaged."""
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from pipeline.config import ExportConfig
 from pipeline.storage.outputs import write_json
 from pipeline.teachers.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import LOCAL
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.data import Images, Spec, list_probe_images
-from pipeline.evaluation import TASKS
+from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.storage.outputs import write_json, write_tensors
+from pipeline.storage.outputs import write_json
+from pipeline.storage.tensors import write_tensors
 from singer.backbones import gives_tokens, has_cls, layout, prefix_tokens
 
 # Every image is resized to a model's image size in this way (data.views.apply_view).

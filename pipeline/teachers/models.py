@@ -17,11 +17,11 @@ from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
+from pipeline.teachers.names import LOCAL, local_folder
 from pipeline.teachers.weights import describe_size, read_weights
 from singer.backbones import depth, gives_tokens, patch_size
 from singer.errors import UserError
 
-LOCAL = "local-dir:"
 # What timm calls ViTs of a width, and how many such models are looked at for a hint: each takes a tenth of a second.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
 _MOST_TRIED = 8
@@ -33,11 +33,6 @@ _REMEDIES = {
     "student.name": "check the network or its cache",
     "model": "give a local file with --weights FILE",
 }
-
-
-def local_folder(name: str) -> Path | None:
-    """Return the folder that a `local-dir:` name stands for; None for other names."""
-    return Path(name.removeprefix(LOCAL)).expanduser() if name.startswith(LOCAL) else None
 
 
 def load_teacher(config: TeacherConfig) -> Backbone:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.runtime.progress import say
-from pipeline.storage.outputs import read_tensors
+from pipeline.storage.tensors import read_tensors
 from pipeline.teachers.fetching import first_line
 from singer.errors import UserError
 

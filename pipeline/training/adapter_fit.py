@@ -17,7 +17,7 @@ from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
 from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter
-from pipeline.storage.outputs import read_tensors, write_tensors
+from pipeline.storage.tensors import read_tensors, write_tensors
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter

@@ -1,9 +1,12 @@
 """Describe a run directory: its files, and what the student learned from which teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.runtime.progress import say
 from pipeline.storage.outputs import read_as
+from singer.errors import UserError
 
 RUNS = "runs"
 
@@ -91,3 +94,28 @@ class DistillResult:
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)
+
+
+def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
+    """Return the finished runs among folders of `singer distill` and `singer sweep`.
+
+    quiet: say nothing about unfinished runs, which are left out. Raises UserError, with the folder's name,
+    if a folder is neither.
+    """
+    found: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
+        if (place / RUN).is_file():
+            found.append(place)
+            continue
+        if not (place / RUNS).is_dir():
+            raise UserError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
+        inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
+        done = [folder for folder in inside if (folder / RUN).is_file()]
+        if not done:
+            raise UserError(f"{place} is a sweep without a finished run; continue it with singer sweep --resume")
+        if len(done) < len(inside) and not quiet:
+            say(f"{len(inside) - len(done)} of {len(inside)} runs in {place} are not finished and are left out")
+        found += done
+    return list({folder.resolve(): folder for folder in found}.values())

@@ -18,12 +18,8 @@ from pipeline.data import ImageFile
 from pipeline.data.sampler import steps_per_epoch
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
-from pipeline.storage.outputs import (
-    INPUTS,
-    Mode,
-    write_json,
-    write_tensors,
-)
+from pipeline.storage.outputs import INPUTS, Mode, write_json
+from pipeline.storage.tensors import write_tensors
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.training.batch import BatchLoader

@@ -12,10 +12,8 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
 from pipeline.config import RefineConfig
 from pipeline.storage import Place
-from pipeline.storage.outputs import (
-    read_as,
-    read_tensors,
-)
+from pipeline.storage.outputs import read_as
+from pipeline.storage.tensors import read_tensors
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
 from singer.errors import UserError

@@ -1,0 +1,211 @@
+"""What a command can say about its paths and options before it waits for torch and timm: `look`.
+
+Every command calls it first, so that such an error takes less than a second. The stages check the same, and more.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.data import Spec, resolve
+from pipeline.reports import GENERATOR
+from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.outputs import PROVENANCE, Mode, check_output, read_json
+from pipeline.teachers.names import local_folder, looks_like_path
+from pipeline.training.run_directory import RUN, STAGE, STUDENT
+from singer.errors import UserError
+
+# {key of the configuration: the registry of its values}, by the stages that read it.
+_CACHE = {"cache.codec": ("pipeline.cache.codecs", "CODECS")}
+_REFINE = {
+    "refine.cleaner": ("singer.cleaners", "CLEANERS"),
+    "refine.normaliser": ("singer.normalisers", "NORMALISERS"),
+    "refine.basis": ("singer.subspaces", "BASES"),
+    "refine.outlier_form": ("singer.losses", "OUTLIER_FORMS"),
+    "refine.info_form": ("singer.losses", "INFO_FORMS"),
+}
+_DISTILL = {
+    "distill.objective": ("singer.objectives", "OBJECTIVES"),
+    "distill.projector": ("singer.projectors", "PROJECTORS"),
+}
+NAMES: dict[str, dict[str, tuple[str, str]]] = {
+    "cache-teacher": _CACHE,
+    "plan": _CACHE,
+    "refine": _REFINE,
+    "distill": _DISTILL,
+    "run": _CACHE | _REFINE | _DISTILL,
+}
+TASKS = ("pipeline.evaluation.tasks", "TASKS")
+FORMATS = ("pipeline.students.formats", "FORMATS")
+MANIFEST = "manifest.json"
+# This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
+# has not ended.
+STEPS, GIVEN = "steps.json", "given"
+# The files without which there is no finished refiner and no model of timm.
+_REFINER, _MODEL = "refiner.json", "config.json"
+
+
+@cache
+def registered(module: str, registry: str) -> tuple[str, ...]:
+    """Return the names in a registry, read from the source of its module, whose import would wait for torch."""
+    top, *below = module.split(".")
+    place = Path(import_module(top).__path__[0], *below)
+    for node in ast.parse((place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text()).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == registry:
+            return tuple(_names(node.value))
+    raise AssertionError(f"{module} has no {registry}")
+
+
+def _names(value: ast.expr | None) -> Iterable[str]:
+    """Yield the keys of a dictionary, or the first arguments of the calls that make its values."""
+    if isinstance(value, ast.Dict):
+        parts: Iterable[ast.expr | None] = value.keys
+    else:
+        assert value is not None
+        parts = [call.args[0] for call in ast.walk(value) if isinstance(call, ast.Call) and call.args]
+    return (part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
+
+
+def look(
+    stage: str,
+    config: Config | None = None,
+    out: Place | None = None,
+    mode: Mode = "new",
+    *,
+    images: Sequence[Spec | None] = (),
+    caches: Sequence[Place] = (),
+    refiners: Sequence[Path | None] = (),
+    inputs: Sequence[Place | None] = (),
+) -> None:
+    """Check what the options of a command name, and whether the stage may write to `out`.
+
+    images: what names images, None where an option was left out; inputs: further folders and files that the stage
+    reads. Raises UserError.
+    """
+    if config is not None:
+        for key, registry in NAMES.get(stage, {}).items():
+            section, _, name = key.partition(".")
+            value = getattr(getattr(config, section), name)
+            for given in value if isinstance(value, Mapping) else [value]:
+                _known(key, given, registered(*registry))
+        if stage in ("cache-teacher", "plan", "run", "verify"):
+            check_teacher(config)
+    for path in refiners:
+        if path is not None:
+            read_json(path, _REFINER, "finished refiner")
+    for place in caches:
+        if not is_remote(place):
+            read_json(open_store(place), MANIFEST, "feature cache")
+    found = [path for spec in images if spec is not None for path in resolve(spec)]
+    if out is not None and config is not None:
+        read = [*caches, *refiners, *inputs, *found]
+        check_output(out, mode, stage, config, [place for place in read if place is not None])
+
+
+def _known(key: str, value: str, names: Sequence[str]) -> None:
+    if value not in names:
+        said = f"no codec {value!r}" if key == "cache.codec" else f"unknown {value!r}"
+        raise UserError(f"{key}: {said}; known: {', '.join(names)}")
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise UserError if there is no such task of singer evaluate."""
+    names = registered(*TASKS)
+    for task in tasks:
+        if task not in names:
+            raise UserError(f"--task: no task {task!r}; known: {', '.join(names)}")
+
+
+def check_format(name: str) -> None:
+    """Raise UserError if there is no such format of singer export."""
+    names = registered(*FORMATS)
+    if name not in names:
+        raise UserError(f"--to: unknown format {name!r}; known: {', '.join(names)}")
+
+
+def check_teacher(config: Config) -> None:
+    """Raise UserError if the teacher is a folder or a file that does not exist."""
+    folder, weights = local_folder(config.teacher.name), config.teacher.weights
+    if folder is not None:
+        read_json(folder, _MODEL, "timm model folder")
+    elif looks_like_path(config.teacher.name):
+        raise UserError(
+            f"teacher.name: {config.teacher.name} is a path; give local-dir:{config.teacher.name} for a model "
+            "folder of timm, or the name of a model with --weights FILE"
+        )
+    if weights is not None and not weights.exists():
+        raise UserError(f"weights {weights}: no such file")
+
+
+def check_model(model: Path | str, weights: Path | None) -> None:
+    """Raise UserError if a model to evaluate is a path at which there is none; names are not looked up."""
+    folder = Path(model)
+    if weights is not None and not weights.exists():
+        raise UserError(f"weights {weights}: no such file")
+    if not folder.exists():
+        if looks_like_path(str(model)):
+            raise UserError(f"{model} does not exist")
+    elif weights is not None:
+        raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
+    elif not (folder / STUDENT).is_dir() and not (folder / _MODEL).is_file():
+        if not (folder / PROVENANCE).is_file():
+            raise UserError(f"{model} is no model: it has no {_MODEL}; give a run, a timm folder or a timm name")
+        stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
+        if stage == STAGE:
+            raise UserError(f"{model} is no finished run: repeat its distill command with --resume")
+        raise UserError(
+            f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
+            "hf, or a model"
+        )
+
+
+def check_finished(run: Path) -> None:
+    """Raise UserError if there is no finished run of singer distill."""
+    read_json(run, RUN, "finished run")
+
+
+def check_page(out: Path, overwrite: bool) -> None:
+    """Raise UserError if no page may be written to `out`; nothing is changed."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")
+    if f'content="{GENERATOR}"'.encode() not in out.read_bytes()[:4096]:
+        raise UserError(f"{out} was not written by {GENERATOR} and is left alone; give another --out")
+
+
+def check_chain(
+    config: Config,
+    photos: str | Path | Sequence[str],
+    out: Path,
+    mode: Mode,
+    hours: float | None,
+    disk_gb: float | None,
+) -> dict[str, object]:
+    """Return what a chain was given, for later runs to compare.
+
+    Raises UserError if it cannot be used, or if the chain in `out` was started with something else.
+    """
+    for option, most in (("hours", hours), ("disk-gb", disk_gb)):
+        if most is not None and not most > 0:
+            raise UserError(f"--{option} {most:g} must be above 0")
+    folder = isinstance(photos, str | Path) and Path(photos).is_dir()
+    specs = [] if folder else [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
+    look("run", config, out, mode, images=[specs] if specs else [], inputs=[Path(str(photos))] if folder else [])
+    given: dict[str, Any] = {"photos": str(photos), "teacher": config.teacher.name, "hours": hours, "disk-gb": disk_gb}
+    before = read_json(out, STEPS, "chain").get(GIVEN, given) if mode == "resume" and (out / STEPS).exists() else given
+    for name, value in given.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{out} cannot be continued: it was started with {name} {before.get(name)}, not {value}; repeat its "
+                "command or use --overwrite"
+            )
+    return given

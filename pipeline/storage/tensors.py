@@ -1,0 +1,40 @@
+"""Tensors in files: safetensors, written durably, all or nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.storage.atomic import write_atomic
+from singer.errors import UserError
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file."""
+    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file, durably, all or nothing."""
+    write_atomic(path, tensor_bytes(tensors))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file. Raises UserError that names the file if it is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(path, device=device)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Parse the bytes of a safetensors file. Raises UserError that names the file if it is damaged."""
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
