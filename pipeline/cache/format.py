@@ -1,6 +1,6 @@
 """Name the files of a cache. docs/cache-format.md is normative; where this file differs, this file is wrong."""
 
-from pipeline.cache.codecs import Fixed
+from pipeline.cache.stored import Fixed
 
 FORMAT = "singer-feature-cache"
 VERSION = 3

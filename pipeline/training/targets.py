@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.cache.reader import Cache, Encoded
+from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Encoded
 from pipeline.teachers.backbone import Backbone
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
