@@ -177,7 +177,6 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
-    projector: str = key("linear", "map from student to teacher width at each block; lift: also to the teacher's grid")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)

@@ -22,17 +22,14 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 class Targets:
     """Turn stored features into what the student must match.
 
-    The targets are on the student's token grid. They are on the teacher's grid if the student has several grids, or if
-    a projector lifts the student's tokens to the teacher's grid (`lifted`).
+    The targets are on the student's token grid, or on the teacher's grid if the student has several grids.
     """
 
-    def __init__(
-        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
-    ) -> None:
+    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self.grid = student.grid if student.is_vit and not lifted else cache.manifest.teacher.grid
+        self.grid = student.grid if student.is_vit else cache.manifest.teacher.grid
 
     @property
     def meeting_grid(self) -> tuple[int, int] | None:
