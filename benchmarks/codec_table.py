@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import CODECS, Cache
-from pipeline.cache.codecs import Ragged, Stored, calibrate
+from pipeline.cache.calibration import calibrate
+from pipeline.cache.stored import Ragged, Stored
 from singer.artifacts import clean_mask, patch_norms
 
 CALIBRATION_RECORDS = 256

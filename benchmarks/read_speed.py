@@ -28,12 +28,14 @@ import torch
 import zarr
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Ragged, Stored, calibrate
+from pipeline.cache.calibration import calibrate
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.format import FEATURES, PIXELS, VIEWS, shard_file
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.reader import Cache
 from pipeline.cache.segments import read_segments
+from pipeline.cache.stored import Ragged, Stored
 from pipeline.cache.writer import create_segment, small_files, write_shard
 from pipeline.config import DistillConfig
 from pipeline.data import Images, Keys, listing_hash

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from pipeline.runtime.ranks import SECONDS, Ranks, _Watched
+from pipeline.runtime.ranks import SECONDS, Ranks
+from pipeline.runtime.watched_rank import WatchedRank
 
 LIMIT = 6.0
 
@@ -60,7 +61,7 @@ def work(
             send.send(place)
         return place
 
-    with _Watched("distill", rank, world, share) as ranks:
+    with WatchedRank("distill", rank, world, share) as ranks:
         for step in range(3):
             ranks.step(f"step {step}")
             if step == 2 and rank == victim:

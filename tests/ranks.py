@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from forked import forked
 
 import cli
-from pipeline.runtime.ranks import _Watched
+from pipeline.runtime.watched_rank import WatchedRank
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def _run(words: list[str], environment: dict[str, str], out: Path, err: Path, fa
 
 
 def _await(fate: Fate) -> None:
-    steps, report = itertools.count(1), _Watched.step
+    steps, report = itertools.count(1), WatchedRank.step
 
-    def step(self: _Watched, where: str) -> None:
+    def step(self: WatchedRank, where: str) -> None:
         if next(steps) < fate.step:
             report(self, where)
         elif fate.signal is None:
@@ -101,4 +101,4 @@ def _await(fate: Fate) -> None:
         else:
             os.kill(os.getpid(), fate.signal)
 
-    _Watched.step = step  # type: ignore[method-assign]
+    WatchedRank.step = step  # type: ignore[method-assign]

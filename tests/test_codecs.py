@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import Tensor
 
-from pipeline.cache.codecs import (
-    CODECS,
-    LEVELS,
-    Calibration,
-    Fixed,
-    Ragged,
-    Stored,
-    _lloyd_max,
-    _pack,
-    _unpack,
-    calibrate,
-    few_records,
-)
+from pipeline.cache.calibration import Calibration, calibrate, few_records
+from pipeline.cache.codecs import CODECS
+from pipeline.cache.packing import LEVELS, lloyd_max, pack, unpack
+from pipeline.cache.stored import Fixed, Ragged, Stored
 from singer.artifacts import robust_threshold
 from singer.errors import UserError
 
@@ -161,7 +152,7 @@ def test_a_silent_teacher(name: str) -> None:
 def test_levels_are_the_nearest(bits: int, tokens: int, d: int, spread: float, seed: int) -> None:
     """To the float16 number: a level that is not lies as far off as the nearest, but for the last bit."""
     y = torch.randn(2, tokens, d, generator=torch.Generator().manual_seed(seeded(seed))) * spread
-    codes, scale = _lloyd_max(y, LEVELS[bits])
+    codes, scale = lloyd_max(y, LEVELS[bits])
     relative = y / y.square().mean(-1, keepdim=True).sqrt()
     magnitudes = torch.tensor(LEVELS[bits])
     levels = torch.cat([magnitudes, -magnitudes])
@@ -307,11 +298,11 @@ def test_a_gpu_gives_the_same(name: str) -> None:
 @settings(deadline=None, max_examples=60)
 def test_packing_is_exact(bits: int, n: int, d: int, seed: int) -> None:
     codes = torch.randint(2**bits, (n, 2, d), dtype=torch.uint8, generator=torch.Generator().manual_seed(seeded(seed)))
-    packed = _pack(codes, bits)
+    packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape[-1] <= d * bits / 8 + 2
     magnitude, sign = codes & (2 ** (bits - 1) - 1), codes >> (bits - 1)
     expected = torch.tensor(LEVELS[bits])[magnitude.long()] * (1 - 2 * sign.float())
-    assert torch.equal(_unpack(packed, bits, d), expected)
+    assert torch.equal(unpack(packed, bits, d), expected)
 
 
 @pytest.mark.parametrize("bits", LEVELS)

@@ -20,7 +20,7 @@ from pipeline.runtime.ranks import SECONDS, limit_seconds
 from singer.errors import UserError
 
 _processes = get_context("forkserver")
-_processes.set_forkserver_preload(["pipeline.runtime.ranks"])
+_processes.set_forkserver_preload(["pipeline.runtime.watched_rank"])
 
 
 def run(folder: Path, world: int, victim: int, fate: Work) -> tuple[dict[int, int | None], list[str]]:

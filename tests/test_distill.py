@@ -331,7 +331,7 @@ FAN = {
     "plain": [],
     "other size and seed of nothing": ["student.dim=16", "student.patch_size=16"],
     "drops paths": ["student.drop_path=0.3", "distill.objective=vitkd", "distill.lr=3e-3"],
-    "keeps an average": ["distill.ema=0.9", "distill.projector=mlp", "distill.accumulate=2"],
+    "keeps an average": ["distill.ema=0.9", "distill.accumulate=2"],
 }
 
 
@@ -445,9 +445,7 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(
-        student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, "linear", fresh, joint)]
-    )
+    distiller = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, fresh, joint)])
     shown = [TeacherFeatures(cache.features(range(8), CPU))]
     batch = Batch(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
     return distiller, batch

@@ -100,7 +100,7 @@ class Fixture:
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
-        head = TeacherBranch(student, self.matching, targets, {"mse": 1.0}, "linear", refiner, joint, weight=s["wk"])
+        head = TeacherBranch(student, self.matching, targets, {"mse": 1.0}, refiner, joint, weight=s["wk"])
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():

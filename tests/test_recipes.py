@@ -39,7 +39,6 @@ PAPER: dict[str, Any] = {
     "refine.normaliser": "none",
     # L_KD + 0.01 L_outlier + 1.0 L_info, γ = 0.97, and no other term
     "distill.objective": "mse",
-    "distill.projector": "linear",
     "distill.kd_weight": 1.0,
     "refine.outlier_form": "paper",
     "refine.quantile": 0.97,

@@ -12,9 +12,9 @@ import torch
 from conftest import seeded, world_config
 
 from pipeline.cache import Cache
-from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import MANIFEST, shard_file
-from pipeline.cache.reader import read_arrays
+from pipeline.cache.segment_reader import read_arrays
+from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.zarr_shards import ShardedArray
 from pipeline.config import Config
 from pipeline.data import ImageFile, buffers

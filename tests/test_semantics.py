@@ -239,9 +239,7 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
     joint, adapters = new_joint(cache, world_config(world).refine, CPU)
     blocks = len(backbone.layout)
     targets = Targets(cache, None, backbone, CPU)
-    head = TeacherBranch(
-        backbone, {2: blocks - 2, 3: blocks - 1}, targets, {"mse": 1.0, "vitkd": 1.0}, "mlp", adapters, joint
-    )
+    head = TeacherBranch(backbone, {2: blocks - 2, 3: blocks - 1}, targets, {"mse": 1.0, "vitkd": 1.0}, adapters, joint)
     distiller = Distiller(backbone, [head])
     decays, others = grouped(distiller)
     assert decays | others == {name for name, p in distiller.named_parameters() if p.requires_grad}

@@ -229,7 +229,6 @@ EARLY = [
     "distill --cache nothing --out out",
     "distill --cache nothing --out out --refiner nothing",
     "distill --cache nothing --out out --set distill.objective=soap",
-    "distill --cache nothing --out out --set distill.projector=soap",
     "inspect nothing",
     "sweep nothing --cache nothing --out out",
     "sweep tinyimagenet-methods --cache nothing --out out",

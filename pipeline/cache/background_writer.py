@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.encode import Batch, Encoder
 from pipeline.cache.segments import Segment
+from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.writer import write_shard
 from pipeline.data.background import BackgroundWorker
 from pipeline.data.buffers import empty

@@ -5,170 +5,22 @@ registry. A codec gets all that it knows about a block's features from the block
 record as its first axis. A fixed part is a tensor; a ragged part has one byte string per record. Bytes are
 little-endian.
 
-The quantised codecs take their levels from Lloyd (1982) and Max (1960). The rotation that makes channels Gaussian is
-that of QuaRot (Ashkboos et al., arXiv 2404.00456). Outlier tokens are stored separately: an error of a few per cent of
-an artifact token's norm is as large as a whole clean token, and a student would learn this error.
+Outlier tokens are stored separately: an error of a few per cent of an artifact token's norm is as large as a whole
+clean token, and a student would learn this error.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from singer.artifacts import clean_mask, patch_norms, robust_threshold
+from pipeline.cache.calibration import Calibration
+from pipeline.cache.packing import LEVELS, lloyd_max, pack, plane_bits, rotate, unpack
+from pipeline.cache.stored import Fixed, Layout, Ragged, Stored
+from singer.artifacts import clean_mask, patch_norms
 from singer.errors import UserError
-
-# These constants are a part of the format. If they were options, two caches with the same id could differ.
-_CLEAN_SIGMAS = 6.0
-# Channels are rotated in groups of this size. A full d x d matrix would cost 2 d² operations per token, which is 5 % or
-# more of a small student's step. Groups of 16 are enough for clean tokens. Groups of 64 instead of 32 reduce the error
-# of artifact tokens by a third.
-_ROTATION_SIDE = 64
-_ROTATION_SEED = 0
-_NUMBERS_AT_ONCE = 1 << 20
-
-# The positive half of the Lloyd-Max levels of a standard normal variable, by number of bits.
-LEVELS: dict[int, tuple[float, ...]] = {
-    1: (0.797884561,),
-    2: (0.452780035, 1.510417608),
-    3: (0.245094179, 0.756005281, 1.343909279, 2.151945705),
-    4: (0.12839503, 0.388048299, 0.656759119, 0.942340456, 1.256231197, 1.618046386, 2.069017227, 2.732589571),
-}
-
-
-class Fixed(NamedTuple):
-    """A part with the same size for every record: the shape of one record, and the dtype."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-Layout = dict[str, Fixed | None]
-"""{name of a part: its form}; None stands for a ragged part."""
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """One byte string per record, one after the other.
-
-    data: (bytes,) uint8; lengths: (n,) int64, in bytes.
-    """
-
-    data: Tensor
-    lengths: Tensor
-
-    def to(self, device: torch.device | str) -> "Ragged":
-        """Copy the data and the lengths to a device."""
-        # The CPU reads a copy from a GPU at once, so that copy must be complete on return.
-        asynchronous = self.data.device.type == "cpu"
-        data = self.data.to(device, non_blocking=asynchronous)
-        return Ragged(data, self.lengths.to(device, non_blocking=asynchronous))
-
-    def split(self, counts: list[int]) -> list["Ragged"]:
-        """Split the records into consecutive groups with `counts` records each."""
-        lengths = self.lengths.split(counts)
-        data = self.data.split([int(part.numpy().sum()) for part in lengths])
-        return [Ragged(*part) for part in zip(data, lengths, strict=True)]
-
-    @staticmethod
-    def cat(parts: Sequence["Ragged"]) -> "Ragged":
-        """Concatenate the records of several instances."""
-        return Ragged(torch.cat([p.data for p in parts]), torch.cat([p.lengths for p in parts]))
-
-
-Stored = dict[str, Tensor | Ragged]
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What codecs know about a block, measured on a fixed sample. All tensors are float32.
-
-    mean, std: (d,), of clean patch tokens; prefix_mean, prefix_std: (P, d), of each prefix token (class token,
-    registers); threshold: the norm above which a patch token is an outlier; rotation: (b, b), orthogonal, where b
-    divides d.
-    """
-
-    mean: Tensor
-    std: Tensor
-    prefix_mean: Tensor
-    prefix_std: Tensor
-    threshold: float
-    rotation: Tensor
-
-    @property
-    def prefix(self) -> int:
-        """Return the number of prefix tokens."""
-        return len(self.prefix_mean)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all values as tensors; the threshold is a float64 scalar."""
-        return vars(self) | {"threshold": torch.tensor(self.threshold, dtype=torch.float64)}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """Build an instance from what `tensors` returned. Raises KeyError if a tensor is missing."""
-        mean, std = tensors["mean"], tensors["std"]
-        threshold = float(tensors["threshold"])
-        return cls(mean, std, tensors["prefix_mean"], tensors["prefix_std"], threshold, tensors["rotation"])
-
-    def to(self, device: torch.device | str) -> "Calibration":
-        """Copy all tensors to a device."""
-        return Calibration.from_tensors({name: t.to(device) for name, t in self.tensors().items()})
-
-    def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Return the mean and the std for every token of a record, (N, d) each."""
-        rows = tokens - self.prefix
-        return (
-            torch.cat([self.prefix_mean, self.mean.expand(rows, -1)]),
-            torch.cat([self.prefix_std, self.std.expand(rows, -1)]),
-        )
-
-
-def few_records(x: Tensor) -> tuple[Tensor, ...]:
-    """Split features (n, N, d) into parts of whole records, so that what is computed from one part fits a CPU's cache.
-
-    On other devices there is one part.
-    """
-    few = max(1, _NUMBERS_AT_ONCE // max(1, math.prod(x.shape[1:]))) if x.device.type == "cpu" else max(1, len(x))
-    parts: tuple[Tensor, ...] = x.split(few)
-    return parts
-
-
-def calibrate(x: Tensor, prefix: int) -> Calibration:
-    """Measure the calibration of a block on the features of a sample.
-
-    x: (n, N, d) float32, with `prefix` tokens before the patches.
-    """
-    norms = patch_norms(x, prefix)
-    threshold = robust_threshold(norms, _CLEAN_SIGMAS)
-    mean, std = _statistics(x[:, prefix:][clean_mask(norms, threshold)])
-    prefix_mean, prefix_std = _statistics(x[:, :prefix])
-    # The std of a channel that never varies is zero, and codecs divide by the std.
-    floor = 1e-3 * float(std.mean()) + 1e-12
-    rotation = _rotation(x.shape[-1]).to(x.device)
-    return Calibration(
-        mean.float(), std.clamp_min(floor).float(), prefix_mean.float(), prefix_std.clamp_min(floor).float(),
-        threshold, rotation,
-    )  # fmt: skip
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the std over the first axis, in float64."""
-    mean = x.double().mean(0)
-    return mean, (x - mean).square().mean(0).sqrt()
-
-
-def _rotation(d: int) -> Tensor:
-    """Return a random orthogonal matrix with the largest side that divides d and is at most _ROTATION_SIDE."""
-    side = max(b for b in range(1, _ROTATION_SIDE + 1) if d % b == 0)
-    q, r = torch.linalg.qr(torch.randn(side, side, generator=torch.Generator().manual_seed(_ROTATION_SEED)))
-    rotation: Tensor = (q * r.diagonal().sign()).contiguous()
-    return rotation
 
 
 class Codec(Protocol):
@@ -262,7 +114,7 @@ class Quantised:
 
     def parts(self, tokens: int, d: int) -> Layout:
         """Return the forms of `codes` and, if they are stored, of `outliers`."""
-        packed = sum(-(-d * bits // 8) for bits in _planes(self.bits))
+        packed = sum(-(-d * bits // 8) for bits in plane_bits(self.bits))
         codes: Layout = {"codes": Fixed((tokens, packed + 2), "uint8")}
         return codes | {"outliers": None} if self.outliers else codes
 
@@ -274,8 +126,8 @@ class Quantised:
             signed, scale = _uniform(standard)
             packed = signed.view(torch.uint8)
         else:
-            codes, scale = _lloyd_max(_rotate(standard, calibration.rotation), LEVELS[self.bits])
-            packed = _pack(codes, self.bits)
+            codes, scale = lloyd_max(rotate(standard, calibration.rotation), LEVELS[self.bits])
+            packed = pack(codes, self.bits)
         if not self.outliers:
             return {"codes": _with_scale(packed, _narrow(scale, torch.float16, x))}
         # The norms of prefix tokens differ from those of patches, so the threshold does not apply to them. A prefix
@@ -295,7 +147,7 @@ class Quantised:
         if self.bits == 8:
             standard = packed.view(torch.int8).float().mul_(scale)
         else:
-            standard = _rotate(_unpack(packed, self.bits, d).mul_(scale), calibration.rotation.T)
+            standard = rotate(unpack(packed, self.bits, d).mul_(scale), calibration.rotation.T)
         mean, std = calibration.by_token(packed.shape[1])
         x = torch.addcmul(mean, standard, std, out=standard)
         if self.outliers:
@@ -358,98 +210,6 @@ def _standardise(x: Tensor, calibration: Calibration) -> Tensor:
     torch.sub(x[:, :prefix], calibration.prefix_mean, out=standard[:, :prefix]).div_(calibration.prefix_std)
     torch.sub(x[:, prefix:], calibration.mean, out=standard[:, prefix:]).div_(calibration.std)
     return standard
-
-
-def _lloyd_max(y: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Return uint8 codes (n, N, d), with the sign bit above the magnitude, and least-squares scales (n, N).
-
-    The tokens y are Gaussian. Each number is first rounded to float16, then to the nearest level: a table with 65,536
-    entries is three times as fast as a search.
-    """
-    codes, nearest = _rounded(levels, y.device)
-    rms = y.square().mean(-1, keepdim=True).sqrt_().clamp_min_(torch.finfo(y.dtype).tiny)
-    relative = y / rms
-    bits = relative.half().view(torch.int16).flatten().int().add_(2**15)
-    level = torch.index_select(nearest, 0, bits, out=relative.view(-1)).view_as(y)
-    norm = level.square().sum(-1)
-    return codes.index_select(0, bits).view(y.shape), level.mul_(y).sum(-1) / norm
-
-
-@lru_cache
-def _rounded(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the code and the level of every float16 number, (65536,) uint8 and float32.
-
-    The index is the number's bits, read as int16, plus 2**15.
-    """
-    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).float()
-    magnitudes = torch.tensor(levels)
-    index = torch.bucketize(numbers.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
-    negative = numbers.signbit()
-    codes = (index + len(levels) * negative).to(torch.uint8)
-    return codes.to(device), magnitudes[index].where(~negative, -magnitudes[index]).to(device)
-
-
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Multiply every group of b channels of x (n, N, d) by the same (b, b) matrix."""
-    rotated: Tensor = x.unflatten(-1, (-1, len(rotation))) @ rotation
-    return rotated.flatten(-2)
-
-
-def _planes(bits: int) -> tuple[int, ...]:
-    """Return the bits of each plane in which codes are packed; a byte holds whole codes of one plane."""
-    return (2, 1) if bits == 3 else (bits,)
-
-
-def _plane_values(bits: int) -> tuple[tuple[float, ...], ...]:
-    """Return, for each plane, the factor that each of its codes contributes to the level."""
-    positive = LEVELS[bits]
-    return (positive, (1.0, -1.0)) if bits == 3 else (positive + tuple(-v for v in positive),)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes (..., d) into (..., bytes).
-
-    A byte holds neighbouring channels, the first one in its lowest bits.
-    """
-    planes = []
-    for width in _planes(bits):
-        # View all codes that share a byte as one little-endian number, and collect them in its lowest byte.
-        padded = F.pad(codes & (2**width - 1), (0, -codes.shape[-1] % (8 // width)))
-        apart = padded.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[8 // width])
-        together = apart.clone()
-        for i in range(1, 8 // width):
-            together |= apart >> i * (8 - width)
-        planes.append(together.to(torch.uint8))
-        codes = codes >> width
-    return planes[0] if len(planes) == 1 else torch.cat(planes, -1)
-
-
-def _unpack(packed: Tensor, bits: int, d: int) -> Tensor:
-    """Unpack codes (n, N, bytes) into levels (n, N, d) float32."""
-    widths = [-(-d * width // 8) for width in _planes(bits)]
-    planes = [
-        _lookup(plane, _table(values, packed.device))[..., :d]
-        for plane, values in zip(packed.split(widths, -1), _plane_values(bits), strict=True)
-    ]
-    return planes[0] if len(planes) == 1 else planes[0].mul_(planes[1])
-
-
-@lru_cache
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values that each byte stands for, (256, codes per byte) float32."""
-    width = (len(values) - 1).bit_length()
-    shifts = torch.arange(0, 8, width)
-    return torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)].to(device)
-
-
-def _lookup(packed: Tensor, table: Tensor) -> Tensor:
-    """Look up each byte of (n, N, bytes) in a table (256, codes per byte); return (n, N, bytes x codes per byte)."""
-    index = packed.int()
-    if table.shape[1] == 2:
-        # On a CPU, reading a pair as one complex number is three times as fast as reading a row of two numbers.
-        pairs = torch.view_as_complex(table).index_select(0, index.flatten())
-        return torch.view_as_real(pairs).view(*packed.shape[:-1], 2 * packed.shape[-1])
-    return F.embedding(index, table).flatten(-2)
 
 
 def _with_scale(packed: Tensor, scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, VIEWS, shard_file
 from pipeline.cache.index import Index, number_records, read_images
 from pipeline.cache.manifest import Completion
-from pipeline.cache.reader import SegmentReader
+from pipeline.cache.segment_reader import SegmentReader
 from pipeline.cache.segments import Segment
 from pipeline.data import Skipped, content_hash
 from pipeline.data.tars import NO_LABEL

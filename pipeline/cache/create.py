@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.append import Addition, check_growth, plan_additions
-from pipeline.cache.codecs import CODECS, Calibration, calibrate
+from pipeline.cache.calibration import Calibration, calibrate
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import rows_of
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import fidelity
-from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader
+from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, mine, read_segments, segment_name
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig

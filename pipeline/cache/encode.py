@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration, Ragged, few_records
+from pipeline.cache.calibration import Calibration, few_records
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.pixels import encode_jpegs
-from pipeline.cache.reader import read_calibration
 from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment
+from pipeline.cache.stored import Ragged
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # codecs need torch
-    from pipeline.cache.codecs import Fixed
+    from pipeline.cache.stored import Fixed
 
 FORMAT = "singer-feature-cache"
 VERSION = 3

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from pipeline.cache.codecs import CODECS, Fixed, Layout
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
+from pipeline.cache.stored import Fixed, Layout
 from pipeline.data import Decoding
 from pipeline.storage import Store
 from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cache.codecs import Ragged
 from pipeline.cache.index import Index
+from pipeline.cache.stored import Ragged
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view
 

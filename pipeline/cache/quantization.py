@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import Calibration, Codec, few_records
+from pipeline.cache.calibration import Calibration, few_records
+from pipeline.cache.codecs import Codec
 from singer.artifacts import clean_mask, norm_summary, patch_norms
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pipeline.cache.codecs import Calibration, Ragged
+from pipeline.cache.calibration import Calibration
 from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, MANIFEST, TAIL, journal_file, shard_file
 from pipeline.cache.index import image_bytes
 from pipeline.cache.manifest import Manifest
+from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
 from pipeline.data import Images
 from pipeline.storage import Store

@@ -17,8 +17,8 @@ import numpy as np
 import zarr
 from zarr.errors import UnstableSpecificationWarning
 
-from pipeline.cache.codecs import Fixed, Ragged
 from pipeline.cache.format import shard_file
+from pipeline.cache.stored import Fixed, Ragged
 from pipeline.storage import Ranges
 from singer.errors import UserError
 

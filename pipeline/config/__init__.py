@@ -1,21 +1,18 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
+from pipeline.config.kinds import Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
 from pipeline.config.sections import (
     CacheConfig,
     Config,
-    DistillConfig,
     EvaluateConfig,
     ExportConfig,
-    Positive,
-    Precision,
     PrepareConfig,
-    RefineConfig,
-    StudentConfig,
     TeacherConfig,
     ViewsConfig,
 )
+from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 
 __all__ = [
     "Affects",

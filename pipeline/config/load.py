@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import Section, keys
-from pipeline.config.sections import Config, StudentConfig
+from pipeline.config.sections import Config
+from pipeline.config.training import StudentConfig
 from singer.errors import UserError
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration, Ragged, calibrate, few_records
+from pipeline.cache.calibration import Calibration, calibrate, few_records
+from pipeline.cache.codecs import CODECS
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
+from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import pack_shard
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, list_images

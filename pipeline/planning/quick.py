@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.cache.codecs import calibrate
+from pipeline.cache.calibration import calibrate
 from pipeline.cache.format import TAIL
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config

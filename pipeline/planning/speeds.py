@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.cache.codecs import CODECS, Calibration, Codec, few_records
+from pipeline.cache.calibration import Calibration, few_records
+from pipeline.cache.codecs import CODECS, Codec
 from pipeline.data import Images
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import MB, read_shards, write_to_disk

@@ -46,7 +46,6 @@ from pipeline.training.run_directory import (
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
-from singer.projectors import PROJECTORS
 
 # The keys that must be equal for all students of one pass.
 SHARED = [name for name, about in keys(DistillConfig) if about.shared]
@@ -124,7 +123,6 @@ def check_shared(jobs: Sequence[StudentSpec]) -> None:
     for job in jobs:
         settings = job.config.distill
         _check_names("distill.objective", settings.objectives, OBJECTIVES)
-        _check_names("distill.projector", [settings.projector], PROJECTORS)
     for job in others:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))

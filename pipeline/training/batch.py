@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.reader import Cache, Encoded
+from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Encoded
 from pipeline.data import ImageFile
 from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, part_size

@@ -11,16 +11,15 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs, freeze_unused
 from singer.objectives import OBJECTIVES, Mixture, Tokens
-from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.refiner import Refiner
 
 
 class TeacherBranch:
     """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
 
-    There is a projector to the teacher's width at every matched block; the adapters refine the targets. matching:
-    {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum; name: the teacher's
-    name among several teachers.
+    A projector is a linear map to the teacher's width; there is one at every matched block. The adapters refine the
+    targets. matching: {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum;
+    name: the teacher's name among several teachers.
     """
 
     def __init__(
@@ -29,7 +28,6 @@ class TeacherBranch:
         matching: dict[int, int],
         targets: Targets,
         objectives: Mapping[str, float],
-        projector: str = "linear",
         adapters: Refiner | None = None,
         joint: JointTraining | None = None,
         weight: float = 1.0,
@@ -38,25 +36,20 @@ class TeacherBranch:
         self.name, self.weight = name, weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
-        project = PROJECTORS[projector]
         context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives])
         self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
             """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
-            made = {}
-            for t in blocks:
-                spec = ProjectorSpec(*self.layout[matching[t]], targets.width(t), targets.grid(t), context.prefix)
-                made[str(t)] = project(spec)
-            return nn.ModuleDict(made)
+            return nn.ModuleDict({str(t): nn.Linear(self.layout[matching[t]][0], targets.width(t)) for t in blocks})
 
         # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
         self.normalised_blocks = self.objective.reads(in_teacher_units=False)
         self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
         self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
-        # {teacher block: the grid of the projected tokens}.
-        self.grids = {t: targets.grid(t) if project.lifts else self.layout[b][1] for t, b in self.matching.items()}
+        # {teacher block: the grid of the student's tokens}.
+        self.grids = {t: self.layout[b][1] for t, b in self.matching.items()}
 
     @property
     def trained(self) -> dict[str, nn.Module]:

@@ -47,7 +47,6 @@ from pipeline.training.trackers import Tracking, check_trackers
 from pipeline.training.trainer import StudentRun, train
 from singer.backbones import depth
 from singer.matching import match_blocks
-from singer.projectors import PROJECTORS
 from singer.refiner import Refiner
 
 State = Mapping[str, Tensor]
@@ -87,16 +86,15 @@ class NewStudent:
         for source, refiner in zip(sources, refiners, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device, PROJECTORS[settings.projector].lifts)
+            targets = Targets(cache, refiner, self.student, device)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
             heads.append(
                 TeacherBranch(
-                    self.student, matching, targets, settings.objectives, settings.projector, self.fresh, joint, weight,
-                    source.name,
+                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name
                 )
-            )  # fmt: skip
+            )
         self.distiller = Distiller(self.student, heads).to(device)
         check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
         # One foreach operation cannot take both sharded weights and plain buffers.

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.cache.reader import Cache, Encoded
+from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Encoded
 from pipeline.teachers.backbone import Backbone
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
@@ -21,17 +22,14 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 class Targets:
     """Turn stored features into what the student must match.
 
-    The targets are on the student's token grid. They are on the teacher's grid if the student has several grids, or if
-    a projector lifts the student's tokens to the teacher's grid (`lifted`).
+    The targets are on the student's token grid, or on the teacher's grid if the student has several grids.
     """
 
-    def __init__(
-        self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device, lifted: bool = False
-    ) -> None:
+    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
         self.cache, self.device = cache, device
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
-        self._grid = student.grid if student.gives_tokens and not lifted else None
+        self._grid = student.grid if student.gives_tokens else None
 
     def grid(self, block: int) -> tuple[int, int]:
         """Return the grid of the targets of a teacher's block."""

@@ -12,7 +12,7 @@ from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
-from pipeline.cache.reader import SegmentReader, read_rows
+from pipeline.cache.segment_reader import SegmentReader, read_rows
 from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
 from pipeline.cache.verify.files import within

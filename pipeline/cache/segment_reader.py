@@ -1,0 +1,103 @@
+"""Read the arrays of a segment: some of its records, in any order, in their stored form."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.calibration import Calibration
+from pipeline.cache.format import CALIBRATION, VIEWS
+from pipeline.cache.index import Index, read_images
+from pipeline.cache.segments import Files, Segment
+from pipeline.cache.stored import Ragged
+from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
+from pipeline.data.buffers import empty
+from pipeline.storage import ReadThrough
+from pipeline.storage.tensors import parse_tensors
+from singer.errors import UserError
+
+
+class SegmentReader:
+    """The arrays of a segment.
+
+    files: the files of its shards, at least of those that are read; local_copy: a folder to which shards are copied
+    when they are first read.
+    """
+
+    def __init__(self, segment: Segment, files: Files, local_copy: Path | None = None) -> None:
+        self.segment = segment
+        self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
+        self._source: ByteRanges = segment.store
+        if local_copy is not None:
+            folder = local_copy / segment.manifest.id()[:16]
+            self._source = ReadThrough(segment.store, folder, {n: f["sha256"] for n, f in files.items()})
+        self._arrays: dict[str, ShardedArray] = {}
+
+    def array(self, name: str) -> ShardedArray:
+        """Return an array by its name."""
+        if name not in self._arrays:
+            m = self.segment.manifest
+            form = m.arrays()[name]
+            self._arrays[name] = ShardedArray(self._source, name, form, m.records, m.shard_records, self._sizes)
+        return self._arrays[name]
+
+    def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
+        """Read some records of an array, in the given order."""
+        order = np.argsort(records)
+        return read_arrays([(self.array(name), records[order], order)], len(records))
+
+
+def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
+    """Return those of the stored records `rows` with an image that can be decoded, and an index of only these.
+
+    The segment need not be complete. In the index, each record has an image of its own, with the number of the record.
+    """
+    segment, manifest = reader.segment, reader.segment.manifest
+    stored = reader.read(VIEWS, rows)
+    assert isinstance(stored, Tensor)
+    views = stored.numpy().reshape(-1).view(manifest.view_form)
+    rows, views = rows[views["width"] > 0], views[views["width"] > 0]
+    image, view = np.divmod(rows, manifest.views_each)
+    color = views["color"] if "color" in (views.dtype.names or ()) else None
+    images = read_images(segment.store, manifest.data.decoding).select(image)
+    first = manifest.views["first"]
+    return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
+
+
+def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
+    """Read `count` records from several arrays that have the same form.
+
+    groups: [(array, its records, their places in the result)].
+    """
+    form = groups[0][0].form
+    found = [(array, array.find(records), places) for array, records, places in groups]
+    if form is not None:
+        out = empty((count, *form.shape), form.dtype)
+        starts = np.arange(count) * groups[0][0].row
+    else:
+        lengths = np.empty(count, np.int64)
+        for _, chunks, places in found:
+            lengths[places] = chunks.lengths
+        out = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        starts = np.cumsum(lengths) - lengths
+    flat = out.numpy().reshape(-1).view(np.uint8)
+    for array, chunks, places in found:
+        array.read_into(chunks, flat, starts[places])
+    return out if form is not None else Ragged(out, torch.from_numpy(lengths))
+
+
+def read_calibration(segment: Segment) -> dict[int, Calibration]:
+    """Read {block: calibration} of a segment. Raises UserError if its file is damaged."""
+    file = f"{segment.store.url}/{CALIBRATION}"
+    tensors = parse_tensors(segment.store.read(CALIBRATION), file)
+    try:
+        return {
+            block: Calibration.from_tensors(
+                {n.removeprefix(f"{block}."): t for n, t in tensors.items() if n.startswith(f"{block}.")}
+            )
+            for block in segment.manifest.blocks
+        }
+    except KeyError as error:
+        raise UserError(f"{file} is damaged: it has no {error}") from None

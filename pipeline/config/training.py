@@ -1,0 +1,174 @@
+"""The sections of the configuration that say how refiners are fitted and students are trained."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, model_validator
+
+from pipeline.config.fields import Section, key
+from pipeline.config.kinds import Above, Below, NotNegative, Positive, Precision, Seed, Share
+from singer.errors import UserError
+
+# What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
+_PAPER = {
+    "cleaner": "adapter", "normaliser": "none", "rank": 64, "start": "doubled", "quantile": 0.97,
+    "outlier_weight": 0.01, "info_weight": 1.0, "keep_weight": 0.0, "weight_decay": 1e-4,
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "singer": {},
+    "paper": {**_PAPER, "basis": "weights", "outlier_form": "paper", "info_form": "paper"},
+    "official": {**_PAPER, "basis": "weights-official", "outlier_form": "official", "info_form": "official"},
+}
+# These keys apply only to cleaners that are trained.
+_TRAINED = ("trained",)
+
+
+class RefineConfig(Section):
+    """The cleaner of artifacts, its fit on the cache, and the normalisation of the targets after it."""
+
+    variant: Literal["singer", "paper", "official"] = key(
+        "singer", "sets the keys below as this project, the paper or its authors' code has them", only=_TRAINED
+    )
+    cleaner: str = key("neighbour", "how artifacts are removed: a name among singer/cleaners.py", only=_TRAINED)
+    normaliser: str = key(
+        "standardize", "how cleaned targets are scaled: a name among singer/normalisers.py", only=_TRAINED
+    )
+    rank: Positive | Literal["auto"] = key(
+        16,
+        "adapter: its rank; auto: where artifact energy removed is farthest above drift, for each block",
+        only=_TRAINED,
+    )
+    basis: str = key("weights", "the subspace in which adapters start: a name among singer/subspaces.py", only=_TRAINED)
+    start: Literal["identity", "doubled"] = key(
+        "identity", "adapter: up = 0 (identity), or the paper's up = down transposed (doubled)", only=_TRAINED
+    )
+    softness: NotNegative = key(
+        1.0, "projector: cost of a change that the final norm sees; 0 gives the neighbours' mean"
+    )
+    threshold_k: Above = key(6.0, "a patch token is an artifact above median + k sigma (robust) of its block's norms")
+    quantile: Below = key(0.97, "γ of the paper's outlier forms", only=_TRAINED)
+    outlier_form: str = key("robust", "form of L_outlier: robust, paper or official", only=_TRAINED)
+    info_form: str = key("clean", "form of L_info: clean, paper or official", only=_TRAINED)
+    outlier_weight: NotNegative = key(1.0, "weight of L_outlier", only=_TRAINED)
+    info_weight: NotNegative = key(1.0, "weight of L_info", only=_TRAINED)
+    keep_weight: NotNegative = key(1.0, "weight of L_keep", only=_TRAINED)
+    steps: Positive = key(2000, "largest number of steps; the fit ends earlier when it has converged", only=_TRAINED)
+    tolerance: NotNegative = key(
+        0.02,
+        "smaller relative gains of the loss in 50 steps lower the learning rate, and then end the fit",
+        only=_TRAINED,
+    )
+    batch_size: Positive = key(32, "records in a step", only=_TRAINED)
+    lr: Above = key(1e-2, "learning rate", only=_TRAINED)
+    weight_decay: NotNegative = key(0.0, "weight decay of the adapters", only=_TRAINED)
+    holdout: Below = key(0.05, "share of the records that is kept for the figures")
+    statistics_records: Positive = key(4096, "records from which thresholds and statistics come")
+    sample_records: Positive = key(512, "records from which subspaces and curvature come")
+    seed: Seed = key(0, "seed of the split of the records and of the fit", only=_TRAINED)
+    teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
+    blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
+    local_copy: Path | None = key(None, "folder to which shards are copied when they are first read", "place")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_variant(cls, given: Any) -> Any:
+        """Put the values of the variant below those that are given."""
+        variant = given.get("variant") if isinstance(given, dict) else None
+        return {**VARIANTS[variant], **given} if isinstance(variant, str) and variant in VARIANTS else given
+
+
+class StudentConfig(Section):
+    """Any timm model with tokens or feature maps, or `vit` with the dimensions given here."""
+
+    name: str = key("vit", "a model of timm, or vit: a plain Vision Transformer of the dimensions below")
+    dim: Positive | None = key(None, "vit: width", shape=True)
+    depth: Positive | None = key(None, "vit: number of blocks", shape=True)
+    heads: Positive | None = key(None, "vit: attention heads", shape=True)
+    patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
+    image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
+    pretrained: bool = key(False, "start from the weights that timm has for the name")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
+    checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
+
+
+class DistillConfig(Section):
+    """The training of a student."""
+
+    objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
+    kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
+    epochs: Positive = key(100, "passes over the cache", shared=True)
+    batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
+    lr: Above = key(1e-3, "peak learning rate")
+    final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
+    weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
+    warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
+    clip_grad: Above | None = key(None, "largest norm of the gradient")
+    accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
+    ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")
+    compile: bool = key(False, "torch.compile the student")
+    trackers: tuple[str, ...] = key(
+        ("tensorboard",), "trackers of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always written", "place"
+    )
+    precision: Precision = key("no", "mixed precision of training", shared=True)
+    workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
+    checkpoint_minutes: Above = key(
+        10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"
+    )
+    read_block: Positive = key(
+        1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True
+    )
+    shuffle_window: Positive = key(
+        16384, "records within which such blocks are mixed; a small window is read in one piece", shared=True
+    )
+    seed: Seed = key(0, "seed of the student's weights and of the order of records", shared=True)
+    teacher: str | tuple[str | None, ...] | None = key(
+        None,
+        "which of a cache's teachers, by its variant; default: the refiner's, or the first; with several caches a list",
+        shared=True,
+    )
+    blocks: tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | None = key(
+        None,
+        "which of the teacher's blocks; default: the refiner's, or all; with several caches a list of lists",
+        shared=True,
+    )
+    teacher_weights: tuple[Above, ...] | None = key(
+        None, "with several caches: weight of each teacher's objective; default: equal weights that add up to 1"
+    )
+    local_copy: Path | None = key(
+        None, "folder to which shards are copied when they are first read", "place", shared=True
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillConfig":
+        """Raise UserError if keys do not fit together."""
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
+                f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
+            )
+        if self.accumulate > self.batch_size:
+            raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
+        if self.read_block > self.shuffle_window:
+            raise UserError(
+                f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
+                f"{self.shuffle_window}, which would mix nothing else; make the window larger"
+            )
+        return self
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """Return the objectives as {name: weight}."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+
+    @property
+    def teachers(self) -> tuple[str | None, ...] | None:
+        """Return one teacher for each cache, or None if no teacher is named."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+    @property
+    def blocks_by_teacher(self) -> tuple[tuple[int, ...] | None, ...] | None:
+        """Return the blocks for each cache, or None if no blocks are named."""
+        if self.blocks is None or not all(isinstance(b, int) for b in self.blocks):
+            return cast("tuple[tuple[int, ...] | None, ...] | None", self.blocks)
+        return (cast("tuple[int, ...]", self.blocks),)
