@@ -58,10 +58,8 @@ def test_stages_find_a_folder_that_moved(world: Path, made: Path, tmp_path: Path
     live = verify(config, made / "cache", live=True, shards=str(made / "moved"), sample=5)
     live.check()
     train, test = world / "images" / "train", world / "images" / "test"
-    alike = [
-        evaluate(config, tmp_path / "run", *map(str, spec))
-        for spec in ((train, test), (world / "train", world / "test"))
-    ]
+    specs = [(train, test), (world / "train", world / "test")]
+    alike = [evaluate(config, tmp_path / "run", str(learn), str(probe)) for learn, probe in specs]
     assert alike[0].linear == alike[1].linear and alike[0].train_images == 100
 
 
