@@ -16,14 +16,12 @@ from test_shards import png, write_tar
 from test_storage import Server
 
 from pipeline.cache import Cache
-from pipeline.cache.index import read_images
 from pipeline.data import index_shards, resolve
 from pipeline.planning.plan import plan
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.verify import verify
-from pipeline.storage import LocalStore
 from singer.errors import UserError
 
 
@@ -118,9 +116,7 @@ def test_the_advice_in_mid_work_works(
         told = capfd.readouterr().err
         keys = re.findall(r"--set cache\.\S+?(?=[;,]|$)", told.strip())
         assert keys == ["--set cache.image_key=a.png", "--set cache.image_key=.png", "--set cache.on_error=skip"]
-        shutil.rmtree(tmp_path / "c2", ignore_errors=True)
         assert run_singer(monkeypatch, *words, *shlex.split(keys[0]), *shlex.split(keys[2])) == 0
-    assert list(read_images(LocalStore(tmp_path / "c2")).keys) == ["s", "t"] if (tmp_path / "c2").exists() else True
 
 
 @pytest.fixture
