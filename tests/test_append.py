@@ -142,7 +142,7 @@ def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) 
         make(world_config(world, "cache.codec=int8"), rest, out, "append")
     with pytest.raises(UserError, match=r"cannot be appended to: its views\.crop is 1\.0, this run has 0\.5"):
         make(world_config(world, "views.crop=0.5"), rest, out, "append")
-    with pytest.raises(UserError, match=r"block 1 must be added for all images; --shards gives none of .*000000"):
+    with pytest.raises(UserError, match=r"block 1 must be added for all images; --images gives none of .*000000"):
         make(world_config(world, "cache.blocks=[1,2,3]"), rest, out, "append")
     assert tree_bytes(out) == before
 

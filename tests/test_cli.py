@@ -63,7 +63,7 @@ MISTAKES = {
     "no images": ("prepare {w}/none --out {o}", "none does not exist"),
     "unknown layout": ("prepare {w}/images/train --out {o} --layout coco", "--layout: no layout 'coco'; known: folder"),
     "no split": ("prepare {w}/images/train --out {o} --layout ade20k", "the layout ade20k has train, val; give one of"),
-    "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "no shard matches"),
+    "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "nothing matches"),
     "missing shard": ("cache-teacher --shards {w}/train/x.tar --out {o}", "x.tar does not exist"),
     "unknown teacher": (
         "cache-teacher --shards {w}/train/*.tar --out {o} --teacher vit_tinny",
@@ -136,7 +136,7 @@ MISTAKES = {
         "is no finished run: repeat its distill command with --resume",
     ),
     "no training shards": ("evaluate {w}/teacher --test {w}/test/*.tar", "this task learns from images; give --train"),
-    "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "no shard matches"),
+    "no test shards": ("evaluate {w}/teacher --train {w}/train/*.tar --test {w}/none/*.tar", "nothing matches"),
     "no labels": (
         "evaluate {w}/teacher --train {f}/*.tar --test {w}/test/*.tar",
         "2 of 2 images have no .cls",
@@ -168,12 +168,12 @@ MISTAKES = {
         "cache verify {w}/cache --repair --weights {m}/model.safetensors",
         "do not fit local",
     ),
-    "verify without its shards": ("cache verify {w}/cache --repair --shards {w}/test/*.tar", "--shards does not give"),
+    "verify without its shards": ("cache verify {w}/cache --repair --shards {w}/test/*.tar", "--images does not give"),
     "damaged cache": (
         "cache verify {d}",
         "2 of 4 shards of {d} are damaged or missing: 1, 3; repair with singer cache",
     ),
-    "plan without shards": ("cache plan --shards {w}/x-*.tar", "no shard matches"),
+    "plan without shards": ("cache plan --shards {w}/x-*.tar", "nothing matches"),
     "plan with no codec": ("cache plan --shards {w}/train/*.tar --codec int7", "no codec 'int7'; known"),
     "plan beyond the teacher": ("cache plan --shards {w}/train/*.tar --blocks 2,9", "block 9 does not exist"),
 }

@@ -159,7 +159,7 @@ TABLE = [
     ("export {r}/begun --to timm --out {o}", r"is no finished run"),
     ("export {r}/run --to tf --out {o}", r"--to.*known|--to"),
     ("cache info {r}/run", r"run is no feature cache: it has no manifest.json"),
-    ("cache verify {r}/cache --shards {r}/test/*.tar --repair --config {r}/config.yaml", r"--shards does not give"),
+    ("cache verify {r}/cache --shards {r}/test/*.tar --repair --config {r}/config.yaml", r"--images does not give"),
     ("cache plan --shards {r}/train/*.tar --codec int9 --config {r}/config.yaml", r"no codec 'int9'; known: float16"),
     ("demo --out {r}/run", r"run exists; replace it with --overwrite, or give another --out"),
 ]

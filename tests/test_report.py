@@ -303,7 +303,7 @@ def test_mistakes(world: Path, runs: Path, tmp_path: Path) -> None:
         (runs / "raw", tmp_path / "text.html", {}, "text.html exists; replace it with --overwrite"),
         (runs / "raw", tmp_path / "text.html", {"overwrite": True}, "was not written by singer report and is left"),
         (runs / "raw", page, {"cache": world / "teacher"}, "teacher is no feature cache"),
-        (runs / "raw", page, {"shards": str(world / "test" / "*.tar")}, "--shards does not give"),
+        (runs / "raw", page, {"shards": str(world / "test" / "*.tar")}, "--images does not give"),
     ]
     for run, out, options, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
@@ -322,7 +322,7 @@ def test_other_caches_and_lost_images(world: Path, runs: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="give its own with --cache"):
         report([tmp_path / "run"], page, cache=world / "cache")
     (tmp_path / "shards").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="is gone; if it has moved, give its place with --shards"):
+    with pytest.raises(UserError, match="is gone; if it has moved, give its place with --images"):
         report([tmp_path / "run"], page)
     report([tmp_path / "run"], page, shards=str(tmp_path / "moved" / "*.tar"), records=10)
     before = page.read_bytes()

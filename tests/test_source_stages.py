@@ -16,14 +16,12 @@ from test_shards import png, write_tar
 from test_storage import Server
 
 from pipeline.cache import Cache
-from pipeline.cache.index import read_images
 from pipeline.data import index_shards, resolve
 from pipeline.planning.plan import plan
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.verify import verify
-from pipeline.storage import LocalStore
 from singer.errors import UserError
 
 
@@ -58,10 +56,8 @@ def test_stages_find_a_folder_that_moved(world: Path, made: Path, tmp_path: Path
     live = verify(config, made / "cache", live=True, shards=str(made / "moved"), sample=5)
     live.check()
     train, test = world / "images" / "train", world / "images" / "test"
-    alike = [
-        evaluate(config, tmp_path / "run", *map(str, spec))
-        for spec in ((train, test), (world / "train", world / "test"))
-    ]
+    specs = [(train, test), (world / "train", world / "test")]
+    alike = [evaluate(config, tmp_path / "run", str(learn), str(probe)) for learn, probe in specs]
     assert alike[0].linear == alike[1].linear and alike[0].train_images == 100
 
 
@@ -120,13 +116,7 @@ def test_the_advice_in_mid_work_works(
         told = capfd.readouterr().err
         keys = re.findall(r"--set cache\.\S+?(?=[;,]|$)", told.strip())
         assert keys == ["--set cache.image_key=a.png", "--set cache.image_key=.png", "--set cache.on_error=skip"]
-        shutil.rmtree(tmp_path / "c2", ignore_errors=True)
         assert run_singer(monkeypatch, *words, *shlex.split(keys[0]), *shlex.split(keys[2])) == 0
-    assert (
-        list(read_images(LocalStore(tmp_path / "c2", "upright")).keys) == ["s", "t"]
-        if (tmp_path / "c2").exists()
-        else True
-    )
 
 
 @pytest.fixture

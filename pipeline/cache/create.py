@@ -47,9 +47,9 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     whole = Addition(blocks, listed, 0, config.views.count)
     additions = [whole]
     if mode == "append":
-        listed = numbered_as(listed, segments[0].index().images.classes)
         check_growth(segments, describe(config, whole, extract.teacher), out)
         listed = replace(listed, decoding=segments[0].manifest.data.decoding)
+        listed = numbered_as(listed, segments[0].index().images.classes)
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
         if not additions:
             say("the cache already holds everything that this run asks for")

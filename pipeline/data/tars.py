@@ -189,9 +189,9 @@ def image_extension(sample: Sample, image_key: str | None) -> str:
     if not chosen:
         raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)})")
     if len(chosen) > 1 and not ordinary:
+        field, end = (shlex.quote(f"cache.image_key={key}") for key in (chosen[0], f".{chosen[0].rpartition('.')[2]}"))
         raise Defect(
-            f"has several images ({', '.join(found)}), since a key ends at its first dot; name the image with --set "
-            f"cache.image_key={chosen[0]}, or let keys end at the last dot with --set "
-            f"cache.image_key=.{chosen[0].rpartition('.')[2]}"
+            f"has several images ({', '.join(found)}), since a key ends at its first dot; name the image with "
+            f"--set {field}, or let keys end at the last dot with --set {end}"
         )
     return chosen[0]

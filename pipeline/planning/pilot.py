@@ -17,6 +17,8 @@ class Pilot:
     """A small cache, made by the real stage; place: where it is; work: a local folder for everything else."""
 
     def __init__(self, config: Config, sample: Sample, place: Place, work: Path) -> None:
+        # The sample's tars hold KEY.jpg, whatever is in a key.
+        config = config.model_copy(update={"cache": config.cache.model_copy(update={"image_key": ".jpg"})})
         self.config, self.place, self.work, self._sample = config, place, work, sample
         # The number of records that calibration needs.
         count = min(len(sample.images), -(-_CALIBRATION_RECORDS // config.views.count))
