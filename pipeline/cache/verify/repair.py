@@ -21,7 +21,8 @@ from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, relocate
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
-from pipeline.storage.outputs import CONFIG, tensor_bytes
+from pipeline.storage.outputs import tensor_bytes
+from pipeline.storage.resuming import CONFIG
 from singer.errors import UserError
 from singer.suffix import suffix_state
 
