@@ -45,7 +45,8 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.storage.outputs import CONFIG, PROVENANCE
+from pipeline.storage.outputs import PROVENANCE
+from pipeline.storage.resuming import CONFIG
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import load_teacher
 from singer.backbones import depth, resolve_blocks

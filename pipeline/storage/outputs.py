@@ -12,33 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config import Config, dump_config, meta, section_of
+from pipeline.config import Config, dump_config
 from pipeline.runtime.failures import setting
 from pipeline.runtime.logs import LOG, command_line, log_file, logger, rank_log
 from pipeline.runtime.machine import versions
 from pipeline.storage import Place, Store, is_remote, open_store, write_atomic
+from pipeline.storage.resuming import CONFIG, RESULT_SECTIONS, config_change
 from singer.errors import UserError
 
 # Every folder that singer writes holds this file; --overwrite removes nothing that lacks it.
 PROVENANCE = "provenance.json"
-CONFIG = "config.yaml"
 # This file has the hashes of what a run was started on.
 INPUTS = "inputs.json"
-# The sections of the configuration that each stage's result depends on; None: the stage does not resume.
-_SECTIONS: dict[str, tuple[str, ...] | None] = {
-    "prepare": None,
-    "cache-teacher": ("teacher", "views", "cache"),
-    "refine": ("refine",),
-    "distill": ("student", "distill"),
-    "inspect": None,
-    "export": None,
-    "demo": None,
-    "run": ("prepare", "teacher", "views", "cache", "refine", "student", "distill", "evaluate", "export"),
-    "sweep": (),  # each of its runs is checked by itself, and runs may be added
-}
 # The words for the inputs of a run. A refiner's file does not tell its kind.
 _INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner"}
 # These outputs are for others to load or publish, so they hold no log.
@@ -77,7 +64,7 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         if mode == "append":
             raise UserError(f"{place} does not exist; there is nothing to append to")
         return
-    sections = _SECTIONS[stage]
+    sections = RESULT_SECTIONS[stage]
     if mode == "new":
         remedies = ["continue it with --resume"] * (sections is not None) + ["replace it with --overwrite"]
         raise UserError(f"{place} exists; {', '.join(remedies)}, or give another --out")
@@ -245,21 +232,3 @@ def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
 def read_as(path: Path, kind: type[Value], what: str) -> Value:
     """Read the JSON in a file of singer as a validated model or dataclass. Raises UserError that names the file."""
     return validated(read_json(path.parent, path.name, what), kind, str(path))
-
-
-def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
-    """Describe a change in these sections since the run in `store` began: "distill.lr 0.1, not 0.2".
-
-    Returns None if nothing that affects the result has changed. Raises UserError if its configuration is damaged.
-    """
-    try:
-        before = yaml.safe_load(store.read(CONFIG))
-        pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
-    except FileNotFoundError:
-        return None  # the run died before it wrote anything
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
-        raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
-    for section, key, there, here in pairs:
-        if there != here and meta(section_of(config, section), key).affects == "result":
-            return f"{section}.{key} {there}, not {here}"
-    return None

@@ -23,16 +23,8 @@ from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
 from pipeline.stages.evaluate import result_file
 from pipeline.storage import Place, open_store, write_atomic
-from pipeline.storage.outputs import (
-    INPUTS,
-    Mode,
-    check_inputs,
-    check_output,
-    claimed_output,
-    config_change,
-    read_json,
-    write_json,
-)
+from pipeline.storage.outputs import INPUTS, Mode, check_inputs, check_output, claimed_output, read_json, write_json
+from pipeline.storage.resuming import config_change
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler

@@ -13,7 +13,8 @@ from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata
 from pipeline.runtime.progress import meter
 from pipeline.storage import Store
-from pipeline.storage.outputs import CONFIG, PROVENANCE, is_sealed, json_bytes
+from pipeline.storage.outputs import PROVENANCE, is_sealed, json_bytes
+from pipeline.storage.resuming import CONFIG
 from singer.errors import UserError
 
 # Each reader holds a whole file in memory.

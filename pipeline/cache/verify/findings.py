@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, MANIFEST, RECORDS, SKIPPED, TAIL
 from pipeline.storage import Place
-from pipeline.storage.outputs import CONFIG, PROVENANCE
+from pipeline.storage.outputs import PROVENANCE
+from pipeline.storage.resuming import CONFIG
 from singer.errors import UserError
 
 UNKNOWN = "unknown"

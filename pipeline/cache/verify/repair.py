@@ -21,7 +21,7 @@ from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, Spec, relocate
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
-from pipeline.storage.outputs import CONFIG
+from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
