@@ -167,6 +167,8 @@ def contents(sample: Sample) -> tuple[int, Member]:
     if LABEL_EXTENSION not in sample.members:
         return NO_LABEL, image
     text = (sample.label or b"").strip()
+    if text == b"-1":
+        return NO_LABEL, image
     if not text.isdigit() or int(text) >= 2**31:
         raise Defect(f"has a label that is no class number: {text[:20]!r}")
     return int(text), image
