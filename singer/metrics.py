@@ -19,7 +19,8 @@ def knn_scores(
 ) -> Tensor:
     """Compute class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
 
-    train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature).
+    train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature). Classes
+    without a vote have the score -inf.
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
@@ -28,14 +29,19 @@ def knn_scores(
         votes = similarity.new_zeros(len(chunk), classes).scatter_add_(
             1, labels[nearest], ((similarity - 1) / temperature).exp()
         )
-        scores.append(votes)
+        voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, labels[nearest], True)
+        scores.append(votes.masked_fill(~voted, -torch.inf))
     return torch.cat(scores)
 
 
 def topk_percent(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Return the share (%) of rows of scores (m, classes) that have their label among the k highest scores."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return 100.0 * float((best == labels[:, None]).any(1).float().mean())
+    """Return the share (%) of rows of scores (m, classes) that have their label among the k highest scores.
+
+    A score of -inf is none: such a class is never among them.
+    """
+    values, best = scores.topk(min(k, scores.shape[1]), dim=1)
+    right = (best == labels[:, None]) & (values > -torch.inf)
+    return 100.0 * float(right.any(1).float().mean())
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:

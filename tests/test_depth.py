@@ -180,3 +180,10 @@ def test_real_frames(tmp_path: Path) -> None:
     assert isinstance(result, Depth) and result.test_images == 12 and 0 < result.pixels < 12 * 640 * 480
     for head in (result.bins, result.regression):
         assert 0 < head["rmse"] < 3 and 0.2 < head["delta1"] < 1
+
+
+def test_maps_of_half_the_resolution(world: Path, tmp_path: Path) -> None:
+    """Figures are over the pixels of the maps, not over those of the images (8 x 8)."""
+    half = png(np.full((4, 4), 3000, np.uint16))
+    place = packed(tmp_path / "x", good={"depth_png": half}, depth_png=half)
+    assert probe(world_config(world, *QUICK), world / "teacher", place, place).pixels == 3 * 16

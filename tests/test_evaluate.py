@@ -69,6 +69,13 @@ def test_two_classes_and_classes_without_images() -> None:
     scores = linear_scores(x, y, x, 4, settings)
     assert scores.shape == (200, 4) and topk_percent(scores, y, 1) > 90
     assert torch.isinf(scores[:, 1:3]).all()
+    two = torch.tensor([0, 1])
+    with pytest.raises(
+        UserError, match=r"--train has 2 images: .*or one strength: --set 'evaluate\.strengths=\[0\.01\]'"
+    ):
+        linear_scores(x[:2], two, x, 2, settings)
+    one = settings.model_copy(update={"strengths": (0.01,)})
+    assert linear_scores(x[:2], two, x, 2, one).isfinite().all()
     with pytest.raises(UserError, match="one class only"):
         linear_scores(x, torch.zeros(200, dtype=torch.int64), x, 1, settings.model_copy(update={"strengths": (1.0,)}))
 

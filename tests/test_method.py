@@ -229,6 +229,13 @@ def test_knn_does_not_overflow() -> None:
     assert scores.isfinite().all() and scores.argmax(1).tolist() == [0, 1, 2]
 
 
+def test_a_class_without_a_vote_is_in_no_top5() -> None:
+    """Three neighbours of two classes: the other four are not guessed, although five would fit."""
+    train = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.0], [0.0, 1.0]])
+    scores = knn_scores(train, torch.tensor([4, 4, 5, 0]), torch.tensor([[1.0, 0.0]] * 6), 6, 3, 0.07)
+    assert [topk_percent(scores[:1], torch.tensor([label]), 5) for label in range(6)] == [0, 0, 0, 0, 100, 100]
+
+
 def test_topk_percent() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     labels = torch.tensor([2, 0])

@@ -18,8 +18,9 @@ from PIL import Image
 
 import cli
 from pipeline.config import Config, EvaluateConfig, dump_config, load_config
-from pipeline.evaluation.dense import nearest
-from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head
+from pipeline.data import index_beside, index_shards
+from pipeline.evaluation.dense import nearest, same_shape
+from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head, read_masks
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
@@ -209,6 +210,43 @@ def test_ignored_label_and_absent_classes(world: Path, frames: Path) -> None:
     assert result.class_iou[CLASSES:] == [None] * 5 and result.miou == pytest.approx(np.mean(present), rel=1e-5)
     with pytest.raises(UserError, match=r"has label 255, but evaluate\.seg_classes=9 allows 0 to 8 besides"):
         probe(world_config(world, "evaluate.seg_classes=9", "evaluate.seg_ignore=9"), world / "teacher", *shards)
+
+
+@pytest.mark.parametrize(
+    ("mask", "image", "fits"),
+    [
+        ((320, 240), (640, 480), True),
+        ((1280, 960), (640, 480), True),
+        ((213, 160), (640, 480), True),  # rounded
+        ((240, 320), (640, 480), False),  # turned
+        ((640, 478), (640, 480), False),
+        ((640, 479), (640, 480), True),
+        ((320, 320), (640, 480), False),
+        ((500, 3), (1000, 5), True),
+    ],
+)
+def test_shapes_that_fit(mask: tuple[int, int], image: tuple[int, int], fits: bool) -> None:
+    assert same_shape(mask, image) == same_shape(image, mask) == fits
+
+
+def test_masks_of_another_resolution(tmp_path: Path) -> None:
+    """Each is read in full, and images that EXIF turns are compared as they are seen."""
+    rows = np.arange(6, dtype=np.uint8)[:, None].repeat(4, 1)
+    tags = Image.Exif()
+    tags[274] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 64)).save(buffer, "PNG", exif=tags)  # 64 x 96 when upright
+    half = np.zeros((4, 4), np.uint8)
+    folder = packed(tmp_path / "x", {"seg_png": png(half)}, seg_png=png(half + 1))
+    shard = packed(
+        tmp_path / "y", {"png": buffer.getvalue(), "seg_png": png(rows)}, png=buffer.getvalue(), seg_png=png(rows)
+    )
+    settings = load_config(sets=["evaluate.seg_classes=6"]).evaluate
+    for place, shape in ((folder, (4, 4)), (shard, (6, 4))):
+        images = index_shards(str(place / "x.tar"))
+        masks = list(read_masks(images, index_beside(images, "seg.png"), settings))
+        assert len(masks) == 3 and {mask.shape for mask in masks} == {shape}
+    assert masks[0][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def packed(folder: Path, good: dict[str, bytes] | None = None, **members: bytes) -> Path:

@@ -176,6 +176,7 @@ def test_hashes(tmp_path: Path) -> None:
 DEFECTS: dict[str, tuple[Members, str, str]] = {
     "no image": ({"a.cls": b"3"}, "a", "has no image (jpg, jpeg, png, "),
     "program": ({"a.pyd": b"cos\nsystem\n", "a.pth": b"", "a.cls": b"1"}, "a", "has no image (jpg, jpeg, png, "),
+    "label -2": ({"a.png": png(), "a.cls": b"-2"}, "a", "has a label that is no class number: b'-2'"),
     "word for a label": ({"a.png": png(), "a.cls": b"x"}, "a", "has a label that is no class number: b'x'"),
     "negative label": ({"a.png": png(), "a.cls": b"-3"}, "a", "has a label that is no class number: b'-3'"),
     "huge label": ({"a.png": png(), "a.cls": b"2147483648"}, "a", "has a label that is no class number"),
@@ -650,6 +651,12 @@ def test_every_mode_becomes_rgb() -> None:
     assert np.asarray(to_rgb(sixteen)).tolist() == np.full((2, 2, 3), 128).tolist()
     clear = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_minus_one_is_no_label(tmp_path: Path) -> None:
+    members = {"a.png": png(), "a.cls": b"-1\n", "b.png": png(), "b.cls": b"1"}
+    images = index_shards(str(write_tar(tmp_path / "t.tar", members)))
+    assert images.labels.tolist() == [NO_LABEL, 1]
 
 
 def test_prepare_image_folder(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.data import Images, require_labels
 from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
+from pipeline.runtime.progress import say
 from singer.errors import UserError
 from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
 
@@ -58,6 +59,8 @@ def probe(context: EvaluationContext) -> Classification:
     test_features = pooled(context, context.test)
     train_labels, test_labels = (torch.from_numpy(images.labels) for images in (context.train, context.test))
     classes = int(train_labels.max()) + 1
+    if len(train_labels) < settings.neighbours:
+        say(f"k-NN: --train has {len(train_labels)} images, so all vote (evaluate.neighbours={settings.neighbours})")
     groups = _shots(train_labels, test_labels, classes, settings)
 
     def figures(train: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, Accuracies]:
@@ -121,7 +124,7 @@ def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, set
     x, y = train.numpy(), labels.numpy()
     strength = settings.strengths[0]
     if len(settings.strengths) > 1:
-        fit, held_out = train_test_split(np.arange(len(y)), train_size=_FIT_SHARE, random_state=settings.seed)
+        fit, held_out = _split(y, settings)
         right = [_logistic(x[fit], y[fit], c).score(x[held_out], y[held_out]) for c in settings.strengths]
         strength = settings.strengths[int(np.argmax(right))]
     probe = _logistic(x, y, strength)
@@ -134,8 +137,24 @@ def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, set
     return scores
 
 
+def _split(y: np.ndarray, settings: EvaluateConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Divide images with labels y (n,): numbers of those to learn from, and of a fifth that is held out.
+
+    Raises UserError if those to learn from are of one class, which happens if there are few.
+    """
+    require_classes(y)
+    fit, held_out = train_test_split(np.arange(len(y)), train_size=_FIT_SHARE, random_state=settings.seed)
+    if len(np.unique(y[fit])) < 2:
+        one = f"--set 'evaluate.strengths=[{settings.strengths[0]}]'"
+        raise UserError(
+            f"--train has {len(y)} images: with a fifth held out to choose among evaluate.strengths, all others are of "
+            f"one class; give more images, or one strength: {one}"
+        )
+    return fit, held_out
+
+
 def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    require_classes(y)  # a split may lack classes that the whole set has
+    require_classes(y)
     with warnings.catch_warnings():
         # Reaching the limit of iterations is good enough: accuracy converges long before the gradient does.
         warnings.simplefilter("ignore", ConvergenceWarning)

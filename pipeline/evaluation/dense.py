@@ -61,7 +61,8 @@ def read_maps(
     """Yield the maps beside the images, in full resolution.
 
     what: the word for a map in messages; values: makes the array from a decoded PNG, its bytes and its name in
-    messages. Raises UserError, with key and shard, if a map cannot be read or if its size is not that of its image.
+    messages. A map may have another resolution than its image. Raises UserError, with key and shard, if a map cannot be
+    read or has another shape than its image.
     """
     with ImageFile(images) as image_files, ImageFile(maps, what) as files:
 
@@ -69,14 +70,21 @@ def read_maps(
             data, where = files.encoded(number)
             image, size = decode(data, where, ("PNG",)), image_files.dimensions(number)
             array = values(image, data, where)
-            if image.size != size:
-                width, height = image.size
+            if not same_shape(image.size, size):
+                (w, h), (width, height) = image.size, size
                 raise UserError(
-                    f"{where} has {width} x {height} pixels, but its image has {size[0]} x {size[1]}; make them equal"
+                    f"{where} has {w} x {h} pixels, but its image has {width} x {height}; give it the same ratio of "
+                    "width to height"
                 )
             return array
 
         yield from prefetch(load, range(len(images)), workers)
+
+
+def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether two sizes (width, height) have the same ratio, within a pixel of the smaller one."""
+    (w, h), (width, height) = sorted((one, other))
+    return abs(h - w * height / width) <= 1 or abs(w - h * width / height) <= 1
 
 
 def nearest(values: np.ndarray, side: int) -> np.ndarray:
