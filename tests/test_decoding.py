@@ -21,7 +21,7 @@ from validating import validate_images
 
 from pipeline.cache import Cache
 from pipeline.cache.index import Index, join
-from pipeline.data import ImageFile, Images, Keys, index_shards
+from pipeline.data import ImageFile, Images, Keys, index_shards, list_images
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import decode_rgb, named_errors
 from pipeline.stages.cache_teacher import cache_teacher
@@ -49,10 +49,10 @@ def earlier(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Caches are made as an earlier version made them: without turning, and without a word of it."""
 
     def listed(*args: Any) -> Images:
-        return replace(index_shards(*args), decoding="stored")
+        return replace(list_images(*args), decoding="stored")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.stages.cache_teacher.index_shards", listed)
+        patch.setattr("pipeline.stages.cache_teacher.list_images", listed)
         yield patch
 
 

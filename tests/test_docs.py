@@ -433,7 +433,7 @@ def test_few_fences_are_not_run() -> None:
     """Those of the benchmarks take hours; of the others, each has to say why."""
     idle = [f for p in PAGES for f in fences(p) if f.language in ("bash", "python") and not f.runs]
     assert all(len(f.note) > len("not run: ") for f in idle)
-    assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 5, [f.place for f in idle]
+    assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 7, [f.place for f in idle]
 
 
 WRONG = {

@@ -91,7 +91,9 @@ class Fixture:
         """Joint training as `distill` sets it up, from the stored start."""
         s, student = self.settings, self.student()
         grid = (s["img"] // s["patch"],) * 2
-        teacher = SimpleNamespace(width=s["dt"], prefix_tokens=1, grid=grid, class_token=True)
+        teacher = SimpleNamespace(
+            width_of=lambda block: s["dt"], grid_of=lambda block: grid, prefix_tokens=1, class_token=True
+        )
         index = SimpleNamespace(images=SimpleNamespace(labels=np.empty(0, np.int32)))
         cache = SimpleNamespace(manifest=SimpleNamespace(teacher=teacher, sampled=False), index=index)
         targets = Targets(cast(Any, cache), None, student, torch.device("cpu"))

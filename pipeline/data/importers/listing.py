@@ -92,6 +92,8 @@ def read_mat(file: Path, name: str) -> np.ndarray:
 
     existing(file)
     try:
+        from scipy.io import loadmat  # late, as it takes half a second
+
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])
     except KeyError:
         raise UserError(f"{file} has no variable {name!r}") from None
