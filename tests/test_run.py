@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_said_with_a_remedy_that_works(how: dict[str, Any],
     words = str(error.value).split()
     if "hours" in how:
         chooser(hours=float(words[words.index("give") + 2])).choose()
-    elif "or" in words:
+    elif "or more" in str(error.value):
         chooser(disk=int(float(words[words.index("give") + 2]) * 1e9)).choose()
 
 

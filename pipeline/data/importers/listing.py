@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from singer.errors import UserError
 
@@ -83,6 +82,8 @@ def read_mat(file: Path, name: str) -> np.ndarray:
     """Read a variable of a MATLAB file, without dimensions of size one. Raises UserError that names both."""
     existing(file)
     try:
+        from scipy.io import loadmat  # late, as it takes half a second
+
         return np.atleast_1d(loadmat(file, squeeze_me=True)[name])
     except KeyError:
         raise UserError(f"{file} has no variable {name!r}") from None
