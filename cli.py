@@ -323,6 +323,34 @@ def evaluate(
 
 
 @app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or the name of a timm model.")],
+    images: Annotated[list[str], typer.Argument(help="Folders of images, shards, lists or tables.")],
+    out: Annotated[Path, typer.Option(help="FILE.npy (with FILE.names.json beside it), FILE.parquet or FILE.csv.")],
+    features: Annotated[
+        str | None, typer.Option(help="cls, mean (of the patches) or dense; default: cls if there is one.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="block (raw, default) or norm.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write names and feature vectors of images to one file."""
+    from pipeline.checks import check_embedding, check_model, look
+    from pipeline.config import load_config
+
+    tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
+    check_embedding(out, features, overwrite)
+    check_model(model, weights)
+    look("embed", images=[images])
+    from pipeline.stages.embed import embed as run
+
+    _report(run(tree, model, images, out, features, weights, overwrite), as_json)
+
+
+@app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.planning.plan import PlanResult, plan
     from pipeline.stages.cache_teacher import CacheResult, cache_teacher
     from pipeline.stages.distill import distill, fan_out
+    from pipeline.stages.embed import EmbedResult, embed
     from pipeline.stages.evaluate import evaluate, evaluate_tasks
     from pipeline.stages.export import ExportResult, export
     from pipeline.stages.inspect import InspectResult, inspect
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "DemoResult",
     "DistillResult",
+    "EmbedResult",
     "EvaluateResult",
     "ExportResult",
     "InspectResult",
@@ -52,6 +54,7 @@ __all__ = [
     "cache_teacher",
     "demo",
     "distill",
+    "embed",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -74,6 +77,7 @@ _MODULES = {
     "Config": "pipeline.config",
     "DemoResult": "pipeline.chains.demo",
     "DistillResult": "pipeline.training.run_directory",
+    "EmbedResult": "pipeline.stages.embed",
     "EvaluateResult": "pipeline.evaluation.context",
     "ExportResult": "pipeline.stages.export",
     "InspectResult": "pipeline.stages.inspect",
@@ -89,6 +93,7 @@ _MODULES = {
     "cache_teacher": "pipeline.stages.cache_teacher",
     "demo": "pipeline.chains.demo",
     "distill": "pipeline.stages.distill",
+    "embed": "pipeline.stages.embed",
     "evaluate": "pipeline.stages.evaluate",
     "evaluate_tasks": "pipeline.stages.evaluate",
     "export": "pipeline.stages.export",

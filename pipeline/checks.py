@@ -7,6 +7,7 @@ import ast
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,20 @@ def check_chain(
                 "command or use --overwrite"
             )
     return given
+
+
+def check_embedding(out: Path, features: str | None, overwrite: bool) -> None:
+    """Raise UserError if singer embed cannot write such features to `out`."""
+    files, kinds = registered("pipeline.stages.embed", "FORMATS"), registered("pipeline.stages.embed", "FEATURES")
+    if features is not None and features not in kinds:
+        raise UserError(f"--features: no features {features!r}; known: {', '.join(kinds)}")
+    if out.suffix not in files:
+        raise UserError(f"--out {out}: give a file that ends in one of {', '.join(files)}")
+    if out.suffix == ".csv" and features == "dense":
+        raise UserError(f"--out {out}: dense features do not fit a table of text; give a .npy or a .parquet")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise UserError(f"--out {out} needs pyarrow: pip install 'singer-vit[parquet]', or give a .npy")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; give a file")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")

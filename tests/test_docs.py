@@ -38,8 +38,8 @@ from test_structure import FLOORS
 
 import cli
 import pipeline.config
+import pipeline.evaluation.models
 import pipeline.planning.plan
-import pipeline.stages.evaluate
 import pipeline.sweeps.file
 from pipeline.config import Config, load_config
 from pipeline.stages.cache_teacher import cache_teacher
@@ -360,9 +360,9 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweeps.file, "load_config", first)
-    load_model = pipeline.stages.evaluate.load_model
+    load_model = pipeline.evaluation.models.load_model
     monkeypatch.setattr(
-        pipeline.stages.evaluate, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
+        pipeline.evaluation.models, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
     )
     plan = pipeline.planning.plan.plan
     monkeypatch.setattr(

@@ -230,6 +230,12 @@ EARLY = [
     "distill --cache nothing --out out --refiner nothing",
     "distill --cache nothing --out out --set distill.objective=soap",
     "inspect nothing",
+    "embed nothing/here x.tar --out out.npy",
+    "embed vit_tiny_patch16_224 nothing --out out.npy",
+    "embed vit_tiny_patch16_224 images --out out.npy",
+    "embed vit_tiny_patch16_224 x.tar --out out.txt",
+    "embed vit_tiny_patch16_224 x.tar --out x.tar/../x.npy --features patches",
+    "embed vit_tiny_patch16_224 x.tar --out taken.csv --features dense",
     "sweep nothing --cache nothing --out out",
     "sweep tinyimagenet-methods --cache nothing --out out",
     "report nothing --out out.html",
@@ -280,5 +286,5 @@ def registered_commands() -> Iterator[tuple[str | None, Callable[..., object]]]:
 
 def test_names_are_read_from_the_source_as_the_registries_have_them() -> None:
     registries = {key: at for stage in checks.NAMES.values() for key, at in stage.items()}
-    for module, registry in [*registries.values(), checks.TASKS, checks.FORMATS]:
+    for module, registry in [*registries.values(), checks.TASKS, checks.FORMATS, ("pipeline.stages.embed", "FORMATS")]:
         assert checks.registered(module, registry) == tuple(getattr(import_module(module), registry)), registry

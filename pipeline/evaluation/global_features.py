@@ -1,14 +1,19 @@
-"""Global features of images, for the tasks with one label an image: CLS and the mean patch of the last block."""
+"""Features of images from the last block: CLS, the mean patch, or all patches."""
+
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
 from pipeline.teachers.backbone import Backbone
+
+Name = Literal["cls", "mean_patch", "patches"]
 
 
 def pooled(context: EvaluationContext, images: Images) -> Features:
@@ -21,17 +26,40 @@ def pooled(context: EvaluationContext, images: Images) -> Features:
 
 def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:
     """Compute the features of every kind in evaluate.tokens, in one pass of the model over the images."""
+    kinds = kinds_of(vit, settings)
+    names: tuple[Name, ...] = ("cls", "mean_patch") if vit.has_cls else ("mean_patch",)
+    parts: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in kinds}
+    for batch in feature_batches(vit, images, settings, device, kinds, names):
+        for kind, named in batch.items():
+            for name, rows in named.items():
+                parts[kind][name].append(rows)
+    return {kind: {name: torch.cat(rows) for name, rows in named.items()} for kind, named in parts.items()}
+
+
+def feature_batches(
+    vit: Backbone,
+    images: Images,
+    settings: EvaluateConfig,
+    device: torch.device,
+    kinds: dict[str, nn.Module],
+    names: tuple[Name, ...],
+) -> Iterator[Features]:
+    """Yield {kind: {name: features}} of the images, batch by batch, float32 on the CPU.
+
+    kinds: as kinds_of returns them; names: "cls" and "mean_patch" are (B, d), "patches" (B, N, d) in row-major order.
+    """
 
     def view(image: Image.Image) -> View:
         return crop_view(settings.crop, image.size)
 
-    kinds = kinds_of(vit, settings)
-    names = ("cls", "mean_patch") if vit.has_cls else ("mean_patch",)
-    parts: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in kinds}
     for raw in tokens(vit, images, settings, device, view):
-        for kind, convert in kinds.items():
-            x = convert(raw)
-            parts[kind]["mean_patch"].append(x[:, vit.prefix :].mean(1).float().cpu())
-            if vit.has_cls:
-                parts[kind]["cls"].append(x[:, 0].float().cpu())
-    return {kind: {name: torch.cat(rows) for name, rows in named.items()} for kind, named in parts.items()}
+        yield {
+            kind: {name: _part(convert(raw), name, vit.prefix).float().cpu() for name in names}
+            for kind, convert in kinds.items()
+        }
+
+
+def _part(x: Tensor, name: Name, prefix: int) -> Tensor:
+    if name == "cls":
+        return x[:, 0]
+    return x[:, prefix:].mean(1) if name == "mean_patch" else x[:, prefix:]

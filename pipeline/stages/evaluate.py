@@ -16,17 +16,16 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
-from pipeline.checks import check_model
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
+from pipeline.evaluation.models import check_known_model, open_model
 from pipeline.evaluation.tasks import TASKS
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
 from pipeline.storage.outputs import process_log, stage_log, write_json
-from pipeline.teachers.models import check_known, load_model, load_saved
 from pipeline.training.run_directory import RUN, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 
@@ -89,15 +88,10 @@ def evaluate_tasks(
     if unknown:
         raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
-    check_model(model, weights)
-    if not Path(model).exists():
-        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
+    check_known_model(model, weights)
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
-    if Path(model).exists():
-        vit = load_saved(run / STUDENT if run is not None else Path(model), config.evaluate.image_size)
-    else:
-        vit = load_model(str(model), weights, config.evaluate.image_size)
+    vit = open_model(model, weights, config.evaluate.image_size)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
         made = load_result(run)

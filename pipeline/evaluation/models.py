@@ -1,0 +1,28 @@
+"""Open the model that a command names: a run, a folder of timm, or a name of timm."""
+
+from pathlib import Path
+
+from pipeline.checks import check_model
+from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.models import check_known, load_model, load_saved
+from pipeline.training.run_directory import STUDENT
+
+
+def check_known_model(model: Path | str, weights: Path | None) -> None:
+    """Raise UserError if a model cannot be opened: neither a run, nor a folder of timm, nor a name of timm."""
+    check_model(model, weights)
+    if not Path(model).exists():
+        check_known(str(model), f"{model} does not exist, and timm has no model of this name")
+
+
+def open_model(model: Path | str, weights: Path | None, image_size: int | None) -> Backbone:
+    """Load a model, frozen: of a run its student, a folder in timm's layout, or a name of timm.
+
+    weights: a file for a model given by name; by default, timm fetches the weights. Raises UserError if it cannot be
+    used.
+    """
+    check_known_model(model, weights)
+    if not Path(model).exists():
+        return load_model(str(model), weights, image_size)
+    student = Path(model) / STUDENT
+    return load_saved(student if student.is_dir() else Path(model), image_size)

@@ -1,0 +1,101 @@
+"""`singer embed`: the vectors of evaluate's features, in every format, whole or not at all."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit, run_singer
+from pyarrow import parquet
+
+from pipeline.config import Config
+from pipeline.data import index_shards
+from pipeline.evaluation.global_features import features
+from pipeline.stages.embed import embed
+from pipeline.teachers.backbone import save_backbone
+from pipeline.teachers.models import load_saved
+from singer.errors import UserError
+
+
+def read(file: Path) -> tuple[list[str], np.ndarray]:
+    """Names and vectors, without singer."""
+    if file.suffix == ".npy":
+        return json.loads(file.with_suffix(".names.json").read_text()), np.load(file)
+    if file.suffix == ".csv":
+        _, *rows = csv.reader(file.read_text().splitlines())
+        return [row[0] for row in rows], np.array([row[1:] for row in rows], dtype=np.float32)
+    table = parquet.read_table(file)
+    shape = json.loads(table.schema.metadata[b"singer.shape"])
+    return table["name"].to_pylist(), np.array(table["vector"].to_pylist(), np.float32).reshape(-1, *shape)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])
+@pytest.mark.parametrize(("kind", "name"), [(None, "cls"), ("mean", "mean_patch")])
+def test_vectors_are_the_features_of_evaluate(
+    suffix: str, kind: str | None, name: str, world: Path, config: Config, tmp_path: Path
+) -> None:
+    file = tmp_path / f"new/vectors{suffix}"
+    result = embed(config, world / "teacher", world / "test", file, kind)
+    images = index_shards(f"{world / 'test'}/*.tar")
+    expected = features(load_saved(world / "teacher"), images, config.evaluate, torch.device("cpu"))
+    for tokens in ("block", "norm"):
+        settings = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"tokens": tokens})})
+        embed(settings, world / "teacher", [f"{world / 'test'}/*.tar"], file, kind, overwrite=True)
+        names, vectors = read(file)
+        assert names == list(images.keys) and vectors.dtype == np.float32
+        assert np.array_equal(vectors, expected[tokens][name].numpy())
+    assert (result.images, result.shape, result.tokens) == (40, (24,), "block")
+    assert result.names == (file.with_suffix(".names.json") if suffix == ".npy" else None)
+    assert {f.name for f in file.parent.iterdir()} == {f.name for f in (file, result.names) if f is not None}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_dense_features_keep_their_grid(suffix: str, world: Path, config: Config, tmp_path: Path) -> None:
+    file = tmp_path / f"dense{suffix}"
+    assert embed(config, world / "teacher", world / "test", file, "dense").shape == (4, 4, 24)
+    embed(config, world / "teacher", world / "test", tmp_path / "mean.npy", "mean")
+    names, vectors = read(file)
+    assert vectors.shape == (40, 4, 4, 24) and len(names) == 40
+    np.testing.assert_allclose(vectors.mean((1, 2)), np.load(tmp_path / "mean.npy"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_appears_whole_or_not_at_all(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.npy").write_bytes(b"before")
+    with pytest.raises(UserError, match="a.npy exists; replace it with --overwrite"):
+        embed(config, world / "teacher", world / "test", tmp_path / "a.npy")
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.stages.embed.json_bytes", broken)
+    with pytest.raises(OSError, match="No space"):
+        embed(config, world / "teacher", world / "test", tmp_path / "a.npy", overwrite=True)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {"a.npy": b"before"}
+
+
+def test_without_a_class_token_and_without_pyarrow(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    vit = make_vit(class_token=False, global_pool="avg")
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "m")
+    assert embed(config, tmp_path / "m", world / "test", tmp_path / "a.csv").features == "mean"
+    with pytest.raises(UserError, match="has no class token; take mean or dense"):
+        embed(config, tmp_path / "m", world / "test", tmp_path / "b.csv", "cls")
+    monkeypatch.setattr("pipeline.checks.find_spec", lambda name: None)
+    args = ["embed", tmp_path / "m", world / "test", "--out", tmp_path / "a.parquet"]
+    assert run_singer(monkeypatch, *args) == 2
+    assert "needs pyarrow: pip install 'singer-vit[parquet]'" in capfd.readouterr().err
+
+
+def test_command(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shards = sorted((world / "test").glob("*.tar"))
+    args = ["embed", world / "teacher", *shards, "--out", tmp_path / "a.parquet", "--tokens", "norm", "--json"]
+    assert run_singer(monkeypatch, *args) == 0
+    value = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert value["images"] == 40 and value["tokens"] == "norm" and len(read(tmp_path / "a.parquet")[0]) == 40
