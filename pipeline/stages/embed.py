@@ -62,8 +62,8 @@ def embed(
 ) -> EmbedResult:
     """Write names and vectors of images to `out`, whose name ends in .npy, .parquet or .csv.
 
-    model, weights: as for evaluate; images: shards, folders of images, lists or tables; features: cls, mean or dense, by
-    default cls if the model has a class token, else mean. evaluate.tokens chooses raw tokens (block, both) or normed
+    model, weights: as for evaluate; images: shards, folders of images, lists or tables; features: cls, mean or dense,
+    by default cls if the model has a class token, else mean. evaluate.tokens chooses raw tokens (block, both) or normed
     ones (norm).
     Raises UserError for mistakes that the user can fix.
     """
