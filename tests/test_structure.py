@@ -232,7 +232,6 @@ EARLY = [
     "inspect nothing",
     "embed nothing/here x.tar --out out.npy",
     "embed vit_tiny_patch16_224 nothing --out out.npy",
-    "embed vit_tiny_patch16_224 images --out out.npy",
     "embed vit_tiny_patch16_224 x.tar --out out.txt",
     "embed vit_tiny_patch16_224 x.tar --out x.tar/../x.npy --features patches",
     "embed vit_tiny_patch16_224 x.tar --out taken.csv --features dense",

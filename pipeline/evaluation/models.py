@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-from pipeline.checks import check_model
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import check_known, load_model, load_saved
 from pipeline.training.run_directory import STUDENT
 
 
-def check_known_model(model: Path | str, weights: Path | None) -> None:
-    """Raise UserError if a model cannot be opened: neither a run, nor a folder of timm, nor a name of timm."""
-    check_model(model, weights)
+def check_known_model(model: Path | str) -> None:
+    """Raise UserError if a model is neither a path that exists nor a name of timm."""
     if not Path(model).exists():
         check_known(str(model), f"{model} does not exist, and timm has no model of this name")
 
@@ -21,7 +19,7 @@ def open_model(model: Path | str, weights: Path | None, image_size: int | None) 
     weights: a file for a model given by name; by default, timm fetches the weights. Raises UserError if it cannot be
     used.
     """
-    check_known_model(model, weights)
+    check_known_model(model)
     if not Path(model).exists():
         return load_model(str(model), weights, image_size)
     student = Path(model) / STUDENT

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
-from pipeline.checks import check_embedding
+from pipeline.checks import check_embedding, check_model
 from pipeline.config import Config
 from pipeline.data import Spec, list_images
 from pipeline.evaluation.context import kinds_of
@@ -68,7 +68,8 @@ def embed(
     Raises UserError for mistakes that the user can fix.
     """
     check_embedding(out, features, overwrite)
-    check_known_model(model, weights)
+    check_model(model, weights)
+    check_known_model(model)
     listed = list_images(config, images)
     vit = open_model(model, weights, config.evaluate.image_size)
     features = features or ("cls" if vit.has_cls else "mean")

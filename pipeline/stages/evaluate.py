@@ -16,6 +16,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
+from pipeline.checks import check_model
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
 from pipeline.evaluation.classification import Classification
@@ -88,7 +89,8 @@ def evaluate_tasks(
     if unknown:
         raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
-    check_known_model(model, weights)
+    check_model(model, weights)
+    check_known_model(model)
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     vit = open_model(model, weights, config.evaluate.image_size)
