@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     cache = make_cache(config, options, scratch)
     refine(config, scratch / "cache", scratch / "adapters")
     teach, student = Teacher(config, cache), Student(config, cache, scratch / "adapters")
-    size, batch, workers = student.vit.image_size, config.distill.batch_size, config.distill.workers
+    size, batch, workers = student.backbone.image_size, config.distill.batch_size, config.distill.workers
     order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
     load = BatchLoader([cache], files, [size])

@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     cache = make_cache(config, options, scratch)
     refine(config, scratch / "cache", scratch / "adapters")
     students = [Student(config, cache, scratch / "adapters", seed) for seed in range(options.students)]
-    size, batch, workers = students[0].vit.image_size, config.distill.batch_size, config.distill.workers
+    size, batch, workers = students[0].backbone.image_size, config.distill.batch_size, config.distill.workers
     load = BatchLoader([cache], ImageFile(relocate(cache.index.images, None)), [size])
     order = EpochOrder(len(cache), 0, 0)
     plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]

@@ -81,8 +81,8 @@ def build_world(root: Path) -> None:
     args = {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "img_size": 64, "num_classes": 5}
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", **args).eval()
-    vit = Backbone(model, "vit_tiny_patch16_224", args, 64, (0.5,) * 3, (0.5,) * 3)
-    save_backbone(vit, model.state_dict(), root / "teacher")
+    backbone = Backbone(model, "vit_tiny_patch16_224", args, 64, (0.5,) * 3, (0.5,) * 3)
+    save_backbone(backbone, model.state_dict(), root / "teacher")
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
         place = root / "images" / f"class{number % 4}" / f"{number}.png"

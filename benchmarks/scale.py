@@ -470,8 +470,8 @@ def make_teacher(folder: str) -> None:
     with torch.no_grad():
         model.pos_embed[0, 5, 3] += 60.0
     shutil.rmtree(folder, ignore_errors=True)
-    vit = Backbone(model, name, {"num_classes": 5, **TEACHER}, int(TEACHER["img_size"]), (0.5,) * 3, (0.5,) * 3)
-    save_backbone(vit, model.state_dict(), Path(folder))
+    backbone = Backbone(model, name, {"num_classes": 5, **TEACHER}, int(TEACHER["img_size"]), (0.5,) * 3, (0.5,) * 3)
+    save_backbone(backbone, model.state_dict(), Path(folder))
     print(f"a teacher of {sum(p.numel() for p in model.parameters())} weights", flush=True)
 
 

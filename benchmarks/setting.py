@@ -68,16 +68,16 @@ class Teacher:
     """The teacher in every step: a function from pixels to features of the cached blocks."""
 
     def __init__(self, config: Config, cache: Cache) -> None:
-        self.vit, self.blocks = load_teacher(config.teacher), cache.blocks
+        self.backbone, self.blocks = load_teacher(config.teacher), cache.blocks
         self.autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.cache.precision == "bf16")
-        self.vit.model.to(DEVICE)
+        self.backbone.model.to(DEVICE)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return {block: features (n, N, d)} of pixels (n, side, side, 3) uint8."""
-        images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
+        images = normalise(pixels, self.backbone.mean, self.backbone.std, DEVICE)
         with self.autocast():
-            outputs = block_outputs(self.vit.model, images, self.blocks)
+            outputs = block_outputs(self.backbone.model, images, self.blocks)
         return {b: x.float() for b, x in outputs.items()}
 
 
@@ -88,12 +88,12 @@ class Student:
         torch.manual_seed(seed)
         self.autocast = partial(torch.autocast, DEVICE.type, torch.bfloat16, config.distill.precision == "bf16")
         described = cache.manifest.teacher
-        self.vit = new_student(config.student, described.image_size)
+        self.backbone = new_student(config.student, described.image_size)
         refiner = load_refiner(adapters, cache) if adapters is not None else None
-        self.targets = Targets(cache, refiner, self.vit, DEVICE)
-        matching = match_blocks(cache.blocks, described.depth, depth(self.vit.model))
-        head = TeacherBranch(self.vit, matching, self.targets, config.distill.objectives)
-        self.model = Distiller(self.vit, [head]).to(DEVICE)
+        self.targets = Targets(cache, refiner, self.backbone, DEVICE)
+        matching = match_blocks(cache.blocks, described.depth, depth(self.backbone.model))
+        head = TeacherBranch(self.backbone, matching, self.targets, config.distill.objectives)
+        self.model = Distiller(self.backbone, [head]).to(DEVICE)
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def update(self, pixels: Tensor, features: dict[int, Tensor], weights: Tensor | None = None) -> None:
@@ -103,7 +103,7 @@ class Student:
         """
         count = len(pixels)
         given = torch.full((count,), 1 / count) if weights is None else weights
-        images = normalise(pixels, self.vit.mean, self.vit.std, DEVICE)
+        images = normalise(pixels, self.backbone.mean, self.backbone.std, DEVICE)
         batch = Batch(images, [TeacherFeatures(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
         with self.autocast():
             losses = self.model(batch)

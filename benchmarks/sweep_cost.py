@@ -34,7 +34,7 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
     files = ImageFile(relocate(cache.index.images, None))
 
     def load_images(part: BatchIndices) -> tuple[Tensor, Tensor]:
-        return cache.pixels(part.records, student.vit.image_size, files), from_numpy(part.weights)
+        return cache.pixels(part.records, student.backbone.image_size, files), from_numpy(part.weights)
 
     for epoch in range(settings.epochs):
         order = EpochOrder(len(cache), settings.seed, epoch)

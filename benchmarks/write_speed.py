@@ -64,10 +64,10 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     """Return (the teacher alone, fill) of every turn."""
     sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
     config = load_config(sets=sets)
-    vit = load_teacher(config.teacher)
+    backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    vit.model.to(accelerator.device)
-    extract = Extractor(config, vit, accelerator)
+    backbone.model.to(accelerator.device)
+    extract = Extractor(config, backbone, accelerator)
     create.create_segments(config, index_shards(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)

@@ -1,7 +1,7 @@
 """Hooks of MkDocs. The site is laid out as the repository, so that a link between two files holds in both.
 
 Pages keep their paths, and README.md is the first. A file or a folder of the repository that a page links to, and that
-is no page, becomes one: its text, or the list of its files.
+is not a page, becomes one: its text, or the list of its files.
 """
 
 import os
@@ -44,7 +44,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Lead links to files that are no pages to the pages that were made of them."""
+    """Lead links to files that are not pages to the pages that were made of them."""
     here = ROOT / page.file.src_uri
 
     def link(match: re.Match[str]) -> str:

@@ -153,10 +153,10 @@ def check_model(model: Path | str, weights: Path | None) -> None:
         raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
     elif not (folder / STUDENT).is_dir() and not (folder / _MODEL).is_file():
         if not (folder / PROVENANCE).is_file():
-            raise UserError(f"{model} is no model: it has no {_MODEL}; give a run, a timm folder or a timm name")
+            raise UserError(f"{model} is not a model: it has no {_MODEL}; give a run, a timm folder or a timm name")
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
         if stage == STAGE:
-            raise UserError(f"{model} is no finished run: repeat its distill command with --resume")
+            raise UserError(f"{model} is not a finished run: repeat its distill command with --resume")
         raise UserError(
             f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
             "hf, or a model"

@@ -60,13 +60,13 @@ def norm_summary(norms: Tensor, threshold: float) -> dict[str, float]:
         "p99": p99,
         "max": float(ordered[-1]),
         "max_over_median": float(ordered[-1]) / max(median, 1e-12),
-        # A token that was clipped to the threshold is no artifact, even where rounding leaves it slightly above.
+        # A token that was clipped to the threshold is not an artifact, even where rounding leaves it slightly above.
         "artifact_percent": 100.0 * float((flat > threshold * (1 + 1e-5)).float().mean()),
     }
 
 
 def clean_mask(norms: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return True (B, N) where a token is no artifact."""
+    """Return True (B, N) where a token is not an artifact."""
     clean: Tensor = norms <= threshold
     return clean
 

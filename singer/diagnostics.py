@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.adapter_losses import gram_error
 from singer.artifacts import clean_mask, patch_norms
 from singer.curvature import READERS
 from singer.fit_context import FitContext
-from singer.losses import gram_error
 
 Clean = Callable[[Tensor], Tensor]
 _BATCH = 32

@@ -40,7 +40,7 @@ class FitContext:
 
     @property
     def clean(self) -> Tensor:
-        """Return True (n, patches) where a token is no artifact."""
+        """Return True (n, patches) where a token is not an artifact."""
         return clean_mask(patch_norms(self.tokens, self.prefix), self.scale.threshold)
 
     def generator(self) -> torch.Generator:

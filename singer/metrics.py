@@ -85,8 +85,8 @@ def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
     """Measure in percent how well each row of x (n, d) finds others of its label (n,) by cosine similarity.
 
     map: the mean over queries of average precision, taken over the full ranking; recall1, recall5: the share of queries
-    with one of its label among the nearest 1 and 5. The query itself is no candidate, and a row that is alone with its
-    label is no query. Raises UserError if there are no queries.
+    with one of its label among the nearest 1 and 5. The query itself is not a candidate. A row that is alone with its
+    label is not a query. Raises UserError if there are no queries.
     """
     if len(labels.unique()) == len(labels):
         raise UserError("no label occurs twice")

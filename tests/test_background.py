@@ -19,9 +19,9 @@ def test_calls_come_in_order_and_one_at_a_time() -> None:
         done.append(number)
         busy.release()
 
-    with BackgroundWorker(run, "test") as behind:
+    with BackgroundWorker(run, "test") as worker:
         for number in range(20):
-            behind(number)
+            worker(number)
             # Of two calls, the first has ended once the second is accepted.
             assert done[:number] == list(range(number)) and len(done) <= number + 1
     assert done == list(range(20))
@@ -34,8 +34,8 @@ def test_the_caller_goes_on_meanwhile() -> None:
         begun.set()
         assert go_on.wait(30)
 
-    with BackgroundWorker(run, "test") as behind:
-        behind()
+    with BackgroundWorker(run, "test") as worker:
+        worker()
         assert begun.wait(30)
         go_on.set()
 
@@ -49,9 +49,9 @@ def test_an_error_is_raised_by_the_next_call_or_at_the_end(calls: int) -> None:
             raise OSError("no room")
         done.append(number)
 
-    with pytest.raises(OSError, match="no room"), BackgroundWorker(run, "test") as behind:
+    with pytest.raises(OSError, match="no room"), BackgroundWorker(run, "test") as worker:
         for number in range(calls):
-            behind(number)
+            worker(number)
     assert done == []
 
 
@@ -63,8 +63,8 @@ def test_the_callers_error_comes_first_and_waits_for_what_is_under_way() -> None
         done.append(number)
         raise OSError("no room")
 
-    with pytest.raises(KeyError, match="mine"), BackgroundWorker(run, "test") as behind:
-        behind(1)
+    with pytest.raises(KeyError, match="mine"), BackgroundWorker(run, "test") as worker:
+        worker(1)
         raise KeyError("mine")
     assert done == [1]
 
@@ -74,8 +74,8 @@ def test_only_its_own_thread_computes_alone() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with BackgroundWorker(lambda: seen.append(torch.get_num_threads()), "test") as behind:
-            behind()
+        with BackgroundWorker(lambda: seen.append(torch.get_num_threads()), "test") as worker:
+            worker()
             assert torch.get_num_threads() == 3
         later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         later.start()

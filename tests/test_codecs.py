@@ -150,7 +150,7 @@ def test_a_silent_teacher(name: str) -> None:
     st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.integers(1, 40), st.floats(1e-20, 1e15), st.integers(0, 10**6)
 )
 def test_levels_are_the_nearest(bits: int, tokens: int, d: int, spread: float, seed: int) -> None:
-    """To the float16 number: a level that is not lies as far off as the nearest, but for the last bit."""
+    """To the float16 number: a level that is not the nearest is as far off as the nearest, but for the last bit."""
     y = torch.randn(2, tokens, d, generator=torch.Generator().manual_seed(seeded(seed))) * spread
     codes, scale = lloyd_max(y, LEVELS[bits])
     relative = y / y.square().mean(-1, keepdim=True).sqrt()

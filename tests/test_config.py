@@ -72,7 +72,7 @@ def test_recipes_cover_the_paper() -> None:
         (["distill.lr=fast"], "distill.lr"),
         (["rank=3"], "give section.key"),
         (["refine.rank"], "--set takes section.key=value"),
-        (["refine.rank=[1"], "is no YAML value"),
+        (["refine.rank=[1"], "is not a YAML value"),
     ],
 )
 def test_mistakes_are_named(sets: list[str], message: str) -> None:

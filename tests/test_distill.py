@@ -30,8 +30,8 @@ from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
+from pipeline.training.student_run import learning_rate
 from pipeline.training.targets import Targets, select_tokens
-from pipeline.training.trainer import learning_rate
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 

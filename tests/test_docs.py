@@ -2,8 +2,8 @@
 
 Each ```bash and ```python fence of README.md and docs/*.md is run, page by page and in order, in a folder of the
 page's own that looks like the repository's root. What a page needs to be there is in a comment at its top,
-`<!-- given: photos shards cache -->` (World makes it). A fence behind `<!-- not run: WHY -->` is only checked: its
-options parse, its files exist, its keys and its models are known. The content of a fence behind `<!-- file: NAME -->`
+`<!-- given: photos shards cache -->` (World makes it). A fence after `<!-- not run: WHY -->` is only checked: its
+options parse, its files exist, its keys and its models are known. The content of a fence after `<!-- file: NAME -->`
 goes to that file. Commands run as they stand, but on a teacher and a student of toy size (TOY) and in this very
 process: real bash calls small stand-ins for `singer` and `accelerate`, which hand their arguments over.
 """

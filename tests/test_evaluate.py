@@ -230,7 +230,7 @@ def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Pat
 def test_linear_probe_is_logistic_regression() -> None:
     """scikit-learn's as anyone would use it, on features that are neither easy nor hopeless.
 
-    At one strength the same answers, but for what lies on a border; a strength chosen from few images costs little.
+    At one strength the same answers, but for what is on a border; a strength chosen from few images costs little.
     """
     x, y = make_classification(3000, 20, n_informative=10, n_classes=5, random_state=seeded(1))
     train, test = slice(0, 1000), slice(1000, None)

@@ -95,7 +95,7 @@ def load(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
 
 
 def run_snippet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the card's Python leaves behind, run where it says, on an image.png."""
+    """What the card's Python leaves, run where it says, on an image.png."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / CARD).read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names: dict[str, object] = {}
@@ -257,7 +257,7 @@ def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) ->
 
 
 def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Raw targets, blocks behind the last target, a pretrained norm, no probes, a teacher without a name."""
+    """Raw targets, blocks after the last target, a pretrained norm, no probes, a teacher without a name."""
     run = changed(matching={"2": 1}, adapters=None)
     about = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("teacher", "refiner")}))
@@ -341,9 +341,9 @@ def test_bad_input_is_one_line(
     (bare / "config.yaml").unlink()
     cases = [
         (run, "onxx", "pooled", "--to: unknown format 'onxx'; known: timm, hf, onnx, torch-export"),
-        (unfinished, "timm", "pooled", "is no finished run: it has no run.json"),
-        (bare, "timm", "pooled", "is no finished run: it has no config.yaml"),
-        (world / "cache", "timm", "pooled", "is no finished run"),
+        (unfinished, "timm", "pooled", "is not a finished run: it has no run.json"),
+        (bare, "timm", "pooled", "is not a finished run: it has no config.yaml"),
+        (world / "cache", "timm", "pooled", "is not a finished run"),
         (run, "hf", "tokens", "--output tokens is for onnx and torch-export"),
     ]
     for place, to, output, message in cases:

@@ -35,7 +35,7 @@ def imagenet_folders(root: Path) -> None:
 
 
 def imagenet_flat(root: Path) -> None:
-    """The devkit's numbers 1, 2, 3 are n03, n01, n02; 4 is no leaf."""
+    """The devkit's numbers 1, 2, 3 are n03, n01, n02; 4 is not a leaf."""
     imagenet_folders(root)
     for folder in ("n01", "n02"):
         (root / "val" / folder / f"{folder}_0.JPEG").unlink()
@@ -230,11 +230,11 @@ BAD: list[tuple[str, str | None, Callable[[Path], None], str]] = [
     ("inat2019", "val", replaced(inat2019, "val2019.json", "{}"), r"val2019\.json holds no images, annotations and"),
     ("inat2019", "val", replaced(inat2019, "val2019.json", "{"), r"val2019\.json holds no images, annotations and"),
     ("flowers-102", "val", replaced(flowers_102, "setid.mat", "?"), r"setid\.mat cannot be read as a MATLAB file"),
-    ("imagenet-v2", None, imagenet_r, r"n05 is no class number; the folders of this layout are 0 to 999"),
+    ("imagenet-v2", None, imagenet_r, r"n05 is not a class number; the folders of this layout are 0 to 999"),
     ("imagenet-1k", "val", replaced(imagenet_flat, f"{DEVKIT}/ILSVRC2012_validation_ground_truth.txt", "1"),
      r"ground_truth\.txt has 1 lines for 4 images in .*val"),
     ("imagenet-1k", "val", replaced(imagenet_flat, f"{DEVKIT}/ILSVRC2012_validation_ground_truth.txt", *"1234"),
-     r"ground_truth\.txt has '4', which is no class of meta\.mat"),
+     r"ground_truth\.txt has '4', which is not a class of meta\.mat"),
 ]  # fmt: skip
 
 

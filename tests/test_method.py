@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from singer.adapter_losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.artifacts import BlockScale, norm_summary, robust_threshold
 from singer.cleaners import Adapter, Clip, Shape
 from singer.errors import UserError
-from singer.losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.matching import match_blocks, resize_tokens
 from singer.metrics import knn_scores, topk_percent
 from singer.normalisers import Standardize

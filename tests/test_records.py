@@ -128,7 +128,9 @@ def test_targets_of_sampled_tokens_meet_the_right_student_tokens(world: Path, tm
     grid = (32 // patch_size,) * 2
     # A ramp over the grid, resized to the teacher's: its value at a patch tells which one it is.
     rows = torch.arange(grid[0] * grid[1], dtype=torch.float32).view(1, -1, 1).expand(2, -1, 24)
-    met = targets.meet({3: torch.cat([torch.full((2, 1, 24), -1.0), rows], 1)}, {3: grid}, encoded.positions)[3]
+    met = targets.student_tokens({3: torch.cat([torch.full((2, 1, 24), -1.0), rows], 1)}, {3: grid}, encoded.positions)[
+        3
+    ]
     assert met.shape == targets(encoded)[3].shape == (2, 1 + 6, 24)
     assert (met[:, 0] == -1).all()
     assert encoded.positions is not None

@@ -288,7 +288,7 @@ def test_command_line(
         ([*make, "s3://nowhere/x"], "error: s3://nowhere/x: The specified bucket does not exist; check the URL"),
         ([*make, "ftp://bucket/x"], "error: ftp://bucket/x: ftp:// is of no known kind; give a folder, or a URL s3://"),
         (["cache", "info", "s3://nowhere/x"], "error: s3://nowhere/x/manifest.json: The specified bucket does not"),
-        (["cache", "info", "s3://bucket/x"], "error: s3://bucket/x is no feature cache: it has no manifest.json"),
+        (["cache", "info", "s3://bucket/x"], "error: s3://bucket/x is not a feature cache: it has no manifest.json"),
         (["refine", "--cache", world / "cache", "--out", "s3://bucket/x"], "error: --out s3:/bucket/x: only a cache"),
     ):
         assert singer(monkeypatch, *arguments) == 2

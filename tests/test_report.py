@@ -295,14 +295,14 @@ def test_mistakes(world: Path, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "sweep" / "runs" / "a").mkdir(parents=True)
     cases: list[tuple[Path, Path, dict[str, Any], str]] = [
-        (tmp_path / "none", page, {}, "none is no folder; report takes runs"),
-        (world / "cache", page, {}, "cache is no finished run: it has no run.json"),
+        (tmp_path / "none", page, {}, "none is not a folder; report takes runs"),
+        (world / "cache", page, {}, "cache is not a finished run: it has no run.json"),
         (tmp_path / "sweep", page, {}, "sweep is a sweep without a finished run"),
         (runs / "raw", tmp_path / "page", {}, "give a name that ends in .html"),
         (runs / "raw", tmp_path / "folder.html", {}, "is a folder; give a file"),
         (runs / "raw", tmp_path / "text.html", {}, "text.html exists; replace it with --overwrite"),
         (runs / "raw", tmp_path / "text.html", {"overwrite": True}, "was not written by singer report and is left"),
-        (runs / "raw", page, {"cache": world / "teacher"}, "teacher is no feature cache"),
+        (runs / "raw", page, {"cache": world / "teacher"}, "teacher is not a feature cache"),
         (runs / "raw", page, {"shards": str(world / "test" / "*.tar")}, "--images does not give"),
     ]
     for run, out, options, message in cases:

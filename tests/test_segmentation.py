@@ -252,7 +252,7 @@ def test_masks_of_another_resolution(tmp_path: Path) -> None:
 def packed(folder: Path, good: dict[str, bytes] | None = None, **members: bytes) -> Path:
     """A shard of two good samples and one, `odd`, with these members (name: its extension, _ for a dot).
 
-    good: what lies beside the images of good samples; default: masks.
+    good: what is beside the images of good samples; default: masks.
     """
     good = {"png": png(np.zeros((8, 8, 3), np.uint8)), **(good or {"seg_png": png(np.zeros((8, 8), np.uint8))})}
     folder.mkdir()

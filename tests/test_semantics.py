@@ -36,12 +36,12 @@ from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
 from pipeline.training.runs import decay_groups
 from pipeline.training.targets import Targets
+from singer.adapter_losses import robust_outlier
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.cleaners import CLEANERS, Shape
 from singer.errors import UserError
 from singer.fit_context import FitContext
-from singer.losses import robust_outlier
 from singer.suffix import TeacherSuffix, suffix_state
 
 CPU = torch.device("cpu")

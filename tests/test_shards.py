@@ -176,12 +176,12 @@ def test_hashes(tmp_path: Path) -> None:
 DEFECTS: dict[str, tuple[Members, str, str]] = {
     "no image": ({"a.cls": b"3"}, "a", "has no image (jpg, jpeg, png, "),
     "program": ({"a.pyd": b"cos\nsystem\n", "a.pth": b"", "a.cls": b"1"}, "a", "has no image (jpg, jpeg, png, "),
-    "label -2": ({"a.png": png(), "a.cls": b"-2"}, "a", "has a label that is no class number: b'-2'"),
-    "word for a label": ({"a.png": png(), "a.cls": b"x"}, "a", "has a label that is no class number: b'x'"),
-    "negative label": ({"a.png": png(), "a.cls": b"-3"}, "a", "has a label that is no class number: b'-3'"),
-    "huge label": ({"a.png": png(), "a.cls": b"2147483648"}, "a", "has a label that is no class number"),
-    "endless label": ({"a.png": png(), "a.cls": b"0" * 4000 + b"1"}, "a", "has a label that is no class number"),
-    "empty label": ({"a.png": png(), "a.cls": b""}, "a", "has a label that is no class number: b''"),
+    "label -2": ({"a.png": png(), "a.cls": b"-2"}, "a", "has a label that is not a class number: b'-2'"),
+    "word for a label": ({"a.png": png(), "a.cls": b"x"}, "a", "has a label that is not a class number: b'x'"),
+    "negative label": ({"a.png": png(), "a.cls": b"-3"}, "a", "has a label that is not a class number: b'-3'"),
+    "huge label": ({"a.png": png(), "a.cls": b"2147483648"}, "a", "has a label that is not a class number"),
+    "endless label": ({"a.png": png(), "a.cls": b"0" * 4000 + b"1"}, "a", "has a label that is not a class number"),
+    "empty label": ({"a.png": png(), "a.cls": b""}, "a", "has a label that is not a class number: b''"),
     "empty image": ({"a.png": b"", "a.cls": b"1"}, "a", "has an empty image"),
     "twice": ({"good.png": png(), "x.png": png(), "good.jpg": png()}, "good", "occurs twice"),
     "same name twice": ([("good.png", png()), ("good.png", b"other")], "good", "has two members .png"),
@@ -248,7 +248,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes, extensi
                 tar.addfile(info, io.BytesIO(data))
     images = index_shards(str(path), "skip")
     assert list(images.keys) == ["b"]
-    reason = {"jpg": "has an image that is no regular file", "cls": "has a label that is no class number: b''"}
+    reason = {"jpg": "has an image that is not a regular file", "cls": "has a label that is not a class number: b''"}
     assert images.skipped == (Skipped("t.tar", "a", reason[extension]),)
 
 
@@ -283,7 +283,7 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> tuple[list[str], lis
 
 
 def test_damaged_shards(tmp_path: Path) -> None:
-    """What lies before the damage stays, less the sample that touches it: its label may be lost."""
+    """What is before the damage stays, less the sample that touches it: its label may be lost."""
     path = tmp_path / "bad.tar"
     sample = 2 * 512 + 2 * 512  # header, image, header, label
     lost = "may have lost members: the shard is damaged after it"
@@ -314,8 +314,8 @@ def test_damaged_shards(tmp_path: Path) -> None:
     [
         (b"", "has no end-of-archive marker"),
         (b"short", "ends in the middle of a header"),
-        (b"x" * 2048, "is no uncompressed tar"),
-        (zlib.compress(bytes(9)) * 99, "is no uncompressed tar"),
+        (b"x" * 2048, "is not an uncompressed tar"),
+        (zlib.compress(bytes(9)) * 99, "is not an uncompressed tar"),
     ],
 )
 def test_no_tar_at_all(tmp_path: Path, data: bytes, reason: str) -> None:
@@ -387,12 +387,12 @@ def test_hostile_pax_headers(tmp_path: Path, payload: bytes, kind: bytes) -> Non
 
 
 def test_forged_extended_headers(tmp_path: Path) -> None:
-    """One that passes for a file, or the other way round, would leave the member behind it with a cut-off name."""
+    """One that passes for a file, or the other way round, would leave the member after it with a cut-off name."""
     name = "folder-" * 20
     path = tmp_path / "t.tar"
     for number, kind, form in (
         (4, b"0", tarfile.GNU_FORMAT),  # a long name is a file
-        (4, b"K", tarfile.GNU_FORMAT),  # a long name is the target of a link that is no link
+        (4, b"K", tarfile.GNU_FORMAT),  # a long name is the target of a link that is not a link
         (4, b"7", tarfile.PAX_FORMAT),  # an extended header is a file
         (3, b"L", tarfile.USTAR_FORMAT),  # a file is a long name
         (3, b"K", tarfile.USTAR_FORMAT),
@@ -414,7 +414,7 @@ def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
     """Of GNU: the first header has room for four holes, each further block for 21; only images must not be sparse."""
     path = tmp_path / "t.tar"
     whole = sound_tar(path)
-    for name, reason in (("a.npy", None), ("x.png", "has an image that is no regular file")):
+    for name, reason in (("a.npy", None), ("x.png", "has an image that is not a regular file")):
         header = tarfile.TarInfo(name)
         header.type, header.size = tarfile.GNUTYPE_SPARSE, 3
         block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
@@ -447,7 +447,7 @@ def test_odd_but_honest_headers(tmp_path: Path) -> None:
     path.write_bytes(whole[:4096] + pax_member(sparse) + zero)
     images = index_shards(str(path), "skip")
     assert list(images.keys) == ["a", "b"]
-    assert images.skipped[0] == Skipped("t.tar", "real", "has an image that is no regular file")
+    assert images.skipped[0] == Skipped("t.tar", "real", "has an image that is not a regular file")
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     path.write_bytes(whole[:end] + pax_member(record) + bytes(1024))
     assert index_shards(str(path), "skip").skipped[0].reason == f"is unreadable from byte {end + 1024}"

@@ -733,7 +733,7 @@ class Uneven:
 def test_ranges_are_scattered_to_their_places(
     tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, at_once: int, seed: int
 ) -> None:
-    """Whatever lies between them, in whichever files and order, and however much of them the system has in memory."""
+    """Whatever is between them, in whichever files and order, and however much of them the system has in memory."""
     data = [bytes(np.random.default_rng(seeded(n)).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
     for n in range(3):
         (tmp_path / f"{n}").write_bytes(data[n])

@@ -1,4 +1,4 @@
-"""An S3 server behind a network that fails in counted ways: nothing is lost, tries are bounded, errors are one line."""
+"""An S3 server over a network that fails in counted ways: nothing is lost, tries are bounded, errors are one line."""
 
 import http.client
 import http.server

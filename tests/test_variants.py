@@ -180,7 +180,7 @@ def test_blocks_of_a_variant(world: Path, lighter: Path, tmp_path: Path) -> None
 
 
 def test_views_of_a_variant(world: Path, lighter: Path, tmp_path: Path) -> None:
-    """More views of one variant are no records of the other, until it gets them too."""
+    """More views of one variant are not records of the other, until it gets them too."""
     place, sets = tmp_path / "c", ("views.kind=random-resized-crop", "cache.blocks=[3]")
     add(world, world_config(world, *sets), place, "new")
     before = features(Cache(place))

@@ -205,7 +205,7 @@ def test_colours_are_torchvisions_in_order(b: float, c: float, s: float, h: floa
 
 
 def test_contrast_is_that_of_the_crop() -> None:
-    """A crop in which all pixels are alike has no contrast to change, whatever lies beside it."""
+    """A crop in which all pixels are alike has no contrast to change, whatever is beside it."""
     image = Image.new("RGB", (8, 4), (200, 200, 200))
     image.paste((0, 0, 0), (4, 0, 8, 4))
     seen = apply_view(image, View((0.0, 0.0, 0.25, 1.0), color=(1, 0.5, 1, 0)), 4)

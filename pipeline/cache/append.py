@@ -36,17 +36,17 @@ class Addition:
 
 
 def plan_additions(
-    segments: Sequence[Segment], mine: Sequence[Segment], listed: Images, views: int, blocks: Sequence[int]
+    segments: Sequence[Segment], own: Sequence[Segment], listed: Images, views: int, blocks: Sequence[int]
 ) -> list[Addition]:
     """Return the segments to create.
 
-    segments: all segments of the cache, which are complete; mine: those of the given teacher; listed: the given images;
+    segments: all segments of the cache, which are complete; own: those of the given teacher; listed: the given images;
     views: the number of views of each image; blocks: the wanted blocks. Raises UserError if only some images of an
     earlier segment are given, or if they have changed.
     """
-    blocks = tuple(sorted({*blocks, *(b for s in mine for b in s.manifest.blocks)}))
+    blocks = tuple(sorted({*blocks, *(b for s in own for b in s.manifest.blocks)}))
     held: dict[str, set[int]] = {}
-    for segment in mine:
+    for segment in own:
         held.setdefault(segment.rows, set()).update(segment.manifest.blocks)
     spans: dict[str, Segment] = {}
     for segment in segments:

@@ -16,7 +16,7 @@ from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, Teac
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
-from pipeline.cache.segments import Segment, mine, read_segments, segment_name
+from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, numbered_as
@@ -39,7 +39,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     for skipped in listed.skipped:
         say(f"skipped: {skipped}")
     segments = read_segments(store) if MANIFEST in store.sizes() else []
-    known = mine(segments, extract.teacher)
+    known = segments_of(segments, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:
         wanted = known[0].manifest.blocks
@@ -70,7 +70,7 @@ def build_segment(
 
     segments: the earlier ones. A block that is in one of them for this teacher keeps its calibration.
     """
-    manifest, known = describe(config, addition, extract.teacher), mine(segments, extract.teacher)
+    manifest, known = describe(config, addition, extract.teacher), segments_of(segments, extract.teacher)
     earlier = [s.manifest.tail_first_block for s in known]
     suffix = None
     if not earlier or manifest.blocks[0] < min(earlier):

@@ -23,23 +23,23 @@ _CALIBRATION_RECORDS = 256
 class Extractor:
     """A teacher that computes features of blocks, and its description for the manifest."""
 
-    def __init__(self, config: Config, vit: Backbone, accelerator: Accelerator) -> None:
-        self.config, self.vit, self.accelerator = config, vit, accelerator
+    def __init__(self, config: Config, backbone: Backbone, accelerator: Accelerator) -> None:
+        self.config, self.backbone, self.accelerator = config, backbone, accelerator
         self.teacher = TeacherManifest(
             name=config.teacher.name,
-            architecture=vit.architecture,
-            model_args=vit.model_args,
-            weights=weight_hash(vit.model.state_dict()),
-            depth=depth(vit.model),
-            width=vit.width,
-            prefix_tokens=vit.prefix,
-            class_token=vit.has_cls,
-            grid=vit.grid,
-            image_size=vit.image_size,
-            mean=vit.mean,
-            std=vit.std,
+            architecture=backbone.architecture,
+            model_args=backbone.model_args,
+            weights=weight_hash(backbone.model.state_dict()),
+            depth=depth(backbone.model),
+            width=backbone.width,
+            prefix_tokens=backbone.prefix,
+            class_token=backbone.has_cls,
+            grid=backbone.grid,
+            image_size=backbone.image_size,
+            mean=backbone.mean,
+            std=backbone.std,
             precision=config.cache.precision,
-            shapes=tuple(vit.layout) if len(set(vit.layout)) > 1 else None,
+            shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
         )
 
     @property
@@ -50,15 +50,15 @@ class Extractor:
 
     def suffix_state(self, first_block: int) -> dict[str, Tensor] | None:
         """Return the state of the teacher's suffix from first_block on; None if it has none."""
-        model, size = self.vit.model, self.teacher.image_size
-        return find_suffix(model, self.vit.architecture, self.vit.model_args, first_block, size)
+        model, size = self.backbone.model, self.teacher.image_size
+        return find_suffix(model, self.backbone.architecture, self.backbone.model_args, first_block, size)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Compute {block: features (n, N, d) float32} of pixels (n, size, size, 3) uint8."""
         images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
         with self.accelerator.autocast():
-            outputs = block_outputs(self.vit.model, images, blocks)
+            outputs = block_outputs(self.backbone.model, images, blocks)
         return {block: x.float() for block, x in outputs.items()}
 
     def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:

@@ -15,7 +15,7 @@ from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
-from pipeline.cache.segments import Segment, mine, read_segments
+from pipeline.cache.segments import Segment, read_segments, segments_of
 from pipeline.data import ImageFile, Images, Spec, listing_hash, relocate
 from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
@@ -45,7 +45,7 @@ def fill_segments(store: Store, extract: Extractor, shards: Spec | None = None) 
     """
     done, accelerator, ranks = 0, extract.accelerator, current()
     segments = read_segments(store)
-    for segment in mine(segments, extract.teacher):
+    for segment in segments_of(segments, extract.teacher):
         lacks = segment.lacks() if accelerator.is_main_process else None
         # All processes use the list of the first one: a fast process may finish a shard before a slow one lists them.
         of_first = None if lacks is None else segment.pending()

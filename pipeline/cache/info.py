@@ -8,7 +8,7 @@ import numpy as np
 from pipeline.cache.format import FIDELITY
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment, read_segments
-from pipeline.cache.variants import joint_id, variants_of
+from pipeline.cache.variants import id_of_segments, variants_of
 from pipeline.storage import Place, open_store
 from pipeline.storage.outputs import read_json
 
@@ -104,7 +104,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         variant=first.teacher.variant,
         name=first.teacher.name,
         weights=first.teacher.weights,
-        id=None if any(s.lacks() for s in segments) else joint_id(segments),
+        id=None if any(s.lacks() for s in segments) else id_of_segments(segments),
         image_size=first.teacher.image_size,
         precision=first.teacher.precision,
         blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),

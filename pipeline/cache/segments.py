@@ -216,6 +216,6 @@ def segment_name(number: int) -> str:
     return f"{PARTS}/{number:03d}" if number else ""
 
 
-def mine(segments: Iterable[Segment], teacher: TeacherManifest) -> list[Segment]:
+def segments_of(segments: Iterable[Segment], teacher: TeacherManifest) -> list[Segment]:
     """Return the segments that hold features of exactly this teacher."""
     return [s for s in segments if s.manifest.teacher.identity() == teacher.identity()]

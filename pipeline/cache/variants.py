@@ -16,7 +16,7 @@ from singer.errors import UserError
 _SHORTEST_HASH = 6
 
 
-def joint_id(segments: Sequence[Segment]) -> str:
+def id_of_segments(segments: Sequence[Segment]) -> str:
     """Return the id of a cache with these complete segments; if there is only one, it is the id of the segment."""
     ids = [segment.id for segment in segments]
     return ids[0] if len(ids) == 1 else hashlib.sha256("\n".join(ids).encode()).hexdigest()
@@ -24,7 +24,7 @@ def joint_id(segments: Sequence[Segment]) -> str:
 
 def ids_of(segments: Sequence[Segment]) -> tuple[str, ...]:
     """Return the id of a variant with these segments, then its earlier ids: it gets a new one with each segment."""
-    return tuple(joint_id(segments[:n]) for n in range(len(segments), 0, -1))
+    return tuple(id_of_segments(segments[:n]) for n in range(len(segments), 0, -1))
 
 
 def variants_of(segments: Sequence[Segment]) -> list[list[Segment]]:

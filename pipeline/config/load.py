@@ -36,7 +36,7 @@ def load_config(
         try:
             given[name] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"--set {name}: {text!r} is no YAML value") from None
+            raise UserError(f"--set {name}: {text!r} is not a YAML value") from None
     tree = _without_shape(base, given.get("student.name"))
     for name, value in given.items():
         _put(tree, name, value)

@@ -39,7 +39,7 @@ class ImageFile:
         """Return (width, height) of image `number` as `read` gives it, from its header where that says enough."""
         try:
             return read_size(self.encoded(number, _HEADER_BYTES)[0], self.images.decoding, whole=False)
-        except Exception:  # the header is longer, or this is no image
+        except Exception:  # the header is longer, or this is not an image
             data, where = self.encoded(number)
             with named_errors(where):
                 return read_size(data, self.images.decoding)

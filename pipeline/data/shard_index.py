@@ -54,8 +54,8 @@ def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None =
     """List the images of what a specification names, see specs.resolve; of tars, only headers and labels are read.
 
     A defect is a damaged archive or an unusable sample: without an image, an empty image, a file that is missing, a
-    label that is no class number, a link in place of a file, a key that is unsafe as a path or that occurs twice in a
-    source (the first one counts). The samples before the damage of a shard stay, without those that may have lost
+    label that is not a class number, a link in place of a file, a key that is unsafe as a path or that occurs twice in
+    a source (the first one counts). The samples before the damage of a shard stay, without those that may have lost
     members. As in the webdataset library, files with a name that has no extension or begins with a dot belong to no
     sample. A key that an earlier source has, too, gets the name of its source as prefix. image_key, seed: see
     sources.Options.

@@ -82,7 +82,7 @@ def _paths(text: str, given: str) -> list[Path]:
 
 
 def _existing(text: str) -> tuple[str, str]:
-    """Split a path after its longest beginning that exists, at a slash: a name that exists is no pattern."""
+    """Split a path after its longest beginning that exists, at a slash: a name that exists is not a pattern."""
     at = len(text)
     while at >= 0:
         if at and os.path.lexists(text[:at]):

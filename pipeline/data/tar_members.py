@@ -72,7 +72,7 @@ def members_of(file: int) -> Iterator[Member]:
             continue
         if not any(block):
             break
-        broken = Defect(f"is unreadable from byte {position}" if position else "is no uncompressed tar")
+        broken = Defect(f"is unreadable from byte {position}" if position else "is not an uncompressed tar")
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError):

@@ -160,7 +160,7 @@ def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]
         raise Defect(sample.defect)
     image = sample.images[image_extension(sample, image_key)]
     if not image.regular:
-        raise Defect("has an image that is no regular file")
+        raise Defect("has an image that is not a regular file")
     if not image.size:
         raise Defect("has an empty image")
     if LABEL_EXTENSION not in sample.members:
@@ -169,7 +169,7 @@ def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]
     if text == str(NO_LABEL).encode():
         return NO_LABEL, image
     if not text.isdigit() or int(text) >= 2**31:
-        raise Defect(f"has a label that is no class number: {text[:20]!r}")
+        raise Defect(f"has a label that is not a class number: {text[:20]!r}")
     return int(text), image
 
 

@@ -36,13 +36,13 @@ ComputedFeatures = dict[tuple[tuple[Path, ...], str], Features]
 class EvaluationContext:
     """A frozen model, the images that a task learns from and the images that it is tested on.
 
-    model: the name or path that the user gave; vit: the model itself, on `device`; learn_from: the images of --train,
-    if given; started: time.perf_counter() at the start of the task; file: where the figures will be stored, or None;
-    computed: features that the tasks of one command share.
+    model: the name or path that the user gave; backbone: the model itself, on `device`; learn_from: the images of
+    --train, if given; started: time.perf_counter() at the start of the task; file: where the figures will be stored, or
+    None; computed: features that the tasks of one command share.
     """
 
     model: Path | str
-    vit: Backbone
+    backbone: Backbone
     device: torch.device
     learn_from: Images | None
     test: Images
@@ -54,7 +54,7 @@ class EvaluationContext:
     @cached_property
     def kinds(self) -> dict[str, nn.Module]:
         """Return {kind of tokens that is probed: module that makes it from raw tokens}, as kinds_of does."""
-        return kinds_of(self.vit, self.settings)
+        return kinds_of(self.backbone, self.settings)
 
     @property
     def train(self) -> Images:
@@ -77,7 +77,7 @@ class EvaluateResult:
     """The fields that the results of all tasks share; each task adds its figures.
 
     train, test: names of shards; learned_from_test: whether the student was trained on images of --test, or None for
-    a model that is no run. `evaluate` fills in these three.
+    a model that is not a run. `evaluate` fills in these three.
     """
 
     model: Path | str
@@ -104,13 +104,13 @@ def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: part(value) for name, value in figures.items() if name != "top5"}
 
 
-def kinds_of(vit: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
+def kinds_of(backbone: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
     """Return {kind of tokens: module that makes it from raw tokens}, as evaluate.tokens chooses.
 
     For `both`, `block` is first; `norm` follows if the model has a final norm. Raises UserError if only `norm` is
     asked for and the model has none.
     """
-    norm = final_norm(vit.model)
+    norm = final_norm(backbone.model)
     if settings.tokens == "norm" and norm is None:
         raise UserError("evaluate.tokens norm is for ViTs with a final norm; use block for other models")
     kinds: dict[str, nn.Module] = {}
@@ -143,21 +143,29 @@ class Task:
 
 
 def tokens(
-    vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
+    backbone: Backbone,
+    images: Images,
+    settings: EvaluateConfig,
+    device: torch.device,
+    view: Callable[[Image.Image], View],
 ) -> Iterator[Tensor]:
     """Yield all raw tokens of the last block, batch by batch: (B, P + patches, d), P being the prefix tokens.
 
     They are on the device and without gradients. view: returns the part of an image that the model sees.
     """
-    last = depth(vit.model) - 1
-    for batch in inputs(vit, images, settings, device, view):
+    last = depth(backbone.model) - 1
+    for batch in inputs(backbone, images, settings, device, view):
         with torch.no_grad():
-            x = block_outputs(vit.model, batch, [last])[last]
+            x = block_outputs(backbone.model, batch, [last])[last]
         yield x
 
 
 def inputs(
-    vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device, view: Callable[[Image.Image], View]
+    backbone: Backbone,
+    images: Images,
+    settings: EvaluateConfig,
+    device: torch.device,
+    view: Callable[[Image.Image], View],
 ) -> Iterator[Tensor]:
     """Yield the views of the images as the model takes them: normalised (B, 3, size, size) batches on the device."""
     batches = [
@@ -169,9 +177,9 @@ def inputs(
             views = []
             for number in numbers:
                 image = files.read(int(number))
-                views.append(apply_view(image, view(image), vit.image_size))
+                views.append(apply_view(image, view(image), backbone.image_size))
             return torch.from_numpy(np.stack(views))
 
         for pixels in prefetch(load, batches, settings.workers, m):
-            yield normalise(pixels, vit.mean, vit.std, device)
+            yield normalise(pixels, backbone.mean, backbone.std, device)
             m.advance(len(pixels))

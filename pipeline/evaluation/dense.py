@@ -35,8 +35,8 @@ def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]
     def whole(image: Image.Image) -> View:
         return View((0.0, 0.0, 1.0, 1.0))
 
-    for x in tokens(context.vit, images, context.settings, context.device, whole):
-        yield x[:, context.vit.prefix :].float()
+    for x in tokens(context.backbone, images, context.settings, context.device, whole):
+        yield x[:, context.backbone.prefix :].float()
 
 
 def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -52,7 +52,7 @@ def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, 
 
 def label_side(context: EvaluationContext) -> int:
     """Return the side of the maps that heads learn from, in pixels."""
-    return _LABELS_A_PATCH * context.vit.grid[0]
+    return _LABELS_A_PATCH * context.backbone.grid[0]
 
 
 def read_maps(

@@ -20,16 +20,16 @@ def pooled(context: EvaluationContext, images: Images) -> Features:
     """Return the global features of the images; the first task that needs them computes them."""
     key = images.paths, images.place_hash()
     if key not in context.computed:
-        context.computed[key] = features(context.vit, images, context.settings, context.device)
+        context.computed[key] = features(context.backbone, images, context.settings, context.device)
     return context.computed[key]
 
 
-def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:
+def features(backbone: Backbone, images: Images, settings: EvaluateConfig, device: torch.device) -> Features:
     """Compute the features of every kind in evaluate.tokens, in one pass of the model over the images."""
-    kinds = kinds_of(vit, settings)
-    names: tuple[Name, ...] = ("cls", "mean_patch") if vit.has_cls else ("mean_patch",)
+    kinds = kinds_of(backbone, settings)
+    names: tuple[Name, ...] = ("cls", "mean_patch") if backbone.has_cls else ("mean_patch",)
     parts: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in kinds}
-    for batch in feature_batches(vit, images, settings, device, kinds, names):
+    for batch in feature_batches(backbone, images, settings, device, kinds, names):
         for kind, named in batch.items():
             for name, rows in named.items():
                 parts[kind][name].append(rows)
@@ -37,7 +37,7 @@ def features(vit: Backbone, images: Images, settings: EvaluateConfig, device: to
 
 
 def feature_batches(
-    vit: Backbone,
+    backbone: Backbone,
     images: Images,
     settings: EvaluateConfig,
     device: torch.device,
@@ -52,9 +52,9 @@ def feature_batches(
     def view(image: Image.Image) -> View:
         return crop_view(settings.crop, image.size)
 
-    for raw in tokens(vit, images, settings, device, view):
+    for raw in tokens(backbone, images, settings, device, view):
         yield {
-            kind: {name: _part(convert(raw), name, vit.prefix).float().cpu() for name in names}
+            kind: {name: _part(convert(raw), name, backbone.prefix).float().cpu() for name in names}
             for kind, convert in kinds.items()
         }
 

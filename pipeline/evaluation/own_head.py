@@ -41,8 +41,8 @@ def probe(context: EvaluationContext) -> OwnHead:
         return crop_view(context.settings.crop, image.size)
 
     with torch.no_grad():
-        batches = inputs(context.vit, context.test, context.settings, context.device, view)
-        logits = torch.cat([context.vit.model(x).float().cpu() for x in batches])
+        batches = inputs(context.backbone, context.test, context.settings, context.device, view)
+        logits = torch.cat([context.backbone.model(x).float().cpu() for x in batches])
     return OwnHead(
         model=context.model,
         train_images=0,
@@ -62,7 +62,7 @@ def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
 
 
 def _class_of_label(context: EvaluationContext) -> dict[int, int]:
-    count = int(context.vit.model.num_classes)
+    count = int(context.backbone.model.num_classes)
     if not count:
         raise UserError(f"--task head: {context.model} has no classification head; take a task that trains one")
     file = context.settings.class_map

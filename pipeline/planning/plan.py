@@ -160,8 +160,8 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     """
     check_codec(config.cache.codec)
     listed = list_images(config, images)
-    vit = load_teacher(config.teacher)
-    blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
+    backbone = load_teacher(config.teacher)
+    blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))
     device = make_accelerator(config.cache.precision).device
     with ExitStack() as stack:
         place = stack.enter_context(scratch(out)) if out is not None else None
@@ -171,13 +171,13 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
         drawn = draw_images(config, listed)
         sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)))
-        teacher = Teacher(config, vit, blocks, device)
+        teacher = Teacher(config, backbone, blocks, device)
         features = sample_features(config, sample, teacher)
-        calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}
+        calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
         pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
         free = free_bytes(Path(out)) if out is not None and local is not None else None
-        scale = Scale(config, vit, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
-        uneven = len(set(vit.layout)) > 1  # then all tokens are stored
+        scale = Scale(config, backbone, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
+        uneven = len(set(backbone.layout)) > 1  # then all tokens are stored
         shares = [1.0] if uneven else sorted({*_SHARES, config.cache.token_share}, reverse=True)
         codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
         options = [option for codec in codecs for option in scale.options(codec, shares)]
@@ -257,14 +257,14 @@ def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int 
 
     Raises UserError if they are not finite.
     """
-    vit, size = teacher.vit, config.cache.batch_size
-    tokens = vit.prefix + vit.grid[0] * vit.grid[1]
-    record_bytes = 4 * len(teacher.blocks) * tokens * vit.width
+    backbone, size = teacher.backbone, config.cache.batch_size
+    tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
+    record_bytes = 4 * len(teacher.blocks) * tokens * backbone.width
     count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
     (records, *_) = sample.batches(count)
     outputs = []
     for start in range(0, count, size):
-        views = sample.load(records[start : start + size], vit.image_size)
+        views = sample.load(records[start : start + size], backbone.image_size)
         outputs.append(teacher(views))
     features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
     for block, x in features.items():
@@ -287,7 +287,7 @@ class Scale:
     def __init__(
         self,
         config: Config,
-        vit: Backbone,
+        backbone: Backbone,
         images: int,
         features: Mapping[int, Tensor],
         calibration: Mapping[int, Calibration],
@@ -295,7 +295,7 @@ class Scale:
         records: int,
         free: int | None,
     ) -> None:
-        self.config, self.vit, self.images, self.free = config, vit, images, free
+        self.config, self.backbone, self.images, self.free = config, backbone, images, free
         self._features, self._calibration = features, calibration
         self.tail_bytes = sizes.get(TAIL, 0)
         fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
@@ -320,7 +320,7 @@ class Scale:
     def option(self, codec: str, share: float, error: float) -> PlanOption:
         """Return the option of a codec that stores this share of the patch tokens; error: see PlanOption."""
         views, blocks = self.config.views.count, len(self._features)
-        patches = next(iter(self._features.values())).shape[1] - self.vit.prefix
+        patches = next(iter(self._features.values())).shape[1] - self.backbone.prefix
         stored = max(1, round(share * patches))
         features = sum(self.block_bytes(codec, block, stored) for block in self._features)
         beside = self._other + (2 * stored + _INDEX_ENTRY if stored < patches else 0)
@@ -342,12 +342,12 @@ class Scale:
             bytes=whole,
             fits=whole <= room,
             max_views=max(0, int((room - self._fixed) / a_view)),
-            max_blocks=max(0, min(depth(self.vit.model), int((room - total(views, 0)) / a_block))),
+            max_blocks=max(0, min(depth(self.backbone.model), int((room - total(views, 0)) / a_block))),
         )
 
     def block_bytes(self, codec: str, block: int, stored: int) -> float:
         """Return the stored bytes of one record's features at a block, if `stored` of its patches are kept."""
-        x, prefix = self._features[block], self.vit.prefix
+        x, prefix = self._features[block], self.backbone.prefix
         patches = x.shape[1] - prefix
         if stored < patches:
             generator = torch.Generator().manual_seed(0)

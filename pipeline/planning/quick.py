@@ -31,24 +31,27 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
 
     Raises UserError if one of them cannot be used.
     """
-    vit = load_teacher(config.teacher)
-    blocks = tuple(resolve_blocks(config.cache.blocks, depth(vit.model)))
+    backbone = load_teacher(config.teacher)
+    blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))
     images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
     with ImageFile(images) as files:
-        sample, teacher = Sample(config, images, files), Teacher(config, vit, blocks, device)
+        sample, teacher = Sample(config, images, files), Teacher(config, backbone, blocks, device)
         records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
-        decode = _rate(lambda some: sample.load(some, vit.image_size), records, device, _MOST_BATCH)
-        views = sample.load(records, vit.image_size)
+        decode = _rate(lambda some: sample.load(some, backbone.image_size), records, device, _MOST_BATCH)
+        views = sample.load(records, backbone.image_size)
         forward = _rate(lambda some: teacher(views[: len(some)]), records, device, config.cache.batch_size)
         # So many take about two seconds.
         features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
-    calibration = {b: calibrate(x, vit.prefix) for b, x in features.items()}
-    fixed = sum(4 * p.numel() for p in vit.model.parameters())
-    scale = Scale(config, vit, len(listed), features, calibration, {TAIL: fixed}, 1, None)
-    stored, patches = _pixel_bytes(config, views), max(1, round(config.cache.token_share * vit.grid[0] * vit.grid[1]))
+    calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
+    fixed = sum(4 * p.numel() for p in backbone.model.parameters())
+    scale = Scale(config, backbone, len(listed), features, calibration, {TAIL: fixed}, 1, None)
+    stored, patches = (
+        _pixel_bytes(config, views),
+        max(1, round(config.cache.token_share * backbone.grid[0] * backbone.grid[1])),
+    )
     codecs = dict.fromkeys([config.cache.codec, *LADDER])
     sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
-    student = new_student(config.student, vit.image_size)
+    student = new_student(config.student, backbone.image_size)
     trained = _student_rate(config, student, records, device)
     return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda")
 

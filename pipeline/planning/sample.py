@@ -28,17 +28,17 @@ class Teacher:
     It takes views (n, side, side, 3) uint8 and returns {block: features (n, N, d) float32} on its device.
     """
 
-    def __init__(self, config: Config, vit: Backbone, blocks: Sequence[int], device: torch.device) -> None:
-        self.vit, self.blocks, self.device = vit, blocks, device
+    def __init__(self, config: Config, backbone: Backbone, blocks: Sequence[int], device: torch.device) -> None:
+        self.backbone, self.blocks, self.device = backbone, blocks, device
         self._half = AUTOCAST.get(config.cache.precision)
-        vit.model.to(device)
+        backbone.model.to(device)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return the features of the views, as described at the class."""
-        images = normalise(pixels, self.vit.mean, self.vit.std, self.device)
+        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device)
         with torch.autocast(self.device.type, self._half, self._half is not None):
-            outputs = block_outputs(self.vit.model, images, self.blocks)
+            outputs = block_outputs(self.backbone.model, images, self.blocks)
         return {block: x.float() for block, x in outputs.items()}
 
 

@@ -78,7 +78,7 @@ def measure_speeds(
     """
     config, device, part = pilot.config, teacher.device, _PART * seconds
     batch = sample.batches(config.cache.batch_size)[0]
-    pixels = sample.load(batch, teacher.vit.image_size)
+    pixels = sample.load(batch, teacher.backbone.image_size)
 
     def forward() -> Generator[int, None, None]:
         while True:
@@ -90,7 +90,9 @@ def measure_speeds(
     say(f"measuring the stages of caching, {part:g} s each")
     caching = {
         "images": read_shards(listed, part).scaled(config.views.count),
-        "decoding": rate_beside(sample.decoding(len(batch), teacher.vit.image_size), lambda: teacher(pixels), part),
+        "decoding": rate_beside(
+            sample.decoding(len(batch), teacher.backbone.image_size), lambda: teacher(pixels), part
+        ),
         "teacher": rate_of(forward(), part, device),
         "encoding": rate_beside(encoding(codec, features, calibration), lambda: teacher(pixels), part),
     }

@@ -107,7 +107,7 @@ def train_on(
                 yield step(batch, number)
 
         def online() -> Generator[int, None, None]:
-            size, (first,) = teacher.vit.image_size, load.features([next(shares())])
+            size, (first,) = teacher.backbone.image_size, load.features([next(shares())])
             batches = zip(shares(), cycle(sample.batches(settings.batch_size)), strict=False)
             loaded = prefetch(
                 lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {side, size})),
@@ -119,7 +119,7 @@ def train_on(
                 if positions is not None:
                     # Which patches are compared makes no difference to the time.
                     positions = positions[:1].expand(len(share.records), -1).to(device)
-                    features = {b: take_patches(x, teacher.vit.prefix, positions) for b, x in features.items()}
+                    features = {b: take_patches(x, teacher.backbone.prefix, positions) for b, x in features.items()}
                 images = normalise(views[side], new.student.mean, new.student.std, device)
                 weights = torch.from_numpy(share.weights).to(device)
                 labels = load.labels[torch.from_numpy(share.records)].to(device).long()

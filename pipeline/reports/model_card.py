@@ -35,7 +35,7 @@ class ModelCard:
     run: Path
     trained: DistillResult
     recipe: Config
-    vit: Backbone
+    backbone: Backbone
     difference: float
     snippet: str
     packages: tuple[str, ...]
@@ -58,14 +58,14 @@ def write_card(card: ModelCard) -> str:
 
     Raises UserError, with the file's name, if a file of the run is missing or damaged.
     """
-    run, model = card.run, card.vit.model
+    run, model = card.run, card.backbone.model
     hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return environment.from_string(_TEMPLATE.read_text()).render(
         card=card,
-        vit=card.vit,
+        backbone=card.backbone,
         trained=card.trained,
         settings=card.recipe.distill,
         teachers=[
@@ -79,14 +79,14 @@ def write_card(card: ModelCard) -> str:
         depth=depth(model),
         heads=heads(model),
         patch=patch_size(model),
-        tokens=card.vit.prefix + card.vit.grid[0] * card.vit.grid[1],
+        tokens=card.backbone.prefix + card.backbone.grid[0] * card.backbone.grid[1],
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
-        if card.vit.gives_tokens
+        if card.backbone.gives_tokens
         else "timm's pooling of the last feature map",
         norm=describe_norm(model)
-        if card.vit.gives_tokens
+        if card.backbone.gives_tokens
         else "The layers of timm after the last stage were not trained.",
-        caveats=caveats(card.vit, card.trained),
+        caveats=caveats(card.backbone, card.trained),
         probes=read_probes(run),
         made_with=read_versions(run),
         exported_with=versions(("singer", "torch", "timm", *card.packages)),
@@ -143,17 +143,17 @@ def describe_norm(model: nn.Module) -> str:
     )
 
 
-def caveats(vit: Backbone, trained: DistillResult) -> list[str]:
+def caveats(backbone: Backbone, trained: DistillResult) -> list[str]:
     """Return sentences about untrained parts that make outputs worthless."""
     found = []
-    last, supervised = depth(vit.model) - 1, max(b for t in trained.taught for b in t.matching.values())
+    last, supervised = depth(backbone.model) - 1, max(b for t in trained.taught for b in t.matching.values())
     if supervised < last:
         found.append(
             f"no target reached the blocks after block {supervised} (of 0 to {last}): they are untrained, and so is "
             f"the output of the last one; take the output of block {supervised}"
         )
-    if vit.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
+    if backbone.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
         found.append("the teacher has no CLS token, so the student's CLS token had no target; use the patch tokens")
-    if getattr(vit.model, "attn_pool", None) is not None:
+    if getattr(backbone.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")
     return found

@@ -99,7 +99,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, refiners: Sequence[Path]) -> Trained:
     result = load_result(folder)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no finished run: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a finished run: it has no {CONFIG}")
     config = load_config(folder / CONFIG)
     source = None
     digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
@@ -152,7 +152,7 @@ def _open(place: Place, run: Trained) -> Cache:
 def _cache_option(run: Path) -> str | None:
     """Return the --cache of the command that made the run; early versions recorded the cache nowhere else."""
     try:
-        words = shlex.split(str(read_json(run, PROVENANCE, "output of singer").get("command", "")))
+        words = shlex.split(str(read_json(run, PROVENANCE, "folder of singer").get("command", "")))
     except ValueError:
         return None
     for word, following in zip(words, [*words[1:], ""], strict=False):

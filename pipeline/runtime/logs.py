@@ -29,7 +29,7 @@ _KEPT = "singer_log"
 
 
 def is_log(name: str) -> bool:
-    """Return whether a file of this name, in any folder, is a log: logs are no part of an output."""
+    """Return whether a file of this name, in any folder, is a log: logs are not part of an output."""
     base = name.rpartition("/")[2]
     return base == LOG or (base.startswith("singer-rank") and base.endswith(".log"))
 

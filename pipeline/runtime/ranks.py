@@ -20,7 +20,7 @@ _DEFAULT_SECONDS = 300.0
 
 
 def limit_seconds() -> float:
-    """Return for how many seconds a rank may make no progress. Raises UserError if the variable is no such number."""
+    """Return for how many seconds a rank may make no progress. Raises UserError if the variable does not say so."""
     text = os.environ.get(SECONDS, "")
     try:
         seconds = float(text) if text else _DEFAULT_SECONDS

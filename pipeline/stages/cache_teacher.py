@@ -17,8 +17,8 @@ from pipeline.cache.fill import fill_segments
 from pipeline.cache.format import MANIFEST
 from pipeline.cache.index import read_images
 from pipeline.cache.manifest import TeacherManifest, read_manifest
-from pipeline.cache.segments import mine, read_segments
-from pipeline.cache.variants import joint_id
+from pipeline.cache.segments import read_segments, segments_of
+from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, resolve
@@ -63,14 +63,15 @@ def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") 
     inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)
-    begun = mode in ("resume", "append") and MANIFEST in store.sizes()
+    has_manifest = mode in ("resume", "append") and MANIFEST in store.sizes()
     teacher = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
         # Shards are indexed before the output is claimed, so that broken shards leave no output. A resumed run has
         # their list already.
-        listed = list_images(config, images) if main and not (begun and mode == "resume") else None
+        continues = has_manifest and mode == "resume"
+        listed = list_images(config, images) if main and not continues else None
         teacher.model.to(accelerator.device)
         extract = Extractor(config, teacher, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
@@ -78,20 +79,20 @@ def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") 
         start, done = time.perf_counter(), 0
         claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))
         ranks.wait()
-        if begun and mode == "resume":
+        if continues:
             check_begun(config, store, extract.teacher)
-        if begun:
+        if has_manifest:
             # Segments that an earlier run began are filled first, because only complete segments can be appended to.
             done += fill_segments(store, extract, images if mode == "resume" else None)
         if main and listed is not None:
             create_segments(config, listed, out, mode, extract)
         ranks.wait()
         done += fill_segments(store, extract)
-    parts = mine(read_segments(store), extract.teacher)
+    parts = segments_of(read_segments(store), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
-        id=joint_id(parts),
+        id=id_of_segments(parts),
         variant=extract.teacher.variant,
         records=sum({p.rows: p.records for p in parts}.values()),
         blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),

@@ -71,19 +71,19 @@ def embed(
     check_model(model, weights)
     check_known_model(model)
     listed = list_images(config, images)
-    vit = open_model(model, weights, config.evaluate.image_size)
-    features = features or ("cls" if vit.has_cls else "mean")
-    if features == "cls" and not vit.has_cls:
+    backbone = open_model(model, weights, config.evaluate.image_size)
+    features = features or ("cls" if backbone.has_cls else "mean")
+    if features == "cls" and not backbone.has_cls:
         raise UserError(f"--features cls: {model} has no class token; take mean or dense")
-    tokens, convert = next(iter(kinds_of(vit, config.evaluate).items()))
+    tokens, convert = next(iter(kinds_of(backbone, config.evaluate).items()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit.model.to(device)
-    shape, start, done, name = shape_of(vit, features), time.perf_counter(), 0, FEATURES[features]
+    backbone.model.to(device)
+    shape, start, done, name = shape_of(backbone, features), time.perf_counter(), 0, FEATURES[features]
     about: dict[str, object] = {"model": str(model), "features": features, "tokens": tokens, "shape": list(shape)}
     names = names_file(out) if out.suffix == ".npy" else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, FORMATS[out.suffix](temporary, len(listed), shape, about) as write:
-        for batch in feature_batches(vit, listed, config.evaluate, device, {tokens: convert}, (name,)):
+        for batch in feature_batches(backbone, listed, config.evaluate, device, {tokens: convert}, (name,)):
             rows = batch[tokens][name].numpy()
             write(listed.keys[done : done + len(rows)], rows.reshape(len(rows), *shape))
             done += len(rows)
@@ -94,9 +94,9 @@ def embed(
     return EmbedResult(out, names, done, features, tokens, shape, seconds, done / seconds)
 
 
-def shape_of(vit: Backbone, features: str) -> tuple[int, ...]:
+def shape_of(backbone: Backbone, features: str) -> tuple[int, ...]:
     """Return the shape of one image's features: (d,), or (rows, columns, d) of dense ones."""
-    return (*vit.grid, vit.width) if features == "dense" else (vit.width,)
+    return (*backbone.grid, backbone.width) if features == "dense" else (backbone.width,)
 
 
 def names_file(out: Path) -> Path:

@@ -93,11 +93,11 @@ def evaluate_tasks(
     check_known_model(model)
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
-    vit = open_model(model, weights, config.evaluate.image_size)
+    backbone = open_model(model, weights, config.evaluate.image_size)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
         made = load_result(run)
-        for caveat in caveats(vit, made):
+        for caveat in caveats(backbone, made):
             say(f"note: {caveat}")
         learned, reason = learned_from(made, shards[1])
         if learned == "yes":
@@ -105,7 +105,7 @@ def evaluate_tasks(
         elif learned == "unknown":
             say(f"note: it is unknown whether the student learned from images of --test: {reason}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vit.model.to(device)
+    backbone.model.to(device)
     place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()
     train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
@@ -118,7 +118,9 @@ def evaluate_tasks(
             named = None if own else f"{model} {weights}"
             file = result_file(place, task, shards, config, named) if place is not None else None
             result = TASKS[task].probe(
-                EvaluationContext(model, vit, device, shards[0], shards[1], config.evaluate, started, file, computed)
+                EvaluationContext(
+                    model, backbone, device, shards[0], shards[1], config.evaluate, started, file, computed
+                )
             )
             object.__setattr__(result, "learned_from_test", learned)
             result.train.extend(train_names)

@@ -47,16 +47,20 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
     trained = load_result(run)
     recipe = _recipe(run).model_copy(update={"export": config.export})
     check_output(out, mode, STAGE, recipe, [run])
-    vit = load_saved(trained.student)
+    backbone = load_saved(trained.student)
     student = Student(
-        vit, LastBlock(vit.model) if config.export.output == "tokens" else vit.model, config.export.output
+        backbone,
+        LastBlock(backbone.model) if config.export.output == "tokens" else backbone.model,
+        config.export.output,
     )
     with tempfile.TemporaryDirectory(prefix="singer-export-") as scratch:
         written = FORMATS[to](student, Path(scratch))
         difference = compare(student, written.load, config.export)
-        card = ModelCard(to, student.output, run, trained, recipe, vit, difference, written.snippet, written.packages)
+        card = ModelCard(
+            to, student.output, run, trained, recipe, backbone, difference, written.snippet, written.packages
+        )
         text = write_card(card)
-        for caveat in caveats(vit, trained):
+        for caveat in caveats(backbone, trained):
             say(f"note: {caveat}")
         with claimed_output(out, mode, STAGE, recipe, None):
             for file in sorted(Path(scratch).iterdir()):
@@ -69,7 +73,7 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
 def _recipe(run: Path) -> Config:
     """Return the configuration of a finished run, or raise UserError if there is none."""
     if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is no finished run: it has no {CONFIG}")
+        raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
     return load_config(run / CONFIG)
 
 

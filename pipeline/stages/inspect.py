@@ -1,5 +1,9 @@
 """What a cache holds, and what a refiner changes: norms, artifacts, drift at the teacher's readers, pictures.
 
+A reader is a part of the teacher that reads the output of a block: the next block's branch, the norm before it, and
+the final norm. Drift is how much its output changes if it reads refined tokens. Spliced are the teacher's predictions
+if refined tokens replace the output of one block, and the rest of the teacher runs on them.
+
 Run it with `singer inspect CACHE [--refiner REFINER] [--out FOLDER]`. The figures come from held-out records; with a
 refiner, they come from the records that it was not fitted on. The thresholds are the refiner's, or come from the
 records that were not held out.
@@ -60,7 +64,7 @@ class InspectResult:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _BlockData:
     """The data of a block for the page.
 
     norms: (n, patches); where: map (rows, columns) of the percentage of images with an artifact; maps: {title: patch
@@ -89,7 +93,7 @@ def inspect(
     """
     settings = config.refine
     teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copy
-    fitted = read_refiner(refiner) if refiner is not None else None
+    manifest = read_refiner(refiner) if refiner is not None else None
     if refiner is not None:
         cache = open_refined(refiner, cache_path, teacher, blocks, local_copy, OPTION)
     else:
@@ -98,46 +102,46 @@ def inspect(
         check_output(out, mode, STAGE, config, [cache_path, *filter(None, [refiner])])
     loaded = load_refiner(refiner, cache) if refiner is not None else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if fitted is not None:
-        settings = settings.model_copy(update={"seed": fitted.seed, "holdout": fitted.holdout})
+    if manifest is not None:
+        settings = settings.model_copy(update={"seed": manifest.seed, "holdout": manifest.holdout})
     train, held_out = split_records(cache, settings)
     scales = (
-        fitted.scales
-        if fitted is not None
+        manifest.scales
+        if manifest is not None
         else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
     )
     sample = spread(held_out, settings.sample_records)
     suffix = cache.suffix().to(device) if cache.has_suffix else None
     loaded = loaded.to(device) if loaded is not None else None
-    figures, shown, chosen = {}, [], np.empty(0, np.int64)
+    metrics, block_data, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, loaded, scales, sample, device) if loaded is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
         context = gather_context(cache, sample, block, scales[block], suffix, device, settings.seed)
-        figures[block] = _block_figures(context, loaded)
+        metrics[block] = _block_metrics(context, loaded)
         if block in measured:
-            figures[block]["refined"] = measured[block]["after"]
-            figures[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
+            metrics[block]["refined"] = measured[block]["after"]
+            metrics[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
         if not len(chosen):
             chosen = _choose(context)
-        shown.append(_show(context, loaded, chosen))
+        block_data.append(_block_data(context, loaded, chosen))
     result = InspectResult(
         cache=cache.id,
         refiner=str(refiner) if refiner is not None else None,
         records=len(sample),
-        blocks=figures,
+        blocks=metrics,
         page=out / "inspect.html" if out is not None else None,
     )
     if out is not None:
         with claimed_output(out, mode, STAGE, config, settings.seed):
             write_json(out / "inspect.json", {**asdict(result), "page": None})
-            write_atomic(out / "inspect.html", _page(cache, result, shown, sample[chosen], shards).encode())
+            write_atomic(out / "inspect.html", _page(cache, result, block_data, sample[chosen], shards).encode())
     return result
 
 
-def _block_figures(context: FitContext, refiner: Refiner | None) -> dict[str, Any]:
+def _block_metrics(context: FitContext, refiner: Refiner | None) -> dict[str, Any]:
     norms = patch_norms(context.tokens, context.prefix)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "threshold": context.scale.threshold,
         "norms": norm_quantiles(norms),
         "artifacts": norm_summary(norms, context.scale.threshold),
@@ -148,13 +152,13 @@ def _block_figures(context: FitContext, refiner: Refiner | None) -> dict[str, An
         clean = _cleaner(refiner, context.block)
         # Without a grid, the cache holds only a share of the patches, but the teacher's blocks read all of them.
         readable = context.grid is not None and context.teacher_suffix is not None
-        figures |= {
+        metrics |= {
             "drift": reader_drift(context, clean) if readable else {},
             "spliced": splice(context, clean) if readable else {},
             # It is measured on the targets of a student: the normaliser may enlarge artifacts that the cleaner left.
             "loss_share_refined": loss_share(context, lambda x: refiner({context.block: x})[context.block]),
         }
-    return figures
+    return metrics
 
 
 def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
@@ -169,18 +173,18 @@ def _choose(context: FitContext) -> np.ndarray:
     return np.concatenate([worst, others])
 
 
-def _show(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _Shown:
+def _block_data(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _BlockData:
     """Return what the page shows of a block; without a grid, these are only the norms."""
     norms = patch_norms(context.tokens, context.prefix).cpu()
     if context.grid is None:
-        return _Shown(context.block, norms, None, {}, {})
+        return _BlockData(context.block, norms, None, {}, {})
     kinds = {"teacher": context.tokens[torch.from_numpy(chosen)]}
     if refiner is not None:
         kinds["refined"] = refiner.clean(kinds["teacher"], context.block)
     rows, columns = context.grid
     marked = (rows // 2) * columns + columns // 2
     patches = {name: x[:, context.prefix :].cpu() for name, x in kinds.items()}
-    return _Shown(
+    return _BlockData(
         context.block,
         norms,
         artifact_map(context).cpu(),
@@ -192,7 +196,7 @@ def _show(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _
 def _page(
     cache: Cache,
     result: InspectResult,
-    shown: list[_Shown],
+    block_data: list[_BlockData],
     records: np.ndarray,
     shards: Spec | None,
 ) -> str:
@@ -202,8 +206,8 @@ def _page(
             images = cache.pixels(records, _PIXELS, files).numpy()
     except UserError as error:
         say(f"the page has no images: {error}")
-    pictures = {"norms": _draw_norms(shown)}
-    for part in shown:
+    pictures = {"norms": _draw_norms(block_data)}
+    for part in block_data:
         if part.maps:
             pictures[f"maps of block {part.block}"] = _draw_maps(part, images)
     teacher, place = cache.manifest.teacher, str(cache.place)
@@ -212,14 +216,14 @@ def _page(
     )
 
 
-def _draw_norms(shown: list[_Shown]) -> str:
+def _draw_norms(block_data: list[_BlockData]) -> str:
     """Draw box plots of patch norms by block (the paper's Figure 5), and maps of where artifacts are."""
-    wheres = [part for part in shown if part.where is not None]
+    wheres = [part for part in block_data if part.where is not None]
     figure = Figure(figsize=(3.2 * (1 + len(wheres)), 3.2), layout="constrained")
     first, *others = np.atleast_1d(figure.subplots(1, 1 + len(wheres)))
     first.boxplot(
-        [part.norms.flatten().numpy() for part in shown],
-        tick_labels=[f"block {part.block}" for part in shown], whis=(1, 99), flierprops={"markersize": 2},
+        [part.norms.flatten().numpy() for part in block_data],
+        tick_labels=[f"block {part.block}" for part in block_data], whis=(1, 99), flierprops={"markersize": 2},
     )  # fmt: skip
     first.set_yscale("log")
     first.set_ylabel("patch norm")
@@ -232,7 +236,7 @@ def _draw_norms(shown: list[_Shown]) -> str:
     return as_data_url(figure)
 
 
-def _draw_maps(part: _Shown, images: np.ndarray | None) -> str:
+def _draw_maps(part: _BlockData, images: np.ndarray | None) -> str:
     """Draw images above maps of patch norms and of the cosine to the middle patch (the paper's Figure 2)."""
     median = float(part.norms.median())
     rows: list[tuple[str, Tensor, dict[str, Any]]] = []

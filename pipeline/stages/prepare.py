@@ -36,7 +36,7 @@ _PARTIAL = ".partial"
 class PrepareResult:
     """The shards that were written.
 
-    classes: names in the order of their labels; skipped: files that are no readable images; left_out: {kind: how many
+    classes: names in the order of their labels; skipped: files that are not readable images; left_out: {kind: how many
     other files are in the folder}, where a kind is a suffix, or one of the names in importers/walk.py.
     """
 
@@ -55,9 +55,9 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
     """
     settings = config.prepare
     if not images.is_dir():
-        raise UserError(f"{images} {'is no folder of images' if images.exists() else 'does not exist'}")
+        raise UserError(f"{images} {'is not a folder of images' if images.exists() else 'does not exist'}")
     partial = out / _PARTIAL
-    if mode == "new" and partial.is_dir():  # what a run left that failed or was killed is no data set
+    if mode == "new" and partial.is_dir():  # what a run left that failed or was killed is not a data set
         mode = "overwrite"
     check_output(out, mode, STAGE, config, [images, *filter(None, [settings.classes])])
     listing = list_layout(settings.layout, images, settings.split)
@@ -83,7 +83,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
 
 
 def pack(settings: PrepareConfig, listing: Listing, root: Path, pattern: str) -> tuple[int, list[Path]]:
-    """Write the images of a listing as shards; return how many there are, and the files that are no readable images.
+    """Write the images of a listing as shards; return how many there are, and the files that are not readable images.
 
     pattern: the path of a shard, with %06d for its number. Raises UserError for such a file, unless settings skip it.
     """
@@ -118,7 +118,7 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     try:
         classes = [str(name) for name in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(f"prepare.classes: {file} is no classes.json of singer prepare") from None
+        raise UserError(f"prepare.classes: {file} is not a classes.json of singer prepare") from None
     unknown = [name for name in listing.classes if name not in classes]
     if unknown:
         raise UserError(f"prepare.classes: {file} has no class {unknown[0]!r}")

@@ -72,46 +72,46 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     """
     settings = config.refine
     check_names(settings)
-    begun = None
+    known_cache = None
     if mode == "resume" and (out / INPUTS).exists():
-        begun = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
-    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy, begun, OPTION)
+        known_cache = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
         load_refiner(out, cache)
         _remove_intermediate_files(out)
         return _result(out)
-    if begun is not None and begun not in cache.ids:
+    if known_cache is not None and known_cache not in cache.ids:
         raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
     accelerator = make_accelerator("no")
     start = time.perf_counter()
     main = accelerator.is_main_process
-    with watched(accelerator, STAGE) as ranks:
+    with watched(accelerator, STAGE) as processes:
         fit = RefinerFit(cache, settings, split[0], accelerator.device)
         with claimed_output(out, mode, STAGE, config, settings.seed) if main else process_log(out):
             if main:
                 write_json(out / INPUTS, {"cache": cache.id})
-            ranks.wait()
-            _fit(fit, out, ranks)
+            processes.wait()
+            _fit(fit, out, processes)
             if main:
                 _store(fit, out, split[1], start)
     return _result(out)
 
 
-def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
+def _fit(fit: RefinerFit, out: Path, processes: Ranks) -> None:
     """Train this process's share of the adapters, and wait until all processes have trained theirs."""
     cache, settings = fit.cache, fit.settings
     if not fit.starts:
         return
     together = groups(cache.blocks, settings.info_form)
-    for group in together[ranks.rank :: ranks.world]:
+    for group in together[processes.rank :: processes.world]:
         part = Cache(cache.place, None, group, settings.local_copy, cache.id)
         fit_adapters(
             part, fit.refiner, fit.adapter_suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
         )
-    ranks.wait()
-    if ranks.rank == 0:
+    processes.wait()
+    if processes.rank == 0:
         for group in together:
             load_fitted(fit.refiner, group, out)
 
@@ -133,7 +133,7 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
         cache=cache.id,
         cleaner=settings.cleaner,
         normaliser=settings.normaliser,
-        ranks=fit.ranks,
+        ranks=fit.adapter_ranks,
         scales=fit.scales,
         teacher=cache.manifest.teacher.weights,
         seed=settings.seed,

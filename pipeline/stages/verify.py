@@ -7,7 +7,7 @@ features of a random sample again, and they are compared with the stored ones. -
 from contextlib import nullcontext
 from itertools import chain, islice
 
-from pipeline.cache.segments import mine, read_segments
+from pipeline.cache.segments import read_segments, segments_of
 from pipeline.cache.variants import check_held_once
 from pipeline.cache.verify.files import check_segment, unreachable
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport, VerifyResult
@@ -46,7 +46,7 @@ def verify(
         reports = {part.name: check_segment(part) for part in parts}
         reports[""].files |= unreachable(store, parts)
         for extract in chain(first, extractors):
-            for part in mine(parts, extract.teacher):
+            for part in segments_of(parts, extract.teacher):
                 if repair:
                     repair_segment(part, parts, reports[part.name], extract, shards)
                 reports[part.name].live = check_live(part, reports[part.name], extract, shards, sample)

@@ -57,7 +57,7 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
             if here == there or here in there.parents or there in here.parents:
                 raise UserError(f"--out {place} overlaps the input {source}; give another --out")
         if here.exists() and not here.is_dir():
-            raise UserError(f"{place} exists and is no folder; give another --out")
+            raise UserError(f"{place} exists and is not a folder; give another --out")
     store = open_store(place)
     present = store.sizes()
     if not present:
@@ -70,7 +70,7 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         raise UserError(f"{place} exists; {', '.join(remedies)}, or give another --out")
     if PROVENANCE not in present:
         raise UserError(f"{place} was not written by singer and is left alone; give another --out")
-    written = read_json(store, PROVENANCE, "output of singer").get("stage")
+    written = read_json(store, PROVENANCE, "folder of singer").get("stage")
     if written != stage:
         raise UserError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
@@ -153,7 +153,7 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None)
 
 def read_versions(folder: Path) -> dict[str, str]:
     """Return {package: version} that wrote a folder. Raises UserError that names the file if it is damaged."""
-    found = read_json(folder, PROVENANCE, "output of singer").get("versions", {})
+    found = read_json(folder, PROVENANCE, "folder of singer").get("versions", {})
     return validated(found, dict[str, str], f"{folder / PROVENANCE}")
 
 
@@ -211,7 +211,7 @@ def read_json(place: Path | Store, name: str, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         if not is_remote(store.url) and not Path(store.url).exists():
             raise UserError(f"{store.url} does not exist") from None
-        raise UserError(f"{store.url} is no {what}: it has no {name}") from None
+        raise UserError(f"{store.url} is not a {what}: it has no {name}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{file} is damaged: it holds no JSON") from None
     if not isinstance(value, dict):

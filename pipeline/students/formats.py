@@ -48,7 +48,7 @@ class Student:
     module: normalised images (B, 3, size, size) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
     """
 
-    vit: Backbone
+    backbone: Backbone
     module: nn.Module
     output: str
 
@@ -59,16 +59,16 @@ class Student:
         The largest centred square is resized, divided by 255, normalised by mean and std, and given as CHW.
         """
         return {
-            "size": self.vit.image_size,
+            "size": self.backbone.image_size,
             "crop": "center-square",
             "interpolation": INTERPOLATION,
-            "mean": self.vit.mean,
-            "std": self.vit.std,
+            "mean": self.backbone.mean,
+            "std": self.backbone.std,
         }
 
     def images(self, count: int) -> Tensor:
         """Return random images (count, 3, size, size), which are always the same for a count."""
-        shape = (count, 3, self.vit.image_size, self.vit.image_size)
+        shape = (count, 3, self.backbone.image_size, self.backbone.image_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(count))
 
 
@@ -104,18 +104,18 @@ class Written:
 def write_timm(student: Student, folder: Path) -> Written:
     """Write timm's local-dir layout, which the run directory has, too."""
     _require_whole_model(student, "timm")
-    save_backbone(student.vit, student.vit.model.state_dict(), folder)
+    save_backbone(student.backbone, student.backbone.model.state_dict(), folder)
     return _read_timm(student, folder)
 
 
 def write_hf(student: Student, folder: Path) -> Written:
     """Write a repository for the Hugging Face Hub; timm (`hf-hub:`) and the TimmWrapper of transformers read it."""
     _require_whole_model(student, "hf")
-    config = timm_config(student.vit)
+    config = timm_config(student.backbone)
     # TimmWrapper passes num_classes itself and fails if it is also in model_args. timm takes it from pretrained_cfg.
     config["model_args"] = {k: v for k, v in config["model_args"].items() if k != "num_classes"}
     write_json(folder / "config.json", config)
-    state = {k: v.contiguous() for k, v in student.vit.model.state_dict().items()}
+    state = {k: v.contiguous() for k, v in student.backbone.model.state_dict().items()}
     # Some versions of transformers refuse a safetensors file that does not say which framework wrote it.
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return _read_timm(student, folder)
@@ -235,10 +235,10 @@ def _require_whole_model(student: Student, to: str) -> None:
 
 
 def _read_timm(student: Student, folder: Path) -> Written:
-    vit = student.vit
-    tokens = "patches, prefix" if vit.prefix else "patches"
-    more = ", return_prefix_tokens=True" if vit.prefix else ""
-    layout = "NLC" if vit.gives_tokens else "NCHW"
+    backbone = student.backbone
+    tokens = "patches, prefix" if backbone.prefix else "patches"
+    more = ", return_prefix_tokens=True" if backbone.prefix else ""
+    layout = "NLC" if backbone.gives_tokens else "NCHW"
     snippet = f"""import timm
 import torch
 from PIL import Image

@@ -139,14 +139,14 @@ def make_plan(tree: Any) -> Plan:
 class _Draft:
     """A run before it has its final name.
 
-    given: its name in the file, if any; own: the keys that its name contains, too; fitted: whether it has a refiner.
+    given: its name in the file, if any; own: the keys that its name contains, too.
     """
 
     given: str | None
     own: tuple[str, ...]
     changes: dict[str, Value]
     config: Config
-    fitted: bool
+    has_refiner: bool
 
 
 def _base(base: Any) -> str | dict[str, Any]:
@@ -184,9 +184,9 @@ def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any])
     if REFINER in entry.set or REFINER in point:
         resolved[REFINER] = refiner or "none"
     # Joint training trains its own adapters.
-    fitted = refiner == "fit" and not config.distill.joint
+    has_refiner = refiner == "fit" and not config.distill.joint
     own = [*(() if entry.name else entry.set), *point]
-    return _Draft(entry.name, tuple(own), resolved, config, fitted)
+    return _Draft(entry.name, tuple(own), resolved, config, has_refiner)
 
 
 def _check_key(key: str) -> None:
@@ -205,10 +205,10 @@ def _at(config: Config, key: str) -> Value:
     return config.model_dump(mode="json")[section][name]
 
 
-def _settings(config: Config, fitted: bool) -> dict[str, Value]:
+def _settings(config: Config, has_refiner: bool) -> dict[str, Value]:
     tree = config.model_dump(mode="json")
-    sections = [s for s in SECTIONS if s != "refine" or fitted or config.distill.joint]
-    return {REFINER: "fit" if fitted else "none", **{f"{s}.{k}": v for s in sections for k, v in tree[s].items()}}
+    sections = [s for s in SECTIONS if s != "refine" or has_refiner or config.distill.joint]
+    return {REFINER: "fit" if has_refiner else "none", **{f"{s}.{k}": v for s in sections for k, v in tree[s].items()}}
 
 
 def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
@@ -224,10 +224,10 @@ def _named(drafts: list[_Draft]) -> tuple[list[Run], dict[str, Config]]:
 
     names = _unique([(name(d, True), d.changes) for d in drafts])
     # A refiner is named after the first run that needs it.
-    firsts = {_section(d): d for d in reversed(drafts) if d.fitted}
+    firsts = {_section(d): d for d in reversed(drafts) if d.has_refiner}
     refiner_names = dict(zip(firsts, _unique([(_refiner_name(d), s) for s, d in firsts.items()]), strict=True))
     runs = [
-        Run(n, name(d, False), d.changes, d.config, refiner_names[_section(d)] if d.fitted else None)
+        Run(n, name(d, False), d.changes, d.config, refiner_names[_section(d)] if d.has_refiner else None)
         for n, d in zip(names, drafts, strict=True)
     ]
     return runs, {refiner_names[section]: draft.config for section, draft in firsts.items()}

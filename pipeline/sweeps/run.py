@@ -163,10 +163,10 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
         folder = out / RUNS / run.name
         if not (folder / INPUTS).exists():
             continue
-        fitted, joint = run.refiner is not None, run.config.distill.joint
-        if (read_json(folder, INPUTS, "run").get("adapters") is not None) != fitted:
-            _refuse(f"run {run.name}", out, "refiner none, not fit" if fitted else "refiner fit, not none")
-        sections = ["student", "distill", *(["refine"] if fitted or joint else [])]
+        needs_refiner, joint = run.refiner is not None, run.config.distill.joint
+        if (read_json(folder, INPUTS, "run").get("adapters") is not None) != needs_refiner:
+            _refuse(f"run {run.name}", out, "refiner none, not fit" if needs_refiner else "refiner fit, not none")
+        sections = ["student", "distill", *(["refine"] if needs_refiner or joint else [])]
         _refuse(f"run {run.name}", out, config_change(open_store(folder), run.config, sections))
 
 
@@ -213,7 +213,7 @@ def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, 
 
 def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
     """Yield the jobs that are not done yet, each refiner before the first run that needs it."""
-    fitted = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
+    finished = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
     left = []
     for run in plan.runs:
         folder = setting.out / RUNS / run.name
@@ -224,8 +224,8 @@ def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) 
         left.append(Task(run.name, run.config, needs, probes))
     for members in _passes(left, plan.together):
         for needs in dict.fromkeys(m.needs for m in members):
-            if needs is not None and needs not in fitted:
-                fitted.add(needs)
+            if needs is not None and needs not in finished:
+                finished.add(needs)
                 yield Job("refiner", (Task(needs, plan.refiners[needs]),))
         yield Job("run", members)
 

@@ -58,7 +58,7 @@ class Worker:
         code = self._end(self._process)
         error = f"its process died ({'signal' if code < 0 else 'exit code'} {abs(code)}); see {self._log.name}"
         if len(job.members) == 1 or self._killed:
-            # Death by a signal is no defect: the system sends it, most often because memory is short.
+            # Death by a signal is not a defect: the system sends it, most often because memory is short.
             return {member.name: Failure(error, defect=code > 0) for member in job.members}
         say(f"{job.names}: {error}; they now train one by one")
         failed: dict[str, Failure] = {}

@@ -63,28 +63,28 @@ class Backbone:
         return self.layout[-1][1]
 
 
-def save_backbone(vit: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
+def save_backbone(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
     """Save weights and configuration; timm.create_model("local-dir:FOLDER", pretrained=True) then gives the model."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
-    write_json(folder / "config.json", timm_config(vit))
+    write_json(folder / "config.json", timm_config(backbone))
 
 
-def timm_config(vit: Backbone) -> dict[str, Any]:
+def timm_config(backbone: Backbone) -> dict[str, Any]:
     """Return the configuration that timm stores as config.json beside the weights."""
-    own = {key: vit.model.pretrained_cfg.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
+    own = {key: backbone.model.pretrained_cfg.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
     return {
-        "architecture": vit.architecture,
-        "num_classes": vit.model.num_classes,
-        "num_features": vit.model.num_features,
-        "model_args": vit.model_args,
+        "architecture": backbone.architecture,
+        "num_classes": backbone.model.num_classes,
+        "num_features": backbone.model.num_features,
+        "model_args": backbone.model_args,
         "pretrained_cfg": {
-            "num_classes": vit.model.num_classes,
-            "input_size": (3, vit.image_size, vit.image_size),
+            "num_classes": backbone.model.num_classes,
+            "input_size": (3, backbone.image_size, backbone.image_size),
             "interpolation": INTERPOLATION,
             "crop_pct": 1.0,
-            "mean": vit.mean,
-            "std": vit.std,
+            "mean": backbone.mean,
+            "std": backbone.std,
             **own,
         },
     }

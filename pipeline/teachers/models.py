@@ -68,9 +68,9 @@ def check_known(name: str, message: str) -> None:
     raise UserError(message + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _frozen(vit: Backbone) -> Backbone:
-    vit.model.requires_grad_(False).eval()
-    return vit
+def _frozen(backbone: Backbone) -> Backbone:
+    backbone.model.requires_grad_(False).eval()
+    return backbone
 
 
 def create_model(

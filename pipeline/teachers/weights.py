@@ -128,7 +128,7 @@ def _state_dict(loaded: Any, path: Path, averaged: bool, taken: _Taken) -> dict[
         if tensors:
             others = len(loaded) - len(tensors)
             if others:
-                taken.steps.append(f"left out {others} values that are no tensors")
+                taken.steps.append(f"left out {others} values that are not tensors")
             return tensors
     keys = f"; it has {', '.join(map(repr, list(loaded)[:5]))}" if isinstance(loaded, dict) else ""
     raise UserError(f"weights {path}: no state dict of tensors was found{keys}")
@@ -159,7 +159,7 @@ def _wrappings(name: str) -> list[str]:
 
 
 def describe_size(state: Mapping[str, Tensor]) -> tuple[int, int, int] | None:
-    """Return (width, number of blocks, patch size) of a ViT's state dict; None if it is no ViT's."""
+    """Return (width, number of blocks, patch size) of a ViT's state dict; None if it is not a ViT's."""
     patch = next((t for n, t in state.items() if n.endswith("patch_embed.proj.weight") and t.dim() == 4), None)
     blocks = {n.split(".")[1] for n in state if n.startswith("blocks.") and n.split(".")[1].isdigit()}
     return None if patch is None or not blocks else (int(patch.shape[0]), len(blocks), int(patch.shape[-1]))

@@ -19,10 +19,10 @@ from pipeline.data.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
 from pipeline.training.checkpoint import Checkpoint, RunLog
+from singer.adapter_losses import COUPLED, RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter
 from singer.errors import UserError
-from singer.losses import COUPLED, RefinementBatch, adapter_losses
 from singer.refiner import Refiner
 from singer.suffix import TeacherSuffix
 

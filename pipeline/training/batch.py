@@ -39,12 +39,12 @@ class TeacherFeatures:
 class Batch:
     """A batch on the device.
 
-    images: (B, 3, H, W); shown: the features of each teacher; weights: (B,), the weight of each record in the mean;
+    images: (B, 3, H, W); teacher_features: those of each teacher; weights: (B,), the weight of each record in the mean;
     labels: (B,), negative where there is none.
     """
 
     images: Tensor
-    shown: Sequence[TeacherFeatures]
+    teacher_features: Sequence[TeacherFeatures]
     weights: Tensor
     labels: Tensor
 
@@ -53,8 +53,8 @@ class Batch:
         size = part_size(len(self.weights), parts)
         for start in range(0, len(self.weights), size):
             rows = slice(start, start + size)
-            shown = [s.rows(rows) for s in self.shown]
-            yield Batch(self.images[rows], shown, self.weights[rows], self.labels[rows])
+            teacher_features = [s.rows(rows) for s in self.teacher_features]
+            yield Batch(self.images[rows], teacher_features, self.weights[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ class StoredBatch:
 
     def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
         """Move and decode everything once; return a Batch for every student. Equal inputs are shared by students."""
-        shown = [TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)]
+        teacher_features = [
+            TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)
+        ]
         weights, labels = self.weights.to(device), self.labels.to(device).long()
         keys = [(s.image_size, s.mean, s.std) for s in students]
         images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
-        return [Batch(images[key], shown, weights, labels) for key in keys]
+        return [Batch(images[key], teacher_features, weights, labels) for key in keys]
 
 
 class BatchLoader:

@@ -39,32 +39,36 @@ class CachedTeacher:
 
 
 def open_teachers(
-    settings: DistillConfig, places: Places, refiners: Refiners, begun: Mapping[str, str | None] | None = None
+    settings: DistillConfig, places: Places, refiners: Refiners, started_on: Mapping[str, str | None] | None = None
 ) -> list[CachedTeacher]:
     """Open the teachers of a run, with the blocks of distill.blocks, or else those of their refiners.
 
-    begun: the input_hashes of a run that is resumed. Raises UserError if a cache or refiner does not exist, if a name
-    fits several variants of a teacher, if a list does not have one value for each cache, or if the caches hold
+    started_on: the input_hashes of a resumed run. Raises UserError if a cache or refiner does not exist, if a name fits
+    several variants of a teacher, if a list does not have one value for each cache, or if the caches hold
     different records.
     """
     listed = as_places(places)
     count = len(listed)
     given = [refiners] if isinstance(refiners, Path) else refiners
-    fitted = _each("--refiner (none for raw targets)", given, count, None)
+    refiner_paths = _each("--refiner (none for raw targets)", given, count, None)
     teachers = _each("distill.teacher", settings.teachers, count, None)
     chosen = _each("distill.blocks", settings.blocks_by_teacher, count, None)
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
-    notes = [read_refiner(path) if path is not None else None for path in fitted]
+    notes = [read_refiner(path) if path is not None else None for path in refiner_paths]
     caches = []
-    for n, (place, path, teacher, blocks) in enumerate(zip(listed, fitted, teachers, chosen, strict=True), start=1):
+    for n, (place, path, teacher, blocks) in enumerate(
+        zip(listed, refiner_paths, teachers, chosen, strict=True), start=1
+    ):
         option = _option(teachers, n)
         if path is not None:
             caches.append(open_refined(path, place, teacher, blocks, settings.local_copy, option))
         else:
-            known = (begun or {}).get(numbered("cache", n))
+            known = (started_on or {}).get(numbered("cache", n))
             caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
     check_records(caches)
-    return [CachedTeacher(*source) for source in zip(_names(caches), caches, fitted, notes, weights, strict=True)]
+    return [
+        CachedTeacher(*source) for source in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)
+    ]
 
 
 def as_places(places: Places) -> list[Place]:

@@ -66,12 +66,12 @@ class TeacherBranch:
 
         def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
             tokens = {int(t): project(kept[self.matching[int(t)]]).float() for t, project in projectors.items()}
-            return self.targets.meet(tokens, self.grids, positions)
+            return self.targets.student_tokens(tokens, self.grids, positions)
 
         return Tokens(projected(self.projectors), projected(self.unit_projectors))
 
     def losses(
-        self, outputs: Mapping[int, Tensor], shown: TeacherFeatures, weights: Tensor, labels: Tensor
+        self, outputs: Mapping[int, Tensor], stored: TeacherFeatures, weights: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """Return named scalar losses of the student's outputs.
 
@@ -80,17 +80,17 @@ class TeacherBranch:
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
         if self.joint is None:
-            wanted = targets.refine(shown.features)
+            wanted = targets.refine(stored.features)
         else:
             assert self.adapters is not None
             with torch.autocast(device, enabled=False):
-                refined = self.adapters(shown.features)
-                losses = self._joint_losses(shown.features, refined, weights)
+                refined = self.adapters(stored.features)
+                losses = self._joint_losses(stored.features, refined, weights)
             wanted = Tokens(refined, refined)
-        tokens = self.tokens(outputs, shown.positions)
+        tokens = self.tokens(outputs, stored.positions)
         wanted = Tokens(
-            targets.arrange({b: wanted.normalised[b] for b in self.normalised_blocks}, shown.positions),
-            targets.arrange({b: wanted.cleaned[b] for b in self.cleaned_blocks}, shown.positions),
+            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions),
+            targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions),
         )
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
@@ -128,8 +128,8 @@ class Distiller(nn.Module):
         """Return named scalar losses; their sum is minimised."""
         outputs = block_outputs(self.student, batch.images, self.blocks)
         losses: dict[str, Tensor] = {}
-        for head, shown in zip(self.heads, batch.shown, strict=True):
-            found = head.losses(outputs, shown, batch.weights, batch.labels)
+        for head, features in zip(self.heads, batch.teacher_features, strict=True):
+            found = head.losses(outputs, features, batch.weights, batch.labels)
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses

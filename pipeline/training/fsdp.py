@@ -50,8 +50,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
     the number of weights that this process keeps, and the number of all weights.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for vit in [module for module in model.modules() if gives_tokens(module)]:
-        blocks: Any = getattr(vit, "blocks", ())
+    for backbone in [module for module in model.modules() if gives_tokens(module)]:
+        blocks: Any = getattr(backbone, "blocks", ())
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -10,9 +10,9 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
 from pipeline.training.refiner_fit import RefinerFit
+from singer.adapter_losses import RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter
-from singer.losses import RefinementBatch, adapter_losses
 from singer.refiner import Refiner
 from singer.suffix import TeacherSuffix
 

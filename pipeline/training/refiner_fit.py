@@ -11,10 +11,10 @@ from pipeline.runtime.progress import say
 from pipeline.training.stored_refiners import (
     empty_refiner,
 )
+from singer.adapter_losses import COUPLED
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
 from singer.errors import UserError
-from singer.losses import COUPLED
 from singer.subspaces import BASES, best_rank
 from singer.suffix import TeacherSuffix
 
@@ -36,8 +36,8 @@ class RefinerFit:
                     "cache another block"
                 )
             self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
-            self.ranks = {b: start.shape[1] for b, start in self.starts.items()}
-        self.refiner = empty_refiner(cache, settings, self.ranks).to(device)
+            self.adapter_ranks = {b: start.shape[1] for b, start in self.starts.items()}
+        self.refiner = empty_refiner(cache, settings, self.adapter_ranks).to(device)
 
     @property
     def adapter_suffix(self) -> TeacherSuffix:

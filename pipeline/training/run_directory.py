@@ -105,12 +105,14 @@ def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if not place.is_dir():
-            raise UserError(f"{place} is no folder; report takes runs of singer distill, or a sweep")
+            raise UserError(f"{place} is not a folder; report takes runs of singer distill, or a sweep")
         if (place / RUN).is_file():
             found.append(place)
             continue
         if not (place / RUNS).is_dir():
-            raise UserError(f"{place} is no finished run: it has no {RUN}, nor is it a sweep; finish it with --resume")
+            raise UserError(
+                f"{place} is not a finished run: it has no {RUN}, nor is it a sweep; finish it with --resume"
+            )
         inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
         done = [folder for folder in inside if (folder / RUN).is_file()]
         if not done:

@@ -42,9 +42,10 @@ from pipeline.training.run_directory import (
     TeacherNote,
 )
 from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets
 from pipeline.training.trackers import Tracking, check_trackers
-from pipeline.training.trainer import StudentRun, train
+from pipeline.training.trainer import train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.refiner import Refiner
@@ -107,10 +108,10 @@ class NewStudent:
         found = []
         for source, head in zip(self.sources, self.distiller.heads, strict=True):
             t, note = source.cache.manifest.teacher, source.note
-            fitted = str(source.refiner) if source.refiner is not None else None
+            path = str(source.refiner) if source.refiner is not None else None
             teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(TeacherLink(source.cache.id, fitted, head.matching, teacher, refiner, str(source.cache.place)))
+            found.append(TeacherLink(source.cache.id, path, head.matching, teacher, refiner, str(source.cache.place)))
         return found
 
     def matched(self) -> list[str]:

@@ -14,10 +14,10 @@ from pipeline.config import RefineConfig
 from pipeline.storage import Place
 from pipeline.storage.outputs import read_as
 from pipeline.storage.tensors import read_tensors
+from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
 from singer.errors import UserError
-from singer.losses import INFO_FORMS, OUTLIER_FORMS
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
 from singer.subspaces import BASES

@@ -69,7 +69,7 @@ class Targets:
             cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
             return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
 
-    def arrange(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
+    def target_tokens(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
         """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled."""
         teacher = self.cache.manifest.teacher
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
@@ -79,9 +79,9 @@ class Targets:
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
         """Return normalised targets {block: (B, N, d)} of stored records."""
-        return self.arrange(self.refine(self.features(encoded)).normalised, encoded.positions)
+        return self.target_tokens(self.refine(self.features(encoded)).normalised, encoded.positions)
 
-    def meet(
+    def student_tokens(
         self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
     ) -> dict[int, Tensor]:
         """Bring student tokens to the places of the targets, which are the sampled positions if patches were sampled.

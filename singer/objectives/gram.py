@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from singer.losses import cosine_gram
+from singer.adapter_losses import cosine_gram
 from singer.objectives.base import Objective
 
 

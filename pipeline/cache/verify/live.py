@@ -74,10 +74,10 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
             "cache": config.cache.model_copy(update={"precision": known.precision}),
         }
     )
-    vit = load_teacher(config.teacher)
+    backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    vit.model.to(accelerator.device)
-    return Extractor(config, vit, accelerator)
+    backbone.model.to(accelerator.device)
+    return Extractor(config, backbone, accelerator)
 
 
 def computable(segment: Segment, report: SegmentReport) -> bool:

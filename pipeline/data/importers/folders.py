@@ -88,7 +88,7 @@ def imagenet_1k(root: Path, split: str) -> Listing:
     numbers = {str(int(s["ILSVRC2012_ID"])): classes.index(str(s["WNID"])) for s in leaves}
     unknown = [line for line in truth if line not in numbers]
     if unknown:
-        raise UserError(f"{root / _DEVKIT / _TRUTH} has {unknown[0]!r}, which is no class of meta.mat beside it")
+        raise UserError(f"{root / _DEVKIT / _TRUTH} has {unknown[0]!r}, which is not a class of meta.mat beside it")
     entries = [Entry(str(file), numbers[line]) for file, line in zip(files, truth, strict=True)]
     return Listing(entries, classes, left_out=left_out)
 
@@ -103,7 +103,7 @@ def imagenet_v2(root: Path, split: str) -> Listing:
     listing = _class_folders(root)
     wrong = [name for name in listing.classes if not name.isdecimal()]
     if wrong:
-        raise UserError(f"{root / wrong[0]} is no class number; the folders of this layout are 0 to 999")
+        raise UserError(f"{root / wrong[0]} is not a class number; the folders of this layout are 0 to 999")
     numbers = [int(name) for name in listing.classes]
     entries = [Entry(e.file, numbers[e.label], e.beside) for e in listing.entries if e.label is not None]
     return Listing(entries, [], left_out=listing.left_out)

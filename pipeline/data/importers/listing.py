@@ -33,7 +33,7 @@ class Listing:
     """What a data set holds.
 
     classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}; left_out:
-    {kind: how many files of the data set's folders are no images}, see walk.Found; class_root: the folder whose
+    {kind: how many files of the data set's folders are not images}, see walk.Found; class_root: the folder whose
     sub-folders are the classes, if these are known from there.
     """
 
@@ -79,7 +79,7 @@ def read_lines(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in existing(file).read_text().splitlines()]
     except UnicodeDecodeError:
-        raise UserError(f"{file} is no text") from None
+        raise UserError(f"{file} is not text") from None
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{file} is empty")

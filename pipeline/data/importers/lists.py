@@ -14,7 +14,7 @@ def _listed(pairs: Iterable[tuple[Path, int]], source: Path) -> list[Entry]:
 
 
 def _numbered(names: list[str], classes: list[str], source: Path) -> list[int]:
-    """Return the number of each name among the classes. Raises UserError for one that is no class."""
+    """Return the number of each name among the classes. Raises UserError for one that is not a class."""
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = [name for name in names if name not in numbers]
     if unknown:

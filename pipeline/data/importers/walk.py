@@ -81,5 +81,5 @@ def as_text(left_out: Counter[str]) -> str:
 
 
 def printable(text: object) -> str:
-    """Return a text on one line: control characters and bytes that are no UTF-8 are written as escapes."""
+    """Return a text on one line: control characters and bytes that are not UTF-8 are written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

@@ -74,7 +74,7 @@ class Kind:
 
 @dataclass
 class Rows:
-    """Collects the samples of a source that is no tar, in order."""
+    """Collects the samples of a source that is not a tar, in order."""
 
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -114,7 +114,7 @@ def file_size(path: str) -> int:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError("is no regular file")
+        raise UserError("is not a regular file")
     if not status.st_size:
         raise UserError("is empty")
     return status.st_size
@@ -123,7 +123,7 @@ def file_size(path: str) -> int:
 def numbered(labels: Sequence[str | int | None], where: str) -> tuple[list[int], list[str]]:
     """Return labels as class numbers, and the names of classes, sorted, if labels are names.
 
-    None, "" and -1 are no label. Raises UserError for a number that is no class number. where: for messages.
+    None, "" and -1 are not label. Raises UserError for a number that is not a class number. where: for messages.
     """
     texts = ["" if label is None else str(label).strip() for label in labels]
     texts = ["" if text == str(NO_LABEL) else text for text in texts]

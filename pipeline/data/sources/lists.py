@@ -53,7 +53,7 @@ def _objects(file: Iterable[str], path: Path) -> Iterator[Pair]:
             name = next((value[key] for key in PATHS if key in value), None) if isinstance(value, dict) else None
             label = next((value[key] for key in LABELS if key in value), None) if isinstance(value, dict) else None
             if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, str | int | None):
-                raise ValueError(f"line {number} is no object with {' or '.join(PATHS)}, and {' or '.join(LABELS)}")
+                raise ValueError(f"line {number} is not an object with {' or '.join(PATHS)}, and {' or '.join(LABELS)}")
             yield name, label
 
 
@@ -73,7 +73,7 @@ def read_pairs(path: Path) -> Sequence[Pair]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error, RecursionError) as error:
-        raise UserError(f"{path} is no list of images: {error}") from None
+        raise UserError(f"{path} is not a list of images: {error}") from None
 
 
 def _list(path: Path, options: Options) -> SourceListing:

@@ -27,7 +27,7 @@ class RefinementBatch:
     prefix: int
 
     def clean(self, block: int) -> Tensor:
-        """Return True (B, patches) where the ORIGINAL token is no artifact."""
+        """Return True (B, patches) where the ORIGINAL token is not an artifact."""
         return clean_mask(patch_norms(self.original[block], self.prefix), self.scales[block].threshold)
 
     def next_block_outputs(self, block: int) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 from conftest import WIDTH, make_vit
 from torch import Tensor
 
+from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS, RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
 from singer.errors import UserError
-from singer.losses import INFO_FORMS, OUTLIER_FORMS, RefinementBatch, adapter_losses
 from singer.suffix import TeacherSuffix, suffix_state
 
 SCALE = BlockScale(median=2.0, threshold=4.0)
@@ -38,7 +38,7 @@ def test_quantile_outliers(form: str, power: int) -> None:
     loss = OUTLIER_FORMS[form](norms, SCALE, 0.9)
     assert loss.item() == pytest.approx((excess**power).mean(), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, norms)
-    # The quantile is no path for the gradient: only the tokens above it are pushed.
+    # The quantile is not a path for the gradient: only the tokens above it are pushed.
     assert torch.equal(gradient > 0, norms > torch.from_numpy(limit).float())
 
 
