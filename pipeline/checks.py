@@ -26,8 +26,8 @@ _REFINE = {
     "refine.cleaner": ("singer.cleaners", "CLEANERS"),
     "refine.normaliser": ("singer.normalisers", "NORMALISERS"),
     "refine.basis": ("singer.subspaces", "BASES"),
-    "refine.outlier_form": ("singer.losses", "OUTLIER_FORMS"),
-    "refine.info_form": ("singer.losses", "INFO_FORMS"),
+    "refine.outlier_form": ("singer.adapter_losses", "OUTLIER_FORMS"),
+    "refine.info_form": ("singer.adapter_losses", "INFO_FORMS"),
 }
 _DISTILL = {
     "distill.objective": ("singer.objectives", "OBJECTIVES"),

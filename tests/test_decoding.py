@@ -23,11 +23,14 @@ from pipeline.cache import Cache
 from pipeline.cache.index import Index, join
 from pipeline.data import ImageFile, Images, Keys, index_shards, list_images
 from pipeline.data.decoder_warnings import watched_decoders
-from pipeline.data.decoding import decode_rgb, named_errors
+from pipeline.data.decoding import MAX_PIXELS, decode_rgb, named_errors, read_size
+from pipeline.planning.plan import plan
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
+from pipeline.training.cached_teachers import open_images
 from singer.errors import UserError
 
 SIDEWAYS = 6
@@ -249,3 +252,57 @@ def test_prepare_keeps_every_format(tmp_path: Path) -> None:
     assert packed == as_named and result.skipped == []
     found = validate_images(index_shards(str(result.shards[0])), 2, "fail")
     assert len(found.images) == len(files) and found.unreadable == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "size"),
+    [
+        ("JPEG", 48 * 32, (48, 32)),
+        ("JPEG", 48 * 32 - 1, (24, 16)),
+        ("JPEG", 24 * 16 - 1, (12, 8)),
+        ("JPEG", 12 * 8 - 1, (6, 4)),
+        ("JPEG", 5, (6, 4)),  # no decoder makes it smaller
+        ("MPO", 24 * 16, (24, 16)),
+        ("JPEG2000", 24 * 16, (24, 16)),
+        ("JPEG2000", 12 * 8, (12, 8)),
+        ("PNG", 5, (48, 32)),
+    ],
+)
+def test_a_very_large_image_is_decoded_smaller(
+    kind: str, limit: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 100 million pixels are a few: within the limit that the user sets, colours stay, and sizes agree."""
+    monkeypatch.setattr("pipeline.data.decoding.MAX_PIXELS", limit)
+    options: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", (48, 32))]} if kind == "MPO" else {}
+    for orientation in (1, 6) if kind == "JPEG" else (1,):
+        tag = {"exif": exif(orientation)} if kind == "JPEG" else {}
+        data = saved(Image.fromarray(PICTURE), kind, **options, **tag)
+        found = decode_rgb(data, max_pixels=48 * 32)
+        assert found.size == read_size(data, max_pixels=48 * 32) == (size if orientation == 1 else size[::-1])
+        whole = Image.fromarray(PICTURE if orientation == 1 else np.rot90(PICTURE, -1).copy()).resize(found.size)
+        edge = np.s_[:1, :1]
+        assert np.abs(np.asarray(found)[edge].astype(int) - np.asarray(whole)[edge]).max() < 12
+    with pytest.raises(Image.DecompressionBombError, match=r"48 x 32 .*--set data\.max_pixels=1536 allows"):
+        decode_rgb(data, max_pixels=48 * 32 - 1)
+
+
+def test_the_key_reaches_every_reader(world: Path, tmp_path: Path) -> None:
+    """What is refused by one command is allowed in the words of its message; students and checks of a cache follow."""
+    shard = photos(tmp_path / "a.tar")
+    small = "data.max_pixels=3071"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(photo())
+    with pytest.raises(UserError, match=r"in/a\.jpg .*--set data\.max_pixels=3072 allows"):
+        prepare(world_config(world, small), tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match=r"'000' in .*a\.tar .*--set data\.max_pixels=3072 allows"):
+        cache_teacher(world_config(world, small), str(shard), tmp_path / "c")
+    with pytest.raises(UserError, match=r"a\.tar .*--set data\.max_pixels=3072 allows"):
+        plan(world_config(world, small), str(shard), seconds=0)
+    assert cache_teacher(world_config(world, "data.max_pixels=3072"), str(shard), tmp_path / "c", "resume").records == 8
+    cache = Cache(tmp_path / "c")
+    with open_images(cache) as files:
+        assert files is not None and files.images.max_pixels > MAX_PIXELS
+    assert verify(world_config(world, small), tmp_path / "c", live=True).whole
+    with pytest.raises(UserError, match=r"--set data\.max_pixels=\d+ allows"):
+        images = str(world / "test" / "*.tar")
+        evaluate(world_config(world, "data.max_pixels=100"), world / "teacher", None, images, "retrieval")

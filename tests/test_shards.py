@@ -555,12 +555,17 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
     assert not caught and threading.active_count() <= threads
 
 
-def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pixels(tmp_path: Path) -> None:
     images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
-    monkeypatch.setattr("pipeline.data.decoding.MAX_PIXELS", 399)
-    with ImageFile(images) as files, pytest.raises(UserError, match="20 x 20 pixels are too many"):
+    images = replace(images, max_pixels=399)
+    with (
+        ImageFile(images) as files,
+        pytest.raises(UserError, match="20 x 20 pixels are too many; --set data.max_pixels=400 allows them"),
+    ):
         files.read(0)
-    assert validate_images(images, 1, "skip").unreadable == {"a": "20 x 20 pixels are too many"}
+    assert validate_images(images, 1, "skip").unreadable == {
+        "a": "20 x 20 pixels are too many; --set data.max_pixels=400 allows them"
+    }
 
 
 def fuzzed_tar(path: Path) -> bytes:

@@ -85,7 +85,8 @@ def fill(
     if not pending:
         return 0
     manifest = segment.manifest
-    images = relocate(read_images(segment.store, manifest.data.decoding), shards)
+    listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
+    images = relocate(listed, shards)
     rows = rows_of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.cache.index import Index
 from pipeline.cache.manifest import Manifest
 from pipeline.config import ViewsConfig
-from pipeline.data import ImageFile, Images, OnError, decode_rgb, image_digest, one_line
+from pipeline.data import ImageFile, Images, OnError, image_digest, one_line
 from pipeline.data.decoder_warnings import naming
 from pipeline.data.views import View, apply_view, draw_view
 from singer.errors import UserError
@@ -123,7 +123,7 @@ class RowReader:
             raise UserError(f"image {self.rows.images.keys[number]!r} has changed since it was cached ({where})")
         try:
             with naming(where):
-                return decode_rgb(data, self._files.images.decoding), digest
+                return self._files.decode(data), digest
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(

@@ -84,7 +84,7 @@ class Learning:
         yield self._report()
 
     def _cache(self, steps: Steps) -> Stage:
-        out, shards = self.out / CACHE, repeated("--shards", self.train)
+        out, shards = self.out / CACHE, repeated("--images", self.train)
         return Stage(
             CACHE,
             "caching the teacher's features",

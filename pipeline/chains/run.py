@@ -16,7 +16,7 @@ from pipeline.chains.split import Photos, Split, is_folder_of_images, shards_of,
 from pipeline.chains.steps import Steps, chain
 from pipeline.checks import GIVEN, check_chain
 from pipeline.config import Config, dump_config, load_config
-from pipeline.data import index_shards
+from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.plan import free_bytes
@@ -113,7 +113,7 @@ def _on_device(config: Config, steps: Steps) -> Config:
 
 
 def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
-    """Return the stage that makes shards. Its result: the shards as --shards takes them, and images in a shard."""
+    """Return the stage that makes shards. Its result: the shards as --images takes them, and images in a shard."""
     folder = out / SHARDS
 
     def pack() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
 def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any]) -> dict[str, Any]:
     """Split the shards, choose, and write the configuration with the choice. Return the split and the choice."""
     parts = split(config, shards)
-    listed = index_shards(parts.train, config.cache.on_error)
+    listed = list_images(config, parts.train)
     costs = measure_costs(config, listed, steps.accelerator.device)
     disk = None if given["disk-gb"] is None else int(given["disk-gb"] * 1e9)
     processes = steps.accelerator.num_processes

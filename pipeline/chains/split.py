@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Config
-from pipeline.data import Images, index_shards, resolve
+from pipeline.data import Images, list_images, resolve
 from pipeline.data.importers.listing import KEPT
 from pipeline.data.tars import NO_LABEL
 from pipeline.evaluation.classification import check
@@ -27,7 +27,7 @@ _LEARN, _TEST = 20_000, 10_000
 
 @dataclass(frozen=True)
 class Split:
-    """What a chain learns from and is tested on, as --shards takes it.
+    """What a chain learns from and is tested on, as --images takes it.
 
     train: shards that are cached; probe: those of them from which probes learn; test: held-out shards, none if there
     are no labels; images, probed: images in train, and in probe and test together; why: why nothing is held out.
@@ -47,7 +47,7 @@ def is_folder_of_images(photos: Photos) -> bool:
 
 
 def shards_of(config: Config, photos: Photos, packed: Path, mode: Mode) -> tuple[Config, list[str]]:
-    """Return the shards of `photos`, as --shards takes them, and the configuration that packs them.
+    """Return the shards of `photos`, as --images takes them, and the configuration that packs them.
 
     A folder of images is packed into the folder `packed` by singer prepare; small ones into several shards, so that
     some can be held out.
@@ -72,7 +72,7 @@ def packing(config: Config, photos: Path) -> Config:
 def split(config: Config, shards: Sequence[str]) -> Split:
     """Split shards into those to learn from and the last tenth, which is held out if all images have labels."""
     paths = resolve(shards)
-    listed = index_shards(shards, config.cache.on_error)
+    listed = list_images(config, shards)
     held = max(1, len(paths) // _PARTS)
     counts, kept = np.bincount(listed.shard, minlength=len(paths)), len(paths) - held
     why = _why_not(config, listed, kept)

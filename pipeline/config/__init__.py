@@ -4,8 +4,10 @@ from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_o
 from pipeline.config.kinds import Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
 from pipeline.config.sections import (
+    MAX_PIXELS,
     CacheConfig,
     Config,
+    DataConfig,
     EvaluateConfig,
     ExportConfig,
     PrepareConfig,
@@ -15,9 +17,11 @@ from pipeline.config.sections import (
 from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 
 __all__ = [
+    "MAX_PIXELS",
     "Affects",
     "CacheConfig",
     "Config",
+    "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
     "ExportConfig",

@@ -10,6 +10,8 @@ from pipeline.config.kinds import Above, Fraction, Hue, Positive, Precision, Rat
 from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 from singer.errors import UserError
 
+# Of an image that is decoded without being asked for: a few bytes can claim gigabytes.
+MAX_PIXELS = 100_000_000
 # These tasks of `evaluate` have one label for each image.
 _IMAGES = ("classification", "retrieval", "domain-shift", "head")
 
@@ -23,6 +25,14 @@ class PrepareConfig(Section):
     classes: Path | None = key(None, "classes.json of another split, to number classes as there")
     on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images", "failures")
     seed: Seed = key(0, "seed of the order of images")
+
+
+class DataConfig(Section):
+    """What is read of images, by every command that reads them from shards or folders."""
+
+    max_pixels: Positive = key(
+        MAX_PIXELS, "larger images are broken ones; above 100 million pixels, JPEG is decoded smaller", "failures"
+    )
 
 
 class TeacherConfig(Section):
@@ -167,6 +177,7 @@ class Config(Section):
     """The whole configuration; each stage reads its own sections."""
 
     prepare: PrepareConfig = PrepareConfig()
+    data: DataConfig = DataConfig()
     teacher: TeacherConfig = TeacherConfig()
     views: ViewsConfig = ViewsConfig()
     cache: CacheConfig = CacheConfig()

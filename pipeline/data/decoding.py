@@ -8,13 +8,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
+from PIL.JpegImagePlugin import JpegImageFile
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import naming, warn
 from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, is_heif
 from singer.errors import UserError
-
-# Larger images are refused before they are decoded: a few bytes can claim gigabytes.
-MAX_PIXELS = 100_000_000
 
 Decoding = Literal["upright", "stored"]
 """How the images of a cache are decoded.
@@ -40,22 +39,28 @@ _EXIF_FIRST = ("JPEG", "MPO")
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def decode_rgb(data: bytes, decoding: Decoding = "upright") -> Image.Image:
-    """Decode an image as RGB, and turn it if `decoding` says so. Raises whatever a decoder raises."""
-    image = _open(data, _FORMATS[decoding])
+def decode_rgb(data: bytes, decoding: Decoding = "upright", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image as RGB, and turn it if `decoding` says so.
+
+    An image of more than MAX_PIXELS is decoded smaller, if its format can do that. Raises whatever a decoder raises,
+    and DecompressionBombError for more than max_pixels.
+    """
+    image = _open(data, _FORMATS[decoding], max_pixels)
     image.load()
     turn = _TURNS.get(_orientation(image)) if decoding == "upright" else None
     rgb = to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def read_size(data: bytes, decoding: Decoding = "upright", whole: bool = True) -> tuple[int, int]:
+def read_size(
+    data: bytes, decoding: Decoding = "upright", max_pixels: int = MAX_PIXELS, whole: bool = True
+) -> tuple[int, int]:
     """Return the (width, height) that decode_rgb gives.
 
     whole: whether data are all bytes of the image, or the first ones. Raises whatever a decoder raises, and EOFError if
     the size may depend on later bytes.
     """
-    image = _open(data, _FORMATS[decoding])
+    image = _open(data, _FORMATS[decoding], max_pixels)
     width, height = image.size
     if decoding == "stored" or width == height or image.format in _TURNED_BY_PILLOW:
         return width, height
@@ -68,15 +73,15 @@ def read_size(data: bytes, decoding: Decoding = "upright", whole: bool = True) -
     return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
-def decode(data: bytes, where: str, formats: Sequence[str]) -> Image.Image:
+def decode(data: bytes, where: str, formats: Sequence[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image, such as a map, as it is stored. Raises UserError that begins with `where` if that fails."""
     with named_errors(where):
-        image = _open(data, formats)
+        image = _open(data, formats, max_pixels)
         image.load()
         return image
 
 
-def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
+def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     """Open an image of some formats and sane size, without decoding it. Its content decides what it is."""
     if is_heif(data) and "HEIF" in formats:
         _register_heif()
@@ -89,9 +94,26 @@ def _open(data: bytes, formats: Sequence[str]) -> Image.Image:
         # PIL's own message names an address in memory, which differs in every run.
         also = "; this cache was begun by an earlier singer, a new one reads more" if formats == FORMATS_BEFORE else ""
         raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}{also}") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        allowed = f"--set data.max_pixels={pixels} allows them"
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many; {allowed}")
+    if pixels > MAX_PIXELS:
+        _decode_smaller(image)
     return image
+
+
+def _decode_smaller(image: Image.Image) -> None:
+    """Let a JPEG or JPEG 2000 be decoded at a half, a quarter or an eighth of its sides: at most MAX_PIXELS."""
+    width, height = image.size
+    power = next(n for n in (1, 2, 3) if width * height >> 2 * n <= MAX_PIXELS or n == 3)
+    factor = 1 << power
+    if isinstance(image, JpegImageFile):
+        image.draft(None, (width // factor, height // factor))
+    # Pillow rounds the sides of JPEG 2000 in another way than its decoder, which shows in other sizes.
+    elif image.format == "JPEG2000" and (factor == 2 or width % factor == height % factor == 0):
+        image.reduce = power  # type: ignore[assignment, method-assign]
+        image.load()
 
 
 def _register_heif() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import overload
 
 import numpy as np
 
+from pipeline.config import MAX_PIXELS
 from pipeline.data.decoding import Decoding
 from pipeline.data.tars import NO_LABEL, key_hash
 from singer.errors import UserError
@@ -120,7 +122,8 @@ class Images:
     is none; shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes (of a
     table: the number of the row); files: the name of each image's file in a folder, or column in a table, "" in tars,
     or None if all are tars; classes: names by label, empty if they are not known; skipped: samples that
-    were left out; decoding: how the images are decoded; left_out: {kind: how many other files the folders hold}.
+    were left out; decoding: how the images are decoded; max_pixels: larger ones
+    are broken; left_out: {kind: how many other files the folders hold}.
     """
 
     paths: tuple[Path, ...]
@@ -135,6 +138,7 @@ class Images:
     files: Keys | None = None
     classes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -227,6 +231,11 @@ def read_classes(file: Path) -> list[str]:
         return [str(name) for name in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"{file} is damaged: it holds no list of classes") from None
+
+
+def accepted(images: Images) -> Images:
+    """Return images of a cache without a limit of size: they were accepted when they were cached."""
+    return replace(images, max_pixels=sys.maxsize)
 
 
 def listing_hash(images: Images) -> str:

@@ -102,7 +102,8 @@ def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None =
 
 def list_images(config: Config, spec: Spec) -> Images:
     """List images as the configuration says; those of a folder in the order in which `singer prepare` packs them."""
-    return index_shards(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+    listed = index_shards(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+    return replace(listed, max_pixels=config.data.max_pixels)
 
 
 def list_probe_images(config: Config, train: Spec, test: Spec) -> tuple[Images, Images]:

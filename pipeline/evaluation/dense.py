@@ -68,7 +68,7 @@ def read_maps(
 
         def load(number: int) -> np.ndarray:
             data, where = files.encoded(number)
-            image, size = decode(data, where, ("PNG",)), image_files.dimensions(number)
+            image, size = decode(data, where, ("PNG",), maps.max_pixels), image_files.dimensions(number)
             array = values(image, data, where)
             if not same_shape(image.size, size):
                 (w, h), (width, height) = image.size, size

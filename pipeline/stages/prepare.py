@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.config import Config, PrepareConfig
+from pipeline.config import Config
 from pipeline.data import decode, decode_rgb, named_errors
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.images import CLASSES
@@ -71,7 +71,7 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        written, skipped = pack(config.prepare, listing, images, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
+        written, skipped = pack(config, listing, images, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
         if not written:
             raise UserError(f"none of the {len(listing.entries)} images below {images} can be read")
         if listing.classes:
@@ -82,12 +82,12 @@ def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> Prep
     return PrepareResult(out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out))
 
 
-def pack(settings: PrepareConfig, listing: Listing, root: Path, pattern: str) -> tuple[int, list[Path]]:
+def pack(config: Config, listing: Listing, root: Path, pattern: str) -> tuple[int, list[Path]]:
     """Write the images of a listing as shards; return how many there are, and the files that are not readable images.
 
     pattern: the path of a shard, with %06d for its number. Raises UserError for such a file, unless settings skip it.
     """
-    entries = listing.entries
+    settings, entries = config.prepare, listing.entries
     keys = file_keys([str(Path(entry.file).relative_to(root)) for entry in entries])
     order = np.random.default_rng(settings.seed).permutation(len(entries))
     skipped: list[Path] = []
@@ -98,7 +98,7 @@ def pack(settings: PrepareConfig, listing: Listing, root: Path, pattern: str) ->
     with writer, meter("prepare", len(entries), "images") as m:
         for number in order.tolist():
             try:
-                sample = read_sample(entries[number], listing.convert)
+                sample = read_sample(entries[number], listing.convert, config.data.max_pixels)
             except UserError as error:
                 if settings.on_error == "fail":
                     raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
@@ -132,19 +132,20 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     return replace(listing, entries=entries, classes=classes)
 
 
-def read_sample(entry: Entry, convert: Mapping[str, Convert]) -> dict[str, bytes]:
+def read_sample(entry: Entry, convert: Mapping[str, Convert], max_pixels: int) -> dict[str, bytes]:
     """Return {extension: bytes} of an image: itself, its label, mask and depth map.
 
-    convert: {extension: function that changes such maps}. Raises UserError if a file cannot be read.
+    convert: {extension: function that changes such maps}; max_pixels: larger images are refused. Raises UserError if a
+    file cannot be read.
     """
     file = Path(entry.file)
     data = _bytes_of(file)
     with named_errors(printable(file)):
-        decode_rgb(data)
+        decode_rgb(data, max_pixels=max_pixels)
     sample = {KEPT.get(file.suffix.lower(), "png"): data}
     for name, place in ((name, Path(path)) for name, path in (entry.beside or {}).items()):
         sample[name] = _bytes_of(place)
-        pixels = decode(sample[name], printable(place), ("PNG",))
+        pixels = decode(sample[name], printable(place), ("PNG",), max_pixels)
         if name in convert:
             if pixels.mode not in ("L", "P"):
                 raise UserError(f"{printable(place)} holds no class numbers of 8 bits")

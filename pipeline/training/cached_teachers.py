@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
-from pipeline.data import ImageFile, Spec, relocate
+from pipeline.data import ImageFile, Spec, accepted, relocate
 from pipeline.storage import Place
 from pipeline.storage.outputs import file_hash
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
@@ -150,4 +150,4 @@ def open_images(cache: Cache, shards: Spec | None = None) -> AbstractContextMana
 
     Raises UserError like data.relocate.
     """
-    return nullcontext() if cache.has_pixels else ImageFile(relocate(cache.index.images, shards))
+    return nullcontext() if cache.has_pixels else ImageFile(accepted(relocate(cache.index.images, shards)))

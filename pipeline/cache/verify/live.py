@@ -19,7 +19,7 @@ from pipeline.cache.verify.files import within
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
-from pipeline.data import ImageFile, Spec, image_digest, relocate
+from pipeline.data import ImageFile, Spec, accepted, image_digest, relocate
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
 from pipeline.teachers.models import load_teacher
@@ -117,7 +117,7 @@ def check_live(
     records, index = read_rows(reader, chosen)
     if not len(records):
         return None
-    images = relocate(index.images, shards)
+    images = accepted(relocate(index.images, shards))
     codec, calibration, prefix = CODECS[manifest.codec], calibration_on(segment, device), manifest.teacher.prefix_tokens
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
     cosines = []
