@@ -1,4 +1,4 @@
-"""The cost of a cache before it is made: `singer cache plan --teacher ... --shards ... --out CACHE`.
+"""The cost of a cache before it is made: `singer cache plan --teacher ... --images ... --out CACHE`.
 
 The real stages run for some seconds on images from all over the shards, in a temporary folder on the disk where the
 cache would be. Every codec is tried. A figure that was not measured is None, and no figure is estimated from it.

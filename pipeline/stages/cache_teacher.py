@@ -1,6 +1,6 @@
 """Stage 1: run the teacher once over images and store the features of chosen blocks.
 
-Run it with `singer cache-teacher --teacher vit_large_patch16_224 --shards 'train-*.tar' --out CACHE`, on any number of
+Run it with `singer cache-teacher --teacher vit_large_patch16_224 --images 'train-*.tar' --out CACHE`, on any number of
 processes. --resume continues a run that was killed, also with another number of processes, and the result has the same
 bytes. --append adds blocks, images, views or another teacher to a cache.
 """
