@@ -28,7 +28,7 @@ class RefinerFit:
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
         trained = CLEANERS[settings.cleaner].trained
         self.suffix = cache.suffix().to(device) if trained or cache.has_suffix else None
-        self.starts, self.ranks = {}, dict.fromkeys(cache.blocks, 1)
+        self.starts, self.adapter_ranks = {}, dict.fromkeys(cache.blocks, 1)
         if trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
                 raise UserError(
