@@ -28,6 +28,8 @@ huggingface_hub.constants.HF_HUB_OFFLINE = True
 # The tests' processes, and those that they start, have one number of threads: results depend on it in the last bits.
 # Processes that are only told by the environment never take more than there are cores.
 THREADS = min(int(os.environ.setdefault("OMP_NUM_THREADS", "1")), len(os.sched_getaffinity(0)))
+# A killed process leaves what it wrote to the system, which writes it to the disk; no test cuts the power.
+os.fsync = lambda file: None
 # The one place from which every seed of the tests derives; `make luck` changes it.
 SEED = int(os.environ.get("SINGER_TEST_SEED", "0"))
 torch.set_num_threads(THREADS)
@@ -56,7 +58,7 @@ SETTINGS = [
     "cache.workers=1",
     "refine.cleaner=adapter",
     "refine.rank=4",
-    "refine.steps=150",
+    "refine.steps=60",
     "refine.batch_size=16",
     "refine.holdout=0.2",
     "student.dim=12",
@@ -136,6 +138,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def world_config(root: Path, *sets: str) -> Config:
     return config_with(f"teacher.name={LOCAL}{root / 'teacher'}", *sets)
+
+
+@pytest.fixture(scope="session")
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters that were trained until artifacts vanish, which takes longer than the world's had."""
+    out = tmp_path_factory.mktemp("trained") / "adapters"
+    refine(world_config(world, "refine.steps=150"), world / "cache", out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,7 @@ def torchrun(processes: int, *args: object) -> dict[str, object]:
 
 def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
     options = ["--config", config_file]
-    shards = world / "train" / "*.tar"
-    made = torchrun(2, "cache-teacher", "--shards", shards, "--out", tmp_path / "cache", *options)
+    made, _ = launch(2, "cache-teacher", "--images", world / "train" / "*.tar", "--out", tmp_path / "cache", *options)
     ignored = ("provenance.json", "config.yaml")
     assert tree_bytes(tmp_path / "cache", *ignored) == tree_bytes(world / "cache", *ignored)
     assert made["records"] == 100 and made["id"] == Cache(world / "cache").id
@@ -70,6 +69,12 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
         for key, weight in one.items():
             # Adam divides rounding differences by tiny second moments; weights agree to a fraction of a step.
             torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path) -> None:
+    options = ["--images", world / "train" / "*.tar", "--out", tmp_path / "cache", "--config", config_file]
+    assert torchrun(2, "cache-teacher", *options)["id"] == Cache(world / "cache").id
 
 
 @pytest.mark.parametrize(

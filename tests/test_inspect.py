@@ -24,8 +24,8 @@ def test_cache_alone(world: Path, config: Config) -> None:
         assert "drift" not in figures
 
 
-def test_refiner_and_page(world: Path, config: Config, tmp_path: Path) -> None:
-    result = inspect(config, world / "cache", world / "adapters", tmp_path / "i")
+def test_refiner_and_page(world: Path, trained: Path, config: Config, tmp_path: Path) -> None:
+    result = inspect(config, world / "cache", trained, tmp_path / "i")
     for figures in result.blocks.values():
         # As in test_refine.py.
         assert figures["refined"]["artifact_percent"] < 0.8 * figures["artifacts"]["artifact_percent"]
@@ -43,7 +43,7 @@ def test_refiner_and_page(world: Path, config: Config, tmp_path: Path) -> None:
     assert stored["blocks"]["3"]["refined"] == result.blocks[3]["refined"]
     assert (tmp_path / "i" / "provenance.json").exists()
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
-        inspect(config, world / "cache", world / "adapters", tmp_path / "i")
+        inspect(config, world / "cache", trained, tmp_path / "i")
 
 
 def test_a_closed_form_moves_artifacts_alone(world: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from singer.normalisers import Moments, Standardize
 CPU = torch.device("cpu")
 
 
-def test_artifacts_vanish_and_information_stays(world: Path) -> None:
-    metrics = read_json(world / "adapters", "metrics.json", "")
+def test_artifacts_vanish_and_information_stays(trained: Path) -> None:
+    metrics = read_json(trained, "metrics.json", "")
     for block in metrics["blocks"].values():
         assert block["before"]["artifact_percent"] == pytest.approx(100 / 16, abs=0.5)  # one of 16 patches
         assert block["before"]["max_over_median"] > 5
@@ -39,9 +39,9 @@ def test_artifacts_vanish_and_information_stays(world: Path) -> None:
         assert block["clean_drift_percent"] < 35
 
 
-def test_losses_fall(world: Path) -> None:
+def test_losses_fall(trained: Path) -> None:
     for block in (2, 3):
-        lines = read_log(world / "adapters" / f"log-{block}.jsonl")
+        lines = read_log(trained / f"log-{block}.jsonl")
         assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
         assert lines[-1]["step"] == 150
 
@@ -192,7 +192,7 @@ def test_resume_is_exact(world: Path, config: Config, tmp_path: Path, monkeypatc
     def dying(*args: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps > 230:
+        if steps > 90:
             raise KeyboardInterrupt
         return losses(*args)
 
@@ -258,7 +258,7 @@ def test_split_and_batches_are_disjoint_and_whole(world: Path, config: Config) -
     train, held_out = split_records(cache, config.refine)
     assert sorted([*train, *held_out]) == list(range(100)) and len(held_out) == 20
     batches = list(batch_order(train, config.refine))
-    assert len(batches) == 150 and all(len(set(b)) == 16 and not set(b) & set(held_out) for b in batches)
+    assert len(batches) == 60 and all(len(set(b)) == 16 and not set(b) & set(held_out) for b in batches)
     assert len(set(np.concatenate(batches[:5]))) == 80
 
 

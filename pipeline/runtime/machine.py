@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+from functools import cache
 
 # Where the distribution has another name than the package: `singer` of the package index is a stranger's.
 _DISTRIBUTIONS = {"singer": "singer-vit"}
@@ -15,6 +16,7 @@ def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
     return {"python": platform.python_version()} | {p: _version(p) for p in packages}
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))

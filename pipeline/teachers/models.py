@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import json
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -135,11 +137,21 @@ def create_model(
     )
 
 
+def _outline(name: str, args: Mapping[str, Any]) -> Any:
+    """Build a model of timm without the values of its tensors, which takes no memory."""
+    return _known_outline(name, json.dumps(args))
+
+
+@lru_cache(maxsize=4)  # without values, it takes longer to build a model than with them
+def _known_outline(name: str, args: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(name, **json.loads(args))
+
+
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensors of a model of timm; none if it cannot be built (_build says why)."""
     try:
-        with torch.device("meta"):
-            return set(timm.create_model(name, **{k: v for k, v in args.items() if v is not None}).state_dict())
+        return set(_outline(name, {k: v for k, v in args.items() if v is not None}).state_dict())
     except Exception:  # timm raises errors of many types
         return set()
 
@@ -156,8 +168,7 @@ def _fitting(name: str, state: Mapping[str, torch.Tensor]) -> str:
     )
     found = []
     for other in near[:_MOST_TRIED]:
-        with torch.device("meta"):
-            outline = timm.create_model(other)
+        outline = _outline(other, {})
         if gives_tokens(outline) and (getattr(outline, "embed_dim", None), depth(outline)) == (width, blocks):
             found.append(other)
     like = f", as {', '.join(found[:3])}" if found else ""
@@ -184,8 +195,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
     subject = f"{what} {name}"
     try:
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
-        with torch.device("meta"):
-            outline = timm.create_model(name, **plain)
+        outline = _outline(name, plain)
         if not hasattr(outline, "forward_intermediates"):
             raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
         patch, size = patch_size(outline), kwargs.get("img_size")
