@@ -1,8 +1,9 @@
-"""What distillation needs of a timm model: images go in, tokens of chosen blocks come out.
+"""What distillation needs of a model: images go in, tokens of chosen blocks come out.
 
 What a model can do decides, and not its class. A model of tokens (ViT, Eva, Beit, NaFlexVit ...) gives its prefix
 tokens and patches. Any other model that has timm's forward_intermediates gives the positions of its feature maps as
-patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens.
+patch tokens, stage by stage: a stage counts as a block, and there are no prefix tokens. Other modules get these methods
+from `singer.described`.
 """
 
 import inspect
@@ -35,7 +36,7 @@ def has_cls(model: nn.Module) -> bool:
 def patch_size(model: nn.Module) -> int | None:
     """Return the side of a patch, in pixels, of a model of tokens; None for other models."""
     embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    size: Any = getattr(embed, "patch_size", None)
+    size: Any = getattr(embed, "patch_size", None) or getattr(model, "patch_size", None)
     if size is None or not gives_tokens(model):
         return None
     return size if isinstance(size, int) else int(size[0])

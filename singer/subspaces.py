@@ -21,6 +21,11 @@ OFFICIAL_THRESHOLD = 0.05
 _FLOOR = 1e-2
 # best_rank looks at no more directions than this.
 _WIDEST = 64
+# What models of timm and of transformers call linear layers that read a block's input.
+_FIRST = (
+    "qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj",
+    "up_proj",
+)  # fmt: skip
 
 
 def weights(context: FitContext, rank: int) -> Tensor:
@@ -142,7 +147,7 @@ def _first_readers(module: nn.Module, block: int) -> list[Tensor]:
     readers = [
         part.weight.float()
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in ("qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj")
+        if isinstance(part, nn.Linear) and name.rsplit(".", 1)[-1] in _FIRST
     ]
     if not readers:
         raise UserError(f"block {block} of this teacher has no linear layer known to read its input")

@@ -4,7 +4,8 @@ Any model of tokens has one if its blocks take tokens and constants, such as the
 its own output comes out of it (`find_suffix` tries that).
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
+from singer import hf
 from singer.backbones import block_outputs, depth, gives_tokens
 from singer.errors import UserError
 
@@ -25,6 +27,8 @@ _FRONT = (
 # The name, in the state of a suffix, of what a block is called with besides tokens: block.N.name.
 _ARGUMENTS = "arguments."
 _TOLERANCE = 1e-4
+# Such an architecture is a module of the user's own. Its code is never run because a cache names it.
+OWN = "own:"
 NO_SUFFIX = (
     "this teacher has no suffix that can be rebuilt, so nothing can read features after a cached block; take "
     "refine.cleaner clip, neighbour or none, and another distill.objective than logits and relation"
@@ -40,7 +44,7 @@ def find_suffix(
 
     It is tried with one image (image_size in pixels): the suffix must give the model's own last block and output.
     """
-    if not gives_tokens(model) or len(getattr(model, "blocks", ())) != depth(model):
+    if not gives_tokens(model) or len(getattr(model, "blocks", ())) != depth(model) or architecture.startswith(OWN):
         return None
     place = next(model.parameters())
     image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(place)
@@ -48,7 +52,7 @@ def find_suffix(
     arguments = _block_arguments(model, image, first_block)
     if arguments is None:
         return None
-    state = {**suffix_state(model.state_dict(), first_block), **arguments}
+    state = {**suffix_state(_suffix_model(model).state_dict(), first_block), **arguments}
     with torch.no_grad():
         outputs = block_outputs(model, image, sorted({first_block, last}))
         try:
@@ -87,7 +91,7 @@ def _block_arguments(model: nn.Module, image: Tensor, first_block: int) -> dict[
     def note(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal by_name, last
         by_name &= not any(isinstance(arg, Tensor) for arg in args[1:])
-        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        tensors = dict(_named_tensors(kwargs))
         if block == first_block or any(last.get(name) is not value for name, value in tensors.items()):
             found.update({f"{_ARGUMENTS}{block}.{name}": value.contiguous() for name, value in tensors.items()})
         last = tensors
@@ -106,6 +110,15 @@ def _block_arguments(model: nn.Module, image: Tensor, first_block: int) -> dict[
     return found if by_name else None
 
 
+def _named_tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of arguments; those in a tuple, such as cos and sin, are name.0 and name.1."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple):
+            yield from ((f"{name}.{n}", item) for n, item in enumerate(value) if isinstance(item, Tensor))
+
+
 class TeacherSuffix(nn.Module):
     """Blocks first_block.. of a model of tokens with its final norm and head; frozen, in eval mode.
 
@@ -119,7 +132,7 @@ class TeacherSuffix(nn.Module):
     ) -> None:
         super().__init__()
         with torch.device("meta"):
-            model = _outline(architecture, model_args)
+            model: Any = _suffix_model(outline(architecture, model_args))
         self.depth = len(model.blocks)
         self.first_block = first_block
         for block in range(first_block):
@@ -136,7 +149,7 @@ class TeacherSuffix(nn.Module):
         for key, tensor in state.items():
             if key.startswith(_ARGUMENTS):
                 block_number, name = key.removeprefix(_ARGUMENTS).split(".", 1)
-                buffer_name = f"{name}_{block_number}"
+                buffer_name = f"{name}_{block_number}".replace(".", "_")
                 self.register_buffer(buffer_name, tensor, persistent=False)
                 self._arguments.setdefault(int(block_number), {})[name] = buffer_name
 
@@ -149,9 +162,17 @@ class TeacherSuffix(nn.Module):
     def run_block(self, index: int, tokens: Tensor) -> Tensor:
         """Compute the output (B, N, d) of block `index` for tokens (B, N, d)."""
         given = max((b for b in self._arguments if b <= index), default=None)
-        names = {} if given is None else self._arguments[given]
-        output: Tensor = self.block(index)(tokens, **{name: getattr(self, buffer) for name, buffer in names.items()})
-        return output
+        block = self.block(index)
+        # Some layers of transformers take a mask, which is None for images, without a default.
+        takes = list(inspect.signature(block.forward).parameters.values())[1:]
+        arguments: dict[str, Any] = {p.name: None for p in takes if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty}
+        for name, buffer in ({} if given is None else self._arguments[given]).items():
+            whole, is_tuple, _ = name.partition(".")
+            value = getattr(self, buffer)
+            arguments[whole] = (*arguments.get(whole, ()), value) if is_tuple else value
+        output: Any = block(tokens, **arguments)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def is_last(self, block: int) -> bool:
         """Return whether a block is the teacher's last one."""
@@ -193,8 +214,16 @@ class TeacherSuffix(nn.Module):
         return output
 
 
-def _outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
-    """Build a model on the current device."""
+def _suffix_model(model: nn.Module) -> nn.Module:
+    """Return the part of a model with its blocks, norm and head under timm's names; of timm's models, the model."""
+    part: Any = getattr(model, "suffix_model", None)
+    return model if part is None else part()
+
+
+def outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
+    """Build a model of timm or transformers on the current device."""
+    if architecture.startswith(hf.PREFIX):
+        return hf.build(architecture, model_args)
     try:
         # Without memory there is nothing to initialise, and an attempt takes most of the time.
         return timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
@@ -214,7 +243,7 @@ def _fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 def first_norm(block: nn.Module) -> nn.Module:
     """Find the norm before a block's first branch. Raises UserError if it has none there (res-post-norm)."""
-    for name in ("norm1", "in_norm"):
+    for name in ("norm1", "in_norm", "layernorm_before", "layer_norm1"):
         norm = getattr(block, name, None)
         if isinstance(norm, nn.Module) and not isinstance(block, _POST_NORM):
             return norm

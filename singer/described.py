@@ -1,0 +1,253 @@
+"""Make any module a backbone: a description says what its blocks are, and hooks on them give their outputs.
+
+timm's models need none of this. It is for models of transformers (`singer.hf`) and for modules of one's own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from singer.errors import UserError
+
+Run = Callable[[nn.Module, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What distillation has to know of a module that takes normalised images (B, 3, H, W).
+
+    blocks: the name of a list of blocks in the module ("encoder.layers"), or the names of single blocks in the order in
+    which they run. A block returns its output, or a tuple that begins with it.
+    image_size: side of the input, in pixels.
+    patch_size: side of a patch, in pixels, if blocks give tokens (B, prefix + patches, d); None if they give feature
+    maps (B, d, rows, columns).
+    prefix: the number of tokens before the patches; class_token: whether the first of them is a class token.
+    norm: the name of the norm of the tokens after the last block, if there is one.
+    mean, std: of RGB in [0, 1]; the default is that of most models, ImageNet's.
+    """
+
+    blocks: str | Sequence[str]
+    image_size: int
+    patch_size: int | None = None
+    prefix: int = 0
+    class_token: bool = False
+    norm: str | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class _Stop(Exception):
+    """The last block that is wanted has run."""
+
+
+class DescribedMaps(nn.Module):
+    """A module whose blocks give feature maps (B, d, rows, columns), as a backbone.
+
+    run: how the module is called with images; default: with nothing else.
+    """
+
+    def __init__(self, module: nn.Module, description: Description, run: Run | None = None) -> None:
+        super().__init__()
+        self.backbone, self.description, self._run = module, description, run
+        self.feature_info = list(_block_names(module, description))
+        self.pretrained_cfg: dict[str, Any] = {}
+        self.num_classes = 0
+        _find(module, description.norm or "")
+        self.num_features = self._check()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Return the blocks, in the order in which they run."""
+        return nn.ModuleList([_find(self.backbone, name) for name in self.feature_info])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the pooled output (B, d) of normalised images (B, 3, H, W)."""
+        last = len(self.feature_info) - 1
+        return self._outputs(images, [last])[last].mean((2, 3))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        stop_early: bool = True,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = True,
+    ) -> list[Tensor]:
+        """Compute the maps (B, d, rows, columns) of the blocks `indices`, as timm's models do."""
+        found = self._outputs(images, indices)
+        return [found[index] for index in indices]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations again in the backward pass, if the module can. Raises UserError if it cannot."""
+        for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+            method: Any = getattr(self.backbone, name, None)
+            if method is not None:
+                method()
+                return
+        raise UserError(f"student.checkpointing: {type(self.backbone).__name__} has no set_grad_checkpointing")
+
+    def _outputs(self, images: Tensor, indices: Sequence[int]) -> dict[int, Tensor]:
+        """Run the module, to the last wanted block where no gradients are needed; return {index: output}."""
+        found: dict[int, Tensor] = {}
+        # Compilers and exporters cannot follow an exception, and with gradients the student is trained to its end.
+        stops = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+        def keep(index: int, output: Any) -> None:
+            found[index] = output[0] if isinstance(output, tuple) else output
+            if stops and index == max(indices):
+                raise _Stop
+
+        blocks = self.blocks
+        hooks = [
+            blocks[index].register_forward_hook(lambda _module, _args, output, i=index: keep(i, output))
+            for index in set(indices)
+        ]
+        try:
+            self.backbone(images) if self._run is None else self._run(self.backbone, images)
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @torch.no_grad()
+    def _check(self) -> int:
+        """Run the module once; return the width of the last block. Raises UserError if it is not as described."""
+        name, place = type(self.backbone).__name__, next(self.backbone.parameters())
+        last, size = len(self.feature_info) - 1, self.description.image_size
+        if place.is_meta:
+            return 0
+        training = self.backbone.training
+        self.backbone.eval()
+        output = self._outputs(torch.zeros(1, 3, size, size).to(place), [last]).get(last)
+        self.backbone.train(training)
+        block, wanted = self.feature_info[last], self._shape()
+        if not isinstance(output, Tensor):
+            got = "does not run" if output is None else f"returns a {type(output).__name__}"
+            raise UserError(f"{name}: block {block} {got}; blocks give tensors {wanted}")
+        if not self._fits(output):
+            raise UserError(f"{name}: block {block} returns {tuple(output.shape)} at {size} pixels, not {wanted}")
+        return int(output.shape[1 if output.dim() == 4 else -1])
+
+    def _shape(self) -> str:
+        return "(B, d, rows, columns); for tokens, describe a patch_size"
+
+    def _fits(self, output: Tensor) -> bool:
+        return output.dim() == 4
+
+
+class DescribedTokens(DescribedMaps):
+    """A module whose blocks give tokens (B, prefix + patches, d), as a backbone; see DescribedMaps."""
+
+    def __init__(self, module: nn.Module, description: Description, run: Run | None = None) -> None:
+        self.num_prefix_tokens, self.has_class_token = description.prefix, description.class_token
+        self.global_pool = "token" if description.class_token else "avg"
+        assert description.patch_size is not None
+        self.patch_size = description.patch_size
+        super().__init__(module, description, run)
+
+    @property
+    def norm(self) -> nn.Module:
+        """Return the final norm of the tokens; the identity if there is none."""
+        return _find(self.backbone, self.description.norm) if self.description.norm else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the pooled output (B, d) of normalised images (B, 3, H, W): the normed CLS, or the mean patch."""
+        last = len(self.feature_info) - 1
+        return _pooled(self.norm(self._outputs(images, [last])[last]), self.description)
+
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = True,
+        output_fmt: str = "NLC",
+        intermediates_only: bool = True,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """Compute patch tokens (B, patches, d) of the blocks `indices`, as timm's models do.
+
+        output_fmt: NCHW for maps (B, d, rows, columns); return_prefix_tokens: pairs of patches and prefix tokens.
+        """
+        found, prefix = self._outputs(images, indices), self.num_prefix_tokens
+        tokens = [self.norm(found[i]) if norm else found[i] for i in indices]
+        patches = [x[:, prefix:] for x in tokens]
+        if output_fmt == "NCHW":
+            rows, columns = (side // self.patch_size for side in images.shape[-2:])
+            patches = [x.transpose(1, 2).unflatten(2, (rows, columns)) for x in patches]
+        if return_prefix_tokens:
+            return [(patch, x[:, :prefix]) for patch, x in zip(patches, tokens, strict=True)]
+        return patches
+
+    def suffix_model(self) -> nn.Module:
+        """Return the blocks, the final norm and the pooling, named as in a model of timm."""
+        return _Tail(self.blocks, self.norm, self.description)
+
+    def _shape(self) -> str:
+        count = (self.description.image_size // self.patch_size) ** 2
+        return f"(B, {self.description.prefix} prefix + {count} patches, d)"
+
+    def _fits(self, output: Tensor) -> bool:
+        patches = (self.description.image_size // self.patch_size) ** 2
+        return output.dim() == 3 and output.shape[1] == self.description.prefix + patches
+
+
+class _Tail(nn.Module):
+    """What comes after the first block: blocks, final norm and pooling."""
+
+    def __init__(self, blocks: nn.ModuleList, norm: nn.Module, description: Description) -> None:
+        super().__init__()
+        self.blocks, self.norm, self.head = blocks, norm, nn.Identity()
+        self._description = description
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Pool normed tokens (B, N, d) to (B, d)."""
+        return _pooled(tokens, self._description)
+
+
+def as_backbone(module: nn.Module, description: Description, run: Run | None = None) -> DescribedMaps:
+    """Make a module a backbone. Raises UserError if it is not as described."""
+    if description.patch_size is None:
+        if description.prefix or description.class_token:
+            raise UserError("prefix tokens are for blocks that give tokens: describe the patch_size, too")
+        return DescribedMaps(module, description, run)
+    if description.image_size % description.patch_size:
+        near = max(1, round(description.image_size / description.patch_size)) * description.patch_size
+        raise UserError(
+            f"image_size {description.image_size} is not a multiple of the patch size {description.patch_size}; the "
+            f"nearest is {near}"
+        )
+    if description.class_token > description.prefix:
+        raise UserError("a class token is one of the prefix tokens: describe prefix=1 or more")
+    return DescribedTokens(module, description, run)
+
+
+def _pooled(tokens: Tensor, description: Description) -> Tensor:
+    return tokens[:, 0] if description.class_token else tokens[:, description.prefix :].mean(1)
+
+
+def _block_names(module: nn.Module, description: Description) -> list[str]:
+    """Return the names of the blocks. Raises UserError if the module has no such list of blocks."""
+    if not isinstance(description.blocks, str):
+        return list(description.blocks)
+    blocks = _find(module, description.blocks)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
+        raise UserError(
+            f"{type(module).__name__}: {description.blocks} is a {type(blocks).__name__} and no list of blocks; name a "
+            "ModuleList or Sequential, or the single blocks"
+        )
+    return [f"{description.blocks}.{n}" for n in range(len(blocks))]
+
+
+def _find(module: nn.Module, name: str) -> nn.Module:
+    """Return the submodule of that name. Raises UserError if there is none."""
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        inside = ", ".join(n for n, _ in module.named_children())
+        raise UserError(f"{type(module).__name__} has no module {name!r}; it has {inside}") from None
