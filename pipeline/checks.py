@@ -16,7 +16,7 @@ from pipeline.data import Spec, resolve
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.outputs import PROVENANCE, Mode, check_output, read_json
-from pipeline.teachers.names import local_folder, looks_like_path
+from pipeline.teachers.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
 from pipeline.training.run_directory import RUN, STAGE, STUDENT
 from singer.errors import UserError
 
@@ -45,8 +45,8 @@ MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
 STEPS, GIVEN = "steps.json", "given"
-# The files without which there is no finished refiner and no model of timm.
-_REFINER, _MODEL = "refiner.json", "config.json"
+# The file without which there is no finished refiner.
+_REFINER = "refiner.json"
 
 
 @cache
@@ -94,6 +94,8 @@ def look(
                 _known(key, given, registered(*registry))
         if stage in ("cache-teacher", "plan", "run", "verify"):
             check_teacher(config)
+        if stage in ("distill", "plan", "run"):
+            _check_source("student.name", config.student.name)
     for path in refiners:
         if path is not None:
             read_json(path, _REFINER, "finished refiner")
@@ -128,22 +130,39 @@ def check_format(name: str) -> None:
 
 
 def check_teacher(config: Config) -> None:
-    """Raise UserError if the teacher is a folder or a file that does not exist."""
-    folder, weights = local_folder(config.teacher.name), config.teacher.weights
-    if folder is not None:
-        read_json(folder, _MODEL, "timm model folder")
-    elif looks_like_path(config.teacher.name):
+    """Raise UserError if the teacher is a folder or a file that does not exist, or needs a missing package."""
+    weights = config.teacher.weights
+    _check_source("teacher.name", config.teacher.name)
+    if looks_like_path(config.teacher.name):
         raise UserError(
             f"teacher.name: {config.teacher.name} is a path; give local-dir:{config.teacher.name} for a model "
-            "folder of timm, or the name of a model with --weights FILE"
+            "folder, or the name of a model with --weights FILE"
         )
     if weights is not None and not weights.exists():
         raise UserError(f"weights {weights}: no such file")
 
 
+def _check_source(key: str, name: str) -> None:
+    """Raise UserError if what a name stands for is known to be missing."""
+    folder = local_folder(name)
+    config = read_json(folder, CONFIG, "model folder") if folder is not None else {}
+    if name.startswith(HF) or is_transformers(config):
+        place = name.removeprefix(HF)
+        if name.startswith(HF) and (place.count("/") != 1 or place.startswith(("/", ".", "~"))):
+            read_json(Path(place).expanduser(), CONFIG, "model of transformers")
+        if find_spec("transformers") is None:
+            raise UserError(f"{key} {name} needs the package transformers: pip install 'singer-vit[hf]'")
+    elif is_function(name):
+        module = name.partition(":")[0].partition(".")[0]
+        here = Path(module)
+        if not (here.is_dir() or here.with_suffix(".py").is_file() or find_spec(module) is not None):
+            raise UserError(f"{key} {name}: there is no module {module} in this folder or among the packages")
+
+
 def check_model(model: Path | str, weights: Path | None) -> None:
     """Raise UserError if a model to evaluate is a path at which there is none; names are not looked up."""
     folder = Path(model)
+    _check_source("model", str(model))
     if weights is not None and not weights.exists():
         raise UserError(f"weights {weights}: no such file")
     if not folder.exists():
@@ -151,9 +170,9 @@ def check_model(model: Path | str, weights: Path | None) -> None:
             raise UserError(f"{model} does not exist")
     elif weights is not None:
         raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
-    elif not (folder / STUDENT).is_dir() and not (folder / _MODEL).is_file():
+    elif not (folder / STUDENT).is_dir() and not (folder / CONFIG).is_file():
         if not (folder / PROVENANCE).is_file():
-            raise UserError(f"{model} is not a model: it has no {_MODEL}; give a run, a timm folder or a timm name")
+            raise UserError(f"{model} is not a model: it has no {CONFIG}; give a run, a timm folder or a timm name")
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
         if stage == STAGE:
             raise UserError(f"{model} is not a finished run: repeat its distill command with --resume")

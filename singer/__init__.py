@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from singer.artifacts import BlockScale, robust_threshold
     from singer.backbones import block_outputs
     from singer.cleaners import CLEANERS, Shape
+    from singer.described import Description
     from singer.fit_context import FitContext
     from singer.matching import match_blocks, resize_tokens
     from singer.normalisers import NORMALISERS
@@ -25,6 +26,7 @@ __all__ = [
     "NORMALISERS",
     "OBJECTIVES",
     "BlockScale",
+    "Description",
     "FitContext",
     "Refiner",
     "Shape",
@@ -41,6 +43,7 @@ _MODULES = {
     "NORMALISERS": "singer.normalisers",
     "OBJECTIVES": "singer.objectives",
     "BlockScale": "singer.artifacts",
+    "Description": "singer.described",
     "FitContext": "singer.fit_context",
     "Refiner": "singer.refiner",
     "Shape": "singer.cleaners",

@@ -80,6 +80,11 @@ class DescribedMaps(nn.Module):
         found = self._outputs(images, indices)
         return [found[index] for index in indices]
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that the module exempts from weight decay."""
+        named: Any = getattr(self.backbone, "no_weight_decay", set)
+        return {f"backbone.{name}" for name in named()}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass, if the module can. Raises UserError if it cannot."""
         for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):

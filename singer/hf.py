@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from singer.described import DescribedMaps, Description, as_backbone
 from singer.errors import UserError
-
-# Such an architecture, as `hf:dinov2`, is a model type of transformers.
-PREFIX = "hf:"
+from singer.names import HF
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,12 @@ def vision_part(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if kind not in FAMILIES:
         own = "; code that comes with a model is never run" if "auto_map" in config else ""
         raise UserError(f"model type {kind!r} is not among those that are read: {', '.join(FAMILIES)}{own}")
-    return f"{PREFIX}{kind}", {key: value for key, value in config.items() if key not in _ASIDE}
+    return f"{HF}{kind}", {key: value for key, value in config.items() if key not in _ASIDE}
 
 
 def model_class(architecture: str) -> Any:
     """Return the class of transformers. Raises UserError if the package is missing or too old."""
-    name = FAMILIES[architecture.removeprefix(PREFIX)].model
+    name = FAMILIES[architecture.removeprefix(HF)].model
     try:
         return getattr(importlib.import_module("transformers"), name)
     except ModuleNotFoundError as error:
@@ -121,9 +119,9 @@ def wrap(
     std: tuple[float, ...] = Description.std,
 ) -> DescribedMaps:
     """Make a model of transformers a backbone. image_size: in pixels; mean, std: of RGB in [0, 1]."""
-    family, config = FAMILIES[architecture.removeprefix(PREFIX)], model.config
+    family, config = FAMILIES[architecture.removeprefix(HF)], model.config
     names = {name for name, _ in model.named_modules()}
-    maps = architecture == f"{PREFIX}dinov3_convnext"
+    maps = architecture == f"{HF}dinov3_convnext"
     patch: Any = None if maps else config.patch_size  # type: ignore[union-attr]
     description = Description(
         blocks=next(name for name in _BLOCKS if name in names),
@@ -141,14 +139,14 @@ def wrap(
 def _run(model: nn.Module, images: Tensor) -> object:
     """Call a model of transformers with images (B, 3, H, W): none is masked, and positions fit any size."""
     takes, config, (rows, columns) = inspect.signature(model.forward).parameters, model.config, images.shape[-2:]
-    options: dict[str, Any] = {}
+    side, options = getattr(config, "patch_size", None), dict[str, Any]()
     if "interpolate_pos_encoding" in takes and (rows, columns) != (native_size(config),) * 2:
         options["interpolate_pos_encoding"] = True
     if "noise" in takes:  # patches are put in the order of this noise even where none is masked
-        count = (rows // config.patch_size) * (columns // config.patch_size)  # type: ignore[union-attr, operator]
-        options["noise"] = torch.arange(count, device=images.device).expand(len(images), -1)
+        options["noise"] = torch.arange((rows // side) * (columns // side), device=images.device).expand(
+            len(images), -1
+        )
     if "spatial_shapes" in takes:
-        side: Any = config.patch_size  # type: ignore[union-attr]
         grid = (rows // side, columns // side)
         cut = images.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))  # (B, 3, rows, side, columns, side)
         images = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

@@ -23,8 +23,8 @@ _FLOOR = 1e-2
 _WIDEST = 64
 # What models of timm and of transformers call linear layers that read a block's input.
 _FIRST = (
-    "qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj",
-    "up_proj",
+    "qkv", "fc1", "fc1_g", "fc1_x", "w12", "in_proj", "q_proj", "k_proj", "v_proj", "query", "key", "value",
+    "gate_proj", "up_proj",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from singer import hf
 from singer.backbones import block_outputs, depth, gives_tokens
 from singer.errors import UserError
+from singer.names import HF, OWN
 
 # What a model does before its first block.
 _FRONT = (
@@ -27,8 +28,6 @@ _FRONT = (
 # The name, in the state of a suffix, of what a block is called with besides tokens: block.N.name.
 _ARGUMENTS = "arguments."
 _TOLERANCE = 1e-4
-# Such an architecture is a module of the user's own. Its code is never run because a cache names it.
-OWN = "own:"
 NO_SUFFIX = (
     "this teacher has no suffix that can be rebuilt, so nothing can read features after a cached block; take "
     "refine.cleaner clip, neighbour or none, and another distill.objective than logits and relation"
@@ -165,7 +164,7 @@ class TeacherSuffix(nn.Module):
         block = self.block(index)
         # Some layers of transformers take a mask, which is None for images, without a default.
         takes = list(inspect.signature(block.forward).parameters.values())[1:]
-        arguments: dict[str, Any] = {p.name: None for p in takes if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty}
+        arguments: dict[str, Any] = {p.name: None for p in takes if p.kind < p.VAR_POSITIONAL and p.default is p.empty}
         for name, buffer in ({} if given is None else self._arguments[given]).items():
             whole, is_tuple, _ = name.partition(".")
             value = getattr(self, buffer)
@@ -222,7 +221,7 @@ def _suffix_model(model: nn.Module) -> nn.Module:
 
 def outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
     """Build a model of timm or transformers on the current device."""
-    if architecture.startswith(hf.PREFIX):
+    if architecture.startswith(HF):
         return hf.build(architecture, model_args)
     try:
         # Without memory there is nothing to initialise, and an attempt takes most of the time.

@@ -13,14 +13,16 @@ def check_known_model(model: Path | str) -> None:
         check_known(str(model), f"{model} does not exist, and timm has no model of this name")
 
 
-def open_model(model: Path | str, weights: Path | None, image_size: int | None) -> Backbone:
-    """Load a model, frozen: of a run its student, a folder in timm's layout, or a name of timm.
+def open_model(
+    model: Path | str, weights: Path | None, image_size: int | None, function: str | None = None
+) -> Backbone:
+    """Load a model, frozen: of a run its student, a folder of timm or transformers, or a name as teacher.name has it.
 
-    weights: a file for a model given by name; by default, timm fetches the weights. Raises UserError if it cannot be
-    used.
+    weights: a file for a model given by name; by default, they are fetched. function: what makes a student of the
+    user's own (student.name). Raises UserError if it cannot be used.
     """
     check_known_model(model)
     if not Path(model).exists():
         return load_model(str(model), weights, image_size)
     student = Path(model) / STUDENT
-    return load_saved(student if student.is_dir() else Path(model), image_size)
+    return load_saved(student if student.is_dir() else Path(model), image_size, function)

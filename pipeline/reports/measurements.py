@@ -16,6 +16,7 @@ from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors
 from pipeline.teachers.models import load_saved
+from pipeline.teachers.names import OWN, is_function
 from pipeline.training.run_directory import ADAPTERS
 from pipeline.training.stored_refiners import load_refiner, read_refiner
 from singer.artifacts import patch_norms
@@ -140,6 +141,11 @@ class Students:
     @torch.inference_mode()
     def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
         """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
+        if run.config.student.name.startswith(OWN) or is_function(run.config.student.name):
+            raise UserError(
+                f"{run.result.run} is of a module of your own, whose code singer report does not run; singer evaluate "
+                "does, with --set student.name=package.module:function"
+            )
         student = load_saved(run.result.student)
         student.model.to(self._device)
         matching = run.result.matching

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 import yaml
+from torch import nn
 
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
@@ -21,6 +21,8 @@ from pipeline.runtime.progress import duration
 from pipeline.storage.outputs import read_json
 from pipeline.training.run_directory import LOG
 from pipeline.training.stored_refiners import METRICS
+from singer.names import OWN
+from singer.suffix import outline
 
 _STYLES = ("solid", "dashed", "dotted")
 
@@ -94,7 +96,9 @@ def cards(
     text = f"mean over images of largest / median norm: {name}; the teacher has {teachers.mean_max_over_median:.1f}"
     found.append(SummaryCard("student's outliers", f"{first.norm.mean:.1f}", text))
     count = parameters(teacher)
-    text = f"parameters; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
+    text = "parameters"
+    if count is not None:
+        text += f"; the teacher has {count / 1e6:.1f} M, {count / run.parameters:.1f} times as many"
     found.append(SummaryCard("size", f"{run.parameters / 1e6:.2f} M", text))
     wait = first.mean("data_wait_percent").mean
     speed = f"of training at {first.mean('images_per_second').mean:.0f} images/s, {wait:.0f} % of it waiting for data"
@@ -102,10 +106,12 @@ def cards(
     return found
 
 
-def parameters(teacher: TeacherManifest) -> int:
-    """Return the number of the teacher's parameters, with its head."""
+def parameters(teacher: TeacherManifest) -> int | None:
+    """Return the number of the teacher's parameters, with its head; None for a module of the user's own."""
+    if teacher.architecture.startswith(OWN):
+        return None
     with torch.device("meta"):
-        model = timm.create_model(teacher.architecture, **teacher.model_args)
+        model: nn.Module = outline(teacher.architecture, teacher.model_args)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -28,6 +28,7 @@ from pipeline.storage import Place, Store, open_store
 from pipeline.storage.outputs import Mode, check_output, claimed_output, process_log
 from pipeline.teachers.models import load_teacher
 from pipeline.teachers.names import local_folder
+from pipeline.teachers.own import Own, object_name
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 
@@ -54,17 +55,23 @@ class CacheResult:
     images_per_second: float
 
 
-def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") -> CacheResult:
+def cache_teacher(
+    config: Config, images: Spec, out: Place, mode: Mode = "new", teacher: Own | None = None
+) -> CacheResult:
     """Fill a cache at `out` from some images, see data.specs.resolve.
 
-    Raises UserError for mistakes that the user can fix.
+    teacher: a module of your own with its description, in place of teacher.name. Raises UserError for mistakes that the
+    user can fix.
     """
     check_codec(config.cache.codec)
+    if teacher is not None:
+        named = config.teacher.model_copy(update={"name": object_name(teacher)})
+        config = config.model_copy(update={"teacher": named})
     inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)
     has_manifest = mode in ("resume", "append") and MANIFEST in store.sizes()
-    teacher = load_teacher(config.teacher)
+    backbone = load_teacher(config.teacher, teacher)
     accelerator = make_accelerator(config.cache.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
@@ -72,8 +79,8 @@ def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") 
         # their list already.
         continues = has_manifest and mode == "resume"
         listed = list_images(config, images) if main and not continues else None
-        teacher.model.to(accelerator.device)
-        extract = Extractor(config, teacher, accelerator)
+        backbone.model.to(accelerator.device)
+        extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
 
         start, done = time.perf_counter(), 0

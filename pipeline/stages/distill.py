@@ -26,6 +26,7 @@ from pipeline.storage.outputs import (
     process_log,
     read_as,
 )
+from pipeline.teachers.own import Own
 from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,
@@ -58,13 +59,15 @@ def distill(
     refiner: Refiners = None,
     shards: Spec | None = None,
     mode: Mode = "new",
+    student: Own | None = None,
 ) -> DistillResult:
     """Train a student and store it at `out`.
 
     caches: one cache, or a list for several teachers, with a list of refiners in the same order; shards: where the
-    cached shards are, if they moved after they were cached. Raises UserError for mistakes that the user can fix.
+    cached shards are, if they moved after they were cached; student: a module of your own with its description, in
+    place of student.name. Raises UserError for mistakes that the user can fix.
     """
-    return fan_out([StudentSpec(config, out, refiner)], caches, shards, mode)[0]
+    return fan_out([StudentSpec(config, out, refiner, student)], caches, shards, mode)[0]
 
 
 def fan_out(

@@ -71,7 +71,7 @@ def embed(
     check_model(model, weights)
     check_known_model(model)
     listed = list_images(config, images)
-    backbone = open_model(model, weights, config.evaluate.image_size)
+    backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     features = features or ("cls" if backbone.has_cls else "mean")
     if features == "cls" and not backbone.has_cls:
         raise UserError(f"--features cls: {model} has no class token; take mean or dense")

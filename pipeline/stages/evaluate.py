@@ -93,7 +93,7 @@ def evaluate_tasks(
     check_known_model(model)
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
-    backbone = open_model(model, weights, config.evaluate.image_size)
+    backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
         made = load_result(run)

@@ -39,15 +39,15 @@ class ExportResult:
 def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") -> ExportResult:
     """Write the student of a finished run to `out` in the format `to`.
 
-    Only the section export of `config` is used. Raises UserError for mistakes that the user can fix, and if the export
-    differs from the student.
+    Only the section export of `config` is used, and student.name for a student of one's own. Raises UserError for
+    mistakes that the user can fix, and if the export differs from the student.
     """
     if to not in FORMATS:
         raise UserError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
     trained = load_result(run)
     recipe = _recipe(run).model_copy(update={"export": config.export})
     check_output(out, mode, STAGE, recipe, [run])
-    backbone = load_saved(trained.student)
+    backbone = load_saved(trained.student, function=config.student.name)
     student = Student(
         backbone,
         LastBlock(backbone.model) if config.export.output == "tokens" else backbone.model,

@@ -1,4 +1,4 @@
-"""Build new students: timm models, or plain Vision Transformers with given dimensions."""
+"""Build new students: models of timm, transformers or one's own, or plain Vision Transformers with given dimensions."""
 
 from typing import Any
 
@@ -6,17 +6,22 @@ from pipeline.config import StudentConfig
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line
 from pipeline.teachers.models import check_known, create_model
+from pipeline.teachers.names import is_function
+from pipeline.teachers.own import Own, describe_own
 from singer.errors import UserError
 
 # A student named `vit` is built from this architecture; the given dimensions replace all of its own.
 PLAIN_VIT = "vit_tiny_patch16_224"
 
 
-def new_student(config: StudentConfig, image_size: int) -> Backbone:
+def new_student(config: StudentConfig, image_size: int, module: Own | None = None) -> Backbone:
     """Build a student without a head, for training. image_size: in pixels, used if the configuration gives none.
 
-    Raises UserError if the configuration does not describe a model that gives feature maps.
+    module: a module of the user's own with its description; it is the student, at its own image size by default. Raises
+    UserError if the configuration does not describe a model that gives feature maps.
     """
+    if module is not None:
+        return describe_own(module, config.image_size, config.name)
     dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     given = {k: v for k, v in dims.items() if v is not None}
     if config.name == "vit":
@@ -34,7 +39,8 @@ def new_student(config: StudentConfig, image_size: int) -> Backbone:
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
-    size = config.image_size or image_size
+    # A function of the user's own says for which size it is; all else is built for the teacher's.
+    size = config.image_size or (None if is_function(name) else image_size)
     student = create_model(name, size, args, None, pretrained=config.pretrained, what="student.name")
     try:
         student.layout  # noqa: B018 - this runs the model once; if it fails here, it cannot be trained

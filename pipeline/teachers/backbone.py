@@ -1,4 +1,4 @@
-"""Hold a timm model with what is needed to build it again, and save it."""
+"""Hold a model with what is needed to build it again, and save it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,8 +20,9 @@ INTERPOLATION = "bicubic"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A timm model and what is needed to build it again.
+    """A model and what is needed to build it again.
 
+    architecture: a name of timm, hf: and a model type of transformers, or own: and a class; model_args: what builds it;
     image_size: in pixels; mean, std: of RGB in [0, 1].
     """
 
@@ -64,7 +65,10 @@ class Backbone:
 
 
 def save_backbone(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Save weights and configuration; timm.create_model("local-dir:FOLDER", pretrained=True) then gives the model."""
+    """Save weights and configuration.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True) then gives a model of timm; load_saved gives any model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", timm_config(backbone))

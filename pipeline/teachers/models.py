@@ -1,4 +1,7 @@
-"""Load timm models: teachers with their weights, new students, and students that a run saved."""
+"""Load models: teachers with their weights, new students, and students that a run saved.
+
+Most are timm's. Names that begin with hf: are models of transformers, package.module:function is a model of one's own.
+"""
 
 import difflib
 import inspect
@@ -19,7 +22,9 @@ from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
-from pipeline.teachers.names import LOCAL, local_folder
+from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
+from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
+from pipeline.teachers.own import Own, create_own, describe_own, saved_own
 from pipeline.teachers.weights import describe_size, read_weights
 from singer.backbones import depth, gives_tokens, patch_size
 from singer.errors import UserError
@@ -37,20 +42,31 @@ _REMEDIES = {
 }
 
 
-def load_teacher(config: TeacherConfig) -> Backbone:
-    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
+def load_teacher(config: TeacherConfig, module: Own | None = None) -> Backbone:
+    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated).
+
+    module: a module of the user's own with its description, in place of config.name.
+    """
+    if module is not None:
+        return _frozen(describe_own(module, config.image_size, config.name))
     return _frozen(
         create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
     )
 
 
-def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
-    """Load a model that was saved in timm's local-dir layout, by `save_backbone` or by timm itself."""
+def load_saved(folder: Path, image_size: int | None = None, function: str | None = None) -> Backbone:
+    """Load a model that was saved by `save_backbone`, timm or transformers.
+
+    function: for a model of the user's own, the function that makes it. Raises UserError if it is needed and not given.
+    """
+    architecture = str(read_json(folder, CONFIG, "model folder").get("architecture"))
+    if architecture.startswith(OWN):
+        return _frozen(saved_own(folder, architecture, image_size, function))
     return load_model(f"{LOCAL}{folder}", image_size=image_size)
 
 
 def load_model(name: str, weights: Path | None = None, image_size: int | None = None) -> Backbone:
-    """Load any pretrained model of timm, frozen, by a name that timm knows, hf-hub:USER/NAME or local-dir:FOLDER.
+    """Load any pretrained model, frozen, by a name as teacher.name has it.
 
     weights: a local file; default: those in the folder, or those that timm fetches. image_size: in pixels; default: the
     model's own.
@@ -84,18 +100,21 @@ def create_model(
     what: str,
     averaged: bool = True,
 ) -> Backbone:
-    """Build a model of timm.
+    """Build a model.
 
     image_size: in pixels, None for the model's own; args: more arguments of timm.create_model; weights: a local file;
     averaged: see read_weights; pretrained: whether to load weights; what: the setting that names the model, for
     messages. Raises UserError if the model, its weights or its image size cannot be used.
     """
+    other = _other_source(name, image_size, args, weights, pretrained, what, averaged)
+    if other is not None:
+        return other
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
         kwargs["img_size"] = image_size
     folder = local_folder(name)
     if folder is not None:
-        config = read_json(folder, "config.json", "timm model folder")
+        config = read_json(folder, CONFIG, "model folder")
         model_args = config.get("model_args", {})
         if not isinstance(model_args, dict):
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
@@ -146,6 +165,37 @@ def _outline(name: str, args: Mapping[str, Any]) -> Any:
 def _known_outline(name: str, args: str) -> Any:
     with torch.device("meta"):
         return timm.create_model(name, **json.loads(args))
+
+
+def _other_source(
+    name: str,
+    image_size: int | None,
+    args: Mapping[str, Any],
+    weights: Path | None,
+    pretrained: bool,
+    what: str,
+    averaged: bool,
+) -> Backbone | None:
+    """Build a model that is not timm's; None if the name is one of timm. The arguments are those of create_model."""
+    folder = local_folder(name)
+    config = {} if folder is None else read_json(folder, CONFIG, "model folder")
+    architecture = str(config.get("architecture", name))
+    if architecture.startswith(OWN):
+        raise UserError(
+            f"{what} {name} is a module of a program; name a function that makes it, package.module:function"
+            + (f", and --weights {folder / WEIGHTS}" if folder is not None else "")
+        )
+    if not (architecture.startswith(HF) or is_function(name) or is_transformers(config)):
+        return None
+    given = [key for key, value in args.items() if value is not None and key != "num_classes"]
+    if given:
+        raise UserError(f"{what} {name}: {', '.join(given)} can be chosen only for a model of timm")
+    if is_function(name):
+        return create_own(name, image_size, weights, what, averaged)
+    if folder is not None and not is_transformers(config):
+        return saved_transformers(folder, config, image_size, weights)
+    source = name if folder is None else f"{HF}{folder}"
+    return create_transformers(source, image_size, weights, pretrained, what, averaged)
 
 
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:

@@ -22,6 +22,7 @@ from pipeline.storage.outputs import INPUTS, Mode, write_json
 from pipeline.storage.tensors import write_tensors
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone, save_backbone
+from pipeline.teachers.own import Own, object_name
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
@@ -53,19 +54,26 @@ from singer.refiner import Refiner
 State = Mapping[str, Tensor]
 # Besides vectors and biases, these never decay: CLS, register and mask tokens, position embeddings, and scales with
 # more than one axis.
-_NO_DECAY = ("*_token", "*pos_embed", "*.gamma")
+_NO_DECAY = ("*_token", "*_tokens", "*pos_embed", "*.position_embedding*", "*.gamma")
 
 
 @dataclass(frozen=True)
 class StudentSpec:
     """A student to train: its configuration, its run directory, and the refiner of its targets, if any.
 
-    refiner: for several caches, a list with one for each, or None for all.
+    refiner: for several caches, a list with one for each, or None for all. module: a module of your own, with its
+    description, which is trained in place of what the section student names.
     """
 
     config: Config
     out: Path
     refiner: Refiners = None
+    module: Own | None = None
+
+    def __post_init__(self) -> None:
+        if self.module is not None:
+            named = self.config.student.model_copy(update={"name": object_name(self.module)})
+            object.__setattr__(self, "config", self.config.model_copy(update={"student": named}))
 
 
 class NewStudent:
@@ -76,7 +84,8 @@ class NewStudent:
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
         set_seed(settings.seed)
-        self.student: Backbone = new_student(job.config.student, sources[0].cache.manifest.teacher.image_size)
+        size = sources[0].cache.manifest.teacher.image_size
+        self.student: Backbone = new_student(job.config.student, size, job.module)
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)

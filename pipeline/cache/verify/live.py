@@ -23,6 +23,7 @@ from pipeline.data import ImageFile, Spec, accepted, image_digest, relocate
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
 from pipeline.teachers.models import load_teacher
+from pipeline.teachers.names import OWN, is_function
 from singer.errors import UserError
 from singer.matching import take_patches
 
@@ -42,6 +43,12 @@ def load_extractors(config: Config, segments: Sequence[Segment]) -> Iterator[Ext
     if wanted != known.variant:  # a weights file may hold a teacher that the cache has under another name
         fitting += [t for t in _as_set(config, teachers) if t not in fitting]
     name = known.name if wanted in (None, known.variant) else wanted
+    if known.architecture.startswith(OWN) and name != wanted:
+        made_by = name if is_function(name) else "package.module:function"
+        raise UserError(
+            f"the cache's teacher is {known.architecture}, a module of your own, whose code is not run because the "
+            f"cache names it; name the function that makes it: --teacher {made_by}"
+        )
     first = _extractor(config, name, known)
     here, matched = first.teacher, False
     for teacher in fitting:
