@@ -139,13 +139,13 @@ def wrap(
 def _run(model: nn.Module, images: Tensor) -> object:
     """Call a model of transformers with images (B, 3, H, W): none is masked, and positions fit any size."""
     takes, config, (rows, columns) = inspect.signature(model.forward).parameters, model.config, images.shape[-2:]
-    side, options = getattr(config, "patch_size", None), dict[str, Any]()
+    options: dict[str, Any] = {}
+    side: Any = getattr(config, "patch_size", None)
     if "interpolate_pos_encoding" in takes and (rows, columns) != (native_size(config),) * 2:
         options["interpolate_pos_encoding"] = True
     if "noise" in takes:  # patches are put in the order of this noise even where none is masked
-        options["noise"] = torch.arange((rows // side) * (columns // side), device=images.device).expand(
-            len(images), -1
-        )
+        order = torch.arange((rows // side) * (columns // side), device=images.device)
+        options["noise"] = order.expand(len(images), -1)
     if "spatial_shapes" in takes:
         grid = (rows // side, columns // side)
         cut = images.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))  # (B, 3, rows, side, columns, side)

@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 from pipeline.config import ExportConfig
 from pipeline.storage.outputs import write_json
 from pipeline.teachers.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
-from pipeline.teachers.names import LOCAL
+from pipeline.teachers.models import load_model
+from pipeline.teachers.names import HF, LOCAL, OWN
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 
@@ -104,13 +105,22 @@ class Written:
 def write_timm(student: Student, folder: Path) -> Written:
     """Write timm's local-dir layout, which the run directory has, too."""
     _require_whole_model(student, "timm")
+    if student.backbone.architecture.startswith((HF, OWN)):
+        raise UserError("--to timm is for models of timm; take onnx or torch-export for this student")
     save_backbone(student.backbone, student.backbone.model.state_dict(), folder)
     return _read_timm(student, folder)
 
 
 def write_hf(student: Student, folder: Path) -> Written:
-    """Write a repository for the Hugging Face Hub; timm (`hf-hub:`) and the TimmWrapper of transformers read it."""
+    """Write a repository for the Hugging Face Hub; timm (`hf-hub:`) and the TimmWrapper of transformers read it.
+
+    A student of transformers is written as transformers itself does.
+    """
     _require_whole_model(student, "hf")
+    if student.backbone.architecture.startswith(OWN):
+        raise UserError("--to hf is for models of timm and transformers; take onnx or torch-export for this student")
+    if student.backbone.architecture.startswith(HF):
+        return _write_transformers(student, folder)
     config = timm_config(student.backbone)
     # TimmWrapper passes num_classes itself and fails if it is also in model_args. timm takes it from pretrained_cfg.
     config["model_args"] = {k: v for k, v in config["model_args"].items() if k != "num_classes"}
@@ -119,6 +129,34 @@ def write_hf(student: Student, folder: Path) -> Written:
     # Some versions of transformers refuse a safetensors file that does not say which framework wrote it.
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return _read_timm(student, folder)
+
+
+def _write_transformers(student: Student, folder: Path) -> Written:
+    """Write what from_pretrained reads: config.json, model.safetensors and preprocessor_config.json."""
+    backbone = student.backbone
+    backbone.model.backbone.save_pretrained(folder)
+    size = {"height": backbone.image_size, "width": backbone.image_size}
+    processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
+    processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
+    write_json(folder / "preprocessor_config.json", processor)
+    kind = type(backbone.model.backbone).__name__
+    snippet = f"""import json
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import {kind}
+
+with open("preprocessor_config.json") as file:
+    p = json.load(file)
+image = ImageOps.fit(Image.open("image.png").convert("RGB"), (p["size"]["width"], p["size"]["height"]), p["resample"])
+pixels = (np.asarray(image) / 255 - p["image_mean"]) / p["image_std"]
+images = torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
+model = {kind}.from_pretrained(".").eval()  # "." is the path of this folder
+with torch.inference_mode():
+    # Tokens after the final norm. A forward hook on the last block gives them as they were trained, before it.
+    tokens = model(images).last_hidden_state"""
+    return Written(load_model(f"{HF}{folder}").model, snippet, ("transformers",))
 
 
 def write_onnx(student: Student, folder: Path) -> Written:
