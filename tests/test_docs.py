@@ -49,7 +49,7 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import read_plan
 from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import HF, LOCAL, is_function
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,8 +157,8 @@ def check_singer(args: Sequence[str]) -> None:
 
 
 def check_model(name: str) -> None:
-    """As `local-dir:`, `vit`, or what timm knows, its tag included."""
-    if name.startswith(LOCAL) or name == "vit":
+    """As `local-dir:`, `hf:`, a function, `vit`, or what timm knows, its tag included."""
+    if name.startswith((LOCAL, HF)) or is_function(name) or name == "vit":
         return
     architecture, _, tag = name.partition(".")
     assert timm.is_model(architecture), f"timm has no model {name}"

@@ -273,7 +273,9 @@ def test_gated_and_absent_models(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("hf:facebook/dinov3")
 
 
-def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("pipeline.checks.find_spec", lambda name: None)
     (tmp_path / "x.tar").touch()
     code = run_singer(monkeypatch, "cache-teacher", "--images", tmp_path / "x.tar", "--out", tmp_path / "out",

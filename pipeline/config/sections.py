@@ -36,10 +36,12 @@ class DataConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A model of timm: hub name, `hf-hub:` or `local-dir:` name, or a name with a local weight file."""
+    """A model of timm (hub name, `hf-hub:` or `local-dir:` name), of transformers (`hf:`), or of one's own."""
 
     name: str = key(
-        "vit_base_patch14_dinov2", "the model: a name in timm, hf-hub:USER/NAME or local-dir:FOLDER", "place"
+        "vit_base_patch14_dinov2",
+        "the model: a name in timm, hf-hub:USER/NAME, local-dir:FOLDER, hf:USER/NAME or package.module:function",
+        "place",
     )
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
     averaged: bool = key(True, "take averaged weights (EMA) where a file has both")

@@ -78,15 +78,15 @@ class RefineConfig(Section):
 
 
 class StudentConfig(Section):
-    """Any timm model with tokens or feature maps, or `vit` with the dimensions given here."""
+    """Any model that can be a teacher, named in the same way, or `vit` with the dimensions given here."""
 
-    name: str = key("vit", "a model of timm, or vit: a plain Vision Transformer of the dimensions below")
+    name: str = key("vit", "a name as teacher.name has it, or vit: a plain Vision Transformer of the dimensions below")
     dim: Positive | None = key(None, "vit: width", shape=True)
     depth: Positive | None = key(None, "vit: number of blocks", shape=True)
     heads: Positive | None = key(None, "vit: attention heads", shape=True)
     patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
-    pretrained: bool = key(False, "start from the weights that timm has for the name")
+    pretrained: bool = key(False, "start from the weights that timm or the hub has for the name")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 
