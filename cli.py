@@ -55,6 +55,7 @@ TASK_HELP = (
 )
 REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their order. Default: raw targets."
 MOVED_HELP = "Where the cached images are, if they moved."
+TEACHER_HELP = "A model of timm, hf:USER/NAME of transformers, or package.module:function of your own."
 STUDENT_HELP = "Any model that can be a teacher, or vit with student.dim, depth and heads."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
@@ -98,9 +99,7 @@ def every_command(
 def run(
     photos: Annotated[str, typer.Argument(help="A folder of images (sub-folders are classes), or shards.")],
     out: Annotated[Path, typer.Option(help="Folder for everything that the run makes.")],
-    teacher: Annotated[
-        str | None, typer.Option(help="A model of timm, hf:USER/NAME, or package.module:function.")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's .safetensors or .pth; else timm's.")] = None,
     hours: Annotated[float | None, typer.Option(help="How long all may take.")] = None,
@@ -155,9 +154,7 @@ def prepare(
 def cache_teacher(
     images: Annotated[list[str], images_option()],
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
-    teacher: Annotated[
-        str | None, typer.Option(help="A model of timm, hf:USER/NAME, or package.module:function.")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
@@ -454,9 +451,7 @@ def cache_info(
 @cache_app.command("plan")
 def cache_plan(
     images: Annotated[list[str], images_option()],
-    teacher: Annotated[
-        str | None, typer.Option(help="A model of timm, hf:USER/NAME, or package.module:function.")
-    ] = None,
+    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
     image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
