@@ -48,7 +48,9 @@ def load_teacher(config: TeacherConfig, module: Own | None = None) -> Backbone:
     module: a module of the user's own with its description, in place of config.name.
     """
     if module is not None:
-        return _frozen(describe_own(module, config.image_size, config.name))
+        own = describe_own(module, config.image_size, config.name)
+        own.model.eval()  # its parameters stay as they are: the caller may train it afterwards
+        return own
     return _frozen(
         create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
     )
