@@ -220,6 +220,8 @@ EARLY = [
     "cache-teacher --shards x.tar --out out --codec int7",
     "cache-teacher --shards x.tar --out out --teacher local-dir:nothing",
     "cache-teacher --shards x.tar --out out --teacher models/vit",
+    "cache-teacher --shards x.tar --out out --teacher hf:./nothing",
+    "cache-teacher --shards x.tar --out out --teacher nothing_here:net",
     "cache-teacher --shards x.tar --out out --weights nothing.pth",
     "cache-teacher --shards x.tar --out taken",
     "cache-teacher --shards x.tar --out out --set cache.codecs=int8",
