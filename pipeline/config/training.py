@@ -95,6 +95,7 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pipeline.storage.atomic import write_atomic
@@ -38,3 +40,17 @@ def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_matrix(path: Path) -> Tensor:
+    """Read a .npy of numbers, (rows, columns), as float32. Raises UserError that names the file if it holds no such."""
+    try:
+        values = np.load(path, allow_pickle=False)
+        if values.ndim != 2 or values.dtype.kind not in "fiu" or not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a .npy of finite numbers, (rows, columns): {reason}") from None
+    return torch.from_numpy(values.astype(np.float32))

@@ -19,7 +19,7 @@ from pipeline.data.sampler import steps_per_epoch
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.outputs import INPUTS, Mode, write_json
-from pipeline.storage.tensors import write_tensors
+from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.teachers.own import Own, object_name
@@ -92,11 +92,12 @@ class NewStudent:
         check_trackers(settings.trackers)
         joint: JointTraining | None = None
         self.fresh: Refiner | None = None
+        texts = read_matrix(settings.texts) if settings.texts is not None else None
         heads = []
         for source, refiner in zip(sources, refiners, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device)
+            targets = Targets(cache, refiner, self.student, device, texts)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
