@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from pipeline.config import ExportConfig
 from pipeline.storage.outputs import write_json
+from pipeline.storage.tensors import separate
 from pipeline.teachers.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
 from pipeline.teachers.names import LOCAL
 from singer.backbones import block_outputs, depth
@@ -115,7 +116,7 @@ def write_hf(student: Student, folder: Path) -> Written:
     # TimmWrapper passes num_classes itself and fails if it is also in model_args. timm takes it from pretrained_cfg.
     config["model_args"] = {k: v for k, v in config["model_args"].items() if k != "num_classes"}
     write_json(folder / "config.json", config)
-    state = {k: v.contiguous() for k, v in student.backbone.model.state_dict().items()}
+    state = separate(student.backbone.model.state_dict())
     # Some versions of transformers refuse a safetensors file that does not say which framework wrote it.
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return _read_timm(student, folder)
