@@ -72,7 +72,6 @@ def cache_teacher(config: Config, images: Spec, out: Place, mode: Mode = "new") 
         # their list already.
         continues = has_manifest and mode == "resume"
         listed = list_images(config, images) if main and not continues else None
-        teacher.model.to(accelerator.device)
         extract = Extractor(config, teacher, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
 

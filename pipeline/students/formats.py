@@ -191,6 +191,9 @@ with torch.inference_mode():
 
 def trace(student: Student) -> ExportedProgram:
     """Trace the student, and remove the stack traces, which name source files of this machine."""
+    # Some models keep constants that they compute in their first pass (TinyViT), which must not be a traced one.
+    with torch.inference_mode():
+        student.module(student.images(1))
     program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)

@@ -18,6 +18,7 @@ from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
 from pipeline.teachers.names import LOCAL, local_folder
+from pipeline.teachers.placement import narrow
 from pipeline.teachers.weights import describe_size, read_weights
 from singer.backbones import depth, gives_tokens, patch_size
 from singer.errors import UserError
@@ -36,10 +37,13 @@ _REMEDIES = {
 
 
 def load_teacher(config: TeacherConfig) -> Backbone:
-    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated)."""
-    return _frozen(
-        create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
-    )
+    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated).
+
+    It is on the CPU, in config.dtype; `teachers.placement.place` moves it.
+    """
+    teacher = create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
+    narrow(teacher.model, config.dtype)
+    return _frozen(teacher)
 
 
 def load_saved(folder: Path, image_size: int | None = None) -> Backbone:
