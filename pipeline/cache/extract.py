@@ -46,6 +46,8 @@ class Extractor:
             dtype=config.teacher.dtype,
             shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
         )
+        if config.teacher.offload == "auto" and accelerator.num_processes > 1:
+            raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
         place(backbone.model, self.device, config.teacher.offload)
 
     @property

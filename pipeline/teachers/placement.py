@@ -44,7 +44,7 @@ def place(model: nn.Module, device: torch.device, offload: Offload) -> None:
 
     Raises UserError if they do not fit there, or the model has no list of blocks.
     """
-    if offload == "none":
+    if offload == "none" or (offload == "auto" and device.type == "cpu"):
         _check_room(model, device)
         model.to(device)
         return
@@ -70,9 +70,8 @@ def _dispatch(blocks: nn.Module, places: Mapping[str, Any], device: torch.device
     places: {number of a block: a GPU, "cpu" or "disk"}; kind: the name of the blocks' class.
     """
     where = set(places.values())
-    outside = {
-        name: tensor for name, tensor in blocks.state_dict().items() if places.get(name.split(".")[0]) == "cpu"
-    }  # fmt: skip
+    in_memory = {name for name, kept in places.items() if kept == "cpu"}
+    outside = {name: tensor for name, tensor in blocks.state_dict().items() if {"", name.split(".")[0]} & in_memory}
     folder = tempfile.TemporaryDirectory(prefix="singer-teacher-") if "disk" in where else None
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
     dispatch_model(
