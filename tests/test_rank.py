@@ -70,7 +70,8 @@ def test_the_teacher_that_sees_classes_is_first(
     first, last = result["teachers"]
     assert (first["cache"], last["cache"]) == (str(world / "cache"), str(blind))
     assert result["by"] == "parc" and result["classes"] == 4 and result["images"] == 60
-    assert result["teacher_weights"] == [last["weight"], first["weight"]] and sum(result["teacher_weights"]) == pytest.approx(1)
+    assert result["teacher_weights"] == [last["weight"], first["weight"]]
+    assert sum(result["teacher_weights"]) == pytest.approx(1)
     assert first["agreement"] == last["agreement"] < 1
     cache = Cache(world / "cache")
     chosen = np.linspace(0, len(cache) - 1, 60).astype(int)

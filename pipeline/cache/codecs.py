@@ -9,7 +9,8 @@ Outlier tokens are stored separately: an error of a few per cent of an artifact 
 clean token, and a student would learn this error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -157,6 +158,15 @@ class Quantised:
         return x
 
 
+@contextmanager
+def naming(block: int) -> Iterator[None]:
+    """Put the block before the message of a UserError of a codec."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"block {block}: {error}") from None
+
+
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -189,8 +199,9 @@ def _narrow(values: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     # The minimum and the maximum are NaN if any number is. A check of every number takes ten times as long as the
     # conversion.
     if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        most = f"{_name(dtype)} ({torch.finfo(dtype).max:.5g})"
         advice = "; use cache.codec bfloat16" if dtype == torch.float16 else ""
-        raise UserError(f"features reach {float(x.abs().max()):.0f}, beyond {_name(dtype)}{advice}")
+        raise UserError(f"features reach {float(x.abs().max()):.0f}, beyond {most}{advice}")
     return values
 
 

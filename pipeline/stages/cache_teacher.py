@@ -79,7 +79,6 @@ def cache_teacher(
         # their list already.
         continues = has_manifest and mode == "resume"
         listed = list_images(config, images) if main and not continues else None
-        backbone.model.to(accelerator.device)
         extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
 

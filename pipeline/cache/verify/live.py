@@ -74,16 +74,17 @@ def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherMani
 
 
 def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
-    """Load a teacher at the image size and precision of a teacher in the cache."""
+    """Load a teacher at the image size, dtype and precision of a teacher in the cache."""
     config = config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update={"name": name, "image_size": known.image_size}),
+            "teacher": config.teacher.model_copy(
+                update={"name": name, "image_size": known.image_size, "dtype": known.dtype}
+            ),
             "cache": config.cache.model_copy(update={"precision": known.precision}),
         }
     )
     backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    backbone.model.to(accelerator.device)
     return Extractor(config, backbone, accelerator)
 
 
