@@ -6,7 +6,9 @@ Wherever the weights are, the features are the same.
 
 import copy
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,20 +74,22 @@ def _dispatch(blocks: nn.Module, places: Mapping[str, Any], device: torch.device
     where = set(places.values())
     in_memory = {name for name, kept in places.items() if kept == "cpu"}
     outside = {name: tensor for name, tensor in blocks.state_dict().items() if {"", name.split(".")[0]} & in_memory}
-    folder = tempfile.TemporaryDirectory(prefix="singer-teacher-") if "disk" in where else None
+    folder = tempfile.mkdtemp(prefix="singer-teacher-") if "disk" in where else None
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what was asked for
     dispatch_model(
         blocks,
         dict(places),
         main_device=device,
         state_dict=outside or None,
-        offload_dir=folder.name if folder else None,
+        offload_dir=folder,
         preload_module_classes=[kind],
         force_hooks=True,
     )
+    if folder is not None:
+        weakref.finalize(blocks, shutil.rmtree, folder, ignore_errors=True)
     if not outside and folder is None:
         return
-    weights = OffloadedWeightsLoader(state_dict=outside, save_folder=folder.name if folder else None)
+    weights = OffloadedWeightsLoader(state_dict=outside, save_folder=folder)
 
     def fill(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
         """Put the weights that are elsewhere into a state dict."""
@@ -94,7 +98,6 @@ def _dispatch(blocks: nn.Module, places: Mapping[str, Any], device: torch.device
                 state[name] = weights[name.removeprefix(prefix)]
 
     blocks.register_state_dict_post_hook(fill)
-    blocks.offload_folder = folder  # type: ignore[assignment]  # removed with the model
 
 
 def _check_room(model: nn.Module, device: torch.device) -> None:
