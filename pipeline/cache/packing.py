@@ -92,9 +92,14 @@ def unpack(packed: Tensor, bits: int, d: int) -> Tensor:
     return planes[0] if len(planes) == 1 else planes[0].mul_(planes[1])
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values that each byte stands for, (256, codes per byte) float32."""
+    """Return the values that each byte stands for, (256, codes per byte) float32: a constant of compiled code, too."""
+    return _made_table(values, device)
+
+
+@lru_cache
+def _made_table(values: tuple[float, ...], device: torch.device) -> Tensor:
     width = (len(values) - 1).bit_length()
     shifts = torch.arange(0, 8, width)
     return torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)].to(device)
@@ -103,7 +108,7 @@ def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
 def _lookup(packed: Tensor, table: Tensor) -> Tensor:
     """Look up each byte of (n, N, bytes) in a table (256, codes per byte); return (n, N, bytes x codes per byte)."""
     index = packed.int()
-    if table.shape[1] == 2:
+    if table.shape[1] == 2 and packed.device.type == "cpu":
         # On a CPU, reading a pair as one complex number is three times as fast as reading a row of two numbers.
         pairs = torch.view_as_complex(table).index_select(0, index.flatten())
         return torch.view_as_real(pairs).view(*packed.shape[:-1], 2 * packed.shape[-1])
