@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -54,7 +54,7 @@ class Calibration:
 
     def to(self, device: torch.device | str) -> "Calibration":
         """Copy all tensors to a device."""
-        return Calibration.from_tensors({name: t.to(device) for name, t in self.tensors().items()})
+        return replace(self, **{n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)})
 
     def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the mean and the std for every token of a record, (N, d) each."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.packing import LEVELS, lloyd_max, pack, plane_bits, rotate, unpack
+from pipeline.cache.packing import LEVELS, lloyd_max, load_tables, pack, plane_bits, rotate, unpack
 from pipeline.cache.stored import Encoded, Fixed, Layout, Ragged, Stored
 from singer.artifacts import clean_mask, patch_norms
 from singer.errors import UserError
@@ -190,6 +190,10 @@ class Decoder:
 
     codec: Codec
     calibration: Mapping[int, Calibration]
+
+    def __post_init__(self) -> None:
+        for calibration in self.calibration.values():
+            load_tables(calibration.mean.device)
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
         """Return {block: features (n, N, d) float32} of records that are on the device."""

@@ -92,17 +92,24 @@ def unpack(packed: Tensor, bits: int, d: int) -> Tensor:
     return planes[0] if len(planes) == 1 else planes[0].mul_(planes[1])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+# {(values, device): table}; see load_tables.
+_TABLES: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def load_tables(device: torch.device) -> None:
+    """Put the tables of all codecs on a device, where `unpack` finds them; compiled code cannot make them once."""
+    for values in {values for bits in LEVELS for values in _plane_values(bits)}:
+        _table(values, device)
+
+
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return the values that each byte stands for, (256, codes per byte) float32: a constant of compiled code, too."""
-    return _made_table(values, device)
-
-
-@lru_cache
-def _made_table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    width = (len(values) - 1).bit_length()
-    shifts = torch.arange(0, 8, width)
-    return torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)].to(device)
+    """Return the values that each byte stands for, (256, codes per byte) float32."""
+    if (values, device) not in _TABLES:
+        width = (len(values) - 1).bit_length()
+        shifts = torch.arange(0, 8, width)
+        table = torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)]
+        _TABLES[values, device] = table.to(device)
+    return _TABLES[values, device]
 
 
 def _lookup(packed: Tensor, table: Tensor) -> Tensor:
