@@ -1,6 +1,7 @@
 """A step of training as a GPU does it: one graph, and no waiting for the device."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 

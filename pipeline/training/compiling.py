@@ -34,7 +34,8 @@ class StepModel:
             try:
                 return compute(self._compiled)  # type: ignore[arg-type]
             except TorchDynamoException as error:
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                cause = getattr(error, "inner_exception", error)
+                reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
                 if self._required:
                     off = "--set distill.compile=false"
                     raise UserError(f"torch.compile does not work here ({reason}); train without it: {off}") from error
