@@ -1,9 +1,8 @@
 """Multinomial logistic regression in pure torch, for probes of a million features and a thousand classes.
 
 The minimum is that of scikit-learn's LogisticRegression: the summed cross-entropy + |W|² / 2C, without a penalty on
-biases. It is found by L-BFGS (Nocedal 1980) in coordinates in which the curvature is nearly the identity: the Hessian of
-each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992). Features of networks are strongly
-correlated, so that plain L-BFGS takes several times as many passes.
+biases. It is found by L-BFGS (Nocedal 1980) in coordinates in which the curvature is nearly the identity: the Hessian
+of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992).
 """
 
 from collections import deque
@@ -18,13 +17,13 @@ from torch.nn import functional as F
 _LOGITS = 1 << 24
 _MEMORY = 10
 # The fit has converged when another step would lower the loss by less than this share of it.
-_GAIN = 1e-6
+_GAIN = 1e-5
 _HALVINGS = 12
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier. weight: (K, d); bias: (K,); passes: over the features; converged: or stopped by the limit."""
+    """A fitted classifier. weight: (K, d); bias: (K,); passes: over the features; converged: if not, they ended it."""
 
     weight: Tensor
     bias: Tensor

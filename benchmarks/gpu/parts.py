@@ -2,12 +2,12 @@
 
 import io
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import timm
@@ -26,9 +26,10 @@ from pipeline.data.prefetch import prefetch
 from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import LOCAL
+from pipeline.teachers.names import LOCAL
 from singer.backbones import block_outputs, resolve_blocks
 from singer.cleaners import CLEANERS, Shape
+from singer.logistic import LogisticProblem
 from singer.metrics import knn_scores
 from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.refiner import Refiner
@@ -61,14 +62,14 @@ class Bench:
         for _ in range(2):
             work()
         self.wait()
-        start, calls = time.perf_counter(), 0
-        while calls == 0 or time.perf_counter() - start < seconds:
+        start, calls = perf_counter(), 0
+        while calls == 0 or perf_counter() - start < seconds:
             work()
             calls += 1
             if calls % 8 == 0:  # the CPU must not run ahead by more
                 self.wait()
         self.wait()
-        return calls * count / (time.perf_counter() - start)
+        return calls * count / (perf_counter() - start)
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -220,7 +221,8 @@ def decoding(bench: Bench) -> Iterator[Figure]:
 
         @torch.no_grad()
         def both(decode: Decoder = decode, stored: Encoded = stored) -> Tensor:
-            return refiner(decode(stored))[0]
+            refined: Tensor = refiner(decode(stored))[0]
+            return refined
 
         yield Figure(f"decode {codec}", 1e6 / bench.rate(partial(decode, stored)), "µs a batch")
         yield Figure(f"decode {codec} and refine", 1e6 / bench.rate(both), "µs a batch")
@@ -235,9 +237,12 @@ def probes(bench: Bench) -> Iterator[Figure]:
     labels = torch.randint(classes, (n,), generator=generator)
     centres = torch.randn(classes, width, generator=generator)
     x = centres[labels] + 2 * torch.randn(n, width, generator=generator)
-    on = [t.to(bench.device) for t in (x, labels, x[: n // 10])]
-    rate = bench.rate(lambda: knn_scores(*on, classes, 20, 0.07), seconds=1.0)
+    a, y, b = (t.to(bench.device) for t in (x, labels, x[: n // 10]))
+    rate = bench.rate(lambda: knn_scores(a, y, b, classes, 20, 0.07), seconds=1.0)
     yield Figure(f"k-NN of {n // 10} in {n}", 1 / rate, "s")
+    start = perf_counter()
+    fitted = LogisticProblem(a, y, classes).fit(0.1)
+    yield Figure(f"linear probe of {n}, one penalty, {fitted.passes} passes", perf_counter() - start, "s")
 
 
 def disk(bench: Bench) -> Iterator[Figure]:
@@ -255,8 +260,8 @@ def disk(bench: Bench) -> Iterator[Figure]:
         cache = Cache(place)
         order = np.random.default_rng(0).permutation(len(cache))
         lists = np.array_split(order, max(1, len(order) // 256))
-        start = time.perf_counter()
+        start = perf_counter()
         for _ in prefetch(cache.read, lists, 16):
             pass
-        rate = len(cache) * cache.record_bytes / (time.perf_counter() - start) / 1e9
+        rate = len(cache) * cache.record_bytes / (perf_counter() - start) / 1e9
         yield Figure(f"read {codec} in random batches", rate, "GB/s as stored")
