@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.packing import LEVELS, lloyd_max, pack, plane_bits, rotate, unpack
-from pipeline.cache.stored import Fixed, Layout, Ragged, Stored
+from pipeline.cache.packing import LEVELS, lloyd_max, load_tables, pack, plane_bits, rotate, unpack
+from pipeline.cache.stored import Encoded, Fixed, Layout, Ragged, Stored
 from singer.artifacts import clean_mask, patch_norms
 from singer.errors import UserError
 
@@ -182,6 +182,22 @@ CODECS: dict[str, Codec] = {
         Quantised("int4-plain", 4, min_cosine=0.99, outliers=False),
     )
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A codec with the calibration of each block, {block: calibration}, on one device."""
+
+    codec: Codec
+    calibration: Mapping[int, Calibration]
+
+    def __post_init__(self) -> None:
+        for calibration in self.calibration.values():
+            load_tables(calibration.mean.device)
+
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return {block: features (n, N, d) float32} of records that are on the device."""
+        return {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
 
 
 def _name(dtype: torch.dtype) -> str:

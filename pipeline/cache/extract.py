@@ -42,7 +42,7 @@ class Extractor:
             image_size=backbone.image_size,
             mean=backbone.mean,
             std=backbone.std,
-            precision=config.cache.precision,
+            precision=accelerator.mixed_precision,
             dtype=config.teacher.dtype,
             shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
         )

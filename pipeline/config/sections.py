@@ -102,7 +102,9 @@ class CacheConfig(Section):
         "table: its column",
     )
     batch_size: Positive = key(64, "views in a forward pass of the teacher")
-    precision: Precision = key("no", "autocast of the teacher's forward pass")
+    precision: Precision = key(
+        "auto", "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)"
+    )
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")
     workers: Positive = key(2, "threads that decode images", "speed")
 

@@ -41,7 +41,7 @@ from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, Teacher
 from pipeline.planning.scratch import existing, scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
@@ -162,6 +162,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     long caching runs, and how long the disk is written to at most; each other stage runs for a quarter of it. With 0,
     only bytes are measured. Raises UserError for mistakes that the user can fix.
     """
+    config = with_precision(config)
     check_codec(config.cache.codec)
     listed = list_images(config, images)
     backbone = load_teacher(config.teacher)

@@ -27,6 +27,7 @@ from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
 from pipeline.training.joint_training import JointTraining, new_joint
@@ -153,7 +154,10 @@ class NewStudent:
                 shard(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), lr=settings.lr)
+        # One kernel for all weights, where there is one; on CPUs the default stays.
+        fused = accelerator.device.type == "cuda" or None
+        groups = decay_groups(self.distiller, settings.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
@@ -163,15 +167,15 @@ class NewStudent:
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
         optimiser = accelerator.prepare_optimizer(optimiser)
-        if settings.compile:
-            model = torch.compile(model)
+        compiles = accelerator.device.type == "cuda" and not sharded if settings.compile == "auto" else settings.compile
         log = RunLog(out / LOG, first, accelerator.is_main_process)
         tracking = (
             Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))
             if accelerator.is_main_process
             else None
         )
-        return StudentRun(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
+        step_model = StepModel(model, compiles, required=settings.compile is True)
+        return StudentRun(settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema)
 
 
 def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def check_live(
         check_images(files, np.arange(len(records)), index.digest)
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
-            features = extract.features(torch.from_numpy(views), manifest.blocks)
+            features = extract.features(views, manifest.blocks)
             check_finite(features, own, index.key)
             positions = reader.read(POSITIONS, batch) if manifest.sampled else None
             of_batch = []
