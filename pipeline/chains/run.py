@@ -17,8 +17,8 @@ from pipeline.config import Config, dump_config, load_config
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.planning.choice import Choice, Chooser
-from pipeline.planning.plan import free_bytes
 from pipeline.planning.quick import measure_costs
+from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
