@@ -18,11 +18,22 @@ VERBOSE = "--verbose"
 
 
 class Commands(TyperGroup):
-    """A group of commands that takes --verbose before the command and after it."""
+    """A group of commands that takes --verbose before the command and after it, and says how to go on after Ctrl-C."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after --verbose is moved to the front."""
         return super().parse_args(ctx, sorted(args, key=lambda word: word != VERBOSE))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            from pipeline.runtime.failures import report_interrupt
+
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            options = [word for option in (command.params if command else ()) for word in option.opts]
+            raise typer.Exit(report_interrupt(interrupt, options)) from None
 
 
 app = typer.Typer(
