@@ -17,6 +17,7 @@ from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
+from pipeline.teachers.hints import nearest_model
 from pipeline.teachers.names import LOCAL, local_folder
 from pipeline.teachers.weights import describe_size, read_weights
 from singer.backbones import depth, gives_tokens, patch_size
@@ -63,9 +64,8 @@ def check_known(name: str, message: str) -> None:
     """
     if ":" in name or timm.is_model(name):
         return
-    family = timm.list_models(f"{name[:3]}*") or timm.list_models(module="vision_transformer")
-    near = difflib.get_close_matches(name, family, n=1, cutoff=0.4)
-    raise UserError(message + (f"; did you mean {near[0]!r}?" if near else ""))
+    near = nearest_model(name)
+    raise UserError(message + (f"; did you mean {near!r}?" if near else ""))
 
 
 def _frozen(backbone: Backbone) -> Backbone:
