@@ -98,6 +98,8 @@ def create_model(
         if not isinstance(model_args, dict):
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
+        if isinstance(kwargs.get("img_size"), list):
+            kwargs["img_size"] = _one_side(kwargs["img_size"], folder)
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
@@ -133,6 +135,13 @@ def create_model(
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
+
+
+def _one_side(size: list[Any], folder: Path) -> Any:
+    """Return the side of an image size [rows, columns], as timm may write it. Raises UserError if they differ."""
+    if len(set(size)) != 1:
+        raise UserError(f"{folder / 'config.json'}: only square inputs are supported, not img_size {size}")
+    return size[0]
 
 
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
