@@ -63,8 +63,8 @@ def run(
     """Go from images to a student in the folder `out`.
 
     photos: images as --images takes them: folders, whose sub-folders are classes, shards, lists, tables; hours,
-    disk_gb: what the chain may take, and its cache. The chain chooses codec, views and epochs, unless the configuration gives them. Raises UserError for
-    mistakes that the user can fix, and if nothing fits.
+    disk_gb: what the chain may take, and its cache. The chain chooses codec, views and epochs, unless the configuration
+    gives them. Raises UserError for mistakes that the user can fix, and if nothing fits.
     """
     given = check_chain(config, photos, out, mode, hours, disk_gb)
     with chain(STAGE, config, out, mode, _STAGES) as steps:

@@ -1,8 +1,9 @@
 """Before stage 1: pack images into WebDataset shards.
 
 Run it with `singer prepare IMAGES --out SHARDS`; IMAGES are a folder, several of them, lists or tables.
-Sub-folders are classes (ImageFolder); a flat folder has no labels. A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of
-known data sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
+Sub-folders are classes (ImageFolder); a flat folder has no labels. A mask or a depth map is beside its image as
+NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of known data sets. Images are shuffled, so
+that every shard holds all classes; encoded bytes are kept as they are.
 """
 
 import io
