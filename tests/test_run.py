@@ -285,6 +285,7 @@ def test_the_advice_of_a_failure_works(
         (("--disk-gb", -1), "--disk-gb -1 must be above 0"),
         (("--gpus", 99), "--gpus 99: this machine has"),
         (("--student", "vit"), "give --student NAME: a timm model, or vit with student.dim"),
+        (("--student", "dinov2_vits14"), "did you mean 'vit_small_patch14_dinov2'"),
         (("--teacher", "vit_tinny"), "did you mean 'vit_tiny"),
     ],
 )

@@ -25,6 +25,8 @@ from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import Mode
+from pipeline.teachers.models import check_known
+from pipeline.teachers.names import local_folder
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"
@@ -67,6 +69,10 @@ def run(
     gives them. Raises UserError for mistakes that the user can fix, and if nothing fits.
     """
     given = check_chain(config, photos, out, mode, hours, disk_gb)
+    for section in ("teacher", "student"):
+        name = getattr(config, section).name
+        if name != "vit" and local_folder(name) is None:
+            check_known(name, f"{section}.name: timm has no model {name!r}")
     with chain(STAGE, config, out, mode, _STAGES) as steps:
         steps.note(GIVEN, given)
         config = _on_device(config, steps)

@@ -15,7 +15,7 @@ from pipeline.data.sources.tables import TABLE
 from pipeline.data.sources.tar import TAR
 from pipeline.data.tars import NO_LABEL
 from pipeline.evaluation.classification import check
-from pipeline.stages.prepare import list_to_pack, prepare
+from pipeline.stages.prepare import prepare
 from pipeline.storage.outputs import Mode
 from singer.errors import UserError
 
@@ -60,10 +60,8 @@ def shards_of(config: Config, photos: Photos, packed: Path, mode: Mode) -> tuple
     """
     if not has_to_be_packed(photos):
         return config, [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
-    count = len(list_to_pack(config, photos).entries)
-    size = max(1, min(config.prepare.shard_images, -(-count // _PARTS)))
+    size = prepare(config, photos, packed, mode, _PARTS).shard_images
     config = config.model_copy(update={"prepare": config.prepare.model_copy(update={"shard_images": size})})
-    prepare(config, photos, packed, mode)
     return config, [f"{glob.escape(str(packed))}/*.tar"]
 
 

@@ -53,13 +53,15 @@ class PrepareResult:
     classes: list[str]
     skipped: list[Path]
     left_out: dict[str, int]
+    shard_images: int
 
 
-def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new") -> PrepareResult:
+def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: int = 1) -> PrepareResult:
     """Write images as shards OUT/NAME-000000.tar.
 
     images: a folder in the layout of prepare.layout; of the layout "folder" also several, lists and tables, see
-    data.specs.resolve. Raises UserError for mistakes that the user can fix.
+    data.specs.resolve; parts: small sets get smaller shards than prepare.shard_images, so that there are so many. Raises
+    UserError for mistakes that the user can fix.
     """
     settings = config.prepare
     partial = out / _PARTIAL
@@ -67,6 +69,8 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new") -> Prep
         mode = "overwrite"
     check_output(out, mode, STAGE, config, [*sources_to_pack(config, images), *filter(None, [settings.classes])])
     listing = list_to_pack(config, images)
+    size = max(1, min(settings.shard_images, -(-len(listing.entries) // parts))) if parts > 1 else settings.shard_images
+    config = config.model_copy(update={"prepare": settings.model_copy(update={"shard_images": size})})
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
     else:
@@ -83,7 +87,9 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new") -> Prep
         for shard in sorted(partial.glob("*.tar")):
             shard.rename(out / shard.name)
         partial.rmdir()
-    return PrepareResult(out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out))
+    return PrepareResult(
+        out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out), size
+    )
 
 
 def sources_to_pack(config: Config, images: Spec) -> list[Path]:
