@@ -87,6 +87,14 @@ class StudentConfig(Section):
     patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
     pretrained: bool = key(False, "start from the weights that timm or the hub has for the name")
+    init: str = key(
+        "auto",
+        "weights to start from: teacher (cut out of the teacher's), random, or the path of a run, timm model folder "
+        "or of a file; auto: the teacher's if they fit",
+    )
+    init_blocks: Literal["first", "even"] = key(
+        "first", "which blocks of a deeper model the student starts from: its first ones, or evenly spaced ones"
+    )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 

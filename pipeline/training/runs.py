@@ -21,6 +21,7 @@ from pipeline.runtime.ranks import current
 from pipeline.storage.outputs import INPUTS, Mode, write_json
 from pipeline.storage.tensors import write_tensors
 from pipeline.students.new import new_student
+from pipeline.students.start import TeacherWeights, start_student
 from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.teachers.own import Own, object_name
 from pipeline.training.batch import BatchLoader
@@ -86,6 +87,9 @@ class NewStudent:
         set_seed(settings.seed)
         size = sources[0].cache.manifest.teacher.image_size
         self.student: Backbone = new_student(job.config.student, size, job.module)
+        t, loaded = sources[0].cache.manifest.teacher, sources[0].cache.teacher_config(job.config.teacher.weights)
+        origin = TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
+        start_student(self.student, job.config.student, origin)
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
