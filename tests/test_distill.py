@@ -30,10 +30,12 @@ from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
-from pipeline.training.student_run import learning_rate
+from pipeline.training.student_run import learning_rate, token_share
 from pipeline.training.targets import Targets, select_tokens
+from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
+from singer.patch_dropout import install
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
@@ -491,3 +493,49 @@ def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path)
     for blocks in ("[]", "[3, 3]"):
         with pytest.raises(UserError, match="blocks must be one or more distinct numbers"):
             distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")
+
+
+def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> None:
+    """The targets are those of the kept patches; the share is whole at the end; a resumed run draws the same."""
+    student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
+    targets = Targets(cache, None, student, CPU)
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, whole=False)])
+    model.drop_patches()
+    features = TeacherFeatures(cache.features([0, 1, 2], CPU))
+    batch = Batch(torch.randn(3, 3, 32, 32), [features], torch.full((3,), 1 / 3), torch.zeros(3))
+    whole = model(batch)
+    assert model.dropout is not None and model.dropout.kept is None
+    model.dropout.share = 0.25
+    part = model(batch)
+    kept = model.dropout.kept
+    assert kept is not None and kept.shape == (3, 4) and part.keys() == whole.keys()
+    found = targets.target_tokens(features.features, None, kept)
+    for block, tokens in targets.target_tokens(features.features, None).items():
+        for row in range(3):
+            assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
+    model.eval()
+    assert model(batch) == whole
+    settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
+    assert [token_share(settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
+    sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
+    run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")
+    timm.create_model(f"local-dir:{run.student}", pretrained=True)
+    no_shape = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    for given, message in (
+        (["distill.objective=vitkd"], "vitkd"),
+        (["student.name=test_resnet", *no_shape], "cannot leave out patches; set it to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(world_config(world, *sets, *given), world / "cache", tmp_path / "wrong", world / "adapters")
+
+
+def test_patches_with_rotary_positions_keep_their_places() -> None:
+    """Nothing is left out in eval mode; in training, the embedding of the kept patches goes with them."""
+    model = timm.create_model("vit_small_patch16_dinov3", img_size=32, embed_dim=48, depth=2, num_heads=2, patch_size=8)
+    dropout = install(model)
+    images = torch.randn(2, 3, 32, 32)
+    whole = block_outputs(model.eval(), images, [1])[1]
+    dropout.share = 0.5
+    assert torch.equal(block_outputs(model, images, [1])[1], whole)
+    tokens = block_outputs(model.train(), images, [1])[1]
+    assert dropout.kept is not None and dropout.kept.shape == (2, 8) and tokens.shape == (2, 5 + 8, 48)

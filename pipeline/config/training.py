@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Below, NotNegative, Positive, Precision, Seed, Share
+from pipeline.config.kinds import Above, Below, Fraction, NotNegative, Positive, Precision, Seed, Share
 from singer.errors import UserError
 
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
@@ -111,6 +111,10 @@ class DistillConfig(Section):
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
+    token_share: Fraction = key(
+        1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
+    )
+    whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
     ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")

@@ -11,6 +11,7 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs, freeze_unused
 from singer.objectives import OBJECTIVES, Mixture, Tokens
+from singer.patch_dropout import PatchDropout, install
 from singer.refiner import Refiner
 
 
@@ -19,7 +20,7 @@ class TeacherBranch:
 
     A projector is a linear map to the teacher's width; there is one at every matched block. The adapters refine the
     targets. matching: {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum;
-    name: the teacher's name among several teachers.
+    name: the teacher's name among several teachers; whole: whether the student always sees all patches.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class TeacherBranch:
         joint: JointTraining | None = None,
         weight: float = 1.0,
         name: str = "",
+        whole: bool = True,
     ) -> None:
         self.name, self.weight = name, weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
-        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives])
+        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
         self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
@@ -57,25 +59,31 @@ class TeacherBranch:
         modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
         return {"objective": self.objective, **{name: module for name, module in modules.items() if module}}
 
-    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None) -> Tokens:
+    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
         """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
 
-        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches.
+        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
         """
         kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
 
         def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
             tokens = {int(t): project(kept[self.matching[int(t)]]).float() for t, project in projectors.items()}
-            return self.targets.student_tokens(tokens, self.grids, positions)
+            return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
 
         return Tokens(projected(self.projectors), projected(self.unit_projectors))
 
     def losses(
-        self, outputs: Mapping[int, Tensor], stored: TeacherFeatures, weights: Tensor, labels: Tensor
+        self,
+        outputs: Mapping[int, Tensor],
+        stored: TeacherFeatures,
+        weights: Tensor,
+        labels: Tensor,
+        kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return named scalar losses of the student's outputs.
 
-        outputs: {student block: (B, N, d)}; weights, labels: those of a Batch.
+        outputs: {student block: (B, N, d)}; weights, labels: those of a Batch; kept: (B, k), the only patches that the
+        student saw.
         """
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
@@ -87,10 +95,10 @@ class TeacherBranch:
                 refined = self.adapters(stored.features)
                 losses = self._joint_losses(stored.features, refined, weights)
             wanted = Tokens(refined, refined)
-        tokens = self.tokens(outputs, stored.positions)
+        tokens = self.tokens(outputs, stored.positions, kept)
         wanted = Tokens(
-            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions),
-            targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions),
+            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions, kept),
+            targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions, kept),
         )
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
@@ -123,13 +131,21 @@ class Distiller(nn.Module):
             self.add_module(name, module)
         self.blocks = sorted({block for head in heads for block in head.matching.values()})
         freeze_unused(self.student, self.blocks[-1], student.image_size)
+        self.dropout: PatchDropout | None = None
+
+    def drop_patches(self) -> None:
+        """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
+        for head in self.heads:
+            head.targets.check_kept()
+        self.dropout = install(self.student)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
         outputs = block_outputs(self.student, batch.images, self.blocks)
+        kept = self.dropout.kept if self.dropout is not None else None
         losses: dict[str, Tensor] = {}
         for head, features in zip(self.heads, batch.teacher_features, strict=True):
-            found = head.losses(outputs, features, batch.weights, batch.labels)
+            found = head.losses(outputs, features, batch.weights, batch.labels, kept)
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses

@@ -106,10 +106,13 @@ class NewStudent:
             weight = settings.kd_weight * source.weight
             heads.append(
                 TeacherBranch(
-                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name
+                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
+                    whole=settings.token_share == 1,
                 )
-            )
+            )  # fmt: skip
         self.distiller = Distiller(self.student, heads).to(device)
+        if settings.token_share < 1:
+            self.distiller.drop_patches()
         check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
         # One foreach operation cannot take both sharded weights and plain buffers.
         foreach = not wants_shards(accelerator)
@@ -174,7 +177,9 @@ class NewStudent:
             if accelerator.is_main_process
             else None
         )
-        return StudentRun(settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema)
+        return StudentRun(
+            settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller.dropout
+        )
 
 
 def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,12 +17,14 @@ from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
+from singer.patch_dropout import PatchDropout
 
 
 class StudentRun:
     """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
 
-    first_step: the step from which it continues; ema: the moving average of the student's weights, if any.
+    first_step: the step from which it continues; ema: the moving average of the student's weights, if any; dropout: the
+    dropout of its patches, if any.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class StudentRun:
         tracking: Tracking | None,
         first_step: int,
         ema: ModelEmaV3 | None,
+        dropout: PatchDropout | None = None,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema = first_step, ema
+        self.first_step, self.ema, self.dropout = first_step, ema, dropout
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
@@ -51,6 +54,8 @@ class StudentRun:
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch)
+        if self.dropout is not None:
+            self.dropout.share = token_share(self.settings, step, per_epoch)
         self.optimiser.zero_grad(set_to_none=True)
         parts = list(batch.split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
@@ -104,3 +109,9 @@ def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
         return settings.lr * (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
+    last = settings.epochs * per_epoch * (1 - settings.whole_share)
+    return settings.token_share if step < last else 1.0
