@@ -30,7 +30,7 @@ from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
-from pipeline.training.student_run import learning_rate, token_share
+from pipeline.training.student_run import learning_rate, peak_rate, token_share
 from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs
 from singer.errors import UserError
@@ -49,13 +49,16 @@ def epochs_fall(run: Path, epochs: int) -> bool:
 
 
 def test_learning_rate(config: Config) -> None:
-    settings = config.distill.model_copy(update={"lr": 1.0, "epochs": 10, "warmup_epochs": 1.0, "final_lr": 0.01})
-    rates = [learning_rate(settings, step, 20) for step in range(200)]
+    settings = config.distill.model_copy(update={"epochs": 10, "warmup_epochs": 1.0, "final_lr": 0.01})
+    rates = [learning_rate(settings, step, 20, 1.0) for step in range(200)]
     assert rates[0] == pytest.approx(1 / 21) and rates[20] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01) and max(rates) == rates[20]
     assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     middle = (20 + 199) / 2
-    assert learning_rate(settings, round(middle), 20) == pytest.approx(0.505, abs=0.01)
+    assert learning_rate(settings, round(middle), 20, 1.0) == pytest.approx(0.505, abs=0.01)
+    widths = (48, 96, 384)
+    assert [peak_rate(settings.model_copy(update={"lr": "auto"}), w) for w in widths] == [2e-3, 2e-3, 1e-3]
+    assert peak_rate(settings.model_copy(update={"lr": 0.5}), 384) == 0.5
 
 
 def test_targets_are_refined_features_on_the_students_grid(world: Path) -> None:

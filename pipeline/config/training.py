@@ -107,7 +107,9 @@ class DistillConfig(Section):
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)
     batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
-    lr: Above = key(1e-3, "peak learning rate")
+    lr: Above | Literal["auto"] = key(
+        "auto", "peak learning rate; auto: 2e-3 for students up to 96 wide, and less with the root of the width"
+    )
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")

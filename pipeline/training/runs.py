@@ -159,7 +159,7 @@ class NewStudent:
                 shard(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), lr=settings.lr)
+        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay))
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
