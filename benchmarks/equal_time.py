@@ -184,8 +184,6 @@ def main() -> None:
         print(f"| {name} | {share:.2f} | {epochs} | " + " | ".join(f"{x:.1f}" for x in figures) + " |", flush=True)
 
     for seed in options.seeds:
-        joint = chain.config(*JOINT, f"distill.seed={seed}")
-        say(f"joint, seed {seed}", 1.0, joint.distill.epochs, chain.row(f"joint-{seed}", joint, None))
         for share in sorted(options.budgets):
             epochs = int((share * budget - caching - refining) / epoch)
             if epochs < 1:
@@ -193,6 +191,8 @@ def main() -> None:
                 continue
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
+        joint = chain.config(*JOINT, f"distill.seed={seed}")
+        say(f"joint, seed {seed}", 1.0, joint.distill.epochs, chain.row(f"joint-{seed}", joint, None))
 
 
 if __name__ == "__main__":
