@@ -131,7 +131,10 @@ def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
 def test_mistakes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = new_student(world_config(world, "student.dim=48").student, 32)
     start_student(wide, StudentConfig(init="auto"), _weights(world))
-    assert "starts from random weights" in capsys.readouterr().err
+    assert (
+        "does not start from weights of vit_tiny_patch16_224, the teacher: it has 24 channels"
+        in capsys.readouterr().err
+    )
     small = new_student(world_config(world).student, 32)
     for student, init, weights, message in (
         (wide, "teacher", _weights(world), "it has 24 channels and the student 48; or start from random weights"),

@@ -61,11 +61,9 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         raise UserError(f"student.init {config.init} and student.pretrained name two starts; leave one of them out")
     if config.init in ("auto", "teacher"):
         said = f"{teacher.architecture}, the teacher"
-        with torch.device("meta"):
-            outline = timm.create_model(teacher.architecture, **teacher.model_args)
-        reason = misfit(outline, student.model)
+        reason = _misfit(teacher, student)
         if reason is not None and config.init == "auto":
-            say(f"note: the student starts from random weights, because those of {said}, do not fit: {reason}")
+            say(f"note: the student does not start from weights of {said}: {reason}")
             return
         source = teacher.load() if reason is None else None
     else:
@@ -77,6 +75,15 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
     state = select_weights(source.model, student.model, config.init_blocks)
     student.model.load_state_dict(_normalised_as(student, source, state))
     say(f"the student starts from weights of {said}")
+
+
+def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
+    """Say why the student cannot start from the teacher's weights, before they are loaded; None if it can."""
+    if not timm.is_model(teacher.architecture):
+        return "it is not a model of timm"
+    with torch.device("meta"):
+        outline = timm.create_model(teacher.architecture, **teacher.model_args)
+    return misfit(outline, student.model)
 
 
 def _other(path: Path, student: Backbone) -> Backbone:
