@@ -9,7 +9,8 @@ from conftest import make_vit, seeded, world_config
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.config import StudentConfig
+from pipeline.checks import look
+from pipeline.config import StudentConfig, load_config
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
@@ -126,6 +127,15 @@ def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
     start_student(again, StudentConfig(init=str(tmp_path / "run/student/model.safetensors")), _weights(world))
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+
+
+def test_what_is_missing_is_said_before_torch_is_imported() -> None:
+    for given, message in (
+        ("student.init=nothing", "no file or folder nothing; known besides: auto, teacher, random"),
+        ("teacher.weights=nothing", "weights nothing: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            look("distill", load_config(sets=[given]))
 
 
 def test_mistakes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
