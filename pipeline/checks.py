@@ -167,7 +167,7 @@ def check_start(config: Config) -> None:
     init, weights = config.student.init, config.teacher.weights
     if init not in STARTS and not Path(init).expanduser().exists():
         raise UserError(f"student.init: no file or folder {init}; known besides: {', '.join(STARTS)}")
-    if weights is not None and not weights.exists():
+    if init == "teacher" and weights is not None and not weights.exists():
         raise UserError(f"weights {weights}: no such file")
 
 

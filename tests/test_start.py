@@ -135,7 +135,7 @@ def test_what_is_missing_is_said_before_torch_is_imported() -> None:
         ("teacher.weights=nothing", "weights nothing: no such file"),
     ):
         with pytest.raises(UserError, match=message):
-            look("distill", load_config(sets=[given]))
+            look("distill", load_config(sets=["student.init=teacher", given]))
 
 
 def test_mistakes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
