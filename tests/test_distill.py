@@ -26,6 +26,7 @@ from pipeline.teachers.models import load_saved
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
@@ -185,7 +186,7 @@ def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = distill(config, world / "cache", run)
     assert distill(config, world / "cache", run, mode="resume") == first
-    with pytest.raises(UserError, match=r"started with distill\.lr 0\.001, not 0\.5"):
+    with pytest.raises(UserError, match=r"started with distill\.lr auto, not 0\.5"):
         distill(world_config(world, "distill.lr=0.5"), world / "cache", run, mode="resume")
     with pytest.raises(UserError, match="started with another refiner;"):
         distill(config, world / "cache", run, world / "adapters", mode="resume")
@@ -542,3 +543,20 @@ def test_patches_with_rotary_positions_keep_their_places() -> None:
     assert torch.equal(block_outputs(model, images, [1])[1], whole)
     tokens = block_outputs(model.train(), images, [1])[1]
     assert dropout.kept is not None and dropout.kept.shape == (2, 8) and tokens.shape == (2, 5 + 8, 48)
+
+
+def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
+    """All views of an image are on one side; figures of the others are in the log after every epoch."""
+    config = world_config(world, "distill.holdout=0.1", "distill.epochs=3", "distill.lr=3e-3")
+    cache = Cache(world / "cache")
+    train, held_out = split_images(cache, config.distill)
+    assert train is not None and sorted([*train, *held_out]) == list(range(100)) and len(held_out) == 10
+    run = distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    assert run.steps == 3 * 6
+    found = [line for line in read_log(tmp_path / "run/log.jsonl") if "held_out_loss" in line]
+    assert [line["epoch"] for line in found] == [1, 2, 3]
+    assert found[-1]["held_out_loss"] < found[0]["held_out_loss"]
+    explained = [line["explained_variance"] for line in found]
+    assert [*explained[0]] == ["2", "3"] and all(explained[-1][b] > explained[0][b] for b in explained[0])
+    with pytest.raises(UserError, match="has 100 images, of which 100 would be held out"):
+        split_images(cache, config.distill.model_copy(update={"holdout": 0.999}))

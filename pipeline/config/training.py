@@ -117,6 +117,11 @@ class DistillConfig(Section):
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
+    holdout: Below = key(
+        0.0,
+        "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
+        shared=True,
+    )
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
     ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")

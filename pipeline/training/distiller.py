@@ -50,6 +50,8 @@ class TeacherBranch:
         self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
         self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
+        # Outside of training: {teacher block: squares} of the last batch.
+        self.errors: dict[int, Tensor] = {}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in self.matching.items()}
 
@@ -100,6 +102,8 @@ class TeacherBranch:
             targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions, kept),
             targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions, kept),
         )
+        if not self.objective.training:
+            self.errors = {b: squares(x, tokens.normalised[b]) for b, x in wanted.normalised.items()}
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
             found = self.objective(tokens, wanted, labels)
@@ -133,6 +137,12 @@ class Distiller(nn.Module):
         freeze_unused(self.student, self.blocks[-1], student.image_size)
         self.dropout: PatchDropout | None = None
 
+    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
+        losses, named = self(batch), len(self.heads) > 1
+        errors = {f"{h.name}.{b}" if named else str(b): x for h in self.heads for b, x in h.errors.items()}
+        return losses, errors
+
     def drop_patches(self) -> None:
         """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
         for head in self.heads:
@@ -149,3 +159,9 @@ class Distiller(nn.Module):
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
+
+
+def squares(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return (2,): the sums of squares of the error, and of the targets' distance from their mean of each channel."""
+    spread = wanted - wanted.mean((0, 1), keepdim=True)
+    return torch.stack([(wanted - found).square().sum(), spread.square().sum()])

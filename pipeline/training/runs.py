@@ -30,6 +30,7 @@ from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_has
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
+from pipeline.training.held_out import HeldOut, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -113,7 +114,9 @@ class NewStudent:
         self.distiller = Distiller(self.student, heads).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
-        check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
+        self.records, self.held_out = split_images(sources[0].cache, settings)
+        self.count = len(sources[0].cache) if self.records is None else len(self.records)
+        check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
         # One foreach operation cannot take both sharded weights and plain buffers.
         foreach = not wants_shards(accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
@@ -178,7 +181,7 @@ class NewStudent:
             else None
         )
         return StudentRun(
-            settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller.dropout
+            settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller
         )
 
 
@@ -219,10 +222,14 @@ def run_jobs(
     for new, student_run in zip(made, student_runs, strict=True):
         if student_run.first_step and accelerator.is_main_process:
             step, epochs = student_run.first_step, student_run.settings.epochs
-            done = step / steps_per_epoch(len(caches[0]), student_run.settings.batch_size)
+            done = step / steps_per_epoch(new.count, student_run.settings.batch_size)
             say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
-        m = train(student_runs, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
+        sides = [new.student.image_size for new in made]
+        load = BatchLoader(caches, files, sides, made[0].records)
+        apart = BatchLoader(caches, files, sides, made[0].held_out)
+        held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
+        m = train(student_runs, load, accelerator, held_out)
     results = {}
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = describe(new, student_run, m)
@@ -247,7 +254,7 @@ def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResul
         run=job.out,
         student=job.out / STUDENT,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
-        steps=settings.epochs * steps_per_epoch(len(new.sources[0].cache), settings.batch_size),
+        steps=settings.epochs * steps_per_epoch(new.count, settings.batch_size),
         loss=student_run.loss,
         seconds=m.seconds,
         images_per_second=m.rate,

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,16 +17,16 @@ from pipeline.runtime.ranks import current
 from pipeline.teachers.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.distiller import Distiller
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
-from singer.patch_dropout import PatchDropout
 
 
 class StudentRun:
     """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
 
-    first_step: the step from which it continues; ema: the moving average of the student's weights, if any; dropout: the
-    dropout of its patches, if any.
+    first_step: the step from which it continues; ema: the moving average of the student's weights, if any;
+    distiller: the model before it was wrapped.
     """
 
     def __init__(
@@ -38,11 +40,11 @@ class StudentRun:
         tracking: Tracking | None,
         first_step: int,
         ema: ModelEmaV3 | None,
-        dropout: PatchDropout | None = None,
+        distiller: Distiller,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema, self.dropout = first_step, ema, dropout
+        self.first_step, self.ema, self.distiller = first_step, ema, distiller
         self.peak = peak_rate(settings, student.width)
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
@@ -55,8 +57,8 @@ class StudentRun:
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak)
-        if self.dropout is not None:
-            self.dropout.share = token_share(self.settings, step, per_epoch)
+        if self.distiller.dropout is not None:
+            self.distiller.dropout.share = token_share(self.settings, step, per_epoch)
         self.optimiser.zero_grad(set_to_none=True)
         parts = list(batch.split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
@@ -73,8 +75,13 @@ class StudentRun:
             self.ema.update(self.student.model, step)
         self._since += 1
 
-    def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
-        """Log the mean losses since the last report. Raises UserError if their sum is not finite."""
+    def report(
+        self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator, held_out: Mapping[str, Any] | None = None
+    ) -> None:
+        """Log the mean losses since the last report. Raises UserError if their sum is not finite.
+
+        held_out: figures of records that are held out, see HeldOut.measure.
+        """
         parts = {name: float(v) / self._since for name, v in _mean(self._sums, accelerator).items()}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
@@ -86,9 +93,14 @@ class StudentRun:
             "images_per_second": m.rate,
             "data_wait_percent": m.wait_percent,
         }
-        self.log.write(step=step + 1, **figures, parts=parts)
+        held_out = held_out or {}
+        self.log.write(step=step + 1, **figures, parts=parts, **held_out)
         if self.tracking is not None:
-            self.tracking.log(step + 1, figures | {f"loss/{name}": value for name, value in parts.items()})
+            explained = held_out.get("explained_variance", {})
+            more = {f"loss/{name}": value for name, value in parts.items()}
+            more |= {f"explained_variance/{block}": value for block, value in explained.items()}
+            more |= {name: held_out[name] for name in ("held_out_loss",) if name in held_out}
+            self.tracking.log(step + 1, figures | more)
         self._sums, self._since = {}, 0
 
 
