@@ -66,10 +66,10 @@ class TeacherBranch:
 
         outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
         """
-        kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
+        own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
 
         def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
-            tokens = {int(t): project(kept[self.matching[int(t)]]).float() for t, project in projectors.items()}
+            tokens = {int(t): project(own[self.matching[int(t)]]).float() for t, project in projectors.items()}
             return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
 
         return Tokens(projected(self.projectors), projected(self.unit_projectors))
