@@ -277,6 +277,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
     images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    weights: Annotated[Path | None, typer.Option(help="The teacher's weights, from which students start.")] = None,
     student: Annotated[str | None, typer.Option(help="Any model that can be a teacher, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
@@ -296,6 +297,7 @@ def distill(
     from pipeline.storage.outputs import output_mode
 
     options = {
+        "teacher.weights": weights,
         "student.name": student,
         "distill.epochs": epochs,
         "distill.batch_size": batch_size,

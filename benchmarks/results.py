@@ -31,7 +31,6 @@ from pipeline.storage.outputs import Mode
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
 from pipeline.training.run_directory import RUN
 
-RECIPE = "tinyimagenet-ti-to-w96"
 PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
 # {column: (task, path in its result ...)}
 COLUMNS = {
@@ -68,6 +67,7 @@ def methods(sweep: str, main: bool) -> dict[str, Method]:
     return found
 
 
+RECIPE = SweepFile.model_validate(yaml.safe_load(find_sweep("tinyimagenet-methods").read_text())).base
 METHODS = methods("tinyimagenet-methods", True) | methods("tinyimagenet-ablations", False)
 
 

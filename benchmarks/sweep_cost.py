@@ -75,7 +75,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         jobs = []
         for member in members:
             # The students differ in their learning rate, as in any sweep; the order of the data is the same.
-            own = config.distill.model_copy(update={"lr": config.distill.lr * (1 + member / 20)})
+            own = config.distill.model_copy(update={"lr": 1e-3 * (1 + member / 20)})
             jobs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
         training += seconds(lambda jobs=jobs: fan_out(jobs, scratch / "cache"))  # type: ignore[misc]
 

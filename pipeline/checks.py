@@ -41,6 +41,7 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
 }
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
 FORMATS = ("pipeline.students.formats", "FORMATS")
+STARTS = ("auto", "teacher", "random")
 MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
@@ -94,6 +95,8 @@ def look(
                 _known(key, given, registered(*registry))
         if stage in ("cache-teacher", "plan", "run", "verify"):
             check_teacher(config)
+        if stage in ("distill", "run"):
+            check_start(config)
         if stage in ("distill", "plan", "run"):
             _check_source("student.name", config.student.name)
     for path in refiners:
@@ -157,6 +160,15 @@ def _check_source(key: str, name: str) -> None:
         here = Path(module)
         if not (here.is_dir() or here.with_suffix(".py").is_file() or find_spec(module) is not None):
             raise UserError(f"{key} {name}: there is no module {module} in this folder or among the packages")
+
+
+def check_start(config: Config) -> None:
+    """Raise UserError if a student is to start from weights that do not exist."""
+    init, weights = config.student.init, config.teacher.weights
+    if init not in STARTS and not Path(init).expanduser().exists():
+        raise UserError(f"student.init: no file or folder {init}; known besides: {', '.join(STARTS)}")
+    if init == "teacher" and weights is not None and not weights.exists():
+        raise UserError(f"weights {weights}: no such file")
 
 
 def check_model(model: Path | str, weights: Path | None) -> None:

@@ -57,6 +57,7 @@ SETTINGS = [
     "cache.batch_size=7",
     "cache.workers=1",
     "refine.cleaner=adapter",
+    "student.init=random",
     "refine.rank=4",
     "refine.steps=60",
     "refine.batch_size=16",

@@ -26,14 +26,17 @@ from pipeline.teachers.models import load_saved
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
-from pipeline.training.student_run import learning_rate
+from pipeline.training.student_run import learning_rate, peak_rate, token_share
 from pipeline.training.targets import Targets, select_tokens
+from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
+from singer.patch_dropout import install
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"
@@ -47,13 +50,16 @@ def epochs_fall(run: Path, epochs: int) -> bool:
 
 
 def test_learning_rate(config: Config) -> None:
-    settings = config.distill.model_copy(update={"lr": 1.0, "epochs": 10, "warmup_epochs": 1.0, "final_lr": 0.01})
-    rates = [learning_rate(settings, step, 20) for step in range(200)]
+    settings = config.distill.model_copy(update={"epochs": 10, "warmup_epochs": 1.0, "final_lr": 0.01})
+    rates = [learning_rate(settings, step, 20, 1.0) for step in range(200)]
     assert rates[0] == pytest.approx(1 / 21) and rates[20] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01) and max(rates) == rates[20]
     assert all(a > b for a, b in itertools.pairwise(rates[20:]))
     middle = (20 + 199) / 2
-    assert learning_rate(settings, round(middle), 20) == pytest.approx(0.505, abs=0.01)
+    assert learning_rate(settings, round(middle), 20, 1.0) == pytest.approx(0.505, abs=0.01)
+    widths = (48, 96, 384)
+    assert [peak_rate(settings.model_copy(update={"lr": "auto"}), w) for w in widths] == [4e-3, 4e-3, 1e-3]
+    assert peak_rate(settings.model_copy(update={"lr": 0.5}), 384) == 0.5
 
 
 def test_targets_are_refined_features_on_the_students_grid(world: Path) -> None:
@@ -180,7 +186,7 @@ def test_resume_refusals(world: Path, config: Config, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = distill(config, world / "cache", run)
     assert distill(config, world / "cache", run, mode="resume") == first
-    with pytest.raises(UserError, match=r"started with distill\.lr 0\.001, not 0\.5"):
+    with pytest.raises(UserError, match=r"started with distill\.lr auto, not 0\.5"):
         distill(world_config(world, "distill.lr=0.5"), world / "cache", run, mode="resume")
     with pytest.raises(UserError, match="started with another refiner;"):
         distill(config, world / "cache", run, world / "adapters", mode="resume")
@@ -494,3 +500,66 @@ def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path)
     for blocks in ("[]", "[3, 3]"):
         with pytest.raises(UserError, match="blocks must be one or more distinct numbers"):
             distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")
+
+
+def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> None:
+    """The targets are those of the kept patches; the share is whole at the end; a resumed run draws the same."""
+    student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
+    targets = Targets(cache, None, student, CPU)
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, whole=False)])
+    model.drop_patches()
+    features = TeacherFeatures(cache.features([0, 1, 2], CPU))
+    batch = Batch(torch.randn(3, 3, 32, 32), [features], torch.full((3,), 1 / 3), torch.zeros(3))
+    whole = model(batch)
+    assert model.dropout is not None and model.dropout.kept is None
+    model.dropout.share = 0.25
+    part = model(batch)
+    kept = model.dropout.kept
+    assert kept is not None and kept.shape == (3, 4) and part.keys() == whole.keys()
+    found = targets.target_tokens(features.features, None, kept)
+    for block, tokens in targets.target_tokens(features.features, None).items():
+        for row in range(3):
+            assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
+    model.eval()
+    assert model(batch) == whole
+    settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
+    assert [token_share(settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
+    sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
+    run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")
+    timm.create_model(f"local-dir:{run.student}", pretrained=True)
+    no_shape = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    for given, message in (
+        (["distill.objective=vitkd"], "vitkd"),
+        (["student.name=test_resnet", *no_shape], "cannot leave out patches; set it to 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(world_config(world, *sets, *given), world / "cache", tmp_path / "wrong", world / "adapters")
+
+
+def test_patches_with_rotary_positions_keep_their_places() -> None:
+    """Nothing is left out in eval mode; in training, the embedding of the kept patches goes with them."""
+    model = timm.create_model("vit_small_patch16_dinov3", img_size=32, embed_dim=48, depth=2, num_heads=2, patch_size=8)
+    dropout = install(model)
+    images = torch.randn(2, 3, 32, 32)
+    whole = block_outputs(model.eval(), images, [1])[1]
+    dropout.share = 0.5
+    assert torch.equal(block_outputs(model, images, [1])[1], whole)
+    tokens = block_outputs(model.train(), images, [1])[1]
+    assert dropout.kept is not None and dropout.kept.shape == (2, 8) and tokens.shape == (2, 5 + 8, 48)
+
+
+def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
+    """All views of an image are on one side; figures of the others are in the log after every epoch."""
+    config = world_config(world, "distill.holdout=0.1", "distill.epochs=3", "distill.lr=3e-3")
+    cache = Cache(world / "cache")
+    train, held_out = split_images(cache, config.distill)
+    assert train is not None and sorted([*train, *held_out]) == list(range(100)) and len(held_out) == 10
+    run = distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    assert run.steps == 3 * 6
+    found = [line for line in read_log(tmp_path / "run/log.jsonl") if "held_out_loss" in line]
+    assert [line["epoch"] for line in found] == [1, 2, 3]
+    assert found[-1]["held_out_loss"] < found[0]["held_out_loss"]
+    explained = [line["explained_variance"] for line in found]
+    assert [*explained[0]] == ["2", "3"] and all(explained[-1][b] > explained[0][b] for b in explained[0])
+    with pytest.raises(UserError, match="has 100 images, of which 100 would be held out"):
+        split_images(cache, config.distill.model_copy(update={"holdout": 0.999}))

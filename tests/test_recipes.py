@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, load_config, recipes, resource
-from pipeline.training.student_run import learning_rate
+from pipeline.training.student_run import learning_rate, peak_rate
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = {"vit-l-to-ti": "vit_tiny_patch16_224", "vit-l-to-s": "vit_small_patch16_224"}
@@ -49,6 +49,8 @@ PAPER: dict[str, Any] = {
     # AdamW, 512, cosine to 1e-4 of the rate, no clipping, no average
     "distill.batch_size": 512,
     "distill.lr": 1e-3,
+    # a student that begins from random weights
+    "student.init": "random",
     "distill.final_lr": 1e-4,
     "distill.weight_decay": 1e-4,
     "distill.clip_grad": None,
@@ -84,8 +86,9 @@ def test_the_papers_epochs_are_spread_over_the_views(name: str) -> None:
     assert views > 1 and views * config.distill.epochs == EPOCHS
     assert views * config.distill.warmup_epochs == pytest.approx(WARMUP)
     steps = 1000
-    assert max(learning_rate(config.distill, s, steps) for s in range(config.distill.epochs * steps)) == 1e-3
-    assert learning_rate(config.distill, config.distill.epochs * steps - 1, steps) == pytest.approx(1e-7)
+    peak = peak_rate(config.distill, 192)
+    assert max(learning_rate(config.distill, s, steps, peak) for s in range(config.distill.epochs * steps)) == 1e-3
+    assert learning_rate(config.distill, config.distill.epochs * steps - 1, steps, peak) == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -112,9 +115,10 @@ def test_only_the_papers_recipes_are_called_so() -> None:
 
 @pytest.mark.parametrize("paper", STUDENTS)
 def test_this_projects_own_way(paper: str) -> None:
-    """The same teacher, views, blocks, student and schedule; the default refiner, frozen."""
+    """The same teacher, views, blocks, student and schedule; the default refiner, frozen, and the teacher's weights."""
     own, theirs, default = load_config(OWN[paper]), load_config(paper), Config()
-    assert (own.teacher, own.views, own.student) == (theirs.teacher, theirs.views, theirs.student)
+    assert (own.teacher, own.views) == (theirs.teacher, theirs.views)
+    assert own.student == theirs.student.model_copy(update={"init": "auto"})
     assert own.cache.blocks == theirs.cache.blocks
     assert own.refine == default.refine and not own.distill.joint
     assert own.distill == theirs.distill.model_copy(update={"joint": False})

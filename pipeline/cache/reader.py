@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from pipeline.cache.codecs import CODECS, Decoder
@@ -19,10 +20,12 @@ from pipeline.cache.segment_reader import SegmentReader, read_arrays, read_calib
 from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
+from pipeline.config import TeacherConfig
 from pipeline.data import ImageFile
 from pipeline.data.buffers import empty
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
+from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX, TeacherSuffix
@@ -223,6 +226,16 @@ class Cache:
             return TeacherSuffix(teacher.architecture, teacher.model_args, segment.manifest.tail_first_block, state)
         except RuntimeError as error:
             raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+
+    def teacher_config(self, weights: Path | None = None) -> TeacherConfig:
+        """Return how to load the teacher as it was when it was cached. weights: where they are now, if they moved."""
+        teacher = self.manifest.teacher
+        try:
+            told = yaml.safe_load(self._segments[0].store.read(CONFIG))["teacher"]
+            config = TeacherConfig.model_validate(told)
+        except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):
+            config = TeacherConfig(name=teacher.name, image_size=teacher.image_size)
+        return config if weights is None else config.model_copy(update={"weights": weights})
 
     @property
     def has_suffix(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Below, NotNegative, Positive, Precision, Seed, Share
+from pipeline.config.kinds import Above, Below, Fraction, NotNegative, Positive, Precision, Seed, Share
 from singer.errors import UserError
 
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
@@ -87,6 +87,14 @@ class StudentConfig(Section):
     patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
     pretrained: bool = key(False, "start from the weights that timm or the hub has for the name")
+    init: str = key(
+        "auto",
+        "weights to start from: teacher (cut out of the teacher's), random, or the path of a run, timm model folder "
+        "or of a file; auto: the teacher's if they fit",
+    )
+    init_blocks: Literal["first", "even"] = key(
+        "first", "which blocks of a deeper model the student starts from: its first ones, or evenly spaced ones"
+    )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 
@@ -100,10 +108,21 @@ class DistillConfig(Section):
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)
     batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
-    lr: Above = key(1e-3, "peak learning rate")
+    lr: Above | Literal["auto"] = key(
+        "auto", "peak learning rate; auto: 4e-3 for students up to 96 wide, 4e-3 · 96 / width for wider ones"
+    )
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
+    token_share: Fraction = key(
+        1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
+    )
+    whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0,
+        "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
+        shared=True,
+    )
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
     ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")

@@ -26,6 +26,8 @@ from singer.errors import UserError
 from singer.matching import take_patches
 
 TRAINING = ("reading", "student images", "student", "cached", "online")
+# Multiples of the golden ratio, without their whole parts, are spread evenly however many there are.
+_GOLDEN = 0.6180339887
 
 
 def train_on(
@@ -41,7 +43,7 @@ def train_on(
     config = config.model_copy(
         update={
             "distill": config.distill.model_copy(update=own),
-            "student": config.student.model_copy(update={"pretrained": False}),
+            "student": config.student.model_copy(update={"pretrained": False, "init": "random"}),
             # One step is enough, because adapters are as fast before training as after it.
             "refine": config.refine.model_copy(update={"steps": 1, "local_copy": None, "teacher": None}),
         }
@@ -95,7 +97,9 @@ def train_on(
                 yield len(share.records)
 
         def step(batch: Batch, number: int) -> int:
-            student_run.update(number, per_epoch, batch, accelerator)
+            # Some steps of a run are cheaper (distill.token_share): these are spread evenly over all of it.
+            place = int(number * _GOLDEN % 1 * settings.epochs * per_epoch)
+            student_run.update(place, per_epoch, batch, accelerator)
             return len(batch.weights)
 
         def student() -> Generator[int, None, None]:

@@ -136,17 +136,28 @@ class BatchLoader:
     """Load batches: the views of records at the students' resolutions, and their stored features.
 
     caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
-    cache holds the views; sides: the students' image sizes, in pixels.
+    cache holds the views; sides: the students' image sizes, in pixels; records: those of the cache that are loaded, and
+    then have the numbers from 0 on; default: all.
     """
 
-    def __init__(self, caches: Sequence[Cache], files: ImageFile | None, sides: Sequence[int]) -> None:
-        self.caches, self.files, self.sides = caches, files, sorted(set(sides))
+    def __init__(
+        self,
+        caches: Sequence[Cache],
+        files: ImageFile | None,
+        sides: Sequence[int],
+        records: np.ndarray | None = None,
+    ) -> None:
+        self.caches, self.files, self.sides, self.records = caches, files, sorted(set(sides)), records
         index = caches[0].index
         self.labels = torch.from_numpy(index.images.labels[index.image])
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return len(self.caches[0])
+        return len(self.caches[0]) if self.records is None else len(self.records)
+
+    def _stored(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the numbers that records have in the cache."""
+        return numbers if self.records is None else self.records[numbers]
 
     @property
     def record_bytes(self) -> int:
@@ -166,16 +177,18 @@ class BatchLoader:
         features = prefetch(self.features, again, workers, meter, most)
         with closing(images), closing(features):
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                labels = self.labels[torch.from_numpy(indices.records)].long()
+                labels = self.labels[torch.from_numpy(self._stored(indices.records))].long()
                 filling = int((indices.weights == 0).sum())
                 yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
         """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""
-        return share, {side: self.caches[0].pixels(share.records, side, self.files) for side in self.sides}
+        return share, {
+            side: self.caches[0].pixels(self._stored(share.records), side, self.files) for side in self.sides
+        }
 
     def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
         """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
-        records = np.concatenate([share.records for share in shares])
+        records = self._stored(np.concatenate([share.records for share in shares]))
         counts = [len(share.records) for share in shares]
         return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]

@@ -11,6 +11,7 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs, freeze_unused
 from singer.objectives import OBJECTIVES, Mixture, Tokens
+from singer.patch_dropout import PatchDropout, install
 from singer.refiner import Refiner
 
 
@@ -19,7 +20,7 @@ class TeacherBranch:
 
     A projector is a linear map to the teacher's width; there is one at every matched block. The adapters refine the
     targets. matching: {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum;
-    name: the teacher's name among several teachers.
+    name: the teacher's name among several teachers; whole: whether the student always sees all patches.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class TeacherBranch:
         joint: JointTraining | None = None,
         weight: float = 1.0,
         name: str = "",
+        whole: bool = True,
     ) -> None:
         self.name, self.weight = name, weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
-        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives])
+        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
         self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
@@ -48,6 +50,8 @@ class TeacherBranch:
         self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
         self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
+        # Outside of training: {teacher block: squares} of the last batch.
+        self.errors: dict[int, Tensor] = {}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in self.matching.items()}
 
@@ -57,25 +61,32 @@ class TeacherBranch:
         modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
         return {"objective": self.objective, **{name: module for name, module in modules.items() if module}}
 
-    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None) -> Tokens:
+    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
         """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
 
-        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches.
+        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
         """
-        kept = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
+        own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
 
         def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
-            tokens = {int(t): project(kept[self.matching[int(t)]]).float() for t, project in projectors.items()}
-            return self.targets.student_tokens(tokens, self.grids, positions)
+            tokens = {int(t): project(own[self.matching[int(t)]]).float() for t, project in projectors.items()}
+            return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
 
         return Tokens(projected(self.projectors), projected(self.unit_projectors))
 
     def losses(
-        self, outputs: Mapping[int, Tensor], stored: TeacherFeatures, weights: Tensor, labels: Tensor, filling: int = 0
+        self,
+        outputs: Mapping[int, Tensor],
+        stored: TeacherFeatures,
+        weights: Tensor,
+        labels: Tensor,
+        filling: int = 0,
+        kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return named scalar losses of the student's outputs.
 
-        outputs: {student block: (B, N, d)}; weights, labels, filling: those of a Batch.
+        outputs: {student block: (B, N, d)}; weights, labels, filling: those of a Batch; kept: (B, k), the only patches
+        that the student saw.
         """
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
@@ -87,11 +98,13 @@ class TeacherBranch:
                 refined = self.adapters(stored.features)
                 losses = self._joint_losses(stored.features, refined, weights, len(weights) - filling)
             wanted = Tokens(refined, refined)
-        tokens = self.tokens(outputs, stored.positions)
+        tokens = self.tokens(outputs, stored.positions, kept)
         wanted = Tokens(
-            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions),
-            targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions),
+            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions, kept),
+            targets.target_tokens({b: wanted.cleaned[b] for b in self.cleaned_blocks}, stored.positions, kept),
         )
+        if not self.objective.training:
+            self.errors = {b: squares(x, tokens.normalised[b]) for b, x in wanted.normalised.items()}
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(device, enabled=False):
             found = self.objective(tokens, wanted, labels)
@@ -132,14 +145,34 @@ class Distiller(nn.Module):
         self.memory_format = torch.channels_last if maps else torch.contiguous_format
         if maps:
             self.student.to(memory_format=torch.channels_last)
+        self.dropout: PatchDropout | None = None
+
+    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
+        losses, named = self(batch), len(self.heads) > 1
+        errors = {f"{h.name}.{b}" if named else str(b): x for h in self.heads for b, x in h.errors.items()}
+        return losses, errors
+
+    def drop_patches(self) -> None:
+        """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
+        for head in self.heads:
+            head.targets.check_kept()
+        self.dropout = install(self.student)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
         images = batch.images.contiguous(memory_format=self.memory_format)
         outputs = block_outputs(self.student, images, self.blocks)
+        kept = self.dropout.kept if self.dropout is not None else None
         losses: dict[str, Tensor] = {}
         for head, features in zip(self.heads, batch.teacher_features, strict=True):
-            found = head.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling)
+            found = head.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling, kept)
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
+
+
+def squares(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return (2,): the sums of squares of the error, and of the targets' distance from their mean of each channel."""
+    spread = wanted - wanted.mean((0, 1), keepdim=True)
+    return torch.stack([(wanted - found).square().sum(), spread.square().sum()])

@@ -21,6 +21,7 @@ from pipeline.runtime.ranks import current
 from pipeline.storage.outputs import INPUTS, Mode, write_json
 from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
+from pipeline.students.start import TeacherWeights, start_student
 from pipeline.teachers.backbone import Backbone, save_backbone
 from pipeline.teachers.own import Own, object_name
 from pipeline.training.batch import BatchLoader
@@ -30,6 +31,7 @@ from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
+from pipeline.training.held_out import HeldOut, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -87,6 +89,9 @@ class NewStudent:
         set_seed(settings.seed)
         size = sources[0].cache.manifest.teacher.image_size
         self.student: Backbone = new_student(job.config.student, size, job.module)
+        t, loaded = sources[0].cache.manifest.teacher, sources[0].cache.teacher_config(job.config.teacher.weights)
+        origin = TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
+        start_student(self.student, job.config.student, origin)
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
@@ -104,11 +109,16 @@ class NewStudent:
             weight = settings.kd_weight * source.weight
             heads.append(
                 TeacherBranch(
-                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name
+                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
+                    whole=settings.token_share == 1,
                 )
-            )
+            )  # fmt: skip
         self.distiller = Distiller(self.student, heads).to(device)
-        check_parts(self.student, self.distiller.blocks[-1], settings, len(sources[0].cache), accelerator)
+        if settings.token_share < 1:
+            self.distiller.drop_patches()
+        self.records, self.held_out = split_images(sources[0].cache, settings)
+        self.count = len(sources[0].cache) if self.records is None else len(self.records)
+        check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
         # One foreach operation cannot take both sharded weights and plain buffers.
         foreach = not wants_shards(accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
@@ -156,8 +166,7 @@ class NewStudent:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
         # One kernel for all weights, where there is one; on CPUs the default stays.
         fused = accelerator.device.type == "cuda" or None
-        groups = decay_groups(self.distiller, settings.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), fused=fused)
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
@@ -175,7 +184,9 @@ class NewStudent:
             else None
         )
         step_model = StepModel(model, compiles, required=settings.compile is True)
-        return StudentRun(settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema)
+        return StudentRun(
+            settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller
+        )
 
 
 def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
@@ -215,10 +226,14 @@ def run_jobs(
     for new, student_run in zip(made, student_runs, strict=True):
         if student_run.first_step and accelerator.is_main_process:
             step, epochs = student_run.first_step, student_run.settings.epochs
-            done = step / steps_per_epoch(len(caches[0]), student_run.settings.batch_size)
+            done = step / steps_per_epoch(new.count, student_run.settings.batch_size)
             say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
-        m = train(student_runs, BatchLoader(caches, files, [new.student.image_size for new in made]), accelerator)
+        sides = [new.student.image_size for new in made]
+        load = BatchLoader(caches, files, sides, made[0].records)
+        apart = BatchLoader(caches, files, sides, made[0].held_out)
+        held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
+        m = train(student_runs, load, accelerator, held_out)
     results = {}
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = describe(new, student_run, m)
@@ -243,7 +258,7 @@ def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResul
         run=job.out,
         student=job.out / STUDENT,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
-        steps=settings.epochs * steps_per_epoch(len(new.sources[0].cache), settings.batch_size),
+        steps=settings.epochs * steps_per_epoch(new.count, settings.batch_size),
         loss=student_run.loss,
         seconds=m.seconds,
         images_per_second=m.rate,

@@ -2,10 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from pipeline.teachers.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
+from pipeline.training.distiller import Distiller
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
@@ -26,7 +28,8 @@ from singer.errors import UserError
 class StudentRun:
     """A student in training: its model (on its device, ready for its steps), optimiser, checkpoint and log.
 
-    first_step: the step from which it continues; ema: the moving average of the student's weights, if any.
+    first_step: the step from which it continues; ema: the moving average of the student's weights, if any;
+    distiller: the model before it was wrapped.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class StudentRun:
         tracking: Tracking | None,
         first_step: int,
         ema: ModelEmaV3 | None,
+        distiller: Distiller,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema = first_step, ema
+        self.first_step, self.ema, self.distiller = first_step, ema, distiller
+        self.peak = peak_rate(settings, student.width)
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
@@ -55,7 +60,9 @@ class StudentRun:
         # and a student that shares the pass with others draws the same as it would alone.
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.settings, step, per_epoch)
+            group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak)
+        if self.distiller.dropout is not None:
+            self.distiller.dropout.share = token_share(self.settings, step, per_epoch)
         for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
             self._sums[name] = self._sums.get(name, 0) + loss
         if self.settings.clip_grad is not None:
@@ -80,16 +87,19 @@ class StudentRun:
                 sums[name] = sums.get(name, 0) + loss.detach()
         return sums
 
-    def report(self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator) -> None:
+    def report(
+        self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator, held_out: Mapping[str, Any] | None = None
+    ) -> None:
         """Start to report the mean losses since the last report; it is finished after the next step.
 
-        A GPU has then computed them, so that reading them does not wait for it.
+        A GPU has then computed them, so that reading them does not wait for it. held_out: figures of records that are
+        held out, see HeldOut.measure.
         """
         self.finish_report()
         with current().together():
             means: dict[str, Tensor] = accelerator.reduce(self._sums, "mean")
         self._report = Report(
-            step, per_epoch, m.rate, m.wait_percent, list(means), self._since, fetched(means.values())
+            step, per_epoch, m.rate, m.wait_percent, list(means), self._since, fetched(means.values()), held_out or {}
         )
         self._sums, self._since = {}, 0
 
@@ -98,28 +108,32 @@ class StudentRun:
         if self._report is None:
             return
         report, self._report = self._report, None
-        step, per_epoch = report.step, report.per_epoch
+        step, per_epoch, held_out = report.step, report.per_epoch, report.held_out
         parts = {name: v / report.steps for name, v in zip(report.names, report.sums(), strict=True)}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
             raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
         figures = {
             "epoch": (step + 1) / per_epoch,
-            "lr": learning_rate(self.settings, step, per_epoch),
+            "lr": learning_rate(self.settings, step, per_epoch, self.peak),
             "loss": self.loss,
             "images_per_second": report.rate,
             "data_wait_percent": report.wait_percent,
         }
-        self.log.write(step=step + 1, **figures, parts=parts)
+        self.log.write(step=step + 1, **figures, parts=parts, **held_out)
         if self.tracking is not None:
-            self.tracking.log(step + 1, figures | {f"loss/{name}": value for name, value in parts.items()})
+            explained = held_out.get("explained_variance", {})
+            more = {f"loss/{name}": value for name, value in parts.items()}
+            more |= {f"explained_variance/{block}": value for block, value in explained.items()}
+            more |= {name: held_out[name] for name in ("held_out_loss",) if name in held_out}
+            self.tracking.log(step + 1, figures | more)
 
 
 @dataclass(frozen=True)
 class Report:
     """What a report says: of which step, the speed until then, and the sums of the losses of so many steps.
 
-    sums: returns the value of each name, once it has arrived on the CPU.
+    sums: returns the value of each name, once it has arrived on the CPU; held_out: see HeldOut.measure.
     """
 
     step: int
@@ -129,6 +143,7 @@ class Report:
     names: list[str]
     steps: int
     sums: Callable[[], list[float]]
+    held_out: Mapping[str, Any]
 
 
 def fetched(values: Iterable[Tensor]) -> Callable[[], list[float]]:
@@ -152,10 +167,26 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
 
 
-def learning_rate(settings: DistillConfig, step: int, per_epoch: int) -> float:
-    """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine to final_lr · lr at the end."""
+def peak_rate(settings: DistillConfig, width: int) -> float:
+    """Return distill.lr, or its rule for a student `width` channels wide.
+
+    At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (docs/log.md). Other widths were not measured:
+    the rate of Adam falls as 1 / width (Tensor Programs V, arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3
+    for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B.
+    """
+    return 4e-3 * min(1.0, 96 / width) if settings.lr == "auto" else settings.lr
+
+
+def learning_rate(settings: DistillConfig, step: int, per_epoch: int, peak: float) -> float:
+    """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine down to final_lr · peak."""
     warm = settings.warmup_epochs * per_epoch
     if step < warm:
-        return settings.lr * (step + 1) / (warm + 1)
+        return peak * (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
-    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return peak * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
+    last = settings.epochs * per_epoch * (1 - settings.whole_share)
+    return settings.token_share if step < last else 1.0

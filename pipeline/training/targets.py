@@ -8,6 +8,7 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
 from pipeline.teachers.backbone import Backbone
+from singer.errors import UserError
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
 from singer.refiner import Refiner
@@ -51,15 +52,20 @@ class Targets:
         """Decode the teacher's features, {block: (B, N, d)}, on the device."""
         return self.cache.decode(encoded, self.device)
 
-    def objective_context(self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]]) -> ObjectiveContext:
-        """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it."""
+    def objective_context(
+        self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool = True
+    ) -> ObjectiveContext:
+        """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it.
+
+        whole: whether the student always sees all patches.
+        """
         teacher, labels = self.cache.manifest.teacher, self.cache.index.images.labels
         classes = int(labels.max()) + 1 if len(labels) and int(labels.max()) >= 0 else None
         return ObjectiveContext(
             blocks,
             teacher.width_of(blocks[-1]),
             int(self.keep_cls),
-            None if self.cache.manifest.sampled else self.grid(blocks[-1]),
+            self.grid(blocks[-1]) if whole and not self.cache.manifest.sampled else None,
             self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
             teacher.prefix_tokens,
             classes,
@@ -78,13 +84,28 @@ class Targets:
             cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
             return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
 
-    def target_tokens(self, features: Mapping[int, Tensor], positions: Tensor | None) -> dict[int, Tensor]:
-        """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled."""
+    def check_kept(self) -> None:
+        """Raise UserError if the student cannot see only some patches: the cache has only some of its own."""
+        if self.cache.manifest.sampled:
+            raise UserError(
+                f"distill.token_share: {self.cache.place} holds only some of the patches (cache.token_share), and the "
+                "student cannot leave out others; set distill.token_share=1"
+            )
+
+    def target_tokens(
+        self, features: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Select the tokens that the student has, too, and resize them to the common grid unless they were sampled.
+
+        positions: (B, k), those of sampled patches; kept: (B, k), the patches that the student saw, None for all.
+        """
         teacher = self.cache.manifest.teacher
         targets = {b: select_tokens(x, teacher.prefix_tokens, self.keep_cls) for b, x in features.items()}
         if positions is not None:
             return targets
-        return {b: resize_tokens(x, int(self.keep_cls), teacher.grid_of(b), self.grid(b)) for b, x in targets.items()}
+        prefix = int(self.keep_cls)
+        targets = {b: resize_tokens(x, prefix, teacher.grid_of(b), self.grid(b)) for b, x in targets.items()}
+        return targets if kept is None else {b: take_patches(x, prefix, kept) for b, x in targets.items()}
 
     def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
         """Return normalised targets {block: (B, N, d)} of stored records."""

@@ -18,15 +18,19 @@ from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
+from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
 
 _LOG_STEPS = 50
 
 
-def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Accelerator) -> Meter:
+def train(
+    student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Accelerator, held_out: HeldOut | None = None
+) -> Meter:
     """Train students from the earliest of their first steps to the end of the last epoch.
 
-    All of them see the records in the same order. Return the meter of the pass.
+    All of them see the records in the same order. held_out: what they are measured on after every epoch. Return the
+    meter of the pass.
     """
     settings, records = student_runs[0].settings, len(load)
     per_epoch = steps_per_epoch(records, settings.batch_size)
@@ -66,8 +70,9 @@ def train(student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Ac
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
-                for student_run in going:
-                    student_run.report(step, per_epoch, m, accelerator)
+                measured = held_out.measure(going, accelerator.device) if held_out is not None and epoch_ends else []
+                for number, student_run in enumerate(going):
+                    student_run.report(step, per_epoch, m, accelerator, measured[number] if measured else None)
                     # A checkpoint is only saved here, where all running sums are empty and need not be stored.
                     if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
                         student_run.finish_report()

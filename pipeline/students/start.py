@@ -1,0 +1,106 @@
+"""Give a new student the weights that it starts from: those of its teacher, of another model, or of a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.runtime.progress import say
+from pipeline.teachers.backbone import Backbone, weight_hash
+from pipeline.teachers.models import create_model, load_saved, load_teacher
+from singer.errors import UserError
+from singer.selection import misfit, select_weights
+
+# The folder of a student in a run directory (training.run_directory has the same name).
+_STUDENT = "student"
+RANDOM = "or start from random weights: --set student.init=random"
+
+
+@dataclass(frozen=True)
+class TeacherWeights:
+    """Where the weights of a cached teacher are.
+
+    config: how it was loaded when it was cached; architecture, model_args: what timm builds it from; digest: the hash
+    of its weights (teachers.backbone.weight_hash).
+    """
+
+    config: TeacherConfig
+    architecture: str
+    model_args: dict[str, Any]
+    digest: str
+
+    def load(self) -> Backbone:
+        """Load the teacher. Raises UserError if its weights are not there any more, or are others."""
+        config, remedy = self.config, f"give its weights with --weights FILE, {RANDOM}"
+        try:
+            if config.weights is None:
+                source = load_teacher(config)
+            else:
+                args, size = self.model_args, config.image_size
+                source = create_model(self.architecture, size, args, config.weights, True, "model", config.averaged)
+        except UserError as error:
+            raise UserError(f"student.init: the teacher was not loaded ({error}); {remedy}") from error
+        if weight_hash(source.model.state_dict()) != self.digest:
+            where = config.weights or config.name
+            raise UserError(f"student.init: {where} does not have the weights that were cached; {remedy}")
+        return source
+
+
+def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> None:
+    """Load the weights that student.init names into a new student.
+
+    Raises UserError if the weights do not exist, do not fit, or are not those of the cached teacher.
+    """
+    if config.init == "random" or (config.init == "auto" and config.pretrained):
+        return
+    if config.pretrained:
+        raise UserError(f"student.init {config.init} and student.pretrained name two starts; leave one of them out")
+    if config.init in ("auto", "teacher"):
+        said = f"{teacher.architecture}, the teacher"
+        reason = _misfit(teacher, student)
+        if reason is not None and config.init == "auto":
+            say(f"note: the student does not start from weights of {said}: {reason}")
+            return
+        source = teacher.load() if reason is None else None
+    else:
+        said = config.init
+        source = _other(Path(config.init).expanduser(), student)
+        reason = misfit(source.model, student.model)
+    if source is None or reason is not None:
+        raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {RANDOM}")
+    state = select_weights(source.model, student.model, config.init_blocks)
+    student.model.load_state_dict(_normalised_as(student, source, state))
+    say(f"the student starts from weights of {said}")
+
+
+def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
+    """Say why the student cannot start from the teacher's weights, before they are loaded; None if it can."""
+    if not timm.is_model(teacher.architecture):
+        return "it is not a model of timm"
+    with torch.device("meta"):
+        outline = timm.create_model(teacher.architecture, **teacher.model_args)
+    return misfit(outline, student.model)
+
+
+def _other(path: Path, student: Backbone) -> Backbone:
+    """Load a run, a timm model folder, or a file with weights of the student's own shape."""
+    if path.is_dir():
+        return load_saved(path / _STUDENT if (path / _STUDENT).is_dir() else path)
+    args = {name: value for name, value in student.model_args.items() if name != "img_size"}
+    return create_model(student.architecture, student.image_size, args, path, True, "model")
+
+
+def _normalised_as(student: Backbone, source: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change the patch embedding so that it takes images with the student's mean and std instead of the source's."""
+    weight, bias = "patch_embed.proj.weight", "patch_embed.proj.bias"
+    if (student.mean, student.std) == (source.mean, source.std) or bias not in state or state[weight].dim() != 4:
+        return state
+    means, stds, old_means, old_stds = (torch.tensor(x) for x in (student.mean, student.std, source.mean, source.std))
+    shift = ((means - old_means) / old_stds).view(1, -1, 1, 1)
+    scale = (stds / old_stds).view(1, -1, 1, 1)
+    shifted = state[bias] + (state[weight] * shift).sum((1, 2, 3))
+    return {**state, weight: state[weight] * scale, bias: shifted}

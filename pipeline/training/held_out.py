@@ -1,0 +1,74 @@
+"""Measure students on images that they are not trained on, after every epoch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.cache.reader import Cache
+from pipeline.config import DistillConfig
+from pipeline.data.sampler import BatchIndices
+from pipeline.runtime.ranks import current
+from pipeline.training.ahead import on_device
+from pipeline.training.batch import BatchLoader
+from pipeline.training.student_run import StudentRun
+from singer.errors import UserError
+
+# More records would say no more, and take time after every epoch.
+_MOST_RECORDS = 2048
+
+
+def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the records to train on, None for all, and at most 2,048 others to measure on.
+
+    All views of an image are on one side. Raises UserError if there is nothing left to train on.
+    """
+    if not settings.holdout:
+        return None, np.arange(0)
+    image = cache.index.image
+    images = np.unique(image)
+    count = max(1, round(settings.holdout * len(images)))
+    if count >= len(images):
+        raise UserError(f"distill.holdout: {cache.place} has {len(images)} images, of which {count} would be held out")
+    held = np.random.default_rng([settings.seed, 1]).permutation(images)[:count]
+    apart = np.isin(image, held)
+    return np.flatnonzero(~apart), np.flatnonzero(apart)[:_MOST_RECORDS]
+
+
+class HeldOut:
+    """The records that are held out, and how students do on them."""
+
+    def __init__(self, load: BatchLoader, settings: DistillConfig) -> None:
+        self.load, self.settings = load, settings
+
+    @torch.no_grad()
+    def measure(self, student_runs: Sequence[StudentRun], device: torch.device) -> list[dict[str, object]]:
+        """Return for each student {held_out_loss, explained_variance: {teacher block: share of the targets'}}.
+
+        Students see all patches. All processes compute the same.
+        """
+        size, count = self.settings.batch_size, len(self.load)
+        starts = range(0, count, size)
+        shares = [np.arange(start, min(start + size, count)) for start in starts]
+        lists = [[BatchIndices(part, np.full(len(part), 1 / count, np.float32))] for part in shares]
+        losses = [0.0] * len(student_runs)
+        errors: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
+        for run in student_runs:
+            run.distiller.eval()
+        for stored in on_device(self.load(lists, self.settings.workers), device):
+            batches = stored.batches(self.load.caches, [run.student for run in student_runs])
+            for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
+                found, parts = run.distiller.measured(batch)
+                current().beat()
+                losses[n] += float(torch.stack(list(found.values())).sum())
+                for block, sums in parts.items():
+                    errors[n][block] = errors[n].get(block, 0) + sums
+        for run in student_runs:
+            run.distiller.train()
+        return [
+            {
+                "held_out_loss": loss,
+                "explained_variance": {block: 1 - float(sums[0] / sums[1]) for block, sums in blocks.items()},
+            }
+            for loss, blocks in zip(losses, errors, strict=True)
+        ]

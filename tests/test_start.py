@@ -1,0 +1,156 @@
+"""The student's start: weights that are cut out of those of a larger model of the same family."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import make_vit, seeded, world_config
+from torch import Tensor
+
+from pipeline.cache import Cache
+from pipeline.checks import look
+from pipeline.config import StudentConfig, load_config
+from pipeline.stages.distill import distill
+from pipeline.students.new import new_student
+from pipeline.students.start import TeacherWeights, start_student
+from pipeline.teachers.backbone import Backbone, save_backbone
+from pipeline.teachers.models import load_saved
+from singer.backbones import block_outputs
+from singer.errors import UserError
+from singer.selection import chosen_blocks, even, misfit, select_weights
+
+
+def loaded(model: torch.nn.Module, source: torch.nn.Module) -> torch.nn.Module:
+    model.load_state_dict(select_weights(source, model))
+    return model.eval()
+
+
+def output(model: torch.nn.Module, block: int) -> Tensor:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seeded(1)))
+    with torch.inference_mode():
+        return block_outputs(model, images, [block])[block]
+
+
+def test_which_blocks_and_channels() -> None:
+    assert even(192, 96).tolist() == list(range(0, 192, 2)) and even(3, 2).tolist() == [0, 1]
+    assert chosen_blocks(12, 4, "first") == [0, 1, 2, 3] and chosen_blocks(12, 4, "even") == [2, 5, 8, 11]
+
+
+def test_a_student_of_the_same_shape_is_the_teacher() -> None:
+    """Fewer blocks change nothing before them; a student without LayerScale computes what the teacher did with it."""
+    teacher, student = make_vit(), make_vit(seed=1, depth=3, num_classes=0)
+    assert torch.equal(output(loaded(student.model, teacher.model), 2), output(teacher.model, 2))
+    scaled = make_vit(init_values=0.3)
+    torch.testing.assert_close(output(loaded(student.model, scaled.model), 2), output(scaled.model, 2))
+
+
+def test_channels_are_chosen_head_by_head() -> None:
+    """A teacher that uses only the channels and heads that are chosen gives just these as the student's output."""
+    teacher = make_vit(num_heads=4, mlp_ratio=4).model
+    student = make_vit(seed=1, embed_dim=12, num_heads=2, mlp_ratio=2, num_classes=0).model
+    kept, zero = even(24, 12), torch.ones(24, dtype=torch.bool)
+    zero[kept] = False
+    with torch.no_grad():
+        for name, p in teacher.named_parameters():
+            if p.shape[0] == 24 and "qkv" not in name:
+                p[zero] = 0  # what writes to the residual stream
+            elif name in ("pos_embed", "cls_token"):
+                p[..., zero] = 0
+    chosen = loaded(student, teacher)
+    block, larger = chosen.blocks[1], teacher.blocks[1]  # type: ignore[index]
+    # Heads 0 and 2 of four, each with all of its six channels.
+    heads = [*range(6), *range(12, 18)]
+    rows = heads + [24 + n for n in heads] + [48 + n for n in heads]
+    assert torch.equal(block.attn.qkv.weight, larger.attn.qkv.weight[rows][:, kept])
+    assert torch.equal(block.attn.proj.weight, larger.attn.proj.weight[kept][:, heads])
+    assert torch.equal(block.mlp.fc1.weight, larger.mlp.fc1.weight[even(96, 24)][:, kept])
+    assert torch.equal(chosen.pos_embed, teacher.pos_embed[..., kept])
+
+
+def test_other_patches_positions_and_normalisation(world: Path, tmp_path: Path) -> None:
+    """A finer grid gets interpolated positions, and images with another mean and std give the same tokens."""
+    teacher = make_vit()
+    finer = make_vit(seed=1, patch_size=4).model
+    state = select_weights(teacher.model, finer)
+    assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4) and state["pos_embed"].shape == (1, 65, 24)
+    assert not torch.equal(state["pos_embed"], finer.pos_embed)
+    same = Backbone(make_vit(seed=2).model, *list(vars(teacher).values())[1:4], (0.1, 0.2, 0.3), (0.3, 0.2, 0.1))
+    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "t")
+    start_student(same, StudentConfig(init=str(tmp_path / "t")), _weights(world))
+    images = torch.rand(2, 3, 32, 32)
+    ours, theirs = (
+        b.model.eval()((images - torch.tensor(b.mean).view(3, 1, 1)) / torch.tensor(b.std).view(3, 1, 1))
+        for b in (same, load_saved(tmp_path / "t"))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "beit_base_patch16_224", "vit_small_patch14_dinov2"])
+def test_families(name: str) -> None:
+    args = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32, "num_classes": 0}
+    teacher, student = timm.create_model(name, **args), timm.create_model(name, **args | {"depth": 2})
+    assert misfit(teacher, student) is None
+    assert torch.equal(output(loaded(student, teacher), 1), output(teacher.eval(), 1))
+
+
+def test_misfits() -> None:
+    teacher = make_vit().model
+    assert misfit(teacher, make_vit(depth=5).model) == "it has 4 blocks and the student 5"
+    assert misfit(teacher, make_vit(embed_dim=48).model) == "it has 24 channels and the student 48"
+    assert "no list of transformer blocks" in str(misfit(teacher, timm.create_model("test_resnet")))
+    swiglu = timm.create_model("vit_giant_patch14_dinov2", embed_dim=24, depth=2, num_heads=2)
+    assert "hidden units" in str(misfit(swiglu, make_vit(embed_dim=12, depth=2).model))
+    turning = {"depth": 2, "num_classes": 0, "num_heads": 2}
+    pair = [timm.create_model("vit_small_patch16_dinov3", embed_dim=d, **turning) for d in (48, 24)]
+    assert "turn in pairs" in str(misfit(*pair))
+
+
+def _weights(world: Path, **changes: object) -> TeacherWeights:
+    cache = Cache(world / "cache")
+    t = cache.manifest.teacher
+    return TeacherWeights(cache.teacher_config(), t.architecture, t.model_args, str(changes.get("digest", t.weights)))
+
+
+def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
+    """The run says it, starts at a lower loss than by chance, and another run starts from it."""
+    teacher = load_saved(world / "teacher")
+    for init in ("auto", "teacher"):
+        student = new_student(world_config(world, "student.dim=24", "student.heads=2").student, 32)
+        start_student(student, StudentConfig(init=init), _weights(world))
+        assert torch.equal(output(student.model.eval(), 2), output(teacher.model, 2))
+    config = world_config(world, "student.init=teacher", "distill.epochs=1")
+    distill(config, world / "cache", tmp_path / "run", world / "adapters")
+    again = new_student(config.student, 32)
+    start_student(again, StudentConfig(init=str(tmp_path / "run")), _weights(world))
+    trained = load_saved(tmp_path / "run" / "student")
+    assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+    start_student(again, StudentConfig(init=str(tmp_path / "run/student/model.safetensors")), _weights(world))
+    assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+
+
+def test_what_is_missing_is_said_before_torch_is_imported() -> None:
+    for given, message in (
+        ("student.init=nothing", "no file or folder nothing; known besides: auto, teacher, random"),
+        ("teacher.weights=nothing", "weights nothing: no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            look("distill", load_config(sets=["student.init=teacher", given]))
+
+
+def test_mistakes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = new_student(world_config(world, "student.dim=48").student, 32)
+    start_student(wide, StudentConfig(init="auto"), _weights(world))
+    assert (
+        "does not start from weights of vit_tiny_patch16_224, the teacher: it has 24 channels"
+        in capsys.readouterr().err
+    )
+    small = new_student(world_config(world).student, 32)
+    for student, init, weights, message in (
+        (wide, "teacher", _weights(world), "it has 24 channels and the student 48; or start from random weights"),
+        (small, "teacher", _weights(world, digest="0"), "does not have the weights that were cached"),
+        (small, str(tmp_path / "none"), _weights(world), "no such file"),
+        (wide, str(world / "teacher"), _weights(world), "it has 24 channels and the student 48"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start_student(student, StudentConfig(init=init), weights)
