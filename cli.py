@@ -354,6 +354,21 @@ def embed(
 
 
 @app.command()
+def rank(
+    cache: Annotated[list[str], typer.Argument(help="Caches of stage 1, each with one teacher or more.")],
+    images: Annotated[int, typer.Option(min=3, help="Images of each cache that are compared.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank cached teachers by how well their features fit the labels of the images; nothing is trained."""
+    from pipeline.checks import look
+
+    look("rank", caches=cache)
+    from pipeline.stages.rank import rank as run
+
+    _report(run(cache, images), as_json)
+
+
+@app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],

@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
+from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.models import load_teacher
@@ -46,7 +47,8 @@ def read_config(options: argparse.Namespace, scratch: Path, *sets: str) -> Confi
         # The name without its tag is a model without pretrained weights.
         model = timm.create_model(name.partition(".")[0])
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, weights)
-    return load_config(options.recipe, [*options.set, *sets, f"teacher.weights={weights}", "distill.trackers=[]"])
+    sets = (*sets, f"teacher.weights={weights}", "distill.trackers=[]")
+    return with_precision(load_config(options.recipe, [*options.set, *sets]))
 
 
 def make_cache(config: Config, options: argparse.Namespace, scratch: Path) -> Cache:

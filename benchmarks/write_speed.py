@@ -66,7 +66,6 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     config = load_config(sets=sets)
     backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    backbone.model.to(accelerator.device)
     extract = Extractor(config, backbone, accelerator)
     create.create_segments(config, index_shards(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))

@@ -37,7 +37,8 @@ HEAD = """# Models
 
 What a model can do decides, and not its class: a teacher or a student is any timm model that gives the tokens or
 the feature maps of its blocks, [a model of transformers, or your own](own-models.md). This page is made by a program.
-It takes one small model of every family of timm {version}, with random weights, through the real stages on a few images:
+It takes one small model of every family of timm {version}, with random weights, through the real stages on a few
+images:
 
 <!-- not run: takes a quarter of an hour -->
 ```bash

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.stages.export import ExportResult, export
     from pipeline.stages.inspect import InspectResult, inspect
     from pipeline.stages.prepare import PrepareResult, prepare
+    from pipeline.stages.rank import RankResult, rank
     from pipeline.stages.refine import RefineResult, refine
     from pipeline.stages.report import ReportResult, report
     from pipeline.stages.verify import VerifyResult, verify
@@ -44,6 +45,7 @@ __all__ = [
     "InspectResult",
     "PlanResult",
     "PrepareResult",
+    "RankResult",
     "RefineResult",
     "ReportResult",
     "RunResult",
@@ -63,6 +65,7 @@ __all__ = [
     "load_config",
     "plan",
     "prepare",
+    "rank",
     "refine",
     "report",
     "run",
@@ -83,6 +86,7 @@ _MODULES = {
     "InspectResult": "pipeline.stages.inspect",
     "PlanResult": "pipeline.planning.plan",
     "PrepareResult": "pipeline.stages.prepare",
+    "RankResult": "pipeline.stages.rank",
     "RefineResult": "pipeline.stages.refine",
     "ReportResult": "pipeline.stages.report",
     "RunResult": "pipeline.chains.run",
@@ -102,6 +106,7 @@ _MODULES = {
     "load_config": "pipeline.config",
     "plan": "pipeline.planning.plan",
     "prepare": "pipeline.stages.prepare",
+    "rank": "pipeline.stages.rank",
     "refine": "pipeline.stages.refine",
     "report": "pipeline.stages.report",
     "run": "pipeline.chains.run",

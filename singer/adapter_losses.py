@@ -48,19 +48,20 @@ def robust_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
 
 def paper_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
     """Compute the mean excess over the γ-quantile of the image's refined norms (un-squared, as in the paper)."""
-    return _excess(norms, quantile).mean()
+    excess, count = _excess(norms, quantile)
+    return excess.sum() / count
 
 
 def official_outlier(norms: Tensor, scale: BlockScale, quantile: float) -> Tensor:
     """Compute the mean SQUARED excess over the image's γ-quantile, pooled over the batch (the authors' code)."""
-    return _excess(norms, quantile).square().mean()
+    excess, count = _excess(norms, quantile)
+    return excess.square().sum() / count
 
 
-def _excess(norms: Tensor, quantile: float) -> Tensor:
-    """Return, in one dimension, by how much norms (B, n) exceed their row's quantile; the quantile is detached."""
+def _excess(norms: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Return by how much norms (B, n) exceed their row's quantile, which is detached, and how many do (at least 1)."""
     limit = torch.quantile(norms.detach(), quantile, dim=1, keepdim=True)
-    excess = (norms - limit)[norms > limit]
-    return excess if len(excess) else norms.new_zeros(1)
+    return F.relu(norms - limit), (norms > limit).sum().clamp_min(1)
 
 
 def cosine_gram(tokens: Tensor) -> Tensor:
@@ -120,10 +121,14 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     adapters may drift far while it stays small. A shift common to all tokens costs nothing: it says nothing about an
     image.
     """
-    x = original[clean]
-    change = refined[clean] - x
-    variance = (x - x.mean(0)).square().sum().clamp_min(1e-12)
-    return (change - change.mean(0)).square().sum() / variance
+    weight = clean.unsqueeze(-1).to(original.dtype)
+    count = weight.sum().clamp_min(1)
+
+    def variation(x: Tensor) -> Tensor:
+        """Return the summed squared distance of clean tokens from their mean."""
+        return ((x - (x * weight).sum((0, 1)) / count) * weight).square().sum()
+
+    return variation(refined - original) / variation(original).clamp_min(1e-12)
 
 
 def adapter_losses(

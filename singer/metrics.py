@@ -12,6 +12,8 @@ from singer.errors import UserError
 _Z95 = 1.959964
 # So many rows are compared with all others at once.
 _CHUNK = 256
+# So many similarities are held at once.
+_SIMILARITIES = 1 << 28
 
 
 def knn_scores(
@@ -24,7 +26,7 @@ def knn_scores(
     """
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     scores = []
-    for chunk in test.split(1024):
+    for chunk in test.split(max(1, min(1024, _SIMILARITIES // len(train)))):
         similarity, nearest = (chunk @ train.T).topk(min(neighbours, len(train)), dim=1)
         votes = similarity.new_zeros(len(chunk), classes).scatter_add_(
             1, labels[nearest], ((similarity - 1) / temperature).exp()

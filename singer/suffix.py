@@ -28,6 +28,8 @@ _FRONT = (
 # The name, in the state of a suffix, of what a block is called with besides tokens: block.N.name.
 _ARGUMENTS = "arguments."
 _TOLERANCE = 1e-4
+# A suffix computes in float32, also with the weights of a teacher of 16 bits.
+_TOLERANCE_16_BITS = 0.05
 NO_SUFFIX = (
     "this teacher has no suffix that can be rebuilt, so nothing can read features after a cached block; take "
     "refine.cleaner clip, neighbour or none, and another distill.objective than logits and relation"
@@ -45,25 +47,34 @@ def find_suffix(
     """
     if not gives_tokens(model) or len(getattr(model, "blocks", ())) != depth(model) or architecture.startswith(OWN):
         return None
+    tail = _suffix_model(model)
+    if not _has_head(tail):
+        return None
     place = next(model.parameters())
     image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(place)
     last = depth(model) - 1
     arguments = _block_arguments(model, image, first_block)
     if arguments is None:
         return None
-    state = {**suffix_state(_suffix_model(model).state_dict(), first_block), **arguments}
+    state = {**suffix_state(tail.state_dict(), first_block), **arguments}
+    state = {name: tensor.to(image.device) for name, tensor in state.items()}  # blocks may be elsewhere
+    tolerance = _TOLERANCE if image.dtype == torch.float32 else _TOLERANCE_16_BITS
     with torch.no_grad():
-        outputs = block_outputs(model, image, sorted({first_block, last}))
-        try:
-            suffix = TeacherSuffix(architecture, model_args, first_block, state)
-            found = suffix.last_output(outputs[first_block], first_block), suffix.logits(outputs[last], last)
-        except (AttributeError, TypeError, NotImplementedError):  # its blocks or its head take something else
+        outputs = {b: x.float() for b, x in block_outputs(model, image, sorted({first_block, last})).items()}
+        suffix = TeacherSuffix(architecture, model_args, first_block, state)
+        if any(tensor.is_meta for tensor in (*suffix.parameters(), *suffix.buffers())):
             return None
+        found = suffix.last_output(outputs[first_block], first_block), suffix.logits(outputs[last], last)
         same = all(
-            x.shape == y.shape and bool((x - y).abs().max() <= _TOLERANCE * max(1.0, float(y.abs().max())))
-            for x, y in zip(found, (outputs[last], model(image)), strict=True)
+            x.shape == y.shape and bool((x - y).abs().max() <= tolerance * max(1.0, float(y.abs().max())))
+            for x, y in zip(found, (outputs[last], model(image).float()), strict=True)
         )
     return state if same else None
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Return whether a model has a final norm, and a head that takes normed tokens."""
+    return isinstance(getattr(model, "norm", None), nn.Module) and callable(getattr(model, "forward_head", None))
 
 
 def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Tensor]:
@@ -79,9 +90,10 @@ def suffix_state(state: Mapping[str, Tensor], first_block: int) -> dict[str, Ten
 
 @torch.no_grad()
 def _block_arguments(model: nn.Module, image: Tensor, first_block: int) -> dict[str, Tensor] | None:
-    """Return the tensors that blocks are called with besides tokens; None if they are not given by name.
+    """Return the tensors that blocks are called with besides tokens; None if they take anything else.
 
-    A block takes what the block before it takes unless it has tensors of its own.
+    Arguments must be given by name, because a suffix names them. A block takes what the block before it takes unless it
+    has tensors of its own.
     """
     found: dict[str, Tensor] = {}
     last: dict[str, Tensor] = {}
@@ -89,7 +101,8 @@ def _block_arguments(model: nn.Module, image: Tensor, first_block: int) -> dict[
 
     def note(block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal by_name, last
-        by_name &= not any(isinstance(arg, Tensor) for arg in args[1:])
+        by_name &= all(arg is None for arg in args[1:])
+        by_name &= all(isinstance(value, Tensor | bool | tuple | None) for value in kwargs.values())
         tensors = dict(_named_tensors(kwargs))
         if block == first_block or any(last.get(name) is not value for name, value in tensors.items()):
             found.update({f"{_ARGUMENTS}{block}.{name}": value.contiguous() for name, value in tensors.items()})
@@ -139,6 +152,7 @@ class TeacherSuffix(nn.Module):
         for name in _FRONT:
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
+        state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         own = {name: tensor for name, tensor in state.items() if not name.startswith(_ARGUMENTS)}
         model.load_state_dict(own, strict=True, assign=True)
         place = next((tensor.device for tensor in own.values()), torch.device("cpu"))
@@ -231,8 +245,13 @@ def outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that no state dict has, such as the indices of relative positions."""
+    """Compute the buffers that no state dict has, such as the indices of relative positions.
+
+    Those of modules that cannot compute them stay on the meta device.
+    """
     for module in model.modules():
+        if not hasattr(module, "init_non_persistent_buffers"):
+            continue
         computed = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name, buffer in computed:
             module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=False)

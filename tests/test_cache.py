@@ -275,6 +275,21 @@ def test_nan_names_the_key(world: Path, tmp_path: Path) -> None:
         fill(config, world, tmp_path / "c")
 
 
+def test_features_beyond_float16_name_the_block(world: Path, tmp_path: Path) -> None:
+    """At calibration; the remedies work as printed."""
+    large = load_teacher(world_config(world).teacher)
+    large.model.blocks[3].mlp.fc2.bias[0] = 1e5
+    save_backbone(large, large.model.state_dict(), tmp_path / "teacher")
+    teacher = f"teacher.name=local-dir:{tmp_path / 'teacher'}"
+    with pytest.raises(
+        UserError, match=r"block 3: features reach .* beyond float16 \(65504\); use cache.codec bfloat16"
+    ):
+        fill(world_config(world, teacher, "cache.codec=float16"), world, tmp_path / "c")
+    with pytest.raises(UserError, match="block 3 gives NaN or Inf .*run the teacher with .* teacher.dtype float32"):
+        fill(world_config(world, teacher, "teacher.dtype=float16"), world, tmp_path / "c2")
+    fill(world_config(world, teacher, "cache.codec=bfloat16"), world, tmp_path / "c3")
+
+
 def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="block 7 does not exist: this model has 4 blocks"):
         fill(world_config(world, "cache.blocks=[7]"), world, tmp_path / "c")

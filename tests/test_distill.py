@@ -314,7 +314,10 @@ def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "mse"])
 def test_objectives_train(world: Path, tmp_path: Path, objective: str) -> None:
-    config = world_config(world, f"distill.objective={objective}", "distill.epochs=3", "distill.lr=3e-3")
+    texts = tmp_path / "texts.npy"
+    np.save(texts, np.random.default_rng(seeded(0)).normal(size=(4, 5)))
+    sets = [f"distill.objective={objective}", "distill.epochs=3", "distill.lr=3e-3", f"distill.texts={texts}"]
+    config = world_config(world, *sets)
     distill(config, world / "cache", tmp_path / "run", world / "adapters")
     assert epochs_fall(tmp_path / "run", 3)
     lines = read_log(tmp_path / "run" / "log.jsonl")

@@ -430,10 +430,12 @@ def test_fences_are_labelled_and_those_not_run_are_right(page: Path, monkeypatch
 
 
 def test_few_fences_are_not_run() -> None:
-    """Those of the benchmarks take hours; of the others, each has to say why."""
-    idle = [f for p in PAGES for f in fences(p) if f.language in ("bash", "python") and not f.runs]
+    """Those of the benchmarks take hours; the others are one in eight at most, and each has to say why."""
+    commands = [f for p in PAGES for f in fences(p) if f.language in ("bash", "python")]
+    idle = [f for f in commands if not f.runs]
     assert all(len(f.note) > len("not run: ") for f in idle)
-    assert len([f for f in idle if "python benchmarks/" not in f.text]) <= 7, [f.place for f in idle]
+    others = [f.place for f in idle if "python benchmarks/" not in f.text]
+    assert len(others) <= len(commands) // 8, others
 
 
 WRONG = {

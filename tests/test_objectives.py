@@ -1,5 +1,7 @@
 """Every objective against a computation in NumPy, or by the teacher itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,15 +10,22 @@ from torch import Tensor
 
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
+from singer.objectives.acam import Acam
+from singer.objectives.js import Js
 from singer.objectives.logits import Logits
+from singer.objectives.prototypes import Prototypes, sinkhorn
+from singer.objectives.queue import Queue
 from singer.objectives.relation import Relation
+from singer.objectives.top_logits import TopLogits
+from singer.objectives.zero_shot import ZeroShot
 from singer.suffix import TeacherSuffix, suffix_state
 
 
 def make_context(classes: int | None = 5, **args: object) -> ObjectiveContext:
     vit = make_vit(**args)
     suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
-    return ObjectiveContext((2, 3), WIDTH, 1, (4, 4), suffix, vit.prefix, classes)
+    texts = torch.randn(7, int(vit.model.num_classes or WIDTH))
+    return ObjectiveContext((2, 3), WIDTH, 1, (4, 4), suffix, vit.prefix, classes, texts)
 
 
 def draw(blocks: tuple[int, ...] = (2, 3)) -> dict[int, Tensor]:
@@ -121,6 +130,145 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
     np.testing.assert_allclose(found.numpy(), (np.exp(theirs) * (theirs - ours)).sum(-1), rtol=1e-3)
 
 
+def probabilities(objective: Logits, tokens: Tensor) -> np.ndarray:
+    return objective.verdict(tokens).exp().detach().double().numpy()
+
+
+def test_js() -> None:
+    objective, student, target = Js(make_context()), draw(), draw()
+    ours, theirs = probabilities(objective, student[3]), probabilities(objective, target[3])
+    mean = (ours + theirs) / 2
+    expected = 0.5 * (ours * np.log(ours / mean) + theirs * np.log(theirs / mean)).sum(-1)
+    np.testing.assert_allclose(objective(student, target)["js"].detach().numpy(), expected, rtol=1e-3)
+    assert objective(target, target)["js"].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kept", [2, 5, 100])
+def test_top_logits(monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    monkeypatch.setattr(TopLogits, "kept", kept)
+    objective, student, target = TopLogits(make_context()), draw(), draw()
+    ours, theirs = probabilities(objective, student[3]), probabilities(objective, target[3])
+    for row in theirs:
+        others = np.argsort(row)[: max(0, 5 - kept)]
+        row[others] = row[others].mean() if len(others) else 0.0
+    expected = -(theirs * np.log(ours)).sum(-1)
+    np.testing.assert_allclose(objective(student, target)["ce"].detach().numpy(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("args", [{}, {"num_classes": 0}])
+def test_zero_shot(args: dict[str, object]) -> None:
+    """Embeddings of the teacher's head, or where it has none its pooled tokens, against texts."""
+    context, student, target = make_context(**args), draw(), draw()
+    objective = ZeroShot(context)
+    assert context.texts is not None
+    texts = context.texts.double().numpy()
+    ours, theirs = (objective.output(x[3]).detach().double().numpy() for x in (student, target))
+
+    def scores(images: np.ndarray) -> np.ndarray:
+        return softmax(np.array([[cosine(i, t) for t in texts] for i in images]) / 0.01)
+
+    a, b = scores(ours), scores(theirs)
+    expected = (b * np.log(b / a)).sum(-1)
+    np.testing.assert_allclose(objective(student, target)["kl"].detach().numpy(), expected, rtol=1e-3, atol=1e-9)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch and what earlier batches left; the oldest go first."""
+    monkeypatch.setattr(Queue, "size", 4)
+    objective = Queue(make_context())
+    earlier: list[np.ndarray] = []
+    for _ in range(3):
+        student, target = draw(), draw()
+        found = objective(student, target)
+        a, b = (x[3][:, 1:].double().numpy() for x in (student, target))
+        images = unit(b.mean(1))
+        known = np.concatenate([images, *earlier])
+        p, q = (softmax(unit(x.mean(1)) @ known.T / 0.07) for x in (a, b))
+        np.testing.assert_allclose(found["images"].numpy(), (q * np.log(q / p)).sum(-1), rtol=1e-3)
+        p, q = (softmax(unit(x) @ unit(x).transpose(0, 2, 1) / 0.07) for x in (a, b))
+        np.testing.assert_allclose(found["patches"].numpy(), (q * np.log(q / p)).sum(-1).mean(1), rtol=1e-3)
+        earlier = [np.concatenate([*earlier, images])[-4:]]
+    objective.eval()
+    before = objective.state_dict()["filled"].item()
+    objective(draw(), draw())
+    assert objective.state_dict()["filled"].item() == before == 9
+
+
+def test_sinkhorn() -> None:
+    scores = torch.randn(40, 8)
+    assigned = sinkhorn(scores, 50).double().numpy()
+    np.testing.assert_allclose(assigned.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(assigned.sum(0), 5, rtol=1e-3)
+    # A plan of transport is the scores' exponential with rows and columns scaled: cross ratios stay.
+    kernel = np.exp(scores.double().numpy())
+    ratio = (assigned / kernel)[1:] / (assigned / kernel)[:1]
+    np.testing.assert_allclose(ratio, ratio[:, :1].repeat(8, 1), rtol=1e-3)
+
+
+def test_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prototypes, "count", 6)
+    objective, student, target = Prototypes(make_context()), draw(), draw()
+    drawn = unit(target[3][:, 1:].reshape(-1, WIDTH).double().numpy())
+    objective(student, target)
+    began = objective.state_dict()["patches"].double().numpy()
+    # They moved by a hundredth at most, from tokens of the batch.
+    assert np.all((began @ drawn.T).max(1) > 0.99) and not objective.state_dict()["cls"].isnan().any()
+    objective.eval()
+    found = objective(student, target)
+    for kind, tokens in (("cls", slice(0, 1)), ("patches", slice(1, None))):
+        prototypes = objective.state_dict()[kind].double().numpy()
+        a, b = (unit(x[3][:, tokens].double().numpy()) @ prototypes.T for x in (student, target))
+        wanted = sinkhorn(torch.from_numpy(b.reshape(-1, 6) / 0.07), 3).numpy().reshape(b.shape)
+        expected = -(wanted * np.log(softmax(a / 0.1))).sum(-1).mean(1)
+        np.testing.assert_allclose(found[kind].numpy(), expected, rtol=1e-3)
+    same = objective.state_dict()["patches"].double().numpy()
+    objective.train()
+    objective(student, target)
+    nearest = (drawn @ same.T).argmax(1)
+    means = [drawn[nearest == k].mean(0) if (nearest == k).any() else same[k] for k in range(6)]
+    expected = unit(0.99 * same + 0.01 * np.array(means))
+    moved = objective.state_dict()["patches"].numpy()
+    some = [k for k in range(6) if (nearest == k).any()]
+    np.testing.assert_allclose(moved[some], expected[some], rtol=1e-3, atol=1e-5)
+
+
+def test_weighted() -> None:
+    student, target = draw((2,)), draw((2,))
+    a, b = (x[2].double().numpy() for x in (student, target))
+    weights = 16 * softmax(cosine(b[:, 1:], b[:, :1]) / 0.2)
+    errors = ((a - b) ** 2).mean(-1)
+    expected = (errors[:, 0] + (weights * errors[:, 1:]).sum(1)) / 17
+    np.testing.assert_allclose(
+        OBJECTIVES["weighted"](make_context())(student, target)["2"].numpy(), expected, rtol=1e-4
+    )
+
+
+def test_acam() -> None:
+    """From its masks by hand; masks that are alike cost, and a student that is right pays for them alone."""
+    objective, student, target = Acam(make_context()), draw((2,)), draw((2,))
+    a, b = student[2][:, 1:], target[2][:, 1:]
+    channels, patches = (m.detach().double().numpy() for m in objective.fusions["2"](a, b))
+    assert channels.shape == (3, 6, WIDTH) and patches.shape == (3, 6, 16)
+    error = (a - b).square().double().numpy()
+
+    def alike(masks: np.ndarray) -> float:
+        pairs = [(m, n) for m in range(6) for n in range(6) if m != n]
+        x = masks
+        return np.mean([2 * x[m] @ x[n] / (x[m] @ x[m] + x[n] @ x[n]) for m, n in pairs])
+
+    expected = []
+    for i in range(3):
+        c, p = (m[i] / m[i].mean(-1, keepdims=True) for m in (channels, patches))
+        masked = 0.5 * ((c * error[i].mean(0)).mean() + (p * error[i].mean(1)).mean())
+        cls = (student[2][i, 0] - target[2][i, 0]).square().mean().item() / 17
+        expected.append(masked + alike(channels[i]) + alike(patches[i]) + cls)
+    np.testing.assert_allclose(objective(student, target)["2"].detach().numpy(), expected, rtol=1e-3)
+
+
 def test_labels() -> None:
     objective, student = OBJECTIVES["labels"](make_context()), draw()
     labels = torch.tensor([4, -1, 0])
@@ -133,6 +281,7 @@ def test_labels() -> None:
 REFUSED = {
     "labels": (make_context(classes=None), "needs a cache of labelled images"),
     "logits": (make_context(num_classes=0), "needs the teacher's last block in the cache, and a head"),
+    "zero-shot": (replace(make_context(), texts=torch.ones(2, 9)), "have 9 channels, and the teacher's images 5"),
     "vitkd": (ObjectiveContext((2,), WIDTH, 1, None), "needs all patches of an image"),
 }
 

@@ -113,7 +113,7 @@ def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
         loud.model.pos_embed[0, 5, 3] += 1e5
     save_backbone(loud, loud.model.state_dict(), tmp_path / "loud")
     sets = [f"teacher.name=local-dir:{tmp_path / 'loud'}"]
-    with pytest.raises(UserError, match="beyond float16; use cache.codec bfloat16"):
+    with pytest.raises(UserError, match=r"beyond float16 \(65504\); use cache.codec bfloat16"):
         quick(world, world_config(world, *sets))
     result = quick(world, world_config(world, *sets, "cache.codec=bfloat16"))
     assert {o.codec for o in result.options} == {"bfloat16"} and not dataclasses.asdict(result)["best_fit"]

@@ -157,7 +157,7 @@ def test_another_student_leaves_the_base_its_shape(base: object) -> None:
         ({"grid": {"distill.seed": [0, 0]}}, "seed-0 have the same configuration"),
         ({"grid": {"refiner": ["none"], "refine.rank": [4, 8]}}, "have the same configuration"),
         ({"grid": {"distill.seed": [0]}, "runs": [{"set": {"distill.seed": 1}}]}, "set by grid and by a run"),
-        ({"runs": [{}], "probes": ["flow"]}, "probes.0: input should be 'classification', 'segmentation'"),
+        ({"runs": [{}], "probes": ["flow"]}, "probes.0: no such probe; known: classification, segmentation"),
         ({"runs": [{}], "rank_by": "miou"}, "rank_by: no figure 'miou' among those of its probes"),
     ],
 )

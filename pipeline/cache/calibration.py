@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class Calibration:
 
     def to(self, device: torch.device | str) -> "Calibration":
         """Copy all tensors to a device."""
-        return Calibration.from_tensors({name: t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
 
     def by_token(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the mean and the std for every token of a record, (N, d) each."""

@@ -9,7 +9,8 @@ Outlier tokens are stored separately: an error of a few per cent of an artifact 
 clean token, and a student would learn this error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.packing import LEVELS, lloyd_max, pack, plane_bits, rotate, unpack
-from pipeline.cache.stored import Fixed, Layout, Ragged, Stored
+from pipeline.cache.packing import LEVELS, lloyd_max, load_tables, pack, plane_bits, rotate, unpack
+from pipeline.cache.stored import Encoded, Fixed, Layout, Ragged, Stored
 from singer.artifacts import clean_mask, patch_norms
 from singer.errors import UserError
 
@@ -157,6 +158,15 @@ class Quantised:
         return x
 
 
+@contextmanager
+def naming(block: int) -> Iterator[None]:
+    """Put the block before the message of a UserError of a codec."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"block {block}: {error}") from None
+
+
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -174,6 +184,22 @@ CODECS: dict[str, Codec] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A codec with the calibration of each block, {block: calibration}, on one device."""
+
+    codec: Codec
+    calibration: Mapping[int, Calibration]
+
+    def __post_init__(self) -> None:
+        for calibration in self.calibration.values():
+            load_tables(calibration.mean.device)
+
+    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
+        """Return {block: features (n, N, d) float32} of records that are on the device."""
+        return {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -189,8 +215,9 @@ def _narrow(values: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     # The minimum and the maximum are NaN if any number is. A check of every number takes ten times as long as the
     # conversion.
     if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        most = f"{_name(dtype)} ({torch.finfo(dtype).max:.5g})"
         advice = "; use cache.codec bfloat16" if dtype == torch.float16 else ""
-        raise UserError(f"features reach {float(x.abs().max()):.0f}, beyond {_name(dtype)}{advice}")
+        raise UserError(f"features reach {float(x.abs().max()):.0f}, beyond {most}{advice}")
     return values
 
 

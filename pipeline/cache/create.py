@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.cache.append import Addition, check_growth, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import rows_of
 from pipeline.cache.format import FIDELITY, MANIFEST
@@ -91,7 +91,8 @@ def build_segment(
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
-            measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
+            with naming(block):
+                measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
     own = {b: calibration[b] for b in manifest.blocks}
     return manifest, small_files(manifest, addition.images, suffix, own, {b: measured[b] for b in manifest.blocks})
 

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.data.prefetch import prefetch
 from pipeline.data.views import normalise
 from pipeline.teachers.backbone import Backbone, weight_hash
+from pipeline.teachers.placement import place
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.suffix import find_suffix
@@ -21,7 +22,10 @@ _CALIBRATION_RECORDS = 256
 
 
 class Extractor:
-    """A teacher that computes features of blocks, and its description for the manifest."""
+    """A teacher that computes features of blocks, and its description for the manifest.
+
+    It is moved to its device, or to where config.teacher.offload says.
+    """
 
     def __init__(self, config: Config, backbone: Backbone, accelerator: Accelerator) -> None:
         self.config, self.backbone, self.accelerator = config, backbone, accelerator
@@ -38,9 +42,13 @@ class Extractor:
             image_size=backbone.image_size,
             mean=backbone.mean,
             std=backbone.std,
-            precision=config.cache.precision,
+            precision=accelerator.mixed_precision,
+            dtype=config.teacher.dtype,
             shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
         )
+        if config.teacher.offload == "auto" and accelerator.num_processes > 1:
+            raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
+        place(backbone.model, self.device, config.teacher.offload)
 
     @property
     def device(self) -> torch.device:
@@ -56,10 +64,10 @@ class Extractor:
     @torch.inference_mode()
     def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Compute {block: features (n, N, d) float32} of pixels (n, size, size, 3) uint8."""
-        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device).to(self.backbone.dtype)
         with self.accelerator.autocast():
             outputs = block_outputs(self.backbone.model, images, blocks)
-        return {block: x.float() for block, x in outputs.items()}
+        return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
 
     def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Return {block: features} of a fixed sample that is spread over all records, on the CPU.
@@ -97,5 +105,6 @@ def check_finite(features: dict[int, Tensor], records: np.ndarray, key: Callable
         if bad.any():
             name = key(int(records[int(bad.nonzero()[0])]))
             raise UserError(
-                f"block {block} gives NaN or Inf for image {name!r}; run the teacher with cache.precision no"
+                f"block {block} gives NaN or Inf for image {name!r}; run the teacher with cache.precision no and "
+                "teacher.dtype float32"
             )

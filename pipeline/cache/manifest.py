@@ -23,7 +23,8 @@ class _Section(BaseModel):
 class TeacherManifest(_Section):
     """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash).
 
-    width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have those of the last one.
+    dtype: of the weights; width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have
+    those of the last one.
     """
 
     name: str
@@ -39,12 +40,15 @@ class TeacherManifest(_Section):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str
+    dtype: str = "float32"
     shapes: tuple[tuple[int, tuple[int, int]], ...] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_shapes(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `shapes` out where it says nothing, so that identities are those of older caches."""
+    def _as_before(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `dtype` and `shapes` out where they say nothing, so that identities are those of older caches."""
         value: dict[str, Any] = default(self)
+        if self.dtype == "float32":
+            del value["dtype"]
         if self.shapes is None:
             del value["shapes"]
         return value

@@ -92,18 +92,30 @@ def unpack(packed: Tensor, bits: int, d: int) -> Tensor:
     return planes[0] if len(planes) == 1 else planes[0].mul_(planes[1])
 
 
-@lru_cache
+# {(values, device): table}; see load_tables.
+_TABLES: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def load_tables(device: torch.device) -> None:
+    """Put the tables of all codecs on a device, where `unpack` finds them; compiled code cannot make them once."""
+    for values in {values for bits in LEVELS for values in _plane_values(bits)}:
+        _table(values, device)
+
+
 def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return the values that each byte stands for, (256, codes per byte) float32."""
-    width = (len(values) - 1).bit_length()
-    shifts = torch.arange(0, 8, width)
-    return torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)].to(device)
+    if (values, device) not in _TABLES:
+        width = (len(values) - 1).bit_length()
+        shifts = torch.arange(0, 8, width)
+        table = torch.tensor(values)[torch.arange(256).unsqueeze(-1) >> shifts & (2**width - 1)]
+        _TABLES[values, device] = table.to(device)
+    return _TABLES[values, device]
 
 
 def _lookup(packed: Tensor, table: Tensor) -> Tensor:
     """Look up each byte of (n, N, bytes) in a table (256, codes per byte); return (n, N, bytes x codes per byte)."""
     index = packed.int()
-    if table.shape[1] == 2:
+    if table.shape[1] == 2 and packed.device.type == "cpu":
         # On a CPU, reading a pair as one complex number is three times as fast as reading a row of two numbers.
         pairs = torch.view_as_complex(table).index_select(0, index.flatten())
         return torch.view_as_real(pairs).view(*packed.shape[:-1], 2 * packed.shape[-1])

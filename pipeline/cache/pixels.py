@@ -11,12 +11,16 @@ from torch import Tensor
 from pipeline.cache.index import Index
 from pipeline.cache.stored import Ragged
 from pipeline.data import ImageFile
+from pipeline.data.buffers import empty
 from pipeline.data.views import apply_view
 
 
-def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> np.ndarray:
+def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> Tensor:
     """Return the views of some records, (n, size, size, 3) uint8."""
-    return np.stack([apply_view(files.read(int(index.image[r])), index.record_view(int(r)), size) for r in records])
+    views = empty((len(records), size, size, 3), "uint8")
+    for view, r in zip(views.numpy(), records.tolist(), strict=True):
+        view[:] = apply_view(files.read(int(index.image[r])), index.record_view(r), size)
+    return views
 
 
 def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:

@@ -12,8 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.cache.calibration import Calibration
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, TAIL
 from pipeline.cache.index import Index, join
 from pipeline.cache.pixels import resize, stored_views, views_of
@@ -23,6 +22,7 @@ from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.config import TeacherConfig
 from pipeline.data import ImageFile
+from pipeline.data.buffers import empty
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.resuming import CONFIG
@@ -83,7 +83,7 @@ class Cache:
         counts = [s.main.records for s in self._spans]
         self._starts, self._count = np.cumsum([0, *counts])[:-1], sum(counts)
         self._codec = CODECS[self.manifest.codec]
-        self._calibration: dict[torch.device, dict[int, Calibration]] = {}
+        self._decoders: dict[torch.device, Decoder] = {}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -176,7 +176,8 @@ class Cache:
         files: the images of `index`, where they are now; not needed if the cache holds the views.
         """
         if self.has_pixels:
-            views = np.empty((len(records), size, size, 3), np.uint8)
+            out = empty((len(records), size, size, 3), "uint8")
+            views = out.numpy()
             # Views are read segment by segment because segments may store them at different sizes or as other kinds.
             for span, rows, places in self._groups(records):
                 segment = self._spans[span].pixels
@@ -184,24 +185,25 @@ class Cache:
                 stored = stored_views(self._readers[segment.name].read(PIXELS, segment.stored(rows)))
                 for row, view in zip(places.tolist(), stored, strict=True):
                     views[row] = resize(view, size)
-            return torch.from_numpy(views)
+            return out
         assert files is not None
-        return torch.from_numpy(views_of(files, self.index, np.asarray(records), size))
+        return views_of(files, self.index, np.asarray(records), size)
 
     def decode(self, encoded: Encoded, device: torch.device) -> dict[int, Tensor]:
         """Return {block: features (n, N, d) float32} on the device; they are moved there in their stored form.
 
         In a cache with sampled tokens, N is the number of the prefix tokens and the stored patches of each record.
         """
-        calibration = self._calibration_on(device)
-        features = {}
-        for block, parts in encoded.blocks.items():
-            moved = {
-                name: part.to(device) if isinstance(part, Ragged) else part.to(device, non_blocking=True)
-                for name, part in parts.items()
-            }
-            features[block] = self._codec.decode(moved, calibration[block])
-        return features
+        return self.decoder(device)(encoded.to(device))
+
+    def decoder(self, device: torch.device) -> Decoder:
+        """Return what decodes records that are on a device, with this cache's calibration on it."""
+        if device not in self._decoders:
+            self._decoders[device] = Decoder(
+                self._codec,
+                {b: read_calibration(self._spans[0].blocks[b])[b].to(device) for b in self.blocks},
+            )
+        return self._decoders[device]
 
     def features(self, records: Sequence[int] | np.ndarray, device: torch.device) -> dict[int, Tensor]:
         """Read and decode some records: {block: features (n, N, d) float32}."""
@@ -288,10 +290,3 @@ class Cache:
         arrays = [self._readers[segment.name].array(array) for segment in segments]
         count = sum(len(records) for _, records, _ in groups)
         return read_arrays([(arrays[s], segments[s].stored(records), places) for s, records, places in groups], count)
-
-    def _calibration_on(self, device: torch.device) -> dict[int, Calibration]:
-        if device not in self._calibration:
-            self._calibration[device] = {
-                block: read_calibration(self._spans[0].blocks[block])[block].to(device) for block in self.blocks
-            }
-        return self._calibration[device]

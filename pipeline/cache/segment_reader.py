@@ -80,7 +80,7 @@ def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], c
         lengths = np.empty(count, np.int64)
         for _, chunks, places in found:
             lengths[places] = chunks.lengths
-        out = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        out = empty((int(lengths.sum()),), "uint8")
         starts = np.cumsum(lengths) - lengths
     flat = out.numpy().reshape(-1).view(np.uint8)
     for array, chunks, places in found:

@@ -1,11 +1,13 @@
 """What a cache stores of its records: parts with one size for every record, and byte strings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pipeline.data.buffers import moved
 
 
 class Fixed(NamedTuple):
@@ -31,10 +33,7 @@ class Ragged:
 
     def to(self, device: torch.device | str) -> "Ragged":
         """Copy the data and the lengths to a device."""
-        # The CPU reads a copy from a GPU at once, so that copy must be complete on return.
-        asynchronous = self.data.device.type == "cpu"
-        data = self.data.to(device, non_blocking=asynchronous)
-        return Ragged(data, self.lengths.to(device, non_blocking=asynchronous))
+        return Ragged(moved(self.data, device), moved(self.lengths, device))
 
     def split(self, counts: list[int]) -> list["Ragged"]:
         """Split the records into consecutive groups with `counts` records each."""
@@ -60,6 +59,23 @@ class Encoded:
 
     blocks: dict[int, Stored]
     positions: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Encoded":
+        """Copy everything to a device, as `moved` does."""
+        blocks: dict[int, Stored] = {
+            block: {
+                n: part.to(device) if isinstance(part, Ragged) else moved(part, device) for n, part in parts.items()
+            }
+            for block, parts in self.blocks.items()
+        }
+        return Encoded(blocks, None if self.positions is None else moved(self.positions, device))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Iterate over all tensors."""
+        for part in (part for parts in self.blocks.values() for part in parts.values()):
+            yield from (part.data, part.lengths) if isinstance(part, Ragged) else (part,)
+        if self.positions is not None:
+            yield self.positions
 
     def split(self, counts: list[int]) -> list["Encoded"]:
         """Split the records into groups with `counts` records each; the groups share the memory of the whole."""

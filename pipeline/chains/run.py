@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
 from pipeline.chains.split import Photos, Split, is_folder_of_images, shards_of, split
 from pipeline.chains.steps import Steps, chain
@@ -21,6 +19,7 @@ from pipeline.evaluation.classification import Accuracies
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.plan import free_bytes
 from pipeline.planning.quick import measure_costs
+from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
@@ -69,7 +68,7 @@ def run(
     given = check_chain(config, photos, out, mode, hours, disk_gb)
     with chain(STAGE, config, out, mode, _STAGES) as steps:
         steps.note(GIVEN, given)
-        config = _on_device(config, steps)
+        config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
         config = config.model_copy(
             update={"prepare": config.prepare.model_copy(update={"shard_images": shards["shard_images"]})}
@@ -97,19 +96,6 @@ def run(
         epochs=planned.distill.epochs,
         linear={name.removeprefix("probe "): value for name, value in results.items() if name.startswith("probe ")},
     )
-
-
-def _on_device(config: Config, steps: Steps) -> Config:
-    """Return the configuration with bf16 on a GPU that has it, where no precision is given."""
-    if steps.accelerator.device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        return config
-    sections = {name: getattr(config, name) for name in ("cache", "distill")}
-    half = {
-        name: section.model_copy(update={"precision": "bf16"})
-        for name, section in sections.items()
-        if "precision" not in section.model_fields_set
-    }
-    return config.model_copy(update=half)
 
 
 def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:

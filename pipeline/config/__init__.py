@@ -1,7 +1,7 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
-from pipeline.config.kinds import Positive, Precision
+from pipeline.config.kinds import Dtype, Offload, Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
 from pipeline.config.sections import (
     MAX_PIXELS,
@@ -23,9 +23,11 @@ __all__ = [
     "Config",
     "DataConfig",
     "DistillConfig",
+    "Dtype",
     "EvaluateConfig",
     "ExportConfig",
     "Meta",
+    "Offload",
     "Positive",
     "Precision",
     "PrepareConfig",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Fraction, Hue, Positive, Precision, Rates, Seed, Share
+from pipeline.config.kinds import Above, Dtype, Fraction, Hue, Offload, Positive, Precision, Rates, Seed, Share
 from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 from singer.errors import UserError
 
@@ -46,6 +46,13 @@ class TeacherConfig(Section):
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
     averaged: bool = key(True, "take averaged weights (EMA) where a file has both")
     image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's own")
+    dtype: Dtype = key("float32", "type of the weights; 16 bits halve their memory (cache.precision only computes so)")
+    offload: Offload = key(
+        "none",
+        "where the blocks are: on the process's device (none), or in memory (cpu) or on disk (disk) until each is "
+        "needed; auto spreads them over all GPUs, and what does not fit there over memory and disk",
+        "speed",
+    )
 
 
 class ViewsConfig(Section):
@@ -95,7 +102,9 @@ class CacheConfig(Section):
         "table: its column",
     )
     batch_size: Positive = key(64, "views in a forward pass of the teacher")
-    precision: Precision = key("no", "autocast of the teacher's forward pass")
+    precision: Precision = key(
+        "auto", "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)"
+    )
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")
     workers: Positive = key(2, "threads that decode images", "speed")
 

@@ -103,6 +103,7 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
     epochs: Positive = key(100, "passes over the cache", shared=True)
@@ -125,11 +126,15 @@ class DistillConfig(Section):
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
     ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")
-    compile: bool = key(False, "torch.compile the student")
+    compile: bool | Literal["auto"] = key(
+        "auto", "torch.compile a whole step, from stored features to losses; auto: on GPUs, where it works"
+    )
     trackers: tuple[str, ...] = key(
         ("tensorboard",), "trackers of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always written", "place"
     )
-    precision: Precision = key("no", "mixed precision of training", shared=True)
+    precision: Precision = key(
+        "auto", "mixed precision of training; auto: bf16 on GPUs that compute in it, else no (float32)", shared=True
+    )
     workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
     checkpoint_minutes: Above = key(
         10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"

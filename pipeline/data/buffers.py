@@ -27,6 +27,18 @@ def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.from_numpy(lent)
 
 
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device; a copy from the CPU to a GPU is started, and not waited for.
+
+    This needs pinned memory: what is not in it goes there first. The CPU must not change the tensor afterwards.
+    """
+    from_cpu, target = tensor.device.type == "cpu", torch.device(device)
+    if from_cpu and target.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    # The CPU reads a copy from a GPU at once, so that copy must be complete on return.
+    return tensor.to(target, non_blocking=from_cpu)
+
+
 def _take(size: int) -> np.ndarray:
     try:
         return _free[size].pop()

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
+from pipeline.data.buffers import moved
 
 Box = tuple[float, float, float, float]
 _TRIES = 10
@@ -129,6 +131,13 @@ def normalise(
     pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> torch.Tensor:
     """Normalise (B, H, W, 3) uint8 -> (B, 3, H, W) float32 on the device; pixels are moved there as uint8."""
-    images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-    channel = torch.tensor([mean, std], device=device).view(2, 1, 3, 1, 1)
+    images = moved(pixels, device).permute(0, 3, 1, 2).float().div_(255)
+    channel = _channels(mean, std, device)
     return ((images - channel[0]) / channel[1]).contiguous()
+
+
+@lru_cache
+def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return mean and std on the device, (2, 1, 3, 1, 1); they stay there, because each copy would wait for the GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor([mean, std]).view(2, 1, 3, 1, 1).to(device)

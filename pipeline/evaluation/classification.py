@@ -4,17 +4,12 @@ The shards hold NAME.cls beside NAME.jpg. The test shards select nothing: the li
 split of the training shards.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
@@ -24,10 +19,10 @@ from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first
 from pipeline.evaluation.global_features import pooled
 from pipeline.runtime.progress import say
 from singer.errors import UserError
+from singer.logistic import Logistic, LogisticProblem
 from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
-_ITERATIONS = 1000
 
 # {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent. low and high bound
 # the 95 % confidence interval of top1. Where classes differ in the number of their training images, there are also
@@ -67,9 +62,10 @@ def probe(context: EvaluationContext) -> Classification:
         linear: Accuracies = {}
         knn: Accuracies = {}
         for name, x in train.items():
-            scores = linear_scores(x, train_labels, test[name], classes, settings)
+            scores = linear_scores(x, train_labels, test[name], classes, settings, context.device)
             linear[name] = accuracy(scores, test_labels, groups)
-            scores = knn_scores(x, train_labels, test[name], classes, settings.neighbours, settings.temperature)
+            a, y, b = (t.to(context.device) for t in (x, train_labels, test[name]))
+            scores = knn_scores(a, y, b, classes, settings.neighbours, settings.temperature).cpu()
             knn[name] = accuracy(scores, test_labels, groups)
         return {"linear": linear, "knn": knn}
 
@@ -115,26 +111,50 @@ def check_classes(train: Images, test: Images) -> None:
         )
 
 
-def linear_scores(train: Tensor, labels: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> Tensor:
-    """Return the class scores (m, classes) of a logistic regression on standardised features.
+def linear_scores(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    classes: int,
+    settings: EvaluateConfig,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return the class scores (m, classes) of a logistic regression on standardised features, on the CPU.
 
     train: features (n, d) with labels (n,); test: features (m, d). The penalty is the one of settings.strengths that
-    is best on a held-out fifth of the training images. The regression then learns from all training images.
+    is best on a held-out fifth of the training images. The regression then learns from all training images. device:
+    where it learns; default: where the features are. A fit that has not converged is told.
     """
-    x, y = train.numpy(), labels.numpy()
+    require_classes(labels.numpy())
+    known, numbers = labels.unique(return_inverse=True)
+    x, y = train.to(device), numbers.to(device)
+    chosen: Logistic | None = None
     strength = settings.strengths[0]
     if len(settings.strengths) > 1:
-        fit, held_out = _split(y, settings)
-        right = [_logistic(x[fit], y[fit], c).score(x[held_out], y[held_out]) for c in settings.strengths]
-        strength = settings.strengths[int(np.argmax(right))]
-    probe = _logistic(x, y, strength)
-    decision = probe.decision_function(test.numpy())
-    if decision.ndim == 1:  # with two classes, scikit-learn gives one score, for the second class
-        decision = np.stack([-decision, decision], axis=1)
+        fit, held_out = (torch.from_numpy(rows).to(x.device) for rows in _split(labels.numpy(), settings))
+        mean, std = _moments(x[fit])
+        problem = LogisticProblem((x[fit] - mean) / std, y[fit], len(known))
+        tested, right = (x[held_out] - mean) / std, dict.fromkeys(settings.strengths, -1.0)
+        fitted: dict[float, Logistic] = {}
+        for c in sorted(settings.strengths):  # each fit starts from the one with the next stronger penalty
+            fitted[c] = chosen = problem.fit(c, chosen)
+            right[c] = float((chosen.scores(tested).argmax(1) == y[held_out]).double().mean())
+        strength = max(settings.strengths, key=lambda c: right[c])
+        chosen = fitted[strength]
+    mean, std = _moments(x)
+    probe = LogisticProblem((x - mean) / std, y, len(known)).fit(strength, chosen)
+    if not probe.converged:
+        say(f"note: the linear probe of {len(x)} images has not converged in {probe.passes} passes")
     # A class that no training image has gets the lowest score.
     scores = torch.full((len(test), classes), -torch.inf)
-    scores[:, torch.from_numpy(probe.classes_)] = torch.from_numpy(decision).float()
+    scores[:, known] = probe.scores((test.to(device) - mean) / std).cpu()
     return scores
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the std (d,) of features x (n, d); the std of a channel that does not vary is 1."""
+    std, mean = torch.std_mean(x.double(), dim=0, correction=0)
+    return mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float()
 
 
 def _split(y: np.ndarray, settings: EvaluateConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -151,14 +171,6 @@ def _split(y: np.ndarray, settings: EvaluateConfig) -> tuple[np.ndarray, np.ndar
             f"one class; give more images, or one strength: {one}"
         )
     return fit, held_out
-
-
-def _logistic(x: np.ndarray, y: np.ndarray, strength: float) -> Pipeline:
-    require_classes(y)
-    with warnings.catch_warnings():
-        # Reaching the limit of iterations is good enough: accuracy converges long before the gradient does.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS)).fit(x, y)
 
 
 def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> dict[str, Tensor]:

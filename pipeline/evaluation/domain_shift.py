@@ -48,7 +48,8 @@ def probe(context: EvaluationContext) -> DomainShift:
     def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
         figures = {}
         for name, x in train.items():
-            scores = linear_scores(x, train_labels, test[name], int(train_labels.max()) + 1, settings)
+            classes = int(train_labels.max()) + 1
+            scores = linear_scores(x, train_labels, test[name], classes, settings, context.device)
             figures[name] = accuracy(scores[:, rivals], right)
         return {"linear": figures}
 

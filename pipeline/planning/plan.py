@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, calibrate, few_records
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.stored import Ragged
@@ -41,7 +41,7 @@ from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, Teacher
 from pipeline.planning.scratch import existing, scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
@@ -49,6 +49,7 @@ from pipeline.storage.outputs import PROVENANCE
 from pipeline.storage.resuming import CONFIG
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import load_teacher
+from pipeline.teachers.placement import parameters, weight_bytes
 from singer.backbones import depth, resolve_blocks
 from singer.errors import UserError
 from singer.matching import take_patches
@@ -119,6 +120,7 @@ class Stage:
 class PlanResult:
     """The result of a plan. A figure that was not measured is None; `stages` gives the reason.
 
+    teacher_parameters, teacher_bytes: the number of the teacher's parameters, and the memory that they take;
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
@@ -131,6 +133,8 @@ class PlanResult:
 
     images: int
     views: int
+    teacher_parameters: int
+    teacher_bytes: int
     blocks: tuple[int, ...]
     pixels: str
     epochs: int
@@ -158,6 +162,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     long caching runs, and how long the disk is written to at most; each other stage runs for a quarter of it. With 0,
     only bytes are measured. Raises UserError for mistakes that the user can fix.
     """
+    config = with_precision(config)
     check_codec(config.cache.codec)
     listed = list_images(config, images)
     backbone = load_teacher(config.teacher)
@@ -190,6 +195,8 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     return PlanResult(
         images=len(listed),
         views=config.views.count,
+        teacher_parameters=parameters(backbone.model),
+        teacher_bytes=weight_bytes(backbone.model),
         blocks=blocks,
         pixels=config.views.pixels,
         epochs=config.distill.epochs,
@@ -272,7 +279,8 @@ def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int 
         if bad.any():
             key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
             raise UserError(
-                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no"
+                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no and "
+                "teacher.dtype float32"
             )
     return features
 
@@ -309,8 +317,11 @@ class Scale:
         The result is empty if the features exceed the codec's range; for the configured codec, UserError is raised.
         """
         try:
-            measured = [fidelity(CODECS[codec], x, self._calibration[b]) for b, x in self._features.items()]
-            error = max(m["clean"]["relative_error"] for m in measured)
+            error = 0.0
+            for block, x in self._features.items():
+                with naming(block):
+                    measured = fidelity(CODECS[codec], x, self._calibration[block])
+                error = max(error, measured["clean"]["relative_error"])
             return [self.option(codec, share, error) for share in shares]
         except UserError:
             if codec == self.config.cache.codec:

@@ -17,6 +17,7 @@ from pipeline.data.prefetch import prefetch
 from pipeline.data.tars import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.teachers.backbone import Backbone
+from pipeline.teachers.placement import place
 from singer.backbones import block_outputs
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,15 +32,16 @@ class Teacher:
     def __init__(self, config: Config, backbone: Backbone, blocks: Sequence[int], device: torch.device) -> None:
         self.backbone, self.blocks, self.device = backbone, blocks, device
         self._half = AUTOCAST.get(config.cache.precision)
-        backbone.model.to(device)
+        backbone.layout  # noqa: B018 - measured while all of the model is in one place
+        place(backbone.model, device, config.teacher.offload)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return the features of the views, as described at the class."""
-        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device)
+        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device).to(self.backbone.dtype)
         with torch.autocast(self.device.type, self._half, self._half is not None):
             outputs = block_outputs(self.backbone.model, images, self.blocks)
-        return {block: x.float() for block, x in outputs.items()}
+        return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
 
 
 Record = tuple[int, int]

@@ -1,6 +1,7 @@
 """The speed of a student's steps, from the cache or with the teacher in every step."""
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.planning.sample import Sample, Teacher
 from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
+from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader, TeacherFeatures
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
@@ -62,7 +64,7 @@ def train_on(
     except UserError as error:
         return dict.fromkeys(TRAINING, not_measured(str(error))), "none"
     student_run = new.student_run("new", accelerator)
-    student_run.model.train()
+    student_run.model.plain.train()
     cache, device, side = sources[0].cache, accelerator.device, new.student.image_size
     per_epoch = -(-len(cache) // settings.batch_size)
 
@@ -101,13 +103,16 @@ def train_on(
             return len(batch.weights)
 
         def student() -> Generator[int, None, None]:
-            (batch,) = next(load(lists(), settings.workers, None, ahead)).to(device, [cache], [new.student])
+            stored = next(load(lists(), settings.workers, None, ahead))
+            (batch,) = stored.to(device).batches([cache], [new.student])
+            decoded = replace(batch, teacher_features=[s.decoded() for s in batch.teacher_features])
             for number in range(10**9):
-                yield step(batch, number)
+                yield step(decoded, number)
 
         def cached() -> Generator[int, None, None]:
-            for number, stored in enumerate(load(lists(), settings.workers, None, ahead)):
-                (batch,) = stored.to(device, [cache], [new.student])
+            loaded = load(lists(), settings.workers, None, ahead)
+            for number, stored in enumerate(on_device(loaded, device)):
+                (batch,) = stored.batches([cache], [new.student])
                 yield step(batch, number)
 
         def online() -> Generator[int, None, None]:

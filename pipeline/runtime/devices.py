@@ -2,14 +2,33 @@
 
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, patch_environment
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, patch_environment
 
-from pipeline.config import Precision
+from pipeline.config import Config, Precision
 from pipeline.runtime.ranks import limit_seconds
 
 _COLLECTIVE_SECONDS = 1800.0
+
+
+def resolved(precision: Precision) -> Precision:
+    """Return what a precision of "auto" is on this machine: bf16 on a GPU that computes in it, else no.
+
+    GPUs without bf16 have no TF32 either: both came with the same generation.
+    """
+    if precision != "auto":
+        return precision
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def with_precision(config: Config) -> Config:
+    """Return the configuration with the resolved precisions, so that an output says what it was made with."""
+    sections = {name: getattr(config, name) for name in ("cache", "distill")}
+    known = {n: s.model_copy(update={"precision": resolved(s.precision)}) for n, s in sections.items()}
+    return config.model_copy(update=known)
 
 
 def make_accelerator(precision: Precision) -> Accelerator:
@@ -21,4 +40,4 @@ def make_accelerator(precision: Precision) -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds())))
     # pipeline/training/fsdp.py shards students; nothing else is sharded.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
-        return Accelerator(mixed_precision=precision, kwargs_handlers=[patient])
+        return Accelerator(mixed_precision=resolved(precision), kwargs_handlers=[patient])

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -23,15 +23,18 @@ class Meter:
         self._quiet = quiet
         self._bar: tuple[Progress, TaskID] | None = None
         self.waited = 0.0
+        # Returns whether a device still computes: waiting while it does costs nothing.
+        self.busy: Callable[[], bool] = lambda: False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in this block as waiting for data."""
+        """Count the time in this block as waiting for data, unless the device was busy all the while."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - start
+            if not self.busy():
+                self.waited += time.perf_counter() - start
 
     @property
     def seconds(self) -> float:

@@ -22,7 +22,7 @@ from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, resolve
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.storage.outputs import Mode, check_output, claimed_output, process_log
@@ -63,6 +63,7 @@ def cache_teacher(
     teacher: a module of your own with its description, in place of teacher.name. Raises UserError for mistakes that the
     user can fix.
     """
+    config = with_precision(config)
     check_codec(config.cache.codec)
     if teacher is not None:
         named = config.teacher.model_copy(update={"name": object_name(teacher)})
@@ -79,7 +80,6 @@ def cache_teacher(
         # their list already.
         continues = has_manifest and mode == "resume"
         listed = list_images(config, images) if main and not continues else None
-        backbone.model.to(accelerator.device)
         extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
 

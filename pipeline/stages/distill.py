@@ -11,11 +11,12 @@ and minimises the weighted sum of the objectives. Several students that share th
 
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import (
     INPUTS,
@@ -78,6 +79,7 @@ def fan_out(
     Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the jobs.
     """
     check_shared(jobs)
+    jobs = [replace(job, config=with_precision(job.config)) for job in jobs]
     settings = jobs[0].config.distill
     check_sharding(settings.precision)
     taught = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]

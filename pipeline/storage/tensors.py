@@ -3,17 +3,31 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pipeline.storage.atomic import write_atomic
 from singer.errors import UserError
 
 
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors on the CPU, each with memory of its own: safetensors refuses tied weights."""
+    found: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return found
+
+
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as the bytes of a safetensors file."""
-    data: bytes = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    data: bytes = safetensors.torch.save(separate(tensors))
     return data
 
 
@@ -38,3 +52,17 @@ def parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise UserError(f"{name} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def read_matrix(path: Path) -> Tensor:
+    """Read a .npy of numbers, (rows, columns), as float32. Raises UserError that names the file if it holds no such."""
+    try:
+        values = np.load(path, allow_pickle=False)
+        if values.ndim != 2 or values.dtype.kind not in "fiu" or not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a .npy of finite numbers, (rows, columns): {reason}") from None
+    return torch.from_numpy(values.astype(np.float32))

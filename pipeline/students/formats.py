@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from pipeline.config import ExportConfig
 from pipeline.storage.outputs import write_json
+from pipeline.storage.tensors import separate
 from pipeline.teachers.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
 from pipeline.teachers.models import load_model
 from pipeline.teachers.names import HF, LOCAL, OWN
@@ -125,7 +126,7 @@ def write_hf(student: Student, folder: Path) -> Written:
     # TimmWrapper passes num_classes itself and fails if it is also in model_args. timm takes it from pretrained_cfg.
     config["model_args"] = {k: v for k, v in config["model_args"].items() if k != "num_classes"}
     write_json(folder / "config.json", config)
-    state = {k: v.contiguous() for k, v in student.backbone.model.state_dict().items()}
+    state = separate(student.backbone.model.state_dict())
     # Some versions of transformers refuse a safetensors file that does not say which framework wrote it.
     safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return _read_timm(student, folder)
@@ -228,6 +229,9 @@ with torch.inference_mode():
 
 def trace(student: Student) -> ExportedProgram:
     """Trace the student, and remove the stack traces, which name source files of this machine."""
+    # Some models keep constants that they compute in their first pass (TinyViT), which must not be a traced one.
+    with torch.inference_mode():
+        student.module(student.images(1))
     program = torch.export.export(student.module, (student.images(_TRACED),), dynamic_shapes=_SHAPES, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)

@@ -21,7 +21,7 @@ def new_student(config: StudentConfig, image_size: int, module: Own | None = Non
     UserError if the configuration does not describe a model that gives feature maps.
     """
     if module is not None:
-        return describe_own(module, config.image_size, config.name)
+        return _trainable(describe_own(module, config.image_size, config.name))
     dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     given = {k: v for k, v in dims.items() if v is not None}
     if config.name == "vit":
@@ -48,4 +48,12 @@ def new_student(config: StudentConfig, image_size: int, module: Own | None = Non
         raise UserError(
             f"student.name {config.name} gives no feature maps at {size} pixels: {first_line(error)}"
         ) from None
+    return _trainable(student)
+
+
+def _trainable(student: Backbone) -> Backbone:
+    """Return a student that can be trained: a module of the user's own may come frozen, or in eval mode."""
+    if not any(parameter.requires_grad for parameter in student.model.parameters()):
+        student.model.requires_grad_(True)
+    student.model.train()
     return student

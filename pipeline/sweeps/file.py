@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
-from pipeline.evaluation.figures import DEFAULT_FIGURE, figures_of
+from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, figures_of
 from singer.errors import UserError
 
 # The sections that may vary in a sweep, because the cache stays the same.
@@ -32,7 +32,16 @@ _LONGEST = 80
 Value = Any
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=_LONGEST)]
 # The task `head` is missing, because students have no classification head.
-Known = Literal["classification", "segmentation", "depth", "retrieval", "domain-shift"]
+PROBES = tuple(task for task in FIGURES if task != "head")
+
+
+def _known_probe(name: str) -> str:
+    if name not in PROBES:
+        raise PydanticCustomError("unknown", f"no such probe; known: {', '.join(PROBES)}")
+    return name
+
+
+Probe = Annotated[str, AfterValidator(_known_probe)]
 
 
 class RunEntry(Section):
@@ -52,7 +61,7 @@ class SweepFile(Section):
     base: Any = Field(default_factory=dict)
     grid: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(default_factory=dict)
     runs: tuple[RunEntry, ...] = ()
-    probes: Annotated[tuple[Known, ...], Field(min_length=1)] = ("classification",)
+    probes: Annotated[tuple[Probe, ...], Field(min_length=1)] = ("classification",)
     rank_by: str | None = None
     together: Positive = 1
 

@@ -54,6 +54,12 @@ class Backbone:
         return layout(self.model, self.image_size)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the weights, in which the model takes its images."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
     def width(self) -> int:
         """Return the width of the last block, in channels."""
         return self.layout[-1][0]

@@ -25,6 +25,7 @@ from pipeline.teachers.fetching import first_line, why_not_fetched
 from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
 from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
+from pipeline.teachers.placement import narrow
 from pipeline.teachers.weights import describe_size, read_weights
 from singer.backbones import depth, gives_tokens, patch_size
 from singer.errors import UserError
@@ -45,13 +46,16 @@ _REMEDIES = {
 def load_teacher(config: TeacherConfig, module: Own | None = None) -> Backbone:
     """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated).
 
-    module: a module of the user's own with its description, in place of config.name.
+    It is on the CPU, in config.dtype; `teachers.placement.place` moves it. module: a module of the user's own with its
+    description, in place of config.name.
     """
     if module is not None:
-        return _frozen(describe_own(module, config.image_size, config.name))
-    return _frozen(
-        create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
-    )
+        own = describe_own(module, config.image_size, config.name)
+        own.model.eval()  # its parameters stay as they are: the caller may train it afterwards
+        return own
+    teacher = create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
+    narrow(teacher.model, config.dtype)
+    return _frozen(teacher)
 
 
 def load_saved(folder: Path, image_size: int | None = None, function: str | None = None) -> Backbone:

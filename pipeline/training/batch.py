@@ -1,4 +1,4 @@
-"""Batches: read as they are stored, then moved to the device and decoded there."""
+"""Batches: read as they are stored, moved to the device in that form, and decoded there."""
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.codecs import Decoder
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
 from pipeline.data import ImageFile
+from pipeline.data.buffers import moved
 from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, part_size
 from pipeline.data.views import normalise
@@ -34,27 +36,56 @@ class TeacherFeatures:
         positions = self.positions[rows] if self.positions is not None else None
         return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
 
+    def decoded(self) -> "TeacherFeatures":
+        """Return itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """A teacher's part of a batch on the device as it is stored, and what decodes it.
+
+    The model decodes it, so that a compiled step does that together with all that follows.
+    """
+
+    encoded: Encoded
+    decode: Decoder
+
+    def rows(self, rows: slice) -> TeacherFeatures:
+        """Return the features of some records of the batch."""
+        return self.decoded().rows(rows)
+
+    def decoded(self) -> TeacherFeatures:
+        """Decode the features."""
+        return TeacherFeatures(self.decode(self.encoded), self.encoded.positions)
+
 
 @dataclass(frozen=True)
 class Batch:
     """A batch on the device.
 
     images: (B, 3, H, W); teacher_features: those of each teacher; weights: (B,), the weight of each record in the mean;
-    labels: (B,), negative where there is none.
+    labels: (B,), negative where there is none; filling: how many records at the end only fill up and have weight 0.
     """
 
     images: Tensor
-    teacher_features: Sequence[TeacherFeatures]
+    teacher_features: Sequence[TeacherFeatures | StoredFeatures]
     weights: Tensor
     labels: Tensor
+    filling: int = 0
 
     def split(self, parts: int) -> Iterator["Batch"]:
         """Split the batch into `parts` parts, or fewer if there are not enough records."""
-        size = part_size(len(self.weights), parts)
-        for start in range(0, len(self.weights), size):
+        if parts == 1:
+            yield self
+            return
+        count, teacher_features = len(self.weights), [s.decoded() for s in self.teacher_features]
+        size, real = part_size(count, parts), count - self.filling
+        for start in range(0, count, size):
             rows = slice(start, start + size)
-            teacher_features = [s.rows(rows) for s in self.teacher_features]
-            yield Batch(self.images[rows], teacher_features, self.weights[rows], self.labels[rows])
+            filling = min(start + size, count) - max(start, min(start + size, real))
+            features = [s.rows(rows) for s in teacher_features]
+            yield Batch(self.images[rows], features, self.weights[rows], self.labels[rows], filling)
 
 
 @dataclass(frozen=True)
@@ -62,23 +93,43 @@ class StoredBatch:
     """What one process trains on in one step, as it was read.
 
     pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of each
-    record in the mean; labels: (n,), negative where there is none.
+    record in the mean; labels: (n,) int64, negative where there is none; filling: as in Batch.
     """
 
     pixels: dict[int, Tensor]
     encoded: Sequence[Encoded]
     weights: Tensor
     labels: Tensor
+    filling: int = 0
 
-    def to(self, device: torch.device, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
-        """Move and decode everything once; return a Batch for every student. Equal inputs are shared by students."""
-        teacher_features = [
-            TeacherFeatures(c.decode(e, device), e.positions) for c, e in zip(caches, self.encoded, strict=True)
-        ]
-        weights, labels = self.weights.to(device), self.labels.to(device).long()
+    def to(self, device: torch.device) -> "StoredBatch":
+        """Copy everything to a device in its stored form, as `moved` does."""
+        return StoredBatch(
+            {side: moved(pixels, device) for side, pixels in self.pixels.items()},
+            [encoded.to(device) for encoded in self.encoded],
+            moved(self.weights, device),
+            moved(self.labels, device),
+            self.filling,
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Iterate over all tensors."""
+        yield from (*self.pixels.values(), self.weights, self.labels)
+        for encoded in self.encoded:
+            yield from encoded.tensors()
+
+    def batches(self, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
+        """Return a Batch for every student; the batch must be on the device. Equal inputs are shared by students.
+
+        The features are decoded here if several students share them. A single student decodes them itself.
+        """
+        device = self.weights.device
+        pairs = zip(caches, self.encoded, strict=True)
+        stored = [StoredFeatures(encoded, cache.decoder(device)) for cache, encoded in pairs]
+        features = stored if len(students) == 1 else [s.decoded() for s in stored]
         keys = [(s.image_size, s.mean, s.std) for s in students]
         images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
-        return [Batch(images[key], teacher_features, weights, labels) for key in keys]
+        return [Batch(images[key], features, self.weights, self.labels, self.filling) for key in keys]
 
 
 class BatchLoader:
@@ -126,8 +177,9 @@ class BatchLoader:
         features = prefetch(self.features, again, workers, meter, most)
         with closing(images), closing(features):
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                labels = self.labels[torch.from_numpy(self._stored(indices.records))]
-                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels)
+                labels = self.labels[torch.from_numpy(self._stored(indices.records))].long()
+                filling = int((indices.weights == 0).sum())
+                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
         """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""

@@ -80,12 +80,13 @@ class TeacherBranch:
         stored: TeacherFeatures,
         weights: Tensor,
         labels: Tensor,
+        filling: int = 0,
         kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return named scalar losses of the student's outputs.
 
-        outputs: {student block: (B, N, d)}; weights, labels: those of a Batch; kept: (B, k), the only patches that the
-        student saw.
+        outputs: {student block: (B, N, d)}; weights, labels, filling: those of a Batch; kept: (B, k), the only patches
+        that the student saw.
         """
         targets, device = self.targets, weights.device.type
         losses: dict[str, Tensor] = {}
@@ -95,7 +96,7 @@ class TeacherBranch:
             assert self.adapters is not None
             with torch.autocast(device, enabled=False):
                 refined = self.adapters(stored.features)
-                losses = self._joint_losses(stored.features, refined, weights)
+                losses = self._joint_losses(stored.features, refined, weights, len(weights) - filling)
             wanted = Tokens(refined, refined)
         tokens = self.tokens(outputs, stored.positions, kept)
         wanted = Tokens(
@@ -110,15 +111,19 @@ class TeacherBranch:
         return {name: (loss * weights).sum() * self.weight for name, loss in found.items()} | losses
 
     def _joint_losses(
-        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor
+        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor, real: int
     ) -> dict[str, Tensor]:
-        """Return the adapters' losses in proportion to the records of this part of the batch, so that parts add up."""
+        """Return the adapters' losses in proportion to the records of this part of the batch, so that parts add up.
+
+        real: the number of records before those that only fill up.
+        """
         assert self.joint is not None
-        real = weights > 0  # the last batch of an epoch may be padded with other records
-        if not real.any():
+        if not real:
             zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
             return dict.fromkeys(self.joint.weights, zero)
-        losses = self.joint.losses({b: x[real] for b, x in features.items()}, {b: x[real] for b, x in refined.items()})
+        losses = self.joint.losses(
+            {b: x[:real] for b, x in features.items()}, {b: x[:real] for b, x in refined.items()}
+        )
         return {name: loss * weights.sum() for name, loss in losses.items()}
 
 
@@ -136,6 +141,11 @@ class Distiller(nn.Module):
         self.blocks = sorted({block for head in heads for block in head.matching.values()})
         freeze_unused(self.student, self.blocks[-1], student.image_size)
         self.dropout: PatchDropout | None = None
+        # Convolutions on a GPU take channels-last tensors without converting them.
+        maps = not student.gives_tokens and heads[0].targets.device.type == "cuda"
+        self.memory_format = torch.channels_last if maps else torch.contiguous_format
+        if maps:
+            self.student.to(memory_format=torch.channels_last)
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
@@ -151,11 +161,12 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
-        outputs = block_outputs(self.student, batch.images, self.blocks)
+        images = batch.images.contiguous(memory_format=self.memory_format)
+        outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
         losses: dict[str, Tensor] = {}
         for head, features in zip(self.heads, batch.teacher_features, strict=True):
-            found = head.losses(outputs, features, batch.weights, batch.labels, kept)
+            found = head.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling, kept)
             prefix = f"{head.name}." if len(self.heads) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses

@@ -55,8 +55,8 @@ class HeldOut:
         for run in student_runs:
             run.distiller.eval()
         for stored in self.load(lists, self.settings.workers):
-            moved = stored.to(device, self.load.caches, [run.student for run in student_runs])
-            for n, (run, batch) in enumerate(zip(student_runs, moved, strict=True)):
+            batches = stored.to(device).batches(self.load.caches, [run.student for run in student_runs])
+            for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
                 found, parts = run.distiller.measured(batch)
                 current().beat()
                 losses[n] += float(torch.stack(list(found.values())).sum())

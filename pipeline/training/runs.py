@@ -19,7 +19,7 @@ from pipeline.data.sampler import steps_per_epoch
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.outputs import INPUTS, Mode, write_json
-from pipeline.storage.tensors import write_tensors
+from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
 from pipeline.teachers.backbone import Backbone, save_backbone
@@ -28,6 +28,7 @@ from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
 from pipeline.training.held_out import HeldOut, split_images
@@ -97,11 +98,12 @@ class NewStudent:
         check_trackers(settings.trackers)
         joint: JointTraining | None = None
         self.fresh: Refiner | None = None
+        texts = read_matrix(settings.texts) if settings.texts is not None else None
         heads = []
         for source, refiner in zip(sources, refiners, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device)
+            targets = Targets(cache, refiner, self.student, device, texts)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
@@ -162,7 +164,10 @@ class NewStudent:
                 shard(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay))
+        # One kernel for all weights, where there is one; on CPUs the default stays.
+        fused = accelerator.device.type == "cuda" or None
+        groups = decay_groups(self.distiller, settings.weight_decay)
+        optimiser = torch.optim.AdamW(groups, fused=fused)
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
@@ -172,16 +177,16 @@ class NewStudent:
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
         optimiser = accelerator.prepare_optimizer(optimiser)
-        if settings.compile:
-            model = torch.compile(model)
+        compiles = accelerator.device.type == "cuda" and not sharded if settings.compile == "auto" else settings.compile
         log = RunLog(out / LOG, first, accelerator.is_main_process)
         tracking = (
             Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))
             if accelerator.is_main_process
             else None
         )
+        step_model = StepModel(model, compiles, required=settings.compile is True)
         return StudentRun(
-            settings, self.student, model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller
+            settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller
         )
 
 

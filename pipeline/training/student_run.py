@@ -2,8 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from pipeline.runtime.ranks import current
 from pipeline.teachers.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
 
 class StudentRun:
-    """A student in training: its model (on its device, wrapped for several processes), optimiser, checkpoint and log.
+    """A student in training: its model (on its device, ready for its steps), optimiser, checkpoint and log.
 
     first_step: the step from which it continues; ema: the moving average of the student's weights, if any;
     distiller: the model before it was wrapped.
@@ -33,7 +36,7 @@ class StudentRun:
         self,
         settings: DistillConfig,
         student: Backbone,
-        model: nn.Module,
+        model: StepModel,
         optimiser: torch.optim.Optimizer,
         checkpoint: Checkpoint,
         log: RunLog,
@@ -49,6 +52,7 @@ class StudentRun:
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
+        self._report: Report | None = None
 
     def update(self, step: int, per_epoch: int, batch: Batch, accelerator: Accelerator) -> None:
         """Do one step of the optimiser."""
@@ -59,30 +63,53 @@ class StudentRun:
             group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak)
         if self.distiller.dropout is not None:
             self.distiller.dropout.share = token_share(self.settings, step, per_epoch)
-        self.optimiser.zero_grad(set_to_none=True)
-        parts = list(batch.split(self.settings.accumulate))
-        for number, part in enumerate(parts, start=1):
-            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
-                losses = self.model(part)
-                current().beat()
-                accelerator.backward(torch.stack(list(losses.values())).sum())
-            for name, loss in losses.items():
-                self._sums[name] = self._sums.get(name, 0) + loss.detach()
+        for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
+            self._sums[name] = self._sums.get(name, 0) + loss
         if self.settings.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+            accelerator.clip_grad_norm_(self.model.plain.parameters(), self.settings.clip_grad)
         self.optimiser.step()
         if self.ema is not None:
             self.ema.update(self.student.model, step)
         self._since += 1
+        self.finish_report()
+
+    def _gradients(self, batch: Batch, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+        """Compute the gradients of a batch, in parts if distill.accumulate asks for it; return its losses."""
+        self.optimiser.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        parts = list(batch.split(self.settings.accumulate))
+        for number, part in enumerate(parts, start=1):
+            with accelerator.no_sync(model) if number < len(parts) else nullcontext():
+                losses = model(part)
+                current().beat()
+                accelerator.backward(torch.stack(list(losses.values())).sum())
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0) + loss.detach()
+        return sums
 
     def report(
         self, step: int, per_epoch: int, m: Meter, accelerator: Accelerator, held_out: Mapping[str, Any] | None = None
     ) -> None:
-        """Log the mean losses since the last report. Raises UserError if their sum is not finite.
+        """Start to report the mean losses since the last report; it is finished after the next step.
 
-        held_out: figures of records that are held out, see HeldOut.measure.
+        A GPU has then computed them, so that reading them does not wait for it. held_out: figures of records that are
+        held out, see HeldOut.measure.
         """
-        parts = {name: float(v) / self._since for name, v in _mean(self._sums, accelerator).items()}
+        self.finish_report()
+        with current().together():
+            means: dict[str, Tensor] = accelerator.reduce(self._sums, "mean")
+        self._report = Report(
+            step, per_epoch, m.rate, m.wait_percent, list(means), self._since, fetched(means.values()), held_out or {}
+        )
+        self._sums, self._since = {}, 0
+
+    def finish_report(self) -> None:
+        """Log the report that was started, if there is one. Raises UserError if the loss is not finite."""
+        if self._report is None:
+            return
+        report, self._report = self._report, None
+        step, per_epoch = report.step, report.per_epoch
+        parts = {name: v / report.steps for name, v in zip(report.names, report.sums(), strict=True)}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
             raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
@@ -90,10 +117,10 @@ class StudentRun:
             "epoch": (step + 1) / per_epoch,
             "lr": learning_rate(self.settings, step, per_epoch, self.peak),
             "loss": self.loss,
-            "images_per_second": m.rate,
-            "data_wait_percent": m.wait_percent,
+            "images_per_second": report.rate,
+            "data_wait_percent": report.wait_percent,
         }
-        held_out = held_out or {}
+        held_out = report.held_out
         self.log.write(step=step + 1, **figures, parts=parts, **held_out)
         if self.tracking is not None:
             explained = held_out.get("explained_variance", {})
@@ -101,14 +128,40 @@ class StudentRun:
             more |= {f"explained_variance/{block}": value for block, value in explained.items()}
             more |= {name: held_out[name] for name in ("held_out_loss",) if name in held_out}
             self.tracking.log(step + 1, figures | more)
-        self._sums, self._since = {}, 0
 
 
-def _mean(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return the means of some sums over all processes."""
-    with current().together():
-        found: dict[str, Tensor] = accelerator.reduce(sums, "mean")
+@dataclass(frozen=True)
+class Report:
+    """What a report says: of which step, the speed until then, and the sums of the losses of so many steps.
+
+    sums: returns the value of each name, once it has arrived on the CPU.
+    """
+
+    step: int
+    per_epoch: int
+    rate: float
+    wait_percent: float
+    names: list[str]
+    steps: int
+    sums: Callable[[], list[float]]
+    held_out: Mapping[str, Any]
+
+
+def fetched(values: Iterable[Tensor]) -> Callable[[], list[float]]:
+    """Start to copy scalars to the CPU; return a function that waits for them and returns them."""
+    together = torch.stack(list(values))
+    if together.device.type != "cuda":
+        return together.tolist
+    there = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+    there.copy_(together, non_blocking=True)
+    arrived = torch.cuda.current_stream(together.device).record_event()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        found: list[float] = there.tolist()
         return found
+
+    return wait
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -23,11 +23,19 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 class Targets:
     """Turn stored features into what the student must match.
 
-    The targets are on the student's token grid, or on the teacher's grid if the student has several grids.
+    The targets are on the student's token grid, or on the teacher's grid if the student has several grids. texts: of
+    the objective zero-shot.
     """
 
-    def __init__(self, cache: Cache, refiner: Refiner | None, student: Backbone, device: torch.device) -> None:
-        self.cache, self.device = cache, device
+    def __init__(
+        self,
+        cache: Cache,
+        refiner: Refiner | None,
+        student: Backbone,
+        device: torch.device,
+        texts: Tensor | None = None,
+    ) -> None:
+        self.cache, self.device, self.texts = cache, device, texts
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
         self._grid = student.grid if student.gives_tokens else None
@@ -61,6 +69,7 @@ class Targets:
             self.cache.suffix().to(self.device) if any(o.in_teacher_units for o in objectives) else None,
             teacher.prefix_tokens,
             classes,
+            self.texts,
         )
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ from pipeline.data.sampler import (
 )
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
+from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
 from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
@@ -45,7 +46,7 @@ def train(
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     ranks = current()
     for student_run in student_runs:
-        student_run.model.train()
+        student_run.model.plain.train()
     if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
         few = WINDOW_BYTES // load.record_bytes
         say(
@@ -58,10 +59,10 @@ def train(
         meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
-        for step, stored in enumerate(batches, start=first):
+        for step, stored in enumerate(on_device(batches, accelerator.device, m), start=first):
             going = [t for t in student_runs if t.first_step <= step]
-            moved = stored.to(accelerator.device, load.caches, [t.student for t in going])
-            for student_run, batch in zip(going, moved, strict=True):
+            given = stored.batches(load.caches, [t.student for t in going])
+            for student_run, batch in zip(going, given, strict=True):
                 with ranks.together():
                     student_run.update(step, per_epoch, batch, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
@@ -74,14 +75,19 @@ def train(
                     student_run.report(step, per_epoch, m, accelerator, measured[number] if measured else None)
                     # A checkpoint is only saved here, where all running sums are empty and need not be stored.
                     if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
+                        student_run.finish_report()
                         with ranks.together(), ranks.slow():
                             student_run.checkpoint.save(step + 1, write=main)
                         ranks.wait()  # the first process writes the file
+        for student_run in student_runs:
+            student_run.finish_report()
     return m
 
 
 def _agreed(due: bool, accelerator: Accelerator) -> bool:
     """Return what the first process decides by its clock, because all processes must gather the state together."""
+    if accelerator.num_processes == 1:
+        return due
     with current().together():
         return bool(broadcast(torch.tensor(due, device=accelerator.device)))
 

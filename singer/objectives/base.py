@@ -14,7 +14,8 @@ class ObjectiveContext:
 
     width, grid: of the last matched block. grid: (rows, columns) of the patch tokens; None where only some patches of
     each image are stored. suffix: the frozen suffix of the teacher; teacher_prefix: number of its CLS and register
-    tokens. classes: number of classes of the labels, None without labels.
+    tokens. classes: number of classes of the labels, None without labels; texts: text embeddings, as wide as the
+    teacher's output, if given.
     """
 
     blocks: tuple[int, ...]
@@ -24,6 +25,7 @@ class ObjectiveContext:
     suffix: TeacherSuffix | None = None
     teacher_prefix: int = 1
     classes: int | None = None
+    texts: Tensor | None = None
 
 
 @dataclass(frozen=True)

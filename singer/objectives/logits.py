@@ -21,11 +21,15 @@ class Logits(Objective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self.block = context.blocks[-1]
+        self.check()
+        if not context.prefix and self.suffix.model.global_pool == "token":
+            raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
+
+    def check(self) -> None:
+        """Raise UserError unless the teacher's last block is cached and has a head on it."""
         model = self.suffix.model
         if not self.suffix.is_last(self.block) or not getattr(model, "num_classes", 0):
             raise UserError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
-        if not context.prefix and model.global_pool == "token":
-            raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
 
     def reads(self) -> tuple[int, ...]:
         """Return the last block, which the teacher's norm and head read."""
@@ -40,8 +44,12 @@ class Logits(Objective):
 
     def verdict(self, tokens: Tensor) -> Tensor:
         """Compute log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
+        return self.output(tokens).log_softmax(-1)
+
+    def output(self, tokens: Tensor) -> Tensor:
+        """Compute what the teacher would give, (B, classes) or embeddings, for tokens (B, [CLS +] patches, d)."""
         # Heads that pool patches skip the teacher's prefix tokens; their values do not matter.
         missing = self.context.teacher_prefix - self.context.prefix
         cls, patches = tokens[:, : self.context.prefix], tokens[:, self.context.prefix :]
         whole = torch.cat([cls, patches.new_zeros(len(tokens), missing, tokens.shape[-1]), patches], dim=1)
-        return self.suffix.logits(whole, self.block).log_softmax(-1)
+        return self.suffix.logits(whole, self.block)

@@ -74,16 +74,17 @@ def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherMani
 
 
 def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
-    """Load a teacher at the image size and precision of a teacher in the cache."""
+    """Load a teacher at the image size, dtype and precision of a teacher in the cache."""
     config = config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update={"name": name, "image_size": known.image_size}),
+            "teacher": config.teacher.model_copy(
+                update={"name": name, "image_size": known.image_size, "dtype": known.dtype}
+            ),
             "cache": config.cache.model_copy(update={"precision": known.precision}),
         }
     )
     backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
-    backbone.model.to(accelerator.device)
     return Extractor(config, backbone, accelerator)
 
 
@@ -132,7 +133,7 @@ def check_live(
         check_images(files, np.arange(len(records)), index.digest)
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
-            features = extract.features(torch.from_numpy(views), manifest.blocks)
+            features = extract.features(views, manifest.blocks)
             check_finite(features, own, index.key)
             positions = reader.read(POSITIONS, batch) if manifest.sampled else None
             of_batch = []

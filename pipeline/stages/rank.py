@@ -1,0 +1,138 @@
+"""Which teacher suits a data set: `singer rank CACHE ...` scores cached teachers on the labels of their images.
+
+Nothing is trained. Scores are of CLS (without CLS, of the mean patch) of each teacher's last cached block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from pipeline.cache import Cache
+from pipeline.cache.segments import read_segments
+from pipeline.cache.statistics import batches, spread
+from pipeline.cache.variants import variants_of
+from pipeline.data.tars import NO_LABEL
+from pipeline.runtime.progress import say
+from pipeline.storage import Place, open_store
+from singer.errors import UserError
+from singer.transfer import cka, parc, teacher_weights
+
+
+@dataclass(frozen=True)
+class RankedTeacher:
+    """A teacher and its scores.
+
+    parc, cka: how well its features fit the labels, None without labels (singer.transfer); agreement: the mean CKA with
+    the other teachers, None if there is no other, or if the caches hold other images; weight: its share in
+    distill.teacher_weights.
+    """
+
+    cache: str
+    teacher: str
+    block: int
+    parc: float | None
+    cka: float | None
+    agreement: float | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """Teachers, the best first: by parc, or without labels by agreement. images: how many of each were compared."""
+
+    teachers: list[RankedTeacher]
+    by: str
+    images: int
+    classes: int
+    teacher_weights: list[float]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A teacher's features (n, d) of one view of some images, their labels (n,), and which views they are."""
+
+    place: Place
+    variant: str
+    block: int
+    features: torch.Tensor
+    labels: torch.Tensor
+    rows: object
+
+
+def rank(places: Sequence[Place], images: int = 1000) -> RankResult:
+    """Score all teachers in some caches, on at most so many of the images of each, evenly spread over them.
+
+    Raises UserError for a cache that is incomplete, and if there is nothing to rank by: neither labels of two classes
+    nor a second teacher of the same images.
+    """
+    samples = [_sample(place, variant, images) for place in places for variant in _variants(place)]
+    labelled = all(len(s.labels.unique()) > 1 and bool((s.labels >= 0).all()) for s in samples)
+    same = len(samples) > 1 and all(s.rows == samples[0].rows for s in samples)
+    if not labelled and not same:
+        raise UserError(
+            "nothing to rank by: these caches do not hold images with labels of two classes or more, nor several "
+            "teachers of the same images"
+        )
+    say(f"{len(samples)} teachers, {min(len(s.features) for s in samples)} images of each")
+    fits = {
+        n: (parc(s.features, s.labels), cka(s.features, _one_hot(s.labels))) for n, s in enumerate(samples) if labelled
+    }
+    agreements: dict[int, list[float]] = {n: [] for n in range(len(samples)) if same}
+    for a, b in combinations(agreements, 2):
+        agreement = cka(samples[a].features, samples[b].features)
+        agreements[a].append(agreement)
+        agreements[b].append(agreement)
+    means = {n: sum(values) / len(values) for n, values in agreements.items()}
+    scores = {n: fits[n][0] if labelled else means[n] for n in range(len(samples))}
+    weights = teacher_weights({str(n): score for n, score in scores.items()})
+    ranked = sorted(scores, key=lambda n: -scores[n])
+    return RankResult(
+        teachers=[
+            RankedTeacher(
+                cache=str(samples[n].place),
+                teacher=samples[n].variant,
+                block=samples[n].block,
+                parc=fits[n][0] if labelled else None,
+                cka=fits[n][1] if labelled else None,
+                agreement=means.get(n),
+                weight=weights[str(n)],
+            )
+            for n in ranked
+        ],
+        by="parc" if labelled else "agreement",
+        images=min(len(s.features) for s in samples),
+        classes=len(samples[0].labels.unique()) if labelled else 0,
+        teacher_weights=[weights[str(n)] for n in range(len(samples))],
+    )
+
+
+def _variants(place: Place) -> list[str]:
+    """Return the names of a cache's teachers, in the order in which they were cached."""
+    return [segments[0].manifest.teacher.variant for segments in variants_of(read_segments(open_store(place)))]
+
+
+def _sample(place: Place, variant: str, images: int) -> _Sample:
+    """Read the last block of a teacher: CLS, or the mean patch where there is none, of the first view of images."""
+    whole = Cache(place, variant)
+    cache = Cache(place, variant, [whole.blocks[-1]])
+    _, first = np.unique(cache.index.image, return_index=True)
+    labels = cache.index.images.labels[cache.index.image[first]]
+    # Where some images have labels, the others say nothing.
+    known = first[labels != NO_LABEL] if (labels != NO_LABEL).any() else first
+    records = spread(known, images)
+    (block,), teacher = cache.blocks, cache.manifest.teacher
+    parts = [
+        x[block][:, 0] if teacher.class_token else x[block][:, teacher.prefix_tokens :].mean(1)
+        for x in batches(cache, records, torch.device("cpu"))
+    ]
+    chosen = cache.index.image[records]
+    found = torch.from_numpy(cache.index.images.labels[chosen].astype(np.int64))
+    rows = cache.rows, tuple(records.tolist())
+    return _Sample(place, variant, block, torch.cat(parts).float(), found, rows)
+
+
+def _one_hot(labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels).float()

@@ -1,0 +1,213 @@
+"""A step of training as a GPU does it: one graph, and no waiting for the device."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import seeded, world_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.cache import Cache
+from pipeline.cache.calibration import calibrate
+from pipeline.cache.codecs import CODECS, Decoder
+from pipeline.cache.stored import Encoded
+from pipeline.config import load_config
+from pipeline.data.sampler import BatchIndices
+from pipeline.runtime import devices
+from pipeline.runtime.progress import Meter
+from pipeline.students.new import new_student
+from pipeline.teachers.backbone import Backbone
+from pipeline.training.ahead import on_device
+from pipeline.training.batch import BatchLoader, StoredBatch
+from pipeline.training.cached_teachers import open_images
+from pipeline.training.compiling import StepModel
+from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.student_run import fetched
+from pipeline.training.targets import Targets
+from singer.errors import UserError
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Waits(TorchDispatchMode):
+    """Finds what would make the CPU wait for a GPU; meta tensors stand for those on the GPU.
+
+    Reading a number, a branch on one, a selection by a mask and a copy to the CPU fail on them by themselves. A copy
+    to the device must be asynchronous.
+    """
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, kwargs, found = op.overloadpacket._qualified_op_name, kwargs or {}, op(*args, **(kwargs or {}))
+        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        if name == "aten::_to_copy" and first is not None and first.device != found.device:
+            assert kwargs.get("non_blocking"), "a copy that the CPU waits for"
+        if name == "aten::copy_" and args[1].device != args[0].device:
+            assert args[2] if len(args) > 2 else kwargs.get("non_blocking"), "a copy that the CPU waits for"
+        return found
+
+
+@pytest.fixture
+def meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let meta tensors stand for a GPU's where torch tells devices apart by name."""
+    make, autocast = torch.tensor, torch.autocast
+
+    def tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
+        assert torch.device(kwargs.get("device") or "cpu").type == "cpu", "numbers that are sent from the CPU"
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "autocast", lambda name, *args, **kwargs: autocast("cpu", *args, **kwargs))
+
+
+def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Backbone, Distiller, StoredBatch]:
+    """A student of the world, and a batch as it is read."""
+    cache, student = Cache(world / "cache"), new_student(world_config(world, *sets).student, 32)
+    targets = Targets(cache, load_refiner(world / "adapters", cache), student, device)
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0, "cosine": 0.5})])
+    weights = torch.full((6,), 1 / 6).numpy()
+    indices = BatchIndices(torch.arange(6).numpy(), weights)
+
+    with open_images(cache) as files:
+        (stored,) = BatchLoader([cache], files, [32])([[indices]], 1)
+    return cache, student, model.to(device), stored
+
+
+MAPS = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
+
+
+@pytest.mark.usefixtures("meta_device")
+@pytest.mark.parametrize("sets", [[], MAPS], ids=["tokens", "maps"])
+def test_a_step_waits_for_nothing(world: Path, sets: list[str]) -> None:
+    cache, student, model, stored = setup(world, META, *sets)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cache.decoder(META)  # what stays on the device is sent there once, before the first step
+    stored.to(META).batches([cache], [student])
+    with Waits():
+        (batch,) = stored.to(META).batches([cache], [student])
+        losses = model(batch)
+        torch.stack(list(losses.values())).sum().backward()
+        optimiser.step()
+    assert all(loss.device.type == "meta" for loss in losses.values())
+
+
+@pytest.mark.usefixtures("meta_device")
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: float(x.sum()),
+        lambda x: bool((x > 0).any()),
+        lambda x: x[x > 0],
+        lambda x: x.cpu(),
+        lambda x: x * torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x * torch.ones(2).to(x.device),
+    ],
+)
+def test_what_waits_is_found(wait: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), Waits():
+        wait(torch.empty(3, 2, device=META))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int3"])
+def test_decoding_is_one_graph(codec: str) -> None:
+    """Also for other numbers of outliers than the first time, without a new graph each."""
+    torch.manual_seed(seeded(0))
+    x = torch.randn(5, 17, 24)
+    calibration = calibrate(x, 1)
+    decoder, graphs = Decoder(CODECS[codec], {1: calibration, 2: calibration}), []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    decode = torch.compile(decoder, fullgraph=True, backend=count)
+    for outliers in (1, 2, 3, 5):
+        y = x.clone()
+        y[range(outliers), range(3, 3 + outliers)] *= 60
+        encoded = Encoded({b: CODECS[codec].encode(y, calibration) for b in (1, 2)})
+        for block, found in decode(encoded).items():
+            assert torch.equal(found, decoder(encoded)[block])
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("sets", [[], MAPS], ids=["tokens", "maps"])
+def test_a_step_is_one_graph(world: Path, sets: list[str]) -> None:
+    cache, student, model, stored = setup(world, CPU, *sets)
+    (batch,) = stored.to(CPU).batches([cache], [student])
+    torch._dynamo.reset()
+    losses = torch.compile(model, fullgraph=True, backend="eager")(batch)
+    for name, loss in model(batch).items():
+        torch.testing.assert_close(losses[name], loss)
+
+
+def test_a_compiler_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a note, once, and training goes on; where compilation was asked for, it is an error."""
+
+    def broken(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        raise RuntimeError("there is no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    for required in (False, True):
+        torch._dynamo.reset()
+        model = StepModel(linear, compiles=True, required=required)
+        if required:
+            with pytest.raises(UserError, match="does not work here .*; train without it: --set distill.compile=false"):
+                model.step(lambda m: m(x))
+        else:
+            assert all(torch.equal(model.step(lambda m: m(x)), linear(x)) for _ in range(2))
+    said = capfd.readouterr().err
+    assert said.count("note: torch.compile does not work here") == 1 and "there is no compiler" in said
+
+
+def test_auto_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is float32 on a CPU, bf16 on a GPU that has it, and never wins over what is asked for."""
+    assert devices.resolved("auto") == "no" and devices.resolved("bf16") == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert devices.resolved("auto") == ("bf16" if has else "no") and devices.resolved("no") == "no"
+    config = devices.with_precision(load_config(sets=["cache.precision=fp16"]))
+    assert (config.cache.precision, config.distill.precision) == ("fp16", "no")
+
+
+def test_waiting_counts_while_the_device_is_idle() -> None:
+    m = Meter("x", 1, "images", True, 0)
+    m.busy = lambda: True
+    with m.waiting():
+        pass
+    assert m.waited == 0
+    m.busy = lambda: False
+    with m.waiting():
+        pass
+    assert m.waited > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_waits_for_nothing(world: Path) -> None:
+    """What torch itself sees; it is the same step as above."""
+    device = torch.device("cuda")
+    cache, student, model, stored = setup(world, device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(moved: StoredBatch) -> torch.Tensor:
+        (batch,) = moved.batches([cache], [student])
+        losses = model(batch)
+        torch.stack(list(losses.values())).sum().backward()
+        optimiser.step()
+        return torch.stack(list(losses.values())).detach()
+
+    for moved in on_device([stored, stored], device):
+        step(moved)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        waiting = [fetched(step(moved)) for moved in on_device([stored] * 4, device)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(len(wait()) == 4 for wait in waiting)
