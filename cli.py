@@ -18,11 +18,22 @@ VERBOSE = "--verbose"
 
 
 class Commands(TyperGroup):
-    """A group of commands that takes --verbose before the command and after it."""
+    """A group of commands that takes --verbose before the command and after it, and says how to go on after Ctrl-C."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after --verbose is moved to the front."""
         return super().parse_args(ctx, sorted(args, key=lambda word: word != VERBOSE))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            from pipeline.runtime.failures import report_interrupt
+
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            options = [word for option in (command.params if command else ()) for word in option.opts]
+            raise typer.Exit(report_interrupt(interrupt, options)) from None
 
 
 app = typer.Typer(
@@ -57,6 +68,7 @@ REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their or
 MOVED_HELP = "Where the cached images are, if they moved."
 TEACHER_HELP = "A model of timm, hf:USER/NAME of transformers, or package.module:function of your own."
 STUDENT_HELP = "Any model that can be a teacher, or vit with student.dim, depth and heads."
+IMAGES_HELP = "Folders of images (sub-folders are classes), shards, lists, tables, globs or URLs."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
@@ -97,7 +109,7 @@ def every_command(
 
 @app.command()
 def run(
-    photos: Annotated[str, typer.Argument(help="A folder of images (sub-folders are classes), or shards.")],
+    photos: Annotated[list[str], typer.Argument(help=IMAGES_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for everything that the run makes.")],
     teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
@@ -105,18 +117,25 @@ def run(
     hours: Annotated[float | None, typer.Option(help="How long all may take.")] = None,
     disk_gb: Annotated[float | None, typer.Option(help="How large the cache may become, in GB.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="So many GPUs of this machine share the work.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go from a folder of images to a student, a report and a model for timm: plan, and then every stage."""
+    """Go from images or shards to a student, a report and a model for timm: plan, and then every stage."""
     from pipeline.checks import check_chain
     from pipeline.config import load_config
     from pipeline.storage.outputs import output_mode
 
-    options = {"teacher.name": teacher, "teacher.weights": weights, "student.name": student}
+    options = {
+        "teacher.name": teacher,
+        "teacher.weights": weights,
+        "student.name": student,
+        "prepare.on_error": on_error,
+        "cache.on_error": on_error,
+    }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_chain(tree, photos, out, mode, hours, disk_gb)
     if gpus is not None:
@@ -130,7 +149,7 @@ def run(
 
 @app.command()
 def prepare(
-    images: Annotated[Path, typer.Argument(help="A folder of images; sub-folders are classes.")],
+    images: Annotated[list[str], typer.Argument(help="Folders of images (sub-folders are classes), lists, tables.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
     split: Annotated[str | None, typer.Option(help="The split, for a layout that has several.")] = None,
@@ -140,7 +159,7 @@ def prepare(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Pack a folder of images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
+    """Pack images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
     from pipeline.config import load_config
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
     from pipeline.storage.outputs import output_mode
@@ -328,7 +347,7 @@ def evaluate(
 @app.command()
 def embed(
     model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or the name of a timm model.")],
-    images: Annotated[list[str], typer.Argument(help="Folders of images, shards, lists or tables.")],
+    images: Annotated[list[str], typer.Argument(help=IMAGES_HELP)],
     out: Annotated[Path, typer.Option(help="FILE.npy (with FILE.names.json beside it), FILE.parquet or FILE.csv.")],
     features: Annotated[
         str | None, typer.Option(help="cls, mean (of the patches) or dense; default: cls if there is one.")

@@ -45,7 +45,7 @@ STARTS = ("auto", "teacher", "random")
 MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
-STEPS, GIVEN = "steps.json", "given"
+STEPS, GIVEN, PLAN = "steps.json", "given", "plan"
 # The file without which there is no finished refiner.
 _REFINER = "refiner.json"
 
@@ -228,13 +228,21 @@ def check_chain(
     for option, most in (("hours", hours), ("disk-gb", disk_gb)):
         if most is not None and not most > 0:
             raise UserError(f"--{option} {most:g} must be above 0")
-    folder = isinstance(photos, str | Path) and Path(photos).is_dir()
-    specs = [] if folder else [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
-    look("run", config, out, mode, images=[specs] if specs else [], inputs=[Path(str(photos))] if folder else [])
-    given: dict[str, Any] = {"photos": str(photos), "teacher": config.teacher.name, "hours": hours, "disk-gb": disk_gb}
-    before = read_json(out, STEPS, "chain").get(GIVEN, given) if mode == "resume" and (out / STEPS).exists() else given
+    if config.student.name == "vit" and config.student.dim is None:
+        raise UserError("give --student NAME: a timm model, or vit with student.dim, student.depth and student.heads")
+    specs = [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
+    look("run", config, out, mode, images=[specs])
+    given: dict[str, Any] = {
+        "photos": " ".join(specs),
+        "teacher": config.teacher.name,
+        "hours": hours,
+        "disk-gb": disk_gb,
+    }
+    done = read_json(out, STEPS, "chain") if mode == "resume" and (out / STEPS).exists() else {}
+    before = done.get(GIVEN, given)
     for name, value in given.items():
-        if before.get(name) != value:
+        # Until the plan is made, its limits and the teacher can be changed.
+        if before.get(name) != value and (name == "photos" or PLAN in done):
             raise UserError(
                 f"{out} cannot be continued: it was started with {name} {before.get(name)}, not {value}; repeat its "
                 "command or use --overwrite"

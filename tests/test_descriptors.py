@@ -240,16 +240,16 @@ def test_an_archive_that_changed_is_not_read(world: Path, tmp_path: Path) -> Non
             files.encoded(0)
 
 
-def run_with_few_descriptors(*commands: tuple[object, ...]) -> None:
-    """Commands of singer, one after the other in one process that may open `LIMIT` files."""
-    process = forked(run_all, [tuple(map(str, command)) for command in commands], daemon=False)
+def run_with_few_descriptors(*commands: tuple[object, ...], limit: int = LIMIT) -> None:
+    """Commands of singer, one after the other in one process that may open `limit` files."""
+    process = forked(run_all, limit, [tuple(map(str, command)) for command in commands], daemon=False)
     process.start()
     process.join()
     assert process.exitcode == 0
 
 
-def run_all(commands: list[tuple[str, ...]]) -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, LIMIT))
+def run_all(limit: int, commands: list[tuple[str, ...]]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     with pytest.MonkeyPatch.context() as patch:
         # Shards of the usual size would need many more records.
         patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 1)
@@ -257,21 +257,21 @@ def run_all(commands: list[tuple[str, ...]]) -> None:
             assert run_singer(patch, *command) == 0, command
 
 
-def chain(world: Path, root: Path, *sets: str) -> list[tuple[object, ...]]:
+def chain(world: Path, root: Path, *sets: str, shards: int = LIMIT + 4) -> list[tuple[object, ...]]:
     """From images to a student, with an appended block, over more archives and shards than may be open."""
-    shards = write_shards(root / "train", LIMIT + 4, 1)
+    images = write_shards(root / "train", shards, 1)
     config = root / "config.yaml"
     config.write_text(dump_config(world_config(world, "distill.epochs=1", "refine.steps=2", "cache.workers=4", *sets)))
     common, cache, adapters, run = ("--config", config), root / "cache", root / "adapters", root / "run"
-    make = "cache-teacher", *common, "--shards", shards, "--out", cache
+    make = "cache-teacher", *common, "--shards", images, "--out", cache
     return [
         make,
         (*make, "--append", "--set", "cache.blocks=[1]"),
         ("refine", *common, "--cache", cache, "--out", adapters),
         ("distill", *common, "--cache", cache, "--refiner", adapters, "--out", run),
         ("cache", "verify", cache),
-        ("inspect", cache, *common, "--refiner", adapters, "--shards", shards),
-        ("evaluate", run, *common, "--train", shards, "--test", shards),
+        ("inspect", cache, *common, "--refiner", adapters, "--shards", images),
+        ("evaluate", run, *common, "--train", images, "--test", images),
     ]
 
 
@@ -285,3 +285,10 @@ def test_the_chain_with_few_descriptors(world: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_commands_with_few_descriptors(world: Path, tmp_path: Path) -> None:
     run_with_few_descriptors(*chain(world, tmp_path))
+
+
+@pytest.mark.slow
+def test_80_shards_with_70_descriptors(world: Path, tmp_path: Path) -> None:
+    """From tars, resumed, verified, and with pixels that are not stored."""
+    make, append, *others = chain(world, tmp_path, "views.pixels=none", shards=80)
+    run_with_few_descriptors(make, (*make, "--resume"), append, *others, limit=70)

@@ -1,5 +1,6 @@
 """Teachers of every family, students, and what is saved of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,21 @@ FAMILIES = {
     "parallel": ("vit_small_patch16_18x2_224", {}, 1),
     "gated": ("vit_giant_patch14_dinov2", {"num_classes": 0}, 1),
 }
+
+
+def test_a_folder_whose_image_size_is_a_list(tmp_path: Path) -> None:
+    """As timm writes it."""
+    vit = make_vit()
+    save_backbone(vit, vit.model.state_dict(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"]["img_size"] = [vit.image_size] * 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_saved(tmp_path).image_size == vit.image_size
+    assert load_saved(tmp_path, 2 * vit.image_size).image_size == 2 * vit.image_size
+    config["model_args"]["img_size"] = [vit.image_size, 2 * vit.image_size]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: only square inputs are supported"):
+        load_saved(tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,8 @@ from conftest import world_config
 
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
-from pipeline.planning.plan import PlanResult, free_bytes, plan
+from pipeline.planning.plan import PlanResult, plan
+from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from singer.errors import UserError

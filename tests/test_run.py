@@ -17,9 +17,9 @@ from conftest import draw_images, run_singer, tree_bytes, world_config
 from rich.console import Console
 
 from pipeline.chains.run import RunResult, run
-from pipeline.chains.split import ranges, split
+from pipeline.chains.split import has_to_be_packed, ranges, shards_of, split
 from pipeline.config import Config, dump_config, load_config
-from pipeline.data import resolve
+from pipeline.data import ImageFile, list_images, resolve
 from pipeline.planning.choice import Chooser, Costs
 from pipeline.runtime import logs
 from pipeline.runtime.launch import launcher
@@ -234,12 +234,58 @@ def test_shards_are_taken_as_they_are(world: Path, tmp_path: Path) -> None:
     assert result.images == 90 and not (tmp_path / "out" / "shards").exists()
 
 
+def test_lists_and_tables_are_packed_and_divided(world: Path, tmp_path: Path) -> None:
+    """The same images, however they are named, become shards of which some are held out; tars stay as they are."""
+    draw_images(tmp_path / "a", 2, 10)
+    draw_images(tmp_path / "b", 2, 10, start=50)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    files = [file for part in ("a", "b") for file in sorted((tmp_path / part).rglob("*.*"))]
+    (tmp_path / "all.csv").write_text("".join(f"{file},{file.parent.name}\n" for file in files))
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = {"image": [file.read_bytes() for file in files], "label": [file.parent.name for file in files]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "all.parquet")
+    config, found = world_config(world, *SMALL), {}
+    for name, given in {
+        "folders": [tmp_path / "link", tmp_path / "b"], "list": tmp_path / "all.csv", "table": tmp_path / "all.parquet",
+    }.items():  # fmt: skip
+        assert has_to_be_packed(given)
+        packed, shards = shards_of(config, given, tmp_path / name, "new")
+        assert packed.prepare.shard_images == 4 and len(resolve(shards)) == 10
+        parts, listed = split(packed, shards), list_images(packed, shards)
+        assert (parts.images, parts.probed, parts.why) == (36, 40, "")
+        with ImageFile(listed) as images:
+            found[name] = {(images.encoded(n)[0], int(label)) for n, label in enumerate(listed.labels)}
+        assert json.loads((tmp_path / name / "classes.json").read_text()) == ["class0", "class1"]
+    assert len(found["list"]) == 40 and found["list"] == found["table"] == found["folders"]
+    assert not has_to_be_packed(world / "train") and not has_to_be_packed([tmp_path / "a", *resolve(world / "train")])
+
+
+def test_the_advice_of_a_failure_works(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw_images(tmp_path / "photos", 2, 3)
+    (tmp_path / "photos" / "class0" / "broken.jpg").write_bytes(b"broken")
+    words = ["run", tmp_path / "photos", "--out", tmp_path / "out", "--config", tmp_path / "toy.yaml"]
+    (tmp_path / "toy.yaml").write_text(dump_config(world_config(world, *SMALL)))
+    assert run_singer(monkeypatch, *words) == 2
+    said = capfd.readouterr().err
+    assert "skip all such images with --on-error skip; then go on with --resume" in said
+    assert run_singer(monkeypatch, *words, "--on-error", "skip", "--resume", "--hours", 1e-9) == 2
+    said = capfd.readouterr().err
+    assert "done before" not in said and "more than --hours 1e-09; give --hours" in said
+    assert run_singer(monkeypatch, *words, "--on-error", "skip", "--resume", "--disk-gb", 1e-9) == 2
+    assert "are allowed" in capfd.readouterr().err  # and no word about other hours
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--hours", 0), "--hours 0 must be above 0"),
         (("--disk-gb", -1), "--disk-gb -1 must be above 0"),
         (("--gpus", 99), "--gpus 99: this machine has"),
+        (("--student", "vit"), "give --student NAME: a timm model, or vit with student.dim"),
+        (("--student", "dinov2_vits14"), "did you mean 'vit_small_patch14_dinov2'"),
         (("--teacher", "vit_tinny"), "did you mean 'vit_tiny"),
     ],
 )
@@ -251,7 +297,8 @@ def test_mistakes(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert run_singer(monkeypatch, "run", world / "images" / "train", "--out", tmp_path / "out", *options) == 2
+    words = ["run", world / "images" / "train", "--out", tmp_path / "out", "--student", "vit_tiny_patch16_224"]
+    assert run_singer(monkeypatch, *words, *options) == 2
     assert message in capfd.readouterr().err
 
 

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
-from pipeline.chains.split import Photos, Split, is_folder_of_images, shards_of, split
+from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
-from pipeline.checks import GIVEN, check_chain
+from pipeline.checks import GIVEN, PLAN, check_chain
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.planning.choice import Choice, Chooser
-from pipeline.planning.plan import free_bytes
 from pipeline.planning.quick import measure_costs
+from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 from pipeline.storage.outputs import Mode
+from pipeline.teachers.models import check_known
+from pipeline.teachers.names import local_folder
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"
@@ -61,11 +63,15 @@ def run(
 ) -> RunResult:
     """Go from images to a student in the folder `out`.
 
-    photos: a folder of images, whose sub-folders are classes, or shards; hours, disk_gb: what the chain may take, and
-    its cache. The chain chooses codec, views and epochs, unless the configuration gives them. Raises UserError for
-    mistakes that the user can fix, and if nothing fits.
+    photos: images as --images takes them: folders, whose sub-folders are classes, shards, lists, tables; hours,
+    disk_gb: what the chain may take, and its cache. The chain chooses codec, views and epochs, unless the configuration
+    gives them. Raises UserError for mistakes that the user can fix, and if nothing fits.
     """
     given = check_chain(config, photos, out, mode, hours, disk_gb)
+    for section in ("teacher", "student"):
+        name = getattr(config, section).name
+        if name != "vit" and local_folder(name) is None:
+            check_known(name, f"{section}.name: timm has no model {name!r}")
     with chain(STAGE, config, out, mode, _STAGES) as steps:
         steps.note(GIVEN, given)
         config = with_precision(config)
@@ -74,7 +80,7 @@ def run(
             update={"prepare": config.prepare.model_copy(update={"shard_images": shards["shard_images"]})}
         )
         plan = steps.alone(
-            "plan",
+            PLAN,
             "planning: measuring teacher and student",
             partial(_plan, config, shards["shards"], out, steps, given),
         )
@@ -106,10 +112,11 @@ def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
         packed, shards = shards_of(config, photos, folder, steps.again(folder))
         return {"shards": shards, "shard_images": packed.prepare.shard_images}
 
-    is_folder = is_folder_of_images(photos)
-    title = "packing the images into shards" if is_folder else "taking the shards as they are"
-    again = command("prepare", str(photos), "--config", out / PLANNED, "--out", folder, "--overwrite")
-    return Stage(SHARDS, title, again if is_folder else None, pack, together=False)
+    packs = has_to_be_packed(photos)
+    title = "packing the images into shards" if packs else "taking the shards as they are"
+    given = [photos] if isinstance(photos, str | Path) else photos
+    again = command("prepare", *given, "--config", out / PLANNED, "--out", folder, "--overwrite")
+    return Stage(SHARDS, title, again if packs else None, pack, together=False)
 
 
 def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any]) -> dict[str, Any]:

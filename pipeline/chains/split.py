@@ -1,17 +1,18 @@
-"""The shards of a chain: packed from a folder of images if need be, and split into a part to learn from and a test."""
+"""The shards of a chain: packed from folders, lists or a table if need be, and split into training and test."""
 
 import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import Images, list_images, resolve
-from pipeline.data.importers.listing import KEPT
+from pipeline.data.sources import kind_of
+from pipeline.data.sources.tables import TABLE
+from pipeline.data.sources.tar import TAR
 from pipeline.data.tars import NO_LABEL
 from pipeline.evaluation.classification import check
 from pipeline.stages.prepare import prepare
@@ -41,32 +42,27 @@ class Split:
     why: str
 
 
-def is_folder_of_images(photos: Photos) -> bool:
-    """Return whether `photos` is a folder that has to be packed: one that holds no shards."""
-    return isinstance(photos, str | Path) and Path(photos).is_dir() and not any(Path(photos).glob("*.tar"))
+def has_to_be_packed(photos: Photos) -> bool:
+    """Return whether images are packed first: folders, lists and a single table, so that some can be held out.
+
+    Shards and several tables are divided as they are.
+    """
+    paths = resolve(photos)
+    kinds = [kind_of(path) for path in paths]
+    return TAR not in kinds and (len(paths) == 1 or any(kind is not TABLE for kind in kinds))
 
 
 def shards_of(config: Config, photos: Photos, packed: Path, mode: Mode) -> tuple[Config, list[str]]:
     """Return the shards of `photos`, as --images takes them, and the configuration that packs them.
 
-    A folder of images is packed into the folder `packed` by singer prepare; small ones into several shards, so that
-    some can be held out.
+    What has to be packed goes to the folder `packed` by singer prepare; small sets into several shards, so that some
+    can be held out.
     """
-    if not is_folder_of_images(photos):
-        if isinstance(photos, str | Path) and Path(photos).is_dir():
-            photos = f"{glob.escape(str(photos))}/*.tar"
+    if not has_to_be_packed(photos):
         return config, [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
-    config = packing(config, Path(str(photos)))
-    prepare(config, Path(str(photos)), packed, mode)
+    size = prepare(config, photos, packed, mode, _PARTS).shard_images
+    config = config.model_copy(update={"prepare": config.prepare.model_copy(update={"shard_images": size})})
     return config, [f"{glob.escape(str(packed))}/*.tar"]
-
-
-def packing(config: Config, photos: Path) -> Config:
-    """Return the configuration with shards so small that there are several."""
-    most = _PARTS * config.prepare.shard_images
-    count = sum(1 for _ in islice((f for f in photos.rglob("*") if f.suffix.lower() in KEPT), most))
-    size = max(1, min(config.prepare.shard_images, -(-count // _PARTS)))
-    return config.model_copy(update={"prepare": config.prepare.model_copy(update={"shard_images": size})})
 
 
 def split(config: Config, shards: Sequence[str]) -> Split:

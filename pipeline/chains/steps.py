@@ -13,6 +13,8 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import Mode, claimed_output, process_log, read_json, write_json
+from pipeline.storage.resuming import RESULT_SECTIONS
+from singer.errors import UserError
 
 
 class Steps:
@@ -79,4 +81,9 @@ def chain(stage: str, config: Config, out: Path, mode: Mode, total: int) -> Iter
     with claimed_output(out, mode, stage, config, seed) if accelerator.is_main_process else process_log(out):
         with watched(accelerator, stage):
             pass  # the folder is claimed before another process reads it
-        yield Steps(out, mode, total, accelerator)
+        try:
+            yield Steps(out, mode, total, accelerator)
+        except UserError as error:
+            if RESULT_SECTIONS[stage] is None or "--resume" in str(error):
+                raise
+            raise UserError(f"{error}; then go on with --resume") from error

@@ -31,12 +31,14 @@ class Meta:
 
     affects: see Affects. shared: students that train on one pass must have the same value. only: the tasks, or the
     cleaners ("trained"), to which the key applies; empty: it applies to all. shape: it belongs to the student's name.
+    by_machine: outputs hold what "auto" was on the machine that began them.
     """
 
     affects: Affects
     shared: bool = False
     only: tuple[str, ...] = ()
     shape: bool = False
+    by_machine: bool = False
 
 
 def key(
@@ -47,12 +49,13 @@ def key(
     shared: bool = False,
     only: tuple[str, ...] = (),
     shape: bool = False,
+    by_machine: bool = False,
     **constraints: Any,
 ) -> Any:
     """Declare a key of a section. constraints: those of pydantic's Field; the other arguments: see Meta."""
     field = Field(default, description=description, **constraints)
     assert isinstance(field, FieldInfo)
-    field.metadata.append(Meta(affects, shared, only, shape))
+    field.metadata.append(Meta(affects, shared, only, shape, by_machine))
     return field
 
 

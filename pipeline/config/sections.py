@@ -103,7 +103,9 @@ class CacheConfig(Section):
     )
     batch_size: Positive = key(64, "views in a forward pass of the teacher")
     precision: Precision = key(
-        "auto", "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)"
+        "auto",
+        "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)",
+        by_machine=True,
     )
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")
     workers: Positive = key(2, "threads that decode images", "speed")

@@ -133,7 +133,10 @@ class DistillConfig(Section):
         ("tensorboard",), "trackers of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always written", "place"
     )
     precision: Precision = key(
-        "auto", "mixed precision of training; auto: bf16 on GPUs that compute in it, else no (float32)", shared=True
+        "auto",
+        "mixed precision of training; auto: bf16 on GPUs that compute in it, else no (float32)",
+        shared=True,
+        by_machine=True,
     )
     workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
     checkpoint_minutes: Above = key(

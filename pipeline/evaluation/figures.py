@@ -1,9 +1,12 @@
 """The figures of tasks: their names, how they are shown, and their means over seeds."""
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+
+from singer.errors import UserError
 
 LEADERBOARD = "leaderboard"
 
@@ -40,6 +43,16 @@ def in_percent(figure: str, value: float) -> float:
 def figures_of(probes: Iterable[str]) -> list[str]:
     """Return the names of all figures, such as classification.linear.cls.top1."""
     return [f"{task}.{figure}" for task in probes for figure in FIGURES[task]]
+
+
+def choose_figure(asked: str | None, figures: Sequence[str]) -> str:
+    """Return the figure that ranks students: the one asked for, else the default. Raises UserError if it is missing."""
+    if asked is None:
+        return DEFAULT_FIGURE if DEFAULT_FIGURE in figures else figures[0]
+    if asked not in figures:
+        near = difflib.get_close_matches(asked, figures, n=1, cutoff=0)[0]
+        raise UserError(f"rank_by: no figure {asked!r} among those of its probes; did you mean {near!r}?")
+    return asked
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,16 @@ The real stages run for some seconds on images from all over the shards, in a te
 cache would be. Every codec is tried. A figure that was not measured is None, and no figure is estimated from it.
 """
 
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from pipeline.cache.calibration import Calibration, calibrate, few_records
-from pipeline.cache.codecs import CODECS, naming
-from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
-from pipeline.cache.quantization import fidelity
-from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import pack_shard
+from pipeline.cache.calibration import calibrate
+from pipeline.cache.codecs import CODECS
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, Spec, list_images
+from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.costs import (
     Rate,
     StudentCost,
@@ -38,62 +28,20 @@ from pipeline.planning.costs import (
     verdict,
 )
 from pipeline.planning.pilot import Pilot
-from pipeline.planning.sample import Sample, Teacher
-from pipeline.planning.scratch import existing, scratch
+from pipeline.planning.sample import Sample, Teacher, draw_images, sample_features
+from pipeline.planning.scale import PlanOption, Scale
+from pipeline.planning.scratch import free_bytes, scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.storage.outputs import PROVENANCE
-from pipeline.storage.resuming import CONFIG
-from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import load_teacher
 from pipeline.teachers.placement import parameters, weight_bytes
 from singer.backbones import depth, resolve_blocks
-from singer.errors import UserError
-from singer.matching import take_patches
 
-# At most so many images are drawn. Features are kept of at most so many records and bytes.
-_IMAGES = 1024
-_RECORDS = 32
-_FEATURE_BYTES = 2**30
+# The shares of the patch tokens that are tried.
 _SHARES = (1.0, 0.5)
-# The share of the free disk that a cache may fill; the rest is for other files.
-_USABLE = 0.95
-_END_OF_SHARD = 4
-# The files of a cache that do not grow with its records; all others do.
-_FIXED = (
-    "tail.safetensors",
-    "calibration.safetensors",
-    "fidelity.json",
-    "manifest.json",
-    "complete.json",
-    "zarr.json",
-    CONFIG,
-    PROVENANCE,
-)
-_INDEX_ENTRY = 16
-
-
-@dataclass(frozen=True)
-class PlanOption:
-    """A way to store the features.
-
-    error: the relative quantization error of clean patch tokens, at the worst block; bytes_per_image: of the features
-    of all blocks and views; bytes: of the whole cache; fits: whether it fits on the free disk; max_views, max_blocks:
-    how many views of these blocks, and how many blocks of these views, would fit. The last three are None if the disk
-    is not known.
-    """
-
-    codec: str
-    token_share: float
-    error: float
-    bytes_per_image: int
-    bytes: int
-    fits: bool | None
-    max_views: int | None
-    max_blocks: int | None
 
 
 @dataclass(frozen=True)
@@ -232,147 +180,3 @@ def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
         "stages": [Stage.of(name, rate) for name, rate in {**caching, **training}.items()],
         "written_bytes": speeds.written_bytes,
     }
-
-
-def draw_images(config: Config, listed: Images) -> Images:
-    """Return some of the images, from all over the shards.
-
-    Broken images are left out if cache.on_error is skip. Raises UserError if none can be decoded.
-    """
-    chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
-    images = listed.select(chosen)
-    if config.cache.on_error == "fail":
-        return images
-    with ImageFile(images) as files:
-        whole = [n for n in range(len(images)) if readable(files, n)]
-    if not whole:
-        raise UserError(f"none of {len(images)} images can be decoded; the first is {images.keys[0]!r}")
-    return images.select(np.array(whole))
-
-
-def readable(files: ImageFile, number: int) -> bool:
-    """Return whether an image can be decoded."""
-    try:
-        files.read(number)
-    except UserError:
-        return False
-    return True
-
-
-def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:
-    """Return {block: features (n, N, d)} of at most `most` records, on the teacher's device.
-
-    Raises UserError if they are not finite.
-    """
-    backbone, size = teacher.backbone, config.cache.batch_size
-    tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
-    record_bytes = 4 * len(teacher.blocks) * tokens * backbone.width
-    count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
-    (records, *_) = sample.batches(count)
-    outputs = []
-    for start in range(0, count, size):
-        views = sample.load(records[start : start + size], backbone.image_size)
-        outputs.append(teacher(views))
-    features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
-    for block, x in features.items():
-        bad = ~torch.isfinite(x).flatten(1).all(1)
-        if bad.any():
-            key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
-            raise UserError(
-                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no and "
-                "teacher.dtype float32"
-            )
-    return features
-
-
-class Scale:
-    """The size of the cache for each way to store the features.
-
-    images: the number in the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a
-    small cache with `records` records, for everything but features; free: bytes of the disk, or None if not known.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        backbone: Backbone,
-        images: int,
-        features: Mapping[int, Tensor],
-        calibration: Mapping[int, Calibration],
-        sizes: Mapping[str, int],
-        records: int,
-        free: int | None,
-    ) -> None:
-        self.config, self.backbone, self.images, self.free = config, backbone, images, free
-        self._features, self._calibration = features, calibration
-        self.tail_bytes = sizes.get(TAIL, 0)
-        fixed = {n: size for n, size in sizes.items() if n.rpartition("/")[2] in _FIXED or n.startswith(f"{JOURNAL}/")}
-        growing = {name: size for name, size in sizes.items() if name not in fixed}
-        other = sum(size for name, size in growing.items() if not name.startswith((f"{FEATURES}/", f"{POSITIONS}/")))
-        self._fixed, self._other = sum(fixed.values()), other / records
-
-    def options(self, codec: str, shares: Sequence[float]) -> list[PlanOption]:
-        """Return one option for every share of tokens.
-
-        The result is empty if the features exceed the codec's range; for the configured codec, UserError is raised.
-        """
-        try:
-            error = 0.0
-            for block, x in self._features.items():
-                with naming(block):
-                    measured = fidelity(CODECS[codec], x, self._calibration[block])
-                error = max(error, measured["clean"]["relative_error"])
-            return [self.option(codec, share, error) for share in shares]
-        except UserError:
-            if codec == self.config.cache.codec:
-                raise
-            return []
-
-    def option(self, codec: str, share: float, error: float) -> PlanOption:
-        """Return the option of a codec that stores this share of the patch tokens; error: see PlanOption."""
-        views, blocks = self.config.views.count, len(self._features)
-        patches = next(iter(self._features.values())).shape[1] - self.backbone.prefix
-        stored = max(1, round(share * patches))
-        features = sum(self.block_bytes(codec, block, stored) for block in self._features)
-        beside = self._other + (2 * stored + _INDEX_ENTRY if stored < patches else 0)
-
-        def total(views: float, count: float) -> float:
-            return self.images * views * (features * count / blocks + beside) + self._fixed
-
-        whole, an_image = round(total(views, blocks)), round(views * features)
-        if self.free is None:
-            return PlanOption(codec, share, error, an_image, whole, None, None, None)
-        room = _USABLE * self.free
-        a_view = total(1, blocks) - self._fixed
-        a_block = total(views, 1) - total(views, 0)
-        return PlanOption(
-            codec=codec,
-            token_share=share,
-            error=error,
-            bytes_per_image=an_image,
-            bytes=whole,
-            fits=whole <= room,
-            max_views=max(0, int((room - self._fixed) / a_view)),
-            max_blocks=max(0, min(depth(self.backbone.model), int((room - total(views, 0)) / a_block))),
-        )
-
-    def block_bytes(self, codec: str, block: int, stored: int) -> float:
-        """Return the stored bytes of one record's features at a block, if `stored` of its patches are kept."""
-        x, prefix = self._features[block], self.backbone.prefix
-        patches = x.shape[1] - prefix
-        if stored < patches:
-            generator = torch.Generator().manual_seed(0)
-            drawn = [torch.randperm(patches, generator=generator)[:stored].sort().values for _ in range(len(x))]
-            x = take_patches(x, prefix, torch.stack(drawn).to(x.device))
-        size = 0.0
-        for few in few_records(x):
-            for values in CODECS[codec].encode(few, self._calibration[block]).values():
-                on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
-                pieces = pack_shard(on_host, len(few))
-                size += sum(map(len, pieces)) - _END_OF_SHARD
-        return size / len(x)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk on which a folder is or will be."""
-    return shutil.disk_usage(existing(folder)).free

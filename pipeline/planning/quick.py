@@ -15,8 +15,8 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
 from pipeline.planning.choice import LADDER, Costs
-from pipeline.planning.plan import Scale, draw_images, sample_features
-from pipeline.planning.sample import AUTOCAST, Record, Sample, Teacher
+from pipeline.planning.sample import AUTOCAST, Record, Sample, Teacher, draw_images, sample_features
+from pipeline.planning.scale import Scale
 from pipeline.students.new import new_student
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.models import load_teacher

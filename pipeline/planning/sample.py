@@ -19,7 +19,12 @@ from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.placement import place
 from singer.backbones import block_outputs
+from singer.errors import UserError
 
+# At most so many images are drawn. Features are kept of at most so many records and bytes.
+_IMAGES = 1024
+_RECORDS = 32
+_FEATURE_BYTES = 2**30
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -111,3 +116,54 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, BytesIO(data))
+
+
+def draw_images(config: Config, listed: Images) -> Images:
+    """Return some of the images, from all over the shards.
+
+    Broken images are left out if cache.on_error is skip. Raises UserError if none can be decoded.
+    """
+    chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
+    images = listed.select(chosen)
+    if config.cache.on_error == "fail":
+        return images
+    with ImageFile(images) as files:
+        whole = [n for n in range(len(images)) if readable(files, n)]
+    if not whole:
+        raise UserError(f"none of {len(images)} images can be decoded; the first is {images.keys[0]!r}")
+    return images.select(np.array(whole))
+
+
+def readable(files: ImageFile, number: int) -> bool:
+    """Return whether an image can be decoded."""
+    try:
+        files.read(number)
+    except UserError:
+        return False
+    return True
+
+
+def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:
+    """Return {block: features (n, N, d)} of at most `most` records, on the teacher's device.
+
+    Raises UserError if they are not finite.
+    """
+    backbone, size = teacher.backbone, config.cache.batch_size
+    tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
+    record_bytes = 4 * len(teacher.blocks) * tokens * backbone.width
+    count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
+    (records, *_) = sample.batches(count)
+    outputs = []
+    for start in range(0, count, size):
+        views = sample.load(records[start : start + size], backbone.image_size)
+        outputs.append(teacher(views))
+    features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
+    for block, x in features.items():
+        bad = ~torch.isfinite(x).flatten(1).all(1)
+        if bad.any():
+            key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
+            raise UserError(
+                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no and "
+                "teacher.dtype float32"
+            )
+    return features

@@ -1,5 +1,6 @@
 """A folder for measurements beside the future cache; it is removed at the end, even after an error or SIGTERM."""
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -52,3 +53,8 @@ def _terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder is or will be."""
+    return shutil.disk_usage(existing(folder)).free

@@ -1,7 +1,12 @@
 """Kinds of failures: what users can fix, the disk and the network, and defects of singer."""
 
+import os
+import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.runtime.logs import command_line, keep_traceback, logger, show_traceback
 from pipeline.runtime.machine import machine, versions
@@ -14,6 +19,12 @@ _MEMORY = (
 # torch uses these words in a RuntimeError if the machine cannot run it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_GPU = ("driver", "busy or unavailable", "no kernel image is available", "uncorrectable ECC", "No CUDA GPUs")
+
+
+# An interrupt has this attribute if it ended a stage that had begun to write its output.
+CLAIMED = "singer_claimed"
+# Ctrl-C ends a command with this code, as a shell does.
+INTERRUPTED = 130
 
 
 class DefectsFound(RuntimeError):
@@ -89,3 +100,35 @@ def one_line(error: Exception, most: int | None = 500) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f" ({error.filename})" if error.filename else "")
     return " ".join(text.split())[:most] or type(error).__name__
+
+
+def report_interrupt(error: KeyboardInterrupt, options: Sequence[str]) -> int:
+    """Tell the user how to go on after Ctrl-C. Return the exit code.
+
+    options: the options of the command that was interrupted, such as --resume if it has it.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        logger.error("interrupted; go on with: %s", command_to_go_on(getattr(error, CLAIMED, False), options))
+    return INTERRUPTED
+
+
+def command_to_go_on(begun: bool, options: Sequence[str]) -> str:
+    """Return the command that goes on where this process was interrupted, quoted for a shell.
+
+    begun: whether it had begun to write its output; before that, the same command is right, also with --overwrite.
+    """
+    program, *words = sys.argv
+    if begun and "--append" not in words:
+        remedy = next((option for option in ("--resume", "--overwrite") if option in options), None)
+        words = [word for word in words if word not in ("--resume", "--overwrite")] + ([remedy] if remedy else [])
+    launched = "RANK" in os.environ and not any(word.startswith("--gpus") for word in words)
+    return shlex.join([*_program(program, launched), *words])
+
+
+def _program(file: str, launched: bool) -> list[str]:
+    """Return the words that start singer as this process was started; launched: whether by a launcher."""
+    name = Path(file).name
+    if name.endswith(".py"):
+        return ["accelerate", "launch", file] if launched else ["python", file]
+    found = shutil.which(name)
+    return [name if found is None or Path(found).resolve() == Path(file).resolve() else file]

@@ -1,8 +1,9 @@
-"""Before stage 1: pack a folder of images into WebDataset shards.
+"""Before stage 1: pack images into WebDataset shards.
 
-Run it with `singer prepare IMAGES --out SHARDS`. Sub-folders are classes (ImageFolder); a flat folder has no labels. A
-mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of
-known data sets. Images are shuffled, so that every shard holds all classes; encoded bytes are kept as they are.
+Run it with `singer prepare IMAGES --out SHARDS`; IMAGES are a folder, several of them, lists or tables.
+Sub-folders are classes (ImageFolder); a flat folder has no labels. A mask or a depth map is beside its image as
+NAME.seg.png or NAME.depth.png. pipeline/data/importers/ holds the layouts of known data sets. Images are shuffled, so
+that every shard holds all classes; encoded bytes are kept as they are.
 """
 
 import io
@@ -16,20 +17,26 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.data import decode, decode_rgb, named_errors
+from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.folders import check_filled
 from pipeline.data.importers.listing import KEPT, Convert, Entry, Listing
+from pipeline.data.importers.sources import list_sources
 from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import file_keys
+from pipeline.data.sources import kind_of
+from pipeline.data.sources.tables import TABLE
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
 from singer.errors import UserError
 
 STAGE = "prepare"
 _PARTIAL = ".partial"
+# The layout of prepare.layout that is no known data set.
+_FOLDER = "folder"
+_JPEG = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
@@ -46,49 +53,77 @@ class PrepareResult:
     classes: list[str]
     skipped: list[Path]
     left_out: dict[str, int]
+    shard_images: int
 
 
-def prepare(config: Config, images: Path, out: Path, mode: Mode = "new") -> PrepareResult:
-    """Write the images below a folder as shards OUT/NAME-000000.tar.
+def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: int = 1) -> PrepareResult:
+    """Write images as shards OUT/NAME-000000.tar.
 
+    images: a folder in the layout of prepare.layout; of the layout "folder" also several, lists and tables, see
+    data.specs.resolve; parts: small sets get smaller shards than prepare.shard_images, so that there are so many.
     Raises UserError for mistakes that the user can fix.
     """
     settings = config.prepare
-    if not images.is_dir():
-        raise UserError(f"{images} {'is not a folder of images' if images.exists() else 'does not exist'}")
     partial = out / _PARTIAL
     if mode == "new" and partial.is_dir():  # what a run left that failed or was killed is not a data set
         mode = "overwrite"
-    check_output(out, mode, STAGE, config, [images, *filter(None, [settings.classes])])
-    listing = list_layout(settings.layout, images, settings.split)
+    check_output(out, mode, STAGE, config, [*sources_to_pack(config, images), *filter(None, [settings.classes])])
+    listing = list_to_pack(config, images)
+    size = max(1, min(settings.shard_images, -(-len(listing.entries) // parts))) if parts > 1 else settings.shard_images
+    config = config.model_copy(update={"prepare": settings.model_copy(update={"shard_images": size})})
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
     else:
         check_filled(listing)
-    if listing.left_out:
-        say(f"left out: {as_text(listing.left_out)}")
     with claimed_output(out, mode, STAGE, config, settings.seed), watched_decoders():
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        written, skipped = pack(config, listing, images, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
+        written, skipped = pack(config, listing, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
         if not written:
-            raise UserError(f"none of the {len(listing.entries)} images below {images} can be read")
+            raise UserError(f"none of the {len(listing.entries)} images of {images} can be read")
         if listing.classes:
             write_json(out / CLASSES, listing.classes)
         for shard in sorted(partial.glob("*.tar")):
             shard.rename(out / shard.name)
         partial.rmdir()
-    return PrepareResult(out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out))
+    return PrepareResult(
+        out, sorted(out.glob("*.tar")), written, listing.classes, skipped, dict(listing.left_out), size
+    )
 
 
-def pack(config: Config, listing: Listing, root: Path, pattern: str) -> tuple[int, list[Path]]:
+def sources_to_pack(config: Config, images: Spec) -> list[Path]:
+    """Return what holds the images: one folder, or lists, tables and folders. Raises UserError if there is none."""
+    folder = Path(images) if isinstance(images, str | Path) else Path(*images) if len(images) == 1 else None
+    if config.prepare.layout != _FOLDER and (folder is None or not folder.is_dir()):
+        raise UserError(f"--layout {config.prepare.layout}: {images} is not the folder of a data set")
+    if folder is None or not folder.is_dir():
+        return resolve(images)
+    found = resolve(images) if config.prepare.layout == _FOLDER else [folder]
+    return found if kind_of(found[0]) is TABLE else [folder]
+
+
+def list_to_pack(config: Config, images: Spec) -> Listing:
+    """List the images to pack, with their keys. Raises UserError as the layout does."""
+    settings, paths = config.prepare, sources_to_pack(config, images)
+    if len(paths) > 1 or not paths[0].is_dir():
+        if settings.split is not None:
+            raise UserError(f"--split {settings.split}: lists, tables and several folders have no splits; leave it out")
+        return list_sources(config, paths)
+    listing = list_layout(settings.layout, paths[0], settings.split)
+    if listing.left_out:
+        say(f"left out: {as_text(listing.left_out)}")
+    names = [str(Path(entry.file).relative_to(paths[0])) for entry in listing.entries]
+    entries = [replace(entry, key=key) for entry, key in zip(listing.entries, file_keys(names), strict=True)]
+    return replace(listing, entries=entries)
+
+
+def pack(config: Config, listing: Listing, pattern: str) -> tuple[int, list[Path]]:
     """Write the images of a listing as shards; return how many there are, and the files that are not readable images.
 
     pattern: the path of a shard, with %06d for its number. Raises UserError for such a file, unless settings skip it.
     """
     settings, entries = config.prepare, listing.entries
-    keys = file_keys([str(Path(entry.file).relative_to(root)) for entry in entries])
     order = np.random.default_rng(settings.seed).permutation(len(entries))
     skipped: list[Path] = []
     import webdataset  # late, as it waits for torch
@@ -105,7 +140,7 @@ def pack(config: Config, listing: Listing, root: Path, pattern: str) -> tuple[in
                 say(f"skipped: {error}")
                 skipped.append(Path(entries[number].file))
                 continue
-            writer.write({"__key__": keys[number], **sample})
+            writer.write({"__key__": entries[number].key, **sample})
             m.advance(1)
     return len(entries) - len(skipped), skipped
 
@@ -139,10 +174,10 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert], max_pixels: int) -
     file cannot be read.
     """
     file = Path(entry.file)
-    data = _bytes_of(file)
-    with named_errors(printable(file)):
+    data, where = (_bytes_of(file), printable(file)) if entry.read is None else entry.read()
+    with named_errors(where):
         decode_rgb(data, max_pixels=max_pixels)
-    sample = {KEPT.get(file.suffix.lower(), "png"): data}
+    sample = {KEPT.get(file.suffix.lower(), "jpg" if data.startswith(_JPEG) else "png"): data}
     for name, place in ((name, Path(path)) for name, path in (entry.beside or {}).items()):
         sample[name] = _bytes_of(place)
         pixels = decode(sample[name], printable(place), ("PNG",), max_pixels)

@@ -1,16 +1,16 @@
 """Files at URLs that are copied to this machine, because images are read by their place, again and again."""
 
-import fcntl
 import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.progress import say
 from pipeline.storage.atomic import TEMPORARY
+from pipeline.storage.file_locks import flock
 from pipeline.storage.remote import RemoteStore
 from singer.errors import UserError
 
@@ -54,10 +54,9 @@ def _copy(store: RemoteStore, name: str) -> Path:
     version = f"{url}\n{meta['size']}\n{meta['e_tag']}\n{meta['last_modified']}"
     target = folder() / hashlib.sha256(version.encode()).hexdigest()[:16] / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    # One of the processes of this machine copies, and the others wait. Where a file system has no locks, each copies.
+    # One of the processes of this machine copies, and the others wait. Where a file system has no flock, each copies.
     with target.with_name(f".{name}.lock").open("w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        flock(lock.fileno(), target, wait=True)
         if not target.is_file():
             say(f"copying {url} ({meta['size'] / 1e6:.4g} MB) to {target}")
             unfinished = target.with_name(f".{name}.{os.getpid()}{TEMPORARY}")

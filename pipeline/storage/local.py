@@ -1,6 +1,5 @@
 """The store in a folder."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.runtime.logs import is_log
-from pipeline.storage.atomic import TEMPORARY, is_at, write_atomic
+from pipeline.storage.atomic import TEMPORARY, write_atomic
 from pipeline.storage.base import Ranges, missing
 from pipeline.storage.batched_reads import read_scattered
+from pipeline.storage.file_locks import check, exclusive
 from pipeline.storage.open_files import Opened, OpenFile, Pool, shared
-from singer.errors import UserError
 
 
 class LocalStore:
@@ -51,6 +50,7 @@ class LocalStore:
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Write a file durably, all or nothing."""
         path = self.path / name
+        check(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, *parts)
         self._files.pop(name, None)
@@ -78,30 +78,18 @@ class LocalStore:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold an flock on `.NAME.lock` beside the folder; the system frees it however the process ends.
+        """Keep other runs out of the folder until the block ends, see file_locks.exclusive.
 
         Raises UserError if another run holds it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.path.parent / f".{self.path.name}.lock"
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The last holder removes the file, and a lock on a removed file keeps no other run out.
-                held = is_at(file.fileno(), lock)
-            except BlockingIOError:
-                held = False
-            if not held:
-                raise UserError(f"{self.path} is being written by another run")
-            try:
-                # Remove what holders that died have left.
-                shutil.rmtree(self._removed, ignore_errors=True)
-                for name, _ in self._everything():
-                    if name.endswith(TEMPORARY):
-                        self.remove(name)
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with exclusive(self.path):
+            # Remove what holders that died have left.
+            shutil.rmtree(self._removed, ignore_errors=True)
+            for name, _ in self._everything():
+                if name.endswith(TEMPORARY):
+                    self.remove(name)
+            yield
 
     @property
     def _removed(self) -> Path:

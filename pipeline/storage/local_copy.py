@@ -1,8 +1,8 @@
 """Local copies of remote objects."""
 
-import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.storage.atomic import TEMPORARY, is_at, write_durably
 from pipeline.storage.base import Ranges, Store
+from pipeline.storage.file_locks import flock
 from pipeline.storage.local import LocalStore
 from singer.errors import UserError
 
@@ -44,8 +45,13 @@ class ReadThrough:
         unfinished = copy.with_name(f".{copy.name}{TEMPORARY}")
         file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not is_at(file, unfinished):
+            if not flock(file, copy, wait=True):
+                # Each process and thread copies for itself, to a file of its own.
+                os.close(file)
+                unfinished.unlink(missing_ok=True)
+                unfinished = copy.with_name(f".{copy.name}.{secrets.token_hex(8)}{TEMPORARY}")
+                file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            elif not is_at(file, unfinished):
                 return
             try:
                 data = self._source.read(name)

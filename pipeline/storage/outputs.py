@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.config import Config, dump_config
-from pipeline.runtime.failures import setting
+from pipeline.runtime.failures import CLAIMED, setting
 from pipeline.runtime.logs import LOG, command_line, log_file, logger, rank_log
 from pipeline.runtime.machine import versions
 from pipeline.storage import Place, Store, is_remote, open_store, write_atomic
@@ -98,7 +98,11 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         if mode != "append":
             write_provenance(store, stage, config, seed)
         with nullcontext() if stage in _LOGLESS else stage_log(place, config):
-            yield
+            try:
+                yield
+            except KeyboardInterrupt as interrupt:
+                setattr(interrupt, CLAIMED, True)  # what is there now is this run's own
+                raise
 
 
 def stage_log(place: Place, config: Config) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
@@ -22,6 +22,7 @@ from obstore.store import from_url
 from pipeline.runtime.logs import is_log
 from pipeline.storage import locks
 from pipeline.storage.base import LOCK, Ranges, missing, too_short
+from pipeline.storage.spans import Span, neighbours
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # obstore has no such names at run time
@@ -34,8 +35,6 @@ _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 # Larger objects travel in pieces of this many bytes, several at once: none takes long, and a lost one costs little.
 _PIECE = 8 * 2**20
 _PIECES_AT_ONCE = 6
-# Reading this many bytes in vain takes less time than another request.
-_GAP = 2**20
 # Training survives shorter outages. A dead endpoint fails after 40 s, one that accepts but never answers after 60 s.
 _RETRY: "RetryConfig" = {
     "retry_timeout": timedelta(seconds=40),
@@ -141,7 +140,7 @@ class RemoteStore:
     def read_ranges(self, ranges: Ranges) -> None:
         """Fill ranges.out. Raises UserError if an object is missing or too short."""
 
-        def fetch(group: Sequence[_Range]) -> None:
+        def fetch(group: Sequence[Span]) -> None:
             name, start, end = group[0].name, group[0].start, max(r.end for r in group)
             data = self._repeat(lambda: self._range(name, start, end), name)
             for r in group:
@@ -150,10 +149,10 @@ class RemoteStore:
         names, which, offsets, lengths, out, places = ranges
         whole = out.data
         columns = (column.tolist() for column in (which, offsets, offsets + lengths, places))
-        wanted = [_Range(names[n], *row) for n, *row in zip(*columns, strict=True) if row[1] > row[0]]
+        wanted = [Span(names[n], *row) for n, *row in zip(*columns, strict=True) if row[1] > row[0]]
         with ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
             try:
-                list(pool.map(fetch, _neighbours(wanted)))
+                list(pool.map(fetch, neighbours(wanted, _PIECE)))
             except FileNotFoundError as error:
                 raise missing(error.filename) from None
 
@@ -280,26 +279,6 @@ class RemoteStore:
             raise OSError(
                 f"{place}: {_reason(error)}; check the URL, and the endpoint and credentials in the environment"
             ) from None
-
-
-class _Range(NamedTuple):
-    name: str
-    start: int
-    end: int
-    place: int
-
-
-def _neighbours(ranges: list[_Range]) -> Iterator[list[_Range]]:
-    """Group ranges that one request fetches: with small gaps only, and no more than a piece unless one is larger."""
-    # obstore's own get_ranges does the same, but panics if an object ends too early.
-    group: list[_Range] = []
-    for r in sorted(ranges):
-        if group and (r.name != group[0].name or r.start > group[-1].end + _GAP or r.end > group[0].start + _PIECE):
-            yield group
-            group = []
-        group.append(r)
-    if group:
-        yield group
 
 
 def _reason(error: Exception) -> str:

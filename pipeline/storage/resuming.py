@@ -36,6 +36,8 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
-        if there != here and meta(section_of(config, section), key).affects == "result":
+        about = meta(section_of(config, section), key)
+        # The stage asks again when it knows what "auto" is on this machine.
+        if about.affects == "result" and there != here and not (about.by_machine and here == "auto"):
             return f"{section}.{key} {there}, not {here}"
     return None

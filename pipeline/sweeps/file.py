@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
-from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, figures_of
+from pipeline.evaluation.figures import FIGURES, choose_figure, figures_of
 from singer.errors import UserError
 
 # The sections that may vary in a sweep, because the cache stays the same.
@@ -139,7 +139,7 @@ def make_plan(tree: Any) -> Plan:
         tuple(runs),
         refiners,
         probes,
-        _rank_by(file.rank_by, figures_of(probes)),
+        choose_figure(file.rank_by, figures_of(probes)),
         file.together,
     )
 
@@ -287,15 +287,6 @@ def _check_different(entries: Sequence[RunEntry], runs: list[Run]) -> None:
         if settings in seen:
             raise UserError(f"runs {seen[settings]} and {run.name} have the same configuration; leave one out")
         seen[settings] = run.name
-
-
-def _rank_by(asked: str | None, figures: list[str]) -> str:
-    if asked is None:
-        return DEFAULT_FIGURE if DEFAULT_FIGURE in figures else figures[0]
-    if asked not in figures:
-        near = difflib.get_close_matches(asked, figures, n=1, cutoff=0)[0]
-        raise UserError(f"rank_by: no figure {asked!r} among those of its probes; did you mean {near!r}?")
-    return asked
 
 
 def _explain(error: ErrorDetails) -> str:

@@ -22,6 +22,7 @@ from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.outputs import read_json
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
+from pipeline.teachers.hints import nearest_model
 from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
 from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
@@ -85,9 +86,8 @@ def check_known(name: str, message: str) -> None:
     """
     if ":" in name or timm.is_model(name):
         return
-    family = timm.list_models(f"{name[:3]}*") or timm.list_models(module="vision_transformer")
-    near = difflib.get_close_matches(name, family, n=1, cutoff=0.4)
-    raise UserError(message + (f"; did you mean {near[0]!r}?" if near else ""))
+    near = nearest_model(name)
+    raise UserError(message + (f"; did you mean {near!r}?" if near else ""))
 
 
 def _frozen(backbone: Backbone) -> Backbone:
@@ -123,6 +123,8 @@ def create_model(
         if not isinstance(model_args, dict):
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
+        if isinstance(kwargs.get("img_size"), list):
+            kwargs["img_size"] = _one_side(kwargs["img_size"], folder)
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
@@ -200,6 +202,13 @@ def _other_source(
         return saved_transformers(folder, config, image_size, weights)
     source = name if folder is None else f"{HF}{folder}"
     return create_transformers(source, image_size, weights, pretrained, what, averaged)
+
+
+def _one_side(size: list[Any], folder: Path) -> Any:
+    """Return the side of an image size [rows, columns], as timm may write it. Raises UserError if they differ."""
+    if len(set(size)) != 1:
+        raise UserError(f"{folder / 'config.json'}: only square inputs are supported, not img_size {size}")
+    return size[0]
 
 
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:

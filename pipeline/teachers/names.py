@@ -12,6 +12,9 @@ __all__ = ["CONFIG", "HF", "LOCAL", "OWN", "is_function", "is_transformers", "lo
 LOCAL = "local-dir:"
 CONFIG = "config.json"
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+# Names with a slash by which Hugging Face and OpenAI know models; timm has most of these under names of its own.
+_MAKERS = "apple|facebook|google|laion|microsoft|nvidia|openai|timm"
+_HUBS = re.compile(rf"(?:{_MAKERS})/[^/]+$|(?i:clip )?ViT-\w+/\d+\b[^/]*$")
 
 
 def local_folder(name: str) -> Path | None:
@@ -31,4 +34,4 @@ def is_transformers(config: Mapping[str, Any]) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Return whether a name can only be a path: names of timm have no slash, and others a prefix such as hf-hub:."""
-    return ":" not in name and ("/" in name or name.startswith((".", "~")))
+    return ":" not in name and ("/" in name or name.startswith((".", "~"))) and not _HUBS.match(name)

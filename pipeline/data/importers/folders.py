@@ -48,6 +48,12 @@ def _beside(root: Path, file: str, maps: Collection[str]) -> dict[str, str]:
     return {name: f"{root}/{place}" for name, place in places.items() if place in maps}
 
 
+def beside(file: str) -> dict[str, str]:
+    """Return {extension: file} of the maps that are beside an image."""
+    places = {name: f"{file.rpartition('.')[0]}.{name}" for name in BESIDE}
+    return {name: place for name, place in places.items() if Path(place).is_file()}
+
+
 def check_filled(listing: Listing) -> None:
     """Raise UserError for a class folder without images: to leave it out would shift the numbers of those after it."""
     if listing.class_root is None:

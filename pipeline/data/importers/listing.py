@@ -21,11 +21,17 @@ Convert = Callable[[np.ndarray], np.ndarray]
 # There may be millions of entries, and a Path takes much more memory than a string.
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image. label: its class number, if it has one; beside: {extension: file} of its mask and depth map."""
+    """An image.
+
+    label: its class number, if it has one; beside: {extension: file} of its mask and depth map; key: its name in
+    shards, by default that of its file; read: returns its bytes and its name in messages, if it is no file of its own.
+    """
 
     file: str
     label: int | None = None
     beside: Mapping[str, str] | None = None
+    key: str | None = None
+    read: Callable[[], tuple[bytes, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Listing:
     entries: list[Entry]
     classes: list[str]
     convert: Mapping[str, Convert] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Mapping[str, int] = field(default_factory=Counter)
     class_root: Path | None = None
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def suffix_of(name: str) -> str:
     return f".{suffix.lower()}" if dot and stem else ""
 
 
-def as_text(left_out: Counter[str]) -> str:
+def as_text(left_out: Mapping[str, int]) -> str:
     """Return counts as text: `3 .txt, 1 .mov, 2 hidden`, the most frequent first."""
     ordered = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {printable(kind)}" for kind, count in ordered)

@@ -1,0 +1,77 @@
+"""Ctrl-C ends every command with code 130 and the command that goes on, which works as it is printed."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_singer, world_config
+
+from pipeline.config import dump_config
+from pipeline.runtime import failures
+from pipeline.runtime.failures import command_to_go_on
+
+# {command: (what is interrupted after the output was claimed, its words)}
+LONG: dict[str, tuple[str, tuple[object, ...]]] = {
+    "prepare": ("pipeline.stages.prepare.pack", ("W/images/train", "--out", "O")),
+    "cache-teacher": ("pipeline.stages.cache_teacher.fill_segments", ("--images", "W/train", "--out", "O", "C")),
+    "refine": ("pipeline.stages.refine.measure_blocks", ("--cache", "W/cache", "--out", "O", "C")),
+    "distill": ("pipeline.stages.distill.run_jobs", ("--cache", "W/cache", "--out", "O", "C")),
+    "evaluate": ("pipeline.stages.evaluate.list_probe_images", ("W/teacher", "--test", "W/test", "--train", "W/train")),
+    "embed": ("pipeline.stages.embed.feature_batches", ("W/teacher", "W/test", "--out", "O.npy", "C")),
+    "run": ("pipeline.chains.run.measure_costs", ("W/images/train", "--out", "O", "C")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_command_that_is_printed_goes_on(
+    name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place, words = LONG[name]
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(world_config(world, "distill.epochs=1", "refine.cleaner=neighbour")))
+    given = [str(w).replace("W/", f"{world}/").replace("O", f"{tmp_path}/out") for w in words if w != "C"]
+    given += ["--config", str(config)] if "C" in words else []
+
+    def ctrl_c(*_: Any, **how: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, ctrl_c)
+        assert run_singer(patch, name, *given) == 130
+    err = capfd.readouterr().err
+    (said,) = [line for line in err.splitlines() if "interrupted" in line]
+    assert "Traceback" not in err and said.startswith("error: interrupted; go on with: singer ")
+    again = shlex.split(said.partition("go on with: ")[2])[1:]
+    if name == "run":  # test_run kills it at every stage
+        assert again[-1] == "--resume"
+    elif name == "evaluate":  # it takes long, and writes nothing before its end
+        assert again == [name, *given]
+    else:
+        assert run_singer(monkeypatch, *again) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "again"),
+    [
+        ("distill --out a --overwrite", True, "distill --out a --resume"),
+        ("distill --out a --overwrite", False, "distill --out a --overwrite"),
+        ("distill --out 'a b' --resume", True, "distill --out 'a b' --resume"),
+        ("cache-teacher --append --out a", True, "cache-teacher --append --out a"),
+    ],
+)
+def test_the_options_that_go_on(words: str, begun: bool, again: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["singer", *shlex.split(words)])
+    monkeypatch.delenv("RANK", raising=False)
+    assert command_to_go_on(begun, ("--resume", "--overwrite")) == f"singer {again}"
+    monkeypatch.setattr("sys.argv", ["cli.py", *shlex.split(words)])
+    assert command_to_go_on(begun, ("--resume",)) == f"python cli.py {again}"
+    monkeypatch.setenv("RANK", "0")
+    assert command_to_go_on(begun, ("--resume",)) == f"accelerate launch cli.py {again}"
+
+
+def test_a_program_that_is_not_on_the_path_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "bin" / "singer"), "demo"])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(failures.shutil, "which", lambda name: f"/elsewhere/{name}")
+    assert command_to_go_on(False, ()) == f"{tmp_path}/bin/singer demo"
