@@ -146,11 +146,6 @@ class Distiller(nn.Module):
         if maps:
             self.student.to(memory_format=torch.channels_last)
         self.dropout: PatchDropout | None = None
-        # Convolutions on a GPU take channels-last tensors without converting them.
-        maps = not student.gives_tokens and heads[0].targets.device.type == "cuda"
-        self.memory_format = torch.channels_last if maps else torch.contiguous_format
-        if maps:
-            self.student.to(memory_format=torch.channels_last)
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
