@@ -71,7 +71,12 @@ def test_the_options_that_go_on(words: str, begun: bool, again: str, monkeypatch
 
 
 def test_a_program_that_is_not_on_the_path_is_named_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "singer").touch()
     monkeypatch.setattr("sys.argv", [str(tmp_path / "bin" / "singer"), "demo"])
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(failures.shutil, "which", lambda name: f"/elsewhere/{name}")
-    assert command_to_go_on(False, ()) == f"{tmp_path}/bin/singer demo"
+    for elsewhere in ("/elsewhere/singer", None):
+        monkeypatch.setattr(failures.shutil, "which", lambda _, found=elsewhere: found)
+        assert command_to_go_on(False, ()) == f"{tmp_path}/bin/singer demo"
+    monkeypatch.setattr(failures.shutil, "which", lambda _: f"{tmp_path}/bin/singer")
+    assert command_to_go_on(False, ()) == "singer demo"

@@ -130,5 +130,5 @@ def _program(file: str, launched: bool) -> list[str]:
     name = Path(file).name
     if name.endswith(".py"):
         return ["accelerate", "launch", file] if launched else ["python", file]
-    found = shutil.which(name)
-    return [name if found is None or Path(found).resolve() == Path(file).resolve() else file]
+    found = Path(shutil.which(name) or "")
+    return [file if Path(file).is_file() and found.resolve() != Path(file).resolve() else name]

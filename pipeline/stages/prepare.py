@@ -44,7 +44,8 @@ class PrepareResult:
     """The shards that were written.
 
     classes: names in the order of their labels; skipped: files that are not readable images; left_out: {kind: how many
-    other files are in the folder}, where a kind is a suffix, or one of the names in importers/walk.py.
+    other files are in the folder}, where a kind is a suffix, or one of the names in importers/walk.py;
+    shard_images: at most in a shard.
     """
 
     out: Path
