@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.cache import create
 from pipeline.cache.background_writer import filling
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encode import Batch, Encoder, Values, calibration_on
+from pipeline.cache.encode import Encoder, TeacherBatch, Values, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
@@ -123,7 +123,7 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 views: Values = {VIEWS: torch.from_numpy(synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1))}
-                store({BLOCK: features[batch % len(features)]}, Batch(rows, torch.empty(0), views, {}))
+                store({BLOCK: features[batch % len(features)]}, TeacherBatch(rows, torch.empty(0), views, {}))
 
     return seconds(store_all)
 

@@ -548,6 +548,20 @@ def test_patches_with_rotary_positions_keep_their_places() -> None:
     assert dropout.kept is not None and dropout.kept.shape == (2, 8) and tokens.shape == (2, 5 + 8, 48)
 
 
+def test_a_share_of_the_images_is_trained_on(world: Path, tmp_path: Path) -> None:
+    """The same at every step and beside held-out ones; a smaller share is a part of a larger one."""
+    cache, settings = Cache(world / "cache"), world_config(world).distill
+    assert split_images(cache, settings)[0] is None
+    parts = {}
+    for share in (0.3, 0.6, 1.0):
+        train, held_out = split_images(cache, settings.model_copy(update={"share": share, "holdout": 0.1}))
+        assert train is not None and len(train) == round(90 * share) and not {*train} & {*held_out}
+        parts[share] = {*train.tolist()}
+    assert parts[0.3] < parts[0.6] < parts[1.0]
+    run = distill(world_config(world, "distill.share=0.3", "distill.epochs=3"), world / "cache", tmp_path / "run")
+    assert run.steps == 3 * 2  # 30 records in batches of 16
+
+
 def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
     """All views of an image are on one side; figures of the others are in the log after every epoch."""
     config = world_config(world, "distill.holdout=0.1", "distill.epochs=3", "distill.lr=3e-3")

@@ -25,7 +25,7 @@ Values = dict[str, Tensor | Ragged]
 
 
 @dataclass(frozen=True)
-class Batch:
+class TeacherBatch:
     """The views of some records for the teacher, and what is stored beside its features.
 
     pixels: (n, size, size, 3) uint8; extra: values of the arrays that are not features; unreadable: {image: why it
@@ -59,7 +59,7 @@ class Encoder:
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
         return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
 
-    def load(self, read: RowReader, records: np.ndarray) -> Batch:
+    def load(self, read: RowReader, records: np.ndarray) -> TeacherBatch:
         """Read the views of some records: for the teacher and, at the size of stored pixels, for the students."""
         pixels, rows = self._manifest.pixels, read(records)
         extra: Values = {VIEWS: torch.from_numpy(rows.found.view(np.uint8).reshape(len(records), -1))}
@@ -67,7 +67,7 @@ class Encoder:
             small = rows.pixels[pixels.size]
             extra[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
         large = rows.pixels[self._manifest.teacher.image_size]
-        return Batch(records, large, extra | self.positions(records), rows.unreadable)
+        return TeacherBatch(records, large, extra | self.positions(records), rows.unreadable)
 
     def positions(self, records: np.ndarray) -> Values:
         """Return the numbers of the stored patches of some records as values; return no values if all are stored."""
@@ -80,7 +80,7 @@ class Encoder:
         ]
         return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
-    def __call__(self, features: dict[int, Tensor], batch: Batch) -> Iterator[tuple[str, Tensor | Ragged]]:
+    def __call__(self, features: dict[int, Tensor], batch: TeacherBatch) -> Iterator[tuple[str, Tensor | Ragged]]:
         """Yield (array, its values of some records); the values of each array are in the order of the records.
 
         Raises UserError naming the image's key for a NaN or Inf.

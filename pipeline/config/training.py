@@ -118,6 +118,7 @@ class DistillConfig(Section):
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
+    share: Fraction = key(1.0, "share of the images, drawn at random, that are trained on", shared=True)
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0,
         "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",

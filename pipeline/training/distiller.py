@@ -130,18 +130,19 @@ class TeacherBranch:
 class Distiller(nn.Module):
     """The module with all that is trained: a student, and what it has for each teacher. It computes the losses."""
 
-    def __init__(self, student: Backbone, heads: Sequence[TeacherBranch]) -> None:
+    def __init__(self, student: Backbone, branches: Sequence[TeacherBranch]) -> None:
         super().__init__()
         self.student = student.model
-        self.heads = list(heads)
+        self.branches = list(branches)
         # A single teacher has no name in parameters and losses.
-        named = {head.name: nn.ModuleDict(head.trained) for head in heads} if len(heads) > 1 else heads[0].trained
+        trained = {branch.name: nn.ModuleDict(branch.trained) for branch in branches}
+        named = trained if len(branches) > 1 else branches[0].trained
         for name, module in named.items():
             self.add_module(name, module)
-        self.blocks = sorted({block for head in heads for block in head.matching.values()})
+        self.blocks = sorted({block for branch in branches for block in branch.matching.values()})
         freeze_unused(self.student, self.blocks[-1], student.image_size)
         # Convolutions on a GPU take channels-last tensors without converting them.
-        maps = not student.gives_tokens and heads[0].targets.device.type == "cuda"
+        maps = not student.gives_tokens and branches[0].targets.device.type == "cuda"
         self.memory_format = torch.channels_last if maps else torch.contiguous_format
         if maps:
             self.student.to(memory_format=torch.channels_last)
@@ -149,14 +150,14 @@ class Distiller(nn.Module):
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
-        losses, named = self(batch), len(self.heads) > 1
-        errors = {f"{h.name}.{b}" if named else str(b): x for h in self.heads for b, x in h.errors.items()}
+        losses, named = self(batch), len(self.branches) > 1
+        errors = {f"{h.name}.{b}" if named else str(b): x for h in self.branches for b, x in h.errors.items()}
         return losses, errors
 
     def drop_patches(self) -> None:
         """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
-        for head in self.heads:
-            head.targets.check_kept()
+        for branch in self.branches:
+            branch.targets.check_kept()
         self.dropout = install(self.student)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -165,9 +166,9 @@ class Distiller(nn.Module):
         outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
         losses: dict[str, Tensor] = {}
-        for head, features in zip(self.heads, batch.teacher_features, strict=True):
-            found = head.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling, kept)
-            prefix = f"{head.name}." if len(self.heads) > 1 else ""
+        for branch, features in zip(self.branches, batch.teacher_features, strict=True):
+            found = branch.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling, kept)
+            prefix = f"{branch.name}." if len(self.branches) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
 

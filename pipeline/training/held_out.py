@@ -21,18 +21,19 @@ _MOST_RECORDS = 2048
 def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | None, np.ndarray]:
     """Return the records to train on, None for all, and at most 2,048 others to measure on.
 
-    All views of an image are on one side. Raises UserError if there is nothing left to train on.
+    Images are drawn, with all their views: distill.holdout of all to measure on, and of the others distill.share to
+    train on. Raises UserError if there is nothing left to train on.
     """
-    if not settings.holdout:
+    if not settings.holdout and settings.share == 1:
         return None, np.arange(0)
     image = cache.index.image
-    images = np.unique(image)
-    count = max(1, round(settings.holdout * len(images)))
-    if count >= len(images):
-        raise UserError(f"distill.holdout: {cache.place} has {len(images)} images, of which {count} would be held out")
-    held = np.random.default_rng([settings.seed, 1]).permutation(images)[:count]
-    apart = np.isin(image, held)
-    return np.flatnonzero(~apart), np.flatnonzero(apart)[:_MOST_RECORDS]
+    images = np.random.default_rng([settings.seed, 1]).permutation(np.unique(image))
+    held = max(1, round(settings.holdout * len(images))) if settings.holdout else 0
+    if held >= len(images):
+        raise UserError(f"distill.holdout: {cache.place} has {len(images)} images, of which {held} would be held out")
+    kept = max(1, round(settings.share * (len(images) - held)))
+    trained = np.isin(image, images[held : held + kept])
+    return np.flatnonzero(trained), np.flatnonzero(np.isin(image, images[:held]))[:_MOST_RECORDS]
 
 
 class HeldOut:

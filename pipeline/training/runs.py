@@ -99,7 +99,7 @@ class NewStudent:
         joint: JointTraining | None = None
         self.fresh: Refiner | None = None
         texts = read_matrix(settings.texts) if settings.texts is not None else None
-        heads = []
+        branches = []
         for source, refiner in zip(sources, refiners, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
@@ -107,13 +107,13 @@ class NewStudent:
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
-            heads.append(
+            branches.append(
                 TeacherBranch(
                     self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
                     whole=settings.token_share == 1,
                 )
             )  # fmt: skip
-        self.distiller = Distiller(self.student, heads).to(device)
+        self.distiller = Distiller(self.student, branches).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
         self.records, self.held_out = split_images(sources[0].cache, settings)
@@ -127,12 +127,12 @@ class NewStudent:
     def taught(self) -> list[TeacherLink]:
         """Return what the student learns from each teacher; the matching has only blocks that an objective reads."""
         found = []
-        for source, head in zip(self.sources, self.distiller.heads, strict=True):
+        for source, branch in zip(self.sources, self.distiller.branches, strict=True):
             t, note = source.cache.manifest.teacher, source.note
             path = str(source.refiner) if source.refiner is not None else None
             teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(TeacherLink(source.cache.id, path, head.matching, teacher, refiner, str(source.cache.place)))
+            found.append(TeacherLink(source.cache.id, path, branch.matching, teacher, refiner, str(source.cache.place)))
         return found
 
     def matched(self) -> list[str]:
@@ -142,11 +142,11 @@ class NewStudent:
             return f"{block} ({width}, {grid[0]} x {grid[1]})"
 
         lines = []
-        for source, head in zip(self.sources, self.distiller.heads, strict=True):
+        for source, branch in zip(self.sources, self.distiller.branches, strict=True):
             t = source.cache.manifest.teacher
             pairs = [
-                f"{place(b, t.width_of(b), t.grid_of(b))} -> {place(s, *head.layout[s])}"
-                for b, s in head.matching.items()
+                f"{place(b, t.width_of(b), t.grid_of(b))} -> {place(s, *branch.layout[s])}"
+                for b, s in branch.matching.items()
             ]
             owner = f"of {source.name} " if len(self.sources) > 1 else ""
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
