@@ -3,18 +3,14 @@
 Most are timm's. Names that begin with hf: are models of transformers, package.module:function is a model of one's own.
 """
 
-import difflib
 import inspect
-import json
 import logging
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 
 from pipeline.config import TeacherConfig
@@ -25,15 +21,13 @@ from pipeline.teachers.fetching import first_line, why_not_fetched
 from pipeline.teachers.hints import nearest_model
 from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
 from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
+from pipeline.teachers.outlines import fitting_models, outline_of
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
 from pipeline.teachers.placement import narrow
-from pipeline.teachers.weights import describe_size, read_weights
-from singer.backbones import depth, gives_tokens, patch_size
+from pipeline.teachers.weights import read_weights
+from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 
-# What timm calls ViTs of a width, and how many such models are looked at for a hint: each takes a tenth of a second.
-_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
-_MOST_TRIED = 8
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
 # What to do without a network; the keys say where the name of the model was given.
@@ -162,17 +156,6 @@ def create_model(
     )
 
 
-def _outline(name: str, args: Mapping[str, Any]) -> Any:
-    """Build a model of timm without the values of its tensors, which takes no memory."""
-    return _known_outline(name, json.dumps(args))
-
-
-@lru_cache(maxsize=4)  # without values, it takes longer to build a model than with them
-def _known_outline(name: str, args: str) -> Any:
-    with torch.device("meta"):
-        return timm.create_model(name, **json.loads(args))
-
-
 def _other_source(
     name: str,
     image_size: int | None,
@@ -214,28 +197,9 @@ def _one_side(size: list[Any], folder: Path) -> Any:
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensors of a model of timm; none if it cannot be built (_build says why)."""
     try:
-        return set(_outline(name, {k: v for k, v in args.items() if v is not None}).state_dict())
+        return set(outline_of(name, {k: v for k, v in args.items() if v is not None}).state_dict())
     except Exception:  # timm raises errors of many types
         return set()
-
-
-def _fitting(name: str, state: Mapping[str, torch.Tensor]) -> str:
-    """Return a hint that names models of the same family with the width, depth and patch size of some weights."""
-    size, family = describe_size(state), name.partition(".")[0]
-    if size is None or not timm.is_model(family):
-        return ""
-    width, blocks, patch = size
-    near = sorted(
-        timm.list_models(f"*{_SIZES.get(width, '')}*patch{patch}*"),
-        key=lambda other: -difflib.SequenceMatcher(None, family, other).ratio(),
-    )
-    found = []
-    for other in near[:_MOST_TRIED]:
-        outline = _outline(other, {})
-        if gives_tokens(outline) and (getattr(outline, "embed_dim", None), depth(outline)) == (width, blocks):
-            found.append(other)
-    like = f", as {', '.join(found[:3])}" if found else ""
-    return f"; they are {width} wide and have {blocks} blocks and patches of {patch} pixels{like}"
 
 
 def _takes_image_size(model: Any) -> bool:
@@ -258,7 +222,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
     subject = f"{what} {name}"
     try:
         plain = {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg_overlay", "img_size")}
-        outline = _outline(name, plain)
+        outline = outline_of(name, plain)
         if not hasattr(outline, "forward_intermediates"):
             raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
         patch, size = patch_size(outline), kwargs.get("img_size")
@@ -283,7 +247,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             raise  # this is a defect, or the disk fails
         remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
         if subject.startswith(f"weights {weights} "):
-            remedy = _fitting(name, kwargs["pretrained_cfg_overlay"]["state_dict"])
+            remedy = fitting_models(name, kwargs["pretrained_cfg_overlay"]["state_dict"])
         raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error
 
 
