@@ -216,10 +216,10 @@ def check_chain(
     for option, most in (("hours", hours), ("disk-gb", disk_gb)):
         if most is not None and not most > 0:
             raise UserError(f"--{option} {most:g} must be above 0")
-    if config.student.name == "vit" and config.student.dim is None:
-        raise UserError("give --student NAME: a timm model, or vit with student.dim, student.depth and student.heads")
     specs = [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
     look("run", config, out, mode, images=[specs])
+    if config.student.name == "vit" and config.student.dim is None:
+        raise UserError("give --student NAME: a timm model, or vit with student.dim, student.depth and student.heads")
     given: dict[str, Any] = {
         "photos": " ".join(specs),
         "teacher": config.teacher.name,
