@@ -79,7 +79,8 @@ class Learning:
             yield self._student(steps, name, refined)
         if self.test:
             for name in self.students:
-                yield self._probe(f"probe {name}", f"probing the student {name}", self.out / name, None)
+                title = "probing the student" + (f" {name}" if len(self.students) > 1 else "")
+                yield self._probe(f"probe {name}", title, self.out / name, None)
             yield self._probe("probe teacher", "probing the teacher", None, self.out / PROBES)
         yield self._report()
 

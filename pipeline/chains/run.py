@@ -29,7 +29,8 @@ from pipeline.teachers.names import local_folder
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"
-_STAGES = 8
+# With labels; without them there are fewer.
+_STAGES = 9
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def run(
         learning = Learning(
             planned, out, parts.train, parts.probe, parts.test, {STUDENT: True}, "Student of one teacher"
         )
-        results = {stage.name: stage.follow(steps) for stage in [*learning.stages(steps), _export(learning, steps)]}
+        stages = [*learning.stages(steps), _export(learning, steps)]
+        steps.total = 2 + len(stages)
+        results = {stage.name: stage.follow(steps) for stage in stages}
         if steps.main and parts.why:
             say(f"no probes: {parts.why}")
     return RunResult(

@@ -22,7 +22,7 @@ class Steps:
 
     def __init__(self, out: Path, mode: Mode, total: int, accelerator: Accelerator) -> None:
         self.out, self.accelerator, self._mode = out, accelerator, mode
-        self._number, self._total = 0, total
+        self._number, self.total = 0, total
         self._done: dict[str, Any] = read_json(out, STEPS, "chain") if (out / STEPS).exists() else {}
 
     @property
@@ -65,7 +65,7 @@ class Steps:
         """Announce a step. Return whether it has to be done."""
         self._number += 1
         if self.main:
-            say(f"{self._number}/{self._total} {title}{' (done before)' if name in self._done else ''}")
+            say(f"{self._number}/{self.total} {title}{' (done before)' if name in self._done else ''}")
         return name not in self._done
 
     def _record(self, name: str, result: Any) -> None:
