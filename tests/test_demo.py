@@ -44,8 +44,9 @@ def test_teacher_reads_digits_and_has_the_planted_artifacts() -> None:
 
 
 def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shortened: one drawing of each digit, one epoch; the page must hold all it promises."""
+    """Shortened: one drawing of every fourth digit, one epoch; the page must hold all it promises."""
     monkeypatch.setattr("pipeline.chains.demo.COPIES", {"train": 1, "test": 1})
+    monkeypatch.setattr("pipeline.chains.digits.split_indices", lambda split: split_indices(split)[::4])
     config = load_config("demo", ["distill.epochs=1", "refine.steps=30", "evaluate.strengths=[0.1]"])
     result = demo(config, tmp_path / "demo")
     page = result.report.read_text()
@@ -54,6 +55,6 @@ def test_demo_runs_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "http" not in page and "<script" not in page
     ratios = result.mean_max_over_median
     assert ratios["teacher"] > 5 > ratios["refined teacher"] and {"fitnet", "singer"} < set(ratios)
-    assert set(result.linear) == {"FitNet", "SiNGER", "teacher"} and result.linear["teacher"]["cls"]["top1"] > 90
+    assert set(result.linear) == {"FitNet", "SiNGER", "teacher"} and result.linear["teacher"]["cls"]["top1"] > 75
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         demo(config, tmp_path / "demo")

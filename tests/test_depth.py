@@ -23,7 +23,7 @@ from singer.metrics import depth_figures, depth_sums
 
 CPU = torch.device("cpu")
 GRID = 6
-QUICK = ["evaluate.depth_bins=32", "evaluate.depth_lrs=[0.01,0.03]"]
+QUICK = ["evaluate.depth_bins=32", "evaluate.depth_lrs=[0.01,0.03]", "evaluate.depth_passes=25"]
 
 
 def stepped(folder: Path, count: int, seed: int) -> None:
@@ -68,7 +68,8 @@ def known(count: int = 48, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def figures(
     x: torch.Tensor, depth: torch.Tensor, test: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, dict[str, float]]:
-    heads = fit_heads(x, depth, load_config(sets=["evaluate.depth_bins=64"]).evaluate, CPU)
+    sets = ["evaluate.depth_bins=64", "evaluate.depth_lrs=[0.003,0.01]"]
+    heads = fit_heads(x, depth, load_config(sets=sets).evaluate, CPU)
     return {
         name: depth_figures(
             torch.stack([depth_sums(predict(a, (GRID, GRID)), d) for a, d in zip(*test, strict=True)]).sum(0)

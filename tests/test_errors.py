@@ -99,6 +99,7 @@ DAMAGES = {
     "an object": b'{"stage": 7, "blocks": null, "student": [], "files": "x", "config": {}, "step": "x"}',
     "a folder": None,
 }
+OTHERS = ("empty", "a list", "a folder")
 # An empty YAML file is a configuration without keys; besides, a log may be cut short.
 HARMLESS = {
     ("cache-teacher", "config.yaml", "empty"),
@@ -115,9 +116,15 @@ HARMLESS = {
 _OPTIONAL = ("run/log.jsonl", "cache/fidelity.json", "cache/zarr.json")
 
 
+@pytest.mark.parametrize("damages", [("garbage", "an object"), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("command", READERS)
 def test_damaged_files_are_one_line(
-    command: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    command: str,
+    damages: tuple[str, ...],
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A file that a command reads, replaced by whatever it may be found as: never a defect, never a traceback."""
     words, files = READERS[command]
@@ -125,7 +132,8 @@ def test_damaged_files_are_one_line(
     for name in files:
         file = next(made.glob(name))
         content = file.read_bytes()
-        for damage, data in DAMAGES.items():
+        for damage in damages:
+            data = DAMAGES[damage]
             file.unlink()
             file.mkdir() if data is None else file.write_bytes(data)
             out = tmp_path / f"{file.name}-{damage}".replace(" ", "-")

@@ -33,12 +33,30 @@ from singer.errors import UserError
 
 CPU = torch.device("cpu")
 TRACED = ("onnx", "torch-export")
-CASES = [(to, output) for to in FORMATS for output in ("pooled", "tokens") if output == "pooled" or to in TRACED]
+# {format: the output that the tests take by default}; tracing takes seconds, so each format's other output is slow.
+QUICK = {to: "tokens" if to == "torch-export" else "pooled" for to in FORMATS}
+CASES = [
+    pytest.param(to, output, marks=() if output == QUICK[to] else pytest.mark.slow)
+    for to in FORMATS
+    for output in ("pooled", "tokens")
+    if output == "pooled" or to in TRACED
+]
+SLOW_IF_TRACED = [pytest.param(to, marks=pytest.mark.slow if to in TRACED else ()) for to in FORMATS]
 # torch.export reads weights into a buffer that it never writes to, and says so once a process.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
-# {(format, output): result}
-Exports = dict[tuple[str, str], ExportResult]
+
+class Exports(dict[tuple[str, str], ExportResult]):
+    """Exports of a run, each made when it is first asked for: {(format, output): result}."""
+
+    def __init__(self, run: Path, root: Path) -> None:
+        super().__init__()
+        self.run, self.root = run, root
+
+    def __missing__(self, case: tuple[str, str]) -> ExportResult:
+        to, output = case
+        self[case] = export(settings(output), self.run, self.root / f"{to}-{output}", to)
+        return self[case]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +72,7 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exports(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """The run in every format, with every output; tests only read them."""
-    root = tmp_path_factory.mktemp("exports")
-    return {(to, o): export(settings(o), run, root / f"{to}-{o}", to) for to, o in CASES}
+    return Exports(run, tmp_path_factory.mktemp("exports"))
 
 
 @pytest.fixture
@@ -141,7 +158,8 @@ def test_files(run: Path, exports: Exports) -> None:
     """None names a place of the machine, but for the two that tell where it was made."""
     own = {"timm": {"config.json", "model.safetensors"}, "onnx": {"model.onnx", "preprocess.json"}}
     own |= {"hf": own["timm"], "torch-export": {"model.pt2", "preprocess.json"}}
-    for (to, _), result in exports.items():
+    for to, output in QUICK.items():
+        result = exports[to, output]
         assert {*tree_bytes(result.export)} == {"README.md", "config.yaml", "provenance.json"} | own[to]
         for name, data in tree_bytes(result.export, "config.yaml", "provenance.json").items():
             for place in (run.parent, Path(timm.__file__).parent, Path(stage.__file__).parent.parent):
@@ -160,13 +178,13 @@ def test_preprocessing_is_stored_with_every_format(run: Path, exports: Exports) 
         "std": list(student.std),
     }
     for to in TRACED:
-        assert json.loads((exports[to, "tokens"].export / "preprocess.json").read_text()) == wanted
+        assert json.loads((exports[to, QUICK[to]].export / "preprocess.json").read_text()) == wanted
     file = exports["onnx", "pooled"].export / "model.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     assert json.loads(session.get_modelmeta().custom_metadata_map["preprocess"]) == wanted
     assert [i.shape for i in session.get_inputs()] == [["batch", 3, 32, 32]]
     within = {"preprocess.json": ""}
-    torch.export.load(exports["torch-export", "pooled"].export / "model.pt2", extra_files=within)
+    torch.export.load(exports["torch-export", "tokens"].export / "model.pt2", extra_files=within)
     assert json.loads(within["preprocess.json"]) == wanted
     for to in ("timm", "hf"):
         model = timm.create_model(f"local-dir:{exports[to, 'pooled'].export}")
@@ -213,7 +231,7 @@ def test_hub_layout(
             assert torch.equal(model(images), expected(run, images, "pooled"))
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", SLOW_IF_TRACED)
 def test_student_with_untrained_pooling(
     to: str, changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,9 +334,9 @@ def test_unfaithful_export_leaves_nothing(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["e", "scratch"] and not tree_bytes(tmp_path / "scratch")
 
 
-def test_existing_output(run: Path, world: Path, tmp_path: Path) -> None:
+def test_existing_output(run: Path, world: Path, exports: Exports, tmp_path: Path) -> None:
     out = tmp_path / "e"
-    export(settings("tokens"), run, out, "onnx")
+    shutil.copytree(exports["onnx", "pooled"].export, out)
     with pytest.raises(UserError, match=r"e exists; replace it with --overwrite, or give another --out"):
         export(settings(), run, out, "timm")
     export(settings(), run, out, "timm", "overwrite")
@@ -359,7 +377,7 @@ def test_bad_input_is_one_line(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("to", ["timm", "torch-export"])
+@pytest.mark.parametrize("to", SLOW_IF_TRACED)
 def test_a_student_with_feature_maps(world: Path, tmp_path: Path, to: str) -> None:
     own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
     config = world_config(world, "student.name=test_convnext", *own, "distill.epochs=1")

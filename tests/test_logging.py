@@ -202,19 +202,6 @@ def test_verbose_goes_before_or_after_the_command(
         assert capfd.readouterr().err.splitlines() == told
 
 
-def test_importing_installs_no_handler(tmp_path: Path) -> None:
-    code = (
-        "import logging, pipeline.stages.distill, pipeline.stages.cache_teacher\n"
-        "from pipeline.runtime.progress import say\n"
-        "assert not logging.getLogger('singer').handlers and not logging.getLogger().handlers\n"
-        "say('silent')\n"
-        "logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')\n"
-        "say('heard')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "singer heard\n"
-
-
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys, cli\n"

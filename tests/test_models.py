@@ -99,22 +99,22 @@ def test_nothing_behind_the_last_block_is_computed() -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_local_weight_file(tmp_path: Path, suffix: str) -> None:
     torch.manual_seed(seeded(1))
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=7).eval()
+    model = timm.create_model("test_vit", num_classes=7).eval()
     file = tmp_path / f"w{suffix}"
     if suffix == ".pth":
         torch.save({"state_dict": model.state_dict()}, file)
     else:
         safetensors.torch.save_file(model.state_dict(), file)
-    sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={file}"]
+    sets = ["teacher.name=test_vit", f"teacher.weights={file}"]
     teacher = load_teacher(load_config(sets=sets).teacher)
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, 160, 160)
     with torch.inference_mode():
         torch.testing.assert_close(teacher.model(images), model(images))
     smaller = load_teacher(load_config(sets=[*sets, "teacher.image_size=128"]).teacher)
     assert smaller.image_size == 128 and smaller.model.pos_embed.shape[1] == 65
     assert weight_hash(smaller.model.state_dict()) == weight_hash(teacher.model.state_dict())
-    with pytest.raises(UserError, match="weights .* do not fit vit_small_patch16_224"):
-        load_teacher(load_config(sets=["teacher.name=vit_small_patch16_224", sets[1]]).teacher)
+    with pytest.raises(UserError, match="weights .* do not fit test_vit2"):
+        load_teacher(load_config(sets=["teacher.name=test_vit2", sets[1]]).teacher)
 
 
 def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:

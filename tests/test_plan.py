@@ -31,10 +31,10 @@ def quick(world: Path, config: Config, **options: Any) -> PlanResult:
     "sets",
     [
         (),
-        ("cache.codec=int8",),
-        ("cache.codec=int4", *VIEWS),
+        pytest.param(("cache.codec=int8",), marks=pytest.mark.slow),
+        pytest.param(("cache.codec=int4", *VIEWS), marks=pytest.mark.slow),
         ("cache.codec=int4-plain", "cache.blocks=[0,1,2,3]"),
-        ("cache.token_share=0.5", "cache.codec=int8"),
+        pytest.param(("cache.token_share=0.5", "cache.codec=int8"), marks=pytest.mark.slow),
         ("cache.token_share=0.3", *VIEWS),
         ("views.pixels=uint8", "cache.codec=int2"),
         ("views.pixels=jpeg", *VIEWS, "views.pixel_size=48", "cache.codec=int2"),

@@ -140,6 +140,7 @@ def test_resume(world: Path, caches: dict[str, tuple[Path, str]], server: Server
     assert [server.requests("PUT", f"resumed/features/./values/c/{n}") for n in (0, 2)] == kept
 
 
+@pytest.mark.slow
 def test_a_broken_run_is_resumed(
     world: Path, caches: dict[str, tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_overwrite(world: Path, caches: dict[str, tuple[Path, str]]) -> None:
     assert objects(place) == objects(caches["float16"][0])
 
 
+@pytest.mark.slow
 def test_append(world: Path, caches: dict[str, tuple[Path, str]], tmp_path: Path) -> None:
     places: tuple[Path | str, ...] = (tmp_path / "grown", copied(caches["int4"][1], "s3://bucket/grown"))
     fill(world, places[0], "new", *CODECS["int4"])
@@ -189,6 +191,7 @@ def test_append(world: Path, caches: dict[str, tuple[Path, str]], tmp_path: Path
     assert torch.equal(remote.pixels(records, 16), local.pixels(records, 16))
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(world: Path, caches: dict[str, tuple[Path, str]]) -> None:
     place = copied(caches["float16"][1], "s3://bucket/held")
     with open_store(place).lock():

@@ -830,6 +830,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
     store.write("ten", b"0123456789")

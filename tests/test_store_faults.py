@@ -231,6 +231,7 @@ def test_a_cache_through_faults(
     assert objects(place) == objects(local)
 
 
+@pytest.mark.slow
 def test_distillation_through_faults(world: Path, proxy: Proxy, tmp_path: Path) -> None:
     """The student of a faultless store, at one more request for each fault."""
     place = fill(world, "s3://bucket/distilled", "new", "cache.blocks=[3]")

@@ -115,12 +115,20 @@ def test_pipeline_does_not_know_the_command_line() -> None:
         assert not {"cli", "typer"} & set(imported(file)), file
 
 
-def test_singer_is_importable_alone(tmp_path: Path) -> None:
-    """With each of its names, which are imported where they are used."""
+def test_imports_in_a_new_process(tmp_path: Path) -> None:
+    """singer is importable alone, with each of its names; importing the stages installs no handler of logs."""
     code = (
-        "import sys; from singer import *\nassert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)"
+        "import logging, sys; from singer import *\n"
+        "assert not any(m.split('.')[0] in ('pipeline', 'cli') for m in sys.modules)\n"
+        "import pipeline.stages.distill, pipeline.stages.cache_teacher\n"
+        "from pipeline.runtime.progress import say\n"
+        "assert not logging.getLogger('singer').handlers and not logging.getLogger().handlers\n"
+        "say('silent')\n"
+        "logging.basicConfig(level=logging.INFO, format='%(name)s %(message)s')\n"
+        "say('heard')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr == "singer heard\n"
 
 
 @pytest.mark.parametrize("package", [pipeline, singer], ids=lambda p: p.__name__)

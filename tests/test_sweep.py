@@ -534,6 +534,7 @@ def test_one_worker_a_gpu(world: Path, file: Path, tmp_path: Path, monkeypatch: 
     assert gpus() == ["3", "GPU-ab"]
 
 
+@pytest.mark.slow
 def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_path: Path) -> None:
     """On one pass they are the same, and one that cannot be trained takes no other along."""
     tree = yaml.safe_load(file.read_text())
