@@ -17,8 +17,8 @@ from setting import DEVICE, DEVICE_NAME, Student, Teacher, add_options, make_cac
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.training.batch import BatchLoader
 

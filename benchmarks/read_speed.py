@@ -39,8 +39,8 @@ from pipeline.cache.stored import Ragged, Stored
 from pipeline.cache.writer import create_segment, small_files, write_shard
 from pipeline.config import DistillConfig
 from pipeline.data import Images, Keys, listing_hash
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_depth
+from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.training.batch import BatchLoader
 

@@ -37,8 +37,8 @@ from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_shards
-from pipeline.data.prefetch import prefetch
 from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.teachers.models import load_teacher
 

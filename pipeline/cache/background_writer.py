@@ -10,8 +10,8 @@ from pipeline.cache.encode import Encoder, TeacherBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.writer import write_shard
-from pipeline.data.background import BackgroundWorker
-from pipeline.data.buffers import empty
+from pipeline.runtime.background import BackgroundWorker
+from pipeline.runtime.buffers import empty
 
 
 class Gathered:

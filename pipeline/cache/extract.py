@@ -10,8 +10,8 @@ from torch import Tensor
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.rows import RowReader
 from pipeline.config import Config
-from pipeline.data.prefetch import prefetch
 from pipeline.data.views import normalise
+from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.backbone import Backbone, weight_hash
 from pipeline.teachers.placement import place
 from singer.backbones import block_outputs, depth

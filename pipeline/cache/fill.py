@@ -17,7 +17,7 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import Segment, read_segments, segments_of
 from pipeline.data import ImageFile, Images, Spec, listing_hash, relocate
-from pipeline.data.prefetch import prefetch
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage import Store

@@ -13,7 +13,7 @@ from pipeline.cache.index import Index, read_images
 from pipeline.cache.segments import Files, Segment
 from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
-from pipeline.data.buffers import empty
+from pipeline.runtime.buffers import empty
 from pipeline.storage import ReadThrough
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError

@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
-from pipeline.data.prefetch import prefetch
 from pipeline.data.tars import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
+from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.placement import place
 from singer.backbones import block_outputs

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
 from pipeline.data.views import normalise
 from pipeline.planning.costs import Rate, not_measured
@@ -16,6 +15,7 @@ from pipeline.planning.pilot import Pilot
 from pipeline.planning.rates import rate_of
 from pipeline.planning.sample import Sample, Teacher
 from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
 from pipeline.training.ahead import on_device

@@ -13,10 +13,10 @@ from pipeline.cache.codecs import Decoder
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
 from pipeline.data import ImageFile
-from pipeline.data.buffers import moved
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, part_size
 from pipeline.data.views import normalise
+from pipeline.runtime.buffers import moved
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
 from pipeline.teachers.backbone import Backbone
 
