@@ -40,7 +40,7 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
     "run": _CACHE | _REFINE | _DISTILL,
 }
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
-FORMATS = ("pipeline.students.formats", "FORMATS")
+FORMATS = ("pipeline.students.export_formats", "FORMATS")
 STARTS = ("auto", "teacher", "random")
 MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks

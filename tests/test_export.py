@@ -25,7 +25,7 @@ from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import CARD, ExportResult, export
-from pipeline.students.formats import FORMATS, Student, Written
+from pipeline.students.export_formats import FORMATS, Student, Written
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import load_model, load_saved
 from singer.backbones import block_outputs

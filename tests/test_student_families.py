@@ -12,7 +12,7 @@ from conftest import seeded, world_config
 from pipeline.stages.distill import distill
 from pipeline.stages.export import export
 from pipeline.storage.tensors import read_tensors, write_tensors
-from pipeline.students.formats import FORMATS
+from pipeline.students.export_formats import FORMATS
 from pipeline.teachers.backbone import save_backbone
 from pipeline.teachers.models import create_model, load_saved
 
