@@ -29,11 +29,11 @@ from PIL import Image
 import cli
 from pipeline.config import load_config
 from pipeline.data import index_shards
+from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
-from pipeline.teachers.backbone import Backbone, save_backbone
 from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

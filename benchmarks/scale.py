@@ -462,7 +462,7 @@ def make_teacher(folder: str) -> None:
     import timm
     import torch
 
-    from pipeline.teachers.backbone import Backbone, save_backbone
+    from pipeline.models.backbone import Backbone, save_backbone
 
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"

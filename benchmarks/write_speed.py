@@ -40,7 +40,7 @@ from pipeline.data import ImageFile, index_shards
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 
 # Shards are small, so that every turn also writes; larger shards are synced less often.
 SHARD_RECORDS = 128

@@ -13,10 +13,10 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
+from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.outputs import PROVENANCE, Mode, check_output, read_json
-from pipeline.teachers.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
 from pipeline.training.run_directory import RUN, STAGE, STUDENT
 from singer.errors import UserError
 

@@ -15,12 +15,12 @@ from PIL import Image
 
 import cli
 from pipeline.config import Config, dump_config, load_config
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.loading import LOCAL
 from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import LOCAL
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,12 +25,13 @@ from pipeline.cache.manifest import Manifest, read_manifest
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
 from pipeline.storage.outputs import claimed_output
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved, load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

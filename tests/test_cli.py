@@ -17,7 +17,7 @@ from pipeline.config import load_config
 from pipeline.config.reference import as_markdown
 from pipeline.evaluation.figures import FIGURES
 from pipeline.evaluation.tasks import TASKS
-from pipeline.teachers.backbone import save_backbone
+from pipeline.models.backbone import save_backbone
 
 
 def test_chain_with_json(

@@ -13,11 +13,11 @@ from test_segmentation import SHARED, WEIGHTS, packed, png
 from pipeline.config import Config, load_config
 from pipeline.data import index_beside, index_shards
 from pipeline.evaluation.depth import Depth, fit_heads, read_depths
+from pipeline.models.backbone import save_backbone
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.metrics import depth_figures, depth_sums
 

@@ -13,9 +13,9 @@ from pyarrow import parquet
 from pipeline.config import Config
 from pipeline.data import index_shards
 from pipeline.evaluation.global_features import features
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.embed import embed
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved
 from singer.errors import UserError
 
 

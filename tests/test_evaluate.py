@@ -25,11 +25,11 @@ from pipeline.evaluation.domain_shift import DomainShift
 from pipeline.evaluation.global_features import features
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.evaluation.retrieval import Retrieval
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_model, load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_model, load_saved
 from singer.errors import UserError
 from singer.metrics import knn_scores, retrieval_figures, topk_percent, wilson_percent
 

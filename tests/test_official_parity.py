@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.joint_training import JointTraining

@@ -12,7 +12,7 @@ from pipeline.data import ImageFile, index_shards
 from pipeline.data.views import apply_view, crop_view, normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 
 SHARED = Path(os.environ.get("SINGER_SHARED", Path(__file__).parent.parent.parent / "shared"))
 WEIGHTS = SHARED / "teachers" / "vit_tiny_patch16_224_augreg.safetensors"

@@ -19,13 +19,13 @@ from pipeline.cache.zarr_shards import ShardedArray
 from pipeline.config import Config
 from pipeline.data import ImageFile, buffers
 from pipeline.data.views import apply_view, normalise
+from pipeline.models.loading import load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
 from pipeline.storage.outputs import json_bytes, sealed
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_saved
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
 from singer.backbones import block_outputs

@@ -21,11 +21,12 @@ from pipeline.config import Config, EvaluateConfig, dump_config, load_config
 from pipeline.data import index_beside, index_shards
 from pipeline.evaluation.dense import nearest, same_shape
 from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head, read_masks
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved, load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.metrics import class_iou, confusion
 

@@ -30,7 +30,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
@@ -460,7 +460,7 @@ def test_the_cause_is_kept(monkeypatch: pytest.MonkeyPatch, error: Exception, me
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
     with pytest.raises(UserError) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224"))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
@@ -486,7 +486,7 @@ def test_a_defect_is_none_of_the_networks(
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
     weights = tmp_path / "w.safetensors" if given else None
     with pytest.raises(type(error)) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224", weights=weights))

@@ -33,6 +33,7 @@ FLOORS = [
     {"cache"},
     {"students"},
     {"teachers"},
+    {"models"},
     {"data"},
     {"storage"},
     {"runtime"},

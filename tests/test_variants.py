@@ -14,6 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.data import index_shards
+from pipeline.models.loading import LOCAL
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -25,7 +26,6 @@ from pipeline.stages.report import report
 from pipeline.stages.verify import verify
 from pipeline.storage.outputs import Mode
 from pipeline.sweeps.run import sweep
-from pipeline.teachers.models import LOCAL
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import load_result
 from pipeline.training.stored_refiners import load_refiner, read_refiner

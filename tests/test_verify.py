@@ -14,11 +14,11 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL
 from pipeline.cache.index import read_images
 from pipeline.config import Config, load_config
+from pipeline.models.backbone import save_backbone
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import SegmentReport, VerifyResult, verify
 from pipeline.storage import LocalStore
-from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
 # Random views, sampled tokens, codes, byte strings and two arrays of pixels: every kind of file.

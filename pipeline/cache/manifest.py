@@ -21,7 +21,7 @@ class _Section(BaseModel):
 
 
 class TeacherManifest(_Section):
-    """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash).
+    """The teacher and its preprocessing. weights: SHA-256 (models.backbone.weight_hash).
 
     dtype: of the weights; width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have
     those of the last one.

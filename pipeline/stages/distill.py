@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec
+from pipeline.models.own import Own
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
 from pipeline.storage.outputs import (
@@ -27,7 +28,6 @@ from pipeline.storage.outputs import (
     process_log,
     read_as,
 )
-from pipeline.teachers.own import Own
 from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,

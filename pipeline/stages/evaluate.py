@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
-from pipeline.evaluation.models import check_known_model, open_model
+from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.evaluation.tasks import TASKS
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say

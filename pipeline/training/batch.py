@@ -15,10 +15,10 @@ from pipeline.cache.stored import Encoded
 from pipeline.data import ImageFile
 from pipeline.data.sampler import BatchIndices, part_size
 from pipeline.data.views import normalise
+from pipeline.models.backbone import Backbone
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
-from pipeline.teachers.backbone import Backbone
 
 
 @dataclass(frozen=True)

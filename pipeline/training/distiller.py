@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens

@@ -16,14 +16,14 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import steps_per_epoch
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.own import Own, object_name
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.outputs import INPUTS, Mode, write_json
 from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.own import Own, object_name
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes

@@ -14,9 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pipeline.config import DistillConfig
+from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
-from pipeline.teachers.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel

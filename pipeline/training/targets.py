@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 from singer.errors import UserError
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens

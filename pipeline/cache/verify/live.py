@@ -20,10 +20,10 @@ from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, accepted, image_digest, relocate
+from pipeline.models.names import OWN, is_function
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
-from pipeline.teachers.models import load_teacher
-from pipeline.teachers.names import OWN, is_function
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.matching import take_patches
 

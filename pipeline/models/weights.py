@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.fetching import first_line
 from pipeline.runtime.progress import say
 from pipeline.storage.tensors import read_tensors
-from pipeline.teachers.fetching import first_line
 from singer.errors import UserError
 
 # Keys under which training programs store a state dict: averaged over the steps, and not. Of DINO's pair, the teacher
