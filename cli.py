@@ -127,7 +127,7 @@ def run(
     """Go from images or shards to a student, a report and a model for timm: plan, and then every stage."""
     from pipeline.checks import check_chain
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -161,8 +161,8 @@ def prepare(
 ) -> None:
     """Pack images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
     from pipeline.config import load_config
+    from pipeline.outputs.folder import output_mode
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
-    from pipeline.storage.outputs import output_mode
 
     options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
     tree = load_config(config, sets or (), options)
@@ -191,7 +191,7 @@ def cache_teacher(
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -230,7 +230,7 @@ def refine(
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "refine.variant": variant,
@@ -262,7 +262,7 @@ def inspect(
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or ()), output_mode(False, overwrite)
     look("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
@@ -294,7 +294,7 @@ def distill(
     """Train a student on the refined targets (stage 3)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.weights": weights,
@@ -402,7 +402,7 @@ def sweep(
 ) -> None:
     """Train, probe and rank many students from one cache."""
     from pipeline.checks import look
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
     from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
@@ -459,7 +459,7 @@ def export(
     """Write the student alone, with a model card, in a format that other tools load."""
     from pipeline.checks import check_finished, check_format, look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or (), {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
@@ -575,7 +575,7 @@ def demo(
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config or "demo", sets or ()), output_mode(False, overwrite)
     look("demo", tree, out, mode)

@@ -14,9 +14,11 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
+from pipeline.outputs.folder import Mode, check_output
+from pipeline.outputs.provenance import PROVENANCE
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.storage.outputs import PROVENANCE, Mode, check_output, read_json
+from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import RUN, STAGE, STUDENT
 from singer.errors import UserError
 

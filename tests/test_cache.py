@@ -27,10 +27,10 @@ from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
+from pipeline.outputs.folder import claimed_output
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
-from pipeline.storage.outputs import claimed_output
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs
 from singer.errors import UserError

@@ -18,10 +18,10 @@ from pipeline.config import Config
 from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
 from pipeline.models.loading import load_saved
+from pipeline.outputs.provenance import file_hash
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
-from pipeline.storage.outputs import file_hash
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log

@@ -24,7 +24,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
-from pipeline.storage.outputs import json_bytes, sealed
+from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.students.new import new_student
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets

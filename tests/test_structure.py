@@ -35,6 +35,7 @@ FLOORS = [
     {"teachers"},
     {"models"},
     {"data"},
+    {"outputs"},
     {"storage"},
     {"runtime"},
     {"config"},

@@ -15,6 +15,7 @@ from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.data import index_shards
 from pipeline.models.loading import LOCAL
+from pipeline.outputs.folder import Mode
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -24,7 +25,6 @@ from pipeline.stages.inspect import inspect
 from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.stages.verify import verify
-from pipeline.storage.outputs import Mode
 from pipeline.sweeps.run import sweep
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import load_result

@@ -11,7 +11,7 @@ from pipeline.cache.segment_reader import SegmentReader
 from pipeline.cache.segments import Segment
 from pipeline.data import Skipped, content_hash
 from pipeline.data.tars import NO_LABEL
-from pipeline.storage.outputs import json_bytes
+from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
 
 

@@ -21,9 +21,11 @@ from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, numbered_as
 from pipeline.data.tars import NO_LABEL
+from pipeline.outputs.folder import Mode
+from pipeline.outputs.provenance import write_provenance
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
-from pipeline.storage.outputs import Mode, read_json, write_provenance
+from pipeline.storage.json_files import read_json
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX

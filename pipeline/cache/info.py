@@ -10,7 +10,7 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.variants import id_of_segments, variants_of
 from pipeline.storage import Place, open_store
-from pipeline.storage.outputs import read_json
+from pipeline.storage.json_files import read_json
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS,
 from pipeline.cache.stored import Fixed, Layout
 from pipeline.data import Decoding
 from pipeline.storage import Store
-from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated
+from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
 from singer.errors import UserError
 
 

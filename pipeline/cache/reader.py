@@ -22,10 +22,10 @@ from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.config import TeacherConfig
 from pipeline.data import ImageFile
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.buffers import empty
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
-from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX, TeacherSuffix

@@ -18,11 +18,7 @@ from pipeline.cache.index import Index, read_images, read_records
 from pipeline.cache.manifest import Completion, Manifest, TeacherManifest, canonical, read_manifest
 from pipeline.data import Images, content_hash
 from pipeline.storage import Store
-from pipeline.storage.outputs import (
-    is_sealed,
-    read_json,
-    validated,
-)
+from pipeline.storage.json_files import is_sealed, read_json, validated
 from singer.errors import UserError
 
 _READERS = 16

@@ -20,7 +20,7 @@ from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import array_metadata, pack_shard
 from pipeline.data import Images
 from pipeline.storage import Store
-from pipeline.storage.outputs import json_bytes, sealed
+from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 

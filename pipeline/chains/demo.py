@@ -15,9 +15,9 @@ from pipeline.chains.steps import chain
 from pipeline.config import Config, dump_config, resource
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.names import LOCAL
+from pipeline.outputs.folder import Mode, check_output
 from pipeline.stages.prepare import prepare
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode, check_output
 
 STAGE = "demo"
 TEACHER = "data/demo_teacher"

@@ -18,6 +18,7 @@ from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import local_folder
+from pipeline.outputs.folder import Mode
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
@@ -25,7 +26,6 @@ from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"

@@ -15,8 +15,8 @@ from pipeline.data.sources.tables import TABLE
 from pipeline.data.sources.tar import TAR
 from pipeline.data.tars import NO_LABEL
 from pipeline.evaluation.classification import check
+from pipeline.outputs.folder import Mode
 from pipeline.stages.prepare import prepare
-from pipeline.storage.outputs import Mode
 from singer.errors import UserError
 
 Photos = str | Path | Sequence[str]

@@ -19,7 +19,7 @@ from pipeline.models.names import CONFIG, HF, is_transformers
 from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.runtime.progress import say
-from pipeline.storage.outputs import read_json
+from pipeline.storage.json_files import read_json
 from singer import hf
 from singer.described import DescribedMaps
 from singer.errors import UserError

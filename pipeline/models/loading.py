@@ -22,7 +22,7 @@ from pipeline.models.outlines import fitting_models, outline_of
 from pipeline.models.own import create_own, saved_own
 from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
-from pipeline.storage.outputs import read_json
+from pipeline.storage.json_files import read_json
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 

@@ -14,8 +14,8 @@ from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import pack_shard
 from pipeline.config import Config
 from pipeline.models.backbone import Backbone
-from pipeline.storage.outputs import PROVENANCE
-from pipeline.storage.resuming import CONFIG
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from singer.backbones import depth
 from singer.errors import UserError
 from singer.matching import take_patches

@@ -17,17 +17,12 @@ from pathlib import Path
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec
 from pipeline.models.own import Own
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.provenance import INPUTS, check_inputs
+from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
-from pipeline.storage.outputs import (
-    INPUTS,
-    Mode,
-    check_inputs,
-    check_output,
-    claimed_output,
-    process_log,
-    read_as,
-)
+from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,

@@ -23,10 +23,11 @@ from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.evaluation.tasks import TASKS
+from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
-from pipeline.storage.outputs import process_log, stage_log, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import RUN, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 

@@ -22,7 +22,7 @@ from pipeline.config import ExportConfig
 from pipeline.models.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
 from pipeline.models.loading import load_model
 from pipeline.models.names import HF, LOCAL, OWN
-from pipeline.storage.outputs import write_json
+from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import separate
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError

@@ -18,9 +18,11 @@ from pipeline.data import ImageFile
 from pipeline.data.sampler import steps_per_epoch
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
+from pipeline.outputs.folder import Mode
+from pipeline.outputs.provenance import INPUTS
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
-from pipeline.storage.outputs import INPUTS, Mode, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student

@@ -11,10 +11,11 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import meter
 from pipeline.storage import Store
-from pipeline.storage.outputs import PROVENANCE, is_sealed, json_bytes
-from pipeline.storage.resuming import CONFIG
+from pipeline.storage.json_files import is_sealed, json_bytes
 from singer.errors import UserError
 
 # Each reader holds a whole file in memory.

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, MANIFEST, RECORDS, SKIPPED, TAIL
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
-from pipeline.storage.outputs import PROVENANCE
-from pipeline.storage.resuming import CONFIG
 from singer.errors import UserError
 
 UNKNOWN = "unknown"

@@ -19,9 +19,9 @@ from pipeline.cache.verify.findings import SegmentReport
 from pipeline.cache.verify.live import check_images, computable
 from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, Spec, relocate
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
-from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
