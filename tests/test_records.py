@@ -12,14 +12,15 @@ import torch
 from conftest import seeded, world_config
 
 from pipeline.cache import Cache
-from pipeline.cache.format import MANIFEST, shard_file
+from pipeline.cache.format import MANIFEST, zarr_shard_file
 from pipeline.cache.segment_reader import read_arrays
 from pipeline.cache.stored import Fixed, Ragged
-from pipeline.cache.zarr_shards import ShardedArray
+from pipeline.cache.zarr_shards import ZarrArray
 from pipeline.config import Config
-from pipeline.data import ImageFile, buffers
+from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise
 from pipeline.models.loading import load_saved
+from pipeline.runtime import buffers
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
@@ -198,13 +199,13 @@ def test_what_is_read_together_is_split_as_if_read_apart(world: Path, tmp_path: 
     assert outliers
 
 
-def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: bytes) -> ShardedArray:
+def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: bytes) -> ZarrArray:
     """Of four records in two shards of three, whose first has this index, under a right checksum."""
     store, encoded = LocalStore(folder), index.astype("<i8").tobytes()
     for shard in range(2):
-        name = shard_file("a", form, shard)
+        name = zarr_shard_file("a", form, shard)
         store.write(name, payload, encoded, struct.pack("<I", google_crc32c.value(encoded)))
-    return ShardedArray(store, "a", form, 4, 3, store.sizes())
+    return ZarrArray(store, "a", form, 4, 3, store.sizes())
 
 
 def test_records_in_any_order_within_a_shard(tmp_path: Path) -> None:

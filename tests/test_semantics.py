@@ -121,10 +121,10 @@ def test_the_floor_changes_no_threshold_of_the_real_teacher() -> None:
     files = sorted(DATA.glob("tinyimagenet50-val-*.tar"))
     if not files:
         pytest.skip("no real images")
-    from pipeline.data import ImageFile, index_shards
+    from pipeline.data import ImageFile, index_images
     from pipeline.data.views import apply_view, crop_view, normalise
 
-    images = index_shards(str(files[0]))
+    images = index_images(str(files[0]))
     with ImageFile(images) as opened:
         pixels = [apply_view(i, crop_view(1.0, i.size), 128) for i in (opened.read(n) for n in range(0, 480, 10))]
     with torch.inference_mode():

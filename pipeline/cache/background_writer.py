@@ -1,4 +1,4 @@
-"""Encode the teacher's features and write whole shards, while the teacher computes the next features."""
+"""Encode the teacher's features and write whole Zarr shards, while the teacher computes the next features."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.cache.encode import Encoder, TeacherBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged
-from pipeline.cache.writer import write_shard
+from pipeline.cache.writer import write_zarr_shard
 from pipeline.runtime.background import BackgroundWorker
 from pipeline.runtime.buffers import empty
 
@@ -57,7 +57,7 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
     def add(features: dict[int, Tensor], batch: TeacherBatch) -> None:
         nonlocal gathered
         shard = int(batch.records[0]) // manifest.shard_records
-        start, stop = manifest.shard_range(shard)
+        start, stop = manifest.zarr_shard_range(shard)
         if gathered is None:
             gathered = Gathered(manifest.arrays(), stop - start)
         gathered.unreadable |= batch.unreadable
@@ -67,5 +67,5 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
             write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
-    with BackgroundWorker(write_shard, "write") as write, BackgroundWorker(add, "encode") as store:
+    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as store:
         yield store

@@ -1,4 +1,4 @@
-"""Fill the segments of a cache: images -> teacher -> encoded features -> shards."""
+"""Fill the segments of a cache: images -> teacher -> encoded features -> Zarr shards."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -93,11 +93,11 @@ def fill(
     encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
-    ranges = [manifest.shard_range(shard) for shard in own]
+    ranges = [manifest.zarr_shard_range(shard) for shard in own]
     batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
     total = sum(stop - start for start, stop in ranges)
-    if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
-        say(f"{manifest.shards - len(pending)} of {manifest.shards} shards are done already")
+    if accelerator.is_main_process and 0 < len(pending) < manifest.zarr_shards:
+        say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
         ImageFile(images) as files,
@@ -108,4 +108,4 @@ def fill(
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
             store(extract.features(batch.pixels, manifest.blocks), batch)
             m.advance(len(batch.records))
-    return sum(stop - start for start, stop in map(manifest.shard_range, pending))
+    return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

@@ -56,7 +56,7 @@ class Cache:
     variant; default: the first teacher. blocks: the blocks to read; default: all. local_copy: a folder to which shards
     are copied when they are first read. known: the id by which a refiner or a run knows the cache; it selects that
     variant if the cache has it. option: the option that names a variant, for the message, with {} for the name. Raises
-    UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a block.
+    UserError if there is no cache, if Zarr shards are missing, if several variants fit, or if records lack a block.
     """
 
     def __init__(

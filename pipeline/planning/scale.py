@@ -11,7 +11,7 @@ from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import pack_shard
+from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.provenance import PROVENANCE
@@ -140,6 +140,6 @@ class Scale:
         for few in few_records(x):
             for values in CODECS[codec].encode(few, self._calibration[block]).values():
                 on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
-                pieces = pack_shard(on_host, len(few))
+                pieces = pack_zarr_shard(on_host, len(few))
                 size += sum(map(len, pieces)) - _END_OF_SHARD
         return size / len(x)

@@ -32,7 +32,7 @@ from pipeline.training.cached_teachers import (
     open_images,
     open_teachers,
 )
-from pipeline.training.fsdp import check_sharding
+from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import (
     CHECKPOINT,
     RUN,
@@ -76,7 +76,7 @@ def fan_out(
     check_shared(jobs)
     jobs = [replace(job, config=with_precision(job.config)) for job in jobs]
     settings = jobs[0].config.distill
-    check_sharding(settings.precision)
+    check_fsdp(settings.precision)
     taught = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):

@@ -92,7 +92,7 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
             yield problem, "make the cache anew"
         bad = sorted(r.missing + r.damaged)
         if bad:
-            yield f"{len(bad)} of {r.shards} shards of {here} are damaged or missing: {_some(bad)}", repair
+            yield f"{len(bad)} of {r.shards} Zarr shards of {here} are damaged or missing: {_some(bad)}", repair
         for name, why in r.files.items():
             file = name.rpartition("/")[2]
             if why == UNKNOWN:

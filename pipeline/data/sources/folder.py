@@ -10,7 +10,7 @@ from pipeline.data.images import Skipped
 from pipeline.data.importers.folders import check_filled, folder
 from pipeline.data.listed import NO_LABEL, SourceListing
 from pipeline.data.names import file_keys
-from pipeline.data.sources.kind import Kind, Options, Place, Rows, file_size
+from pipeline.data.sources.kind import Kind, Location, Options, Rows, file_size
 from singer.errors import UserError
 
 
@@ -20,15 +20,19 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, location: Location, most: int) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         try:
-            with (self._path / place.file).open("rb", buffering=0) as file:
-                data, size = file.read(min(place.size, most)), os.fstat(file.fileno()).st_size
+            with (self._path / location.file).open("rb", buffering=0) as file:
+                data, size = file.read(min(location.size, most)), os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{place.where}: {error.strerror}; if it has moved, give its place with --images") from None
-        if size != place.size or len(data) < min(size, most):
-            raise UserError(f"{place.where}: the file has changed since it was listed: {place.size} bytes, now {size}")
+            raise UserError(
+                f"{location.where}: {error.strerror}; if it has moved, give its place with --images"
+            ) from None
+        if size != location.size or len(data) < min(size, most):
+            raise UserError(
+                f"{location.where}: the file has changed since it was listed: {location.size} bytes, now {size}"
+            )
         return data
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ class Options:
     seed: int = 0
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where an image is within its container: see images.Images. where: it and its key, for messages."""
 
     file: str
@@ -38,7 +38,7 @@ class Place(NamedTuple):
 class Reader(Protocol):
     """Reads the images of one container. It is safe to share between threads."""
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, location: Location, most: int) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         ...
 

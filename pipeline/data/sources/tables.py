@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.data.images import Skipped
 from pipeline.data.listed import SourceListing
 from pipeline.data.names import distinct_names
-from pipeline.data.sources.kind import Kind, Options, Place, Rows, numbered
+from pipeline.data.sources.kind import Kind, Location, Options, Rows, numbered
 from singer.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow")
@@ -124,16 +124,16 @@ class TableReader:
         self._path, self._lock, self._own = path, threading.Lock(), threading.local()
         self._table: _Table | None = None
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, location: Location, most: int) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         with self._lock:
             table = self._table = self._table or _Table(self._path)
-        group = int(np.searchsorted(table.starts, place.offset, side="right")) - 1
+        group = int(np.searchsorted(table.starts, location.offset, side="right")) - 1
         if group + 1 >= len(table.starts):
-            raise UserError(f"{place.where}: the table has only {table.starts[-1]} rows; it has changed")
-        value = self._group(table, group, place.file)[place.offset - int(table.starts[group])].as_py()
-        if value is None or len(value) != place.size:
-            raise UserError(f"{place.where}: row {place.offset} has changed since it was listed")
+            raise UserError(f"{location.where}: the table has only {table.starts[-1]} rows; it has changed")
+        value = self._group(table, group, location.file)[location.offset - int(table.starts[group])].as_py()
+        if value is None or len(value) != location.size:
+            raise UserError(f"{location.where}: row {location.offset} has changed since it was listed")
         return bytes(value[:most])
 
     def close(self) -> None:
