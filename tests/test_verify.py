@@ -176,7 +176,7 @@ def test_damage_is_named(name: str, cache: Path) -> None:
     assert all(why in report.files[file] for file, why in files.items())
     with pytest.raises(UserError) as raised:
         result.check()
-    expected = [f"{len(numbers)} of 4 shards of {cache}"] if numbers else [str(cache / file) for file in files]
+    expected = [f"{len(numbers)} of 4 Zarr shards of {cache}"] if numbers else [str(cache / file) for file in files]
     assert all(part in str(raised.value) for part in expected)
 
 
