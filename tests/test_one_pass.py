@@ -235,7 +235,7 @@ def test_listing_in_processes_is_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     together = index_images(spec, "skip")
     assert alone.keys == together.keys and alone.skipped == together.skipped and alone.paths == together.paths
-    for name in ("labels", "shard", "offset", "size"):
+    for name in ("labels", "container", "offset", "size"):
         assert getattr(alone, name).tolist() == getattr(together, name).tolist()
     assert [s.reason for s in alone.skipped] == ["ends in the middle of a header"]
     assert len(alone) == 35 and [key for key in alone.keys if "/" in key] == [f"0003/{key}" for key in alone.keys[5:10]]
