@@ -28,12 +28,12 @@ from torch import Tensor
 from pipeline.cache import create
 from pipeline.cache.background_writer import filling
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encode import Encoder, TeacherBatch, Values, calibration_on
+from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.rows import RowReader, Rows, Values, ViewBatch
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
@@ -82,7 +82,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
             for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):
-                extract.features(batch.pixels, manifest.blocks)
+                extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
@@ -122,8 +122,9 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
         with filling(part, encode) as store:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
-                views: Values = {VIEWS: torch.from_numpy(synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1))}
-                store({BLOCK: features[batch % len(features)]}, TeacherBatch(rows, torch.empty(0), views, {}))
+                found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
+                views: Values = {VIEWS: torch.from_numpy(found)}
+                store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, views))
 
     return seconds(store_all)
 

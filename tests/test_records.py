@@ -9,7 +9,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
-from conftest import seeded, world_config
+from conftest import seeded, targets_of, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.format import MANIFEST, zarr_shard_file
@@ -132,7 +132,7 @@ def test_targets_of_sampled_tokens_meet_the_right_student_tokens(world: Path, tm
     met = targets.student_tokens({3: torch.cat([torch.full((2, 1, 24), -1.0), rows], 1)}, {3: grid}, encoded.positions)[
         3
     ]
-    assert met.shape == targets(encoded)[3].shape == (2, 1 + 6, 24)
+    assert met.shape == targets_of(targets, encoded)[3].shape == (2, 1 + 6, 24)
     assert (met[:, 0] == -1).all()
     assert encoded.positions is not None
     if grid == (4, 4):

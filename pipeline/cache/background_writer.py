@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from pipeline.cache.encode import Encoder, TeacherBatch
+from pipeline.cache.encode import Encoder
+from pipeline.cache.rows import ViewBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.writer import write_zarr_shard
@@ -44,7 +45,7 @@ class Gathered:
 
 
 @contextmanager
-def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], TeacherBatch], None]]:
+def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
     """Give a function to call with the features of every batch, in order; all records of a batch are in one shard.
 
     Background workers encode a batch and write a shard while the teacher computes the next batch. At the end of the
@@ -54,7 +55,7 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
     manifest = segment.manifest
     gathered: Gathered | None = None
 
-    def add(features: dict[int, Tensor], batch: TeacherBatch) -> None:
+    def add(features: dict[int, Tensor], batch: ViewBatch) -> None:
         nonlocal gathered
         shard = int(batch.records[0]) // manifest.shard_records
         start, stop = manifest.zarr_shard_range(shard)

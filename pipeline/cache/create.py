@@ -10,11 +10,10 @@ from pipeline.cache.append import Addition, check_growth, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
 from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.extract import Extractor
-from pipeline.cache.fill import rows_of
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import fidelity
-from pipeline.cache.rows import RowReader
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
@@ -88,7 +87,7 @@ def build_segment(
         calibration |= read_calibration(segment)
         measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
-    rows = rows_of(manifest, addition.images, segments)
+    rows = Rows.of(manifest, addition.images, segments)
     with ImageFile(addition.images) as files:
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():

@@ -10,7 +10,7 @@ from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
 from pipeline.data.importers.walk import printable
-from pipeline.data.sources import Location, kind_of
+from pipeline.data.sources import kind_of
 
 # This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
@@ -59,7 +59,8 @@ class ImageFile:
         file = "" if images.files is None else images.files[number]
         file_path = images.paths[container] / file if self._kinds[container].named else images.paths[container]
         where = f"{self.what} {images.keys[number]!r} in {printable(file_path)}"
-        return self._readers[container].read(Location(file, offset, size, where), size if most is None else most), where
+        data = self._readers[container].read(file, offset, size, size if most is None else most, where)
+        return data, where
 
     def close(self) -> None:
         """Close the files; later reads open them again."""

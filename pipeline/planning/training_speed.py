@@ -1,7 +1,6 @@
 """The speed of a student's steps, from the cache or with the teacher in every step."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -105,7 +104,7 @@ def train_on(
         def student() -> Generator[int, None, None]:
             stored = next(load(lists(), settings.workers, None, ahead))
             (batch,) = stored.to(device).batches([cache], [new.student])
-            decoded = replace(batch, teacher_features=[s.decoded() for s in batch.teacher_features])
+            decoded = new.distiller.decoded(batch)
             for number in range(10**9):
                 yield step(decoded, number)
 
