@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="Plan, look at and verify feature caches.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
-LocalCopyOption = Annotated[Path | None, typer.Option(help="Folder to which shards are copied at their first read.")]
+LocalCopyOption = Annotated[Path | None, typer.Option(help="Folder to which Zarr shards are copied when first read.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help="A YAML file, or the name of a bundled recipe.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be repeated.")
@@ -54,22 +54,29 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Make the last line of stdout one JSON object.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
-# A mapping whose values are all of these types is printed on one line.
-_NUMBERS = {int, float, bool, type(None)}
-# Fields that only the JSON output has.
-_JSON_ONLY = ("cache_place",)
-# A longer list is cut in the text output; the JSON output has all of it.
-_LIST_LIMIT = 24
+TeacherOption = Annotated[
+    str | None,
+    typer.Option(help="A model of timm, hf:USER/NAME of transformers, or package.module:function of your own."),
+]
+WeightsOption = Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")]
+ModelWeightsOption = Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")]
+BlocksOption = Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")]
+ViewsOption = Annotated[int | None, typer.Option(help="Views of each image; see the section views.")]
+CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
+CodecOption = Annotated[str | None, typer.Option(help=CODEC_HELP)]
+SeedOption = Annotated[int | None, typer.Option(help="Seed.")]
+UnreadableOption = Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")]
+MovedOption = Annotated[
+    list[str] | None, typer.Option("--images", "--shards", help="Where the cached images are, if they moved.")
+]
 LAYOUT_HELP = "folder (default), or a data set such as imagenet-1k or ade20k, as it is distributed."
 TASK_HELP = (
     "classification (default), segmentation, depth, retrieval, domain-shift or head (the model's); may be repeated."
 )
 REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their order. Default: raw targets."
-MOVED_HELP = "Where the cached images are, if they moved."
-TEACHER_HELP = "A model of timm, hf:USER/NAME of transformers, or package.module:function of your own."
 STUDENT_HELP = "Any model that can be a teacher, or vit with student.dim, depth and heads."
 IMAGES_HELP = "Folders of images (sub-folders are classes), shards, lists, tables, globs or URLs."
-CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
 
 def refiner_option(help: str) -> Any:
@@ -111,13 +118,13 @@ def every_command(
 def run(
     photos: Annotated[list[str], typer.Argument(help=IMAGES_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for everything that the run makes.")],
-    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
+    teacher: TeacherOption = None,
     student: Annotated[str | None, typer.Option(help=STUDENT_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's .safetensors or .pth; else timm's.")] = None,
     hours: Annotated[float | None, typer.Option(help="How long all may take.")] = None,
     disk_gb: Annotated[float | None, typer.Option(help="How large the cache may become, in GB.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="So many GPUs of this machine share the work.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
+    on_error: UnreadableOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
@@ -127,7 +134,7 @@ def run(
     """Go from images or shards to a student, a report and a model for timm: plan, and then every stage."""
     from pipeline.checks import check_chain
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -153,7 +160,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     layout: Annotated[str | None, typer.Option(help=LAYOUT_HELP)] = None,
     split: Annotated[str | None, typer.Option(help="The split, for a layout that has several.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
+    on_error: UnreadableOption = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -161,8 +168,8 @@ def prepare(
 ) -> None:
     """Pack images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
     from pipeline.config import load_config
+    from pipeline.outputs.folder import output_mode
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
-    from pipeline.storage.outputs import output_mode
 
     options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
     tree = load_config(config, sets or (), options)
@@ -173,12 +180,12 @@ def prepare(
 def cache_teacher(
     images: Annotated[list[str], images_option()],
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
-    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
-    views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,
-    codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
+    teacher: TeacherOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    blocks: BlocksOption = None,
+    views: ViewsOption = None,
+    codec: CodecOption = None,
     precision: Annotated[str | None, typer.Option(help="The teacher's: no (float32), bf16 or fp16.")] = None,
     on_error: Annotated[str | None, typer.Option(help="What to do with broken images: fail or skip.")] = None,
     resume: ResumeOption = False,
@@ -191,7 +198,7 @@ def cache_teacher(
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -219,7 +226,7 @@ def refine(
     normaliser: Annotated[str | None, typer.Option(help="standardize, layernorm, phi-s ... or none.")] = None,
     rank: Annotated[str | None, typer.Option(help="For cleaner adapter: its rank, or auto.")] = None,
     steps: Annotated[int | None, typer.Option(help="For cleaner adapter: at most this many steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    seed: SeedOption = None,
     local_copy: LocalCopyOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -230,7 +237,7 @@ def refine(
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "refine.variant": variant,
@@ -253,7 +260,7 @@ def inspect(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1: folder or URL.")],
     refiner: Annotated[Path | None, refiner_option("A refiner of stage 2 to judge.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for inspect.html and inspect.json.")] = None,
-    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    images: MovedOption = None,
     overwrite: OverwriteOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -262,7 +269,7 @@ def inspect(
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or ()), output_mode(False, overwrite)
     look("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
@@ -276,14 +283,14 @@ def distill(
     cache: Annotated[list[str], typer.Option(help="A cache of stage 1: folder or URL; repeat for more teachers.")],
     out: Annotated[Path, typer.Option(help="Folder for the run.")],
     refiner: Annotated[list[Path] | None, refiner_option(REFINER_HELP)] = None,
-    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    images: MovedOption = None,
     weights: Annotated[Path | None, typer.Option(help="The teacher's weights, from which students start.")] = None,
     student: Annotated[str | None, typer.Option(help="Any model that can be a teacher, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed.")] = None,
+    seed: SeedOption = None,
     local_copy: LocalCopyOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -294,7 +301,7 @@ def distill(
     """Train a student on the refined targets (stage 3)."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.weights": weights,
@@ -320,7 +327,7 @@ def evaluate(
     test: Annotated[list[str], typer.Option(help="Labelled images that the probes are tested on, as --images.")],
     train: Annotated[list[str] | None, typer.Option(help="Labelled images to learn from; not for retrieval.")] = None,
     task: Annotated[list[str] | None, typer.Option(help=TASK_HELP)] = None,
-    weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
+    weights: ModelWeightsOption = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
     config: ConfigOption = None,
@@ -352,7 +359,7 @@ def embed(
     features: Annotated[
         str | None, typer.Option(help="cls, mean (of the patches) or dense; default: cls if there is one.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
+    weights: ModelWeightsOption = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw, default) or norm.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     config: ConfigOption = None,
@@ -394,7 +401,7 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for refiners, runs and the leaderboard.")],
     train: Annotated[list[str] | None, typer.Option(help="Labelled images that the probes learn from.")] = None,
     test: Annotated[list[str] | None, typer.Option(help="Labelled images that they are tested on.")] = None,
-    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    images: MovedOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each GPU.")] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -402,7 +409,7 @@ def sweep(
 ) -> None:
     """Train, probe and rank many students from one cache."""
     from pipeline.checks import look
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
     from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
@@ -420,7 +427,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write: FILE.html.")],
     cache: Annotated[str | None, typer.Option(help="Where the runs' cache is, if it moved.")] = None,
     refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are, if they moved.")] = None,
-    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    images: MovedOption = None,
     teacher_probes: Annotated[Path | None, typer.Option(help="The folder of singer evaluate TEACHER --out.")] = None,
     records: Annotated[int, typer.Option(min=1, help="Norms are measured on so many records.")] = 256,
     title: Annotated[str, typer.Option(help="The page's title.")] = "Students of one teacher",
@@ -459,7 +466,7 @@ def export(
     """Write the student alone, with a model card, in a format that other tools load."""
     from pipeline.checks import check_finished, check_format, look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or (), {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
@@ -487,12 +494,12 @@ def cache_info(
 @cache_app.command("plan")
 def cache_plan(
     images: Annotated[list[str], images_option()],
-    teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
-    codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
-    views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,
+    teacher: TeacherOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    blocks: BlocksOption = None,
+    codec: CodecOption = None,
+    views: ViewsOption = None,
     out: Annotated[str | None, typer.Option(help="Where the cache would be; this disk is measured.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long caching is measured; 0: only bytes.")] = 20.0,
     config: ConfigOption = None,
@@ -517,20 +524,21 @@ def cache_plan(
     tree = load_config(config, sets or (), options)
     look("plan", tree, images=[images])
     from pipeline.planning.plan import plan as run
+    from pipeline.reports.result_text import unmeasured
 
     value = dataclasses.asdict(run(tree, images, out, seconds))
     nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
-    _report(value if as_json else _unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
+    _report(value if as_json else unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
 
 
 @cache_app.command("verify")
 def cache_verify(
     cache: Annotated[str, typer.Argument(help="A cache, complete or not: folder or URL.")],
     teacher: Annotated[str | None, typer.Option(help="Teacher or variant to compare with; default: the first.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    images: Annotated[list[str] | None, images_option(MOVED_HELP)] = None,
+    weights: WeightsOption = None,
+    images: MovedOption = None,
     sample: Annotated[int, typer.Option(min=1, help="Records that the teacher computes again.")] = 64,
-    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing shards again.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged and missing Zarr shards again.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -575,7 +583,7 @@ def demo(
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
     from pipeline.checks import look
     from pipeline.config import load_config
-    from pipeline.storage.outputs import output_mode
+    from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config or "demo", sets or ()), output_mode(False, overwrite)
     look("demo", tree, out, mode)
@@ -589,80 +597,12 @@ def _report(result: Any, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     value = result if isinstance(result, dict) else dataclasses.asdict(result)
-    print(json.dumps(value, default=str) if as_json else "\n".join(_lines(value)), flush=True)
+    if as_json:
+        print(json.dumps(value, default=str), flush=True)
+        return
+    from pipeline.reports.result_text import as_lines
 
-
-def _unmeasured(value: Any) -> Any:
-    """Return the value with the words "not measured" in the place of None."""
-    if isinstance(value, dict):
-        return {name: _unmeasured(field) for name, field in value.items()}
-    if isinstance(value, list):
-        return [_unmeasured(field) for field in value]
-    return "not measured" if value is None else value
-
-
-def _lines(value: dict[Any, Any]) -> Iterator[str]:
-    """Yield one line for each figure; nested figures are indented, and a list of flat rows is a table."""
-    for name, field in value.items():
-        if name in _JSON_ONLY or (name == "others" and not field):
-            continue
-        inner: Iterable[str] = ()
-        if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:
-            inner = _lines(field)
-        elif isinstance(field, list) and field and isinstance(field[0], dict):
-            flat = not any(isinstance(cell, dict | list) for row in field for cell in row.values())
-            inner = _table(field) if flat else _items(field)
-        if inner:
-            yield f"{name}:"
-            yield from (f"  {line}" for line in inner)
-        else:
-            yield f"{name}: {_text(field, name)}"
-
-
-def _items(rows: list[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        first, *others = _lines(row)
-        yield f"- {first}"
-        yield from (f"  {line}" for line in others)
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    cells = [list(rows[0]), *([_text(v, name) for name, v in row.items()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-
-
-def _text(value: Any, name: object = "") -> str:
-    if value is None or value in ([], (), {}):
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and "bytes" in str(name):
-        return _size(value)
-    if isinstance(value, float):
-        return f"{value:.4g}" + (f" ({_duration(value)})" if str(name).endswith("hours") else "")
-    if isinstance(value, dict) and name == "matching":
-        return ", ".join(f"{teacher} -> {student}" for teacher, student in value.items())
-    if isinstance(value, dict):
-        return ", ".join(f"{k} ({_text(v)})" if isinstance(v, dict) else f"{k} {_text(v, k)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        more = f" ... ({len(value)} in all)" if len(value) > _LIST_LIMIT else ""
-        return ", ".join(map(_text, value[:_LIST_LIMIT])) + more
-    return str(value)
-
-
-def _duration(hours: float) -> str:
-    from pipeline.runtime.progress import duration
-
-    return duration(3600 * hours)
-
-
-def _size(count: int) -> str:
-    """Return a number of bytes as text: 1234567 is "1.23 MB"."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
+    print("\n".join(as_lines(value)), flush=True)
 
 
 def run_with_messages(command: Callable[[], object]) -> None:

@@ -17,8 +17,8 @@ from setting import DEVICE, DEVICE_NAME, Student, Teacher, add_options, make_cac
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.training.batch import BatchLoader
 
@@ -50,7 +50,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         return cache.pixels(part.records, size, files)
 
     (fixed,) = load([plan[:1]], 1)
-    fixed_pixels, fixed_features = fixed.pixels[size], student.targets.features(fixed.encoded[0])
+    fixed_pixels, fixed_features = fixed.pixels[size], cache.decode(fixed.encoded[0], DEVICE)
 
     def teacher_alone() -> None:
         for _ in plan:
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
     def cached() -> None:
         for loaded in load([[part] for part in plan], workers):
-            student.update(loaded.pixels[size], student.targets.features(loaded.encoded[0]))
+            student.update(loaded.pixels[size], cache.decode(loaded.encoded[0], DEVICE))
 
     kinds: list[Callable[[], None]] = [
         teacher_alone, student_alone, decoding_alone, student_with_images, online, cached,

@@ -35,7 +35,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.storage.outputs import write_json
+from pipeline.storage.json_files import write_json
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from setting import DEVICE_NAME, Student, add_options, make_cache, read_config, seconds
+from setting import DEVICE, DEVICE_NAME, Student, add_options, make_cache, read_config, seconds
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
@@ -46,7 +46,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
     def decode(loaded: StoredBatch) -> tuple[Tensor, dict[int, Tensor]]:
-        return loaded.pixels[size], students[0].targets.features(loaded.encoded[0])
+        return loaded.pixels[size], cache.decode(loaded.encoded[0], DEVICE)
 
     (first,) = load([plan[:1]], 1)
     in_memory = decode(first)

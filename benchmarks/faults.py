@@ -28,12 +28,12 @@ from PIL import Image
 
 import cli
 from pipeline.config import load_config
-from pipeline.data import index_shards
+from pipeline.data import index_images
+from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
-from pipeline.teachers.backbone import Backbone, save_backbone
 from singer.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -230,14 +230,14 @@ def finished_at(out: Path) -> bool:
 def mutation_campaign(root: Path, count: int, seed: int) -> None:
     """Index mutated archives, and check that every lost image is listed; print what happened to them."""
     shard = sorted((root / "train").glob("*.tar"))[0]
-    images = index_shards(str(shard))
+    images = index_images(str(shard))
     original = dict(zip(images.keys, validate_images(images, 1, "skip").found["digest"].tolist(), strict=True))
     results: collections.Counter[str] = collections.Counter()
     for what, data in mutations(shard.read_bytes(), count, seed):
         mutated = root / "mutated.tar"
         mutated.write_bytes(data)
         try:
-            found = validate_images(index_shards(str(mutated), "skip"), 1, "skip")
+            found = validate_images(index_images(str(mutated), "skip"), 1, "skip")
         except UserError:
             results["refused as a whole, by name"] += 1
             continue

@@ -21,8 +21,8 @@ from read_speed import synthetic_manifest, write_synthetic
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.reader import Cache
 from pipeline.config import load_config
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import EpochOrder
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.distill import distill
 
 TOKENS, WIDTH, PIXELS = 65, 192, 32

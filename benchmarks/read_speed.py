@@ -31,16 +31,16 @@ from torch import Tensor
 from pipeline.cache.calibration import calibrate
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.completion import complete_segment
-from pipeline.cache.format import FEATURES, PIXELS, VIEWS, shard_file
+from pipeline.cache.format import FEATURES, PIXELS, VIEWS, zarr_shard_file
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.reader import Cache
 from pipeline.cache.segments import read_segments
 from pipeline.cache.stored import Ragged, Stored
-from pipeline.cache.writer import create_segment, small_files, write_shard
+from pipeline.cache.writer import create_segment, small_files, write_zarr_shard
 from pipeline.config import DistillConfig
 from pipeline.data import Images, Keys, listing_hash
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_depth
+from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.training.batch import BatchLoader
 
@@ -120,8 +120,8 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
     for first in range(0, manifest.shard_records, BATCH):
         x = synthetic_features(min(BATCH, manifest.shard_records - first), *shape, seed=first)
         stored.append(CODECS[manifest.codec].encode(x, calibration))
-    for shard in range(manifest.shards):
-        start, stop = manifest.shard_range(shard)
+    for shard in range(manifest.zarr_shards):
+        start, stop = manifest.zarr_shard_range(shard)
         values = {
             f"{FEATURES}/{BLOCK}/{name}": first_rows([s[name] for s in stored], stop - start) for name in stored[0]
         }
@@ -129,7 +129,7 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
             size = manifest.pixels.size
             values[PIXELS] = np.full((stop - start, size, size, 3), shard % 256, np.uint8)
         values[VIEWS] = synthetic_views(manifest, start, stop)
-        write_shard(store, manifest, shard, values, {})
+        write_zarr_shard(store, manifest, shard, values, {})
     (part,) = read_segments(store)
     complete_segment(part)
 
@@ -156,7 +156,7 @@ def payload_bytes(cache: Cache) -> int:
     """Return the bytes of all shards, without their indices."""
     manifest = cache.manifest
     root = Path(str(cache.place))
-    files = [root / shard_file(n, f, s) for n, f in manifest.arrays().items() for s in range(manifest.shards)]
+    files = [root / zarr_shard_file(n, f, s) for n, f in manifest.arrays().items() for s in range(manifest.zarr_shards)]
     return sum(f.stat().st_size - 16 * manifest.shard_records - 4 for f in files)
 
 

@@ -23,11 +23,11 @@ import yaml
 from webdataset import TarWriter, WebDataset
 
 from pipeline.config import load_config
+from pipeline.outputs.folder import Mode
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
-from pipeline.storage.outputs import Mode
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
 from pipeline.training.run_directory import RUN
 

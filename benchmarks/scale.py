@@ -442,9 +442,9 @@ def watched(args: Sequence[str]) -> None:
 
 def list_images(spec: str, happened: Callable[[str, float], None]) -> None:
     """List the images of shards."""
-    from pipeline.data import index_shards
+    from pipeline.data import index_images
 
-    happened("index", len(index_shards(spec)))
+    happened("index", len(index_images(spec)))
 
 
 def open_cache(place: str) -> None:
@@ -462,7 +462,7 @@ def make_teacher(folder: str) -> None:
     import timm
     import torch
 
-    from pipeline.teachers.backbone import Backbone, save_backbone
+    from pipeline.models.backbone import Backbone, save_backbone
 
     torch.manual_seed(0)
     name = "vit_tiny_patch16_224"
@@ -483,7 +483,9 @@ def make_synthetic(folder: str, records: str) -> None:
     record_bytes = TOKENS * WIDTH * 2
     manifest = synthetic_manifest("float16", TOKENS, WIDTH, int(records), shard_bytes=SHARD_RECORDS * record_bytes)
     write_synthetic(Path(folder), manifest)
-    print(f"a cache of {records} records in {manifest.shards} shards: {time.monotonic() - start:.0f} s", flush=True)
+    print(
+        f"a cache of {records} records in {manifest.zarr_shards} shards: {time.monotonic() - start:.0f} s", flush=True
+    )
 
 
 def print_tables(work: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.data.views import normalise
 from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.stored_refiners import load_refiner

@@ -19,8 +19,8 @@ from torch import Tensor, from_numpy
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.data import ImageFile, relocate
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices, steps_per_epoch
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import fan_out
 from pipeline.stages.refine import refine

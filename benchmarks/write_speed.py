@@ -28,19 +28,19 @@ from torch import Tensor
 from pipeline.cache import create
 from pipeline.cache.background_writer import filling
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encode import Encoder, TeacherBatch, Values, calibration_on
+from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.rows import RowReader, Rows, Values, ViewBatch
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
-from pipeline.data import ImageFile, index_shards
-from pipeline.data.prefetch import prefetch
+from pipeline.data import ImageFile, index_images
 from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 
 # Shards are small, so that every turn also writes; larger shards are synced less often.
 SHARD_RECORDS = 128
@@ -67,22 +67,22 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     backbone = load_teacher(config.teacher)
     accelerator = make_accelerator(config.cache.precision)
     extract = Extractor(config, backbone, accelerator)
-    create.create_segments(config, index_shards(options.shards), scratch, "new", extract)
+    create.create_segments(config, index_images(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)
     rows = Rows.of(manifest, images)
     encode = Encoder(manifest, rows, calibration_on(part, extract.device))
     turn = max(1, options.images // manifest.shard_records)
-    groups = [range(n, n + turn) for n in range(0, manifest.shards - turn + 1, turn)]
+    groups = [range(n, n + turn) for n in range(0, manifest.zarr_shards - turn + 1, turn)]
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
             read = RowReader(rows, files, manifest.view_form, encode.sides, "fail")
             size = config.cache.batch_size
-            ranges = [manifest.shard_range(shard) for shard in group]
+            ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
             for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):
-                extract.features(batch.pixels, manifest.blocks)
+                extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
@@ -92,7 +92,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     turns, order = [], [bare, fill]
     for number in range(options.rounds + 1):
         group = groups[number % len(groups)]
-        count = sum(stop - start for start, stop in map(manifest.shard_range, group))
+        count = sum(stop - start for start, stop in map(manifest.zarr_shard_range, group))
         took = {}
         for run in order:
             busy = time.process_time()
@@ -122,8 +122,9 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
         with filling(part, encode) as store:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
-                views: Values = {VIEWS: torch.from_numpy(synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1))}
-                store({BLOCK: features[batch % len(features)]}, TeacherBatch(rows, torch.empty(0), views, {}))
+                found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
+                views: Values = {VIEWS: torch.from_numpy(found)}
+                store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, views))
 
     return seconds(store_all)
 

@@ -23,13 +23,13 @@ from PIL import Image
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.loading import create_model
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.export import export
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import create_model
 from singer.errors import UserError
 
 PAGE = Path(__file__).with_name("models.md")

@@ -13,10 +13,12 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
+from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
+from pipeline.outputs.folder import Mode, check_output
+from pipeline.outputs.provenance import PROVENANCE
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.storage.outputs import PROVENANCE, Mode, check_output, read_json
-from pipeline.teachers.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
+from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import RUN, STAGE, STUDENT
 from singer.errors import UserError
 
@@ -40,7 +42,7 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
     "run": _CACHE | _REFINE | _DISTILL,
 }
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
-FORMATS = ("pipeline.students.formats", "FORMATS")
+FORMATS = ("pipeline.students.export_formats", "FORMATS")
 STARTS = ("auto", "teacher", "random")
 MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks

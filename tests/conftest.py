@@ -14,13 +14,15 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import cli
+from pipeline.cache.stored import Encoded
 from pipeline.config import Config, dump_config, load_config
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.loading import LOCAL
 from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import LOCAL
+from pipeline.training.targets import Targets
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -174,6 +176,12 @@ def messages() -> Iterator[None]:
     """Functions tell on stderr what their commands would."""
     with on_console():
         yield
+
+
+def targets_of(targets: Targets, encoded: Encoded) -> dict[int, torch.Tensor]:
+    """Return normalised targets {block: (B, N, d)} of stored records, as a step makes them."""
+    decoded = targets.decoded(encoded)
+    return targets.target_tokens(targets.refine(decoded.features).normalised, decoded.positions)
 
 
 def tree_bytes(folder: Path, *leave_out: str) -> dict[str, bytes]:

@@ -9,11 +9,11 @@ from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.config import Config
+from pipeline.models.backbone import save_backbone
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from pipeline.data.background import BackgroundWorker
+from pipeline.runtime.background import BackgroundWorker
 
 
 def test_calls_come_in_order_and_one_at_a_time() -> None:

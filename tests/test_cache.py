@@ -25,12 +25,13 @@ from pipeline.cache.manifest import Manifest, read_manifest
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
+from pipeline.outputs.folder import claimed_output
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
-from pipeline.storage.outputs import claimed_output
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved, load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs
 from singer.errors import UserError
 
@@ -159,7 +160,7 @@ def test_lost_and_cut_files_are_noticed(world: Path, config: Config, tmp_path: P
     (out / "features/2/values/c/1/0/0").unlink()
     cut = out / "features/3/values/c/2/0/0"
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.raises(UserError, match="2 of 4 shards are missing"):
+    with pytest.raises(UserError, match="2 of 4 Zarr shards are missing"):
         Cache(out)
     fill(config, world, out, "resume")
     assert tree_bytes(out) == whole
@@ -181,7 +182,7 @@ def test_zeros_are_stored(world: Path, config: Config, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tiny_shards")
 def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_path: Path) -> None:
     whole = fill(config, world, tmp_path / "whole")
-    assert read_manifest(open_store(whole)).shards == 4
+    assert read_manifest(open_store(whole)).zarr_shards == 4
     part = fill(config, world, tmp_path / "part")
     kept = part / "features/2/values/c/0/0/0"
     before = kept.stat().st_mtime_ns
@@ -189,7 +190,7 @@ def test_resume_redoes_only_what_is_missing(world: Path, config: Config, tmp_pat
         (part / JOURNAL / f"{shard:06d}.json").unlink()
     (part / "features/2/values/c/1/0/0").write_bytes(b"torn")
     (part / "features/3/values/c/3/0/0").unlink()
-    with pytest.raises(UserError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
+    with pytest.raises(UserError, match="is incomplete: 2 of 4 Zarr shards are missing; repeat .* with --resume"):
         Cache(part)
     fill(config, world, part, "resume")
     assert kept.stat().st_mtime_ns == before
@@ -236,10 +237,10 @@ def stop_after_three_shards(command: list[str]) -> None:
     def stops(store: Store, manifest: Manifest, shard: int, *args: Any) -> None:
         write(store, manifest, shard, *args) if shard < 3 else time.sleep(3600)
 
-    write = background_writer.write_shard
+    write = background_writer.write_zarr_shard
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
-        patch.setattr(background_writer, "write_shard", stops)
+        patch.setattr(background_writer, "write_zarr_shard", stops)
         run_singer(patch, *command)
 
 

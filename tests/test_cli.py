@@ -17,7 +17,7 @@ from pipeline.config import load_config
 from pipeline.config.reference import as_markdown
 from pipeline.evaluation.figures import FIGURES
 from pipeline.evaluation.tasks import TASKS
-from pipeline.teachers.backbone import save_backbone
+from pipeline.models.backbone import save_backbone
 
 
 def test_chain_with_json(
@@ -174,7 +174,7 @@ MISTAKES = {
     "verify without its shards": ("cache verify {w}/cache --repair --shards {w}/test/*.tar", "--images does not give"),
     "damaged cache": (
         "cache verify {d}",
-        "2 of 4 shards of {d} are damaged or missing: 1, 3; repair with singer cache",
+        "2 of 4 Zarr shards of {d} are damaged or missing: 1, 3; repair with singer cache",
     ),
     "plan without shards": ("cache plan --shards {w}/x-*.tar", "nothing matches"),
     "plan with no codec": ("cache plan --shards {w}/train/*.tar --codec int7", "no codec 'int7'; known"),

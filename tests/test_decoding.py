@@ -21,7 +21,7 @@ from validating import validate_images
 
 from pipeline.cache import Cache
 from pipeline.cache.index import Index, join
-from pipeline.data import ImageFile, Images, Keys, index_shards, list_images
+from pipeline.data import ImageFile, Images, Keys, index_images, list_images
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import MAX_PIXELS, decode_rgb, named_errors, read_size
 from pipeline.planning.plan import plan
@@ -110,7 +110,7 @@ def test_an_unfinished_old_cache_goes_on_as_it_began(
 
 
 def test_old_caches_read_the_old_formats(tmp_path: Path) -> None:
-    images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.jpg": tiff(PICTURE, 2), "b.png": photo()})))
+    images = index_images(str(write_tar(tmp_path / "t.tar", {"a.jpg": tiff(PICTURE, 2), "b.png": photo()})))
     assert validate_images(images, 1, "fail").unreadable == {}
     found = validate_images(replace(images, decoding="stored"), 1, "skip")
     assert list(found.unreadable) == ["a"] and "a new one reads more" in found.unreadable["a"]
@@ -136,7 +136,7 @@ def test_sizes_where_the_tag_is_far_from_the_beginning(tmp_path: Path) -> None:
     jpeg = photo()
     comment = b"\xff\xfe" + struct.pack(">H", 65000) + b" " * 64998
     members = {"a.png": tail, "b.jpg": jpeg[:2] + comment * 2 + jpeg[2:], "c.png": png(noise, 8, 2)}
-    with ImageFile(index_shards(str(write_tar(tmp_path / "t.tar", members)))) as files:
+    with ImageFile(index_images(str(write_tar(tmp_path / "t.tar", members)))) as files:
         assert len(tail) > 1 << 16
         assert [files.dimensions(n) for n in range(3)] == [(150, 200), (48, 64), (200, 150)]
         assert [files.read(n).size for n in range(3)] == [(150, 200), (48, 64), (200, 150)]
@@ -169,7 +169,7 @@ def test_each_kind_of_warning_is_said_once_with_a_name(tmp_path: Path, capfd: py
     members["animation.png"] = png(PICTURE, 8, 2, before=chunk(b"acTL", bytes(8)))
     shard = write_tar(tmp_path / "t.tar", members)
     threads, filters, most = threading.active_count(), list(warnings.filters), Image.MAX_IMAGE_PIXELS
-    assert validate_images(index_shards(str(shard)), 3, "fail").unreadable == {}
+    assert validate_images(index_images(str(shard)), 3, "fail").unreadable == {}
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(lines) == 2 and all(f"in {shard}: " in line for line in lines), lines
     assert any("Skipping tag 271" in line for line in lines)
@@ -217,7 +217,7 @@ def test_every_refusal_names_the_image(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{tmp_path}/in/{name}.png cannot be decoded: .*; remove it"):
         prepare(world_config(tmp_path), tmp_path / "in", tmp_path / "out")
     if data:
-        images = index_shards(str(write_tar(tmp_path / "t.tar", {f"{name}.png": data})))
+        images = index_images(str(write_tar(tmp_path / "t.tar", {f"{name}.png": data})))
         with ImageFile(images) as files, pytest.raises(UserError, match=f"^image '{name}' in .* cannot be decoded: "):
             files.read(0)
 
@@ -250,7 +250,7 @@ def test_prepare_keeps_every_format(tmp_path: Path) -> None:
         packed = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     as_named = {name.lower().replace("jpeg", "jpg"): data for name, data in files.items()}
     assert packed == as_named and result.skipped == []
-    found = validate_images(index_shards(str(result.shards[0])), 2, "fail")
+    found = validate_images(index_images(str(result.shards[0])), 2, "fail")
     assert len(found.images) == len(files) and found.unreadable == {}
 
 

@@ -11,7 +11,7 @@ from pipeline.chains.demo import TEACHER, demo
 from pipeline.chains.digits import digit_image, digit_images, split_indices
 from pipeline.config import load_config, resource
 from pipeline.data.views import normalise
-from pipeline.teachers.models import load_saved
+from pipeline.models.loading import load_saved
 from singer.artifacts import patch_norms, robust_threshold
 from singer.backbones import block_outputs
 from singer.errors import UserError

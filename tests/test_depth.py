@@ -11,13 +11,13 @@ from PIL import Image
 from test_segmentation import SHARED, WEIGHTS, packed, png
 
 from pipeline.config import Config, load_config
-from pipeline.data import index_beside, index_shards
+from pipeline.data import index_beside, index_images
 from pipeline.evaluation.depth import Depth, fit_heads, read_depths
+from pipeline.models.backbone import save_backbone
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.metrics import depth_figures, depth_sums
 
@@ -124,7 +124,7 @@ def test_range_and_units(tmp_path: Path) -> None:
     """Millimeters become meters; both ends of the range count."""
     depth = np.full((8, 8), 2500, np.uint16)
     depth[0, :5] = [0, 1, 10000, 10001, 65535]
-    images = index_shards(str(packed(tmp_path / "x", {"depth_png": png(depth)}, depth_png=png(depth)) / "*.tar"))
+    images = index_images(str(packed(tmp_path / "x", {"depth_png": png(depth)}, depth_png=png(depth)) / "*.tar"))
     maps = list(read_depths(images, index_beside(images, "depth.png"), load_config().evaluate))
     assert len(maps) == 3 and maps[0].dtype == np.float32
     assert maps[0][0].tolist() == [0, np.float32(0.001), 10, 0, 0, 2.5, 2.5, 2.5]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from test_one_pass import write_shards
 
 from pipeline.config import dump_config
-from pipeline.data import ImageFile, index_shards
+from pipeline.data import ImageFile, index_images
 from pipeline.storage import LocalStore, Opened, OpenFile, Ranges
 from pipeline.storage.open_files import Pool
 from singer.errors import UserError
@@ -229,7 +229,7 @@ def test_an_archive_that_changed_is_not_read(world: Path, tmp_path: Path) -> Non
     """Its images' places were those of another file."""
     shard = tmp_path / "a.tar"
     shutil.copy(sorted((world / "train").glob("*.tar"))[0], shard)
-    with ImageFile(index_shards(str(shard))) as files:
+    with ImageFile(index_images(str(shard))) as files:
         first = files.encoded(0)
         assert files.encoded(0) == first
         other = tmp_path / "other"

@@ -10,19 +10,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import seeded, tree_bytes, world_config
+from conftest import seeded, targets_of, tree_bytes, world_config
 
 import pipeline.training.batch as stage
 from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
+from pipeline.models.loading import load_saved
+from pipeline.outputs.provenance import file_hash
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
-from pipeline.storage.outputs import file_hash
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_saved
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, TeacherBranch
@@ -68,12 +68,12 @@ def test_targets_are_refined_features_on_the_students_grid(world: Path) -> None:
     encoded = cache.read([4, 7])
     refined = refiner(cache.decode(encoded, CPU))
     same = new_student(world_config(world).student, 32)
-    for block, t in Targets(cache, refiner, same, CPU)(encoded).items():
+    for block, t in targets_of(Targets(cache, refiner, same, CPU), encoded).items():
         assert torch.equal(t, refined[block])
-    raw = Targets(cache, None, same, CPU)(encoded)
+    raw = targets_of(Targets(cache, None, same, CPU), encoded)
     assert torch.equal(raw[3], cache.features([4, 7], CPU)[3])
     fine = new_student(world_config(world, "student.patch_size=4").student, 32)
-    t = Targets(cache, refiner, fine, CPU)(encoded)[3]
+    t = targets_of(Targets(cache, refiner, fine, CPU), encoded)[3]
     assert t.shape == (2, 1 + 64, 24)
     assert torch.equal(t[:, 0], refined[3][:, 0])
 

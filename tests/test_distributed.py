@@ -20,7 +20,7 @@ from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_sharding
+from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_fsdp
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -186,4 +186,4 @@ def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pyt
         patch.setenv("WORLD_SIZE", "2")
         distill(config, world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    check_sharding("fp16")
+    check_fsdp("fp16")

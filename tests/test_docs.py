@@ -38,18 +38,18 @@ from test_structure import FLOORS
 
 import cli
 import pipeline.config
-import pipeline.evaluation.models
+import pipeline.evaluation.open_model
 import pipeline.planning.plan
 import pipeline.sweeps.file
 from pipeline.config import Config, load_config
+from pipeline.models.backbone import save_backbone
+from pipeline.models.names import HF, LOCAL, is_function
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import read_plan
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.names import HF, LOCAL, is_function
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -360,9 +360,9 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweeps.file, "load_config", first)
-    load_model = pipeline.evaluation.models.load_model
+    load_model = pipeline.evaluation.open_model.load_model
     monkeypatch.setattr(
-        pipeline.evaluation.models, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
+        pipeline.evaluation.open_model, "load_model", lambda _, *how: load_model(str(toys.toy["teacher.name"]), *how)
     )
     plan = pipeline.planning.plan.plan
     monkeypatch.setattr(

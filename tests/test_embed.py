@@ -11,11 +11,11 @@ from conftest import make_vit, run_singer
 from pyarrow import parquet
 
 from pipeline.config import Config
-from pipeline.data import index_shards
+from pipeline.data import index_images
 from pipeline.evaluation.global_features import features
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.embed import embed
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved
 from singer.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_vectors_are_the_features_of_evaluate(
 ) -> None:
     file = tmp_path / f"new/vectors{suffix}"
     result = embed(config, world / "teacher", world / "test", file, kind)
-    images = index_shards(f"{world / 'test'}/*.tar")
+    images = index_images(f"{world / 'test'}/*.tar")
     expected = features(load_saved(world / "teacher"), images, config.evaluate, torch.device("cpu"))
     for tokens in ("block", "norm"):
         settings = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"tokens": tokens})})

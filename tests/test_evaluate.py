@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 import cli
 from pipeline.config import Config, dump_config, load_config
-from pipeline.data import ImageFile, index_shards
+from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view, normalise
 from pipeline.evaluation.classification import Classification, linear_scores
 from pipeline.evaluation.classification import probe as probe_classification
@@ -25,11 +25,11 @@ from pipeline.evaluation.domain_shift import DomainShift
 from pipeline.evaluation.global_features import features
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.evaluation.retrieval import Retrieval
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_model, load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_model, load_saved
 from singer.errors import UserError
 from singer.metrics import knn_scores, retrieval_figures, topk_percent, wilson_percent
 
@@ -180,7 +180,7 @@ def test_tasks_of_one_command_share_features(
 
 def test_features_do_not_depend_on_batches(world: Path) -> None:
     vit = make_vit()
-    images = index_shards(str(world / "test" / "*.tar"))
+    images = index_images(str(world / "test" / "*.tar"))
     wide, narrow = (load_config(sets=[f"evaluate.batch_size={n}"]).evaluate for n in (64, 7))
     a, b = features(vit, images, wide, CPU), features(vit, images, narrow, CPU)
     assert list(a) == ["block", "norm"]
@@ -251,7 +251,7 @@ def test_linear_probe_is_logistic_regression() -> None:
 
 def test_intervals_and_shots(world: Path) -> None:
     """12, 3, 12 and 12 training images a class: class 1 alone is few-shot; figures of groups make up that of all."""
-    train, test = index_shards(str(world / "train" / "*.tar")), index_shards(str(world / "test" / "*.tar"))
+    train, test = index_images(str(world / "train" / "*.tar")), index_images(str(world / "test" / "*.tar"))
     kept = np.concatenate([np.flatnonzero(train.labels == c)[: 3 if c == 1 else 12] for c in range(4)])
 
     def run(*sets: str) -> Classification:
@@ -279,8 +279,8 @@ def test_retrieval_needs_no_training_images(world: Path, config: Config, tmp_pat
     result = evaluate(config, tmp_path / "run", None, test, "retrieval")
     assert isinstance(result, Retrieval) and (result.queries, result.train_images, result.test_images) == (40, 0, 40)
     assert set(result.retrieval) == {"cls", "mean_patch"}
-    found = features(load_saved(tmp_path / "run" / "student"), index_shards(test), config.evaluate, CPU)["block"]
-    labels = torch.from_numpy(index_shards(test).labels)
+    found = features(load_saved(tmp_path / "run" / "student"), index_images(test), config.evaluate, CPU)["block"]
+    labels = torch.from_numpy(index_images(test).labels)
     assert result.retrieval["mean_patch"] == retrieval_figures(found["mean_patch"], labels)
     assert result.normed is not None and set(result.normed["retrieval"]) == {"cls", "mean_patch"}
     assert result.written is not None
@@ -360,7 +360,7 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
     test = str(tmp_path / "shards" / "*.tar")
     found = evaluate(world_config(world), world / "teacher", None, test, "head", tmp_path / "out")
     assert isinstance(found, OwnHead) and (found.classes, found.train_images, found.test_images) == (5, 0, 40)
-    teacher, images = load_saved(world / "teacher"), index_shards(test)
+    teacher, images = load_saved(world / "teacher"), index_images(test)
     with ImageFile(images) as files, torch.inference_mode():
         views = [apply_view(image, crop_view(1.0, image.size), 32) for image in map(files.read, range(40))]
         logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU))

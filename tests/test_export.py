@@ -22,12 +22,12 @@ from torch import Tensor
 import pipeline.stages.export as stage
 from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_model, load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import CARD, ExportResult, export
-from pipeline.students.formats import FORMATS, Student, Written
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_model, load_saved
+from pipeline.students.export_formats import FORMATS, Student, Written
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

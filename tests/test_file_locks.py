@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.outputs.provenance import file_hash
 from pipeline.runtime import logs
 from pipeline.storage import LocalStore, Ranges, file_locks
 from pipeline.storage.local_copy import ReadThrough
-from pipeline.storage.outputs import file_hash
 from singer.errors import UserError
 
 

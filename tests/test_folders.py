@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data import index_shards
+from pipeline.data import index_images
 from pipeline.data.importers.walk import printable, walk
 from pipeline.data.names import file_keys
 from pipeline.data.tars import UNSAFE
@@ -25,7 +25,7 @@ def draw(file: Path, shade: int = 0) -> None:
 def labels_of(folder: Path, out: Path) -> dict[str, int]:
     """What a cache would hold of the shards that prepare makes of a folder."""
     prepare(config_with(), folder, out)
-    images = index_shards(str(out / "*.tar"))
+    images = index_images(str(out / "*.tar"))
     return dict(zip(images.keys, images.labels.tolist(), strict=True))
 
 
@@ -115,7 +115,7 @@ def test_the_advice_of_a_failure_works(
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     advice = line.rpartition(" with ")[2]
     assert advice == "--on-error skip" and run_singer(monkeypatch, *words, *advice.split()) == 0
-    assert len(index_shards(str(tmp_path / "out" / "*.tar"))) == 1
+    assert len(index_images(str(tmp_path / "out" / "*.tar"))) == 1
     assert run_singer(monkeypatch, *words, *advice.split()) == 2
     assert "out exists; replace it with --overwrite" in capfd.readouterr().err
 

@@ -3,8 +3,8 @@
 import pytest
 import timm
 
-from pipeline.teachers.hints import nearest_model
-from pipeline.teachers.names import looks_like_path
+from pipeline.models.hints import nearest_model
+from pipeline.models.names import looks_like_path
 
 MEANT = {
     "dinov2_vitb14": "vit_base_patch14_dinov2",

@@ -12,11 +12,11 @@ from conftest import run_singer, tree_bytes
 
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
+from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.runtime.logs import LOG, is_log, log_file, logger, on_console
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
-from pipeline.storage.outputs import process_log
 
 
 def refine(world: Path, config_file: Path, out: Path, *more: str) -> list[object]:
@@ -127,8 +127,6 @@ def test_which_files_are_logs() -> None:
 
 
 def test_an_object_store_gets_the_log_at_the_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.storage import outputs
-
     objects = {LOG: b"before\n"}
 
     class Memory:
@@ -138,8 +136,8 @@ def test_an_object_store_gets_the_log_at_the_end(config: Config, monkeypatch: py
         def write(self, name: str, *parts: bytes) -> None:
             objects[name] = b"".join(parts)
 
-    monkeypatch.setattr(outputs, "open_store", lambda place: Memory())
-    with outputs.stage_log("s3://bucket/cache", config):
+    monkeypatch.setattr("pipeline.outputs.stage_log.open_store", lambda place: Memory())
+    with stage_log("s3://bucket/cache", config):
         say("something")
     text = objects[LOG].decode()
     assert text.startswith("before\n") and "command: " in text and "something" in text

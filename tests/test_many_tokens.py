@@ -9,11 +9,11 @@ import torch
 from conftest import config_with, draw_images, make_vit
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.models.backbone import save_backbone
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import save_backbone
 
 SIZE, PATCH = 256, 4
 TOKENS = (SIZE // PATCH) ** 2

@@ -11,10 +11,11 @@ from conftest import make_vit, seeded
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.config import StudentConfig, load_config
+from pipeline.models.backbone import save_backbone, weight_hash
+from pipeline.models.loading import LOCAL, load_saved
+from pipeline.models.weights import read_weights
 from pipeline.students.new import new_student
-from pipeline.teachers.backbone import save_backbone, weight_hash
-from pipeline.teachers.models import LOCAL, load_saved, load_teacher
-from pipeline.teachers.weights import read_weights
+from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs, depth, freeze_unused, resolve_blocks
 from singer.errors import UserError
 from singer.subspaces import reader_weight
@@ -125,7 +126,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
             raise LocalEntryNotFoundError("we cannot find the requested files") from ConnectionError("unreachable")
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", offline)
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", offline)
     message = r"of teacher.name vit_tiny_patch16_224 were not fetched: no network \(ConnectionError: unreachable\); "
     with pytest.raises(UserError, match=message + r"give a local file with --weights FILE \(teacher.weights\)$"):
         load_teacher(load_config(sets=["teacher.name=vit_tiny_patch16_224"]).teacher)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import RefineConfig
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.joint_training import JointTraining
@@ -95,7 +95,8 @@ class Fixture:
             width_of=lambda block: s["dt"], grid_of=lambda block: grid, prefix_tokens=1, class_token=True
         )
         index = SimpleNamespace(images=SimpleNamespace(labels=np.empty(0, np.int32)))
-        cache = SimpleNamespace(manifest=SimpleNamespace(teacher=teacher, sampled=False), index=index)
+        manifest = SimpleNamespace(teacher=teacher, sampled=False)
+        cache = SimpleNamespace(manifest=manifest, index=index, decoder=lambda device: None)  # nothing is stored
         targets = Targets(cast(Any, cache), None, student, torch.device("cpu"))
         config = RefineConfig(
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]

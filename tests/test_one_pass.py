@@ -17,7 +17,7 @@ from pipeline.cache import Cache
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, JOURNAL
 from pipeline.config import Config, ViewsConfig
-from pipeline.data import ImageFile, Keys, index_shards
+from pipeline.data import ImageFile, Keys, index_images
 from pipeline.data.tar_members import _plain_file
 from pipeline.data.views import draw_view
 from pipeline.stages.cache_teacher import cache_teacher
@@ -209,7 +209,7 @@ def test_opening_does_not_grow_with_shards(
 def test_a_lost_journal_entry_of_a_complete_cache_is_noticed(world: Path, config: Config, tmp_path: Path) -> None:
     cache_teacher(config, shards(world), tmp_path / "c")
     (tmp_path / "c" / JOURNAL / "000000.json").unlink()
-    with pytest.raises(UserError, match="1 of 1 shards are missing"):
+    with pytest.raises(UserError, match="1 of 1 Zarr shards are missing"):
         Cache(tmp_path / "c")
 
 
@@ -217,7 +217,7 @@ def test_an_image_that_changed_within_a_resumed_run_is_named(world: Path, tmp_pa
     """A block that is added must see what the others saw."""
     spec = write_shards(tmp_path / "in", 2, 10)
     cache_teacher(world_config(world, "cache.blocks=[3]"), spec, tmp_path / "c")
-    images = index_shards(spec)
+    images = index_images(spec)
     path, place = images.paths[1], int(images.offset[13] + images.size[13] - 4)
     data = bytearray(path.read_bytes())
     data[place] ^= 1  # of the checksum at the end of a PNG, which decoders pass over
@@ -230,12 +230,12 @@ def test_listing_in_processes_is_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     spec = write_shards(tmp_path / "in", 8, 5)
     (tmp_path / "in" / "0003.tar").write_bytes((tmp_path / "in" / "0001.tar").read_bytes())  # keys twice
     (tmp_path / "in" / "0006.tar").write_bytes(b"no tar")
-    alone = index_shards(spec, "skip")
-    monkeypatch.setattr("pipeline.data.shard_index._MANY_SHARDS", 2)
+    alone = index_images(spec, "skip")
+    monkeypatch.setattr("pipeline.data.image_index._MANY_SOURCES", 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    together = index_shards(spec, "skip")
+    together = index_images(spec, "skip")
     assert alone.keys == together.keys and alone.skipped == together.skipped and alone.paths == together.paths
-    for name in ("labels", "shard", "offset", "size"):
+    for name in ("labels", "container", "offset", "size"):
         assert getattr(alone, name).tolist() == getattr(together, name).tolist()
     assert [s.reason for s in alone.skipped] == ["ends in the middle of a header"]
     assert len(alone) == 35 and [key for key in alone.keys if "/" in key] == [f"0003/{key}" for key in alone.keys[5:10]]

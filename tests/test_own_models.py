@@ -13,6 +13,8 @@ from torch import nn
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
+from pipeline.models.loading import load_model, load_saved
+from pipeline.models.names import is_function
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
@@ -20,8 +22,6 @@ from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.stages.verify import verify
-from pipeline.teachers.models import load_model, load_saved
-from pipeline.teachers.names import is_function
 from singer import Description
 from singer.backbones import block_outputs, depth
 from singer.described import as_backbone

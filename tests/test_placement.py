@@ -8,11 +8,11 @@ from conftest import SIZE, make_vit, seeded, world_config
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
+from pipeline.models.backbone import weight_hash
+from pipeline.models.loading import create_model
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
-from pipeline.teachers.backbone import weight_hash
-from pipeline.teachers.models import create_model
-from pipeline.teachers.placement import narrow, parameters, place, weight_bytes
+from pipeline.teachers.placement import narrow, parameters, place_model, weight_bytes
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.suffix import find_suffix
@@ -32,7 +32,7 @@ def test_features_are_the_same_wherever_the_blocks_are(name: str, offload: str) 
     before, count = block_outputs(model.model, images, [1, 3]), parameters(model.model)
     digest = weight_hash(model.model.state_dict())
     suffix = find_suffix(model.model, name, model.model_args, 1, SIZE)
-    place(model.model, CPU, offload)  # type: ignore[arg-type]
+    place_model(model.model, CPU, offload)  # type: ignore[arg-type]
     away = [name for name, p in model.model.named_parameters() if p.is_meta]
     assert all(n.startswith("blocks.") for n in away) and bool(away) == (offload != "auto")
     for block, tokens in block_outputs(model.model, images, [1, 3]).items():
@@ -81,10 +81,10 @@ def test_the_rotary_embedding_stays_exact() -> None:
 def test_offload_needs_blocks() -> None:
     model = create_model("test_resnet", 32, {}, None, False, "model").model
     with pytest.raises(UserError, match="offload disk needs a model with a list of blocks, and a ResNet has none"):
-        place(model, CPU, "disk")
+        place_model(model, CPU, "disk")
 
 
 def test_a_teacher_that_does_not_fit_is_told_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10_000, 10_000))
     with pytest.raises(UserError, match="weights take .* GB of the GPU are free; take --set teacher.dtype=bfloat16"):
-        place(make_vit().model, torch.device("cuda"), "none")
+        place_model(make_vit().model, torch.device("cuda"), "none")

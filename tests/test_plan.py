@@ -107,7 +107,7 @@ def test_codecs_out_of_range_are_left_out(world: Path, tmp_path: Path) -> None:
     import torch
     from conftest import make_vit
 
-    from pipeline.teachers.backbone import save_backbone
+    from pipeline.models.backbone import save_backbone
 
     loud = make_vit()
     with torch.no_grad():

@@ -11,10 +11,10 @@ from conftest import make_vit, run_singer, seeded, world_config
 from scipy.stats import spearmanr
 
 from pipeline.cache import Cache
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import LOCAL
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.rank import rank
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import LOCAL
 from singer.errors import UserError
 from singer.transfer import cka, parc, teacher_weights
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline.config import load_config
-from pipeline.data import ImageFile, index_shards
+from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view, normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 
 SHARED = Path(os.environ.get("SINGER_SHARED", Path(__file__).parent.parent.parent / "shared"))
 WEIGHTS = SHARED / "teachers" / "vit_tiny_patch16_224_augreg.safetensors"
@@ -38,7 +38,7 @@ def test_teacher_reaches_its_accuracy() -> None:
     """83.0 % at 256 px, the size of most of these images; timm's own transform gives 80.0 % at 224 px (crop 0.9)."""
     sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={WEIGHTS}", "teacher.image_size=256"]
     teacher = load_teacher(load_config(sets=sets).teacher)
-    images = index_shards(str(DATA / "imagenet1k-sample-*.tar"))
+    images = index_images(str(DATA / "imagenet1k-sample-*.tar"))
     right = 0
     with ImageFile(images) as files:
         for numbers in np.array_split(np.arange(len(images)), 20):

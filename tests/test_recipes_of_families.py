@@ -11,12 +11,12 @@ from conftest import draw_images, seeded
 
 from pipeline.cache.reader import Cache
 from pipeline.config import load_config
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import create_model
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import create_model
 from singer.backbones import depth, gives_tokens, has_cls, patch_size, resolve_blocks
 
 _VIT = {"embed_dim": 48, "depth": 4, "num_heads": 2}

@@ -9,23 +9,24 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
-from conftest import seeded, world_config
+from conftest import seeded, targets_of, world_config
 
 from pipeline.cache import Cache
-from pipeline.cache.format import MANIFEST, shard_file
+from pipeline.cache.format import MANIFEST, zarr_shard_file
 from pipeline.cache.segment_reader import read_arrays
 from pipeline.cache.stored import Fixed, Ragged
-from pipeline.cache.zarr_shards import ShardedArray
+from pipeline.cache.zarr_shards import ZarrArray
 from pipeline.config import Config
-from pipeline.data import ImageFile, buffers
+from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise
+from pipeline.models.loading import load_saved
+from pipeline.runtime import buffers
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.storage import LocalStore
-from pipeline.storage.outputs import json_bytes, sealed
+from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_saved
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
 from singer.backbones import block_outputs
@@ -131,7 +132,7 @@ def test_targets_of_sampled_tokens_meet_the_right_student_tokens(world: Path, tm
     met = targets.student_tokens({3: torch.cat([torch.full((2, 1, 24), -1.0), rows], 1)}, {3: grid}, encoded.positions)[
         3
     ]
-    assert met.shape == targets(encoded)[3].shape == (2, 1 + 6, 24)
+    assert met.shape == targets_of(targets, encoded)[3].shape == (2, 1 + 6, 24)
     assert (met[:, 0] == -1).all()
     assert encoded.positions is not None
     if grid == (4, 4):
@@ -198,13 +199,13 @@ def test_what_is_read_together_is_split_as_if_read_apart(world: Path, tmp_path: 
     assert outliers
 
 
-def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: bytes) -> ShardedArray:
+def stored_array(folder: Path, form: Fixed | None, index: np.ndarray, payload: bytes) -> ZarrArray:
     """Of four records in two shards of three, whose first has this index, under a right checksum."""
     store, encoded = LocalStore(folder), index.astype("<i8").tobytes()
     for shard in range(2):
-        name = shard_file("a", form, shard)
+        name = zarr_shard_file("a", form, shard)
         store.write(name, payload, encoded, struct.pack("<I", google_crc32c.value(encoded)))
-    return ShardedArray(store, "a", form, 4, 3, store.sizes())
+    return ZarrArray(store, "a", form, 4, 3, store.sizes())
 
 
 def test_records_in_any_order_within_a_shard(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 from pipeline.cache import Cache
 from pipeline.cache.statistics import measure_scales
 from pipeline.config import Config
+from pipeline.models.backbone import save_backbone
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.storage.outputs import read_json
-from pipeline.teachers.backbone import save_backbone
+from pipeline.storage.json_files import read_json
 from pipeline.training import adapter_fit
 from pipeline.training.adapter_fit import batch_order
 from pipeline.training.checkpoint import read_log

@@ -15,7 +15,7 @@ import cli
 from pipeline.cache import Cache
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
-from pipeline.cache.writer import write_shard as real_write_shard
+from pipeline.cache.writer import write_zarr_shard as real_write_zarr_shard
 from pipeline.config import load_config
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
@@ -128,7 +128,7 @@ def test_resume(world: Path, caches: dict[str, tuple[Path, str]], server: Server
     place = copied(caches["float16"][1], "s3://bucket/resumed")
     raw(place).delete([f"{JOURNAL}/000001.json", "features/3/values/c/3/0/0"])
     raw(place).put(SHARD, b"torn")
-    with pytest.raises(UserError, match="is incomplete: 2 of 4 shards are missing; repeat .* with --resume"):
+    with pytest.raises(UserError, match="is incomplete: 2 of 4 Zarr shards are missing; repeat .* with --resume"):
         Cache(place)
     assert cache_info(place).teachers[0].missing == 2
     whole, kept = ([server.requests("PUT", f"resumed/features/./values/c/{n}") for n in m] for m in ((1, 3), (0, 2)))
@@ -150,10 +150,10 @@ def test_a_broken_run_is_resumed(
     def write(store: Store, manifest: object, shard: int, *values: object) -> None:
         if shard == 2:
             raise OSError("the network is gone")
-        real_write_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
+        real_write_zarr_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
-        patch.setattr("pipeline.cache.background_writer.write_shard", write)
+        patch.setattr("pipeline.cache.background_writer.write_zarr_shard", write)
         fill(world, place)
     left = objects(place)
     assert "writer.lock" in left
@@ -208,12 +208,12 @@ def test_who_loses_the_lock_writes_no_more(world: Path, monkeypatch: pytest.Monk
     place = "s3://bucket/lost"
 
     def write(store: Store, *args: object) -> None:
-        real_write_shard(store, *args)  # type: ignore[arg-type]
+        real_write_zarr_shard(store, *args)  # type: ignore[arg-type]
         raw(place).put("writer.lock", b"other process 8\ntoken 1")
         while not locks.lost:
             time.sleep(0.01)
 
-    monkeypatch.setattr("pipeline.cache.background_writer.write_shard", write)
+    monkeypatch.setattr("pipeline.cache.background_writer.write_zarr_shard", write)
     with pytest.raises(UserError, match=f"{place} has been taken over by another run"):
         fill(world, place)
     assert [n for n in objects(place) if n.startswith(JOURNAL)] == [f"{JOURNAL}/000000.json"]
@@ -316,12 +316,12 @@ def test_a_full_disk(
 
     def write(store: Store, manifest: object, shard: int, *values: object) -> None:
         with file_limit(10_000 if shard == 2 else 10**9):
-            real_write_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
+            real_write_zarr_shard(store, manifest, shard, *values)  # type: ignore[arg-type]
 
     out = tmp_path / "full"
     make = ["cache-teacher", "--config", config_file, "--shards", world / "train" / "*.tar", "--out", out]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.cache.background_writer.write_shard", write)
+        patch.setattr("pipeline.cache.background_writer.write_zarr_shard", write)
         assert singer(patch, *make) == 2
     error = capfd.readouterr().err.splitlines()
     assert error == [f"error: File too large ({out}/features/2/values/c/2/0/0)"]

@@ -16,6 +16,7 @@ from sklearn.decomposition import PCA
 from pipeline.cache import Cache
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
+from pipeline.models.loading import load_saved
 from pipeline.reports.charts import box_of
 from pipeline.reports.measurements import choose_shown
 from pipeline.reports.runs import find_cache, read_runs
@@ -25,7 +26,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.report import ReportResult, report
-from pipeline.teachers.models import load_saved
 from pipeline.training.run_directory import find_runs
 from pipeline.training.stored_refiners import load_refiner
 from singer.backbones import block_outputs

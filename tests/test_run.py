@@ -20,10 +20,10 @@ from pipeline.chains.run import RunResult, run
 from pipeline.chains.split import has_to_be_packed, ranges, shards_of, split
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile, list_images, resolve
+from pipeline.outputs.folder import Mode
 from pipeline.planning.choice import Chooser, Costs
 from pipeline.runtime import logs
 from pipeline.runtime.launch import launcher
-from pipeline.storage.outputs import Mode
 from singer.errors import UserError
 
 COSTS = Costs(

@@ -18,14 +18,15 @@ from PIL import Image
 
 import cli
 from pipeline.config import Config, EvaluateConfig, dump_config, load_config
-from pipeline.data import index_beside, index_shards
+from pipeline.data import index_beside, index_images
 from pipeline.evaluation.dense import nearest, same_shape
 from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head, read_masks
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import load_saved, load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.metrics import class_iou, confusion
 
@@ -243,7 +244,7 @@ def test_masks_of_another_resolution(tmp_path: Path) -> None:
     )
     settings = load_config(sets=["evaluate.seg_classes=6"]).evaluate
     for place, shape in ((folder, (4, 4)), (shard, (6, 4))):
-        images = index_shards(str(place / "x.tar"))
+        images = index_images(str(place / "x.tar"))
         masks = list(read_masks(images, index_beside(images, "seg.png"), settings))
         assert len(masks) == 3 and {mask.shape for mask in masks} == {shape}
     assert masks[0][:, 0].tolist() == [0, 1, 2, 3, 4, 5]

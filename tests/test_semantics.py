@@ -30,7 +30,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
 from pipeline.students.new import new_student
-from pipeline.teachers.models import load_teacher
+from pipeline.teachers.teacher import load_teacher
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
@@ -121,10 +121,10 @@ def test_the_floor_changes_no_threshold_of_the_real_teacher() -> None:
     files = sorted(DATA.glob("tinyimagenet50-val-*.tar"))
     if not files:
         pytest.skip("no real images")
-    from pipeline.data import ImageFile, index_shards
+    from pipeline.data import ImageFile, index_images
     from pipeline.data.views import apply_view, crop_view, normalise
 
-    images = index_shards(str(files[0]))
+    images = index_images(str(files[0]))
     with ImageFile(images) as opened:
         pixels = [apply_view(i, crop_view(1.0, i.size), 128) for i in (opened.read(n) for n in range(0, 480, 10))]
     with torch.inference_mode():
@@ -460,7 +460,7 @@ def test_the_cause_is_kept(monkeypatch: pytest.MonkeyPatch, error: Exception, me
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
     with pytest.raises(UserError) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224"))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
@@ -486,7 +486,7 @@ def test_a_defect_is_none_of_the_networks(
             raise error
         return create(name, **kwargs)
 
-    monkeypatch.setattr("pipeline.teachers.models.timm.create_model", fails)
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
     weights = tmp_path / "w.safetensors" if given else None
     with pytest.raises(type(error)) as caught:
         load_teacher(TeacherConfig(name="vit_tiny_patch16_224", weights=weights))

@@ -28,7 +28,7 @@ from pipeline.data import (
     Keys,
     Skipped,
     content_hash,
-    index_shards,
+    index_images,
     listing_hash,
     resolve,
 )
@@ -99,7 +99,7 @@ def test_expand(tmp_path: Path) -> None:
 
 
 def test_index_agrees_with_webdataset(world: Path) -> None:
-    images = index_shards(str(world / "train" / "*.tar"))
+    images = index_images(str(world / "train" / "*.tar"))
     samples = read_with_webdataset(images.paths)
     assert [s["__key__"] for s in samples] == list(images.keys)
     assert [int(s["cls"]) for s in samples] == images.labels.tolist()
@@ -116,14 +116,14 @@ def test_index_agrees_with_tarfile(tmp_path: Path, form: int) -> None:
         long += "y" * 300
     names = ["a.jpg", "a.cls", "a.json", "README", ".hidden.jpg", "./b.JPEG", f"{long}.webp", f"{long}.cls", "c.x.png"]
     path = write_tar(tmp_path / "t.tar", [*((n, b"%d" % i * 3) for i, n in enumerate(names)), ("c.png", b"c")], form)
-    images = index_shards(str(path))
+    images = index_images(str(path))
     assert list(images.keys) == ["a", "./b", long, "c"] and images.skipped == ()
     assert images.labels.tolist() == [111, NO_LABEL, 777, NO_LABEL]
     with tarfile.open(path) as tar:
         members = [tar.getmember(name) for name in ("a.jpg", "./b.JPEG", f"{long}.webp", "c.png")]
     assert images.offset.tolist() == [m.offset_data for m in members]
     assert images.size.tolist() == [m.size for m in members] == [3, 3, 3, 1]
-    assert [c.dtype for c in (images.labels, images.shard)] == [np.int32] * 2
+    assert [c.dtype for c in (images.labels, images.container)] == [np.int32] * 2
     assert [c.dtype for c in (images.offset, images.size)] == [np.int64] * 2
 
 
@@ -157,9 +157,9 @@ def test_hashes(tmp_path: Path) -> None:
     a = {"a.jpg": b"1", "a.cls": b"3", "é/b.png": b"22", "é/b.cls": b"4"}
     write_tar(tmp_path / "t-0.tar", a)
     write_tar(tmp_path / "t-1.tar", {"c.webp": b"333"})
-    images = index_shards(str(tmp_path / "t-*.tar"))
+    images = index_images(str(tmp_path / "t-*.tar"))
     digest = np.arange(3, dtype=np.uint64)
-    one = index_shards(str(write_tar(tmp_path / "one.tar", {**a, "c.webp": b"333"}, tarfile.USTAR_FORMAT)))
+    one = index_images(str(write_tar(tmp_path / "one.tar", {**a, "c.webp": b"333"}, tarfile.USTAR_FORMAT)))
     assert one.place_hash() != images.place_hash()
     same = content_hash(images, digest)
     assert content_hash(one, digest) == same
@@ -210,10 +210,10 @@ def test_defective_samples(tmp_path: Path, name: str) -> None:
     else:
         path = write_tar(tmp_path / "bad.tar", [("first.png", png()), *members, ("last.png", png())], form)
     with pytest.raises(UserError) as error:
-        index_shards(str(path))
+        index_images(str(path))
     assert str(error.value).startswith(f"{path}: sample '{key}' {reason}") and "\n" not in str(error.value)
     assert str(error.value).endswith("; repair it, or leave it out with --set cache.on_error=skip")
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     left = {"first", "last", *(["good"] if key == "good" else []), *(["x"] if name == "twice" else [])}
     assert set(images.keys) == left and len(images) == len(left)
     (skipped,) = images.skipped
@@ -225,10 +225,10 @@ def test_defective_samples(tmp_path: Path, name: str) -> None:
 def test_duplicates_across_shards(tmp_path: Path) -> None:
     for number in (0, 1):
         write_tar(tmp_path / f"{number}.tar", {"a.png": png(), f"b{number}.png": png()})
-    images = index_shards(str(tmp_path / "*.tar"))
-    assert list(images.keys) == ["a", "b0", "1/a", "b1"] and images.shard.tolist() == [0, 0, 1, 1]
+    images = index_images(str(tmp_path / "*.tar"))
+    assert list(images.keys) == ["a", "b0", "1/a", "b1"] and images.container.tolist() == [0, 0, 1, 1]
     write_tar(tmp_path / "1.tar", {"a.png": png(), "1/a.png": png()})
-    images = index_shards(str(tmp_path / "*.tar"), "skip")
+    images = index_images(str(tmp_path / "*.tar"), "skip")
     assert list(images.keys) == ["a", "b0", "1/a"] and images.skipped == (Skipped("1.tar", "1/a", "occurs twice"),)
 
 
@@ -246,7 +246,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes, extensi
             else:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     assert list(images.keys) == ["b"]
     reason = {"jpg": "has an image that is not a regular file", "cls": "has a label that is not a class number: b''"}
     assert images.skipped == (Skipped("t.tar", "a", reason[extension]),)
@@ -267,7 +267,7 @@ def test_links_among_other_members_do_no_harm(tmp_path: Path) -> None:
         info = tarfile.TarInfo("a.png")
         info.size = len(png())
         tar.addfile(info, io.BytesIO(png()))
-    images = index_shards(str(path))
+    images = index_images(str(path))
     assert list(images.keys) == ["a"] and images.skipped == ()
 
 
@@ -275,9 +275,9 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> tuple[list[str], lis
     """The keys that are left of a damaged tar and what is listed; without "skip" the first defect is raised."""
     path.write_bytes(change(sound_tar(path)))
     with pytest.raises(UserError) as error:
-        index_shards(str(path))
+        index_images(str(path))
     assert str(error.value).startswith(f"{path} ")
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     assert str(error.value).startswith(f"{path} {images.skipped[0].reason}; repair it")
     return list(images.keys), list(images.skipped)
 
@@ -302,11 +302,11 @@ def test_damaged_shards(tmp_path: Path) -> None:
         assert keys == ["a"] and skipped == [Skipped("bad.tar", "", reason), Skipped("bad.tar", "b", lost)]
     whole = sound_tar(path)
     path.write_bytes(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512 + 512))
-    assert len(index_shards(str(path))) == 3  # one block of zeros is enough
+    assert len(index_images(str(path))) == 3  # one block of zeros is enough
     path.write_bytes(path.read_bytes()[:-1])
-    assert index_shards(str(path), "skip").skipped[0].reason == "ends in the middle of a header"
+    assert index_images(str(path), "skip").skipped[0].reason == "ends in the middle of a header"
     path.write_bytes(whole + whole)  # two archives one after the other
-    assert "holds more than zeros" in index_shards(str(path), "skip").skipped[0].reason
+    assert "holds more than zeros" in index_images(str(path), "skip").skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -322,13 +322,13 @@ def test_no_tar_at_all(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "bad.tar").write_bytes(data)
     write_tar(tmp_path / "good.tar", {"a.png": png()})
     with pytest.raises(UserError, match=rf"bad\.tar {reason}; repair it"):
-        index_shards(str(tmp_path / "*.tar"))
-    images = index_shards(str(tmp_path / "*.tar"), "skip")
+        index_images(str(tmp_path / "*.tar"))
+    images = index_images(str(tmp_path / "*.tar"), "skip")
     assert list(images.keys) == ["a"] and images.skipped == (Skipped("bad.tar", "", reason),)
     with pytest.raises(UserError, match=rf"no images in 1 shards.*bad\.tar; the first defect: bad\.tar {reason}"):
-        index_shards(str(tmp_path / "bad.tar"), "skip")
+        index_images(str(tmp_path / "bad.tar"), "skip")
     with pytest.raises(UserError, match=r"no images in 1 shards, the first of them .*empty\.tar$"):
-        index_shards(str(write_tar(tmp_path / "empty.tar", {})))
+        index_images(str(write_tar(tmp_path / "empty.tar", {})))
 
 
 TERABYTE = b"\x80" + (1 << 40).to_bytes(11, "big")
@@ -343,7 +343,7 @@ def test_hostile_sizes_take_no_memory(tmp_path: Path, kind: bytes, size: bytes) 
     sound_tar(tmp_path / "t.tar")
     path = patch_header(tmp_path / "t.tar", 4, 124, size + b"00000000000\0" + bytes(8) + kind)
     tracemalloc.start()
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 4 << 20 and list(images.keys) == ["a"]
@@ -381,7 +381,7 @@ def test_hostile_pax_headers(tmp_path: Path, payload: bytes, kind: bytes) -> Non
     path = tmp_path / "t.tar"
     whole = sound_tar(path)
     path.write_bytes(whole[:4096] + pax_member(payload, kind) + whole[4096:])
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     assert list(images.keys) == ["a"]
     assert images.skipped[0].key == "" and images.skipped[1].key == "b"
 
@@ -399,15 +399,15 @@ def test_forged_extended_headers(tmp_path: Path) -> None:
     ):
         last = "c" if form == tarfile.USTAR_FORMAT else name
         write_tar(path, {"a.jpg": b"1", "a.cls": b"1", "b.jpg": b"2", "b.cls": b"2", f"{last}.jpg": b"3"}, form)
-        assert list(index_shards(str(path)).keys) == ["a", "b", last]
-        images = index_shards(str(patch_header(path, number, 156, kind)), "skip")
+        assert list(index_images(str(path)).keys) == ["a", "b", last]
+        images = index_images(str(patch_header(path, number, 156, kind)), "skip")
         assert list(images.keys) == ["a"]
         assert images.skipped[0].key == "" and images.skipped[0].reason.startswith("is unreadable from byte")
     write_tar(path, {"a.jpg": b"1", "b.jpg": b"1", f"{name}.jpg": b"3"}, tarfile.GNU_FORMAT)
     data = bytearray(path.read_bytes())
     data[data.find(name.encode()) + 1] = 0  # the name ends before its header says
     path.write_bytes(data)
-    assert list(index_shards(str(path), "skip").keys) == ["a"]
+    assert list(index_images(str(path), "skip").keys) == ["a"]
 
 
 def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
@@ -423,12 +423,12 @@ def test_sparse_files_are_passed_over(tmp_path: Path) -> None:
         block[148:156] = b"%06o\0 " % sum(block)
         holes = bytes(504) + b"\1" + bytes(7) + bytes(512)
         path.write_bytes(bytes(block) + holes + b"abc".ljust(512, b"\0") + whole)
-        images = index_shards(str(path), "skip")
+        images = index_images(str(path), "skip")
         assert list(images.keys) == ["a", "b", "c"]
         assert [s.reason for s in images.skipped] == ([reason] if reason else [])
     path.write_bytes(bytes(block) + holes[:700])
     with pytest.raises(UserError, match="ends in the middle of a member"):
-        index_shards(str(path))
+        index_images(str(path))
 
 
 def test_odd_but_honest_headers(tmp_path: Path) -> None:
@@ -440,21 +440,21 @@ def test_odd_but_honest_headers(tmp_path: Path) -> None:
     zero = whole[4096:]
     path.write_bytes(whole[:4096] + pax_member(record) + zero)
     patch_header(path, 5, 124, b"00000000000\0")
-    assert index_shards(str(path)).size.tolist() == [size] * 3
+    assert index_images(str(path)).size.tolist() == [size] * 3
     path.write_bytes(pax_member(b"13 comment=x\n", tarfile.XGLTYPE) + whole)
-    assert list(index_shards(str(path)).keys) == ["a", "b", "c"]
+    assert list(index_images(str(path)).keys) == ["a", "b", "c"]
     sparse = b"22 GNU.sparse.major=1\n" + b"29 GNU.sparse.name=real.webp\n"
     path.write_bytes(whole[:4096] + pax_member(sparse) + zero)
-    images = index_shards(str(path), "skip")
+    images = index_images(str(path), "skip")
     assert list(images.keys) == ["a", "b"]
     assert images.skipped[0] == Skipped("t.tar", "real", "has an image that is not a regular file")
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     path.write_bytes(whole[:end] + pax_member(record) + bytes(1024))
-    assert index_shards(str(path), "skip").skipped[0].reason == f"is unreadable from byte {end + 1024}"
+    assert index_images(str(path), "skip").skipped[0].reason == f"is unreadable from byte {end + 1024}"
     path.write_bytes(whole[:4096] + pax_member(record) * 2 + zero)
-    assert index_shards(str(path), "skip").skipped[0].reason == "is unreadable from byte 5120"
+    assert index_images(str(path), "skip").skipped[0].reason == "is unreadable from byte 5120"
     path.write_bytes(whole[:4096] + pax_member(b"\0" * (2 << 20)) + zero)
-    assert index_shards(str(path), "skip").skipped[0].reason == "is unreadable from byte 4096"
+    assert index_images(str(path), "skip").skipped[0].reason == "is unreadable from byte 4096"
 
 
 KINDS = {
@@ -476,7 +476,7 @@ def test_survey(tmp_path: Path) -> None:
     pictures["progressive"] = encoded(noise(), "JPEG", progressive=True)
     pictures["clear palette"] = encoded(noise().convert("P"), "PNG", transparency=bytes(range(256)))
     members = {f"{name}.jpg": data for name, data in pictures.items()}
-    images = index_shards(str(write_tar(tmp_path / "t.tar", members)))
+    images = index_images(str(write_tar(tmp_path / "t.tar", members)))
     for workers in (1, 3):
         found = validate_images(images, workers, "fail")
         assert list(found.images.keys) == list(pictures) and found.unreadable == {}
@@ -519,7 +519,7 @@ def broken_images() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", broken_images())
 def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
     members = {"first.png": png(), name: broken_images()[name], "last.png": png((5, 6))}
-    images = index_shards(str(write_tar(tmp_path / "t.tar", {**members, "a.cls": b"1"})), "skip")
+    images = index_images(str(write_tar(tmp_path / "t.tar", {**members, "a.cls": b"1"})), "skip")
     key = name.split(".")[0]
     with pytest.raises(UserError) as error:
         validate_images(images, 2, "fail")
@@ -545,7 +545,7 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
 
 def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
     """PIL warns in threads, where the filters of the process hold."""
-    images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": bomb(20_000, 10_000), "b.png": png()})))
+    images = index_images(str(write_tar(tmp_path / "t.tar", {"a.png": bomb(20_000, 10_000), "b.png": png()})))
     threads = threading.active_count()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -556,7 +556,7 @@ def test_survey_leaves_warnings_as_they_were(tmp_path: Path) -> None:
 
 
 def test_too_many_pixels(tmp_path: Path) -> None:
-    images = index_shards(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
+    images = index_images(str(write_tar(tmp_path / "t.tar", {"a.png": png((20, 20)), "b.png": png()})))
     images = replace(images, max_pixels=399)
     with (
         ImageFile(images) as files,
@@ -601,7 +601,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
     """
     path = tmp_path / "t.tar"
     data = fuzzed_tar(path)
-    whole = validate_images(index_shards(str(path)), 1, "fail")
+    whole = validate_images(index_images(str(path)), 1, "fail")
     assert len(whole.images) == 7
     original = dict(zip(whole.images.keys, whole.found["digest"].tolist(), strict=True))
     labels = dict(zip(whole.images.keys, whole.images.labels.tolist(), strict=True))
@@ -609,7 +609,7 @@ def test_no_damage_goes_unseen(tmp_path: Path) -> None:
     for what, damaged in mutations(data, 150, seeded(1)):
         path.write_bytes(damaged)
         try:
-            found = validate_images(index_shards(str(path), "skip"), 1, "skip")
+            found = validate_images(index_images(str(path), "skip"), 1, "skip")
         except UserError as error:
             assert str(path) in str(error) or "can be decoded" in str(error), what
             assert "\n" not in str(error), what
@@ -660,7 +660,7 @@ def test_every_mode_becomes_rgb() -> None:
 
 def test_minus_one_is_no_label(tmp_path: Path) -> None:
     members = {"a.png": png(), "a.cls": b"-1\n", "b.png": png(), "b.cls": b"1"}
-    images = index_shards(str(write_tar(tmp_path / "t.tar", members)))
+    images = index_images(str(write_tar(tmp_path / "t.tar", members)))
     assert images.labels.tolist() == [NO_LABEL, 1]
 
 
@@ -673,7 +673,7 @@ def test_prepare_image_folder(tmp_path: Path) -> None:
     result = prepare(config_with("prepare.shard_images=5"), tmp_path / "in", tmp_path / "out")
     assert (result.images, result.classes, len(result.shards)) == (14, ["class0", "class1", "class2"], 3)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == result.classes
-    images = index_shards(str(tmp_path / "out" / "*.tar"))
+    images = index_images(str(tmp_path / "out" / "*.tar"))
     labels = dict(zip(images.keys, images.labels.tolist(), strict=True))
     assert labels["class0/a_b"] == 0 and labels["class2/3"] == 2 and labels["class1/bitmap"] == 1
     masks = [s for s in read_with_webdataset(result.shards) if "seg.png" in s]
@@ -706,7 +706,7 @@ def test_prepare_numbers_classes_alike(tmp_path: Path) -> None:
     config = config_with(f"prepare.classes={tmp_path / 'out' / 'train' / 'classes.json'}")
     result = prepare(config, tmp_path / "val", tmp_path / "out" / "val")
     assert result.classes == ["class0", "class1", "class2"] and result.images == 4
-    assert sorted(index_shards(str(tmp_path / "out" / "val" / "*.tar")).labels) == [0, 0, 2, 2]
+    assert sorted(index_images(str(tmp_path / "out" / "val" / "*.tar")).labels) == [0, 0, 2, 2]
     (tmp_path / "val" / "class9").mkdir()
     Image.new("RGB", (5, 5)).save(tmp_path / "val" / "class9" / "x.png")
     with pytest.raises(UserError, match="has no class 'class9'"):

@@ -17,7 +17,7 @@ from test_shards import png, write_tar
 from test_storage import Server
 
 from pipeline.cache import Cache
-from pipeline.data import index_shards, resolve
+from pipeline.data import index_images, resolve
 from pipeline.planning.plan import plan
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -150,13 +150,13 @@ def test_shards_of_a_web_server_are_copied_once(
     url, folder = web
     for number in range(3):
         write_tar(folder / f"s-{number}.tar", {f"{number}.png": png()})
-    images = index_shards(f"{url}/s-{{0..1}}.tar")
+    images = index_images(f"{url}/s-{{0..1}}.tar")
     assert list(images.keys) == ["0", "1"] and all(downloads in path.parents for path in images.paths)
     assert capfd.readouterr().err.count("copying http://") == 2
     assert resolve(f"{url}/s-1.tar") == [images.paths[1]] and "copying" not in capfd.readouterr().err
     write_tar(folder / "s-1.tar", {"other.png": png(), "more.png": png()})
     os.utime(folder / "s-1.tar", (2e9, 2e9))  # it may have the size of the first one, and be made in the same second
-    assert list(index_shards(f"{url}/s-1.tar").keys) == ["other", "more"]
+    assert list(index_images(f"{url}/s-1.tar").keys) == ["other", "more"]
     with pytest.raises(UserError, match=r"s-9\.tar does not exist"):
         resolve(f"{url}/s-9.tar")
     assert not [file for file in downloads.rglob("*") if file.name.endswith("~") or "part" in file.name]
@@ -173,7 +173,7 @@ def test_shards_of_an_object_store_are_copied(downloads: Path, tmp_path: Path, m
         for number in range(2):
             store.write(f"s-{number}.tar", write_tar(tmp_path / "s.tar", {f"{number}.png": png()}).read_bytes())
         store.write("more/s-2.tar", b"")
-        images = index_shards("s3://bucket/data/s-*.tar")
+        images = index_images("s3://bucket/data/s-*.tar")
         assert list(images.keys) == ["0", "1"] and np.all(images.size > 0)
         with pytest.raises(UserError, match=r"nothing matches 's3://bucket/data/x\*\.tar'"):
             resolve("s3://bucket/data/x*.tar")

@@ -11,7 +11,7 @@ import pytest
 from test_shards import noise, png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
-from pipeline.data import ImageFile, Images, index_beside, index_shards, numbered_as, relocate, resolve
+from pipeline.data import ImageFile, Images, index_beside, index_images, numbered_as, relocate, resolve
 from pipeline.data.specs import braces
 from pipeline.storage import LocalStore
 from singer.errors import UserError
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_quoted(given: str, message: str, tmp_path: Path, monke
         write(tmp_path / name, b"")
     write(tmp_path / "arrow" / "dataset_dict.json", "{}")
     with pytest.raises(UserError, match=message) as error:
-        index_shards(given)
+        index_images(given)
     assert "\n" not in str(error.value)
 
 
@@ -132,7 +132,7 @@ def test_lists_of_every_form(form: str, tmp_path: Path) -> None:
     }[form]
     suffix = "txt" if form == "tab" else form.rpartition(".")[2]
     text = "\ufeff" + "\r\n".join(lines) + "\r\n\r\n"
-    images = index_shards(str(write(tmp_path / f"list.{suffix}", text)))
+    images = index_images(str(write(tmp_path / f"list.{suffix}", text)))
     assert list(images.keys) == ["img/cat/a", "img/cat/b", "img/dog/c", "img/cat/a b"]
     assert images.labels.tolist() == [0, 0, 1, -1] and images.classes == ("cat", "dog")
     assert [data for _, data in content(images).values()] == [
@@ -143,10 +143,10 @@ def test_lists_of_every_form(form: str, tmp_path: Path) -> None:
 
 def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
     photos(tmp_path)
-    images = index_shards(str(write(tmp_path / "l.csv", "cat/a.png,7\ncat/b.jpg,-1\ndog/c.png,\n")))
+    images = index_images(str(write(tmp_path / "l.csv", "cat/a.png,7\ncat/b.jpg,-1\ndog/c.png,\n")))
     assert images.labels.tolist() == [7, -1, -1] and images.classes == ()
     outside = write(tmp_path / "sub" / "l.txt", f"../cat/a.png 1\n{tmp_path}/dog/c.png 2\n")
-    images = index_shards(str(outside))
+    images = index_images(str(outside))
     assert list(content(images).values()) == [
         (1, (tmp_path / "cat/a.png").read_bytes()),
         (2, (tmp_path / "dog/c.png").read_bytes()),
@@ -174,7 +174,7 @@ def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
 def test_wrong_lists(name: str, text: str, message: str, tmp_path: Path) -> None:
     photos(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        index_shards(str(write(tmp_path / name, text)))
+        index_images(str(write(tmp_path / name, text)))
     assert "\n" not in str(error.value) and "\0" not in str(error.value)
 
 
@@ -204,7 +204,7 @@ def test_tables(suffix: str, tmp_path: Path) -> None:
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
     file = table(tmp_path / f"t.{suffix}", columns, hf=features)
     for spec in (str(file), str(tmp_path)):
-        images = index_shards(spec)
+        images = index_images(spec)
         assert [images.labels.tolist(), images.classes] == [[1, 0, -1, -1, 1], ("dog", "cat")]
         assert list(images.keys)[:2] == ["t/000000", "t/000001"]
         assert [read for _, read in content(images.select(np.array([4, 0, 3, 1, 2]))).values()] == [
@@ -216,18 +216,18 @@ def test_tables(suffix: str, tmp_path: Path) -> None:
         index_beside(images, "seg.png")
     plain = table(tmp_path / f"u.{suffix}", {k: columns[k] for k in ("image", "thumb")})
     with pytest.raises(UserError, match=r"has 2 columns of images .*; choose one with --set cache.image_key=image"):
-        index_shards(str(plain))
-    assert index_shards(str(plain), image_key="thumb").size.tolist() == [1] * 5
+        index_images(str(plain))
+    assert index_images(str(plain), image_key="thumb").size.tolist() == [1] * 5
     with pytest.raises(UserError, match=r"cache.image_key: .* has no column 'x' of images"):
-        index_shards(str(plain), image_key="x")
+        index_images(str(plain), image_key="x")
 
 
 def test_tables_with_faults(tmp_path: Path) -> None:
     file = table(tmp_path / "a.parquet", {"img": [b"x", b"", None], "cls": ["b", "a", "b"]})
     with pytest.raises(UserError, match=r"sample 'a/000001' \(row 1\) has no bytes of an image"):
-        index_shards(str(file))
+        index_images(str(file))
     other = table(tmp_path / "b.parquet", {"img": [b"y"], "cls": ["c"]})
-    images = index_shards([str(file), str(other)], "skip")
+    images = index_images([str(file), str(other)], "skip")
     assert list(images.keys) == ["a/000000", "b/000000"] and len(images.skipped) == 2
     assert images.labels.tolist() == [1, 2] and images.classes == ("a", "b", "c")
     table(other, {"img": [b"changed"], "cls": ["c"]})
@@ -235,17 +235,17 @@ def test_tables_with_faults(tmp_path: Path) -> None:
         files.encoded(1)
     for name, data in (("c.parquet", b"PAR1 no"), ("c.arrow", b"no")):
         with pytest.raises(UserError, match=rf"{name} cannot be read as a table"):
-            index_shards(str(write(tmp_path / name, data)))
+            index_images(str(write(tmp_path / name, data)))
     with pytest.raises(UserError, match=r"has 0 columns of images \(none\)$"):
-        index_shards(str(table(tmp_path / "d.parquet", {"x": [1]})))
+        index_images(str(table(tmp_path / "d.parquet", {"x": [1]})))
     with pytest.raises(UserError, match="'label' holds no class numbers or names"):
-        index_shards(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
+        index_images(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
 
 
 def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"need pyarrow: pip install 'singer-vit\[parquet\]'"):
-        index_shards(str(write(tmp_path / "a.parquet", b"")))
+        index_images(str(write(tmp_path / "a.parquet", b"")))
 
 
 def test_several_sources_in_one_cache(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     write(tmp_path / "c" / "classes.json", '["emu", "cat"]')
     write_tar(tmp_path / "c" / "s.tar", {"x.png": encoded(7), "x.cls": b"1"})
     table(tmp_path / "t.parquet", {"image": [encoded(8)]})
-    images = index_shards([str(tmp_path / name) for name in ("a", "c/s.tar", "t.parquet", "b")])
+    images = index_images([str(tmp_path / name) for name in ("a", "c/s.tar", "t.parquet", "b")])
     assert images.classes == ("cat", "dog", "emu")
     labels = {key: label for key, (label, _) in content(images).items()}
     assert labels == {"cat/a": 0, "cat/b": 0, "dog/c": 1, "x": 0, "t/000000": -1, "b/cat/a": 0, "emu/d": 2}
@@ -263,23 +263,23 @@ def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     store.write("images.safetensors", image_bytes(images))
     again = read_images(store, "upright")
     assert content(again) == content(images) and again.classes == images.classes
-    alone = index_shards(str(tmp_path / "c" / "s.tar"))
+    alone = index_images(str(tmp_path / "c" / "s.tar"))
     assert b"file_end" not in image_bytes(alone) and b"classes" not in image_bytes(alone)
     assert alone.class_names() == ["emu", "cat"]
     (tmp_path / "c" / "classes.json").unlink()
     with pytest.raises(UserError, match=r"s\.tar numbers its classes, and another source names them; .*classes\.json"):
-        index_shards([str(tmp_path / "a"), str(tmp_path / "c" / "s.tar")])
+        index_images([str(tmp_path / "a"), str(tmp_path / "c" / "s.tar")])
 
 
 def test_classes_are_numbered_as_others(tmp_path: Path) -> None:
-    images = index_shards(str(photos(tmp_path / "a", "dog/a.png ant/b.png")))
+    images = index_images(str(photos(tmp_path / "a", "dog/a.png ant/b.png")))
     again = numbered_as(images, ["cat", "dog"])
     assert again.classes == ("cat", "dog", "ant")
     assert dict(zip(again.keys, again.labels.tolist(), strict=True)) == {"dog/a": 1, "ant/b": 2}
 
 
 def test_moved_folders(tmp_path: Path) -> None:
-    images = index_shards(str(photos(tmp_path / "a")))
+    images = index_images(str(photos(tmp_path / "a")))
     (tmp_path / "a").rename(tmp_path / "b")
     with pytest.raises(UserError, match=r"a of the cache is gone; if it has moved, give its place with --images"):
         relocate(images, None)
@@ -290,7 +290,7 @@ def test_moved_folders(tmp_path: Path) -> None:
     first.write_bytes(b"other")
     with pytest.raises(UserError, match="has changed since it was cached"):
         relocate(images, str(tmp_path / "b"))
-    moved = relocate(index_shards(str(tmp_path / "b")), None)
+    moved = relocate(index_images(str(tmp_path / "b")), None)
     first.write_bytes(b"again")
     with ImageFile(moved) as files:
         assert files.encoded(0)[0] == b"again"
@@ -307,21 +307,21 @@ def test_maps_beside_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / "a" / f"{name}.seg.png", encoded(len(name) + ord(name)))
     for images in (
-        index_shards(str(tmp_path / "a")),
-        index_shards(str(write(tmp_path / "l.txt", "a/a.png\na/b.jpg\n"))),
+        index_images(str(tmp_path / "a")),
+        index_images(str(write(tmp_path / "l.txt", "a/a.png\na/b.jpg\n"))),
     ):
         maps = content(index_beside(images, "seg.png"))
         assert {key[-1]: data for key, (_, data) in maps.items()} == {
             name: (tmp_path / "a" / f"{name}.seg.png").read_bytes() for name in "ab"
         }
     with pytest.raises(UserError, match=r"sample '.' needs a \.depth\.png beside it, but .\.depth\.png does not exist"):
-        index_beside(index_shards(str(tmp_path / "a")), "depth.png")
+        index_beside(index_images(str(tmp_path / "a")), "depth.png")
 
 
 def test_a_million_files_need_no_million_paths(tmp_path: Path) -> None:
     """The listing has columns only, and a reader opens a file when it reads it."""
     photos(tmp_path / "a", " ".join(f"{n}.png" for n in range(30)))
-    images = index_shards(str(tmp_path / "a"))
+    images = index_images(str(tmp_path / "a"))
     assert images.paths == (tmp_path / "a",) and images.files is not None
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with ImageFile(images) as files:
@@ -333,24 +333,24 @@ def test_a_million_files_need_no_million_paths(tmp_path: Path) -> None:
 def test_dots_in_names(tmp_path: Path) -> None:
     a, b = encoded(1), encoded(2)
     one = write_tar(tmp_path / "a.tar", {"a/22.05.png": a, "a/22.05.cls": b"4", "a/23.06.png": b, "a/23.06.cls": b"5"})
-    assert content(index_shards(str(one))) == {"a/22": (-1, a), "a/23": (-1, b)}
-    assert content(index_shards(str(one), image_key=".png")) == {"a/22.05": (4, a), "a/23.06": (5, b)}
+    assert content(index_images(str(one))) == {"a/22": (-1, a), "a/23": (-1, b)}
+    assert content(index_images(str(one), image_key=".png")) == {"a/22.05": (4, a), "a/23.06": (5, b)}
     two = write_tar(tmp_path / "b.tar", {"s.input.jpg": a, "s.left.jpg": b, "s.cls": b"3", "s.left.seg.png": b"m"})
     with pytest.raises(UserError, match=r"'s' has several images \(input.jpg, left.jpg\), since a key ends") as e:
-        index_shards(str(two))
+        index_images(str(two))
     assert "--set cache.image_key=input.jpg" in str(e.value) and "--set cache.image_key=.jpg" in str(e.value)
-    assert content(index_shards(str(two), image_key="left.jpg")) == {"s": (3, b)}
-    assert content(index_shards(str(two), "skip", ".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
+    assert content(index_images(str(two), image_key="left.jpg")) == {"s": (3, b)}
+    assert content(index_images(str(two), "skip", ".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
     with pytest.raises(UserError, match=r"has no \.right\.jpg \(cache\.image_key\); it has input\.jpg, left\.jpg"):
-        index_shards(str(two), image_key="right.jpg")
+        index_images(str(two), image_key="right.jpg")
     maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
-    assert content(index_beside(index_shards(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
+    assert content(index_beside(index_images(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
 
 
 def test_members_that_are_apart_are_joined(tmp_path: Path) -> None:
     members = {f"{n}.png": encoded(ord(n)) for n in "abc"} | {f"{n}.cls": b"%d" % ord(n) for n in "cab"}
     path = write_tar(tmp_path / "t.tar", members)
-    assert content(index_shards(str(path))) == {n: (ord(n), encoded(ord(n))) for n in "abc"}
+    assert content(index_images(str(path))) == {n: (ord(n), encoded(ord(n))) for n in "abc"}
 
 
 def test_a_cut_among_labels_leaves_no_image_without_its_own(tmp_path: Path) -> None:
@@ -358,24 +358,24 @@ def test_a_cut_among_labels_leaves_no_image_without_its_own(tmp_path: Path) -> N
     data = write_tar(tmp_path / "t.tar", members, tarfile.USTAR_FORMAT).read_bytes()
     at = data.index(b"c.cls")
     (tmp_path / "t.tar").write_bytes(data[:at])
-    images = index_shards(str(tmp_path / "t.tar"), "skip")
+    images = index_images(str(tmp_path / "t.tar"), "skip")
     assert {key: label for key, (label, _) in content(images).items()} == {"a": 97, "b": 98}
 
 
 def test_sources_that_number_alike(tmp_path: Path) -> None:
     for name in ("x/s-0", "x/s-1", "y/s-0"):
         write_tar(write(tmp_path / f"{name}.tar", b""), {"000.png": encoded(len(name)), f"{name[0]}.png": encoded(3)})
-    keys = list(index_shards([str(tmp_path / "x"), str(tmp_path / "y")]).keys)
+    keys = list(index_images([str(tmp_path / "x"), str(tmp_path / "y")]).keys)
     assert keys == ["000", "x", "x/s-1/000", "x/s-1/x", "y/s-0/000", "y"]
     maps = write_tar(tmp_path / "m.tar", {"000.png": encoded(1), "000.seg.png": b"mask"})
-    both = index_shards([str(tmp_path / "x" / "s-0.tar"), str(maps)])
+    both = index_images([str(tmp_path / "x" / "s-0.tar"), str(maps)])
     assert list(both.keys)[-1] == "m/000"
     assert content(index_beside(both.select(np.array([2])), "seg.png")) == {"m/000": (-1, b"mask")}
 
 
 def test_minus_one_is_no_label(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.cls": b"-1\n"})
-    assert index_shards(str(path)).labels.tolist() == [-1]
+    assert index_images(str(path)).labels.tolist() == [-1]
 
 
 @pytest.mark.parametrize(("mode", "command"), [("gz", "gunzip -k"), ("bz2", "bunzip2 -k"), ("xz", "unxz -k")])
@@ -387,10 +387,10 @@ def test_compressed_tars_say_how_to_unpack(mode: str, command: str, tmp_path: Pa
         info.size = len(png())
         tar.addfile(info, io.BytesIO(png()))
     with pytest.raises(UserError, match=rf"is compressed, but .*; unpack it: {command} '.*/a b/t\.tar\.{mode}'"):
-        index_shards(str(path.parent))
+        index_images(str(path.parent))
 
 
 def test_order_is_a_pure_function_of_names(tmp_path: Path) -> None:
     photos(tmp_path / "a", " ".join(f"{n}.png" for n in range(9)))
-    orders = [list(index_shards(str(tmp_path / "a"), seed=seed).keys) for seed in (0, 0, 1)]
+    orders = [list(index_images(str(tmp_path / "a"), seed=seed).keys) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from PIL import Image
 from test_shards import write_tar
 
-from pipeline.data import ImageFile, Images, index_shards
+from pipeline.data import ImageFile, Images, index_images
 from pipeline.data.importers.walk import suffix_of
 from pipeline.data.names import file_keys
 from pipeline.runtime.logs import on_console
@@ -94,20 +94,20 @@ class Folders(RuleBasedStateMachine):
         with on_console():
             if not filled or filled != set(classes):
                 with pytest.raises(UserError, match="holds no images|no images"):
-                    index_shards(str(self.root), "skip")
+                    index_images(str(self.root), "skip")
             elif names:
                 self._compare(classes, names)
 
     def _compare(self, classes: list[str], names: dict[str, bytes]) -> None:
         expected = {data: classes.index(name.partition("/")[0]) for name, data in names.items()}
-        folder = index_shards(str(self.root), "skip")
+        folder = index_images(str(self.root), "skip")
         assert labels(folder) == expected and folder.classes == tuple(classes)
         assert folder.left_out == self.left_out and len(folder.skipped) == len(self.empty)
         assert all("is empty" in skipped.reason for skipped in folder.skipped)
-        listed = index_shards(str(self._list(sorted(names))), "skip")
+        listed = index_images(str(self._list(sorted(names))), "skip")
         assert {d: listed.classes[n] for d, n in labels(listed).items()} == {d: classes[n] for d, n in expected.items()}
         assert ["does not exist" in skipped.reason for skipped in listed.skipped] == [True]
-        tar = index_shards(str(self._tar(names, classes)), "skip")
+        tar = index_images(str(self._tar(names, classes)), "skip")
         assert labels(tar) == expected and [skipped.key for skipped in tar.skipped] == ["lonely"]
         if self.sound:
             self._prepared(folder, {data: expected[data] for data in self.sound.values()})
@@ -115,7 +115,7 @@ class Folders(RuleBasedStateMachine):
     def _prepared(self, folder: Images, expected: dict[bytes, int]) -> None:
         out = self.place / "out"
         result = prepare(config_with("prepare.on_error=skip"), self.root, out, "overwrite" if out.exists() else "new")
-        packed = index_shards(str(out))
+        packed = index_images(str(out))
         assert labels(packed) == expected and result.left_out == self.left_out
         assert {str(file.relative_to(self.root)) for file in result.skipped} == {*self.broken, *self.empty}
         both = set(packed.keys)

@@ -11,11 +11,11 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.checks import look
 from pipeline.config import StudentConfig, load_config
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import load_saved
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.selection import chosen_blocks, even, misfit, select_weights

@@ -16,10 +16,10 @@ from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.stored import Encoded
 from pipeline.config import load_config
 from pipeline.data.sampler import BatchIndices
+from pipeline.models.backbone import Backbone
 from pipeline.runtime import devices
 from pipeline.runtime.progress import Meter
 from pipeline.students.new import new_student
-from pipeline.teachers.backbone import Backbone
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader, StoredBatch
 from pipeline.training.cached_teachers import open_images

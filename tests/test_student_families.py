@@ -9,12 +9,12 @@ import timm
 import torch
 from conftest import seeded, world_config
 
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import create_model, load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.export import export
 from pipeline.storage.tensors import read_tensors, write_tensors
-from pipeline.students.formats import FORMATS
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import create_model, load_saved
+from pipeline.students.export_formats import FORMATS
 
 _VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2, "patch_size": 8}
 _FOUR = (1, 1, 1, 1)

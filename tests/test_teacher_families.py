@@ -14,6 +14,8 @@ from pipeline.cache.reader import Cache
 from pipeline.config import StudentConfig
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.loading import create_model, load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
@@ -21,8 +23,6 @@ from pipeline.stages.inspect import inspect
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.models import create_model, load_saved
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.suffix import TeacherSuffix, find_suffix

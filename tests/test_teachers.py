@@ -12,14 +12,14 @@ import cli
 from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.data.views import View
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import LOCAL
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
-from pipeline.teachers.backbone import save_backbone
-from pipeline.teachers.models import LOCAL
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller, TeacherBranch

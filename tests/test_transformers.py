@@ -12,16 +12,16 @@ from conftest import config_with, draw_images, run_singer, seeded
 from huggingface_hub.errors import GatedRepoError
 
 from pipeline.cache.reader import Cache
+from pipeline.models import huggingface
+from pipeline.models.backbone import save_backbone, weight_hash
+from pipeline.models.huggingface import preprocessing
+from pipeline.models.loading import create_model, load_model, load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.teachers import huggingface
-from pipeline.teachers.backbone import save_backbone, weight_hash
-from pipeline.teachers.huggingface import preprocessing
-from pipeline.teachers.models import create_model, load_model, load_saved
 from singer import hf
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError

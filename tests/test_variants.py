@@ -13,7 +13,9 @@ from conftest import tree_bytes, world_config
 from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
-from pipeline.data import index_shards
+from pipeline.data import index_images
+from pipeline.models.loading import LOCAL
+from pipeline.outputs.folder import Mode
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -23,9 +25,7 @@ from pipeline.stages.inspect import inspect
 from pipeline.stages.refine import refine
 from pipeline.stages.report import report
 from pipeline.stages.verify import verify
-from pipeline.storage.outputs import Mode
 from pipeline.sweeps.run import sweep
-from pipeline.teachers.models import LOCAL
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import load_result
 from pipeline.training.stored_refiners import load_refiner, read_refiner
@@ -291,7 +291,7 @@ def test_evaluate_and_report_open_the_variant_of_the_run(world: Path, tmp_path: 
     half = cache_teacher(world_config(world, "cache.precision=bf16"), [shards(world), test], place, "append").variant
     seen = world_config(world, *FITTED, f"distill.teacher={half}")
     runs = [distill(config, place, tmp_path / "first"), distill(seen, place, tmp_path / "half")]
-    assert [learned_from(run, index_shards(test))[0] for run in runs] == ["no", "yes"]
+    assert [learned_from(run, index_images(test))[0] for run in runs] == ["no", "yes"]
     for run in runs:
         opened = find_cache(read_runs([run.run]), None)
         assert run.teacher is not None

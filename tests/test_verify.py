@@ -14,11 +14,11 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL
 from pipeline.cache.index import read_images
 from pipeline.config import Config, load_config
+from pipeline.models.backbone import save_backbone
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import SegmentReport, VerifyResult, verify
 from pipeline.storage import LocalStore
-from pipeline.teachers.backbone import save_backbone
 from singer.errors import UserError
 
 # Random views, sampled tokens, codes, byte strings and two arrays of pixels: every kind of file.
@@ -176,7 +176,7 @@ def test_damage_is_named(name: str, cache: Path) -> None:
     assert all(why in report.files[file] for file, why in files.items())
     with pytest.raises(UserError) as raised:
         result.check()
-    expected = [f"{len(numbers)} of 4 shards of {cache}"] if numbers else [str(cache / file) for file in files]
+    expected = [f"{len(numbers)} of 4 Zarr shards of {cache}"] if numbers else [str(cache / file) for file in files]
     assert all(part in str(raised.value) for part in expected)
 
 
@@ -337,7 +337,7 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     damaged = tree_bytes(cache)
     moved = Path(shutil.copytree(world / "train", tmp_path / "moved"))
     images = read_images(LocalStore(cache), "upright")
-    offset, path = int(images.offset[40]), moved / images.paths[int(images.shard[40])].name
+    offset, path = int(images.offset[40]), moved / images.paths[int(images.container[40])].name
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])
     with pytest.raises(UserError, match=r"image 'class.*moved.* is not the one that was cached"):

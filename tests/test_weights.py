@@ -11,8 +11,8 @@ import torch
 from conftest import config_with, make_vit, seeded
 from torch import Tensor
 
-from pipeline.teachers.models import load_teacher
-from pipeline.teachers.weights import describe_size, read_weights
+from pipeline.models.weights import describe_size, read_weights
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 
 NAME = "vit_tiny_patch16_224"

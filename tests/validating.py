@@ -8,7 +8,7 @@ from pipeline.cache.manifest import view_form
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError
-from pipeline.data.prefetch import prefetch
+from pipeline.runtime.prefetch import prefetch
 
 
 @dataclass(frozen=True)

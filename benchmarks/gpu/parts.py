@@ -22,11 +22,11 @@ from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded, Ragged
 from pipeline.config import Config, load_config
-from pipeline.data.prefetch import prefetch
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.names import LOCAL
 from pipeline.runtime.devices import with_precision
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.names import LOCAL
 from singer.backbones import block_outputs, resolve_blocks
 from singer.cleaners import CLEANERS, Shape
 from singer.logistic import LogisticProblem

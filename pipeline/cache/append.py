@@ -67,13 +67,13 @@ def plan_additions(
         absent = hashes[given] != wanted
         if absent.all():
             if missing and rows in held:
-                shards = _shard_names(segment)
-                raise UserError(f"block {missing[0]} must be added for all images; --images gives none of {shards}")
+                names = _source_names(segment)
+                raise UserError(f"block {missing[0]} must be added for all images; --images gives none of {names}")
             continue
         if absent.any():
             key = known.keys[int(np.argmax(absent))]
-            shards = _shard_names(segment)
-            raise UserError(f"--images gives some of the images of {shards} but not {key!r}; give all or none")
+            names = _source_names(segment)
+            raise UserError(f"--images gives some of the images of {names} but not {key!r}; give all or none")
         images = listed.select(given)
         assert images.keys == known.keys, "two keys have one hash"
         for name in ("labels", "size"):
@@ -107,10 +107,10 @@ def _left_out(segment: Segment, hashes: np.ndarray, listed: Images) -> np.ndarra
     return np.flatnonzero(same)
 
 
-def _shard_names(segment: Segment) -> str:
-    """Return the name of the segment's only shard, or of its first and last one."""
-    shards = segment.manifest.data.shards
-    return shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
+def _source_names(segment: Segment) -> str:
+    """Return the name of the segment's only source of images, or of its first and last one."""
+    names = segment.manifest.data.shards
+    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
 
 def check_growth(segments: Sequence[Segment], here: Manifest, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""Encode the teacher's features and write whole shards, while the teacher computes the next features."""
+"""Encode the teacher's features and write whole Zarr shards, while the teacher computes the next features."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,12 +6,13 @@ from contextlib import contextmanager
 import numpy as np
 from torch import Tensor
 
-from pipeline.cache.encode import Encoder, TeacherBatch
+from pipeline.cache.encode import Encoder
+from pipeline.cache.rows import ViewBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged
-from pipeline.cache.writer import write_shard
-from pipeline.data.background import BackgroundWorker
-from pipeline.data.buffers import empty
+from pipeline.cache.writer import write_zarr_shard
+from pipeline.runtime.background import BackgroundWorker
+from pipeline.runtime.buffers import empty
 
 
 class Gathered:
@@ -44,7 +45,7 @@ class Gathered:
 
 
 @contextmanager
-def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], TeacherBatch], None]]:
+def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
     """Give a function to call with the features of every batch, in order; all records of a batch are in one shard.
 
     Background workers encode a batch and write a shard while the teacher computes the next batch. At the end of the
@@ -54,10 +55,10 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
     manifest = segment.manifest
     gathered: Gathered | None = None
 
-    def add(features: dict[int, Tensor], batch: TeacherBatch) -> None:
+    def add(features: dict[int, Tensor], batch: ViewBatch) -> None:
         nonlocal gathered
         shard = int(batch.records[0]) // manifest.shard_records
-        start, stop = manifest.shard_range(shard)
+        start, stop = manifest.zarr_shard_range(shard)
         if gathered is None:
             gathered = Gathered(manifest.arrays(), stop - start)
         gathered.unreadable |= batch.unreadable
@@ -67,5 +68,5 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
             write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
-    with BackgroundWorker(write_shard, "write") as write, BackgroundWorker(add, "encode") as store:
+    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as store:
         yield store

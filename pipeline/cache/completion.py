@@ -4,19 +4,19 @@ import hashlib
 
 import numpy as np
 
-from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, VIEWS, shard_file
+from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, VIEWS, zarr_shard_file
 from pipeline.cache.index import Index, number_records, read_images
 from pipeline.cache.manifest import Completion
 from pipeline.cache.segment_reader import SegmentReader
 from pipeline.cache.segments import Segment
 from pipeline.data import Skipped, content_hash
 from pipeline.data.tars import NO_LABEL
-from pipeline.storage.outputs import json_bytes
+from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
 
 
 def complete_segment(segment: Segment) -> int:
-    """Write the index and complete.json of a segment, once all its shards are done.
+    """Write the index and complete.json of a segment, once all its Zarr shards are done.
 
     Return how many images are left out. Raises UserError if none of its images can be decoded.
     """
@@ -41,7 +41,7 @@ def describe_completion(segment: Segment) -> tuple[Completion, dict[str, bytes]]
     of_image = found[:: manifest.views_each]
     good = of_image["width"] > 0
     reasons = {int(n): why for entry in entries.values() for n, why in entry["unreadable"].items()}
-    skipped = [*listed.skipped, *(_skip(listed.paths[int(listed.shard[n])].name, listed.keys[n], reasons[n])
+    skipped = [*listed.skipped, *(_skip(listed.paths[int(listed.container[n])].name, listed.keys[n], reasons[n])
                                   for n in np.flatnonzero(~good).tolist())]  # fmt: skip
     if not good.any():
         raise UserError(f"none of {len(listed)} images can be decoded; the first: {skipped[len(listed.skipped)]}")
@@ -63,7 +63,7 @@ def describe_completion(segment: Segment) -> tuple[Completion, dict[str, bytes]]
         arrays={
             name: [
                 (files[file]["bytes"], files[file]["sha256"])
-                for file in (shard_file(name, form, shard) for shard in range(manifest.shards))
+                for file in (zarr_shard_file(name, form, shard) for shard in range(manifest.zarr_shards))
             ]
             for name, form in manifest.arrays().items()
         },

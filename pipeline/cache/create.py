@@ -10,20 +10,21 @@ from pipeline.cache.append import Addition, check_growth, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
 from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.extract import Extractor
-from pipeline.cache.fill import rows_of
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import fidelity
-from pipeline.cache.rows import RowReader
+from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, numbered_as
 from pipeline.data.tars import NO_LABEL
+from pipeline.outputs.folder import Mode
+from pipeline.outputs.provenance import write_provenance
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
-from pipeline.storage.outputs import Mode, read_json, write_provenance
+from pipeline.storage.json_files import read_json
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX
@@ -86,7 +87,7 @@ def build_segment(
         calibration |= read_calibration(segment)
         measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
-    rows = rows_of(manifest, addition.images, segments)
+    rows = Rows.of(manifest, addition.images, segments)
     with ImageFile(addition.images) as files:
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():

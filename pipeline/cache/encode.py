@@ -1,7 +1,7 @@
 """Compute what a segment stores of a batch: encoded features, views, positions of sampled patches, and pixels."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,29 +13,12 @@ from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.pixels import encode_jpegs
-from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.rows import RowReader, Rows, Values, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
-
-Values = dict[str, Tensor | Ragged]
-"""{name of an array: its values of some records}."""
-
-
-@dataclass(frozen=True)
-class TeacherBatch:
-    """The views of some records for the teacher, and what is stored beside its features.
-
-    pixels: (n, size, size, 3) uint8; extra: values of the arrays that are not features; unreadable: {image: why it
-    cannot be decoded}.
-    """
-
-    records: np.ndarray
-    pixels: Tensor
-    extra: Values
-    unreadable: dict[int, str]
 
 
 def calibration_on(segment: Segment, device: torch.device) -> dict[int, Calibration]:
@@ -59,15 +42,14 @@ class Encoder:
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
         return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
 
-    def load(self, read: RowReader, records: np.ndarray) -> TeacherBatch:
-        """Read the views of some records: for the teacher and, at the size of stored pixels, for the students."""
-        pixels, rows = self._manifest.pixels, read(records)
-        extra: Values = {VIEWS: torch.from_numpy(rows.found.view(np.uint8).reshape(len(records), -1))}
+    def load(self, read: RowReader, records: np.ndarray) -> ViewBatch:
+        """Read the views of some records, with what is stored beside their features."""
+        pixels, batch = self._manifest.pixels, read(records)
+        beside: Values = {VIEWS: torch.from_numpy(batch.found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
-            small = rows.pixels[pixels.size]
-            extra[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
-        large = rows.pixels[self._manifest.teacher.image_size]
-        return TeacherBatch(records, large, extra | self.positions(records), rows.unreadable)
+            small = batch.pixels[pixels.size]
+            beside[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
+        return replace(batch, beside=beside | self.positions(records))
 
     def positions(self, records: np.ndarray) -> Values:
         """Return the numbers of the stored patches of some records as values; return no values if all are stored."""
@@ -80,13 +62,13 @@ class Encoder:
         ]
         return {POSITIONS: torch.from_numpy(np.stack(drawn))}
 
-    def __call__(self, features: dict[int, Tensor], batch: TeacherBatch) -> Iterator[tuple[str, Tensor | Ragged]]:
+    def __call__(self, features: dict[int, Tensor], batch: ViewBatch) -> Iterator[tuple[str, Tensor | Ragged]]:
         """Yield (array, its values of some records); the values of each array are in the order of the records.
 
         Raises UserError naming the image's key for a NaN or Inf.
         """
-        yield from batch.extra.items()
-        positions = batch.extra.get(POSITIONS)
+        yield from batch.beside.items()
+        positions = batch.beside.get(POSITIONS)
         for block, x in features.items():
             done = 0
             for few in few_records(x):

@@ -10,10 +10,10 @@ from torch import Tensor
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.rows import RowReader
 from pipeline.config import Config
-from pipeline.data.prefetch import prefetch
 from pipeline.data.views import normalise
-from pipeline.teachers.backbone import Backbone, weight_hash
-from pipeline.teachers.placement import place
+from pipeline.models.backbone import Backbone, weight_hash
+from pipeline.runtime.prefetch import prefetch
+from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.suffix import find_suffix
@@ -48,7 +48,7 @@ class Extractor:
         )
         if config.teacher.offload == "auto" and accelerator.num_processes > 1:
             raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
-        place(backbone.model, self.device, config.teacher.offload)
+        place_model(backbone.model, self.device, config.teacher.offload)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
-"""Fill the segments of a cache: images -> teacher -> encoded features -> shards."""
+"""Fill the segments of a cache: images -> teacher -> encoded features -> Zarr shards."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -13,29 +13,13 @@ from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
-from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader, Rows
 from pipeline.cache.segments import Segment, read_segments, segments_of
-from pipeline.data import ImageFile, Images, Spec, listing_hash, relocate
-from pipeline.data.prefetch import prefetch
+from pipeline.data import ImageFile, Spec, relocate
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage import Store
-
-
-def rows_of(manifest: Manifest, images: Images, earlier: Iterable[Segment]) -> Rows:
-    """Return the records of a segment.
-
-    earlier: earlier segments. If one of them has the same images, their digests are taken from it, and also the views
-    if it has the same.
-    """
-    for segment in earlier:
-        if segment.lacks() is None:
-            index = segment.index()
-            if listing_hash(index.images) == manifest.data.hash:
-                replay = index if segment.manifest.views == manifest.views else None
-                return Rows.of(manifest, images, index.digest, replay)
-    return Rows.of(manifest, images)
 
 
 def fill_segments(store: Store, extract: Extractor, shards: Spec | None = None) -> int:
@@ -87,17 +71,17 @@ def fill(
     manifest = segment.manifest
     listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
     images = relocate(listed, shards)
-    rows = rows_of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
+    rows = Rows.of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
     encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.batch_size
-    ranges = [manifest.shard_range(shard) for shard in own]
+    ranges = [manifest.zarr_shard_range(shard) for shard in own]
     batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
     total = sum(stop - start for start, stop in ranges)
-    if accelerator.is_main_process and 0 < len(pending) < manifest.shards:
-        say(f"{manifest.shards - len(pending)} of {manifest.shards} shards are done already")
+    if accelerator.is_main_process and 0 < len(pending) < manifest.zarr_shards:
+        say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
         ImageFile(images) as files,
@@ -106,6 +90,6 @@ def fill(
     ):
         read = RowReader(rows, files, manifest.view_form, encode.sides, config.cache.on_error)
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
-            store(extract.features(batch.pixels, manifest.blocks), batch)
+            store(extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks), batch)
             m.advance(len(batch.records))
-    return sum(stop - start for start, stop in map(manifest.shard_range, pending))
+    return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

@@ -24,12 +24,12 @@ VIEWS = "views"
 PARTS = "parts"
 
 
-def shard_file(array: str, form: "Fixed | None", shard: int) -> str:
-    """Return the file of one shard of an array, by Zarr's default chunk keys."""
+def zarr_shard_file(array: str, form: "Fixed | None", shard: int) -> str:
+    """Return the file of one Zarr shard of an array, by Zarr's default chunk keys."""
     axes = 1 + (len(form.shape) if form is not None else 0)
     return "/".join([array, "c", str(shard), *["0"] * (axes - 1)])
 
 
 def journal_file(shard: int) -> str:
-    """Return the file of a shard's journal entry."""
+    """Return the file of the journal entry of a Zarr shard."""
     return f"{JOURNAL}/{shard:06d}.json"

@@ -76,10 +76,10 @@ def image_bytes(images: Images) -> bytes:
         "image.key_bytes": images.keys.text,
         "image.key_end": images.keys.ends,
         "image.label": images.labels,
-        "image.shard": images.shard,
+        "image.shard": images.container,
         "image.offset": images.offset,
         "image.size": images.size,
-        "shard.size": np.array(images.shard_sizes, dtype=np.int64),
+        "shard.size": np.array(images.container_sizes, dtype=np.int64),
     }
     about: dict[str, Any] = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
     # Caches of shards alone have neither: their bytes are as they have always been.
@@ -118,10 +118,10 @@ def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str], decoding: 
     files = Keys(columns["image.file_bytes"], columns["image.file_end"]) if "image.file_end" in columns else None
     return Images(
         paths=tuple(map(Path, shards)),
-        shard_sizes=tuple(columns["shard.size"].tolist()),
+        container_sizes=tuple(columns["shard.size"].tolist()),
         keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
         labels=columns["image.label"],
-        shard=columns["image.shard"],
+        container=columns["image.shard"],
         offset=columns["image.offset"],
         size=columns["image.size"],
         decoding=decoding,
@@ -168,10 +168,10 @@ def join(indices: Iterable[Index]) -> Index:
     colors = [np.tile(_NO_CHANGE, (len(i), 1)) if i.color is None else i.color for i in indices]
     all_images = Images(
         paths=tuple(chain.from_iterable(i.paths for i in images)),
-        shard_sizes=tuple(chain.from_iterable(i.shard_sizes for i in images)),
+        container_sizes=tuple(chain.from_iterable(i.container_sizes for i in images)),
         keys=Keys.join([i.keys for i in images]),
         labels=np.concatenate([i.labels for i in images]),
-        shard=np.concatenate([i.shard + s for i, s in zip(images, first_shard, strict=False)]),
+        container=np.concatenate([i.container + s for i, s in zip(images, first_shard, strict=False)]),
         offset=np.concatenate([i.offset for i in images]),
         size=np.concatenate([i.size for i in images]),
         decoding=decoding,

@@ -10,7 +10,7 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.variants import id_of_segments, variants_of
 from pipeline.storage import Place, open_store
-from pipeline.storage.outputs import read_json
+from pipeline.storage.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         for shard, entry in entries.items():
             if shard not in pending:
                 stored += sum(f["bytes"] for n, f in entry["files"].items() if n.startswith("features/"))
-                exact += float16_bytes(m) * int(np.subtract(*m.shard_range(shard)[::-1]))
+                exact += float16_bytes(m) * int(np.subtract(*m.zarr_shard_range(shard)[::-1]))
         if FIDELITY in m.files:
             measured = read_json(segment.store, FIDELITY, "segment of a cache")
             fidelity |= {b: measured.get(str(b)) for b in m.blocks}
@@ -112,7 +112,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         width=first.teacher.width_of(max(first.blocks)),
         codec=first.codec,
         records=sum({s.manifest.rows(): s.manifest.records for s in segments}.values()),
-        shards=sum(s.manifest.shards for s in segments),
+        shards=sum(s.manifest.zarr_shards for s in segments),
         missing=missing,
         feature_bytes=stored,
         ratio=exact / stored if stored else 0.0,

@@ -12,7 +12,7 @@ from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS,
 from pipeline.cache.stored import Fixed, Layout
 from pipeline.data import Decoding
 from pipeline.storage import Store
-from pipeline.storage.outputs import is_sealed, json_bytes, read_json, sealed, validated
+from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
 from singer.errors import UserError
 
 
@@ -21,7 +21,7 @@ class _Section(BaseModel):
 
 
 class TeacherManifest(_Section):
-    """The teacher and its preprocessing. weights: SHA-256 (teachers.backbone.weight_hash).
+    """The teacher and its preprocessing. weights: SHA-256 (models.backbone.weight_hash).
 
     dtype: of the weights; width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have
     those of the last one.
@@ -146,12 +146,12 @@ class Manifest(_Section):
         return self.stored_patches < self.teacher.patches
 
     @property
-    def shards(self) -> int:
+    def zarr_shards(self) -> int:
         """Return the number of Zarr shards of each array."""
         return -(-self.records // self.shard_records)
 
-    def shard_range(self, shard: int) -> tuple[int, int]:
-        """Return the first record of a shard, and the one after its last."""
+    def zarr_shard_range(self, shard: int) -> tuple[int, int]:
+        """Return the first record of a Zarr shard, and the one after its last."""
         return shard * self.shard_records, min(self.records, (shard + 1) * self.shard_records)
 
     def layout(self, block: int) -> Layout:
@@ -209,7 +209,7 @@ def view_form(color: bool) -> np.dtype[np.void]:
 
 
 class Completion(_Section):
-    """What is known about a segment once all its shards are done. It is written last: it makes the segment complete.
+    """What is known about a segment once all its Zarr shards are done. It is written last, and completes it.
 
     part: the manifest's id; hash: data.content_hash of the images that can be decoded; images, labelled, records: how
     many of these there are; unreadable: the numbers of the other listed images; skipped: the number of entries in

@@ -11,8 +11,8 @@ from torch import Tensor
 from pipeline.cache.index import Index
 from pipeline.cache.stored import Ragged
 from pipeline.data import ImageFile
-from pipeline.data.buffers import empty
 from pipeline.data.views import apply_view
+from pipeline.runtime.buffers import empty
 
 
 def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> Tensor:

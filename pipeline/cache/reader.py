@@ -22,10 +22,10 @@ from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.config import TeacherConfig
 from pipeline.data import ImageFile
-from pipeline.data.buffers import empty
+from pipeline.outputs.resuming import CONFIG
+from pipeline.runtime.buffers import empty
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
-from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
 from singer.suffix import NO_SUFFIX, TeacherSuffix
@@ -56,7 +56,7 @@ class Cache:
     variant; default: the first teacher. blocks: the blocks to read; default: all. local_copy: a folder to which shards
     are copied when they are first read. known: the id by which a refiner or a run knows the cache; it selects that
     variant if the cache has it. option: the option that names a variant, for the message, with {} for the name. Raises
-    UserError if there is no cache, if shards are missing, if several variants fit, or if records lack a block.
+    UserError if there is no cache, if Zarr shards are missing, if several variants fit, or if records lack a block.
     """
 
     def __init__(

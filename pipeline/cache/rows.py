@@ -1,6 +1,7 @@
 """Read the records of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from pipeline.cache.index import Index
 from pipeline.cache.manifest import Manifest
+from pipeline.cache.segments import Segment
+from pipeline.cache.stored import Ragged
 from pipeline.config import ViewsConfig
-from pipeline.data import ImageFile, Images, OnError, image_digest, one_line
+from pipeline.data import ImageFile, Images, OnError, image_digest, listing_hash, one_line
 from pipeline.data.decoder_warnings import naming
 from pipeline.data.views import View, apply_view, draw_view
 from singer.errors import UserError
@@ -35,12 +38,20 @@ class Rows:
     replay: Index | None = None
 
     @classmethod
-    def of(
-        cls, manifest: Manifest, images: Images, digests: np.ndarray | None = None, replay: Index | None = None
-    ) -> "Rows":
-        """Return the records of a segment with this manifest and these listed images."""
-        first, count = manifest.views["first"], manifest.views_each
-        return cls(images, first, count, drawn_as(manifest.views), digests, replay)
+    def of(cls, manifest: Manifest, images: Images, earlier: Iterable[Segment] = ()) -> "Rows":
+        """Return the records of a segment with this manifest and these listed images.
+
+        If one of the earlier segments has the same images, their digests are taken from it, and also the views if it
+        has the same.
+        """
+        first, count, drawing = manifest.views["first"], manifest.views_each, drawn_as(manifest.views)
+        for segment in earlier:
+            if segment.lacks() is None:
+                index = segment.index()
+                if listing_hash(index.images) == manifest.data.hash:
+                    replay = index if segment.manifest.views == manifest.views else None
+                    return cls(images, first, count, drawing, index.digest, replay)
+        return cls(images, first, count, drawing)
 
     def __len__(self) -> int:
         return len(self.images) * self.views
@@ -65,17 +76,24 @@ def drawn_as(views: dict[str, Any]) -> ViewsConfig:
     return ViewsConfig.model_validate({k: v for k, v in views.items() if k not in ("first", "count")})
 
 
+Values = dict[str, Tensor | Ragged]
+"""{name of an array: its values of some records}."""
+
+
 @dataclass(frozen=True)
-class Seen:
-    """The result of reading the images of some records.
+class ViewBatch:
+    """The views of some records, as they were read.
 
     pixels: {side: (n, side, side, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
-    Manifest.view_form; unreadable: {image: why it cannot be decoded}.
+    Manifest.view_form; unreadable: {image: why it cannot be decoded}; beside: what is stored beside the features, once
+    Encoder.load has added it.
     """
 
+    records: np.ndarray
     pixels: dict[int, Tensor]
     found: np.ndarray
     unreadable: dict[int, str]
+    beside: Values = field(default_factory=dict)
 
 
 class RowReader:
@@ -90,7 +108,7 @@ class RowReader:
         self.rows, self._files, self._form = rows, files, form
         self._sides, self._on_error = sides, on_error
 
-    def __call__(self, records: np.ndarray) -> Seen:
+    def __call__(self, records: np.ndarray) -> ViewBatch:
         """Read some records.
 
         Raises UserError for an image that has changed and, unless on_error is "skip", for an image that is broken.
@@ -113,7 +131,8 @@ class RowReader:
                 found[place]["color"] = view.color
             for side, pixels in views.items():
                 pixels[place] = apply_view(picture, view, side)
-        return Seen({side: torch.from_numpy(pixels) for side, pixels in views.items()}, found, unreadable)
+        pixels_of = {side: torch.from_numpy(pixels) for side, pixels in views.items()}
+        return ViewBatch(records, pixels_of, found, unreadable)
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
         """Return image `number` as RGB, or None if it is broken, and its digest."""

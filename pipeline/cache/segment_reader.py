@@ -12,8 +12,8 @@ from pipeline.cache.format import CALIBRATION, VIEWS
 from pipeline.cache.index import Index, read_images
 from pipeline.cache.segments import Files, Segment
 from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import ByteRanges, ShardedArray
-from pipeline.data.buffers import empty
+from pipeline.cache.zarr_shards import ByteRanges, ZarrArray
+from pipeline.runtime.buffers import empty
 from pipeline.storage import ReadThrough
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
@@ -33,14 +33,14 @@ class SegmentReader:
         if local_copy is not None:
             folder = local_copy / segment.manifest.id()[:16]
             self._source = ReadThrough(segment.store, folder, {n: f["sha256"] for n, f in files.items()})
-        self._arrays: dict[str, ShardedArray] = {}
+        self._arrays: dict[str, ZarrArray] = {}
 
-    def array(self, name: str) -> ShardedArray:
+    def array(self, name: str) -> ZarrArray:
         """Return an array by its name."""
         if name not in self._arrays:
             m = self.segment.manifest
             form = m.arrays()[name]
-            self._arrays[name] = ShardedArray(self._source, name, form, m.records, m.shard_records, self._sizes)
+            self._arrays[name] = ZarrArray(self._source, name, form, m.records, m.shard_records, self._sizes)
         return self._arrays[name]
 
     def read(self, name: str, records: np.ndarray) -> Tensor | Ragged:
@@ -66,7 +66,7 @@ def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Inde
     return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
 
 
-def read_arrays(groups: Sequence[tuple[ShardedArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
+def read_arrays(groups: Sequence[tuple[ZarrArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
     """Read `count` records from several arrays that have the same form.
 
     groups: [(array, its records, their places in the result)].

@@ -13,21 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import COMPLETE, JOURNAL, MANIFEST, PARTS, journal_file, shard_file
+from pipeline.cache.format import COMPLETE, JOURNAL, MANIFEST, PARTS, journal_file, zarr_shard_file
 from pipeline.cache.index import Index, read_images, read_records
 from pipeline.cache.manifest import Completion, Manifest, TeacherManifest, canonical, read_manifest
 from pipeline.data import Images, content_hash
 from pipeline.storage import Store
-from pipeline.storage.outputs import (
-    is_sealed,
-    read_json,
-    validated,
-)
+from pipeline.storage.json_files import is_sealed, read_json, validated
 from singer.errors import UserError
 
 _READERS = 16
 Files = dict[str, dict[str, Any]]
-"""{name of a shard file: {"bytes": .., "sha256": ..}}."""
+"""{file of a Zarr shard: {"bytes": .., "sha256": ..}}."""
 
 
 @dataclass(frozen=True)
@@ -39,30 +35,30 @@ class Segment:
     manifest: Manifest
 
     def entries(self) -> dict[int, dict[str, Any]]:
-        """Read {shard: journal entry} of the shards that are done. Raises UserError naming a damaged entry."""
+        """Read {Zarr shard: journal entry} of those that are done. Raises UserError naming a damaged entry."""
         present = self.store.sizes(JOURNAL)
-        numbers = [n for n in range(self.manifest.shards) if journal_file(n) in present]
+        numbers = [n for n in range(self.manifest.zarr_shards) if journal_file(n) in present]
         with ThreadPoolExecutor(_READERS) as pool:
             return dict(zip(numbers, pool.map(self.entry, numbers), strict=True))
 
     def pending(self, done: Mapping[int, dict[str, Any]] | None = None) -> list[int]:
-        """Return the shards that have no journal entry, or a file that is missing or has the wrong size."""
+        """Return the Zarr shards that have no journal entry, or a file that is missing or has the wrong size."""
         done = self.entries() if done is None else done
         # Zarr reads a missing file as zeros, so a missing file must be noticed here.
         sizes = self.store.sizes()
         return [
             shard
-            for shard in range(self.manifest.shards)
+            for shard in range(self.manifest.zarr_shards)
             if shard not in done
             or any(sizes.get(name) != known["bytes"] for name, known in done[shard]["files"].items())
         ]
 
     def entry(self, shard: int) -> dict[str, Any]:
-        """Read the journal entry of a shard that is done. Raises UserError if it is damaged."""
+        """Read the journal entry of a Zarr shard that is done. Raises UserError if it is damaged."""
         name = journal_file(shard)
         entry = read_json(self.store, name, "journal")
         try:
-            whole = is_sealed(entry) and entry["records"] == list(self.manifest.shard_range(shard))
+            whole = is_sealed(entry) and entry["records"] == list(self.manifest.zarr_shard_range(shard))
             whole &= all({"sha256", "bytes"} <= set(known) for known in entry["files"].values())
         except (TypeError, KeyError, AttributeError):
             whole = False
@@ -74,13 +70,13 @@ class Segment:
 
     def lacks(self) -> str | None:
         """Say in words why the segment is not complete; return None if it is."""
-        shards, sizes = self.manifest.shards, self.store.sizes()
+        shards, sizes = self.manifest.zarr_shards, self.store.sizes()
         done = {shard for shard in range(shards) if journal_file(shard) in sizes}
         for (_, shard), (name, known) in zip(self._places, self.files.items(), strict=True):
             if sizes.get(name) != known["bytes"]:
                 done.discard(shard)
         if missing := shards - len(done):
-            return f"{missing} of {shards} shards are missing"
+            return f"{missing} of {shards} Zarr shards are missing"
         return None if self.completion else f"its {COMPLETE} is missing"
 
     @cached_property
@@ -108,12 +104,12 @@ class Segment:
 
     @cached_property
     def files(self) -> Files:
-        """Return all shard files of a complete segment; an incomplete one has none."""
+        """Return all files of Zarr shards of a complete segment; an incomplete one has none."""
         if self.completion is None:
             return {}
         forms, arrays = self.manifest.arrays(), self.completion.arrays
         return {
-            shard_file(array, forms[array], shard): {
+            zarr_shard_file(array, forms[array], shard): {
                 "bytes": arrays[array][shard][0],
                 "sha256": arrays[array][shard][1],
             }

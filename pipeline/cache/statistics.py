@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.data.prefetch import prefetch
+from pipeline.runtime.prefetch import prefetch
 from singer.artifacts import BlockScale, block_scale, clean_mask, norm_summary, patch_norms
 from singer.cleaners import Shape
 from singer.fit_context import FitContext

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.data.buffers import moved
+from pipeline.runtime.buffers import moved
 
 
 class Fixed(NamedTuple):

@@ -13,14 +13,14 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, MANIFEST, TAIL, journal_file, shard_file
+from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, MANIFEST, TAIL, journal_file, zarr_shard_file
 from pipeline.cache.index import image_bytes
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import array_metadata, pack_shard
+from pipeline.cache.zarr_shards import array_metadata, pack_zarr_shard
 from pipeline.data import Images
 from pipeline.storage import Store
-from pipeline.storage.outputs import json_bytes, sealed
+from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
@@ -65,24 +65,24 @@ def check_same(there: Manifest, here: Manifest, place: str) -> None:
         )
 
 
-def write_shard(
+def write_zarr_shard(
     store: Store,
     manifest: Manifest,
     shard: int,
     values: Mapping[str, np.ndarray | Ragged],
     unreadable: Mapping[int, str],
 ) -> None:
-    """Store one whole shard and journal it.
+    """Store one whole Zarr shard and journal it.
 
-    values: {array: its records of the shard}; unreadable: {image: why it cannot be decoded}.
+    values: {array: its records of the Zarr shard}; unreadable: {image: why it cannot be decoded}.
     """
-    start, stop = manifest.shard_range(shard)
+    start, stop = manifest.zarr_shard_range(shard)
     files = {}
     for name, form in manifest.arrays().items():
         stored = values[name]
         assert (len(stored.lengths) if isinstance(stored, Ragged) else len(stored)) == stop - start
-        pieces = pack_shard(stored, manifest.shard_records)
-        file = shard_file(name, form, shard)
+        pieces = pack_zarr_shard(stored, manifest.shard_records)
+        file = zarr_shard_file(name, form, shard)
         # Hashing takes about as long as writing, and both release the interpreter lock.
         with ThreadPoolExecutor(1) as hasher:
             digest = hasher.submit(_sha256, pieces)

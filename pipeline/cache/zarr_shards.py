@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 from zarr.errors import UnstableSpecificationWarning
 
-from pipeline.cache.format import shard_file
+from pipeline.cache.format import zarr_shard_file
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.storage import Ranges
 from singer.errors import UserError
@@ -51,8 +51,8 @@ def array_metadata(arrays: dict[str, Fixed | None], records: int, shard_records:
     return {name: buffer.to_bytes() for name, buffer in sorted(contents.items())}
 
 
-def pack_shard(values: np.ndarray | Ragged, shard_records: int) -> list[bytes | memoryview]:
-    """Return the bytes of a shard with these records, in pieces: payload, index, checksum of the index."""
+def pack_zarr_shard(values: np.ndarray | Ragged, shard_records: int) -> list[bytes | memoryview]:
+    """Return the bytes of a Zarr shard with these records, in pieces: payload, index, checksum of the index."""
     payload: list[bytes | memoryview]
     if isinstance(values, Ragged):
         lengths = values.lengths.tolist()
@@ -85,17 +85,17 @@ class ByteRanges(Protocol):
 
 
 class Chunks(NamedTuple):
-    """Where records are stored: numbers of their shards, offsets in these and lengths in bytes, (n,) int64 each."""
+    """Where records are stored: numbers of their Zarr shards, offsets in these, lengths in bytes; (n,) int64 each."""
 
     shards: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
 
 
-class ShardedArray:
+class ZarrArray:
     """One array of a segment, read by record. It is safe to share between threads.
 
-    form: that of one record, None for byte strings; sizes: {shard file: bytes}, from the journal.
+    form: that of one record, None for byte strings; sizes: {file of a Zarr shard: bytes}, from the journal.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ShardedArray:
     ) -> None:
         self._store, self.form, self._sizes = store, form, sizes
         self._records, self._shard_records = records, shard_records
-        self._files = [shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
+        self._files = [zarr_shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
         # For each shard: whether its index was read.
         self._known = np.zeros(len(self._files), dtype=np.bool_)
         # The offset and the size in bytes of every record, (records, 2), where its shard is known. It is None while all
@@ -118,7 +118,7 @@ class ShardedArray:
         self._lock = threading.Lock()
 
     def find(self, records: np.ndarray) -> Chunks:
-        """Find where some records are stored. Raises UserError if the index of a shard is damaged."""
+        """Find where some records are stored. Raises UserError if the index of a Zarr shard is damaged."""
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
@@ -140,7 +140,7 @@ class ShardedArray:
         return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
 
     def _read_indices(self, shards: np.ndarray) -> None:
-        """Read the indices of some shards, many at once, because each of them is a request of its own."""
+        """Read the indices of some Zarr shards, many at once, because each of them is a request of its own."""
         size = 16 * self._shard_records + 4
         for some in np.split(shards, np.arange(_INDICES_AT_ONCE, len(shards), _INDICES_AT_ONCE)):
             files = [self._files[shard] for shard in some.tolist()]

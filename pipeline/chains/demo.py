@@ -14,10 +14,10 @@ from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, comman
 from pipeline.chains.steps import chain
 from pipeline.config import Config, dump_config, resource
 from pipeline.evaluation.classification import Accuracies
+from pipeline.models.names import LOCAL
+from pipeline.outputs.folder import Mode, check_output
 from pipeline.stages.prepare import prepare
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode, check_output
-from pipeline.teachers.names import LOCAL
 
 STAGE = "demo"
 TEACHER = "data/demo_teacher"

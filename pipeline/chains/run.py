@@ -16,6 +16,9 @@ from pipeline.checks import GIVEN, PLAN, check_chain
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
+from pipeline.models.loading import check_known
+from pipeline.models.names import local_folder
+from pipeline.outputs.folder import Mode
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
@@ -23,9 +26,6 @@ from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode
-from pipeline.teachers.models import check_known
-from pipeline.teachers.names import local_folder
 
 STAGE = "run"
 STUDENT, TIMM = "student", "timm"

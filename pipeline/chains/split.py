@@ -15,8 +15,8 @@ from pipeline.data.sources.tables import TABLE
 from pipeline.data.sources.tar import TAR
 from pipeline.data.tars import NO_LABEL
 from pipeline.evaluation.classification import check
+from pipeline.outputs.folder import Mode
 from pipeline.stages.prepare import prepare
-from pipeline.storage.outputs import Mode
 from singer.errors import UserError
 
 Photos = str | Path | Sequence[str]
@@ -70,7 +70,7 @@ def split(config: Config, shards: Sequence[str]) -> Split:
     paths = resolve(shards)
     listed = list_images(config, shards)
     held = max(1, len(paths) // _PARTS)
-    counts, kept = np.bincount(listed.shard, minlength=len(paths)), len(paths) - held
+    counts, kept = np.bincount(listed.container, minlength=len(paths)), len(paths) - held
     why = _why_not(config, listed, kept)
     if why:
         return Split(ranges(paths), [], [], len(listed), 0, why)
@@ -86,7 +86,9 @@ def _why_not(config: Config, listed: Images, train: int) -> str:
         return "the images have no labels"
     if not train:
         return "there is one shard only, and nothing can be held out"
-    first, last = (listed.select(np.flatnonzero(part)) for part in (listed.shard < train, listed.shard >= train))
+    first, last = (
+        listed.select(np.flatnonzero(part)) for part in (listed.container < train, listed.container >= train)
+    )
     if not len(first) or not len(last):
         return "shards without images cannot be held out"
     try:

@@ -9,11 +9,13 @@ from accelerate import Accelerator
 
 from pipeline.checks import STEPS
 from pipeline.config import Config
+from pipeline.outputs.folder import Mode, claimed_output
+from pipeline.outputs.resuming import RESULT_SECTIONS
+from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import watched
-from pipeline.storage.outputs import Mode, claimed_output, process_log, read_json, write_json
-from pipeline.storage.resuming import RESULT_SECTIONS
+from pipeline.storage.json_files import read_json, write_json
 from singer.errors import UserError
 
 

@@ -67,7 +67,7 @@ class RefineConfig(Section):
     seed: Seed = key(0, "seed of the split of the records and of the fit", only=_TRAINED)
     teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
     blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
-    local_copy: Path | None = key(None, "folder to which shards are copied when they are first read", "place")
+    local_copy: Path | None = key(None, "folder to which Zarr shards are copied when they are first read", "place")
 
     @model_validator(mode="before")
     @classmethod
@@ -164,7 +164,7 @@ class DistillConfig(Section):
         None, "with several caches: weight of each teacher's objective; default: equal weights that add up to 1"
     )
     local_copy: Path | None = key(
-        None, "folder to which shards are copied when they are first read", "place", shared=True
+        None, "folder to which Zarr shards are copied when they are first read", "place", shared=True
     )
 
     @model_validator(mode="after")

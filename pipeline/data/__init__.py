@@ -1,6 +1,7 @@
 """Images: where they come from, and each of them by its number."""
 
 from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
+from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
 from pipeline.data.image_reading import ImageFile, files_of
 from pipeline.data.images import (
     Images,
@@ -14,7 +15,6 @@ from pipeline.data.images import (
     require_labels,
 )
 from pipeline.data.relocation import relocate
-from pipeline.data.shard_index import OnError, index_beside, index_shards, list_images, list_probe_images
 from pipeline.data.specs import Spec, resolve
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "files_of",
     "image_digest",
     "index_beside",
-    "index_shards",
+    "index_images",
     "list_images",
     "list_probe_images",
     "listing_hash",

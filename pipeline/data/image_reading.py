@@ -1,4 +1,4 @@
-"""Read images by their place in a shard, a folder or a table."""
+"""Read images by their place in a tar, a folder or a table."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
 from pipeline.data.importers.walk import printable
-from pipeline.data.sources import Place, kind_of
+from pipeline.data.sources import kind_of
 
 # This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
@@ -30,7 +30,7 @@ class ImageFile:
         self._readers = [kind.read(path) for kind, path in zip(self._kinds, images.paths, strict=True)]
 
     def read(self, number: int) -> Image.Image:
-        """Return image `number` as RGB. Raises UserError that names key and shard if it cannot be decoded."""
+        """Return image `number` as RGB. Raises UserError that names key and container if it cannot be decoded."""
         data, where = self.encoded(number)
         with named_errors(where):
             return self.decode(data)
@@ -50,16 +50,17 @@ class ImageFile:
                 return read_size(data, self.images.decoding, self.images.max_pixels)
 
     def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
-        """Return the bytes of image `number` (the first `most`), and its key and shard for messages.
+        """Return the bytes of image `number` (the first `most`), and its key and container for messages.
 
         Raises UserError if they cannot be read.
         """
-        images, shard = self.images, int(self.images.shard[number])
+        images, container = self.images, int(self.images.container[number])
         size, offset = int(images.size[number]), int(images.offset[number])
         file = "" if images.files is None else images.files[number]
-        place = images.paths[shard] / file if self._kinds[shard].named else images.paths[shard]
-        where = f"{self.what} {images.keys[number]!r} in {printable(place)}"
-        return self._readers[shard].read(Place(file, offset, size, where), size if most is None else most), where
+        file_path = images.paths[container] / file if self._kinds[container].named else images.paths[container]
+        where = f"{self.what} {images.keys[number]!r} in {printable(file_path)}"
+        data = self._readers[container].read(file, offset, size, size if most is None else most, where)
+        return data, where
 
     def close(self) -> None:
         """Close the files; later reads open them again."""
@@ -80,4 +81,4 @@ def files_of(images: Images) -> Iterator[Path]:
     named = [kind_of(path).named for path in images.paths]
     yield from (path for path, one_each in zip(images.paths, named, strict=True) if not one_each)
     if images.files is not None:
-        yield from (images.paths[s] / images.files[n] for n, s in enumerate(images.shard.tolist()) if named[s])
+        yield from (images.paths[s] / images.files[n] for n, s in enumerate(images.container.tolist()) if named[s])

@@ -118,19 +118,19 @@ class Images:
     """The place of every image in some containers: parallel columns in the order of the containers and their members.
 
     A container is a tar (a shard), a folder of files or a table; pipeline/data/sources/ has the kinds. paths,
-    shard_sizes: the containers and the sizes of their files in bytes; keys: names; labels: int32, NO_LABEL where there
-    is none; shard: int32, index into paths; offset, size: int64, of the encoded image within its shard, in bytes (of a
-    table: the number of the row); files: the name of each image's file in a folder, or column in a table, "" in tars,
-    or None if all are tars; classes: names by label, empty if they are not known; skipped: samples that
-    were left out; decoding: how the images are decoded; max_pixels: larger ones
-    are broken; left_out: {kind: how many other files the folders hold}.
+    container_sizes: the containers and the sizes of their files in bytes; keys: names; labels: int32, NO_LABEL where
+    there is none; container: int32, index into paths; offset, size: int64, of the encoded image within its container,
+    in bytes (of a table: the number of the row); files: the name of each image's file in a folder, or column in a
+    table, "" in tars, or None if all are tars; classes: names by label, empty if they are not known; skipped: samples
+    that were left out; decoding: how the images are decoded; max_pixels: larger ones are broken; left_out: {kind: how
+    many other files the folders hold}.
     """
 
     paths: tuple[Path, ...]
-    shard_sizes: tuple[int, ...]
+    container_sizes: tuple[int, ...]
     keys: Keys
     labels: np.ndarray
-    shard: np.ndarray
+    container: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     skipped: tuple[Skipped, ...] = ()
@@ -145,7 +145,7 @@ class Images:
 
     def select(self, rows: np.ndarray) -> "Images":
         """Take some of the images, in the order of `rows`."""
-        columns = {name: getattr(self, name)[rows] for name in ("labels", "shard", "offset", "size")}
+        columns = {name: getattr(self, name)[rows] for name in ("labels", "container", "offset", "size")}
         files = None if self.files is None else self.files.select(rows)
         return replace(self, keys=self.keys.select(rows), files=files, **columns)
 
@@ -162,7 +162,7 @@ class Images:
     def place_hash(self) -> str:
         """Hash shard names, keys, labels and places of all images; the bytes of pixels are not read."""
         digest = hashlib.sha256("\0".join(p.name for p in self.paths).encode(errors="surrogateescape"))
-        for column, kind in ((self.shard, "<i4"), (self.offset, "<i8")):
+        for column, kind in ((self.container, "<i4"), (self.offset, "<i8")):
             digest.update(column.astype(kind, copy=False).tobytes())
         if self.files is not None:
             digest.update(self.files.text.tobytes())

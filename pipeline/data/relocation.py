@@ -19,9 +19,9 @@ def relocate(images: Images, spec: Spec | None) -> Images:
     they are read.
     """
     paths = images.paths if spec is None else _matched(images.paths, resolve(spec))
-    firsts = np.unique(images.shard, return_index=True)
+    firsts = np.unique(images.container, return_index=True)
     first_of = dict(zip(firsts[0].tolist(), firsts[1].tolist(), strict=True))
-    for number, (path, size) in enumerate(zip(paths, images.shard_sizes, strict=True)):
+    for number, (path, size) in enumerate(zip(paths, images.container_sizes, strict=True)):
         word = kind_of(images.paths[number]).word if images.paths[number].exists() else kind_of(path).word
         if not path.exists():
             raise UserError(f"{word} {path} of the cache is gone; if it has moved, give its place with --images")

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
-from pipeline.data.buffers import moved
+from pipeline.runtime.buffers import moved
 
 Box = tuple[float, float, float, float]
 _TRIES = 10

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import ImageFile, Images
-from pipeline.data.prefetch import prefetch
 from pipeline.data.views import View, apply_view, normalise
+from pipeline.models.backbone import Backbone
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
-from pipeline.teachers.backbone import Backbone
 from singer.backbones import block_outputs, depth, final_norm
 from singer.errors import UserError
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data import ImageFile, Images, decode
-from pipeline.data.prefetch import prefetch
 from pipeline.data.views import View
 from pipeline.evaluation.context import EvaluationContext, tokens
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
 

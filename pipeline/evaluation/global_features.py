@@ -11,7 +11,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 
 Name = Literal["cls", "mean_patch", "patches"]
 

@@ -62,8 +62,8 @@ def sustained(files: Sequence[tuple[float, float]], whole: int) -> Rate:
     return Rate.of([together(files[half:middle]), together(files[middle:])], f"measured{extent}")
 
 
-def read_shards(images: Images, seconds: float) -> Rate:
-    """Return the images a second that are read from the shards, in their order, from the disk and not from memory."""
+def read_images(images: Images, seconds: float) -> Rate:
+    """Return the images a second that are read in their order, from the disk and not from memory."""
 
     def bytes_read() -> Generator[int, None, None]:
         for path in cycle(list(files_of(images))):
@@ -72,7 +72,7 @@ def read_shards(images: Images, seconds: float) -> Rate:
                 while piece := file.read(MB):
                     yield len(piece)
 
-    return rate_of(bytes_read(), seconds).scaled(len(images) / max(1, sum(images.shard_sizes)))
+    return rate_of(bytes_read(), seconds).scaled(len(images) / max(1, sum(images.container_sizes)))
 
 
 def forget_files(folder: Path) -> None:

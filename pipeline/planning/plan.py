@@ -36,8 +36,8 @@ from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.teachers.models import load_teacher
 from pipeline.teachers.placement import parameters, weight_bytes
+from pipeline.teachers.teacher import load_teacher
 from singer.backbones import depth, resolve_blocks
 
 # The shares of the patch tokens that are tried.

@@ -7,8 +7,8 @@ from contextlib import closing
 
 import torch
 
-from pipeline.data.background import BackgroundWorker
 from pipeline.planning.costs import Rate
+from pipeline.runtime.background import BackgroundWorker
 
 REPEATS = 3
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
-from pipeline.data.prefetch import prefetch
 from pipeline.data.tars import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.placement import place
+from pipeline.models.backbone import Backbone
+from pipeline.runtime.prefetch import prefetch
+from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs
 from singer.errors import UserError
 
@@ -38,7 +38,7 @@ class Teacher:
         self.backbone, self.blocks, self.device = backbone, blocks, device
         self._half = AUTOCAST.get(config.cache.precision)
         backbone.layout  # noqa: B018 - measured while all of the model is in one place
-        place(backbone.model, device, config.teacher.offload)
+        place_model(backbone.model, device, config.teacher.offload)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:

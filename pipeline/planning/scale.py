@@ -11,11 +11,11 @@ from pipeline.cache.codecs import CODECS, naming
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import pack_shard
+from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
-from pipeline.storage.outputs import PROVENANCE
-from pipeline.storage.resuming import CONFIG
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from singer.backbones import depth
 from singer.errors import UserError
 from singer.matching import take_patches
@@ -140,6 +140,6 @@ class Scale:
         for few in few_records(x):
             for values in CODECS[codec].encode(few, self._calibration[block]).values():
                 on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
-                pieces = pack_shard(on_host, len(few))
+                pieces = pack_zarr_shard(on_host, len(few))
                 size += sum(map(len, pieces)) - _END_OF_SHARD
         return size / len(x)

@@ -9,7 +9,7 @@ from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, Codec
 from pipeline.data import Images
 from pipeline.planning.costs import Rate, not_measured
-from pipeline.planning.disk import MB, read_shards, write_to_disk
+from pipeline.planning.disk import MB, read_images, write_to_disk
 from pipeline.planning.pilot import MOST_IMAGES, Pilot
 from pipeline.planning.rates import REPEATS, rate_beside, rate_of
 from pipeline.planning.sample import Sample, Teacher
@@ -89,7 +89,7 @@ def measure_speeds(
     features = teacher(pixels)
     say(f"measuring the stages of caching, {part:g} s each")
     caching = {
-        "images": read_shards(listed, part).scaled(config.views.count),
+        "images": read_images(listed, part).scaled(config.views.count),
         "decoding": rate_beside(
             sample.decoding(len(batch), teacher.backbone.image_size), lambda: teacher(pixels), part
         ),

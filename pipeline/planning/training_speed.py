@@ -1,13 +1,11 @@
 """The speed of a student's steps, from the cache or with the teacher in every step."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
 import torch
 
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
 from pipeline.data.views import normalise
 from pipeline.planning.costs import Rate, not_measured
@@ -16,6 +14,7 @@ from pipeline.planning.pilot import Pilot
 from pipeline.planning.rates import rate_of
 from pipeline.planning.sample import Sample, Teacher
 from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
 from pipeline.training.ahead import on_device
@@ -105,7 +104,7 @@ def train_on(
         def student() -> Generator[int, None, None]:
             stored = next(load(lists(), settings.workers, None, ahead))
             (batch,) = stored.to(device).batches([cache], [new.student])
-            decoded = replace(batch, teacher_features=[s.decoded() for s in batch.teacher_features])
+            decoded = new.distiller.decoded(batch)
             for number in range(10**9):
                 yield step(decoded, number)
 

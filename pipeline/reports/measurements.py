@@ -12,11 +12,11 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import batches, shape_of, spread
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
+from pipeline.models.loading import load_saved
+from pipeline.models.names import OWN, is_function
 from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors
-from pipeline.teachers.models import load_saved
-from pipeline.teachers.names import OWN, is_function
 from pipeline.training.run_directory import ADAPTERS
 from pipeline.training.stored_refiners import load_refiner, read_refiner
 from singer.artifacts import patch_norms

@@ -10,10 +10,11 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.evaluation.classification import Accuracies
+from pipeline.models.backbone import Backbone
+from pipeline.models.names import LOCAL
+from pipeline.outputs.provenance import INPUTS, read_versions
 from pipeline.runtime.machine import versions
-from pipeline.storage.outputs import INPUTS, read_as, read_json, read_versions
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.names import LOCAL
+from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
 from singer.backbones import depth, final_norm, patch_size

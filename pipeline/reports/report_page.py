@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
+from pipeline.models.names import LOCAL
 from pipeline.reports import GENERATOR, charts, pictures, tables
 from pipeline.reports.html import render
 from pipeline.reports.measure import Measurements
@@ -13,7 +14,6 @@ from pipeline.reports.seeds import differences
 from pipeline.reports.tables import ReportRow
 from pipeline.runtime.machine import versions
 from pipeline.runtime.progress import duration
-from pipeline.teachers.names import LOCAL
 from pipeline.training.run_directory import LOG
 
 

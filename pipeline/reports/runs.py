@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, keys, load_config, section_of
+from pipeline.outputs.provenance import INPUTS, PROVENANCE, file_hash, read_versions
+from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place, is_remote
-from pipeline.storage.outputs import INPUTS, PROVENANCE, file_hash, read_as, read_json, read_versions
-from pipeline.storage.resuming import CONFIG
+from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.run_directory import ADAPTERS, DistillResult, load_result
 from pipeline.training.stored_refiners import MANIFEST, REFINER, read_refiner
 from singer.errors import UserError

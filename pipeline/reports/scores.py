@@ -9,7 +9,7 @@ from pipeline.config import EvaluateConfig, keys
 from pipeline.evaluation.context import without_top5
 from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
 from pipeline.reports.seeds import SeedGroup
-from pipeline.storage.outputs import read_json, validated
+from pipeline.storage.json_files import read_json, validated
 from singer.errors import UserError
 
 RESULTS = "evaluate-*.json"

@@ -18,7 +18,7 @@ from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
 from pipeline.runtime.progress import duration
-from pipeline.storage.outputs import read_json
+from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import LOG
 from pipeline.training.stored_refiners import METRICS
 from singer.names import OWN

@@ -38,6 +38,6 @@ def make_accelerator(precision: Precision) -> Accelerator:
     # Between collective operations a rank may compile, or wait for its first batch, for longer than the default's ten
     # minutes.
     patient = InitProcessGroupKwargs(timeout=timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds())))
-    # pipeline/training/fsdp.py shards students; nothing else is sharded.
+    # pipeline/training/fsdp.py splits students among processes; nothing else is split.
     with patch_environment(ACCELERATE_USE_FSDP="false"):
         return Accelerator(mixed_precision=resolved(precision), kwargs_handlers=[patient])

@@ -13,7 +13,7 @@ from typing import Any
 from singer.errors import UserError
 
 # The port on which the first rank listens, and a token by which it knows the others.
-Place = tuple[int, str]
+Address = tuple[int, str]
 MOST_BYTES = 1 << 16
 
 
@@ -83,7 +83,7 @@ def master() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def listen() -> tuple[socket.socket, Place]:
+def listen() -> tuple[socket.socket, Address]:
     """Open a server for the other ranks. Return it, its port, and a token by which it knows them."""
     if master() in ("127.0.0.1", "localhost"):
         server = socket.create_server(("127.0.0.1", 0))

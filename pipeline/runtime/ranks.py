@@ -13,7 +13,7 @@ from singer.errors import UserError
 if TYPE_CHECKING:  # code that only shows progress needs no torch
     from accelerate import Accelerator
 
-    from pipeline.runtime.rank_messages import Place
+    from pipeline.runtime.rank_messages import Address
 
 SECONDS = "SINGER_RANK_SECONDS"
 _DEFAULT_SECONDS = 300.0
@@ -84,8 +84,8 @@ def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
 
     from pipeline.runtime.watched_rank import WatchedRank
 
-    def share(place: "Place") -> "Place":
-        port, token = broadcast_object_list([place])[0]
+    def share(address: "Address") -> "Address":
+        port, token = broadcast_object_list([address])[0]
         return port, token
 
     with WatchedRank(stage, accelerator.process_index, accelerator.num_processes, share) as ranks:

@@ -18,7 +18,7 @@ from multiprocessing.connection import wait as ready_of
 from typing import Any, NoReturn
 
 from pipeline.runtime.rank_judge import Judge
-from pipeline.runtime.rank_messages import MOST_BYTES, Connection, Place, Status, accept, listen, master
+from pipeline.runtime.rank_messages import MOST_BYTES, Address, Connection, Status, accept, listen, master
 from pipeline.runtime.ranks import Ranks, limit_seconds
 
 # Work that reports no steps (compiling, the first batch, a checkpoint, a closed form) may take this many times as long.
@@ -30,7 +30,7 @@ _FAILED_GRACE, _ERROR_GRACE, _SIGTERM_GRACE = 10.0, 5.0, 1.0
 class WatchedRank(Ranks):
     """A rank among others: its main thread reports, and another thread watches."""
 
-    def __init__(self, stage: str, rank: int, world: int, share: Callable[[Place], Place]) -> None:
+    def __init__(self, stage: str, rank: int, world: int, share: Callable[[Address], Address]) -> None:
         super().__init__(stage, rank, world)
         self._limit = limit_seconds()
         self._tick = min(1.0, self._limit / 10)

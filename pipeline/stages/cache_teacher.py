@@ -22,13 +22,14 @@ from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, resolve
+from pipeline.models.names import local_folder
+from pipeline.models.own import Own, object_name
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
 from pipeline.storage import Place, Store, open_store
-from pipeline.storage.outputs import Mode, check_output, claimed_output, process_log
-from pipeline.teachers.models import load_teacher
-from pipeline.teachers.names import local_folder
-from pipeline.teachers.own import Own, object_name
+from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
 

@@ -16,18 +16,13 @@ from pathlib import Path
 
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec
+from pipeline.models.own import Own
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.provenance import INPUTS, check_inputs
+from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
-from pipeline.storage.outputs import (
-    INPUTS,
-    Mode,
-    check_inputs,
-    check_output,
-    claimed_output,
-    process_log,
-    read_as,
-)
-from pipeline.teachers.own import Own
+from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,
@@ -37,7 +32,7 @@ from pipeline.training.cached_teachers import (
     open_images,
     open_teachers,
 )
-from pipeline.training.fsdp import check_sharding
+from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import (
     CHECKPOINT,
     RUN,
@@ -81,7 +76,7 @@ def fan_out(
     check_shared(jobs)
     jobs = [replace(job, config=with_precision(job.config)) for job in jobs]
     settings = jobs[0].config.distill
-    check_sharding(settings.precision)
+    check_fsdp(settings.precision)
     taught = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
     first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
     for job, other in zip(jobs[1:], others, strict=True):

@@ -21,10 +21,10 @@ from pipeline.config import Config
 from pipeline.data import Spec, list_images
 from pipeline.evaluation.context import kinds_of
 from pipeline.evaluation.global_features import Name, feature_batches
-from pipeline.evaluation.models import check_known_model, open_model
+from pipeline.evaluation.open_model import check_known_model, open_model
+from pipeline.models.backbone import Backbone
 from pipeline.storage import whole_file
-from pipeline.storage.outputs import json_bytes
-from pipeline.teachers.backbone import Backbone
+from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
 
 # The words of --features, and what they are called among the features.

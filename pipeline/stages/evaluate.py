@@ -21,12 +21,13 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
-from pipeline.evaluation.models import check_known_model, open_model
+from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.evaluation.tasks import TASKS
+from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
 from pipeline.storage import is_remote
-from pipeline.storage.outputs import process_log, stage_log, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import RUN, STUDENT, DistillResult, TeacherLink, load_result
 from singer.errors import UserError
 

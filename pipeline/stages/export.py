@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, load_config
+from pipeline.models.loading import load_saved
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.resuming import CONFIG
 from pipeline.reports.model_card import ModelCard, caveats, write_card
 from pipeline.runtime.progress import say
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import Mode, check_output, claimed_output
-from pipeline.storage.resuming import CONFIG
-from pipeline.students.formats import FORMATS, LastBlock, Student, compare
-from pipeline.teachers.models import load_saved
+from pipeline.students.export_formats import FORMATS, LastBlock, Student, compare
 from pipeline.training.run_directory import DistillResult, load_result
 from singer.errors import UserError
 

@@ -23,10 +23,11 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import gather_context, measure_blocks, measure_scales, spread
 from pipeline.config import Config
 from pipeline.data import Spec
+from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.reports.html import as_data_url, render, without_ticks
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
-from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.stored_refiners import OPTION, load_refiner, open_refined, read_refiner, split_records
 from singer.artifacts import norm_summary, patch_norms

@@ -28,8 +28,9 @@ from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import file_keys
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.tables import TABLE
+from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.runtime.progress import meter, say
-from pipeline.storage.outputs import Mode, check_output, claimed_output, write_json
+from pipeline.storage.json_files import write_json
 from singer.errors import UserError
 
 STAGE = "prepare"

@@ -17,19 +17,13 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import measure_blocks, spread
 from pipeline.config import Config
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.provenance import INPUTS
+from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place
-from pipeline.storage.outputs import (
-    INPUTS,
-    Mode,
-    check_output,
-    claimed_output,
-    process_log,
-    read_as,
-    read_json,
-    write_json,
-)
+from pipeline.storage.json_files import read_as, read_json, write_json
 from pipeline.storage.tensors import write_tensors
 from pipeline.training.adapter_fit import fit_adapters, groups, load_fitted
 from pipeline.training.refiner_fit import RefinerFit

@@ -3,11 +3,11 @@
 from typing import Any
 
 from pipeline.config import StudentConfig
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.fetching import first_line
-from pipeline.teachers.models import check_known, create_model
-from pipeline.teachers.names import is_function
-from pipeline.teachers.own import Own, describe_own
+from pipeline.models.backbone import Backbone
+from pipeline.models.fetching import first_line
+from pipeline.models.loading import check_known, create_model
+from pipeline.models.names import is_function
+from pipeline.models.own import Own, describe_own
 from singer.errors import UserError
 
 # A student named `vit` is built from this architecture; the given dimensions replace all of its own.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.models.backbone import Backbone, weight_hash
+from pipeline.models.loading import create_model, load_saved
 from pipeline.runtime.progress import say
-from pipeline.teachers.backbone import Backbone, weight_hash
-from pipeline.teachers.models import create_model, load_saved, load_teacher
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.selection import misfit, select_weights
 
@@ -25,7 +26,7 @@ class TeacherWeights:
     """Where the weights of a cached teacher are.
 
     config: how it was loaded when it was cached; architecture, model_args: what timm builds it from; digest: the hash
-    of its weights (teachers.backbone.weight_hash).
+    of its weights (models.backbone.weight_hash).
     """
 
     config: TeacherConfig

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.evaluation.figures import LEADERBOARD, Mean, figures_of, in_percent, with_bounds, words_of
 from pipeline.reports.html import render
 from pipeline.storage import write_atomic
-from pipeline.storage.outputs import read_json, write_json
+from pipeline.storage.json_files import read_json, write_json
 from pipeline.sweeps.file import REFINER, Plan, Run
 from pipeline.sweeps.tasks import is_done
 from pipeline.training.run_directory import RUNS, load_result

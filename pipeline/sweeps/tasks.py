@@ -9,13 +9,13 @@ from typing import Literal
 
 from pipeline.config import Config
 from pipeline.data import Spec
+from pipeline.outputs.folder import Mode
 from pipeline.runtime.failures import Failure, failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import fan_out
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage import Place
-from pipeline.storage.outputs import Mode
 from pipeline.training.run_directory import RUN, RUNS
 from pipeline.training.runs import StudentSpec
 

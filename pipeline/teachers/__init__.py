@@ -1,1 +1,1 @@
-"""Load teachers and other timm models, with their weights."""
+"""Teachers: frozen models, placed where their weights fit."""

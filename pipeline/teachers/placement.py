@@ -41,7 +41,7 @@ def narrow(model: nn.Module, dtype: Dtype) -> None:
         model.rope = rope
 
 
-def place(model: nn.Module, device: torch.device, offload: Offload) -> None:
+def place_model(model: nn.Module, device: torch.device, offload: Offload) -> None:
     """Move a model to its device, and its blocks to where `offload` says (see teacher.offload in the configuration).
 
     Raises UserError if they do not fit there, or the model has no list of blocks.

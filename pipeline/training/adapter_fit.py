@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
-from pipeline.data.prefetch import prefetch
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
 from pipeline.training.checkpoint import Checkpoint, RunLog

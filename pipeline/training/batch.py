@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.codecs import Decoder
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
 from pipeline.data import ImageFile
-from pipeline.data.buffers import moved
-from pipeline.data.prefetch import prefetch
 from pipeline.data.sampler import BatchIndices, part_size
 from pipeline.data.views import normalise
+from pipeline.models.backbone import Backbone
+from pipeline.runtime.buffers import moved
+from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
-from pipeline.teachers.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -36,55 +35,36 @@ class TeacherFeatures:
         positions = self.positions[rows] if self.positions is not None else None
         return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
 
-    def decoded(self) -> "TeacherFeatures":
-        """Return itself."""
-        return self
-
-
-@dataclass(frozen=True)
-class StoredFeatures:
-    """A teacher's part of a batch on the device as it is stored, and what decodes it.
-
-    The model decodes it, so that a compiled step does that together with all that follows.
-    """
-
-    encoded: Encoded
-    decode: Decoder
-
-    def rows(self, rows: slice) -> TeacherFeatures:
-        """Return the features of some records of the batch."""
-        return self.decoded().rows(rows)
-
-    def decoded(self) -> TeacherFeatures:
-        """Decode the features."""
-        return TeacherFeatures(self.decode(self.encoded), self.encoded.positions)
-
 
 @dataclass(frozen=True)
 class Batch:
     """A batch on the device.
 
-    images: (B, 3, H, W); teacher_features: those of each teacher; weights: (B,), the weight of each record in the mean;
-    labels: (B,), negative where there is none; filling: how many records at the end only fill up and have weight 0.
+    images: (B, 3, H, W); teacher_features: those of each teacher, which the model decodes if they are in their stored
+    form, so that a compiled step does that together with all that follows; weights: (B,), the weight of each record in
+    the mean; labels: (B,), negative where there is none; filling: how many records at the end only fill up and have
+    weight 0.
     """
 
     images: Tensor
-    teacher_features: Sequence[TeacherFeatures | StoredFeatures]
+    teacher_features: Sequence[TeacherFeatures | Encoded]
     weights: Tensor
     labels: Tensor
     filling: int = 0
 
     def split(self, parts: int) -> Iterator["Batch"]:
-        """Split the batch into `parts` parts, or fewer if there are not enough records."""
+        """Split a batch with decoded features into `parts` parts, or fewer if there are not enough records."""
         if parts == 1:
             yield self
             return
-        count, teacher_features = len(self.weights), [s.decoded() for s in self.teacher_features]
+        count = len(self.weights)
         size, real = part_size(count, parts), count - self.filling
+        decoded = [features for features in self.teacher_features if isinstance(features, TeacherFeatures)]
+        assert len(decoded) == len(self.teacher_features), "what is stored cannot be split on a device"
         for start in range(0, count, size):
             rows = slice(start, start + size)
             filling = min(start + size, count) - max(start, min(start + size, real))
-            features = [s.rows(rows) for s in teacher_features]
+            features = [s.rows(rows) for s in decoded]
             yield Batch(self.images[rows], features, self.weights[rows], self.labels[rows], filling)
 
 
@@ -124,9 +104,10 @@ class StoredBatch:
         The features are decoded here if several students share them. A single student decodes them itself.
         """
         device = self.weights.device
-        pairs = zip(caches, self.encoded, strict=True)
-        stored = [StoredFeatures(encoded, cache.decoder(device)) for cache, encoded in pairs]
-        features = stored if len(students) == 1 else [s.decoded() for s in stored]
+        features: Sequence[TeacherFeatures | Encoded] = self.encoded
+        if len(students) > 1:
+            pairs = zip(caches, self.encoded, strict=True)
+            features = [TeacherFeatures(cache.decoder(device)(x), x.positions) for cache, x in pairs]
         keys = [(s.image_size, s.mean, s.std) for s in students]
         images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
         return [Batch(images[key], features, self.weights, self.labels, self.filling) for key in keys]

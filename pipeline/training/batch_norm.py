@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.config import DistillConfig
 from pipeline.data.sampler import smallest_part
+from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import say
-from pipeline.teachers.backbone import Backbone
 from singer.backbones import block_outputs
 from singer.errors import UserError
 

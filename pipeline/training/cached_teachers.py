@@ -12,8 +12,8 @@ import numpy as np
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, Spec, accepted, relocate
+from pipeline.outputs.provenance import file_hash
 from pipeline.storage import Place
-from pipeline.storage.outputs import file_hash
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 

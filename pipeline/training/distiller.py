@@ -1,11 +1,12 @@
 """What stage 3 trains: a student, and its projectors and objective for each teacher."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
@@ -160,6 +161,11 @@ class Distiller(nn.Module):
             branch.targets.check_kept()
         self.dropout = install(self.student)
 
+    def decoded(self, batch: Batch) -> Batch:
+        """Return a batch with the features of each teacher decoded, if they are in their stored form."""
+        pairs = zip(self.branches, batch.teacher_features, strict=True)
+        return replace(batch, teacher_features=[branch.targets.decoded(features) for branch, features in pairs])
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
         images = batch.images.contiguous(memory_format=self.memory_format)
@@ -167,7 +173,8 @@ class Distiller(nn.Module):
         kept = self.dropout.kept if self.dropout is not None else None
         losses: dict[str, Tensor] = {}
         for branch, features in zip(self.branches, batch.teacher_features, strict=True):
-            found = branch.losses(outputs, features.decoded(), batch.weights, batch.labels, batch.filling, kept)
+            shown = branch.targets.decoded(features)
+            found = branch.losses(outputs, shown, batch.weights, batch.labels, batch.filling, kept)
             prefix = f"{branch.name}." if len(self.branches) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses

@@ -1,4 +1,4 @@
-"""Shard models by FSDP: if Accelerate's configuration asks for FSDP, every process keeps a part of a student.
+"""Split models by FSDP: if Accelerate's configuration asks for FSDP, every process keeps a part of a student.
 
 This uses torch's fully_shard, which works on CPUs and GPUs; Accelerate has no FSDP on CPUs. Checkpoints and results
 always hold whole tensors, so that a run can continue with or without FSDP and on any number of processes.
@@ -30,12 +30,12 @@ FSDP = "ACCELERATE_USE_FSDP"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def wants_shards(accelerator: Accelerator) -> bool:
-    """Return whether models must be sharded."""
+def uses_fsdp(accelerator: Accelerator) -> bool:
+    """Return whether FSDP is to split models."""
     return bool(parse_flag_from_env(FSDP)) and accelerator.num_processes > 1
 
 
-def check_sharding(precision: Precision) -> None:
+def check_fsdp(precision: Precision) -> None:
     """Raise UserError if Accelerate's configuration asks for something unsupported, before Accelerate reads it."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise UserError("DeepSpeed is not supported; use DDP (multi-GPU in accelerate config) or FSDP")
@@ -43,7 +43,7 @@ def check_sharding(precision: Precision) -> None:
         raise UserError("FSDP with fp16 is not supported: each process has its own loss scale; use precision bf16")
 
 
-def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
+def apply_fsdp(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
     """Keep a part of every weight on each process.
 
     For computation, the blocks of a model of tokens are gathered one at a time, and all other weights at once. Return
@@ -60,7 +60,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
 
 
 class WholeModel:
-    """The state of a sharded model as whole tensors, on the CPU of the first process.
+    """The state of a model that FSDP split as whole tensors, on the CPU of the first process.
 
     All processes must call a method together.
     """
@@ -81,7 +81,7 @@ class WholeModel:
 
 
 class WholeOptimiser:
-    """The state of the optimiser of a sharded model as whole tensors; see WholeModel."""
+    """The state of the optimiser of a model that FSDP split as whole tensors; see WholeModel."""
 
     def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         self._model, self._optimiser = model, optimiser

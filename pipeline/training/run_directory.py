@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.runtime.progress import say
-from pipeline.storage.outputs import read_as
+from pipeline.storage.json_files import read_as
 from singer.errors import UserError
 
 RUNS = "runs"

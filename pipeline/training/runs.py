@@ -16,21 +16,23 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import steps_per_epoch
+from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.own import Own, object_name
+from pipeline.outputs.folder import Mode
+from pipeline.outputs.provenance import INPUTS
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
-from pipeline.storage.outputs import INPUTS, Mode, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.teachers.backbone import Backbone, save_backbone
-from pipeline.teachers.own import Own, object_name
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller, TeacherBranch
-from pipeline.training.fsdp import WholeModel, WholeOptimiser, shard, wants_shards
+from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.held_out import HeldOut, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.run_directory import (
@@ -119,8 +121,8 @@ class NewStudent:
         self.records, self.held_out = split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
-        # One foreach operation cannot take both sharded weights and plain buffers.
-        foreach = not wants_shards(accelerator)
+        # One foreach operation cannot take both weights that FSDP split and plain buffers.
+        foreach = not uses_fsdp(accelerator)
         self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
 
     @property
@@ -155,13 +157,13 @@ class NewStudent:
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
         settings, out = self.job.config.distill, self.job.out
-        sharded = wants_shards(accelerator)
-        model = accelerator.prepare_model(self.distiller, evaluation_mode=sharded)  # evaluation mode means no DDP
+        split = uses_fsdp(accelerator)
+        model = accelerator.prepare_model(self.distiller, evaluation_mode=split)  # evaluation mode means no DDP
         average = self.ema.module if self.ema is not None else None
-        if sharded:
-            kept, weights = shard(self.distiller, accelerator)
+        if split:
+            kept, weights = apply_fsdp(self.distiller, accelerator)
             if average is not None:
-                shard(average, accelerator)
+                apply_fsdp(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
         # One kernel for all weights, where there is one; on CPUs the default stays.
@@ -176,7 +178,7 @@ class NewStudent:
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
         optimiser = accelerator.prepare_optimizer(optimiser)
-        compiles = accelerator.device.type == "cuda" and not sharded if settings.compile == "auto" else settings.compile
+        compiles = accelerator.device.type == "cuda" and not split if settings.compile == "auto" else settings.compile
         log = RunLog(out / LOG, first, accelerator.is_main_process)
         tracking = (
             Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))

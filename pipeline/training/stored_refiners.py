@@ -12,7 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
 from pipeline.config import RefineConfig
 from pipeline.storage import Place
-from pipeline.storage.outputs import read_as
+from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
 from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale

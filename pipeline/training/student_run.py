@@ -14,9 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from pipeline.config import DistillConfig
+from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
-from pipeline.teachers.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
@@ -77,6 +77,8 @@ class StudentRun:
         """Compute the gradients of a batch, in parts if distill.accumulate asks for it; return its losses."""
         self.optimiser.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        if self.settings.accumulate > 1:
+            batch = self.distiller.decoded(batch)
         parts = list(batch.split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(model) if number < len(parts) else nullcontext():

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded
-from pipeline.teachers.backbone import Backbone
+from pipeline.models.backbone import Backbone
+from pipeline.training.batch import TeacherFeatures
 from singer.errors import UserError
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
@@ -36,6 +37,7 @@ class Targets:
         texts: Tensor | None = None,
     ) -> None:
         self.cache, self.device, self.texts = cache, device, texts
+        self.decode = cache.decoder(device)
         self.refiner = refiner.to(device) if refiner is not None else None
         self.keep_cls = cache.manifest.teacher.class_token and student.has_cls
         self._grid = student.grid if student.gives_tokens else None
@@ -48,9 +50,11 @@ class Targets:
         """Return the width of the targets of a teacher's block, in channels."""
         return self.cache.manifest.teacher.width_of(block)
 
-    def features(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Decode the teacher's features, {block: (B, N, d)}, on the device."""
-        return self.cache.decode(encoded, self.device)
+    def decoded(self, features: TeacherFeatures | Encoded) -> TeacherFeatures:
+        """Decode features that are on the device in their stored form; return others as they are."""
+        if isinstance(features, TeacherFeatures):
+            return features
+        return TeacherFeatures(self.decode(features), features.positions)
 
     def objective_context(
         self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool = True
@@ -106,10 +110,6 @@ class Targets:
         prefix = int(self.keep_cls)
         targets = {b: resize_tokens(x, prefix, teacher.grid_of(b), self.grid(b)) for b, x in targets.items()}
         return targets if kept is None else {b: take_patches(x, prefix, kept) for b, x in targets.items()}
-
-    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Return normalised targets {block: (B, N, d)} of stored records."""
-        return self.target_tokens(self.refine(self.features(encoded)).normalised, encoded.positions)
 
     def student_tokens(
         self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.cache.completion import describe_completion
-from pipeline.cache.format import COMPLETE, IMAGES, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, shard_file
+from pipeline.cache.format import COMPLETE, IMAGES, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, zarr_shard_file
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import meter
 from pipeline.storage import Store
-from pipeline.storage.outputs import PROVENANCE, is_sealed, json_bytes
-from pipeline.storage.resuming import CONFIG
+from pipeline.storage.json_files import is_sealed, json_bytes
 from singer.errors import UserError
 
 # Each reader holds a whole file in memory.
@@ -24,17 +25,17 @@ _READERS = 2
 def check_segment(segment: Segment) -> SegmentReport:
     """Compare every file of a segment with its checksum, and what is known about its images with the manifest."""
     manifest, store = segment.manifest, segment.store
-    report = SegmentReport(segment.name or ".", manifest.teacher.name, manifest.records, manifest.shards)
+    report = SegmentReport(segment.name or ".", manifest.teacher.name, manifest.records, manifest.zarr_shards)
     sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
     report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
     wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
     wrong[MANIFEST] = sealed_defect(store, sizes, MANIFEST)
     wrong |= provenance_defects(store, sizes)
     known = {MANIFEST, PROVENANCE, CONFIG, *manifest.files}
-    with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.shards, "shards") as m:
-        defects = pool.map(lambda shard: shard_defects(segment, sizes, shard), range(manifest.shards))
+    with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.zarr_shards, "Zarr shards") as m:
+        defects = pool.map(lambda shard: zarr_shard_defects(segment, sizes, shard), range(manifest.zarr_shards))
         for shard, found in enumerate(defects):
-            known |= {journal_file(shard), *shard_files(manifest, shard)}
+            known |= {journal_file(shard), *zarr_shard_files(manifest, shard)}
             if found is None:
                 report.missing.append(shard)
             elif found:
@@ -51,7 +52,7 @@ def check_segment(segment: Segment) -> SegmentReport:
 def completion_defects(segment: Segment, sizes: Mapping[str, int], whole: bool) -> dict[str, str | None]:
     """Return {file: what is wrong with it} of the files that complete a segment.
 
-    whole: whether all its shards are done and match the journal.
+    whole: whether all its Zarr shards are done and match the journal.
     """
     store = segment.store
     if not whole or file_defect(store, sizes, IMAGES, segment.manifest.files[IMAGES]):
@@ -68,8 +69,8 @@ def completion_defects(segment: Segment, sizes: Mapping[str, int], whole: bool) 
     return {n: file_defect(store, sizes, n, sha256) for n, sha256 in expected.items()} | dict.fromkeys(present, UNKNOWN)
 
 
-def shard_defects(segment: Segment, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
-    """Return {file: what is wrong with it} of a shard; None if it was never finished."""
+def zarr_shard_defects(segment: Segment, sizes: Mapping[str, int], shard: int) -> dict[str, str] | None:
+    """Return {file: what is wrong with it} of a Zarr shard; None if it was never finished."""
     journal = journal_file(shard)
     if journal not in sizes:
         return None
@@ -77,16 +78,16 @@ def shard_defects(segment: Segment, sizes: Mapping[str, int], shard: int) -> dic
         files = segment.entry(shard)["files"]
     except (UserError, OSError):
         return {journal: "damaged"}
-    expected = set(shard_files(segment.manifest, shard))
+    expected = set(zarr_shard_files(segment.manifest, shard))
     if sealed_defect(segment.store, sizes, journal) is not None or set(files) != expected:
         return {journal: "damaged"}
     found = {n: file_defect(segment.store, sizes, n, f["sha256"], f["bytes"]) for n, f in files.items()}
     return {name: why for name, why in found.items() if why is not None}
 
 
-def shard_files(manifest: Manifest, shard: int) -> list[str]:
-    """Return the files of a shard, one for each array."""
-    return [shard_file(name, form, shard) for name, form in manifest.arrays().items()]
+def zarr_shard_files(manifest: Manifest, shard: int) -> list[str]:
+    """Return the files of a Zarr shard, one for each array."""
+    return [zarr_shard_file(name, form, shard) for name, form in manifest.arrays().items()]
 
 
 def metadata(manifest: Manifest) -> dict[str, bytes]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, MANIFEST, RECORDS, SKIPPED, TAIL
+from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
-from pipeline.storage.outputs import PROVENANCE
-from pipeline.storage.resuming import CONFIG
 from singer.errors import UserError
 
 UNKNOWN = "unknown"
@@ -92,7 +92,7 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
             yield problem, "make the cache anew"
         bad = sorted(r.missing + r.damaged)
         if bad:
-            yield f"{len(bad)} of {r.shards} shards of {here} are damaged or missing: {_some(bad)}", repair
+            yield f"{len(bad)} of {r.shards} Zarr shards of {here} are damaged or missing: {_some(bad)}", repair
         for name, why in r.files.items():
             file = name.rpartition("/")[2]
             if why == UNKNOWN:

@@ -20,10 +20,10 @@ from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, accepted, image_digest, relocate
+from pipeline.models.names import OWN, is_function
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
-from pipeline.teachers.models import load_teacher
-from pipeline.teachers.names import OWN, is_function
+from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.matching import take_patches
 
@@ -89,7 +89,7 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
 
 
 def computable(segment: Segment, report: SegmentReport) -> bool:
-    """Return whether shards can be computed again: the other files that they need are not damaged."""
+    """Return whether Zarr shards can be computed again: the other files that they need are not damaged."""
     return not {within(segment, IMAGES), within(segment, CALIBRATION)} & set(report.files)
 
 
@@ -113,12 +113,12 @@ def check_live(
     to compare.
     """
     manifest = segment.manifest
-    whole = sorted(set(range(manifest.shards)) - {*report.missing, *report.damaged})
+    whole = sorted(set(range(manifest.zarr_shards)) - {*report.missing, *report.damaged})
     if not whole or not computable(segment, report):
         return None
     device = extract.device
     rng = np.random.default_rng(int(manifest.id()[:8], 16))
-    pool = np.concatenate([np.arange(*manifest.shard_range(s)) for s in whole])
+    pool = np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in whole])
     chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
     entries = [segment.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
     reader = SegmentReader(segment, {n: f for entry in entries for n, f in entry["files"].items()})

@@ -14,14 +14,14 @@ from pipeline.cache.fill import fill
 from pipeline.cache.format import COMPLETE, RECORDS, SKIPPED, TAIL, journal_file
 from pipeline.cache.index import read_images
 from pipeline.cache.segments import Segment
-from pipeline.cache.verify.files import metadata, shard_defects, shard_files, within
+from pipeline.cache.verify.files import metadata, within, zarr_shard_defects, zarr_shard_files
 from pipeline.cache.verify.findings import SegmentReport
 from pipeline.cache.verify.live import check_images, computable
 from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, Spec, relocate
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
-from pipeline.storage.resuming import CONFIG
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
@@ -69,7 +69,7 @@ def compute_again(
     extract: Extractor,
     shards: Spec | None,
 ) -> None:
-    """Compute some shards again and update the report."""
+    """Compute some Zarr shards again and update the report."""
     manifest, store = segment.manifest, segment.store
     own = copy(extract)
     own.config = with_batch_size(extract.config, store)
@@ -78,7 +78,7 @@ def compute_again(
         digests = segment.digests() if segment.completion is not None else None
     if digests is not None:
         numbers = np.unique(
-            np.concatenate([np.arange(*manifest.shard_range(s)) for s in wanted]) // manifest.views_each
+            np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in wanted]) // manifest.views_each
         )
         with ImageFile(relocate(read_images(store, manifest.data.decoding), shards)) as files:
             check_images(files, numbers, digests)
@@ -91,9 +91,9 @@ def compute_again(
 
     report.missing, report.damaged, sizes = [], [], store.sizes()
     for shard in wanted:
-        for name in (journal_file(shard), *shard_files(manifest, shard)):
+        for name in (journal_file(shard), *zarr_shard_files(manifest, shard)):
             report.files.pop(within(segment, name), None)
-        found = shard_defects(segment, sizes, shard)
+        found = zarr_shard_defects(segment, sizes, shard)
         if found == {}:
             report.repaired.append(shard)
         else:  # the disk itself fails

@@ -3,11 +3,11 @@
 from functools import partial
 
 from pipeline.config import Config
+from pipeline.data.image_index import list_images
 from pipeline.data.image_reading import ImageFile
 from pipeline.data.importers.folders import beside
 from pipeline.data.importers.listing import Entry, Listing
 from pipeline.data.listed import NO_LABEL
-from pipeline.data.shard_index import list_images
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.tar import TAR
 from pipeline.data.specs import Spec, resolve
@@ -24,7 +24,7 @@ def list_sources(config: Config, spec: Spec) -> Listing:
     files, named = ImageFile(images), [kind_of(path).named for path in images.paths]
     entries = []
     for row, (key, shard, label) in enumerate(
-        zip(images.keys, images.shard.tolist(), images.labels.tolist(), strict=True)
+        zip(images.keys, images.container.tolist(), images.labels.tolist(), strict=True)
     ):
         number = None if label == NO_LABEL else label
         if named[shard]:

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from pipeline.data.sources.folder import FOLDER
-from pipeline.data.sources.kind import Kind, Options, Place, Reader
+from pipeline.data.sources.kind import Kind, Options, Reader
 from pipeline.data.sources.lists import LIST
 from pipeline.data.sources.tables import TABLE
 from pipeline.data.sources.tar import TAR
 
-__all__ = ["KINDS", "Kind", "Options", "Place", "Reader", "kind_of"]
+__all__ = ["KINDS", "Kind", "Options", "Reader", "kind_of"]
 
 # The first kind that takes a path has it.
 KINDS: tuple[Kind, ...] = (FOLDER, LIST, TABLE, TAR)

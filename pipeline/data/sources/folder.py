@@ -10,7 +10,7 @@ from pipeline.data.images import Skipped
 from pipeline.data.importers.folders import check_filled, folder
 from pipeline.data.listed import NO_LABEL, SourceListing
 from pipeline.data.names import file_keys
-from pipeline.data.sources.kind import Kind, Options, Place, Rows, file_size
+from pipeline.data.sources.kind import Kind, Options, Samples, file_size
 from singer.errors import UserError
 
 
@@ -20,15 +20,15 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, file: str, offset: int, size: int, most: int, where: str) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         try:
-            with (self._path / place.file).open("rb", buffering=0) as file:
-                data, size = file.read(min(place.size, most)), os.fstat(file.fileno()).st_size
+            with (self._path / file).open("rb", buffering=0) as opened:
+                data, now = opened.read(min(size, most)), os.fstat(opened.fileno()).st_size
         except OSError as error:
-            raise UserError(f"{place.where}: {error.strerror}; if it has moved, give its place with --images") from None
-        if size != place.size or len(data) < min(size, most):
-            raise UserError(f"{place.where}: the file has changed since it was listed: {place.size} bytes, now {size}")
+            raise UserError(f"{where}: {error.strerror}; if it has moved, give its place with --images") from None
+        if now != size or len(data) < min(size, most):
+            raise UserError(f"{where}: the file has changed since it was listed: {size} bytes, now {now}")
         return data
 
     def close(self) -> None:
@@ -44,21 +44,21 @@ def _list(path: Path, options: Options) -> SourceListing:
     # `singer prepare` shuffles like this, so that its shards have all classes.
     order = np.random.default_rng(options.seed).permutation(len(names)).tolist()
     labels = [NO_LABEL if (label := listing.entries[n].label) is None else label for n in order]
-    rows = Rows([keys[n] for n in order], labels, files=[names[n] for n in order])
-    add_files(rows, path)
-    return rows.listing(sum(rows.sizes), listing.classes, listing.left_out)
+    samples = Samples([keys[n] for n in order], labels, files=[names[n] for n in order])
+    add_files(samples, path)
+    return samples.listing(sum(samples.sizes), listing.classes, listing.left_out)
 
 
-def add_files(rows: Rows, path: Path) -> None:
+def add_files(samples: Samples, path: Path) -> None:
     """Add sizes and defects of files that are named relative to a folder."""
-    rows.offsets = [0] * len(rows.keys)
-    for number, name in enumerate(rows.files or ()):
+    samples.offsets = [0] * len(samples.keys)
+    for number, name in enumerate(samples.files or ()):
         size = 0
         try:
             size = file_size(name if name.startswith("/") else f"{path}/{name}")
         except UserError as error:
-            rows.defects.append((number, rows.keys[number], f"({name}) {error}"))
-        rows.sizes.append(size)
+            samples.defects.append((number, samples.keys[number], f"({name}) {error}"))
+        samples.sizes.append(size)
 
 
 def _beside(

@@ -1,11 +1,11 @@
-"""What every kind of source can do: list its images, read one by its place, and find the maps beside them."""
+"""What every kind of source can do: list its images, read one where it is, and find the maps beside them."""
 
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -26,20 +26,14 @@ class Options:
     seed: int = 0
 
 
-class Place(NamedTuple):
-    """Where an image is within its container: see images.Images. where: it and its key, for messages."""
-
-    file: str
-    offset: int
-    size: int
-    where: str
-
-
 class Reader(Protocol):
     """Reads the images of one container. It is safe to share between threads."""
 
-    def read(self, place: Place, most: int) -> bytes:
-        """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
+    def read(self, file: str, offset: int, size: int, most: int, where: str) -> bytes:
+        """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read.
+
+        file, offset, size: see images.Images; where: the image, for messages.
+        """
         ...
 
     def close(self) -> None:
@@ -73,7 +67,7 @@ class Kind:
 
 
 @dataclass
-class Rows:
+class Samples:
     """Collects the samples of a source that is not a tar, in order."""
 
     keys: list[str] = field(default_factory=list)

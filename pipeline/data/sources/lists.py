@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.data.listed import SourceListing
 from pipeline.data.names import file_keys
 from pipeline.data.sources.folder import FOLDER, FileReader, add_files
-from pipeline.data.sources.kind import Kind, Options, Rows, numbered
+from pipeline.data.sources.kind import Kind, Options, Samples, numbered
 from singer.errors import UserError
 
 PATHS = ("path", "image", "file_name")
@@ -83,9 +83,9 @@ def _list(path: Path, options: Options) -> SourceListing:
     names = [name.encode(errors="replace" if _is_odd(name) else "surrogateescape").decode(errors="surrogateescape")
              for name, _ in pairs]  # fmt: skip
     labels, classes = numbered([label for _, label in pairs], str(path))
-    rows = Rows(file_keys(names), labels, files=names)
-    add_files(rows, path.parent)
-    return rows.listing(sum(rows.sizes), classes)
+    samples = Samples(file_keys(names), labels, files=names)
+    add_files(samples, path.parent)
+    return samples.listing(sum(samples.sizes), classes)
 
 
 def _is_odd(name: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.data.images import Skipped
 from pipeline.data.listed import SourceListing
 from pipeline.data.names import distinct_names
-from pipeline.data.sources.kind import Kind, Options, Place, Rows, numbered
+from pipeline.data.sources.kind import Kind, Options, Samples, numbered
 from singer.errors import UserError
 
 SUFFIXES = (".parquet", ".arrow")
@@ -124,16 +124,16 @@ class TableReader:
         self._path, self._lock, self._own = path, threading.Lock(), threading.local()
         self._table: _Table | None = None
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, file: str, offset: int, size: int, most: int, where: str) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         with self._lock:
             table = self._table = self._table or _Table(self._path)
-        group = int(np.searchsorted(table.starts, place.offset, side="right")) - 1
+        group = int(np.searchsorted(table.starts, offset, side="right")) - 1
         if group + 1 >= len(table.starts):
-            raise UserError(f"{place.where}: the table has only {table.starts[-1]} rows; it has changed")
-        value = self._group(table, group, place.file)[place.offset - int(table.starts[group])].as_py()
-        if value is None or len(value) != place.size:
-            raise UserError(f"{place.where}: row {place.offset} has changed since it was listed")
+            raise UserError(f"{where}: the table has only {table.starts[-1]} rows; it has changed")
+        value = self._group(table, group, file)[offset - int(table.starts[group])].as_py()
+        if value is None or len(value) != size:
+            raise UserError(f"{where}: row {offset} has changed since it was listed")
         return bytes(value[:most])
 
     def close(self) -> None:
@@ -157,14 +157,14 @@ def _list(path: Path, options: Options) -> SourceListing:
     digits = max(6, len(str(count)))
     (stem,) = distinct_names([path])
     keys = [f"{stem}/{row:0{digits}d}" for row in range(count)]
-    rows = Rows(keys, labels, list(range(count)), files=[column] * count)
+    samples = Samples(keys, labels, list(range(count)), files=[column] * count)
     for group in range(len(table.starts) - 1):
         for length in _lengths(table, group, column):
             if not length:
-                row = len(rows.sizes)
-                rows.defects.append((row, rows.keys[row], f"(row {row}) has no bytes of an image"))
-            rows.sizes.append(length)
-    return rows.listing(path.stat().st_size, classes)
+                row = len(samples.sizes)
+                samples.defects.append((row, samples.keys[row], f"(row {row}) has no bytes of an image"))
+            samples.sizes.append(length)
+    return samples.listing(path.stat().st_size, classes)
 
 
 def _lengths(table: _Table, group: int, column: str) -> Iterator[int]:

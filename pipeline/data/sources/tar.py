@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.data.images import Skipped
 from pipeline.data.listed import SourceListing
-from pipeline.data.sources.kind import Kind, Options, Place
+from pipeline.data.sources.kind import Kind, Options
 from pipeline.data.tars import list_tar, read_samples
 from pipeline.storage import Opened, OpenFile
 from singer.errors import UserError
@@ -22,20 +22,20 @@ class TarReader:
         # The file's stamp when it was first opened.
         self._stamp: tuple[int, int] | None = None
 
-    def read(self, place: Place, most: int) -> bytes:
+    def read(self, file: str, offset: int, size: int, most: int, where: str) -> bytes:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
-        size = min(place.size, most)
+        wanted = min(size, most)
         try:
             with Opened((self._file,)) as (descriptor,):
-                data, stamp = os.pread(descriptor, size, place.offset), self._file.stamp
+                data, stamp = os.pread(descriptor, wanted, offset), self._file.stamp
         except OSError as error:
             raise UserError(f"shard {self._file.path}: {error.strerror}") from None
         self._stamp = self._stamp or stamp
         # The file may have been closed and opened again, and another file holds something else at these places.
         if self._stamp != stamp:
-            raise UserError(f"{place.where}: the shard has changed since this run began; start it again")
-        if len(data) < size:
-            raise UserError(f"{place.where}: the shard ends {size - len(data)} bytes too early")
+            raise UserError(f"{where}: the shard has changed since this run began; start it again")
+        if len(data) < wanted:
+            raise UserError(f"{where}: the shard ends {wanted - len(data)} bytes too early")
         return data
 
     def close(self) -> None:

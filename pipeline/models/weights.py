@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.models.fetching import first_line
 from pipeline.runtime.progress import say
 from pipeline.storage.tensors import read_tensors
-from pipeline.teachers.fetching import first_line
 from singer.errors import UserError
 
 # Keys under which training programs store a state dict: averaged over the steps, and not. Of DINO's pair, the teacher
@@ -76,7 +76,7 @@ def _load(path: Path) -> Any:
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"weights {path}: this is a saved web page and no weights; download the file itself")
     if head.lstrip().startswith(b"{"):
-        return _load_sharded(path)
+        return _load_indexed(path)
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -91,8 +91,8 @@ def _load(path: Path) -> Any:
         raise UserError(f"weights {path} cannot be read: {first_line(error)}") from None
 
 
-def _load_sharded(index: Path) -> dict[str, Tensor]:
-    """Read all shards that an index of safetensors names."""
+def _load_indexed(index: Path) -> dict[str, Tensor]:
+    """Read all files that an index of safetensors names."""
     try:
         names = json.loads(index.read_text())["weight_map"]
         files = sorted(set(names.values()))

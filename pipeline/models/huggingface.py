@@ -13,13 +13,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from torch import nn
 
+from pipeline.models.backbone import INTERPOLATION, Backbone
+from pipeline.models.fetching import first_line, why_not_fetched
+from pipeline.models.names import CONFIG, HF, is_transformers
+from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.runtime.progress import say
-from pipeline.storage.outputs import read_json
-from pipeline.teachers.backbone import INTERPOLATION, Backbone
-from pipeline.teachers.fetching import first_line, why_not_fetched
-from pipeline.teachers.names import CONFIG, HF, is_transformers
-from pipeline.teachers.weights import read_weights
+from pipeline.storage.json_files import read_json
 from singer import hf
 from singer.described import DescribedMaps
 from singer.errors import UserError
@@ -33,7 +33,7 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"
 def create_transformers(
     name: str, image_size: int | None, weights: Path | None, pretrained: bool, what: str, averaged: bool = True
 ) -> Backbone:
-    """Build a model of transformers; the arguments are those of models.create_model.
+    """Build a model of transformers; the arguments are those of loading.create_model.
 
     Raises UserError if the model, its weights or its image size cannot be used.
     """

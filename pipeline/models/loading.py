@@ -1,4 +1,4 @@
-"""Load models: teachers with their weights, new students, and students that a run saved.
+"""Load models: any by its name, and those that singer saved.
 
 Most are timm's. Names that begin with hf: are models of transformers, package.module:function is a model of one's own.
 """
@@ -13,18 +13,16 @@ from typing import Any
 import timm
 from safetensors import SafetensorError
 
-from pipeline.config import TeacherConfig
+from pipeline.models.backbone import Backbone
+from pipeline.models.fetching import first_line, why_not_fetched
+from pipeline.models.hints import nearest_model
+from pipeline.models.huggingface import WEIGHTS, create_transformers, saved_transformers
+from pipeline.models.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
+from pipeline.models.outlines import fitting_models, outline_of
+from pipeline.models.own import create_own, saved_own
+from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
-from pipeline.storage.outputs import read_json
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.fetching import first_line, why_not_fetched
-from pipeline.teachers.hints import nearest_model
-from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
-from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
-from pipeline.teachers.outlines import fitting_models, outline_of
-from pipeline.teachers.own import Own, create_own, describe_own, saved_own
-from pipeline.teachers.placement import narrow
-from pipeline.teachers.weights import read_weights
+from pipeline.storage.json_files import read_json
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 
@@ -38,21 +36,6 @@ _REMEDIES = {
 }
 
 
-def load_teacher(config: TeacherConfig, module: Own | None = None) -> Backbone:
-    """Load the teacher with its weights, in eval mode, at config.image_size (position embedding interpolated).
-
-    It is on the CPU, in config.dtype; `teachers.placement.place` moves it. module: a module of the user's own with its
-    description, in place of config.name.
-    """
-    if module is not None:
-        own = describe_own(module, config.image_size, config.name)
-        own.model.eval()  # its parameters stay as they are: the caller may train it afterwards
-        return own
-    teacher = create_model(config.name, config.image_size, {}, config.weights, True, "teacher.name", config.averaged)
-    narrow(teacher.model, config.dtype)
-    return _frozen(teacher)
-
-
 def load_saved(folder: Path, image_size: int | None = None, function: str | None = None) -> Backbone:
     """Load a model that was saved by `save_backbone`, timm or transformers.
 
@@ -60,7 +43,7 @@ def load_saved(folder: Path, image_size: int | None = None, function: str | None
     """
     architecture = str(read_json(folder, CONFIG, "model folder").get("architecture"))
     if architecture.startswith(OWN):
-        return _frozen(saved_own(folder, architecture, image_size, function))
+        return frozen(saved_own(folder, architecture, image_size, function))
     return load_model(f"{LOCAL}{folder}", image_size=image_size)
 
 
@@ -70,7 +53,7 @@ def load_model(name: str, weights: Path | None = None, image_size: int | None = 
     weights: a local file; default: those in the folder, or those that timm fetches. image_size: in pixels; default: the
     model's own.
     """
-    return _frozen(create_model(name, image_size, {}, weights, pretrained=True, what="model"))
+    return frozen(create_model(name, image_size, {}, weights, pretrained=True, what="model"))
 
 
 def check_known(name: str, message: str) -> None:
@@ -84,7 +67,8 @@ def check_known(name: str, message: str) -> None:
     raise UserError(message + (f"; did you mean {near!r}?" if near else ""))
 
 
-def _frozen(backbone: Backbone) -> Backbone:
+def frozen(backbone: Backbone) -> Backbone:
+    """Return a backbone in eval mode, whose weights need no gradient."""
     backbone.model.requires_grad_(False).eval()
     return backbone
 

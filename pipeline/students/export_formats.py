@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pipeline.config import ExportConfig
-from pipeline.storage.outputs import write_json
+from pipeline.models.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
+from pipeline.models.loading import load_model
+from pipeline.models.names import HF, LOCAL, OWN
+from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import separate
-from pipeline.teachers.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
-from pipeline.teachers.models import load_model
-from pipeline.teachers.names import HF, LOCAL, OWN
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 

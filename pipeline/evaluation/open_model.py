@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.models import check_known, load_model, load_saved
+from pipeline.models.backbone import Backbone
+from pipeline.models.loading import check_known, load_model, load_saved
 from pipeline.training.run_directory import STUDENT
 
 

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from pipeline.teachers.backbone import Backbone
-from pipeline.teachers.fetching import first_line
-from pipeline.teachers.huggingface import WEIGHTS, backbone_of, load_weights
-from pipeline.teachers.names import OWN, is_function
+from pipeline.models.backbone import Backbone
+from pipeline.models.fetching import first_line
+from pipeline.models.huggingface import WEIGHTS, backbone_of, load_weights
+from pipeline.models.names import OWN, is_function
 from singer.described import Description, as_backbone
 from singer.errors import UserError
 
@@ -26,7 +26,7 @@ Own: TypeAlias = tuple[nn.Module, Description]
 
 
 def create_own(name: str, image_size: int | None, weights: Path | None, what: str, averaged: bool = True) -> Backbone:
-    """Call the function package.module:function; the arguments are those of models.create_model.
+    """Call the function package.module:function; the arguments are those of loading.create_model.
 
     Raises UserError if there is no such function, or its result is not as it describes.
     """

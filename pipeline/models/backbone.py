@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.storage.outputs import write_json
+from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import write_tensors
 from singer.backbones import gives_tokens, has_cls, layout, prefix_tokens
 

@@ -28,8 +28,8 @@ from singer.errors import UserError
 
 OnError = Literal["fail", "skip"]
 # With this many sources or more, starting processes takes less time than they save.
-_MANY_SHARDS = 64
-_SHARDS_AT_ONCE = 4
+_MANY_SOURCES = 64
+_SOURCES_AT_ONCE = 4
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Defects:
         self.skipped.append(Skipped(path.name, key, reason))
 
 
-def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None = None, seed: int = 0) -> Images:
+def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None = None, seed: int = 0) -> Images:
     """List the images of what a specification names, see specs.resolve; of tars, only headers and labels are read.
 
     A defect is a damaged archive or an unusable sample: without an image, an empty image, a file that is missing, a
@@ -68,12 +68,12 @@ def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None =
     usable = np.concatenate([listing.usable for listing in listings])
     keys = Keys.join([Keys(listing.key_text, listing.key_ends) for listing in listings])
     starts = np.cumsum([0, *(len(listing.usable) for listing in listings)])
-    shard = np.repeat(np.arange(len(paths), dtype=np.int32), np.diff(starts))
+    source = np.repeat(np.arange(len(paths), dtype=np.int32), np.diff(starts))
     hashes = np.concatenate([listing.hashes for listing in listings])
-    keys, twice = told_apart(keys, hashes, usable, shard, paths)
+    keys, twice = told_apart(keys, hashes, usable, source, paths)
     found = [(s, *defect) for s, listing in enumerate(listings) for defect in listing.defects]
     for row in np.flatnonzero(twice).tolist():
-        s = int(shard[row])
+        s = int(source[row])
         found.append((s, row - int(starts[s]), keys[row], "occurs twice"))
     defects = Defects(on_error)
     for s, _, key, reason in sorted(found, key=lambda f: f[:2]):
@@ -89,7 +89,7 @@ def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None =
         tuple(listing.size for listing in listings),
         keys,
         labels,
-        shard,
+        source,
         np.concatenate([listing.offsets for listing in listings]),
         np.concatenate([listing.sizes for listing in listings]),
         tuple(defects.skipped),
@@ -102,7 +102,7 @@ def index_shards(spec: Spec, on_error: OnError = "fail", image_key: str | None =
 
 def list_images(config: Config, spec: Spec) -> Images:
     """List images as the configuration says; those of a folder in the order in which `singer prepare` packs them."""
-    listed = index_shards(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+    listed = index_images(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
     return replace(listed, max_pixels=config.data.max_pixels)
 
 
@@ -136,12 +136,12 @@ def _list_all(paths: Sequence[Path], options: Options) -> list[SourceListing]:
     """List sources, many of them in one process for each core, because Python reads headers on one core only."""
     cores = len(os.sched_getaffinity(0))
     pool: Executor = ThreadPoolExecutor(min(len(paths), 2 * cores))
-    if len(paths) >= _MANY_SHARDS and cores > 1:
+    if len(paths) >= _MANY_SOURCES and cores > 1:
         # The processes are fresh: a fork of a process with threads may hang.
         pool = ProcessPoolExecutor(cores, multiprocessing.get_context("forkserver"))
     with pool, meter("index", len(paths), "sources") as m:
         listings = []
-        for listing in pool.map(partial(_list_one, options), paths, chunksize=_SHARDS_AT_ONCE):
+        for listing in pool.map(partial(_list_one, options), paths, chunksize=_SOURCES_AT_ONCE):
             listings.append(listing)
             m.advance(1)
     return listings
@@ -152,22 +152,22 @@ def _list_one(options: Options, path: Path) -> SourceListing:
 
 
 def told_apart(
-    keys: Keys, hashes: np.ndarray, usable: np.ndarray, shard: np.ndarray, paths: Sequence[Path]
+    keys: Keys, hashes: np.ndarray, usable: np.ndarray, source: np.ndarray, paths: Sequence[Path]
 ) -> tuple[Keys, np.ndarray]:
     """Return the keys, with a prefix for those that an earlier source has, too, and which of them still occur twice.
 
-    hashes: (n,) uint64, see tars.key_hash; usable: (n,) bool; shard: (n,), index into paths. The prefix is the name of
+    hashes: (n,) uint64, see tars.key_hash; usable: (n,) bool; source: (n,), index into paths. The prefix is the name of
     the source, or as much of its path as tells it from the others.
     """
     first = _first_rows(keys, hashes)
     again = np.flatnonzero((first >= 0) & usable)
-    other = again[shard[again] != shard[first[again]]]
+    other = again[source[again] != source[first[again]]]
     twice = np.zeros(len(keys), dtype=np.bool_)
     if not len(other):
         twice[again] = True
         return keys, twice
     names = distinct_names(paths)
-    prefixed = {row: f"{names[int(shard[row])]}/{keys[row]}" for row in other.tolist()}
+    prefixed = {row: f"{names[int(source[row])]}/{keys[row]}" for row in other.tolist()}
     say(f"{len(other)} keys are in several sources; later ones get a prefix, such as {next(iter(prefixed.values()))!r}")
     keys = Keys.of(prefixed.get(row, key) for row, key in enumerate(keys))
     twice[np.flatnonzero((_first_rows(keys, keys.hashes()) >= 0) & usable)] = True
@@ -193,8 +193,8 @@ def index_beside(images: Images, extension: str) -> Images:
     """
     offset, size = np.zeros_like(images.offset), np.zeros_like(images.size)
     files = None if images.files is None else list(images.files)
-    order = np.argsort(images.shard, kind="stable")
-    ends = np.searchsorted(images.shard[order], np.arange(len(images.paths)), side="right").tolist()
+    order = np.argsort(images.container, kind="stable")
+    ends = np.searchsorted(images.container[order], np.arange(len(images.paths)), side="right").tolist()
     for path, start, end in zip(images.paths, [0, *ends], ends, strict=False):
         rows = order[start:end]
         keys = [images.keys[row] for row in rows.tolist()]

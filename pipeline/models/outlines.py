@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from pipeline.teachers.weights import describe_size
+from pipeline.models.weights import describe_size
 from singer.backbones import depth, gives_tokens
 
 # What timm calls ViTs of a width, and how many such models are looked at for a hint: each takes a tenth of a second.

@@ -1,0 +1,1 @@
+"""Models of timm, of transformers and of the user's own: names, building, weights, saving."""
