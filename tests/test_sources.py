@@ -13,6 +13,7 @@ from test_shards import noise, png, write_tar
 from pipeline.cache.index import image_bytes, read_images
 from pipeline.data import ImageFile, Images, index_beside, index_shards, numbered_as, relocate, resolve
 from pipeline.data.specs import braces
+from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
 from singer.errors import UserError
 
@@ -345,6 +346,37 @@ def test_dots_in_names(tmp_path: Path) -> None:
         index_shards(str(two), image_key="right.jpg")
     maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
     assert content(index_beside(index_shards(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
+
+
+def test_members_that_are_no_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """macOS adds ._NAME to every file; folders may have dots; other members are counted."""
+    a, other = encoded(1), tarfile.TarInfo("v1.2")
+    other.type = tarfile.DIRTYPE
+    members = {
+        "./._a.png": b"x",
+        "./a.png": a,
+        "v1.2/._b.png": b"y",
+        "v1.2/b.png": a,
+        "README": b"z",
+        ".DS_Store": b"!",
+    }
+    path = write_tar(tmp_path / "t.tar", members)
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(other)
+    with on_console():
+        images = index_shards(str(path))
+    assert set(content(images)) == {"./a", "v1.2/b"} and images.left_out == {"hidden": 3, "without suffix": 1}
+    assert "left out: 3 hidden, 1 without suffix" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"no images in [^,]*u\.tar; there are only 2 without suffix"):
+        index_shards(str(write_tar(tmp_path / "u.tar", {"a": a, "b": a})))
+
+
+def test_an_image_may_have_any_extension(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", {"s.img": encoded(1), "s.cls": b"3"})
+    with pytest.raises(UserError, match=r"if \.img is the image, say so: --set cache\.image_key=img; repair it"):
+        index_shards(str(path))
+    assert content(index_shards(str(path), image_key="img")) == {"s": (3, encoded(1))}
+    assert content(index_shards(str(path), image_key=".img")) == {"s": (3, encoded(1))}
 
 
 def test_members_that_are_apart_are_joined(tmp_path: Path) -> None:
