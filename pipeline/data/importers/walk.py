@@ -45,6 +45,11 @@ def walk(
     return found
 
 
+def names_below(root: Path) -> Iterator[str]:
+    """Yield the names of all files below a folder, relative to it, in the order of their parts, as walk finds them."""
+    return _files(root, "", (_identity(root.stat()),), Found(), True)
+
+
 def _files(root: Path, prefix: str, way: tuple[_Identity, ...], found: Found, deep: bool) -> Iterator[str]:
     """Yield the names of all files in the folder `prefix` of the root, sorted, and count what is none.
 

@@ -111,8 +111,12 @@ class _Table:
         if not names:
             return [-1] * int(self.starts[-1]), []
         values = [v for group in range(len(self.starts) - 1) for v in self.column(group, names[0]).to_pylist()]
-        if any(isinstance(value, bool) or not isinstance(value, str | int | None) for value in values):
-            raise UserError(f"{self.path}: the column {names[0]!r} holds no class numbers or names")
+        wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, str | int | float | None)]
+        wrong += [v for v in values if isinstance(v, float) and v == v and not v.is_integer()]
+        if wrong:
+            raise UserError(
+                f"{self.path}: the column {names[0]!r} holds no class numbers or names: {str(wrong[0])[:40]}"
+            )
         labels, classes = numbered(values, str(self.path))
         return labels, classes or list(map(str, features.get(names[0], {}).get("names") or ()))
 
