@@ -354,6 +354,7 @@ def embed(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw, default) or norm.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -363,7 +364,7 @@ def embed(
     from pipeline.checks import check_embedding, check_model, look
     from pipeline.config import load_config
 
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
+    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
     check_embedding(out, features, overwrite)
     check_model(model, weights)
     look("embed", images=[images])

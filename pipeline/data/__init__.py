@@ -1,7 +1,7 @@
 """Images: where they come from, and each of them by its number."""
 
 from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
-from pipeline.data.image_reading import ImageFile, files_of
+from pipeline.data.image_reading import ImageFile, files_of, readable
 from pipeline.data.images import (
     Images,
     Keys,
@@ -39,6 +39,7 @@ __all__ = [
     "named_errors",
     "numbered_as",
     "one_line",
+    "readable",
     "relocate",
     "require_labels",
     "resolve",
