@@ -287,7 +287,11 @@ def test_tables_with_faults(tmp_path: Path) -> None:
             index_shards(str(write(tmp_path / name, data)))
     with pytest.raises(UserError, match=r"has 0 columns of images \(none\)$"):
         index_shards(str(table(tmp_path / "d.parquet", {"x": [1]})))
-    with pytest.raises(UserError, match="'label' holds no class numbers or names"):
+    with pytest.raises(UserError, match=r"0 columns of images \(none\); if 'p' holds paths, write them to a list"):
+        index_shards(str(table(tmp_path / "d.parquet", {"p": ["a.png"]})))
+    floats = table(tmp_path / "f.parquet", {"i": [b"x", b"y", b"z"], "label": [3.0, float("nan"), None]})
+    assert index_shards(str(floats)).labels.tolist() == [3, -1, -1]
+    with pytest.raises(UserError, match="'label' holds no class numbers or names: 1.5"):
         index_shards(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
 
 

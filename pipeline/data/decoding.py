@@ -168,7 +168,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Profiles of colour (ICC) are not applied. Raises ValueError for numbers without a known range, see _eight_bits.
     """
     signed = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) == (2,) and image.mode == "L"
-    if signed and image.getextrema()[1] > 127:
+    if signed and np.asarray(image).max() > 127:
         raise ValueError("its 8 bits have a sign, and some are negative; store them without a sign")
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")

@@ -137,8 +137,8 @@ def numbered(labels: Sequence[str | float | None], where: str) -> tuple[list[int
         known |= {text: text.partition(".")[0] for text in known.values() if text}
         known |= {text: "" for text, number in known.items() if number == str(NO_LABEL)}
     elif all(_FLOAT.fullmatch(text) for text in known.values() if text):
-        wrong = next(text for text in known.values() if text and not _NUMBER.fullmatch(text))
-        raise UserError(f"{where} has the label {wrong}, which is no class number; give whole numbers or names")
+        part = next(text for text in known.values() if text and not _NUMBER.fullmatch(text))
+        raise UserError(f"{where} has the label {part}, which is no class number; give whole numbers or names")
     texts = [known[text] for text in texts]
     given = {text for text in texts if text}
     if all(text.removeprefix("-").isdecimal() for text in given):

@@ -99,9 +99,14 @@ class _Table:
         features = self.features()
         named = [n for n in found if isinstance(features.get(n), dict) and features[n].get("_type") == "Image"] or found
         if len(named) != 1:
-            remedy = f"; choose one with --set cache.image_key={named[0]}" if named else ""
+            remedy = f"; choose one with --set cache.image_key={named[0]}" if named else self._without_images()
             raise UserError(f"{self.path} has {len(named)} columns of images ({', '.join(named) or 'none'}){remedy}")
         return str(named[0])
+
+    def _without_images(self) -> str:
+        """Return what to do about a table without images: it may hold their paths."""
+        texts = [field.name for field in self.schema if field.type in (self._pa.string(), self._pa.large_string())]
+        return f"; if {texts[0]!r} holds paths, write them to a list (.csv or .jsonl)" if texts else ""
 
     def labels(self) -> tuple[list[int], list[str]]:
         """Return the label of each row, and the names of the classes if they are known."""
