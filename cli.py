@@ -361,6 +361,7 @@ def embed(
     ] = None,
     weights: ModelWeightsOption = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw, default) or norm.")] = None,
+    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -370,7 +371,7 @@ def embed(
     from pipeline.checks import check_embedding, check_model, look
     from pipeline.config import load_config
 
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens})
+    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
     check_embedding(out, features, overwrite)
     check_model(model, weights)
     look("embed", images=[images])

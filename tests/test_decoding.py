@@ -22,9 +22,10 @@ from validating import validate_images
 from pipeline.cache import Cache
 from pipeline.cache.index import Index, join
 from pipeline.data import ImageFile, Images, Keys, index_images, list_images
-from pipeline.data.decoder_warnings import watched_decoders
+from pipeline.data.decoder_warnings import naming, watched_decoders
 from pipeline.data.decoding import MAX_PIXELS, decode_rgb, named_errors, read_size
 from pipeline.planning.plan import plan
+from pipeline.runtime.logs import on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
@@ -175,6 +176,27 @@ def test_each_kind_of_warning_is_said_once_with_a_name(tmp_path: Path, capfd: py
     assert any("Skipping tag 271" in line for line in lines)
     assert any("image 'animation'" in line and "Invalid APNG" in line for line in lines)
     assert (warnings.filters, Image.MAX_IMAGE_PIXELS) == (filters, most) and threading.active_count() <= threads
+
+
+def test_dark_images_of_16_bits_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    for most, said in ((200, True), (4095, True), (4096, False)):
+        with on_console(), watched_decoders(), naming(f"photo {most}"):
+            decode_rgb(tiff(np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)))
+        assert (f"photo {most}: its numbers are at most {most} of 65535" in capfd.readouterr().err) == said
+
+
+@pytest.mark.parametrize(
+    ("data", "guess"),
+    [
+        (b"\xff\xd8\xff junk", "it begins as JPEG, but is damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS, .*: git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "it is a page in HTML"),
+        (b"%PDF-1.4", "it begins with b'%PDF-1.4'"),
+    ],
+)
+def test_what_is_no_image_is_described(data: bytes, guess: str) -> None:
+    with pytest.raises(UserError, match=f"^a cannot be decoded: cannot identify .*; {guess}"), named_errors("a"):
+        decode_rgb(data)
 
 
 def test_watches_overlap_in_any_order() -> None:

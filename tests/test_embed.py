@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_vit, run_singer
+from PIL import Image
 from pyarrow import parquet
 
 from pipeline.config import Config
@@ -75,6 +76,26 @@ def test_a_file_appears_whole_or_not_at_all(
     with pytest.raises(OSError, match="No space"):
         embed(config, world / "teacher", world / "test", tmp_path / "a.npy", overwrite=True)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {"a.npy": b"before"}
+
+
+def test_the_advice_for_a_broken_image_works(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (64, 48), colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    words = ["embed", world / "teacher", tmp_path, "--out", tmp_path / "out.npy"]
+    assert run_singer(monkeypatch, *words) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "broken.jpg" in line
+    assert run_singer(monkeypatch, *words, *line.rpartition(" with ")[2].split(), "--json") == 0
+    told = capfd.readouterr()
+    assert "skipped: image 'broken' in" in told.err and json.loads(told.out.splitlines()[-1])["left_out"] == 1
+    assert sorted(read(tmp_path / "out.npy")[0]) == ["a", "b"]
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").unlink()
+    assert run_singer(monkeypatch, *words, "--on-error", "skip", "--overwrite") == 2
+    assert "none of the 1 images can be read" in capfd.readouterr().err
 
 
 def test_without_a_class_token_and_without_pyarrow(

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
+from conftest import config_with, draw_images, make_vit, seeded, tree_bytes, world_config
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -24,6 +24,7 @@ from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_model, load_saved
+from pipeline.reports.model_card import began_as
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import CARD, ExportResult, export
@@ -272,6 +273,15 @@ def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) ->
     ):
         assert text in card, text
     assert "**Beware" not in card
+
+
+def test_card_says_how_the_student_began() -> None:
+    told = {value: began_as(config_with(value)) for value in ("student.init=random", "student.init=a/b.safetensors")}
+    assert list(told.values()) == ["random weights", "weights of b.safetensors"]
+    assert began_as(config_with("student.init=auto")).startswith(
+        "weights of the teacher if these fit it, else random weights"
+    )
+    assert began_as(config_with("student.init=teacher")) == "weights of the teacher"
 
 
 def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,21 @@ def test_every_format_has_files() -> None:
     assert IMAGE_EXTENSIONS[:4] == ("jpg", "jpeg", "png", "webp")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.format} {case.holds}")
+def test_the_words_of_a_row_are_true(case: Case) -> None:
+    """What test_kind proves of the pixels is what the row says: refused, inverted, one of several."""
+    assert (case.read == "refused") == isinstance(case.expected, str)
+    need(case.format)
+    if case.format == "HEIF":
+        heic(Image.fromarray(PICTURE))  # registers its decoder
+    several = any(word in case.read for word in ("frame", "page", "primary"))
+    if several or not isinstance(case.expected, str):
+        with Image.open(io.BytesIO(case.data())) as image:
+            assert (getattr(image, "n_frames", 1) > 1) == several
+            inverted = getattr(image, "tag_v2", {}).get(262) == 0 and image.mode != "1"
+            assert inverted == ("inverted" in case.read)
+
+
 def need(format: str) -> None:
     if format == "HEIF" and pillow_heif is None:
         pytest.skip("pillow-heif is not installed")

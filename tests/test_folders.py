@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data import index_images
+from pipeline.data import Keys, index_beside, index_images
 from pipeline.data.importers.walk import printable, walk
 from pipeline.data.names import file_keys
 from pipeline.data.tars import UNSAFE
@@ -46,6 +46,37 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     # `self`, `cat/up`, below `dog` its own `round`, and `deep` below `cat/more/round`
     assert found.folders == ["cat", "dog"]
     assert found.left_out == {"looped folders": 4, "broken links": 1, "no regular files": 1}
+
+
+def test_links_to_themselves_and_closed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "x.png").symlink_to("x.png")
+    (tmp_path / "in" / "y").symlink_to("z")
+    (tmp_path / "in" / "z").symlink_to("y")
+    assert walk(tmp_path / "in", (".png",)).left_out == {"broken links": 3}
+
+    def closed(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pipeline.data.importers.walk.os.scandir", closed)
+    with pytest.raises(UserError, match=r"the folder .*/in cannot be read: Permission denied"):
+        index_images(str(tmp_path / "in"))
+
+
+def test_a_file_without_suffix_is_what_it_holds(tmp_path: Path) -> None:
+    draw(tmp_path / "in" / "v.1" / "IMG_1")
+    draw(tmp_path / "in" / "v.1" / "IMG_1.seg.png")
+    (tmp_path / "in" / "v.1" / "README").write_text("no image")
+    images = index_images(str(tmp_path / "in"))
+    assert list(images.keys) == ["v_1/IMG_1"] and images.left_out == {"without suffix": 1}
+    assert index_beside(images, "seg.png").files == Keys.of(["v.1/IMG_1.seg.png"])
+    assert labels_of(tmp_path / "in", tmp_path / "out") == {"v_1/IMG_1": 0}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.dat").write_bytes((tmp_path / "in" / "v.1" / "IMG_1").read_bytes())
+    with pytest.raises(UserError, match=r"there are only 1 \.dat; if these are images, name them in a list \(\.txt\)"):
+        index_images(str(tmp_path / "other"))
+    (tmp_path / "l.txt").write_text("other/a.dat")
+    assert list(index_images(str(tmp_path / "l.txt")).keys) == ["other/a"]
 
 
 def test_a_class_is_what_is_reached(tmp_path: Path) -> None:

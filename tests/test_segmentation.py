@@ -19,7 +19,7 @@ from PIL import Image
 import cli
 from pipeline.config import Config, EvaluateConfig, dump_config, load_config
 from pipeline.data import index_beside, index_images
-from pipeline.evaluation.dense import nearest, same_shape
+from pipeline.evaluation.dense import nearest, read_maps, same_shape
 from pipeline.evaluation.segmentation import VOID, Segmentation, count_pixels, fit_head, read_masks
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
@@ -305,6 +305,17 @@ def test_bad_masks_are_named(
     places = {"train": frames / "train", "test": frames / "test", split: packed(tmp_path / "bad", **members)}
     with pytest.raises(UserError, match=message):
         probe(settings, world / "teacher", places["train"], places["test"])
+
+
+def test_a_mask_that_is_not_turned_as_its_image_is_named(tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[274] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=tags)
+    (tmp_path / "a.seg.png").write_bytes(png(ZEROS[:4]))
+    images = index_images(str(tmp_path))
+    maps = read_maps(images, index_beside(images, "seg.png"), "mask", lambda image, *_: np.asarray(image), 1)
+    with pytest.raises(UserError, match=r"8 x 4 pixels, but its image has 4 x 8; .*; images are turned as their EXIF"):
+        next(maps)
 
 
 def test_masks_with_a_palette_are_indices(world: Path, frames: Path, settings: Config, tmp_path: Path) -> None:

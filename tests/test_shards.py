@@ -190,7 +190,7 @@ DEFECTS: dict[str, tuple[Members, str, str]] = {
     "absolute": ({"/etc/a.png": png()}, "/etc/a", "has the unsafe name '/etc/a.png'"),
     "parent": ({"../a.png": png()}, "../a", "has the unsafe name '../a.png'"),
     "parent within": ({"b/../a.png": png(), "b/../a.cls": b"1"}, "b/../a", "has the unsafe name 'b/../a.cls'"),
-    "parent and no extension": ({"b/..": png()}, "b/", "has the unsafe name 'b/..'"),
+    "parent and no extension": ({"b/..": png()}, "b/..", "has the unsafe name 'b/..'"),
     "backslash": ({"b\\a.png": png()}, "b\\\\a", r"has the unsafe name 'b\\a.png'"),
     "control character": ({"a\x1b[2J.png": png()}, "a\\x1b[2J", r"has the unsafe name 'a\x1b[2J.png'"),
     "line break": ({"a\nb.png": png()}, "a\\nb", r"has the unsafe name 'a\nb.png'"),
@@ -248,8 +248,9 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes, extensi
                 tar.addfile(info, io.BytesIO(data))
     images = index_images(str(path), "skip")
     assert list(images.keys) == ["b"]
-    reason = {"jpg": "has an image that is not a regular file", "cls": "has a label that is not a class number: b''"}
-    assert images.skipped == (Skipped("t.tar", "a", reason[extension]),)
+    reason = {"jpg": "has an image that is not a regular file", "cls": "has a label that is not a class number: its"}
+    (skipped,) = images.skipped
+    assert (skipped.shard, skipped.key) == ("t.tar", "a") and skipped.reason.startswith(reason[extension])
 
 
 def sound_tar(path: Path) -> bytes:
@@ -325,9 +326,9 @@ def test_no_tar_at_all(tmp_path: Path, data: bytes, reason: str) -> None:
         index_images(str(tmp_path / "*.tar"))
     images = index_images(str(tmp_path / "*.tar"), "skip")
     assert list(images.keys) == ["a"] and images.skipped == (Skipped("bad.tar", "", reason),)
-    with pytest.raises(UserError, match=rf"no images in 1 shards.*bad\.tar; the first defect: bad\.tar {reason}"):
+    with pytest.raises(UserError, match=rf"no images in .*bad\.tar; the first defect: bad\.tar {reason}"):
         index_images(str(tmp_path / "bad.tar"), "skip")
-    with pytest.raises(UserError, match=r"no images in 1 shards, the first of them .*empty\.tar$"):
+    with pytest.raises(UserError, match=r"no images in [^,]*empty\.tar$"):
         index_images(str(write_tar(tmp_path / "empty.tar", {})))
 
 

@@ -13,6 +13,7 @@ from test_shards import noise, png, write_tar
 from pipeline.cache.index import image_bytes, read_images
 from pipeline.data import ImageFile, Images, index_beside, index_images, numbered_as, relocate, resolve
 from pipeline.data.specs import braces
+from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
 from singer.errors import UserError
 
@@ -55,6 +56,8 @@ def test_braces_are_those_of_shells() -> None:
         "{0..6..3}": ["0", "3", "6"],
         "{a,b}{1..2}": ["a1", "a2", "b1", "b2"],
         "{a}{}x{1..y}": ["{a}{}x{1..y}"],
+        "{a..c}{B..A}": ["aB", "aA", "bB", "bA", "cB", "cA"],
+        "{a..C}": ["{a..C}"],
         "{a,b/c}.tar": ["a.tar", "b/c.tar"],
     }.items():
         assert list(braces(text)) == expected
@@ -90,12 +93,21 @@ def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.Mo
         ("both", r"'both' holds shards and tables; give one: 'both/\*\.tar'"),
         ("splits", r"'splits' has the splits test, train; give one: 'splits/test-\*'"),
         ("arrow", r"'arrow' has the splits test, train; give one: arrow/test"),
+        ("  ", "a name is empty, as of a variable of the shell that is not set"),
+        ("a.tar::b.tar", "'a.tar::b.tar' names several; give each one by itself"),
+        ("s-{a..b}.tar", r"^'s-\{a\.\.b\}\.tar': s-a\.tar does not exist \(nor 1 more\)"),
+        ("deep", r"'deep' holds no images, .* such as s/a\.tar; .* or all: 'deep/\*\*/\*\.tar'"),
+        ("mixed", r"'mixed' holds shards, such as a\.tar, and images, such as cat/b\.png; .* 'mixed/\*\.tar'"),
+        ("x.zip", "x.zip is no folder, shard, list or table: unpack it, and give the folder"),
+        ("x.json", "one JSON object a line in a file .jsonl is read"),
     ],
 )
 def test_what_is_wrong_is_quoted(given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "cat.png", png())
     (tmp_path / "empty").mkdir()
+    for name in ("deep/s/a.tar", "mixed/a.tar", "mixed/cat/b.png", "x.zip", "x.json"):
+        write(tmp_path / name, b"")
     for name in ("both/a.tar", "both/a.parquet", "splits/train-00000-of-00002.parquet", "arrow/train/data.arrow"):
         write(tmp_path / name, b"")
     for name in ("splits/test-00000-of-00001-0123456789abcdef.parquet", "arrow/test/data.arrow"):
@@ -104,6 +116,13 @@ def test_what_is_wrong_is_quoted(given: str, message: str, tmp_path: Path, monke
     with pytest.raises(UserError, match=message) as error:
         index_images(given)
     assert "\n" not in str(error.value)
+
+
+def test_an_unpacked_shard_stands_for_the_compressed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.tar.gz", "a.tar", "b.tgz", "b.tar", "c.tar.xz", "notes.gz"):
+        write(tmp_path / name, b"")
+    monkeypatch.chdir(tmp_path)
+    assert names(str(tmp_path)) == ["a.tar", "b.tar", "c.tar.xz"]
 
 
 def test_twice_is_seen_through_links(tmp_path: Path) -> None:
@@ -154,8 +173,38 @@ def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("l.csv", "cat/a.png;4\ncat/b.jpg;5\n", [4, 5]),
+        ("l.csv", "filename,class_name\ncat/a.png,x\ncat/b.jpg,y\n", [0, 1]),
+        ("l.csv", ",image_path,label\n0,cat/a.png,10.0\n1,cat/b.jpg,\n2,dog/c.png,2.\n", [10, -1, 2]),
+        ("l.csv", "path,label\ncat/a.png,nan\ncat/b.jpg,-1.0\n", [-1, -1]),
+        ("l.csv", "path,label\ncat/a.png,1.0\ncat/b.jpg,x\n", [0, 1]),
+        ("l.jsonl", '{"file_name": "cat/a.png", "labels": 3.0}\n{"path": "cat/b.jpg", "label": NaN}', [3, -1]),
+        ("l.txt", "~/cat/a.png 1\nfile://HOME/cat/b.jpg 2\n", [1, 2]),
+    ],
+)
+def test_lists_as_programs_write_them(
+    name: str, text: str, labels: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = text.replace("HOME", str(tmp_path))
+    assert index_images(str(write(tmp_path / name, text))).labels.tolist() == labels
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    assert index_images(str(tmp_path / name)).labels.tolist() == labels
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("l.csv", "path,label\ncat/a.png,0.5\ncat/b.jpg,1", "has the label 0.5, which is no class number"),
+        ("l.txt", "https://host/a.png 1", "https://host/a.png is in a list, and lists hold files"),
+        (
+            "l.jsonl",
+            '{"path": "a", "label": [1, 2]}',
+            r"line 1 has the label \[1, 2\], which is no class number or name",
+        ),
         ("l.csv", "path,label\ncat/a.png,1\ncat/no.png,2", r"sample 'cat/no' \(cat/no\.png\) does not exist; repair"),
         ("l.txt", "cat 1", r"\(cat\) is not a regular file"),
         ("l.txt", "cat/a.png 1\ncat/a.png 2", r"sample 'cat/a%2Epng' occurs twice"),
@@ -164,7 +213,7 @@ def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
         ("l.csv", '"cat/a.png,1', "l.csv is not a list of images: "),
         ("l.csv", "label,path\nx", "l.csv is not a list of images: row 2 has no path"),
         ("l.jsonl", '{"path": 3}', "line 1 is not an object with path or image or file_name"),
-        ("l.jsonl", '{"path": "a", "label": true}', "line 1 is not an object with"),
+        ("l.jsonl", '{"path": "a", "label": true}', "line 1 has the label True, which is no class number or name"),
         ("l.jsonl", "[1]", "line 1 is not an object with"),
         ("l.jsonl", "{", "l.jsonl is not a list of images"),
         ("l.jsonl", r'{"path": "\ud800"}', "does not exist"),
@@ -238,7 +287,11 @@ def test_tables_with_faults(tmp_path: Path) -> None:
             index_images(str(write(tmp_path / name, data)))
     with pytest.raises(UserError, match=r"has 0 columns of images \(none\)$"):
         index_images(str(table(tmp_path / "d.parquet", {"x": [1]})))
-    with pytest.raises(UserError, match="'label' holds no class numbers or names"):
+    with pytest.raises(UserError, match=r"0 columns of images \(none\); if 'p' holds paths, write them to a list"):
+        index_images(str(table(tmp_path / "d.parquet", {"p": ["a.png"]})))
+    floats = table(tmp_path / "f.parquet", {"i": [b"x", b"y", b"z"], "label": [3.0, float("nan"), None]})
+    assert index_images(str(floats)).labels.tolist() == [3, -1, -1]
+    with pytest.raises(UserError, match="'label' holds no class numbers or names: 1.5"):
         index_images(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
 
 
@@ -345,6 +398,37 @@ def test_dots_in_names(tmp_path: Path) -> None:
         index_images(str(two), image_key="right.jpg")
     maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
     assert content(index_beside(index_images(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
+
+
+def test_members_that_are_no_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """macOS adds ._NAME to every file; folders may have dots; other members are counted."""
+    a, other = encoded(1), tarfile.TarInfo("v1.2")
+    other.type = tarfile.DIRTYPE
+    members = {
+        "./._a.png": b"x",
+        "./a.png": a,
+        "v1.2/._b.png": b"y",
+        "v1.2/b.png": a,
+        "README": b"z",
+        ".DS_Store": b"!",
+    }
+    path = write_tar(tmp_path / "t.tar", members)
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(other)
+    with on_console():
+        images = index_images(str(path))
+    assert set(content(images)) == {"./a", "v1.2/b"} and images.left_out == {"hidden": 3, "without suffix": 1}
+    assert "left out: 3 hidden, 1 without suffix" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"no images in [^,]*u\.tar; there are only 2 without suffix"):
+        index_images(str(write_tar(tmp_path / "u.tar", {"a": a, "b": a})))
+
+
+def test_an_image_may_have_any_extension(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", {"s.img": encoded(1), "s.cls": b"3"})
+    with pytest.raises(UserError, match=r"if \.img is the image, say so: --set cache\.image_key=img; repair it"):
+        index_images(str(path))
+    assert content(index_images(str(path), image_key="img")) == {"s": (3, encoded(1))}
+    assert content(index_images(str(path), image_key=".img")) == {"s": (3, encoded(1))}
 
 
 def test_members_that_are_apart_are_joined(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
 from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
-from pipeline.data.image_reading import ImageFile, files_of
+from pipeline.data.image_reading import ImageFile, files_of, readable
 from pipeline.data.images import (
     Images,
     Keys,
@@ -39,6 +39,7 @@ __all__ = [
     "named_errors",
     "numbered_as",
     "one_line",
+    "readable",
     "relocate",
     "require_labels",
     "resolve",

@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import naming, warn
-from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, is_heif
+from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, format_of, is_heif
 from singer.errors import UserError
 
 Decoding = Literal["upright", "stored"]
@@ -31,6 +31,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Tag of TIFF: what its samples are.
+_SAMPLE_FORMAT = 339
+# Numbers of 16 bits below this fill at most a sixteenth of the range: mostly 8 or 12 bits that were not scaled.
+_DARK = 1 << 12
 _SIDEWAYS = (5, 6, 7, 8)
 # Pillow gives the size and the pixels of these as they are after turning.
 _TURNED_BY_PILLOW = ("TIFF", "HEIF")
@@ -93,7 +97,9 @@ def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         # PIL's own message names an address in memory, which differs in every run.
         also = "; this cache was begun by an earlier singer, a new one reads more" if formats == FORMATS_BEFORE else ""
-        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}{also}") from None
+        raise UnidentifiedImageError(
+            f"cannot identify image file as {', '.join(formats)}{also}; {_guess(data)}"
+        ) from None
     pixels = image.width * image.height
     if pixels > max_pixels:
         allowed = f"--set data.max_pixels={pixels} allows them"
@@ -101,6 +107,18 @@ def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     if pixels > MAX_PIXELS:
         _decode_smaller(image)
     return image
+
+
+def _guess(data: bytes) -> str:
+    """Return what bytes that are no image seem to be."""
+    name = format_of(data)
+    if name in FORMATS:
+        return f"it begins as {name}, but is damaged, or of a kind that the decoder does not know"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, whose file was not fetched: git lfs pull"
+    if data[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a page in HTML, as of a download that failed"
+    return f"it begins with {data[:12]!r}" if data else "it is empty"
 
 
 def _decode_smaller(image: Image.Image) -> None:
@@ -149,6 +167,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Profiles of colour (ICC) are not applied. Raises ValueError for numbers without a known range, see _eight_bits.
     """
+    signed = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT) == (2,) and image.mode == "L"
+    if signed and np.asarray(image).max() > 127:
+        raise ValueError("its 8 bits have a sign, and some are negative; store them without a sign")
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
@@ -166,17 +187,22 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
+    tags = getattr(image, "tag_v2", {})
+    white_is_zero = image.mode.startswith(("I;", "F")) and tags.get(262) == 0
     if image.mode == "F":
         if not (low >= 0 and high <= 1):  # NaN, too
             raise ValueError(f"its floats are from {low:g} to {high:g}; scale them to 0 to 1, or store 8 or 16 bits")
-        return (values * 255 + 0.5).astype(np.uint8)
+        scaled: np.ndarray = (values * 255 + 0.5).astype(np.uint8)
+        return ~scaled if white_is_zero else scaled
     if low < 0 or high > 0xFFFF:
         raise ValueError(f"its integers are from {low} to {high}; scale them to 0 to 65535, or store 8 or 16 bits")
-    tags = getattr(image, "tag_v2", {})
     bits = 12 if tags.get(258) == (12,) else 16
     if image.mode == "I" and image.format == "TIFF" and high <= 0xFF:
         bits = 8
-    white_is_zero = image.mode.startswith("I;") and tags.get(262) == 0
+    if bits == 16 and 0 < high < _DARK:
+        warn(
+            "dark", f"its numbers are at most {high} of 65535, so it becomes nearly black; scale them, or store 8 bits"
+        )
     grey: np.ndarray = (values >> (bits - 8)).astype(np.uint8)
     return ~grey if white_is_zero else grey
 

@@ -81,8 +81,13 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
     rows = np.flatnonzero(usable & ~twice)
     if not len(rows):
         also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
-        word = kind_of(paths[0]).word
-        raise UserError(f"no images in {len(paths)} {word}s, the first of them {paths[0]}{also}")
+        total = _left_out(listings)
+        also += f"; there are only {as_text(total)}" if total else ""
+        where = f"{len(paths)} sources, the first of them {paths[0]}" if len(paths) > 1 else str(paths[0])
+        raise UserError(f"no images in {where}{also}")
+    left_out = _left_out(listings)
+    if left_out:
+        say(f"left out: {as_text(left_out)}")
     labels, classes = join_classes([(listing.labels, listing.classes) for listing in listings], paths)
     images = Images(
         tuple(kind_of(path).container(path).resolve() for path in paths),
@@ -95,7 +100,7 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
         tuple(defects.skipped),
         files=_files(listings),
         classes=classes,
-        left_out=_left_out(listings),
+        left_out=left_out,
     )
     return images if len(rows) == len(images) else images.select(rows)
 
@@ -123,12 +128,10 @@ def _files(listings: Sequence[SourceListing]) -> Keys | None:
 
 
 def _left_out(listings: Sequence[SourceListing]) -> dict[str, int]:
-    """Add up what folders hold besides images, and say it."""
+    """Add up what sources hold besides images."""
     total: Counter[str] = Counter()
     for listing in listings:
         total.update(listing.left_out)
-    if total:
-        say(f"left out: {as_text(total)}")
     return dict(total)
 
 

@@ -1,9 +1,12 @@
 """Read images by their place in a tar, a folder or a table."""
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pipeline.data.decoder_warnings import watched_decoders
@@ -11,6 +14,8 @@ from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
 from pipeline.data.importers.walk import printable
 from pipeline.data.sources import kind_of
+from pipeline.runtime.progress import say
+from singer.errors import UserError
 
 # This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
@@ -74,6 +79,29 @@ class ImageFile:
     def __exit__(self, *_: object) -> None:
         self.close()
         self._context.close()
+
+
+def readable(images: Images) -> Images:
+    """Return the images without those that cannot be decoded, which are said. Raises UserError if none is left.
+
+    This decodes every image once.
+    """
+
+    def fault(number: int) -> str | None:
+        try:
+            files.read(number)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ImageFile(images) as files, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        faults = list(pool.map(fault, range(len(images))))
+    for text in filter(None, faults):
+        say(f"skipped: {text}")
+    rows = np.flatnonzero([text is None for text in faults])
+    if not len(rows):
+        raise UserError(f"none of the {len(images)} images can be read")
+    return images.select(rows)
 
 
 def files_of(images: Images) -> Iterator[Path]:

@@ -8,16 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.data.importers.listing import KEPT
-from pipeline.data.importers.walk import suffix_of, walk
+from pipeline.data.importers.walk import names_below, printable, suffix_of, walk
 from pipeline.data.sources.tables import SUFFIXES as TABLES
 from pipeline.storage import is_remote
 from pipeline.storage.downloads import download
 from singer.errors import UserError
 
 Spec = str | Path | Sequence[str | Path]
-_TARS = (".tar", ".tgz", ".gz", ".zst", ".bz2", ".xz")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_TARS = (".tar", ".tgz", *_COMPRESSED)
+# What people take for images, too. Anything else with an unknown suffix may be a shard.
+_NO_SOURCES = {".json": "one JSON object a line in a file .jsonl is read", ".zip": "unpack it, and give the folder"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_LETTERS = re.compile(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MOST = 1_000_000
 # Hugging Face `datasets` names the files of a split like this.
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?")
@@ -43,6 +47,10 @@ def resolve(spec: Spec) -> list[Path]:
 
 def _sources(given: str) -> list[Path]:
     """Return the sources that one specification names."""
+    if not given.strip():
+        raise UserError("no images given: a name is empty, as of a variable of the shell that is not set")
+    if "::" in given and not os.path.lexists(given):
+        raise UserError(f"{given!r} names several; give each one by itself")
     if given.startswith("pipe:"):
         raise UserError(
             f"{given!r}: a pipe can be read once, and images are read by their place, again and again; write its "
@@ -103,6 +111,8 @@ def braces(text: str) -> Iterator[str]:
         numbers = _RANGE.fullmatch(content)
         if numbers:
             choices = _numbers(text, *numbers.groups())
+        elif letters := _LETTERS.fullmatch(content):
+            choices = _letters(*filter(None, letters.groups()))
         elif "," in content:
             choices = content.split(",")
         else:
@@ -112,6 +122,11 @@ def braces(text: str) -> Iterator[str]:
                 yield f"{text[: found.start()]}{choice}{rest}"
         return
     yield text
+
+
+def _letters(first: str, last: str) -> list[str]:
+    a, b = ord(first), ord(last)
+    return [chr(letter) for letter in range(a, b + (1 if b >= a else -1), 1 if b >= a else -1)]
 
 
 def _numbers(text: str, first: str, last: str, step: str | None) -> list[str]:
@@ -131,6 +146,8 @@ def _quoting(given: str, path: Path) -> str:
 def _file(path: Path) -> Path:
     if suffix_of(path.name) in KEPT:
         raise UserError(f"{path} is an image; give its folder, or a list of images (.txt, .csv, .tsv or .jsonl)")
+    if remedy := _NO_SOURCES.get(suffix_of(path.name)):
+        raise UserError(f"{path} is no folder, shard, list or table: {remedy}")
     return path
 
 
@@ -141,7 +158,7 @@ def _in_folder(path: Path, given: str) -> list[Path]:
         raise UserError(f"{given!r} has the splits {', '.join(splits)}; give one: {path / (splits or ['SPLIT'])[0]}")
     found = walk(path, (*_TARS, *TABLES), deep=False)
     tables = [name for name in found.files if suffix_of(name) in TABLES and not name.startswith("cache-")]
-    tars = [name for name in found.files if suffix_of(name) in _TARS]
+    tars = _shards(found.files)
     if tars and tables:
         raise UserError(f"{given!r} holds shards and tables; give one: '{path}/*{suffix_of(tars[0])}'")
     if not found.files and "data" in found.folders and walk(path / "data", TABLES, deep=False).files:
@@ -150,4 +167,38 @@ def _in_folder(path: Path, given: str) -> list[Path]:
         splits = sorted({match[1] for name in tables if (match := _SPLIT.fullmatch(name.rpartition(".")[0]))})
         if len(splits) > 1:
             raise UserError(f"{given!r} has the splits {', '.join(splits)}; give one: '{path}/{splits[0]}-*'")
+    if tars and (image := _an_image(path)):
+        raise UserError(
+            f"{given!r} holds shards, such as {tars[0]}, and images, such as {printable(image)}; for the shards give "
+            f"'{path}/*{suffix_of(tars[0])}', or move one of the two"
+        )
+    if not tars and not tables and not _an_image(path):
+        _look_deeper(path, given)
     return [path / name for name in tars or tables] or [path]
+
+
+def _shards(files: Sequence[str]) -> list[str]:
+    """Return the shards among the files of a folder, without compressed ones that are also there unpacked."""
+    names = set(files)
+    tars = []
+    for name in files:
+        suffix = suffix_of(name)
+        unpacked = f"{name[: -len(suffix)]}{'.tar' if suffix == '.tgz' else ''}"
+        if suffix == ".tar" or ((suffix == ".tgz" or suffix_of(unpacked) == ".tar") and unpacked not in names):
+            tars.append(name)
+    return tars
+
+
+def _an_image(path: Path) -> str | None:
+    """Return the name of an image file in a folder or below it, None if there is none."""
+    return next((name for name in names_below(path) if suffix_of(name) in KEPT), None)
+
+
+def _look_deeper(path: Path, given: str) -> None:
+    """Raise UserError that names the shards or tables in sub-folders, if there are any."""
+    found = next((name for name in names_below(path) if suffix_of(name) in (".tar", *TABLES)), None)
+    if found is not None:
+        raise UserError(
+            f"{given!r} holds no images, and its sub-folders hold shards or tables, such as {printable(found)}; give "
+            f"one of these folders, or all: '{path}/**/*{suffix_of(found)}'"
+        )

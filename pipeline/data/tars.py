@@ -4,12 +4,14 @@ import hashlib
 import os
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
+from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
 from pipeline.data.listed import NO_LABEL as NO_LABEL
 from pipeline.data.listed import SourceListing
 from pipeline.data.tar_members import Defect, Member, members_of
@@ -32,7 +34,7 @@ class Sample:
     """The members with one key, by extension.
 
     members: those that matter; images: those that may be the image, also with dots in their extension; label: text of
-    .cls; repeated: extensions that occur twice.
+    .cls; repeated: extensions that occur twice; other: an extension that is none of these.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Sample:
     images: dict[str, Member] = field(default_factory=dict)
     label: bytes | None = None
     repeated: list[str] = field(default_factory=list)
+    other: str = ""
     defect: str | None = None
 
     def has(self, extension: str) -> bool:
@@ -51,15 +54,18 @@ class Sample:
 class Samples:
     """Groups the members of a tar, one after the other. The members of a sample need not follow one another.
 
-    image_key: see CacheConfig; also: further extensions that matter. A member that its sample has already begins
+    image_key: see CacheConfig; also: further extensions that matter; left_out: {kind: how many files belong to no
+    sample}, see importers.walk. A member that its sample has already begins
     another sample with the same key, unless it follows directly.
     """
 
     def __init__(self, image_key: str | None = None, also: tuple[str, ...] = ()) -> None:
         self.all: list[Sample] = []
+        self.left_out: Counter[str] = Counter()
         self.scattered = False
         self._by_key: dict[str, Sample] = {}
         self._wanted = {LABEL_EXTENSION, *also}
+        self._image = image_key and image_key.lower().removeprefix(".")
         # A key that begins with a dot is the end of names: then a key ends there, and not at its first dot.
         ends = [image_key, f".{LABEL_EXTENSION}", *(f".{name}" for name in {*MAPS, *also})] if image_key else []
         self._ends = tuple(sorted(ends, key=len, reverse=True)) if image_key and image_key.startswith(".") else ()
@@ -69,8 +75,13 @@ class Samples:
         unsafe = UNSAFE.search(member.name) is not None
         parts = self._parts(member.name)
         if parts is None and not unsafe:
+            if member.regular:
+                self.left_out[kind_of_name(member.name)] += 1
             return
         key, extension = parts or (member.name, "")
+        matters = extension in self._wanted or self._is_image(extension)
+        if not (matters or member.regular or unsafe):
+            return  # a folder with a dot in its name, mostly
         sample = self._sample(key, extension)
         if unsafe:
             sample.defect = f"has the unsafe name {member.name!r}"
@@ -80,8 +91,14 @@ class Samples:
             sample.members[extension] = member
             if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
                 sample.label = os.pread(file, member.size, member.offset)
-        elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS and not extension.endswith(MAPS):
+        elif matters:
             sample.images[extension] = member
+        else:
+            sample.other = extension
+
+    def _is_image(self, extension: str) -> bool:
+        usual = extension.rpartition(".")[2] in IMAGE_EXTENSIONS and not extension.endswith(MAPS)
+        return usual or extension == self._image
 
     def _sample(self, key: str, extension: str) -> Sample:
         """Return the sample to which a member belongs, a new one if need be."""
@@ -97,8 +114,10 @@ class Samples:
 
     def _parts(self, name: str) -> tuple[str, str] | None:
         """Split a name into key and extension; None if it belongs to no sample."""
+        if name.startswith(".", name.rfind("/") + 1):
+            return None  # hidden; tars of macOS have such a file beside every image
         end = next((end for end in self._ends if name.lower().endswith(end)), None)
-        if end is not None and not name.rpartition("/")[2].startswith("."):
+        if end is not None:
             return name[: -len(end)], end[1:]
         named = _SAMPLE.match(name)
         return None if named is None or self._ends else (named[1], named[2].lower())
@@ -110,7 +129,7 @@ class Samples:
                 sample.defect = "may have lost members: the shard is damaged after it"
 
 
-def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[list[Sample], str | None]:
+def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[Samples, str | None]:
     """Read the samples of a shard, and what is wrong with it as a whole. also: further extensions that matter."""
     samples = Samples(image_key, also)
     try:
@@ -124,13 +143,14 @@ def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[
                 samples.add(member, file.fileno())
     except (Defect, OSError) as error:
         samples.damaged()
-        return samples.all, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
-    return samples.all, None
+        return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
+    return samples, None
 
 
 def list_tar(path: Path, image_key: str | None = None) -> SourceListing:
     """List the samples of a shard. Its content raises no error: defects are listed. image_key: see CacheConfig."""
-    samples, damage = read_samples(path, image_key=image_key)
+    found, damage = read_samples(path, image_key=image_key)
+    samples = found.all
     defects = [(-1, "", damage)] if damage is not None else []
     rows = np.zeros(len(samples), dtype=_ROW)
     text = bytearray()
@@ -146,7 +166,13 @@ def list_tar(path: Path, image_key: str | None = None) -> SourceListing:
             rows[number] = len(text), key_hash(key), NO_LABEL, 0, 0, False
     ends, hashes, labels, offsets, sizes, usable = (np.ascontiguousarray(rows[name]) for name in _ROW.names or ())
     letters = np.frombuffer(bytes(text), np.uint8)
-    return SourceListing(path.stat().st_size, letters, ends, hashes, labels, offsets, sizes, usable, defects)
+    columns = (letters, ends, hashes, labels, offsets, sizes, usable)
+    return SourceListing(path.stat().st_size, *columns, defects, left_out=found.left_out)
+
+
+def kind_of_name(name: str) -> str:
+    """Return the kind of a file that belongs to no sample, as importers.walk counts it."""
+    return HIDDEN if name.startswith(".", name.rfind("/") + 1) else suffix_of(name) or UNNAMED
 
 
 def key_hash(key: bytes) -> int:
@@ -165,7 +191,9 @@ def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]
         raise Defect("has an empty image")
     if LABEL_EXTENSION not in sample.members:
         return NO_LABEL, image
-    text = (sample.label or b"").strip()
+    if sample.label is None:
+        raise Defect("has a label that is not a class number: its .cls is too long, or no regular file")
+    text = sample.label.strip()
     if text == str(NO_LABEL).encode():
         return NO_LABEL, image
     if not text.isdigit() or int(text) >= 2**31:
@@ -187,7 +215,9 @@ def image_extension(sample: Sample, image_key: str | None) -> str:
     ordinary = [extension for extension in IMAGE_EXTENSIONS if extension in found]
     chosen = ordinary or list(found)
     if not chosen:
-        raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)})")
+        chosen_by = f"--set {shlex.quote(f'cache.image_key={sample.other}')}"
+        also = f"; if .{sample.other} is the image, say so: {chosen_by}" if sample.other else ""
+        raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)}){also}")
     if len(chosen) > 1 and not ordinary:
         field, end = (shlex.quote(f"cache.image_key={key}") for key in (chosen[0], f".{chosen[0].rpartition('.')[2]}"))
         raise Defect(

@@ -72,9 +72,10 @@ def read_maps(
             array = values(image, data, where)
             if not same_shape(image.size, size):
                 (w, h), (width, height) = image.size, size
+                turned = "; images are turned as their EXIF says, so turn it, too" if same_shape((h, w), size) else ""
                 raise UserError(
                     f"{where} has {w} x {h} pixels, but its image has {width} x {height}; give it the same ratio of "
-                    "width to height"
+                    f"width to height{turned}"
                 )
             return array
 

@@ -69,6 +69,7 @@ def write_card(card: ModelCard) -> str:
         backbone=card.backbone,
         trained=card.trained,
         settings=card.recipe.distill,
+        began=began_as(card.recipe),
         teachers=[
             {
                 "learned": learned,
@@ -124,6 +125,18 @@ def heads(model: Any) -> int | None:
     """Return the number of attention heads of a model of tokens; None if its blocks do not tell."""
     attention = getattr(next(iter(getattr(model, "blocks", ())), None), "attn", None)
     return getattr(attention, "num_heads", None)
+
+
+def began_as(recipe: Config) -> str:
+    """Return what the weights of the student were before its training."""
+    if recipe.student.pretrained:
+        return "a pretrained model of timm"
+    known = {
+        "random": "random weights",
+        "auto": "weights of the teacher if these fit it, else random weights (`student.init: auto`)",
+        "teacher": "weights of the teacher",
+    }
+    return known.get(recipe.student.init, f"weights of {Path(recipe.student.init).name}")
 
 
 def describe_norm(model: nn.Module) -> str:

@@ -18,8 +18,8 @@ from numpy.lib.format import open_memmap
 
 from pipeline.checks import check_embedding, check_model
 from pipeline.config import Config
-from pipeline.data import Spec, list_images
-from pipeline.evaluation.context import kinds_of
+from pipeline.data import Spec, list_images, readable
+from pipeline.evaluation.context import Features, kinds_of
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
@@ -38,12 +38,13 @@ class EmbedResult:
     """The result of embedding.
 
     names: the file with the names, None if they are in `out`; features: cls, mean or dense; tokens: block (raw) or
-    norm; shape: of one image's features.
+    norm; shape: of one image's features; left_out: images that cannot be read (with cache.on_error skip).
     """
 
     out: Path
     names: Path | None
     images: int
+    left_out: int
     features: str
     tokens: str
     shape: tuple[int, ...]
@@ -64,7 +65,7 @@ def embed(
 
     model, weights: as for evaluate; images: shards, folders of images, lists or tables; features: cls, mean or dense,
     by default cls if the model has a class token, else mean. evaluate.tokens chooses raw tokens (block, both) or normed
-    ones (norm).
+    ones (norm). cache.on_error skip leaves out images that cannot be read; for this, all are read twice.
     Raises UserError for mistakes that the user can fix.
     """
     check_embedding(out, features, overwrite)
@@ -76,6 +77,9 @@ def embed(
     if features == "cls" and not backbone.has_cls:
         raise UserError(f"--features cls: {model} has no class token; take mean or dense")
     tokens, convert = next(iter(kinds_of(backbone, config.evaluate).items()))
+    found = len(listed) + len(listed.skipped)
+    if config.cache.on_error == "skip":
+        listed = readable(listed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone.model.to(device)
     shape, start, done, name = shape_of(backbone, features), time.perf_counter(), 0, FEATURES[features]
@@ -83,7 +87,7 @@ def embed(
     names = names_file(out) if out.suffix == ".npy" else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, FORMATS[out.suffix](temporary, len(listed), shape, about) as write:
-        for batch in feature_batches(backbone, listed, config.evaluate, device, {tokens: convert}, (name,)):
+        for batch in _advised(feature_batches(backbone, listed, config.evaluate, device, {tokens: convert}, (name,))):
             rows = batch[tokens][name].numpy()
             write(listed.keys[done : done + len(rows)], rows.reshape(len(rows), *shape))
             done += len(rows)
@@ -91,7 +95,15 @@ def embed(
             with whole_file(names) as list_of_names:
                 list_of_names.write_bytes(json_bytes(list(listed.keys)))
     seconds = time.perf_counter() - start
-    return EmbedResult(out, names, done, features, tokens, shape, seconds, done / seconds)
+    return EmbedResult(out, names, done, found - done, features, tokens, shape, seconds, done / seconds)
+
+
+def _advised(batches: Iterator[Features]) -> Iterator[Features]:
+    """Yield batches. Raises UserError for an image that cannot be read, with the remedy."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(f"{error}; repair it, or leave out all such images with --on-error skip") from error
 
 
 def shape_of(backbone: Backbone, features: str) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
+from pipeline.data.formats import FORMATS, format_of
 from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.folders import check_filled
@@ -37,7 +38,6 @@ STAGE = "prepare"
 _PARTIAL = ".partial"
 # The layout of prepare.layout that is no known data set.
 _FOLDER = "folder"
-_JPEG = b"\xff\xd8"
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert], max_pixels: int) -
     data, where = (_bytes_of(file), printable(file)) if entry.read is None else entry.read()
     with named_errors(where):
         decode_rgb(data, max_pixels=max_pixels)
-    sample = {KEPT.get(file.suffix.lower(), "jpg" if data.startswith(_JPEG) else "png"): data}
+    sample = {KEPT.get(file.suffix.lower()) or _extension(data): data}
     for name, place in ((name, Path(path)) for name, path in (entry.beside or {}).items()):
         sample[name] = _bytes_of(place)
         pixels = decode(sample[name], printable(place), ("PNG",), max_pixels)
@@ -190,6 +190,11 @@ def read_sample(entry: Entry, convert: Mapping[str, Convert], max_pixels: int) -
     if entry.label is not None:
         sample["cls"] = str(entry.label).encode()
     return sample
+
+
+def _extension(data: bytes) -> str:
+    """Return the extension in shards of an image without a usual one. Its content decides how it is read."""
+    return FORMATS[format_of(data) or "PNG"].extensions[0]
 
 
 def _bytes_of(file: Path) -> bytes:

@@ -33,7 +33,8 @@ def download(url: str) -> list[Path]:
     scheme, _, rest = url.partition("://")
     place, _, name = rest.rpartition("/")
     if not place or not name:
-        raise UserError(f"{url!r} names no file; give one or several, such as '{url.rstrip('/')}/*.tar'")
+        place = f"{url}BUCKET" if url.endswith("://") else url.rstrip("/")
+        raise UserError(f"{url!r} names no file; give one or several, such as '{place}/*.tar'")
     client = RemoteStore.open(f"{scheme}://{place}", also=_WEB)
     if _MAGIC.isdisjoint(name):
         names = [name]

@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from pipeline.data.importers.listing import KEPT, Entry, Listing, images_in, read_lines, read_mat
-from pipeline.data.importers.walk import as_text, printable, walk
+from pipeline.data.importers.listing import KEPT, Entry, Listing, images_in, is_image, read_lines, read_mat
+from pipeline.data.importers.walk import as_text, printable, stem_of, walk
 from singer.errors import UserError
 
 BESIDE = ("seg.png", "depth.png")
@@ -19,13 +19,14 @@ def folder(root: Path, split: str = "") -> Listing:
     A mask or a depth map is beside its image as NAME.seg.png or NAME.depth.png. Links are followed; hidden files and
     folders are left out. Raises UserError for a map without an image, or a mixture of class folders and loose images.
     """
-    found = walk(root, KEPT)
+    found = walk(root, KEPT, unnamed=is_image)
     maps = {name for name in found.files if name.lower().endswith(_MAPS)}
     files = [name for name in found.files if name not in maps]
     if not files:
-        also = f"; there are only {as_text(found.left_out)}" if found.left_out else ""
+        lists = "; if these are images, name them in a list (.txt): it takes files with any suffix"
+        also = f"; there are only {as_text(found.left_out)}{lists}" if found.left_out else ""
         raise UserError(f"no images ({', '.join(KEPT)}) below {root}{also}")
-    stems = {name.rpartition(".")[0] for name in files}
+    stems = set(map(stem_of, files))
     for name in sorted(maps):
         if name.rsplit(".", 2)[0] not in stems:
             raise UserError(f"{printable(root / name)} has no image beside it")
@@ -44,13 +45,13 @@ def folder(root: Path, split: str = "") -> Listing:
 
 def _beside(root: Path, file: str, maps: Collection[str]) -> dict[str, str]:
     """Return {extension: file} of the maps beside an image."""
-    places = {name: f"{file.rpartition('.')[0]}.{name}" for name in BESIDE}
+    places = {name: f"{stem_of(file)}.{name}" for name in BESIDE}
     return {name: f"{root}/{place}" for name, place in places.items() if place in maps}
 
 
 def beside(file: str) -> dict[str, str]:
     """Return {extension: file} of the maps that are beside an image."""
-    places = {name: f"{file.rpartition('.')[0]}.{name}" for name in BESIDE}
+    places = {name: f"{stem_of(file)}.{name}" for name in BESIDE}
     return {name: place for name, place in places.items() if Path(place).is_file()}
 
 

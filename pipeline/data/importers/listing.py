@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.formats import IMAGE_EXTENSIONS
+from pipeline.data.formats import IMAGE_EXTENSIONS, START_BYTES, format_of
 from pipeline.data.importers.walk import walk
 from singer.errors import UserError
 
@@ -67,6 +67,15 @@ def existing(file: Path, why: str = "this layout needs it") -> Path:
     if not file.is_file():
         raise UserError(f"{file} does not exist; {why}")
     return file
+
+
+def is_image(path: str) -> bool:
+    """Return whether a file begins as an image does."""
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (many files: a Path takes longer)
+            return format_of(file.read(START_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.data.images import Skipped
 from pipeline.data.importers.folders import check_filled, folder
+from pipeline.data.importers.walk import stem_of
 from pipeline.data.listed import NO_LABEL, SourceListing
 from pipeline.data.names import file_keys
 from pipeline.data.sources.kind import Kind, Options, Samples, file_size
@@ -66,7 +67,7 @@ def _beside(
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     maps, sizes = [], np.zeros(len(keys), dtype=np.int64)
     for row, (key, file) in enumerate(zip(keys, files, strict=True)):
-        name = f"{file.rpartition('.')[0]}.{extension}"
+        name = f"{stem_of(file)}.{extension}"
         try:
             sizes[row] = file_size(name if name.startswith("/") else f"{path}/{name}")
         except UserError as error:

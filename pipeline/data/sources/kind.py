@@ -1,6 +1,7 @@
 """What every kind of source can do: list its images, read one where it is, and find the maps beside them."""
 
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,10 @@ import numpy as np
 from pipeline.data.images import Keys
 from pipeline.data.listed import NO_LABEL, SourceListing
 from singer.errors import UserError
+
+# A whole number, perhaps as a float; any number.
+_NUMBER = re.compile(r"-?[0-9]+(\.0*)?")
+_FLOAT = re.compile(r"-?[0-9]*\.?[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,21 @@ def file_size(path: str) -> int:
     return status.st_size
 
 
-def numbered(labels: Sequence[str | int | None], where: str) -> tuple[list[int], list[str]]:
+def numbered(labels: Sequence[str | float | None], where: str) -> tuple[list[int], list[str]]:
     """Return labels as class numbers, and the names of classes, sorted, if labels are names.
 
-    None, "" and -1 are not label. Raises UserError for a number that is not a class number. where: for messages.
+    None, "", NaN and -1 are no label. Whole numbers may be written as floats, as pandas does where a label is missing.
+    Raises UserError for a number that is not a class number. where: for messages.
     """
     texts = ["" if label is None else str(label).strip() for label in labels]
-    texts = ["" if text == str(NO_LABEL) else text for text in texts]
+    known = {text: text for text in texts} | {"": "", "nan": "", "NaN": "", str(NO_LABEL): ""}
+    if all(_NUMBER.fullmatch(text) for text in known.values() if text):
+        known |= {text: text.partition(".")[0] for text in known.values() if text}
+        known |= {text: "" for text, number in known.items() if number == str(NO_LABEL)}
+    elif all(_FLOAT.fullmatch(text) for text in known.values() if text):
+        part = next(text for text in known.values() if text and not _NUMBER.fullmatch(text))
+        raise UserError(f"{where} has the label {part}, which is no class number; give whole numbers or names")
+    texts = [known[text] for text in texts]
     given = {text for text in texts if text}
     if all(text.removeprefix("-").isdecimal() for text in given):
         wrong = [text for text in given if not 0 <= int(text) < 2**31]

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.importers.walk import printable
 from pipeline.data.listed import SourceListing
 from pipeline.data.names import file_keys
 from pipeline.data.sources.folder import FOLDER, FileReader, add_files
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered
+from pipeline.storage import is_remote
 from singer.errors import UserError
 
-PATHS = ("path", "image", "file_name")
-LABELS = ("label", "class")
+PATHS = ("path", "image", "file_name", "filename", "file", "filepath", "file_path", "image_path")
+LABELS = ("label", "class", "labels", "class_name", "cls")
 # A path and its label, if it has one.
-Pair = tuple[str, str | int | None]
+Pair = tuple[str, str | float | None]
 
 
 def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
@@ -31,7 +33,11 @@ def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
 
 def _separated(separator: str) -> Callable[[Iterable[str], Path], Iterator[Pair]]:
     def read(file: Iterable[str], path: Path) -> Iterator[Pair]:
-        rows = (row for row in csv.reader(file, delimiter=separator, strict=True) if any(map(str.strip, row)))
+        lines = list(file)
+        # Spreadsheets write semicolons where the comma is in numbers.
+        first = next((line for line in lines if line.strip()), "")
+        used = separator if separator in first or ";" not in first else ";"
+        rows = (row for row in csv.reader(lines, delimiter=used, strict=True) if any(map(str.strip, row)))
         at, label = 0, 1
         for number, row in enumerate(rows):
             names = [cell.strip().lower() for cell in row]
@@ -52,8 +58,10 @@ def _objects(file: Iterable[str], path: Path) -> Iterator[Pair]:
             value: Any = json.loads(line)
             name = next((value[key] for key in PATHS if key in value), None) if isinstance(value, dict) else None
             label = next((value[key] for key in LABELS if key in value), None) if isinstance(value, dict) else None
-            if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, str | int | None):
-                raise ValueError(f"line {number} is not an object with {' or '.join(PATHS)}, and {' or '.join(LABELS)}")
+            if not isinstance(name, str):
+                raise ValueError(f"line {number} is not an object with {' or '.join(PATHS[:3])}, and maybe {LABELS[0]}")
+            if isinstance(label, bool) or not isinstance(label, str | int | float | None):
+                raise ValueError(f"line {number} has the label {str(label)[:40]}, which is no class number or name")
             yield name, label
 
 
@@ -68,7 +76,9 @@ FORMS: dict[str, Callable[[Iterable[str], Path], Iterator[Pair]]] = {
 def read_pairs(path: Path) -> Sequence[Pair]:
     """Read the paths and labels of a list. Raises UserError that names the file if it cannot be read."""
     try:
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with path.open("rb") as binary:
+            coding = "utf-16" if binary.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with path.open(newline="", encoding=coding, errors="surrogateescape") as file:
             return list(FORMS[path.suffix.lower()](file, path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -77,7 +87,7 @@ def read_pairs(path: Path) -> Sequence[Pair]:
 
 
 def _list(path: Path, options: Options) -> SourceListing:
-    pairs = read_pairs(path)
+    pairs = [(_file_of(name), label) for name, label in read_pairs(path)]
     if not pairs:
         raise UserError(f"{path} is empty; it should list images, one a line")
     names = [name.encode(errors="replace" if _is_odd(name) else "surrogateescape").decode(errors="surrogateescape")
@@ -86,6 +96,15 @@ def _list(path: Path, options: Options) -> SourceListing:
     samples = Samples(file_keys(names), labels, files=names)
     add_files(samples, path.parent)
     return samples.listing(sum(samples.sizes), classes)
+
+
+def _file_of(name: str) -> str:
+    """Return the file that a line names. Raises UserError for a URL."""
+    if name.startswith("~"):
+        return str(Path(name).expanduser()) if name.startswith("~/") else name
+    if is_remote(name) and not name.startswith("file://"):
+        raise UserError(f"{printable(name)} is in a list, and lists hold files; give shards by their URLs, or copy it")
+    return name.removeprefix("file://")
 
 
 def _is_odd(name: str) -> bool:

@@ -99,9 +99,14 @@ class _Table:
         features = self.features()
         named = [n for n in found if isinstance(features.get(n), dict) and features[n].get("_type") == "Image"] or found
         if len(named) != 1:
-            remedy = f"; choose one with --set cache.image_key={named[0]}" if named else ""
+            remedy = f"; choose one with --set cache.image_key={named[0]}" if named else self._without_images()
             raise UserError(f"{self.path} has {len(named)} columns of images ({', '.join(named) or 'none'}){remedy}")
         return str(named[0])
+
+    def _without_images(self) -> str:
+        """Return what to do about a table without images: it may hold their paths."""
+        texts = [field.name for field in self.schema if field.type in (self._pa.string(), self._pa.large_string())]
+        return f"; if {texts[0]!r} holds paths, write them to a list (.csv or .jsonl)" if texts else ""
 
     def labels(self) -> tuple[list[int], list[str]]:
         """Return the label of each row, and the names of the classes if they are known."""
@@ -111,8 +116,12 @@ class _Table:
         if not names:
             return [-1] * int(self.starts[-1]), []
         values = [v for group in range(len(self.starts) - 1) for v in self.column(group, names[0]).to_pylist()]
-        if any(isinstance(value, bool) or not isinstance(value, str | int | None) for value in values):
-            raise UserError(f"{self.path}: the column {names[0]!r} holds no class numbers or names")
+        wrong = [v for v in values if isinstance(v, bool) or not isinstance(v, str | int | float | None)]
+        wrong += [v for v in values if isinstance(v, float) and v == v and not v.is_integer()]
+        if wrong:
+            raise UserError(
+                f"{self.path}: the column {names[0]!r} holds no class numbers or names: {str(wrong[0])[:40]}"
+            )
         labels, classes = numbered(values, str(self.path))
         return labels, classes or list(map(str, features.get(names[0], {}).get("names") or ()))
 

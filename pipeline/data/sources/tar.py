@@ -51,7 +51,7 @@ def _beside(
     path: Path, extension: str, keys: Sequence[str], files: Sequence[str], offsets: np.ndarray
 ) -> tuple[None, np.ndarray, np.ndarray]:
     # Images are known by their place, as keys may have got a prefix.
-    samples = {m.offset: sample for sample in read_samples(path, extension)[0] for m in sample.images.values()}
+    samples = {m.offset: sample for sample in read_samples(path, extension)[0].all for m in sample.images.values()}
     found = np.zeros((2, len(keys)), dtype=np.int64)
     for row, (key, offset) in enumerate(zip(keys, offsets.tolist(), strict=True)):
         sample = samples.get(offset)
