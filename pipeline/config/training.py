@@ -95,6 +95,12 @@ class StudentConfig(Section):
     init_blocks: Literal["first", "even"] = key(
         "first", "which blocks of a deeper model the student starts from: its first ones, or evenly spaced ones"
     )
+    exit: Literal["plain", "lift", "wide"] = key(
+        "plain",
+        "last block of a Vision Transformer of timm: as the others, with a linear map to exit_width after it (lift), "
+        "or itself that wide (wide)",
+    )
+    exit_width: Positive | None = key(None, "lift, wide: channels of the last block; default: the first teacher's")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 
@@ -103,6 +109,10 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    projector: str = key(
+        "linear",
+        "how tokens are brought to the teacher's width: a name among singer/projectors; not part of the student",
+    )
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")

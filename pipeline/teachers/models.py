@@ -25,6 +25,7 @@ from pipeline.teachers.outlines import fitting_models, outline_of
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
 from pipeline.teachers.placement import narrow
 from pipeline.teachers.weights import read_weights
+from singer import exits as exits  # timm then knows students with a wider exit
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 

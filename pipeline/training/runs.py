@@ -87,9 +87,9 @@ class NewStudent:
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
         set_seed(settings.seed)
-        size = sources[0].cache.manifest.teacher.image_size
-        self.student: Backbone = new_student(job.config.student, size, job.module)
         t, loaded = sources[0].cache.manifest.teacher, sources[0].cache.teacher_config(job.config.teacher.weights)
+        width = t.width_of(sources[0].cache.blocks[-1])
+        self.student: Backbone = new_student(job.config.student, t.image_size, job.module, width)
         origin = TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
         start_student(self.student, job.config.student, origin)
         synchronise(self.student.model, accelerator)
@@ -110,7 +110,7 @@ class NewStudent:
             branches.append(
                 TeacherBranch(
                     self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
-                    whole=settings.token_share == 1,
+                    whole=settings.token_share == 1, projector=settings.projector,
                 )
             )  # fmt: skip
         self.distiller = Distiller(self.student, branches).to(device)

@@ -48,7 +48,8 @@ class StudentRun:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
         self.first_step, self.ema, self.distiller = first_step, ema, distiller
-        self.peak = peak_rate(settings, student.width)
+        # Of a student with a wider exit, the other blocks.
+        self.peak = peak_rate(settings, student.layout[0][0] if student.gives_tokens else student.width)
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
