@@ -55,7 +55,7 @@ def test_projectors_compute_what_their_papers_say() -> None:
     assert float(state["cls.1.0.weight"].std()) == pytest.approx(0.02, rel=0.2)
 
 
-@pytest.mark.parametrize("projector", ["mlp", "ladder"])
+@pytest.mark.parametrize("projector", [pytest.param("mlp", marks=pytest.mark.slow), "ladder"])
 def test_projectors_train(world: Path, tmp_path: Path, projector: str) -> None:
     """A ladder reads blocks that no teacher block is matched to, and its gradient reaches all of them."""
     sets = [f"distill.projector={projector}", "distill.blocks=[3]", "distill.epochs=1"]
@@ -106,7 +106,7 @@ def test_exits(kind: str) -> None:
         torch.testing.assert_close(model(images), pooled)
 
 
-@pytest.mark.parametrize("kind", ["lift", "wide"])
+@pytest.mark.parametrize("kind", ["lift", pytest.param("wide", marks=pytest.mark.slow)])
 def test_a_student_with_an_exit_is_trained_kept_and_exported(world: Path, tmp_path: Path, kind: str) -> None:
     """Its last block is compared as it is; it starts from the teacher; what is written loads as the same model."""
     sets = [f"student.exit={kind}", "student.init=teacher", "distill.epochs=1"]
