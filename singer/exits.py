@@ -20,7 +20,6 @@ NAME = "vit_exit"
 _STD = 0.02
 
 
-@register_model
 def vit_exit(
     pretrained: bool = False,
     *,
@@ -45,7 +44,11 @@ def vit_exit(
     model.pretrained_cfg = {**(cfg if isinstance(cfg, dict) else cfg.to_dict()), "architecture": NAME}
     if saved:
         load_pretrained(model, model.pretrained_cfg, model.num_classes, filter_fn=checkpoint_filter_fn)
-    return model
+    built: nn.Module = model
+    return built
+
+
+register_model(vit_exit)
 
 
 def _widen(model: VisionTransformer, base: str, exit: Exit, width: int, args: dict[str, Any]) -> None:

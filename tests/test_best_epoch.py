@@ -63,14 +63,14 @@ def test_the_best_epoch_is_kept(world: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_the_average_is_what_is_measured(world: Path, tmp_path: Path) -> None:
     """Of a student with a moving average, the average; training is the same."""
-    plain = [*SETS, "distill.objective=labels", "distill.epochs=1"]
+    plain = [*SETS, "distill.objective=labels", "distill.epochs=2"]
     losses = {}
     for name, given in (("moving", [*plain, "distill.ema=0.999999999"]), ("plain", plain)):
         distill(world_config(world, *given), world / "cache", tmp_path / name)
         lines = [line for line in read_log(tmp_path / name / "log.jsonl") if "held_out_loss" in line]
         losses[name] = [line["held_out_loss"] for line in lines], [line["loss"] for line in lines]
     assert losses["moving"][1] == losses["plain"][1]  # training does not notice
-    assert losses["moving"][0] != losses["plain"][0]
+    assert losses["moving"][0][-1] != losses["plain"][0][-1]
 
 
 @pytest.mark.parametrize(
