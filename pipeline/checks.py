@@ -33,6 +33,7 @@ _REFINE = {
 }
 _DISTILL = {
     "distill.objective": ("singer.objectives", "OBJECTIVES"),
+    "distill.projector": ("singer.projectors", "PROJECTORS"),
 }
 NAMES: dict[str, dict[str, tuple[str, str]]] = {
     "cache-teacher": _CACHE,

@@ -42,6 +42,12 @@ def patch_size(model: nn.Module) -> int | None:
     return size if isinstance(size, int) else int(size[0])
 
 
+def body_width(model: nn.Module) -> int:
+    """Return the width, in channels, of the blocks of a model of tokens but the last, which may be wider (exits)."""
+    width: Any = getattr(model, "body_dim", None) or model.embed_dim
+    return int(width)
+
+
 def depth(model: nn.Module) -> int:
     """Return the number of blocks of a model of tokens, or of stages of another model."""
     info: Any = model.feature_info
@@ -64,10 +70,12 @@ def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]
     """List (width, (rows, columns)) of the tokens of every block at an image size in pixels."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if gives_tokens(model) and grid is not None:
-        return [(int(model.embed_dim), (int(grid[0]), int(grid[1])))] * depth(model)  # type: ignore[arg-type]
-    training, place = model.training, next(model.parameters())
+        place = (int(grid[0]), int(grid[1]))
+        last: Any = model.embed_dim
+        return [*[(body_width(model), place)] * (depth(model) - 1), (int(last), place)]
+    training, like = model.training, next(model.parameters())
     model.eval()
-    maps = _maps(model, torch.zeros(1, 3, image_size, image_size).to(place), range(depth(model)))
+    maps = _maps(model, torch.zeros(1, 3, image_size, image_size).to(like), range(depth(model)))
     model.train(training)
     return [(int(x.shape[1]), (int(x.shape[2]), int(x.shape[3]))) for x in maps]
 

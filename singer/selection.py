@@ -11,7 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor, nn
 
-from singer.backbones import depth, gives_tokens
+from singer.backbones import body_width, depth, gives_tokens
 
 Order = Literal["first", "even"]
 """Which blocks: the first ones, or evenly spaced ones up to the last."""
@@ -41,7 +41,7 @@ def misfit(source: nn.Module, student: nn.Module) -> str | None:
         return f"it is a {type(source).__name__} and the student a {type(student).__name__}"
     for what, here, there in (
         ("blocks", depth(source), depth(student)),
-        ("channels", _width(source), _width(student)),
+        ("channels", body_width(source), body_width(student)),
     ):
         if there > here:
             return f"it has {here} {what} and the student {there}"
@@ -78,10 +78,13 @@ def select_weights(source: nn.Module, student: nn.Module, order: Order = "first"
             continue
         if name in ("pos_embed", "patch_embed.proj.weight"):
             continue
+        if any(wanted > there for wanted, there in zip(old.shape, found.shape, strict=True)):
+            continue  # a wider exit than the source is
         found = _scaled(found, origin, have, name, state)
         for axis in range(old.dim()):
             found = found.index_select(axis, _kept(name, axis, found.shape[axis], old.shape[axis], ours, theirs))
-        state[name] = found.to(old.dtype).contiguous()
+        if found.shape == old.shape:
+            state[name] = found.to(old.dtype).contiguous()
     _select_patches(have, state)
     _select_positions(have, state, source, student)
     return state
@@ -104,10 +107,6 @@ class _Shape:
         """Return which channels of the heads a smaller model has."""
         heads, channels = even(self.heads, other.heads), even(self.head_width, other.head_width)
         return (heads[:, None] * self.head_width + channels).flatten()
-
-
-def _width(model: nn.Module) -> int:
-    return int(model.embed_dim)  # type: ignore[arg-type]
 
 
 def _kept(name: str, axis: int, larger: int, smaller: int, ours: _Shape, theirs: _Shape) -> Tensor:

@@ -34,7 +34,7 @@ from pipeline.teachers.teacher import load_teacher
 from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
-from pipeline.training.runs import decay_groups
+from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.targets import Targets
 from singer.adapter_losses import robust_outlier
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold

@@ -95,6 +95,12 @@ class StudentConfig(Section):
     init_blocks: Literal["first", "even"] = key(
         "first", "which blocks of a deeper model the student starts from: its first ones, or evenly spaced ones"
     )
+    exit: Literal["plain", "lift", "wide"] = key(
+        "plain",
+        "last block of a Vision Transformer of timm: as the others, with a linear map to exit_width after it (lift), "
+        "or itself that wide (wide)",
+    )
+    exit_width: Positive | None = key(None, "lift, wide: channels of the last block; default: the first teacher's")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 
@@ -103,6 +109,10 @@ class DistillConfig(Section):
     """The training of a student."""
 
     objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    projector: str = key(
+        "linear",
+        "how tokens are brought to the teacher's width: a name among singer/projectors; not part of the student",
+    )
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
@@ -113,6 +123,9 @@ class DistillConfig(Section):
     )
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
+    layer_decay: Fraction = key(
+        1.0, "factor of the rate from a block of the student to the one before it; below 1, a start is changed less"
+    )
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
     token_share: Fraction = key(
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
@@ -123,6 +136,12 @@ class DistillConfig(Section):
         0.0,
         "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
         shared=True,
+    )
+    keep: Literal["last", "best"] = key(
+        "last", "the student that is stored: the last, or that of the epoch with the lowest loss on held-out images"
+    )
+    patience: Positive | None = key(
+        None, "training ends after so many epochs without a lower loss on held-out images; default: it does not"
     )
     clip_grad: Above | None = key(None, "largest norm of the gradient")
     accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
@@ -175,6 +194,9 @@ class DistillConfig(Section):
                 f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
                 f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
             )
+        if not self.holdout and (self.keep == "best" or self.patience is not None):
+            given = "keep: best" if self.keep == "best" else f"patience: {self.patience}"
+            raise UserError(f"{given} is about the loss on held-out images; hold some out (--set distill.holdout=0.02)")
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
         if self.read_block > self.shuffle_window:

@@ -51,7 +51,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     )
     codecs = dict.fromkeys([config.cache.codec, *LADDER])
     sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
-    student = new_student(config.student, backbone.image_size)
+    student = new_student(config.student, backbone.image_size, width=backbone.width)
     trained = _student_rate(config, student, records, device)
     return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda")
 

@@ -24,6 +24,7 @@ from pipeline.models.loading import load_model
 from pipeline.models.names import HF, LOCAL, OWN
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import separate
+from singer import exits
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 
@@ -118,7 +119,7 @@ def write_hf(student: Student, folder: Path) -> Written:
     A student of transformers is written as transformers itself does.
     """
     _require_whole_model(student, "hf")
-    if student.backbone.architecture.startswith(OWN):
+    if student.backbone.architecture.startswith(OWN) or student.backbone.architecture == exits.NAME:
         raise UserError("--to hf is for models of timm and transformers; take onnx or torch-export for this student")
     if student.backbone.architecture.startswith(HF):
         return _write_transformers(student, folder)
@@ -281,10 +282,14 @@ def _read_timm(student: Student, folder: Path) -> Written:
     tokens = "patches, prefix" if backbone.prefix else "patches"
     more = ", return_prefix_tokens=True" if backbone.prefix else ""
     layout = "NLC" if backbone.gives_tokens else "NCHW"
+    # The package singer-vit knows students with a wider exit, and timm alone does not.
+    more_imports = (
+        f"\nimport {exits.__name__}  # pip install singer-vit\n" if backbone.architecture == exits.NAME else ""
+    )
     snippet = f"""import timm
 import torch
 from PIL import Image
-
+{more_imports}
 model = timm.create_model("{LOCAL}.", pretrained=True).eval()  # "." is the path of this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)

@@ -6,19 +6,23 @@ from pipeline.config import StudentConfig
 from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line
 from pipeline.models.loading import check_known, create_model
-from pipeline.models.names import is_function
+from pipeline.models.names import HF, is_function
 from pipeline.models.own import Own, describe_own
+from singer import exits
 from singer.errors import UserError
 
 # A student named `vit` is built from this architecture; the given dimensions replace all of its own.
 PLAIN_VIT = "vit_tiny_patch16_224"
 
 
-def new_student(config: StudentConfig, image_size: int, module: Own | None = None) -> Backbone:
+def new_student(
+    config: StudentConfig, image_size: int, module: Own | None = None, width: int | None = None
+) -> Backbone:
     """Build a student without a head, for training. image_size: in pixels, used if the configuration gives none.
 
-    module: a module of the user's own with its description; it is the student, at its own image size by default. Raises
-    UserError if the configuration does not describe a model that gives feature maps.
+    module: a module of the user's own with its description; it is the student, at its own image size by default. width:
+    that of a wider exit if the configuration gives none, in channels. Raises UserError if the configuration does not
+    describe a model that gives feature maps.
     """
     if module is not None:
         return _trainable(describe_own(module, config.image_size, config.name))
@@ -39,6 +43,9 @@ def new_student(config: StudentConfig, image_size: int, module: Own | None = Non
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
+    if config.exit != "plain":
+        args |= _exit(config, name, width)
+        name = exits.NAME
     # A function of the user's own says for which size it is; all else is built for the teacher's.
     size = config.image_size or (None if is_function(name) else image_size)
     student = create_model(name, size, args, None, pretrained=config.pretrained, what="student.name")
@@ -49,6 +56,16 @@ def new_student(config: StudentConfig, image_size: int, module: Own | None = Non
             f"student.name {config.name} gives no feature maps at {size} pixels: {first_line(error)}"
         ) from None
     return _trainable(student)
+
+
+def _exit(config: StudentConfig, base: str, width: int | None) -> dict[str, Any]:
+    """Return what builds a wider exit of a model of timm. Raises UserError for other models."""
+    if is_function(base) or base.startswith(HF):
+        raise UserError(f"student.exit {config.exit} is for Vision Transformers of timm, and not for {base}")
+    check_known(base, f"student.name: timm has no model {base!r}")
+    if config.exit_width is None and width is None:
+        raise UserError(f"student.exit {config.exit} needs student.exit_width here")
+    return {"base": base, "exit": config.exit, "exit_width": config.exit_width or width}
 
 
 def _trainable(student: Backbone) -> Backbone:

@@ -11,17 +11,21 @@ from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
 from singer.backbones import block_outputs, freeze_unused
+from singer.errors import UserError
+from singer.exits import has_exit
 from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.patch_dropout import PatchDropout, install
+from singer.projectors import PROJECTORS, Projector, ProjectorSpec
 from singer.refiner import Refiner
 
 
 class TeacherBranch:
     """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
 
-    A projector is a linear map to the teacher's width; there is one at every matched block. The adapters refine the
+    A projector brings tokens to the teacher's width; there is one at every matched block. The adapters refine the
     targets. matching: {teacher block: student block}; objectives: {name: weight}; weight: the weight of their sum;
-    name: the teacher's name among several teachers; whole: whether the student always sees all patches.
+    name: the teacher's name among several teachers; whole: whether the student always sees all patches; projector: a
+    name in PROJECTORS.
     """
 
     def __init__(
@@ -35,26 +39,49 @@ class TeacherBranch:
         weight: float = 1.0,
         name: str = "",
         whole: bool = True,
+        projector: str = "linear",
     ) -> None:
         self.name, self.weight = name, weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
         context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
         self.objective = Mixture({o: OBJECTIVES[o](context) for o in objectives}, objectives)
+        kind = PROJECTORS[projector]
 
         def projectors(blocks: Sequence[int]) -> nn.ModuleDict:
             """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
-            return nn.ModuleDict({str(t): nn.Linear(self.layout[matching[t]][0], targets.width(t)) for t in blocks})
+            return nn.ModuleDict({str(t): kind(self._spec(matching[t], t, kind)) for t in blocks})
 
         # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
         self.normalised_blocks = self.objective.reads(in_teacher_units=False)
         self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
+        if has_exit(student.model) and projector == "linear":
+            # A linear map after an exit that is as wide as the teacher would undo what the exit is for.
+            for t in (t for t in self.normalised_blocks if self._is_exit(matching[t], t)):
+                self.projectors[str(t)] = nn.Identity()
         self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
+        # {teacher block: the student's blocks that its projectors read}.
+        self.read = {t: _reads(kind, b) for t, b in self.matching.items()}
         # Outside of training: {teacher block: squares} of the last batch.
         self.errors: dict[int, Tensor] = {}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in self.matching.items()}
+
+    def _is_exit(self, block: int, teacher_block: int) -> bool:
+        """Return whether a block is the last one, and as wide as the teacher."""
+        return block == len(self.layout) - 1 and self.layout[block][0] == self.targets.width(teacher_block)
+
+    def _spec(self, block: int, teacher_block: int, kind: type[Projector]) -> ProjectorSpec:
+        """Return the ends of a projector from a block. Raises UserError if it cannot read the blocks before it."""
+        layout = [self.layout[b] for b in _reads(kind, block)]
+        if len({grid for _, grid in layout}) > 1:
+            raise UserError(
+                "distill.projector ladder adds up all blocks, and those of this student have different grids; take "
+                "another projector, or a student such as vit"
+            )
+        widths = tuple(width for width, _ in layout)
+        return ProjectorSpec(widths, self.targets.width(teacher_block), int(self.targets.keep_cls))
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -67,10 +94,16 @@ class TeacherBranch:
 
         outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
         """
-        own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.matching.values()}
+        own = {
+            b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls)
+            for read in self.read.values()
+            for b in read
+        }
 
         def projected(projectors: nn.ModuleDict) -> dict[int, Tensor]:
-            tokens = {int(t): project(own[self.matching[int(t)]]).float() for t, project in projectors.items()}
+            tokens = {
+                int(t): project(*(own[b] for b in self.read[int(t)])).float() for t, project in projectors.items()
+            }
             return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
 
         return Tokens(projected(self.projectors), projected(self.unit_projectors))
@@ -140,7 +173,7 @@ class Distiller(nn.Module):
         named = trained if len(branches) > 1 else branches[0].trained
         for name, module in named.items():
             self.add_module(name, module)
-        self.blocks = sorted({block for branch in branches for block in branch.matching.values()})
+        self.blocks = sorted({block for branch in branches for read in branch.read.values() for block in read})
         freeze_unused(self.student, self.blocks[-1], student.image_size)
         # Convolutions on a GPU take channels-last tensors without converting them.
         maps = not student.gives_tokens and branches[0].targets.device.type == "cuda"
@@ -178,6 +211,11 @@ class Distiller(nn.Module):
             prefix = f"{branch.name}." if len(self.branches) > 1 else ""
             losses |= {f"{prefix}{name}": loss for name, loss in found.items()}
         return losses
+
+
+def _reads(kind: type[Projector], block: int) -> range:
+    """Return the student's blocks that a projector of this kind reads for a matched block."""
+    return range(block + 1) if kind.reads_all else range(block, block + 1)
 
 
 def squares(wanted: Tensor, found: Tensor) -> Tensor:

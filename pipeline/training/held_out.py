@@ -1,6 +1,7 @@
 """Measure students on images that they are not trained on, after every epoch."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class HeldOut:
     def measure(self, student_runs: Sequence[StudentRun], device: torch.device) -> list[dict[str, object]]:
         """Return for each student {held_out_loss, explained_variance: {teacher block: share of the targets'}}.
 
-        Students see all patches. All processes compute the same.
+        Students see all patches, and are what would be stored: moving averages, where there are some. All processes
+        compute the same.
         """
         size, count = self.settings.batch_size, len(self.load)
         starts = range(0, count, size)
@@ -54,16 +56,18 @@ class HeldOut:
         lists = [[BatchIndices(part, np.full(len(part), 1 / count, np.float32))] for part in shares]
         losses = [0.0] * len(student_runs)
         errors: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
-        for run in student_runs:
-            run.distiller.eval()
-        for stored in on_device(self.load(lists, self.settings.workers), device):
-            batches = stored.batches(self.load.caches, [run.student for run in student_runs])
-            for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
-                found, parts = run.distiller.measured(batch)
-                current().beat()
-                losses[n] += float(torch.stack(list(found.values())).sum())
-                for block, sums in parts.items():
-                    errors[n][block] = errors[n].get(block, 0) + sums
+        with ExitStack() as averages:
+            for run in student_runs:
+                run.distiller.eval()
+                averages.enter_context(run.averaged())
+            for stored in on_device(self.load(lists, self.settings.workers), device):
+                batches = stored.batches(self.load.caches, [run.student for run in student_runs])
+                for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
+                    found, parts = run.distiller.measured(batch)
+                    current().beat()
+                    losses[n] += float(torch.stack(list(found.values())).sum())
+                    for block, sums in parts.items():
+                        errors[n][block] = errors[n].get(block, 0) + sums
         for run in student_runs:
             run.distiller.train()
         return [

@@ -65,7 +65,8 @@ class DistillResult:
     """A trained student, and what it learned from its first teacher (see TeacherLink).
 
     loss: the mean since the log line before the last; seconds: the duration of training; others: what the student
-    learned from its other teachers.
+    learned from its other teachers; kept_epoch: the epoch after which the student was as it is stored, None for the
+    last.
     """
 
     run: Path
@@ -83,6 +84,7 @@ class DistillResult:
     refiner: RefinerNote | None = None
     cache_place: str | None = None
     others: list[TeacherLink] = field(default_factory=list)
+    kept_epoch: int | None = None
 
     @property
     def taught(self) -> list[TeacherLink]:

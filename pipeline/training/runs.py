@@ -1,17 +1,14 @@
 """Build students with all they need, train them on one pass over a cache, and store them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data import ImageFile
@@ -28,6 +25,7 @@ from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
+from pipeline.training.best import Best, State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
@@ -35,6 +33,7 @@ from pipeline.training.distiller import Distiller, TeacherBranch
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.held_out import HeldOut, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
+from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -55,11 +54,6 @@ from pipeline.training.trainer import train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.refiner import Refiner
-
-State = Mapping[str, Tensor]
-# Besides vectors and biases, these never decay: CLS, register and mask tokens, position embeddings, and scales with
-# more than one axis.
-_NO_DECAY = ("*_token", "*_tokens", "*pos_embed", "*.position_embedding*", "*.gamma")
 
 
 @dataclass(frozen=True)
@@ -89,9 +83,9 @@ class NewStudent:
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
         set_seed(settings.seed)
-        size = sources[0].cache.manifest.teacher.image_size
-        self.student: Backbone = new_student(job.config.student, size, job.module)
         t, loaded = sources[0].cache.manifest.teacher, sources[0].cache.teacher_config(job.config.teacher.weights)
+        width = t.width_of(sources[0].cache.blocks[-1])
+        self.student: Backbone = new_student(job.config.student, t.image_size, job.module, width)
         origin = TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
         start_student(self.student, job.config.student, origin)
         synchronise(self.student.model, accelerator)
@@ -112,7 +106,7 @@ class NewStudent:
             branches.append(
                 TeacherBranch(
                     self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
-                    whole=settings.token_share == 1,
+                    whole=settings.token_share == 1, projector=settings.projector,
                 )
             )  # fmt: skip
         self.distiller = Distiller(self.student, branches).to(device)
@@ -168,12 +162,15 @@ class NewStudent:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
         # One kernel for all weights, where there is one; on CPUs the default stays.
         fused = accelerator.device.type == "cuda" or None
-        optimiser = torch.optim.AdamW(decay_groups(self.distiller, settings.weight_decay), fused=fused)
+        groups = decay_groups(self.distiller, settings.weight_decay, settings.layer_decay)
+        optimiser = torch.optim.AdamW(groups, fused=fused)
+        best = Best(settings, self.states) if len(self.held_out) else None
         parts = {
             "model": WholeModel(self.distiller),
             "optimiser": WholeOptimiser(self.distiller, optimiser),
             "scaler": accelerator.scaler,
             "ema": WholeModel(average) if average is not None else None,
+            "best": best,
         }
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
@@ -187,20 +184,14 @@ class NewStudent:
         )
         step_model = StepModel(model, compiles, required=settings.compile is True)
         return StudentRun(
-            settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller
-        )
+            settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller,
+            best,
+        )  # fmt: skip
 
-
-def decay_groups(distiller: Distiller, weight_decay: float) -> list[dict[str, Any]]:
-    """Group what is trained for an optimiser: weights that decay, and those that do not.
-
-    Biases, norms, scales, tokens and position embeddings do not decay, nor do the weights that the student's
-    architecture names.
-    """
-    named: Any = getattr(distiller.student, "no_weight_decay", set)
-    exempt = {f"student.{name}" for name in named()} | set(_NO_DECAY)
-    groups: list[dict[str, Any]] = param_groups_weight_decay(distiller, weight_decay, no_weight_decay_list=exempt)
-    return groups
+    def states(self) -> tuple[State, State]:
+        """Return the states of the student (its moving average, if there is one) and of all that is trained."""
+        student = WholeModel(self.student.model if self.ema is None else self.ema.module).state_dict()
+        return student, WholeModel(self.distiller).state_dict()
 
 
 def run_jobs(
@@ -240,8 +231,7 @@ def run_jobs(
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = describe(new, student_run, m)
         with ranks.together():
-            student = WholeModel(new.student.model if new.ema is None else new.ema.module).state_dict()
-            trained = WholeModel(new.distiller).state_dict()
+            student, trained = student_run.kept_states or new.states()
         if accelerator.is_main_process:
             store(new, result, student, trained)
             student_run.checkpoint.path.unlink(missing_ok=True)
@@ -252,7 +242,7 @@ def run_jobs(
 
 def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
-    settings, job = new.job.config.distill, new.job
+    job = new.job
     first, *others = new.taught
     return DistillResult(
         **vars(first),
@@ -260,11 +250,12 @@ def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResul
         run=job.out,
         student=job.out / STUDENT,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
-        steps=settings.epochs * steps_per_epoch(new.count, settings.batch_size),
+        steps=student_run.steps,
         loss=student_run.loss,
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
+        kept_epoch=student_run.best.epoch if student_run.best is not None and student_run.kept_states else None,
     )
 
 
@@ -282,6 +273,7 @@ def store(new: NewStudent, result: DistillResult, student: State, trained: State
         write_tensors(out / ADAPTERS, adapters)
     # The stored result has no absolute paths of the run, because a run directory may be moved.
     value = {**asdict(result), "run": ".", "student": STUDENT}
-    if not result.others:
-        del value["others"]
+    for name in ("others", "kept_epoch"):
+        if not value[name]:
+            del value[name]
     write_json(out / RUN, value)

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
+from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
@@ -28,8 +29,8 @@ from singer.errors import UserError
 class StudentRun:
     """A student in training: its model (on its device, ready for its steps), optimiser, checkpoint and log.
 
-    first_step: the step from which it continues; ema: the moving average of the student's weights, if any;
-    distiller: the model before it was wrapped.
+    first_step: the step from which it continues; steps: those done; ema: the moving average of the student's weights,
+    if any; distiller: the model before it was wrapped; best: its best epoch, if images are held out.
     """
 
     def __init__(
@@ -44,11 +45,14 @@ class StudentRun:
         first_step: int,
         ema: ModelEmaV3 | None,
         distiller: Distiller,
+        best: Best | None = None,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema, self.distiller = first_step, ema, distiller
-        self.peak = peak_rate(settings, student.width)
+        self.first_step, self.ema, self.distiller, self.best = first_step, ema, distiller, best
+        self.steps = first_step
+        # Of a student with a wider exit, the other blocks.
+        self.peak = peak_rate(settings, student.layout[0][0] if student.gives_tokens else student.width)
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0
@@ -60,7 +64,7 @@ class StudentRun:
         # and a student that shares the pass with others draws the same as it would alone.
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak)
+            group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak) * group.get("lr_scale", 1.0)
         if self.distiller.dropout is not None:
             self.distiller.dropout.share = token_share(self.settings, step, per_epoch)
         for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
@@ -71,7 +75,33 @@ class StudentRun:
         if self.ema is not None:
             self.ema.update(self.student.model, step)
         self._since += 1
+        self.steps = step + 1
         self.finish_report()
+
+    @property
+    def ended(self) -> bool:
+        """Return whether it ended before its last epoch."""
+        return self.best is not None and self.best.ended
+
+    @property
+    def kept_states(self) -> tuple[State, State] | None:
+        """Return the states of the best epoch: of the student, and of all that was trained; None to keep the last."""
+        return self.best.states if self.best is not None else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the moving average, if there is one, in the student's place until the block ends."""
+        if self.ema is None:
+            yield
+            return
+        with torch.no_grad():
+            own = list(self.student.model.state_dict().values())
+            before = [tensor.clone() for tensor in own]
+            for tensor, mean in zip(own, self.ema.module.state_dict().values(), strict=True):
+                tensor.copy_(mean)
+            yield
+            for tensor, value in zip(own, before, strict=True):
+                tensor.copy_(value)
 
     def _gradients(self, batch: Batch, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
         """Compute the gradients of a batch, in parts if distill.accumulate asks for it; return its losses."""

@@ -35,7 +35,8 @@ def train(
     settings, records = student_runs[0].settings, len(load)
     per_epoch = steps_per_epoch(records, settings.batch_size)
     total = settings.epochs * per_epoch
-    first = min(t.first_step for t in student_runs)
+    # What a run that ended early would still have done is left out.
+    first = min((t.first_step for t in student_runs if not t.ended), default=total)
 
     def seen(step: int) -> int:
         """Return the number of records on which all processes have trained before `step`."""
@@ -60,7 +61,7 @@ def train(
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
         for step, stored in enumerate(on_device(batches, accelerator.device, m), start=first):
-            going = [t for t in student_runs if t.first_step <= step]
+            going = [t for t in student_runs if t.first_step <= step and not t.ended]
             given = stored.batches(load.caches, [t.student for t in going])
             for student_run, batch in zip(going, given, strict=True):
                 with ranks.together():
@@ -72,6 +73,9 @@ def train(
             if (step + 1) % log_every == 0 or epoch_ends:
                 measured = held_out.measure(going, accelerator.device) if held_out is not None and epoch_ends else []
                 for number, student_run in enumerate(going):
+                    if measured and student_run.best is not None:
+                        loss = _of_first(float(str(measured[number]["held_out_loss"])), accelerator)
+                        student_run.best.look((step + 1) // per_epoch, loss)
                     student_run.report(step, per_epoch, m, accelerator, measured[number] if measured else None)
                     # A checkpoint is only saved here, where all running sums are empty and need not be stored.
                     if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
@@ -79,6 +83,8 @@ def train(
                         with ranks.together(), ranks.slow():
                             student_run.checkpoint.save(step + 1, write=main)
                         ranks.wait()  # the first process writes the file
+                if all(t.ended for t in student_runs):
+                    break
         for student_run in student_runs:
             student_run.finish_report()
     return m
@@ -90,6 +96,14 @@ def _agreed(due: bool, accelerator: Accelerator) -> bool:
         return due
     with current().together():
         return bool(broadcast(torch.tensor(due, device=accelerator.device)))
+
+
+def _of_first(value: float, accelerator: Accelerator) -> float:
+    """Return a number of the first process, because all processes must decide alike."""
+    if accelerator.num_processes == 1:
+        return value
+    with current().together():
+        return float(broadcast(torch.tensor(value, dtype=torch.float64, device=accelerator.device)))
 
 
 def _note(student_runs: Sequence[StudentRun]) -> str:
