@@ -118,7 +118,16 @@ class DistillConfig(Section):
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
-    share: Fraction = key(1.0, "share of the images, drawn at random, that are trained on", shared=True)
+    share: Fraction = key(1.0, "share of the images that are trained on", shared=True)
+    share_by: Literal["random", "el2n", "prototypes"] = key(
+        "random",
+        "what chooses these images: chance; how unsure the teacher's head is (el2n); or the distance of its CLS from "
+        "the nearest of at most 100 k-means centres",
+        shared=True,
+    )
+    share_keep: Literal["hard", "easy"] = key(
+        "hard", "el2n, prototypes: whether the images with the highest or the lowest scores are kept", shared=True
+    )
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0,
         "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",

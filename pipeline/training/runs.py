@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -116,7 +116,9 @@ class NewStudent:
         self.distiller = Distiller(self.student, branches).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
-        self.records, self.held_out = split_images(sources[0].cache, settings)
+        split = [split_images(sources[0].cache, settings)]
+        # Processors may round scores of images in different ways: the first process's choice is that of all.
+        self.records, self.held_out = (split if settings.share_by == "random" else broadcast_object_list(split))[0]
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
         # One foreach operation cannot take both sharded weights and plain buffers.
