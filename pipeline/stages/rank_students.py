@@ -5,7 +5,7 @@ named. Each is built with random weights and sees one batch of images; its relat
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -39,8 +39,8 @@ CAUTION = "nothing was trained: compare a few of the first with a short sweep be
 class RankedStudent:
     """A student and its scores, means over several starts.
 
-    diswot: minus the sum of samples and patches, which are distances of relations (singer.zero_cost); gradient: the norm
-    of the gradient of that sum. parameters: without a head.
+    diswot: minus the sum of samples and patches, which are distances of relations (singer.zero_cost); gradient: the
+    norm of the gradient of that sum. parameters: without a head.
     """
 
     student: str
@@ -74,9 +74,9 @@ def rank_students(
 ) -> RankStudentsResult:
     """Score untrained students by their relations to the last cached block of a teacher.
 
-    parameters: the budget of plain ViTs; names: models of any kind; images: of one batch; starts: how often each student
-    is initialised; shards: where the cached images are, if they moved. Raises UserError if there is no candidate, or if
-    the cache holds only some of the patches.
+    parameters: the budget of plain ViTs; names: models of any kind; images: of one batch; starts: how often each
+    student is initialised; shards: where the cached images are, if they moved. Raises UserError if there is no
+    candidate, or if the cache holds only some of the patches.
     """
     if parameters is None and not names:
         raise UserError("name students with --student, or give a budget of --parameters")
@@ -84,7 +84,9 @@ def rank_students(
     cache = Cache(place, cache.manifest.teacher.variant, [cache.blocks[-1]])
     (block,), teacher = cache.blocks, cache.manifest.teacher
     if cache.manifest.sampled:
-        raise UserError(f"{place} holds only some of the patches (cache.token_share), which have no relations to others")
+        raise UserError(
+            f"{place} holds only some of the patches (cache.token_share), which have no relations to others"
+        )
     tried = {name: _named(config.student, name) for name in names}
     tried |= _plain(config.student, parameters, teacher.image_size)
     _, first = np.unique(cache.index.image, return_index=True)
@@ -95,7 +97,9 @@ def rank_students(
         for name, student in tried.items():
             size = student.image_size or teacher.image_size
             pixels = cache.pixels(records, size, files)
-            scores = [_score(_built(student, size, config.distill.seed + n), pixels, cache, tokens) for n in range(starts)]
+            scores = [
+                _score(_built(student, size, config.distill.seed + n), pixels, cache, tokens) for n in range(starts)
+            ]
             means: dict[str, Any] = {key: fmean(s[key] for s in scores) for key in scores[0]}
             found.append(RankedStudent(name, **{**means, "parameters": int(means["parameters"])}))
             say(f"{name}: {found[-1].diswot:.4g}")
