@@ -62,7 +62,7 @@ class Relation(Objective):
     def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
         """Return {"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
         mixed = self.mixed(tokens, block)
-        parts = mixed.unflatten(-1, (3, self.attention(block).num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[arg-type]
+        parts = mixed.unflatten(-1, (3, self.attention(block).num_heads, -1)).permute(2, 0, 3, 1, 4)
         return {"q": parts[0], "k": parts[1], "v": parts[2]}
 
     def attention(self, block: int) -> nn.Module:
