@@ -387,7 +387,7 @@ def rank(
     _report(run(cache, images), as_json)
 
 
-@app.command()
+@app.command("rank-students")
 def rank_students(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1.")],
     parameters: Annotated[int | None, typer.Option(min=1, help="Budget of plain ViTs, in parameters.")] = None,
