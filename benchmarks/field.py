@@ -1,7 +1,7 @@
 """The table of the field: every method of configs/sweeps/field*.yaml, at equal time, with the same search of its rate.
 
     python benchmarks/field.py --teacher FILE --data FOLDER --out runs/field [--seeds 0 1 2] [--methods NAME ...]
-        [--epochs 8] [--shards 5] [--write docs/results.md] [--table]
+        [--epochs 8] [--shards 5] [--rates 1e-3 2e-3 4e-3] [--write docs/results.md] [--table]
 
 FILE and FOLDER are those of benchmarks/results.py. Every method gets the processor time of `--epochs` epochs of the
 method mse, in epochs of its own cost. Each learning rate of the sweep is tried with the first seed, and judged on the
@@ -86,7 +86,7 @@ def methods() -> dict[str, Method]:
 
 
 METHODS = methods()
-RATES: list[float] = read("field").grid["distill.lr"]
+RATES: tuple[float, ...] = tuple(read("field").grid["distill.lr"])
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Chain:
     out: Path
     epochs: int
     shards: int
+    rates: tuple[float, ...] = RATES
 
     def images(self, name: str) -> list[str]:
         """Return the shards of a data set; of the training images, as many as were asked for."""
@@ -180,9 +181,11 @@ class Chain:
 
     def rate(self, name: str) -> float:
         """Return the learning rate that is best on the last training shard, with seed 0."""
+        if len(self.rates) == 1:
+            return self.rates[0]
         *most, last = self.images("tinyimagenet50-train")
         scores = {}
-        for rate in RATES:
+        for rate in self.rates:
             found = self.probed(self.trained(name, rate, 0), "dev", "classification", most, [last])
             scores[rate] = found["linear"]["mean_patch"]["top1"]
         return max(scores, key=lambda rate: scores[rate])
@@ -209,8 +212,8 @@ class Chain:
 
     def done(self, name: str, seeds: list[int]) -> list[int]:
         """Return the seeds of which all figures exist, without making any."""
-        dev = [self.out / f"run-{name}-{rate:g}-0-dev.json" for rate in RATES]
-        if not all(file.exists() for file in dev):
+        dev = [self.out / f"run-{name}-{rate:g}-0-dev.json" for rate in self.rates]
+        if len(self.rates) > 1 and not all(file.exists() for file in dev):
             return []
         rate = self.rate(name)
         files = {s: [self.out / f"run-{name}-{rate:g}-{s}-{task}.json" for task in (*TASKS, "depth")] for s in seeds}
@@ -278,11 +281,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=8, help="of the method mse; the others get as much time")
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates that are tried")
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and do nothing")
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards)
+    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards, tuple(options.rates))
     if not options.table:
         for count in range(1, len(options.seeds) + 1):
             for name in options.methods:
