@@ -395,6 +395,29 @@ def rank(
     _report(run(cache, images), as_json)
 
 
+@app.command("rank-students")
+def rank_students(
+    cache: Annotated[str, typer.Argument(help="A cache of stage 1.")],
+    parameters: Annotated[int | None, typer.Option(min=1, help="Budget of plain ViTs, in parameters.")] = None,
+    student: Annotated[list[str] | None, typer.Option(help="A model as a student; may be repeated.")] = None,
+    images: MovedOption = None,
+    batch: Annotated[int, typer.Option(min=2, help="Images that are compared.")] = 64,
+    starts: Annotated[int, typer.Option(min=1, help="How often each student is initialised.")] = 3,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank untrained students of a size by how near their relations are to the teacher's; nothing is trained."""
+    from pipeline.checks import look
+    from pipeline.config import load_config
+
+    tree = load_config(config, sets or ())
+    look("rank-students", tree, caches=[cache], images=[images])
+    from pipeline.stages.rank_students import rank_students as run
+
+    _report(run(tree, cache, parameters, student or (), batch, starts, images), as_json)
+
+
 @app.command()
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep's YAML file, or the name of a bundled one.")],

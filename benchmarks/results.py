@@ -40,7 +40,6 @@ COLUMNS = {
     "CamVid mIoU": ("segmentation", "miou"),
     "depth RMSE, m": ("depth", "regression", "rmse"),
 }
-START, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 @dataclass(frozen=True)
@@ -186,13 +185,14 @@ def _at(tree: Any, path: list[str]) -> float:
     return float(tree)
 
 
-def write_between(file: Path, text: str) -> None:
+def write_between(file: Path, text: str, mark: str = "results") -> None:
     """Replace the text between the marks in a document."""
-    before, start, rest = file.read_text().partition(START)
-    _, end, after = rest.partition(END)
+    first, last = (f"<!-- {mark}: {side} -->" for side in ("begin", "end"))
+    before, start, rest = file.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not start or not end:
-        raise SystemExit(f"{file} has no lines {START} and {END}")
-    file.write_text(f"{before}{START}\n{text}\n{END}{after}")
+        raise SystemExit(f"{file} has no lines {first} and {last}")
+    file.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def main() -> None:

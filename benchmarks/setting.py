@@ -19,9 +19,10 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch, TeacherFeatures
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 

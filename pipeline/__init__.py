@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.stages.inspect import InspectResult, inspect
     from pipeline.stages.prepare import PrepareResult, prepare
     from pipeline.stages.rank import RankResult, rank
+    from pipeline.stages.rank_students import RankStudentsResult, rank_students
     from pipeline.stages.refine import RefineResult, refine
     from pipeline.stages.report import ReportResult, report
     from pipeline.stages.verify import VerifyResult, verify
@@ -46,6 +47,7 @@ __all__ = [
     "PlanResult",
     "PrepareResult",
     "RankResult",
+    "RankStudentsResult",
     "RefineResult",
     "ReportResult",
     "RunResult",
@@ -66,6 +68,7 @@ __all__ = [
     "plan",
     "prepare",
     "rank",
+    "rank_students",
     "refine",
     "report",
     "run",
@@ -87,6 +90,7 @@ _MODULES = {
     "PlanResult": "pipeline.planning.plan",
     "PrepareResult": "pipeline.stages.prepare",
     "RankResult": "pipeline.stages.rank",
+    "RankStudentsResult": "pipeline.stages.rank_students",
     "RefineResult": "pipeline.stages.refine",
     "ReportResult": "pipeline.stages.report",
     "RunResult": "pipeline.chains.run",
@@ -107,6 +111,7 @@ _MODULES = {
     "plan": "pipeline.planning.plan",
     "prepare": "pipeline.stages.prepare",
     "rank": "pipeline.stages.rank",
+    "rank_students": "pipeline.stages.rank_students",
     "refine": "pipeline.stages.refine",
     "report": "pipeline.stages.report",
     "run": "pipeline.chains.run",

@@ -94,8 +94,9 @@ def look(
         for key, registry in NAMES.get(stage, {}).items():
             section, _, name = key.partition(".")
             value = getattr(getattr(config, section), name)
-            for given in value if isinstance(value, Mapping) else [value]:
-                _known(key, given, registered(*registry))
+            for one in value if isinstance(value, tuple) else (value,):
+                for given in one if isinstance(one, Mapping) else (one,):
+                    _known(key, given, registered(*registry))
         if stage in ("cache-teacher", "plan", "run", "verify"):
             check_teacher(config)
         if stage in ("distill", "run"):

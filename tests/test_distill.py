@@ -25,7 +25,7 @@ from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
@@ -33,6 +33,7 @@ from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.student_run import learning_rate, peak_rate, token_share
 from pipeline.training.targets import Targets, select_tokens
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -312,7 +313,8 @@ def test_joint_training_has_no_other_adapters(world: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o != "mse"])
+# With one teacher, meal is logits; tinymim differs from minilm by what it multiplies.
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o not in ("mse", "meal", "tinymim")])
 def test_objectives_train(world: Path, tmp_path: Path, objective: str) -> None:
     texts = tmp_path / "texts.npy"
     np.save(texts, np.random.default_rng(seeded(0)).normal(size=(4, 5)))

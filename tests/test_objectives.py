@@ -11,8 +11,10 @@ from torch import Tensor
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Objective, ObjectiveContext, Tokens
 from singer.objectives.acam import Acam
+from singer.objectives.angle import Angle
 from singer.objectives.js import Js
 from singer.objectives.logits import Logits
+from singer.objectives.meal import Meal
 from singer.objectives.prototypes import Prototypes, sinkhorn
 from singer.objectives.queue import Queue
 from singer.objectives.relation import Relation
@@ -316,3 +318,73 @@ def test_mixture() -> None:
     assert set(found) == {"mse.2", "mse.3", "relation.2"}
     torch.testing.assert_close(found["mse.2"], parts["mse"](student, target)["2"])  # 2 · half
     torch.testing.assert_close(found["relation.2"], 0.5 * parts["relation"](raw, target)["2"])
+
+
+def student_attention(width: int) -> Tensor:
+    return torch.randn(3, 17, 3 * width)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("minilm", ("qq", "kk", "vv")), ("tinymim", ("qk", "vv"))])
+def test_relations_of_own_attention(name: str, kinds: tuple[str, ...]) -> None:
+    """The student's Q, K and V are as narrow as it is; both sides have as many relation heads."""
+    context, target = make_context(), draw()
+    objective, student = OBJECTIVES[name](context), student_attention(6)
+    assert context.suffix is not None and objective.own_attention and objective.reads() == (2,)
+    block = context.suffix.block(3)
+    mixed = block.attn.qkv(block.norm1(target[2]))  # type: ignore[union-attr,operator]
+
+    def heads(x: Tensor) -> dict[str, np.ndarray]:
+        parts = x.detach().double().numpy().reshape(3, 17, 3, 2, -1)
+        return {n: parts[:, :, i].transpose(0, 2, 1, 3) for i, n in enumerate("qkv")}
+
+    ours, theirs = heads(student), heads(mixed)
+    kl = []
+    for a, b in kinds:
+        p, q = (softmax(x[a] @ x[b].transpose(0, 1, 3, 2) / np.sqrt(x[a].shape[-1])) for x in (ours, theirs))
+        kl.append((q * np.log(q / p)).sum(-1).mean(axis=(1, 2)))
+    found = objective({2: student}, target)["2"].detach().numpy()
+    np.testing.assert_allclose(found, np.mean(kl, axis=0), rtol=1e-3)
+
+
+def test_meal() -> None:
+    """Alone it is the objective logits; among several, the KL from the mean of what all say."""
+    objective, student, target = Meal(make_context()), draw(), draw()
+    alone = objective(student, target)["kl"]
+    torch.testing.assert_close(alone, Logits(make_context())(student, target)["kl"], atol=1e-5, rtol=1e-3)
+    mean = softmax(torch.randn(3, 5).double().numpy())
+    ours = probabilities(objective, student[3])
+    found = objective.agree(student, torch.from_numpy(mean).float())["kl"].detach().numpy()
+    np.testing.assert_allclose(found, (mean * np.log(mean / ours)).sum(-1), rtol=1e-3)
+
+
+def test_angle() -> None:
+    """Squared angles of CLS over the teacher's own dispersion, which later batches move."""
+    objective, student, target = Angle(make_context()), draw(), draw()
+    a, b = (unit(x[3][:, 0].double().numpy()) for x in (student, target))
+    centre = b.mean(0)
+
+    def squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.arccos((x * y).sum(-1)) ** 2
+
+    dispersion = squared(b, unit(centre)).mean()
+    found = objective(student, target)["summary"].numpy()
+    np.testing.assert_allclose(found, squared(a, b) / dispersion, rtol=1e-3)
+    later = draw()
+    c = unit(later[3][:, 0].double().numpy())
+    objective(student, later)
+    centre = 0.99 * centre + 0.01 * c.mean(0)
+    dispersion = 0.99 * dispersion + 0.01 * squared(c, unit(centre)).mean()
+    assert objective.state_dict()["dispersion"].item() == pytest.approx(dispersion, rel=1e-3)
+    objective.eval()
+    np.testing.assert_allclose(objective(student, target)["summary"].numpy(), squared(a, b) / dispersion, rtol=1e-3)
+
+
+def test_blocks_have_weights() -> None:
+    """A weight counts relative to those of the blocks that an objective compares."""
+    context, student, target = make_context(), draw(), draw()
+    parts: dict[str, Objective] = {n: OBJECTIVES[n](context) for n in ("mse", "gram", "angle")}
+    weights = {"mse": 2.0, "gram": 1.0, "angle": 1.0}
+    plain = Mixture(parts, weights).eval()(Tokens(student), Tokens(target), None)
+    found = Mixture(parts, weights, {2: 1.0, 3: 3.0}).eval()(Tokens(student), Tokens(target), None)
+    for name, factor in (("mse.2", 0.5), ("mse.3", 1.5), ("gram.2", 0.5), ("gram.3", 1.5), ("angle.summary", 1.0)):
+        torch.testing.assert_close(found[name], factor * plain[name])

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from pipeline.config import RefineConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch, TeacherFeatures
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape

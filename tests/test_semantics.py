@@ -31,11 +31,12 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.storage import LocalStore, batched_reads
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.adapter_losses import robust_outlier
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs

@@ -24,10 +24,11 @@ from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader, StoredBatch
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.compiling import StepModel
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.errors import UserError
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -243,6 +243,7 @@ EARLY = [
     "distill --cache nothing --out out --set distill.objective=soap",
     "inspect nothing",
     "rank nothing/here",
+    "rank-students nothing/here",
     "embed nothing/here x.tar --out out.npy",
     "embed vit_tiny_patch16_224 nothing --out out.npy",
     "embed vit_tiny_patch16_224 x.tar --out out.txt",

@@ -20,16 +20,17 @@ from conftest import tree_bytes, world_config
 import cli
 import pipeline.sweeps.tasks as work
 from pipeline.cache import Cache
-from pipeline.config import Config, recipes
+from pipeline.config import Config, DistillConfig, recipes
 from pipeline.evaluation.figures import FIGURES, in_percent
 from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.failures import DefectsFound, Failure
-from pipeline.sweeps.file import find_sweep, make_plan, read_plan
+from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import SweepResult, _passes, gpus, sweep
 from pipeline.sweeps.tasks import Job, SweepContext, Task
 from pipeline.sweeps.worker import Worker
 from singer.errors import UserError
+from singer.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "student/model.safetensors"
@@ -170,13 +171,25 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "runs", "refiners"), [("methods", 69, 13), ("ablations", 13, 11)])
+@pytest.mark.parametrize(
+    ("name", "runs", "refiners"),
+    [("tinyimagenet-methods", 69, 13), ("tinyimagenet-ablations", 13, 11), ("field", 87, 1), ("field-teachers", 21, 2)],
+)
 def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
-    plan = read_plan(find_sweep(f"tinyimagenet-{name}"))
+    plan = read_plan(find_sweep(name))
     assert (len(plan.runs), len(plan.refiners)) == (runs, refiners)
-    assert f"tinyimagenet-{name}" not in recipes()
-    with pytest.raises(UserError, match="nor a bundled sweep among tinyimagenet-ablations, tinyimagenet-methods"):
+    assert name not in recipes()
+    with pytest.raises(UserError, match="nor a bundled sweep among field, field-teachers, tinyimagenet-ablations"):
         find_sweep("none")
+
+
+def test_the_field_has_every_objective() -> None:
+    """A new one joins by an entry; texts are not among what the sweep's teacher has. All search the same rates."""
+    files = [SweepFile.model_validate(yaml.safe_load(find_sweep(f).read_text())) for f in ("field", "field-teachers")]
+    given = [entry.set.get("distill.objective", "mse") for file in files for entry in file.runs]
+    tried = {name for one in given for name in DistillConfig(objective=one).objectives}
+    assert tried == {*OBJECTIVES} - {"zero-shot"}
+    assert files[0].grid == files[1].grid and [*files[0].grid] == ["distill.lr"]
 
 
 def test_every_task_has_figures() -> None:

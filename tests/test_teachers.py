@@ -22,11 +22,12 @@ from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.run_directory import load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -108,10 +108,16 @@ class StudentConfig(Section):
 class DistillConfig(Section):
     """The training of a student."""
 
-    objective: str | dict[str, Above] = key("mse", "a name, or names with weights: {mse: 1, logits: 0.5}")
+    objective: str | dict[str, Above] | tuple[str | dict[str, Above], ...] = key(
+        "mse",
+        "a name, or names with weights: {mse: 1, logits: 0.5}; with several caches one, or a list with one for each",
+    )
     projector: str = key(
         "linear",
         "how tokens are brought to the teacher's width: a name among singer/projectors; not part of the student",
+    )
+    block_weights: tuple[Above, ...] | None = key(
+        None, "weights of the teacher's blocks, in their order, for objectives of blocks; default: equal weights"
     )
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
@@ -131,7 +137,16 @@ class DistillConfig(Section):
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
-    share: Fraction = key(1.0, "share of the images, drawn at random, that are trained on", shared=True)
+    share: Fraction = key(1.0, "share of the images that are trained on", shared=True)
+    share_by: Literal["random", "el2n", "prototypes"] = key(
+        "random",
+        "what chooses these images: chance; how unsure the teacher's head is (el2n); or the distance of its CLS from "
+        "the nearest of at most 100 k-means centres",
+        shared=True,
+    )
+    share_keep: Literal["hard", "easy"] = key(
+        "hard", "el2n, prototypes: whether the images with the highest or the lowest scores are kept", shared=True
+    )
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0,
         "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
@@ -182,6 +197,9 @@ class DistillConfig(Section):
     teacher_weights: tuple[Above, ...] | None = key(
         None, "with several caches: weight of each teacher's objective; default: equal weights that add up to 1"
     )
+    teacher_drop: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "with several caches: probability that a teacher does not count for an image, unless its loss is largest"
+    )
     local_copy: Path | None = key(
         None, "folder to which Zarr shards are copied when they are first read", "place", shared=True
     )
@@ -208,8 +226,19 @@ class DistillConfig(Section):
 
     @property
     def objectives(self) -> dict[str, float]:
-        """Return the objectives as {name: weight}."""
-        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+        """Return the objectives as {name: weight}; with a list, those of all teachers."""
+        given = self.objective if isinstance(self.objective, tuple) else (self.objective,)
+        return {name: weight for one in given for name, weight in _weighted(one).items()}
+
+    def objectives_of(self, teachers: int) -> list[dict[str, float]]:
+        """Return {name: weight} for each of several teachers. Raises UserError if a list has another length."""
+        if not isinstance(self.objective, tuple):
+            return [_weighted(self.objective)] * teachers
+        if len(self.objective) != teachers:
+            raise UserError(
+                f"distill.objective: {len(self.objective)} given for {teachers} --cache; give one, or one for each"
+            )
+        return [_weighted(one) for one in self.objective]
 
     @property
     def teachers(self) -> tuple[str | None, ...] | None:
@@ -222,3 +251,7 @@ class DistillConfig(Section):
         if self.blocks is None or not all(isinstance(b, int) for b in self.blocks):
             return cast("tuple[tuple[int, ...] | None, ...] | None", self.blocks)
         return (cast("tuple[int, ...]", self.blocks),)
+
+
+def _weighted(objective: str | dict[str, float]) -> dict[str, float]:
+    return {objective: 1.0} if isinstance(objective, str) else dict(objective)

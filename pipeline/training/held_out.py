@@ -12,6 +12,7 @@ from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
+from pipeline.training.image_scores import image_scores
 from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
 
@@ -23,7 +24,7 @@ def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | No
     """Return the records to train on, None for all, and at most 2,048 others to measure on.
 
     Images are drawn, with all their views: distill.holdout of all to measure on, and of the others distill.share to
-    train on. Raises UserError if there is nothing left to train on.
+    train on, by chance or by distill.share_by. Raises UserError if there is nothing left to train on.
     """
     if not settings.holdout and settings.share == 1:
         return None, np.arange(0)
@@ -33,7 +34,12 @@ def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | No
     if held >= len(images):
         raise UserError(f"distill.holdout: {cache.place} has {len(images)} images, of which {held} would be held out")
     kept = max(1, round(settings.share * (len(images) - held)))
-    trained = np.isin(image, images[held : held + kept])
+    others = images[held:]
+    if settings.share < 1 and settings.share_by != "random":
+        scores = image_scores(cache, settings.share_by, settings.seed)[np.searchsorted(np.unique(image), others)]
+        # Equal scores keep the random order.
+        others = others[np.argsort(-scores if settings.share_keep == "hard" else scores, kind="stable")]
+    trained = np.isin(image, others[:kept])
     return np.flatnonzero(trained), np.flatnonzero(np.isin(image, images[:held]))[:_MOST_RECORDS]
 
 

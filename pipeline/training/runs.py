@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.utils import ModelEmaV3
 
 from pipeline.config import Config
@@ -29,7 +29,7 @@ from pipeline.training.best import Best, State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.held_out import HeldOut, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
@@ -49,6 +49,7 @@ from pipeline.training.run_directory import (
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import Tracking, check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import depth
@@ -96,23 +97,25 @@ class NewStudent:
         self.fresh: Refiner | None = None
         texts = read_matrix(settings.texts) if settings.texts is not None else None
         branches = []
-        for source, refiner in zip(sources, refiners, strict=True):
+        objectives = settings.objectives_of(len(sources))
+        for source, refiner, wanted in zip(sources, refiners, objectives, strict=True):
             cache = source.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
             targets = Targets(cache, refiner, self.student, device, texts)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, job.config.refine, device)
             weight = settings.kd_weight * source.weight
-            branches.append(
-                TeacherBranch(
-                    self.student, matching, targets, settings.objectives, self.fresh, joint, weight, source.name,
-                    whole=settings.token_share == 1, projector=settings.projector,
-                )
-            )  # fmt: skip
-        self.distiller = Distiller(self.student, branches).to(device)
+            teaching = Teaching(wanted, settings.projector, settings.block_weights, weight, source.name)
+            whole = settings.token_share == 1
+            branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
+        self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
-        self.records, self.held_out = split_images(sources[0].cache, settings)
+        split = [split_images(sources[0].cache, settings)]
+        if settings.share_by != "random":
+            # Processors may round scores of images in different ways: the first process's choice is that of all.
+            broadcast_object_list(split)
+        self.records, self.held_out = split[0]
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
         # One foreach operation cannot take both weights that FSDP split and plain buffers.
@@ -128,7 +131,7 @@ class NewStudent:
             path = str(source.refiner) if source.refiner is not None else None
             teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(TeacherLink(source.cache.id, path, branch.matching, teacher, refiner, str(source.cache.place)))
+            found.append(TeacherLink(source.cache.id, path, branch.links, teacher, refiner, str(source.cache.place)))
         return found
 
     def matched(self) -> list[str]:
@@ -142,7 +145,7 @@ class NewStudent:
             t = source.cache.manifest.teacher
             pairs = [
                 f"{place(b, t.width_of(b), t.grid_of(b))} -> {place(s, *branch.layout[s])}"
-                for b, s in branch.matching.items()
+                for b, s in branch.links.items()
             ]
             owner = f"of {source.name} " if len(self.sources) > 1 else ""
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")

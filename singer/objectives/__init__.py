@@ -1,12 +1,15 @@
 """What a student minimises, by name. A new objective is one file and one line here."""
 
 from singer.objectives.acam import Acam
+from singer.objectives.angle import Angle
 from singer.objectives.base import Objective, ObjectiveContext, Tokens
 from singer.objectives.cosine import Cosine
 from singer.objectives.gram import Gram
 from singer.objectives.js import Js
 from singer.objectives.labels import Labels
 from singer.objectives.logits import Logits
+from singer.objectives.meal import Meal
+from singer.objectives.minilm import MiniLm, TinyMim
 from singer.objectives.mixture import Mixture
 from singer.objectives.mse import Mse
 from singer.objectives.prototypes import Prototypes
@@ -23,16 +26,20 @@ from singer.objectives.zero_shot import ZeroShot
 OBJECTIVES: dict[str, type[Objective]] = {
     "mse": Mse,
     "acam": Acam,
+    "angle": Angle,
     "cosine": Cosine,
     "gram": Gram,
     "js": Js,
     "labels": Labels,
     "logits": Logits,
+    "meal": Meal,
+    "minilm": MiniLm,
     "prototypes": Prototypes,
     "queue": Queue,
     "relation": Relation,
     "smooth-l1": SmoothL1,
     "theia": Theia,
+    "tinymim": TinyMim,
     "top-logits": TopLogits,
     "unic": Unic,
     "vitkd": VitKd,

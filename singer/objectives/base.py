@@ -32,12 +32,13 @@ class ObjectiveContext:
 class Tokens:
     """Tokens on the two scales on which objectives compare them, each {teacher block: (B, N, d)}.
 
-    normalised: on the scale of the normaliser; cleaned: in the teacher's units. A mapping that no objective reads is
-    empty.
+    normalised: on the scale of the normaliser; cleaned: in the teacher's units; attention: of a student, queries, keys
+    and values of its own, (B, N, 3 · its width). A mapping that no objective reads is empty.
     """
 
     normalised: Mapping[int, Tensor] = field(default_factory=dict)
     cleaned: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -45,11 +46,13 @@ class Objective(nn.Module):
 
     The student's tokens are projected to the teacher's width. Targets are refined and normalised. For an objective with
     in_teacher_units they are only refined, and the student has separate projectors for it, so that frozen parts of
-    the teacher can read both. Parameters of an objective are trained with the student. It draws all random numbers from
-    torch's global generator, as dropout does.
+    the teacher can read both. An objective with own_attention compares the student's own queries, keys and values,
+    which are not projected, with targets in the teacher's units. Parameters of an objective are trained with the
+    student. It draws all random numbers from torch's global generator, as dropout does.
     """
 
     in_teacher_units = False
+    own_attention = False
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__()
@@ -76,6 +79,14 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Return {part: losses (B,)}; by default one part for each block in targets."""
         return {str(b): self.block_loss(student[b], target, b) for b, target in targets.items()}
+
+    def opinion(self, targets: Mapping[int, Tensor]) -> Tensor | None:
+        """Return what is averaged over teachers (B, ...), for objectives that agree on something; None for others."""
+        return None
+
+    def agree(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Return {part: losses (B,)} from the mean of the teachers' opinions."""
+        raise NotImplementedError
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute losses (B,) of one block's tokens (B, N, d)."""

@@ -6,7 +6,7 @@ projected tokens. Any student can learn this way, also one without attention.
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from singer.errors import UserError
 from singer.objectives.base import Objective, ObjectiveContext
@@ -20,19 +20,20 @@ class Relation(Objective):
     """
 
     in_teacher_units = True
+    name = "relation"
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self.blocks = [b for b in context.blocks if not self.suffix.is_last(b)]
         if not self.blocks:
             raise UserError(
-                "distill.objective relation reads cached features with the block after them, and only the last block "
-                "is cached; cache an intermediate one"
+                f"distill.objective {self.name} reads cached features with the block after them, and only the last "
+                "block is cached; cache an intermediate one"
             )
         for block in self.blocks:
             attention = getattr(self.suffix.block(block + 1), "attn", None)
             if not hasattr(attention, "qkv"):
-                raise UserError("distill.objective relation needs a teacher that has attn.qkv in its blocks")
+                raise UserError(f"distill.objective {self.name} needs a teacher that has attn.qkv in its blocks")
             first_norm(self.suffix.block(block + 1))  # raises UserError if there is none
 
     def reads(self) -> tuple[int, ...]:
@@ -60,7 +61,16 @@ class Relation(Objective):
 
     def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
         """Return {"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
-        attention = self.suffix.block(block + 1).attn
-        mixed = attention.qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator, union-attr]
-        parts = mixed.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[union-attr]
+        mixed = self.mixed(tokens, block)
+        parts = mixed.unflatten(-1, (3, self.attention(block).num_heads, -1)).permute(2, 0, 3, 1, 4)
         return {"q": parts[0], "k": parts[1], "v": parts[2]}
+
+    def attention(self, block: int) -> nn.Module:
+        """Return the teacher's attention that reads the output of a block."""
+        found: nn.Module = self.suffix.block(block + 1).attn  # type: ignore[assignment]
+        return found
+
+    def mixed(self, tokens: Tensor, block: int) -> Tensor:
+        """Compute queries, keys and values (B, N, 3 · d) that block + 1 makes of tokens (B, N, d)."""
+        found: Tensor = self.attention(block).qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator]
+        return found

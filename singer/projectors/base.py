@@ -1,5 +1,6 @@
 """What a projector is."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -32,3 +33,18 @@ class Projector(nn.Module):
     def forward(self, *tokens: Tensor) -> Tensor:
         """Return the projected tokens (B, N, target)."""
         raise NotImplementedError
+
+    @classmethod
+    def of_blocks(cls, specs: Mapping[int, ProjectorSpec]) -> "Projectors":
+        """Build a projector for each compared block of the teacher, {block: its ends}."""
+        return Projectors({str(block): cls(spec) for block, spec in specs.items()})
+
+
+class Projectors(nn.ModuleDict):
+    """Projectors of several blocks, each for itself."""
+
+    def forward(
+        self, tokens: Mapping[int, Sequence[Tensor]], grids: Mapping[int, tuple[int, int]] | None
+    ) -> dict[int, Tensor]:
+        """Project the tokens that each reads, {teacher block: (B, N, d) each}; grids: see Review."""
+        return {int(block): project(*tokens[int(block)]) for block, project in self.items()}

@@ -1,0 +1,67 @@
+"""How well scores of untrained students predict trained ones: rank-students beside 12 students that are trained.
+
+    python benchmarks/student_ranking.py --teacher FILE --data FOLDER --out runs/ranking [--parameters 1000000]
+        [--epochs 8] [--shards 5]
+
+FILE and FOLDER are those of benchmarks/results.py. Candidates are the plain ViTs of `singer rank-students` for that
+many parameters. All are trained by the method mse of benchmarks/field.py with the rate of singer, and judged on the
+last training shard. It prints a row for each and, for every score, the rank correlation (Spearman) with the linear
+probe of the mean patch. If the command is repeated, it continues where it stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from field import BASE, METHODS, Chain, line
+from results import mode
+from scipy.stats import spearmanr
+
+from pipeline.stages.distill import distill
+from pipeline.stages.rank_students import rank_students
+from pipeline.storage.json_files import write_json
+from pipeline.training.run_directory import RUN
+
+SCORES = ("diswot", "samples", "patches", "gradient", "parameters")
+
+
+def main() -> None:
+    """Parse the options and run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parameters", type=int, default=1_000_000, help="budget of the students")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards)
+    method = METHODS[BASE]
+    caches, refiners = chain.inputs(method)
+    ranked = rank_students(chain.config(method), caches[0], options.parameters)
+    *most, last = chain.images("tinyimagenet50-train")
+    reached = []
+    print(line(["student", *SCORES, "linear, mean patch"]))
+    print(line(["---"] * (len(SCORES) + 2)), flush=True)
+    for student in ranked.students:
+        _, dim, _, deep = student.student.split()
+        shape = [f"student.dim={dim}", f"student.depth={deep}", f"student.heads={int(dim) // 32}"]
+        run = options.out / f"run-{dim}-{deep}"
+        if not (run / RUN).exists():
+            distill(
+                chain.config(method, *shape, f"distill.epochs={options.epochs}"), caches, run, refiners, mode=mode(run)
+            )
+        figures = chain.probed(run, "dev", "classification", most, [last])
+        reached.append(figures["linear"]["mean_patch"]["top1"])
+        print(
+            line([student.student, *(f"{getattr(student, s):.4g}" for s in SCORES), f"{reached[-1]:.1f}"]), flush=True
+        )
+    scores = {name: [getattr(student, name) for student in ranked.students] for name in SCORES}
+    correlations = {name: float(spearmanr(values, reached).statistic) for name, values in scores.items()}
+    write_json(options.out / "correlations.json", correlations)
+    print(json.dumps({name: round(value, 2) for name, value in correlations.items()}))
+
+
+if __name__ == "__main__":
+    main()

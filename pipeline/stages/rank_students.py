@@ -1,0 +1,170 @@
+"""Which student suits a teacher: `singer rank-students CACHE --parameters N` scores untrained students.
+
+Candidates are plain ViTs of a budget of parameters, from wide and shallow to narrow and deep, and models that are
+named. Each is built with random weights and sees one batch of images; its relations are compared with cached ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import Cache
+from pipeline.cache.statistics import spread
+from pipeline.config import Config, StudentConfig
+from pipeline.data import Spec
+from pipeline.data.views import normalise
+from pipeline.models.backbone import Backbone
+from pipeline.runtime.progress import say
+from pipeline.storage import Place
+from pipeline.students.new import new_student
+from pipeline.training.cached_teachers import open_images
+from singer.backbones import block_outputs, depth
+from singer.errors import UserError
+from singer.matching import resize_tokens
+from singer.zero_cost import gradient_norm, patch_distance, sample_distance
+
+# Plain ViTs: channels of a head, and the widths and depths among which students of a budget are sought.
+_HEAD, _WIDTHS, _DEPTHS = 32, range(64, 1025, 32), range(2, 25)
+# A candidate has at least this share of the budget; most candidates that are tried.
+_LEAST, _MOST = 0.8, 12
+CAUTION = "nothing was trained: compare a few of the first with a short sweep before you choose"
+
+
+@dataclass(frozen=True)
+class RankedStudent:
+    """A student and its scores, means over several starts.
+
+    diswot: minus the sum of samples and patches, which are distances of relations (singer.zero_cost); gradient: the
+    norm of the gradient of that sum. parameters: without a head.
+    """
+
+    student: str
+    parameters: int
+    diswot: float
+    samples: float
+    patches: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class RankStudentsResult:
+    """Students, the best first by diswot. images: how many were compared; starts: how often each was initialised."""
+
+    students: list[RankedStudent]
+    teacher: str
+    block: int
+    images: int
+    starts: int
+    caution: str = CAUTION
+
+
+def rank_students(
+    config: Config,
+    place: Place,
+    parameters: int | None = None,
+    names: Sequence[str] = (),
+    images: int = 64,
+    starts: int = 3,
+    shards: Spec | None = None,
+) -> RankStudentsResult:
+    """Score untrained students by their relations to the last cached block of a teacher.
+
+    parameters: the budget of plain ViTs; names: models of any kind; images: of one batch; starts: how often each
+    student is initialised; shards: where the cached images are, if they moved. Raises UserError if there is no
+    candidate, or if the cache holds only some of the patches.
+    """
+    if parameters is None and not names:
+        raise UserError("name students with --student, or give a budget of --parameters")
+    cache = Cache(place, config.distill.teachers[0] if config.distill.teachers else None)
+    cache = Cache(place, cache.manifest.teacher.variant, [cache.blocks[-1]])
+    (block,), teacher = cache.blocks, cache.manifest.teacher
+    if cache.manifest.sampled:
+        raise UserError(
+            f"{place} holds only some of the patches (cache.token_share), which have no relations to others"
+        )
+    tried = {name: _named(config.student, name) for name in names}
+    tried |= _plain(config.student, parameters, teacher.image_size)
+    _, first = np.unique(cache.index.image, return_index=True)
+    records = spread(first, images)
+    tokens = cache.features(records, torch.device("cpu"))[block]
+    with open_images(cache, shards) as files:
+        found = []
+        for name, student in tried.items():
+            size = student.image_size or teacher.image_size
+            pixels = cache.pixels(records, size, files)
+            scores = [
+                _score(_built(student, size, config.distill.seed + n), pixels, cache, tokens) for n in range(starts)
+            ]
+            means: dict[str, Any] = {key: fmean(s[key] for s in scores) for key in scores[0]}
+            found.append(RankedStudent(name, **{**means, "parameters": int(means["parameters"])}))
+            say(f"{name}: {found[-1].diswot:.4g}")
+    say(f"note: {CAUTION}")
+    ranked = sorted(found, key=lambda s: -s.diswot)
+    return RankStudentsResult(ranked, teacher.variant, block, len(records), starts)
+
+
+def _named(base: StudentConfig, name: str) -> StudentConfig:
+    """Return the settings of a named model; the dimensions of a plain ViT are not for it."""
+    shape = {} if name == "vit" else dict.fromkeys(("dim", "depth", "heads"))
+    return base.model_copy(update={"name": name, **shape})
+
+
+def _plain(base: StudentConfig, budget: int | None, image_size: int) -> dict[str, StudentConfig]:
+    """Return {name: settings} of plain ViTs within a budget, the deepest of each width. Raises UserError for none."""
+    if budget is None:
+        return {}
+    found = {}
+    for dim in _WIDTHS:
+        settings = base.model_copy(update={"name": "vit", "dim": dim, "heads": dim // _HEAD})
+        one, two = (_vit_parameters(settings, depth, image_size) for depth in (1, 2))
+        deep = min(_DEPTHS[-1], 1 + (budget - one) // (two - one))
+        if deep in _DEPTHS and one + (deep - 1) * (two - one) >= _LEAST * budget:
+            found[f"vit {dim} x {deep}"] = settings.model_copy(update={"depth": deep})
+    if not found:
+        raise UserError(f"--parameters {budget}: no plain ViT of 64 to 1,024 channels and 2 to 24 blocks has that size")
+    chosen = spread(np.arange(len(found)), _MOST)
+    return {name: settings for n, (name, settings) in enumerate(found.items()) if n in chosen}
+
+
+def _vit_parameters(settings: StudentConfig, blocks: int, image_size: int) -> int:
+    """Return the number of parameters of a plain ViT, which takes too long to count on the model itself."""
+    dim, patch, size = settings.dim or 0, settings.patch_size or 16, settings.image_size or image_size
+    tokens = (size // patch) ** 2 + 1
+    # Patch embedding, CLS, positions and final norm; then norms, attention and MLP of a block, with their biases.
+    return dim * (3 * patch**2 + 1 + 1 + tokens + 2) + blocks * (12 * dim**2 + 13 * dim)
+
+
+def _count(student: Backbone) -> int:
+    return sum(p.numel() for p in student.model.parameters())
+
+
+def _built(settings: StudentConfig, size: int, seed: int) -> Backbone:
+    torch.manual_seed(seed)
+    return new_student(settings, size)
+
+
+def _score(student: Backbone, pixels: Tensor, cache: Cache, tokens: Tensor) -> dict[str, float]:
+    """Return the scores of a student; tokens: the teacher's (n, prefix + patches, d)."""
+    teacher, (block,) = cache.manifest.teacher, cache.blocks
+    last = depth(student.model) - 1
+    images = normalise(pixels, student.mean, student.std, torch.device("cpu"))
+    own = block_outputs(student.model.eval(), images, [last])[last]
+    ours = resize_tokens(own[:, student.prefix :], 0, student.layout[last][1], teacher.grid_of(block))
+    theirs = tokens[:, teacher.prefix_tokens :]
+    samples = sample_distance(*(pooled(x, cls) for x, cls in ((own, student.has_cls), (tokens, teacher.class_token))))
+    patches = patch_distance(ours, theirs)
+    distance = samples + patches
+    return {
+        "parameters": _count(student), "gradient": gradient_norm(distance, student.model), "diswot": -distance.item(),
+        "samples": samples.item(), "patches": patches.item(),
+    }  # fmt: skip
+
+
+def pooled(tokens: Tensor, cls: bool) -> Tensor:
+    """Return CLS of tokens (n, N, d), or without CLS their mean, (n, d)."""
+    return tokens[:, 0] if cls else tokens.mean(1)

@@ -1,0 +1,237 @@
+"""What a student has for one teacher: how it is taught, and both sides' tokens in one form."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.backbone import Backbone
+from pipeline.training.batch import TeacherFeatures
+from pipeline.training.joint_training import JointTraining
+from pipeline.training.targets import Targets, select_tokens
+from singer.errors import UserError
+from singer.exits import has_exit
+from singer.objectives import OBJECTIVES, Mixture, Tokens
+from singer.projectors import PROJECTORS, Projector, Projectors, ProjectorSpec, Review
+from singer.refiner import Refiner
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a student has to match of one teacher: both sides' tokens, and the losses of adapters in joint training."""
+
+    student: Tokens
+    targets: Tokens
+    joint: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a student is taught by one teacher.
+
+    objectives: {name: weight}; projector: a name among singer.projectors; block_weights: of the teacher's blocks, in
+    their order, None for equal ones; weight: of the sum of the objectives; name: of the teacher, among several.
+    """
+
+    objectives: Mapping[str, float]
+    projector: str = "linear"
+    block_weights: Sequence[float] | None = None
+    weight: float = 1.0
+    name: str = ""
+
+
+class TeacherBranch:
+    """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
+
+    A projector brings tokens to the teacher's width at every matched block. The adapters refine the targets.
+    matching: {teacher block: student block}; teaching: or only its objectives; whole: whether the student always sees
+    all patches.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        matching: dict[int, int],
+        targets: Targets,
+        teaching: Teaching | Mapping[str, float],
+        adapters: Refiner | None = None,
+        joint: JointTraining | None = None,
+        weight: float = 1.0,
+        name: str = "",
+        whole: bool = True,
+    ) -> None:
+        if not isinstance(teaching, Teaching):
+            teaching = Teaching(teaching, weight=weight, name=name)
+        self.name, self.weight = teaching.name, teaching.weight
+        self.targets, self.joint, self.adapters = targets, joint, adapters
+        self.prefix, self.layout = student.prefix, student.layout
+        objectives = teaching.objectives
+        context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
+        made = {o: OBJECTIVES[o](context) for o in objectives}
+        self.objective = Mixture(made, objectives, block_weights(sorted(matching), teaching.block_weights))
+
+        kind = PROJECTORS[teaching.projector]
+
+        def projectors(blocks: Sequence[int]) -> Projectors | Review | None:
+            """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
+            return kind.of_blocks({t: self._spec(matching[t], t, kind) for t in blocks}) if blocks else None
+
+        # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
+        self.normalised_blocks = self.objective.reads(in_teacher_units=False)
+        self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
+        self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
+        if has_exit(student.model) and teaching.projector == "linear" and isinstance(self.projectors, Projectors):
+            # A linear map after an exit that is as wide as the teacher would undo what the exit is for.
+            for t in (t for t in self.normalised_blocks if self._is_exit(matching[t], t)):
+                self.projectors[str(t)] = nn.Identity()
+        self.matching = {t: matching[t] for t in sorted({*self.normalised_blocks, *self.cleaned_blocks})}
+        # {teacher block: the student's blocks that its projectors read}.
+        self.read = {t: _reads(kind, b) for t, b in self.matching.items()}
+        # {teacher block: student block whose output the compared attention reads}, and the blocks with that attention.
+        last = len(self.layout) - 1
+        self.attention_inputs = {t: min(matching[t], last - 1) for t in self.objective.attends()}
+        self.attention = {t: attention_of(student, s + 1) for t, s in self.attention_inputs.items()}
+        # Outside of training: {teacher block: squares} of the last batch.
+        self.errors: dict[int, Tensor] = {}
+        # {teacher block: the grid of the student's tokens}.
+        self.grids = {t: self.layout[b][1] for t, b in (self.attention_inputs | self.matching).items()}
+
+    def _is_exit(self, block: int, teacher_block: int) -> bool:
+        """Return whether a block is the last one, and as wide as the teacher."""
+        return block == len(self.layout) - 1 and self.layout[block][0] == self.targets.width(teacher_block)
+
+    def _spec(self, block: int, teacher_block: int, kind: type[Projector] | type[Review]) -> ProjectorSpec:
+        """Return the ends of a projector from a block. Raises UserError if it cannot read the blocks before it."""
+        layout = [self.layout[b] for b in _reads(kind, block)]
+        if len({grid for _, grid in layout}) > 1:
+            raise UserError(
+                "distill.projector ladder adds up all blocks, and those of this student have different grids; take "
+                "another projector, or a student such as vit"
+            )
+        widths = tuple(width for width, _ in layout)
+        return ProjectorSpec(widths, self.targets.width(teacher_block), int(self.targets.keep_cls))
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Return the modules that are trained for this teacher alone, by name."""
+        modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
+        kept = {name: m for name, m in modules.items() if m is not None and next(m.parameters(), None) is not None}
+        return {"objective": self.objective, **kept}
+
+    @property
+    def blocks(self) -> set[int]:
+        """Return the student's blocks whose outputs are needed."""
+        return {*(b for read in self.read.values() for b in read), *self.attention_inputs.values()}
+
+    @property
+    def links(self) -> dict[int, int]:
+        """Return {teacher block: student block} of all that is compared."""
+        return dict(sorted((self.attention_inputs | self.matching).items()))
+
+    def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
+        """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
+
+        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
+        """
+        own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.blocks}
+
+        def placed(tokens: dict[int, Tensor]) -> dict[int, Tensor]:
+            tokens = {t: x.float() for t, x in tokens.items()}
+            return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
+
+        def projected(projectors: Projectors | Review | None) -> dict[int, Tensor]:
+            if projectors is None:
+                return {}
+            read = {t: [own[b] for b in blocks] for t, blocks in self.read.items()}
+            return placed(projectors(read, self.grids if kept is None else None))
+
+        attention = {
+            t: block.attn.qkv(block.norm1(own[self.attention_inputs[t]])) for t, block in self.attention.items()
+        }
+        return Tokens(projected(self.projectors), projected(self.unit_projectors), placed(attention))
+
+    def compare(
+        self,
+        outputs: Mapping[int, Tensor],
+        stored: TeacherFeatures,
+        weights: Tensor,
+        filling: int = 0,
+        kept: Tensor | None = None,
+    ) -> Compared:
+        """Bring the student's outputs and the teacher's features to one form.
+
+        outputs: {student block: (B, N, d)}; weights, filling: those of a Batch; kept: (B, k), the only patches that the
+        student saw.
+        """
+        targets = self.targets
+        losses: dict[str, Tensor] = {}
+        if self.joint is None:
+            wanted = targets.refine(stored.features)
+        else:
+            assert self.adapters is not None
+            with torch.autocast(weights.device.type, enabled=False):
+                refined = self.adapters(stored.features)
+                losses = self._joint_losses(stored.features, refined, weights, len(weights) - filling)
+            wanted = Tokens(refined, refined)
+        tokens = self.tokens(outputs, stored.positions, kept)
+        cleaned = sorted({*self.cleaned_blocks, *self.attention})
+        wanted = Tokens(
+            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions, kept),
+            targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, stored.positions, kept),
+        )
+        if not self.objective.training:
+            self.errors = {b: squares(x, tokens.normalised[b]) for b, x in wanted.normalised.items()}
+        return Compared(tokens, wanted, losses)
+
+    def _joint_losses(
+        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor, real: int
+    ) -> dict[str, Tensor]:
+        """Return the adapters' losses in proportion to the records of this part of the batch, so that parts add up.
+
+        real: the number of records before those that only fill up.
+        """
+        assert self.joint is not None
+        if not real:
+            zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+            return dict.fromkeys(self.joint.weights, zero)
+        losses = self.joint.losses(
+            {b: x[:real] for b, x in features.items()}, {b: x[:real] for b, x in refined.items()}
+        )
+        return {name: loss * weights.sum() for name, loss in losses.items()}
+
+
+def _reads(kind: type[Projector] | type[Review], block: int) -> range:
+    """Return the student's blocks that a projector of this kind reads for a matched block."""
+    return range(block + 1) if kind.reads_all else range(block, block + 1)
+
+
+def block_weights(blocks: Sequence[int], weights: Sequence[float] | None) -> dict[int, float] | None:
+    """Return {block: weight}. Raises UserError unless there is a weight for each block."""
+    if weights is None:
+        return None
+    if len(weights) != len(blocks):
+        known = ", ".join(map(str, blocks))
+        raise UserError(
+            f"distill.block_weights: {len(weights)} weights for {len(blocks)} blocks; give one for each of {known}"
+        )
+    return dict(zip(blocks, weights, strict=True))
+
+
+def attention_of(student: Backbone, number: int) -> Any:
+    """Return a block of the student that makes queries, keys and values together. Raises UserError if it does not."""
+    blocks = getattr(student.model, "blocks", ())
+    block = blocks[number] if 0 < number < len(blocks) else None
+    if not (hasattr(getattr(block, "attn", None), "qkv") and hasattr(block, "norm1")):
+        raise UserError(
+            "distill.objective minilm and tinymim need a student with two blocks or more that have norm1 and attn.qkv, "
+            "such as vit; take relation for others"
+        )
+    return block
+
+
+def squares(wanted: Tensor, found: Tensor) -> Tensor:
+    """Return (2,): the sums of squares of the error, and of the targets' distance from their mean of each channel."""
+    spread = wanted - wanted.mean((0, 1), keepdim=True)
+    return torch.stack([(wanted - found).square().sum(), spread.square().sum()])

@@ -1,0 +1,66 @@
+"""C-RADIOv4's loss of summaries (arXiv 2601.17237): angles in units of each teacher's own spread.
+
+The summaries of some teachers fill a narrow cone and those of others a wide one; without the division, the wide one
+would decide what a student of several teachers learns.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from singer.objectives.base import Objective, ObjectiveContext
+
+
+class Angle(Objective):
+    """Squared angle between the student's CLS and the teacher's (without CLS, mean patches), over its dispersion.
+
+    The dispersion is the mean squared angle of the teacher's summaries from their mean direction. Both are running
+    means. Of the last matched block.
+    """
+
+    momentum = 0.99
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self.block = context.blocks[-1]
+        self.register_buffer("direction", torch.zeros(context.width))
+        self.register_buffer("dispersion", torch.zeros(()))
+
+    def reads(self) -> tuple[int, ...]:
+        """Return the last matched block."""
+        return self.context.blocks[-1:]
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return {"summary": losses (B,)}. In training, the teacher's mean and dispersion move."""
+        ours, theirs = (self.summary(x[self.block].float()) for x in (student, targets))
+        if self.training:
+            self.move(theirs)
+        return {"summary": squared_angle(ours, theirs) / self.dispersion.clone().clamp_min(1e-6)}  # type: ignore[operator]
+
+    def summary(self, tokens: Tensor) -> Tensor:
+        """Return the directions (B, d) of CLS, or of the mean patch where there is none."""
+        return F.normalize(tokens[:, 0] if self.context.prefix else tokens.mean(1), dim=-1)
+
+    @torch.no_grad()
+    def move(self, summaries: Tensor) -> None:
+        """Move the mean direction and the dispersion towards those of summaries (B, d); the first batch sets them."""
+        self.update("direction", summaries.mean(0))
+        self.update("dispersion", self.spread(summaries))
+
+    def update(self, name: str, value: Tensor) -> None:
+        """Move a running mean towards a value; while it is zero, the value takes its place."""
+        old: Tensor = getattr(self, name)
+        old.copy_(torch.where(old.any(), self.momentum * old + (1 - self.momentum) * value, value))
+
+    def spread(self, summaries: Tensor) -> Tensor:
+        """Return the mean squared angle, a scalar, of summaries (B, d) from the mean direction."""
+        return squared_angle(summaries, F.normalize(self.direction, dim=-1)).mean()  # type: ignore[arg-type]
+
+
+def squared_angle(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the squared angle (B,), in radians, between unit vectors (B, d); where they are equal, it has a slope."""
+    return (a * b).sum(-1).clamp(-1 + 1e-6, 1 - 1e-6).acos().square()

@@ -1,0 +1,32 @@
+"""MEAL V2 (arXiv 2009.08453): one student for the mean verdict of several teachers.
+
+Its discriminator, which tells the student's verdicts from the teachers', is left out.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from singer.objectives.logits import Logits
+
+
+class Meal(Logits):
+    """KL of the student's class probabilities from the mean of all teachers', by their weights.
+
+    The student is judged by each teacher's head. With one teacher it is the objective logits.
+    """
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return {"kl": losses (B,)} of this teacher alone."""
+        return self.agree(student, self.opinion(targets))
+
+    def opinion(self, targets: Mapping[int, Tensor]) -> Tensor:
+        """Return the teacher's class probabilities (B, classes)."""
+        return self.verdict(targets[self.block]).exp()
+
+    def agree(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Return {"kl": losses (B,)} from the mean probabilities (B, classes)."""
+        ours = self.verdict(student[self.block])
+        return {"kl": (mean * (mean.clamp_min(1e-30).log() - ours)).sum(-1)}

@@ -1,0 +1,90 @@
+"""Which untrained student is near a teacher: scores against NumPy, and the command on a cache."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_singer, seeded, world_config
+
+from pipeline.cache import Cache
+from pipeline.data import ImageFile, relocate
+from pipeline.data.views import normalise
+from pipeline.stages.rank_students import _named, _vit_parameters, rank_students
+from pipeline.students.new import new_student
+from singer.backbones import block_outputs
+from singer.errors import UserError
+from singer.zero_cost import gradient_norm, patch_distance, sample_distance
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def relations(samples: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return unit(samples @ samples.T), unit(tokens) @ unit(tokens).transpose(0, 2, 1)
+
+
+def test_distances() -> None:
+    """Also between widths that differ; a rotation of all features is no distance."""
+    torch.manual_seed(seeded(0))
+    a, b = torch.randn(5, 7, 6), torch.randn(5, 7, 9)
+    ours, theirs = (relations(x[:, 0].double().numpy(), x.double().numpy()) for x in (a, b))
+    assert float(sample_distance(a[:, 0], b[:, 0])) == pytest.approx(((ours[0] - theirs[0]) ** 2).mean(), rel=1e-4)
+    assert float(patch_distance(a, b)) == pytest.approx(((ours[1] - theirs[1]) ** 2).mean(), rel=1e-4)
+    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
+    assert sample_distance(a[:, 0], a[:, 0] @ rotation) < 1e-10 > patch_distance(a, 3 * a @ rotation)
+
+
+def test_gradient_norm() -> None:
+    """By finite differences of the loss, of the parameters that it depends on."""
+    torch.manual_seed(seeded(0))
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()).double(), torch.randn(4, 3).double()
+    found, squares = gradient_norm(model(x).square().sum(), model), 0.0
+    with torch.no_grad():
+        for p in model.parameters():
+            for i in range(p.numel()):
+                ends = []
+                for step in (1e-6, -2e-6):
+                    p.view(-1)[i] += step
+                    ends.append(float(model(x).square().sum()))
+                p.view(-1)[i] += 1e-6
+                squares += ((ends[0] - ends[1]) / 2e-6) ** 2
+    assert found == pytest.approx(squares**0.5, rel=1e-4)
+
+
+def test_command(world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain ViTs within the budget; the scores are those of a student that is built alike."""
+    args = ["rank-students", world / "cache", "--parameters", 250_000, "--batch", 8, "--starts", 1, "--json"]
+    assert run_singer(monkeypatch, *args, "--set", "student.patch_size=8", "--set", f"distill.seed={seeded(0)}") == 0
+    result = json.loads(capfd.readouterr().out)
+    found = {s["student"]: s for s in result["students"]}
+    assert {*found} == {"vit 64 x 4", "vit 96 x 2"} and "nothing was trained" in result["caution"]
+    assert all(0.8 * 250_000 <= s["parameters"] <= 250_000 for s in found.values())
+    scores = [s["diswot"] for s in result["students"]]
+    assert scores == sorted(scores, reverse=True) and result["images"] == 8
+    config = world_config(world, "student.dim=96", "student.depth=2", "student.heads=3")
+    torch.manual_seed(seeded(0))
+    student, cache = new_student(config.student, 32), Cache(world / "cache")
+    assert sum(p.numel() for p in student.model.parameters()) == _vit_parameters(config.student, 2, 32)
+    records = np.linspace(0, 99, 8).astype(int)
+    pixels = cache.pixels(records, 32, ImageFile(relocate(cache.index.images, None)))
+    images = normalise(pixels, student.mean, student.std, torch.device("cpu"))
+    with torch.no_grad():
+        own = block_outputs(student.model.eval(), images, [1])[1].double().numpy()
+    theirs = cache.features(records, torch.device("cpu"))[3].double().numpy()
+    a, b = (relations(x[:, 0], x[:, 1:]) for x in (own, theirs))
+    expected = -sum(((x - y) ** 2).mean() for x, y in zip(a, b, strict=True))
+    assert found["vit 96 x 2"]["diswot"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_named_students_and_none(world: Path) -> None:
+    config = world_config(world)
+    result = rank_students(config, world / "cache", names=["vit"], images=4, starts=1)
+    assert [s.student for s in result.students] == ["vit"]
+    assert _named(config.student, "convnext_atto").dim is None
+    with pytest.raises(UserError, match="name students with --student"):
+        rank_students(config, world / "cache")
+    with pytest.raises(UserError, match="no plain ViT of 64 to 1,024 channels"):
+        rank_students(config, world / "cache", 1000)

@@ -1,0 +1,122 @@
+"""How a student is taught by one or several teachers: its own attention, fused blocks, a common verdict, dropping."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from conftest import WIDTH, world_config
+from test_objectives import make_context
+
+from pipeline.cache import Cache
+from pipeline.stages.distill import distill
+from pipeline.students.new import new_student
+from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.distiller import Distiller, teacher_shares
+from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import Compared, TeacherBranch, Teaching
+from singer.backbones import block_outputs
+from singer.errors import UserError
+from singer.objectives import Mixture, Tokens
+from singer.objectives.meal import Meal
+from singer.projectors import ProjectorSpec, Review
+
+CPU = torch.device("cpu")
+
+
+def test_the_students_own_attention_learns(world: Path) -> None:
+    """Relations are those of its block after the matched one; of that block only norm1 and qkv are trained."""
+    student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
+    branch = TeacherBranch(student, {2: 1, 3: 2}, Targets(cache, None, student, CPU), {"minilm": 1.0})
+    model = Distiller(student, [branch])
+    assert branch.links == {2: 1} and model.blocks == [1] and [*branch.trained] == ["objective"]
+    batch = Batch(
+        torch.randn(2, 3, 32, 32), [TeacherFeatures(cache.features([0, 1], CPU))], torch.full((2,), 0.5), torch.zeros(2)
+    )
+    found, inner = model(batch), student.model.blocks[2]
+    tokens = block_outputs(student.model, batch.images, [1])[1]
+    seen = Tokens(attention={2: inner.attn.qkv(inner.norm1(tokens))})
+    wanted = Tokens(cleaned={2: cache.features([0, 1], CPU)[2]})
+    torch.testing.assert_close(found["minilm.2"], branch.objective(seen, wanted, None)["minilm.2"].mean())
+    found["minilm.2"].backward()
+    trained = {name for name, p in inner.named_parameters() if p.grad is not None}
+    assert trained == {"norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias"}
+    assert {name for name, p in inner.named_parameters() if p.requires_grad} == trained
+
+
+def test_attention_needs_blocks_with_qkv(world: Path) -> None:
+    student = new_student(world_config(world, "student.depth=1").student, 32)
+    targets = Targets(Cache(world / "cache"), None, student, CPU)
+    with pytest.raises(UserError, match=r"need a student with two blocks or more that have norm1 and attn\.qkv"):
+        TeacherBranch(student, {2: 0}, targets, {"minilm": 1.0})
+
+
+def test_review_fuses_deeper_blocks() -> None:
+    """By hand: gates of each token mix what is fused so far into the next shallower block, on its grid."""
+    review = Review({1: ProjectorSpec((5,), 7, 1), 3: ProjectorSpec((6,), 8, 1)}).double()
+    shallow, deep = torch.randn(2, 17, 5).double(), torch.randn(2, 5, 6).double()
+    found = review({1: [shallow], 3: [deep]}, {1: (4, 4), 3: (2, 2)})
+    below = review.enter["3"](deep)
+    torch.testing.assert_close(found[3], review.leave["3"](below))
+    patches = below[:, 1:].transpose(1, 2).unflatten(2, (2, 2))
+    wide = torch.nn.functional.interpolate(patches, size=(4, 4), mode="bilinear", antialias=True)
+    below = torch.cat([below[:, :1], wide.flatten(2).transpose(1, 2)], dim=1)
+    own = review.enter["1"](shallow)
+    gates = 1 / (1 + torch.exp(-review.gates["1"](torch.cat([own, below], dim=-1))))
+    torch.testing.assert_close(found[1], review.leave["1"](gates[..., :1] * own + gates[..., 1:] * below))
+
+
+def test_dropping_keeps_the_worst_teacher() -> None:
+    """Without luck only the worst counts; all shares together are as large as without dropping."""
+    losses = torch.tensor([[1.0, 5.0, 2.0, 0.1], [4.0, 1.0, 1.0, 0.2], [2.0, 2.0, 3.0, 0.0]])
+    found = [{"a": 0.25 * row, "b": 0.75 * row} for row in losses]
+    assert teacher_shares(found, 1.0).tolist() == [[0, 3, 0, 0], [3, 0, 0, 3], [0, 0, 3, 0]]
+    drawn = torch.stack([teacher_shares(found, 0.5) for _ in range(300)])
+    torch.testing.assert_close(drawn.sum((1, 2)), torch.full((300,), 12.0))
+    kept = (drawn > 0).float().mean(0)
+    assert bool((kept[losses == losses.amax(0)] == 1).all())
+    assert bool(((kept[losses < losses.amax(0)] - 0.5).abs() < 0.15).all())
+
+
+def test_teachers_agree_on_a_verdict() -> None:
+    """The mean of their probabilities, by their weights; heads of other classes are refused."""
+    heads = [Meal(make_context()), Meal(make_context(seed=1)), Meal(make_context(num_classes=4))]
+    tokens = [torch.randn(3, 17, WIDTH) for _ in heads]
+    compared = [Compared(Tokens(), Tokens(cleaned={3: x}), {}) for x in tokens]
+    branches = [
+        SimpleNamespace(weight=weight, objective=Mixture({"meal": head}, {"meal": 1.0}))
+        for weight, head in zip((0.75, 0.25, 1.0), heads, strict=True)
+    ]
+
+    def agreed(count: int) -> Any:
+        return Distiller.agreed(cast("Distiller", SimpleNamespace(branches=branches[:count])), compared[:count])
+
+    said = [head.verdict(x).exp().double().numpy() for head, x in zip(heads, tokens, strict=True)]
+    np.testing.assert_allclose(agreed(2)["meal"].numpy(), 0.75 * said[0] + 0.25 * said[1], rtol=1e-4)
+    assert agreed(1) == {}
+    with pytest.raises(UserError, match="the teachers' heads have 5 and 5 and 4 classes"):
+        agreed(3)
+
+
+def test_each_teacher_has_its_own_objective(world: Path, tmp_path: Path) -> None:
+    """Features of one cache and relations of the other, as in Hybrid Distillation; a list must fit the caches."""
+    objective = "distill.objective=[smooth-l1, {tinymim: 0.5}]"
+    more = ("distill.teacher_drop=0.5", "distill.projector=review", "distill.epochs=1", "distill.warmup_epochs=0")
+    caches = [world / "cache", world / "cache"]
+    result = distill(world_config(world, objective, *more), caches, tmp_path / "run")
+    assert result.matching == {2: 1, 3: 2} and [link.matching for link in result.others] == [{2: 1}]
+    with pytest.raises(UserError, match=r"distill\.objective: 2 given for 1 --cache"):
+        distill(world_config(world, objective), world / "cache", tmp_path / "other")
+    with pytest.raises(UserError, match="unknown 'nothing'"):
+        distill(world_config(world, "distill.objective=[mse, nothing]"), caches, tmp_path / "other")
+
+
+def test_a_weight_for_each_block(world: Path) -> None:
+    student = new_student(world_config(world).student, 32)
+    targets = Targets(Cache(world / "cache"), None, student, CPU)
+    branch = TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}, block_weights=(0.1, 1)))
+    assert branch.objective.block_weights == {"2": 0.1, "3": 1}
+    with pytest.raises(UserError, match=r"distill\.block_weights: 1 weights for 2 blocks; give one for each of 2, 3"):
+        TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}, block_weights=(1,)))
