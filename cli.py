@@ -68,6 +68,7 @@ REFINER_HELP = "A refiner of stage 2, or none; one for each --cache, in their or
 MOVED_HELP = "Where the cached images are, if they moved."
 TEACHER_HELP = "A model of timm, hf:USER/NAME of transformers, or package.module:function of your own."
 STUDENT_HELP = "Any model that can be a teacher, or vit with student.dim, depth and heads."
+SIZE_HELP = "In pixels, such as 224 or 224x448 (height x width); default: the teacher's own."
 IMAGES_HELP = "Folders of images (sub-folders are classes), shards, lists, tables, globs or URLs."
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 
@@ -175,7 +176,7 @@ def cache_teacher(
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
     teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
+    image_size: Annotated[str | None, typer.Option(metavar="N|HxW", help=SIZE_HELP)] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
@@ -489,7 +490,7 @@ def cache_plan(
     images: Annotated[list[str], images_option()],
     teacher: Annotated[str | None, typer.Option(help=TEACHER_HELP)] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")] = None,
+    image_size: Annotated[str | None, typer.Option(metavar="N|HxW", help=SIZE_HELP)] = None,
     blocks: Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")] = None,
     codec: Annotated[str | None, typer.Option(help=CODEC_HELP)] = None,
     views: Annotated[int | None, typer.Option(help="Views of each image; see the section views.")] = None,

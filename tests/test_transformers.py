@@ -214,8 +214,9 @@ def test_preprocessing_of_processor_files() -> None:
     assert preprocessing(half | {"size": {"shortest_edge": 40}}, 64)[0] == 40
     assert preprocessing(half | {"rescale_factor": 1 / 127.5}, 64) == (64, (0.25,) * 3, (0.125,) * 3)
     assert preprocessing({"do_normalize": False, "size": 16}, 64) == (16, (0.0,) * 3, (1.0,) * 3)
-    with pytest.raises(UserError, match="only square inputs"):
-        preprocessing(half | {"size": {"height": 32, "width": 48}}, 64)
+    assert preprocessing(half | {"size": {"height": 32, "width": 48}}, 64)[0] == (32, 48)
+    with pytest.raises(UserError, match="its processor file gives neither one size nor height and width"):
+        preprocessing(half | {"size": {"shortest_edge": 32, "longest_edge": 48}}, 64)
 
 
 def test_towers_of_two(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
+from singer.sizes import ImageSize
 
 Values = dict[str, Tensor | Ragged]
 """{name of an array: its values of some records}."""
@@ -28,7 +29,7 @@ Values = dict[str, Tensor | Ragged]
 class TeacherBatch:
     """The views of some records for the teacher, and what is stored beside its features.
 
-    pixels: (n, size, size, 3) uint8; extra: values of the arrays that are not features; unreadable: {image: why it
+    pixels: (n, height, width, 3) uint8; extra: values of the arrays that are not features; unreadable: {image: why it
     cannot be decoded}.
     """
 
@@ -54,8 +55,8 @@ class Encoder:
         self._codec, self._calibration = CODECS[manifest.codec], calibration
 
     @property
-    def sides(self) -> set[int]:
-        """Return the sides of the views that are needed, in pixels: the teacher's, and that of stored views."""
+    def sizes(self) -> set[ImageSize]:
+        """Return the sizes of the views that are needed, in pixels: the teacher's, and that of stored views."""
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
         return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
 

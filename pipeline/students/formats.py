@@ -26,6 +26,7 @@ from pipeline.teachers.models import load_model
 from pipeline.teachers.names import HF, LOCAL, OWN
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
+from singer.sizes import Size
 
 PREPROCESS = "preprocess.json"
 ONNX = "model.onnx"
@@ -47,7 +48,7 @@ images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any si
 class Student:
     """What is exported.
 
-    module: normalised images (B, 3, size, size) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
+    module: normalised images (B, 3, height, width) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
     """
 
     backbone: Backbone
@@ -56,21 +57,24 @@ class Student:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """Return how to make the input from an RGB image.
-
-        The largest centred square is resized, divided by 255, normalised by mean and std, and given as CHW.
-        """
+        """Return how to make the input from an RGB image: crop, resize, divide by 255, normalise, give as CHW."""
         return {
             "size": self.backbone.image_size,
-            "crop": "center-square",
+            "crop": "center-square" if isinstance(self.backbone.image_size, int) else "center",
             "interpolation": INTERPOLATION,
             "mean": self.backbone.mean,
             "std": self.backbone.std,
         }
 
+    @property
+    def pixels(self) -> str:
+        """Return _PIXELS for this student. Pillow's sizes are (width, height)."""
+        square = isinstance(self.backbone.image_size, int)
+        return _PIXELS if square else _PIXELS.replace('(p["size"], p["size"])', 'tuple(p["size"][::-1])')
+
     def images(self, count: int) -> Tensor:
-        """Return random images (count, 3, size, size), which are always the same for a count."""
-        shape = (count, 3, self.backbone.image_size, self.backbone.image_size)
+        """Return random images (count, 3, height, width), which are always the same for a count."""
+        shape = (count, 3, *Size.of(self.backbone.image_size))
         return torch.randn(shape, generator=torch.Generator().manual_seed(count))
 
 
@@ -136,8 +140,8 @@ def _write_transformers(student: Student, folder: Path) -> Written:
     """Write what from_pretrained reads: config.json, model.safetensors and preprocessor_config.json."""
     backbone = student.backbone
     backbone.model.backbone.save_pretrained(folder)
-    size = {"height": backbone.image_size, "width": backbone.image_size}
-    processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
+    processor = {"do_resize": True, "size": Size.of(backbone.image_size)._asdict(), "resample": 3}
+    processor |= {"do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
     write_json(folder / "preprocessor_config.json", processor)
     kind = type(backbone.model.backbone).__name__
@@ -197,7 +201,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-{_PIXELS}
+{student.pixels}
 session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
 ({student.output},) = session.run(None, {{"images": images}})"""
     return Written(load, snippet, packages)
@@ -220,7 +224,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-{_PIXELS}
+{student.pixels}
 model = torch.export.load("{TORCH_EXPORT}").module()
 with torch.inference_mode():
     {student.output} = model(torch.from_numpy(images))"""

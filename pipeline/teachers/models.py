@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
 
 from pipeline.config import TeacherConfig
@@ -25,8 +26,9 @@ from pipeline.teachers.outlines import fitting_models, outline_of
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
 from pipeline.teachers.placement import narrow
 from pipeline.teachers.weights import read_weights
-from singer.backbones import gives_tokens, patch_size
+from singer.backbones import block_outputs, depth, gives_tokens, layout, patch_size, prefix_tokens
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size, check_multiple
 
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
@@ -53,7 +55,7 @@ def load_teacher(config: TeacherConfig, module: Own | None = None) -> Backbone:
     return _frozen(teacher)
 
 
-def load_saved(folder: Path, image_size: int | None = None, function: str | None = None) -> Backbone:
+def load_saved(folder: Path, image_size: ImageSize | None = None, function: str | None = None) -> Backbone:
     """Load a model that was saved by `save_backbone`, timm or transformers.
 
     function: for a model of the user's own, the function that makes it. Raises UserError if it is needed and not given.
@@ -64,7 +66,7 @@ def load_saved(folder: Path, image_size: int | None = None, function: str | None
     return load_model(f"{LOCAL}{folder}", image_size=image_size)
 
 
-def load_model(name: str, weights: Path | None = None, image_size: int | None = None) -> Backbone:
+def load_model(name: str, weights: Path | None = None, image_size: ImageSize | None = None) -> Backbone:
     """Load any pretrained model, frozen, by a name as teacher.name has it.
 
     weights: a local file; default: those in the folder, or those that timm fetches. image_size: in pixels; default: the
@@ -91,7 +93,7 @@ def _frozen(backbone: Backbone) -> Backbone:
 
 def create_model(
     name: str,
-    image_size: int | None,
+    image_size: ImageSize | None,
     args: Mapping[str, Any],
     weights: Path | None,
     pretrained: bool,
@@ -118,7 +120,7 @@ def create_model(
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
         if isinstance(kwargs.get("img_size"), list):
-            kwargs["img_size"] = _one_side(kwargs["img_size"], folder)
+            kwargs["img_size"] = Size.of(kwargs["img_size"]).written
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
@@ -134,14 +136,14 @@ def create_model(
     pretrained_cfg = model.pretrained_cfg
     # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
-    size = _built_size(model) or image_size or pretrained_cfg["input_size"][1:]
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if rows != columns:
-        raise UserError(f"{what} {name}: only square inputs are supported, not {rows} x {columns}")
-    if image_size is not None and rows != image_size:
-        raise UserError(f"{what} {name}: it was built for {rows} pixels, and image_size {image_size} was asked for")
+    size = Size.of(_built_size(model) or image_size or pretrained_cfg["input_size"][1:])
+    if image_size is not None and size.written != image_size:
+        asked = Size.of(image_size)
+        raise UserError(f"{what} {name}: it was built for {size} pixels, and image_size {asked} was asked for")
+    if size.height != size.width:
+        _check_rectangle(model, size, f"{what} {name}")
     if _takes_image_size(model):
-        args["img_size"] = rows
+        args["img_size"] = size.written
     else:
         args.pop("img_size", None)
     if gives_tokens(model) and hasattr(model, "global_pool"):
@@ -150,7 +152,7 @@ def create_model(
         model=model,
         architecture=pretrained_cfg["architecture"],
         model_args=args,
-        image_size=int(rows),
+        image_size=size.written,
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
@@ -158,7 +160,7 @@ def create_model(
 
 def _other_source(
     name: str,
-    image_size: int | None,
+    image_size: ImageSize | None,
     args: Mapping[str, Any],
     weights: Path | None,
     pretrained: bool,
@@ -187,13 +189,6 @@ def _other_source(
     return create_transformers(source, image_size, weights, pretrained, what, averaged)
 
 
-def _one_side(size: list[Any], folder: Path) -> Any:
-    """Return the side of an image size [rows, columns], as timm may write it. Raises UserError if they differ."""
-    if len(set(size)) != 1:
-        raise UserError(f"{folder / 'config.json'}: only square inputs are supported, not img_size {size}")
-    return size[0]
-
-
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensors of a model of timm; none if it cannot be built (_build says why)."""
     try:
@@ -216,6 +211,23 @@ def _built_size(model: Any) -> Any:
     return size if gives_tokens(model) and _takes_image_size(model) else None
 
 
+@torch.inference_mode()
+def _check_rectangle(model: Any, size: Size, subject: str) -> None:
+    """Raise UserError if a model does not run on images that are not square: some compute their grid as a root."""
+    last, training = depth(model) - 1, model.training
+    try:
+        tokens = block_outputs(model.eval(), torch.zeros(1, 3, *size), [last])[last]
+        (_, (rows, columns)) = layout(model, size)[last]
+        if tokens.shape[1] != prefix_tokens(model) + rows * columns:
+            raise ValueError(f"it gives {tokens.shape[1]} tokens for a grid of {rows} x {columns}")
+    except Exception as error:  # each architecture raises errors of its own types
+        raise UserError(
+            f"{subject}: a {type(model).__name__} does not run on images of {size} pixels ({first_line(error)}); take "
+            f"a square, such as image_size {min(size)}"
+        ) from error
+    model.train(training)
+
+
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
     # The hub's client warns about every retry. The error that is raised below reports the result once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -226,9 +238,8 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         if not hasattr(outline, "forward_intermediates"):
             raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
         patch, size = patch_size(outline), kwargs.get("img_size")
-        if patch and size is not None and size % patch:
-            near = f"the nearest is {max(1, round(size / patch)) * patch}"
-            raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
+        if patch and size is not None:
+            check_multiple(size, patch, f"{subject}: ")
         if not _takes_image_size(outline):
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
