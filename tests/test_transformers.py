@@ -139,6 +139,9 @@ def test_tokens_and_suffix_are_the_models_own(kind: str) -> None:
             torch.testing.assert_close(suffix.logits(outputs[block], block), model(images), atol=1e-5, rtol=1e-5)
         twice = torch.zeros(1, 3, 2 * size, 2 * size)
         assert block_outputs(model, twice, [0])[0].shape[1] == prefix + 4 * 16
+        wide = hf.wrap(f"hf:{kind}", model.backbone, (size, 2 * size)).eval()
+        assert block_outputs(wide, twice[:, :, :size], [last])[last].shape[1] == prefix + 2 * 16
+        assert find_suffix(wide, f"hf:{kind}", arguments, last, (size, 2 * size)) is not None
 
 
 def test_no_image_is_masked() -> None:

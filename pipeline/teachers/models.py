@@ -3,7 +3,6 @@
 Most are timm's. Names that begin with hf: are models of transformers, package.module:function is a model of one's own.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import timm
-import torch
 from safetensors import SafetensorError
 
 from pipeline.config import TeacherConfig
@@ -21,12 +19,13 @@ from pipeline.teachers.backbone import Backbone
 from pipeline.teachers.fetching import first_line, why_not_fetched
 from pipeline.teachers.hints import nearest_model
 from pipeline.teachers.huggingface import WEIGHTS, create_transformers, saved_transformers
+from pipeline.teachers.input_sizes import built_size, change_size, check_rectangle, square_instead, takes_image_size
 from pipeline.teachers.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
 from pipeline.teachers.outlines import fitting_models, outline_of
 from pipeline.teachers.own import Own, create_own, describe_own, saved_own
 from pipeline.teachers.placement import narrow
 from pipeline.teachers.weights import read_weights
-from singer.backbones import block_outputs, depth, gives_tokens, layout, patch_size, prefix_tokens
+from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size, check_multiple
 
@@ -111,7 +110,7 @@ def create_model(
         return other
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
-        kwargs["img_size"] = image_size
+        kwargs["img_size"] = image_size = Size.of(image_size).written
     folder = local_folder(name)
     if folder is not None:
         config = read_json(folder, CONFIG, "model folder")
@@ -119,8 +118,8 @@ def create_model(
         if not isinstance(model_args, dict):
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
-        if isinstance(kwargs.get("img_size"), list):
-            kwargs["img_size"] = Size.of(kwargs["img_size"]).written
+        if weights is None and isinstance(saved := Size.of(model_args.get("img_size", 1)).written, tuple):
+            kwargs["img_size"] = saved  # timm would take the grid of its positions for a square; see change_size
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
@@ -136,13 +135,15 @@ def create_model(
     pretrained_cfg = model.pretrained_cfg
     # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
-    size = Size.of(_built_size(model) or image_size or pretrained_cfg["input_size"][1:])
+    if image_size is not None and kwargs.get("img_size", image_size) != image_size:
+        change_size(model, image_size, f"{what} {name}")
+    size = Size.of(built_size(model) or image_size or pretrained_cfg["input_size"][1:])
     if image_size is not None and size.written != image_size:
         asked = Size.of(image_size)
         raise UserError(f"{what} {name}: it was built for {size} pixels, and image_size {asked} was asked for")
     if size.height != size.width:
-        _check_rectangle(model, size, f"{what} {name}")
-    if _takes_image_size(model):
+        check_rectangle(model, size, f"{what} {name}")
+    if takes_image_size(model):
         args["img_size"] = size.written
     else:
         args.pop("img_size", None)
@@ -197,37 +198,6 @@ def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
         return set()
 
 
-def _takes_image_size(model: Any) -> bool:
-    """Return whether a model is built for one image size; others work at any size and have no argument for it."""
-    if gives_tokens(model):
-        constructors = [vars(kind)["__init__"] for kind in type(model).__mro__ if "__init__" in vars(kind)]
-        return any("img_size" in inspect.signature(init).parameters for init in constructors[:-1])  # object is last
-    return bool(model.pretrained_cfg.get("fixed_input_size"))
-
-
-def _built_size(model: Any) -> Any:
-    """Return the image size, (rows, columns) in pixels, that a model of tokens was built for; None if it has none."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size if gives_tokens(model) and _takes_image_size(model) else None
-
-
-@torch.inference_mode()
-def _check_rectangle(model: Any, size: Size, subject: str) -> None:
-    """Raise UserError if a model does not run on images that are not square: some compute their grid as a root."""
-    last, training = depth(model) - 1, model.training
-    try:
-        tokens = block_outputs(model.eval(), torch.zeros(1, 3, *size), [last])[last]
-        (_, (rows, columns)) = layout(model, size)[last]
-        if tokens.shape[1] != prefix_tokens(model) + rows * columns:
-            raise ValueError(f"it gives {tokens.shape[1]} tokens for a grid of {rows} x {columns}")
-    except Exception as error:  # each architecture raises errors of its own types
-        raise UserError(
-            f"{subject}: a {type(model).__name__} does not run on images of {size} pixels ({first_line(error)}); take "
-            f"a square, such as image_size {min(size)}"
-        ) from error
-    model.train(training)
-
-
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
     # The hub's client warns about every retry. The error that is raised below reports the result once.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -240,7 +210,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         patch, size = patch_size(outline), kwargs.get("img_size")
         if patch and size is not None:
             check_multiple(size, patch, f"{subject}: ")
-        if not _takes_image_size(outline):
+        if not takes_image_size(outline):
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
             subject = f"weights of {subject} were not loaded"
@@ -256,7 +226,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             raise UserError(f"weights of {what} {name} were not fetched: {reason}; {_REMEDIES[what]}") from error
         if not isinstance(error, _INPUT_ERRORS) and "unexpected keyword argument" not in str(error):
             raise  # this is a defect, or the disk fails
-        remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
+        remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else square_instead(kwargs.get("img_size"))
         if subject.startswith(f"weights {weights} "):
             remedy = fitting_models(name, kwargs["pretrained_cfg_overlay"]["state_dict"])
         raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error
