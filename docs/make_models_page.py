@@ -52,8 +52,8 @@ python docs/make_models_page.py
 - **suffix**: the blocks after a cached one can be rebuilt and give the model's own output. Only the adapters of
   `refine`, the objectives `relation` and `logits`, and some figures of `inspect` need it.
 - **student**: it was trained for some steps, exported to timm, and gave the same outputs there.
-- **2 : 3**: it takes images of 64 x 96, 56 x 84 or 224 x 336 pixels: every block has the tokens of its grid, and the saved
-  model gives the same outputs.
+- **2 : 3**: it takes images of 64 x 96, 56 x 84 or 224 x 336 pixels. Every block has the tokens of its grid, and the
+  saved model gives the same outputs.
 
 | family | model | class | tokens | teacher | suffix | student | 2 : 3 |
 |---|---|---|---|---|---|---|---|
