@@ -15,6 +15,8 @@ from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, ViewsConfig, load_config
 from pipeline.data.views import apply_view, crop_view, draw_view, normalise
+from pipeline.evaluation import depth as depth_probe
+from pipeline.evaluation import segmentation
 from pipeline.evaluation.dense import LinearHead, nearest
 from pipeline.planning.plan import plan
 from pipeline.reports.scores import Probe
@@ -163,6 +165,23 @@ def test_probes_of_pixels_know_the_grid(world: Path) -> None:
     head = LinearHead(torch.zeros(1), torch.ones(1), torch.ones(1, 1), torch.zeros(1), grid)
     torch.testing.assert_close(head.maps(tokens, grid)[0, 0], torch.arange(6.0).view(grid))
     assert nearest(np.arange(24).reshape(4, 6), grid).tolist() == [[7, 9, 11], [19, 21, 23]]
+
+
+def test_heads_learn_on_the_grid() -> None:
+    """Tokens tell their class, or their depth, on a grid of 2 x 5: as many as no square has."""
+    random = torch.Generator().manual_seed(seeded(0))
+    labels = torch.randint(0, 3, (20, 2, 5), generator=random)
+    x = torch.nn.functional.one_hot(labels.flatten(1), 3) + 0.1 * torch.randn(20, 10, 3, generator=random)
+    finer = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    sets = ["evaluate.seg_lrs=[0.1]", "evaluate.depth_lrs=[0.1]"]
+    settings = load_config(sets=[*sets, "evaluate.seg_passes=20", "evaluate.depth_passes=20"]).evaluate
+    head, _ = segmentation.fit_head(x, finer, 3, settings, CPU)
+    assert all(
+        torch.equal(head.maps(one[None], (2, 5))[0].argmax(0), label) for one, label in zip(x, labels, strict=True)
+    )
+    predict, _ = depth_probe.fit_heads(x, 1.0 + finer, settings, CPU)["regression"]
+    found = torch.stack([predict(one, (4, 10)) for one in x])
+    assert (found - 1.0 - finer).abs().mean() < 0.5
 
 
 def test_crops_have_the_shape_of_the_input() -> None:
