@@ -138,10 +138,9 @@ def write_hf(student: Student, folder: Path) -> Written:
 
 def _write_transformers(student: Student, folder: Path) -> Written:
     """Write what from_pretrained reads: config.json, model.safetensors and preprocessor_config.json."""
-    backbone = student.backbone
+    backbone, size = student.backbone, Size.of(student.backbone.image_size)._asdict()
     backbone.model.backbone.save_pretrained(folder)
-    processor = {"do_resize": True, "size": Size.of(backbone.image_size)._asdict(), "resample": 3}
-    processor |= {"do_rescale": True, "rescale_factor": 1 / 255}
+    processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
     write_json(folder / "preprocessor_config.json", processor)
     kind = type(backbone.model.backbone).__name__
