@@ -60,7 +60,10 @@ TeacherOption = Annotated[
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help="Local .safetensors or .pth; else timm fetches them.")]
 ModelWeightsOption = Annotated[Path | None, typer.Option(help="For a model given by name; else timm fetches them.")]
-ImageSizeOption = Annotated[int | None, typer.Option(help="In pixels; default: the teacher's own.")]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="N|HxW", help="Pixels: 224, or 224x448 (height x width); default: the teacher's own."),
+]
 BlocksOption = Annotated[str | None, typer.Option(help="0-based, such as 8,11; -1 is the last.")]
 ViewsOption = Annotated[int | None, typer.Option(help="Views of each image; see the section views.")]
 CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."

@@ -43,6 +43,7 @@ from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_dept
 from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.training.batch import BatchLoader
+from singer.sizes import Size
 
 BLOCK, TOKENS = 0, 197
 # The records in a batch that is written, or that other engines read.
@@ -126,8 +127,7 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
             f"{FEATURES}/{BLOCK}/{name}": first_rows([s[name] for s in stored], stop - start) for name in stored[0]
         }
         if manifest.pixels is not None:
-            size = manifest.pixels.size
-            values[PIXELS] = np.full((stop - start, size, size, 3), shard % 256, np.uint8)
+            values[PIXELS] = np.full((stop - start, *Size.of(manifest.pixels.size), 3), shard % 256, np.uint8)
         values[VIEWS] = synthetic_views(manifest, start, stop)
         write_zarr_shard(store, manifest, shard, values, {})
     (part,) = read_segments(store)

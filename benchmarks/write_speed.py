@@ -77,7 +77,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
-            read = RowReader(rows, files, manifest.view_form, encode.sides, "fail")
+            read = RowReader(rows, files, manifest.view_form, encode.sizes, "fail")
             size = config.cache.batch_size
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]

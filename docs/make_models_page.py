@@ -4,7 +4,8 @@
 
 Each model is built with random weights, and small where its family allows it. It goes through the real stages on a few
 images: as a teacher through cache-teacher, refine and distill; as a student through distill, and an export to timm that
-is read back and compared. It takes about a quarter of an hour.
+is read back and compared. Another one takes images that are not square, and is saved, read back and compared. It takes
+about half an hour.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from PIL import Image
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
 from pipeline.models.backbone import Backbone, save_backbone
-from pipeline.models.loading import create_model
+from pipeline.models.loading import create_model, load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.export import export
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
+from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 
 PAGE = Path(__file__).with_name("models.md")
@@ -40,7 +42,7 @@ the feature maps of its blocks, [a model of transformers, or your own](own-model
 It takes one small model of every family of timm {version}, with random weights, through the real stages on a few
 images:
 
-<!-- not run: takes a quarter of an hour -->
+<!-- not run: takes half an hour -->
 ```bash
 python docs/make_models_page.py
 ```
@@ -50,9 +52,11 @@ python docs/make_models_page.py
 - **suffix**: the blocks after a cached one can be rebuilt and give the model's own output. Only the adapters of
   `refine`, the objectives `relation` and `logits`, and some figures of `inspect` need it.
 - **student**: it was trained for some steps, exported to timm, and gave the same outputs there.
+- **2 : 3**: it takes images of 64 x 96, 56 x 84 or 224 x 336 pixels. Every block has the tokens of its grid, and the
+  saved model gives the same outputs.
 
-| family | model | class | tokens | teacher | suffix | student |
-|---|---|---|---|---|---|---|
+| family | model | class | tokens | teacher | suffix | student | 2 : 3 |
+|---|---|---|---|---|---|---|---|
 """
 # Tried in this order; families differ in what makes a model small.
 SMALL: list[dict[str, Any]] = [{"embed_dim": 48, "depth": 4, "num_heads": 2}, {"embed_dim": 48, "depth": 4}, {}]
@@ -125,7 +129,7 @@ def row(family: str, world: World) -> str:
     try:
         model = build(name)
     except Exception as error:  # each family raises errors of its own types
-        return f"| {family} | `{name}` | | | not built: {short(error)} | | |"
+        return f"| {family} | `{name}` | | | not built: {short(error)} | | | |"
     others = model.prefix - model.has_cls
     parts = ["CLS"] * model.has_cls + [f"{others} other"] * (others > 0)
     tokens = " + ".join(parts) or "no prefix" if model.gives_tokens else "maps"
@@ -135,6 +139,7 @@ def row(family: str, world: World) -> str:
         model = create_model(name, None, {}, None, False, "model")
         teacher, suffix = as_teacher(model, world, f"{name}-whole")
     cells = [family, f"`{name}`", type(model.model).__name__, tokens, teacher, suffix, as_student(name, world)]
+    cells.append(as_rectangle(name))
     return f"| {' | '.join(cells)} |"
 
 
@@ -182,6 +187,36 @@ def as_student(name: str, world: World) -> str:
         except Exception as error:  # each family raises errors of its own types
             failed = error
     return f"no: {short(failed)}"
+
+
+def as_rectangle(name: str) -> str:
+    """Return whether timm's model of that name takes images that are not square."""
+    failed: Exception = UserError("not tried")
+    for size in (64, 96), (56, 84), (224, 336):
+        for args in SMALL:
+            try:
+                torch.manual_seed(0)
+                model = create_model(name, size, args, None, False, "model")
+                check_same(model, torch.randn(1, 3, *size))
+                return "yes"
+            except Exception as error:  # each family raises errors of its own types
+                failed = error
+    return f"no: {short(failed)}"
+
+
+@torch.no_grad()
+def check_same(model: Backbone, images: torch.Tensor) -> None:
+    """Raise UserError if a block has another grid than it should, or the saved model gives other outputs."""
+    blocks = range(depth(model.model.eval()))
+    outputs = block_outputs(model.model, images, blocks)
+    for block, (width, (rows, columns)) in enumerate(model.layout):
+        if not rows or outputs[block].shape[1:] != (model.prefix + rows * columns, width):
+            raise UserError(f"block {block} gives {tuple(outputs[block].shape)} for {rows} x {columns}")
+    with tempfile.TemporaryDirectory() as folder:
+        save_backbone(model, model.model.state_dict(), Path(folder))
+        again = block_outputs(load_saved(Path(folder)).model, images, blocks)
+    if not all(torch.allclose(outputs[b], again[b], atol=1e-5) for b in blocks):
+        raise UserError("the saved model gives other outputs")
 
 
 def short(error: Exception) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 
 def gives_tokens(model: nn.Module) -> bool:
@@ -33,13 +34,13 @@ def has_cls(model: nn.Module) -> bool:
     return prefix_tokens(model) > 0 and (getattr(model, "cls_token", None) is not None if told is None else bool(told))
 
 
-def patch_size(model: nn.Module) -> int | None:
-    """Return the side of a patch, in pixels, of a model of tokens; None for other models."""
+def patch_size(model: nn.Module) -> ImageSize | None:
+    """Return the size of a patch, in pixels, of a model of tokens; None for other models."""
     embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     size: Any = getattr(embed, "patch_size", None) or getattr(model, "patch_size", None)
     if size is None or not gives_tokens(model):
         return None
-    return size if isinstance(size, int) else int(size[0])
+    return Size.of(size).written
 
 
 def body_width(model: nn.Module) -> int:
@@ -66,7 +67,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]]]:
+def layout(model: nn.Module, image_size: ImageSize) -> list[tuple[int, tuple[int, int]]]:
     """List (width, (rows, columns)) of the tokens of every block at an image size in pixels."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if gives_tokens(model) and grid is not None:
@@ -75,7 +76,7 @@ def layout(model: nn.Module, image_size: int) -> list[tuple[int, tuple[int, int]
         return [*[(body_width(model), place)] * (depth(model) - 1), (int(last), place)]
     training, like = model.training, next(model.parameters())
     model.eval()
-    maps = _maps(model, torch.zeros(1, 3, image_size, image_size).to(like), range(depth(model)))
+    maps = _maps(model, torch.zeros(1, 3, *Size.of(image_size)).to(like), range(depth(model)))
     model.train(training)
     return [(int(x.shape[1]), (int(x.shape[2]), int(x.shape[3]))) for x in maps]
 
@@ -131,7 +132,7 @@ def _maps(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tenso
     return maps
 
 
-def freeze_unused(model: nn.Module, last_block: int, image_size: int) -> None:
+def freeze_unused(model: nn.Module, last_block: int, image_size: ImageSize) -> None:
     """Freeze the parameters that have no part in the blocks up to the last supervised one.
 
     They would get no gradient, and DDP refuses that. A backward pass from these blocks finds the others.
@@ -140,7 +141,7 @@ def freeze_unused(model: nn.Module, last_block: int, image_size: int) -> None:
     training, place = model.training, next(model.parameters())
     model.eval()
     with torch.enable_grad():
-        outputs = block_outputs(model, torch.zeros(1, 3, image_size, image_size).to(place), range(last_block + 1))
+        outputs = block_outputs(model, torch.zeros(1, 3, *Size.of(image_size)).to(place), range(last_block + 1))
         torch.stack([x.float().sum() for x in outputs.values()]).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)

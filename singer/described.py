@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size, check_multiple
 
 Run = Callable[[nn.Module, Tensor], object]
 
@@ -21,8 +22,8 @@ class Description:
 
     blocks: the name of a list of blocks in the module ("encoder.layers"), or the names of single blocks in the order in
     which they run. A block returns its output, or a tuple that begins with it.
-    image_size: side of the input, in pixels.
-    patch_size: side of a patch, in pixels, if blocks give tokens (B, prefix + patches, d); None if they give feature
+    image_size: of the input, in pixels: the side of a square, or (height, width).
+    patch_size: of a patch, in pixels, if blocks give tokens (B, prefix + patches, d); None if they give feature
     maps (B, d, rows, columns).
     prefix: the number of tokens before the patches; class_token: whether the first of them is a class token.
     norm: the name of the norm of the tokens after the last block, if there is one.
@@ -30,8 +31,8 @@ class Description:
     """
 
     blocks: str | Sequence[str]
-    image_size: int
-    patch_size: int | None = None
+    image_size: ImageSize
+    patch_size: ImageSize | None = None
     prefix: int = 0
     class_token: bool = False
     norm: str | None = None
@@ -123,12 +124,12 @@ class DescribedMaps(nn.Module):
     def _check(self) -> int:
         """Run the module once; return the width of the last block. Raises UserError if it is not as described."""
         name, place = type(self.backbone).__name__, next(self.backbone.parameters())
-        last, size = len(self.feature_info) - 1, self.description.image_size
+        last, size = len(self.feature_info) - 1, Size.of(self.description.image_size)
         if place.is_meta:
             return 0
         training = self.backbone.training
         self.backbone.eval()
-        output = self._outputs(torch.zeros(1, 3, size, size).to(place), [last]).get(last)
+        output = self._outputs(torch.zeros(1, 3, *size).to(place), [last]).get(last)
         self.backbone.train(training)
         block, wanted = self.feature_info[last], self._shape()
         if not isinstance(output, Tensor):
@@ -183,8 +184,8 @@ class DescribedTokens(DescribedMaps):
         tokens = [self.norm(found[i]) if norm else found[i] for i in indices]
         patches = [x[:, prefix:] for x in tokens]
         if output_fmt == "NCHW":
-            rows, columns = (side // self.patch_size for side in images.shape[-2:])
-            patches = [x.transpose(1, 2).unflatten(2, (rows, columns)) for x in patches]
+            grid = Size(*images.shape[-2:]).grid(self.patch_size)
+            patches = [x.transpose(1, 2).unflatten(2, grid) for x in patches]
         if return_prefix_tokens:
             return [(patch, x[:, :prefix]) for patch, x in zip(patches, tokens, strict=True)]
         return patches
@@ -194,12 +195,15 @@ class DescribedTokens(DescribedMaps):
         return _Tail(self.blocks, self.norm, self.description)
 
     def _shape(self) -> str:
-        count = (self.description.image_size // self.patch_size) ** 2
-        return f"(B, {self.description.prefix} prefix + {count} patches, d)"
+        return f"(B, {self.description.prefix} prefix + {self._patches} patches, d)"
 
     def _fits(self, output: Tensor) -> bool:
-        patches = (self.description.image_size // self.patch_size) ** 2
-        return output.dim() == 3 and output.shape[1] == self.description.prefix + patches
+        return output.dim() == 3 and output.shape[1] == self.description.prefix + self._patches
+
+    @property
+    def _patches(self) -> int:
+        rows, columns = Size.of(self.description.image_size).grid(self.patch_size)
+        return rows * columns
 
 
 class _Tail(nn.Module):
@@ -221,12 +225,7 @@ def as_backbone(module: nn.Module, description: Description, run: Run | None = N
         if description.prefix or description.class_token:
             raise UserError("prefix tokens are for blocks that give tokens: describe the patch_size, too")
         return DescribedMaps(module, description, run)
-    if description.image_size % description.patch_size:
-        near = max(1, round(description.image_size / description.patch_size)) * description.patch_size
-        raise UserError(
-            f"image_size {description.image_size} is not a multiple of the patch size {description.patch_size}; the "
-            f"nearest is {near}"
-        )
+    check_multiple(description.image_size, description.patch_size)
     if description.class_token > description.prefix:
         raise UserError("a class token is one of the prefix tokens: describe prefix=1 or more")
     return DescribedTokens(module, description, run)

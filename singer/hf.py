@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from singer.described import DescribedMaps, Description, as_backbone
 from singer.errors import UserError
 from singer.names import HF
+from singer.sizes import ImageSize, Size
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,18 @@ def takes_pooler(kind: Any) -> bool:
     return "add_pooling_layer" in inspect.signature(kind.__init__).parameters
 
 
-def native_size(config: Any) -> int:
-    """Return the side, in pixels, of the images that a model was made for."""
+def native_size(config: Any) -> ImageSize:
+    """Return the size, in pixels, of the images that a model was made for."""
     size = getattr(config, "image_size", None)
     if size is None:  # a model for any size says how many patches it learned positions for
         return int(config.num_patches**0.5) * int(config.patch_size)
-    return int(size if isinstance(size, int) else size[0])
+    return Size.of(size).written
 
 
 def wrap(
     architecture: str,
     model: nn.Module,
-    image_size: int,
+    image_size: ImageSize,
     mean: tuple[float, ...] = Description.mean,
     std: tuple[float, ...] = Description.std,
 ) -> DescribedMaps:
@@ -126,7 +127,7 @@ def wrap(
     description = Description(
         blocks=next(name for name in _BLOCKS if name in names),
         image_size=image_size,
-        patch_size=patch if patch is None or isinstance(patch, int) else int(patch[0]),
+        patch_size=None if patch is None else Size.of(patch).written,
         prefix=family.prefix + int(getattr(config, "num_register_tokens", 0) or 0),
         class_token=family.class_token,
         norm=None if maps else next((name for name in _NORMS if name in names), None),
@@ -138,18 +139,18 @@ def wrap(
 
 def _run(model: nn.Module, images: Tensor) -> object:
     """Call a model of transformers with images (B, 3, H, W): none is masked, and positions fit any size."""
-    takes, config, (rows, columns) = inspect.signature(model.forward).parameters, model.config, images.shape[-2:]
+    takes, config, size = inspect.signature(model.forward).parameters, model.config, Size(*images.shape[-2:])
     options: dict[str, Any] = {}
-    side: Any = getattr(config, "patch_size", None)
-    if "interpolate_pos_encoding" in takes and (rows, columns) != (native_size(config),) * 2:
+    patch = Size.of(getattr(config, "patch_size", None) or 1)
+    grid = size.grid(patch)
+    if "interpolate_pos_encoding" in takes and size != Size.of(native_size(config)):
         options["interpolate_pos_encoding"] = True
     if "noise" in takes:  # patches are put in the order of this noise even where none is masked
-        order = torch.arange((rows // side) * (columns // side), device=images.device)
+        order = torch.arange(grid.height * grid.width, device=images.device)
         options["noise"] = order.expand(len(images), -1)
     if "spatial_shapes" in takes:
-        grid = (rows // side, columns // side)
-        cut = images.unflatten(3, (grid[1], side)).unflatten(2, (grid[0], side))  # (B, 3, rows, side, columns, side)
-        images = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        cut = images.unflatten(3, (grid.width, patch.width)).unflatten(2, (grid.height, patch.height))
+        images = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # cut: (B, 3, rows, height, columns, width)
         options |= {
             "pixel_attention_mask": None,
             "spatial_shapes": torch.tensor([grid] * len(images), device=images.device),

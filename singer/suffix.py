@@ -19,6 +19,7 @@ from singer import hf
 from singer.backbones import block_outputs, depth, gives_tokens
 from singer.errors import UserError
 from singer.names import HF, OWN
+from singer.sizes import ImageSize, Size
 
 # What a model does before its first block.
 _FRONT = (
@@ -39,7 +40,7 @@ _POST_NORM = (ResPostBlock, ResPostRelPosBlock, EvaBlockPostNorm)
 
 
 def find_suffix(
-    model: nn.Module, architecture: str, model_args: Mapping[str, Any], first_block: int, image_size: int
+    model: nn.Module, architecture: str, model_args: Mapping[str, Any], first_block: int, image_size: ImageSize
 ) -> dict[str, Tensor] | None:
     """Return the state of the suffix from first_block on; None if the model has no suffix.
 
@@ -51,7 +52,7 @@ def find_suffix(
     if not _has_head(tail):
         return None
     place = next(model.parameters())
-    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(place)
+    image = torch.randn(1, 3, *Size.of(image_size), generator=torch.Generator().manual_seed(0)).to(place)
     last = depth(model) - 1
     arguments = _block_arguments(model, image, first_block)
     if arguments is None:

@@ -139,6 +139,9 @@ def test_tokens_and_suffix_are_the_models_own(kind: str) -> None:
             torch.testing.assert_close(suffix.logits(outputs[block], block), model(images), atol=1e-5, rtol=1e-5)
         twice = torch.zeros(1, 3, 2 * size, 2 * size)
         assert block_outputs(model, twice, [0])[0].shape[1] == prefix + 4 * 16
+        wide = hf.wrap(f"hf:{kind}", model.backbone, (size, 2 * size)).eval()
+        assert block_outputs(wide, twice[:, :, :size], [last])[last].shape[1] == prefix + 2 * 16
+        assert find_suffix(wide, f"hf:{kind}", arguments, last, (size, 2 * size)) is not None
 
 
 def test_no_image_is_masked() -> None:
@@ -214,8 +217,9 @@ def test_preprocessing_of_processor_files() -> None:
     assert preprocessing(half | {"size": {"shortest_edge": 40}}, 64)[0] == 40
     assert preprocessing(half | {"rescale_factor": 1 / 127.5}, 64) == (64, (0.25,) * 3, (0.125,) * 3)
     assert preprocessing({"do_normalize": False, "size": 16}, 64) == (16, (0.0,) * 3, (1.0,) * 3)
-    with pytest.raises(UserError, match="only square inputs"):
-        preprocessing(half | {"size": {"height": 32, "width": 48}}, 64)
+    assert preprocessing(half | {"size": {"height": 32, "width": 48}}, 64)[0] == (32, 48)
+    with pytest.raises(UserError, match="its processor file gives neither one size nor height and width"):
+        preprocessing(half | {"size": {"shortest_edge": 32, "longest_edge": 48}}, 64)
 
 
 def test_towers_of_two(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pipeline.storage import Place, open_store
 from pipeline.storage.json_files import read_json
 from singer.backbones import resolve_blocks
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 from singer.suffix import NO_SUFFIX
 
 STAGE = "cache-teacher"
@@ -118,7 +119,8 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
             hash=listing_hash(images),
             decoding=images.decoding,
         ),
-        views=(addition.drawing or drawing(config.views)) | {"first": addition.first_view, "count": addition.views},
+        views=(addition.drawing or drawing(config.views, teacher.image_size))
+        | {"first": addition.first_view, "count": addition.views},
         blocks=addition.blocks,
         codec=config.cache.codec,
         stored_patches=max(1, round(config.cache.token_share * teacher.patches)),
@@ -133,7 +135,12 @@ def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Ma
     return manifest.model_copy(update={"shard_records": min(_MAX_SHARD_RECORDS, fitting, records)})
 
 
-def drawing(views: ViewsConfig) -> dict[str, Any]:
-    """Return the settings on which the drawn views depend."""
+def drawing(views: ViewsConfig, image_size: ImageSize) -> dict[str, Any]:
+    """Return the settings on which the drawn views depend; views of the teacher's shape say which it is.
+
+    Squares do not, as in older caches.
+    """
     unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
-    return views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", *unused})
+    shape = Size.of(views.shape or image_size).shape
+    found = views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", "shape", *unused})
+    return found if shape == (1, 1) else {**found, "shape": list(shape)}

@@ -19,6 +19,7 @@ from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
+from singer.sizes import ImageSize
 
 
 def calibration_on(segment: Segment, device: torch.device) -> dict[int, Calibration]:
@@ -37,8 +38,8 @@ class Encoder:
         self._codec, self._calibration = CODECS[manifest.codec], calibration
 
     @property
-    def sides(self) -> set[int]:
-        """Return the sides of the views that are needed, in pixels: the teacher's, and that of stored views."""
+    def sizes(self) -> set[ImageSize]:
+        """Return the sizes of the views that are needed, in pixels: the teacher's, and that of stored views."""
         teacher, pixels = self._manifest.teacher, self._manifest.pixels
         return {teacher.image_size} | ({pixels.size} if pixels is not None else set())
 

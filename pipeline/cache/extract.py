@@ -63,7 +63,7 @@ class Extractor:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """Compute {block: features (n, N, d) float32} of pixels (n, size, size, 3) uint8."""
+        """Compute {block: features (n, N, d) float32} of pixels (n, height, width, 3) uint8."""
         images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device).to(self.backbone.dtype)
         with self.accelerator.autocast():
             outputs = block_outputs(self.backbone.model, images, blocks)

@@ -88,7 +88,7 @@ def fill(
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         filling(segment, encode) as store,
     ):
-        read = RowReader(rows, files, manifest.view_form, encode.sides, config.cache.on_error)
+        read = RowReader(rows, files, manifest.view_form, encode.sizes, config.cache.on_error)
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
             store(extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks), batch)
             m.advance(len(batch.records))

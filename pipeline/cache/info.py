@@ -11,6 +11,7 @@ from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.variants import id_of_segments, variants_of
 from pipeline.storage import Place, open_store
 from pipeline.storage.json_files import read_json
+from singer.sizes import ImageSize
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TeacherInfo:
     name: str
     weights: str
     id: str | None
-    image_size: int
+    image_size: ImageSize
     precision: str
     blocks: tuple[int, ...]
     tokens: int

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
 from pipeline.cache.stored import Fixed, Layout
+from pipeline.config import InputSize
 from pipeline.data import Decoding
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
 from singer.errors import UserError
+from singer.sizes import Size
 
 
 class _Section(BaseModel):
@@ -36,7 +38,7 @@ class TeacherManifest(_Section):
     prefix_tokens: int
     class_token: bool
     grid: tuple[int, int]
-    image_size: int
+    image_size: InputSize
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str
@@ -107,10 +109,10 @@ class DataManifest(_Section):
 
 
 class PixelsManifest(_Section):
-    """Stored views: their side in pixels and, for JPEG, the quality."""
+    """Stored views: their size in pixels and, for JPEG, the quality."""
 
     kind: Literal["jpeg", "uint8"]
-    size: int
+    size: InputSize
     quality: int | None
 
 
@@ -164,8 +166,8 @@ class Manifest(_Section):
         if self.sampled:
             arrays[POSITIONS] = Fixed((self.stored_patches,), "int16")
         if self.pixels is not None:
-            size = self.pixels.size
-            arrays[PIXELS] = Fixed((size, size, 3), "uint8") if self.pixels.kind == "uint8" else None
+            size = Size.of(self.pixels.size)
+            arrays[PIXELS] = Fixed((*size, 3), "uint8") if self.pixels.kind == "uint8" else None
         arrays[VIEWS] = Fixed((self.view_form.itemsize,), "uint8")
         return arrays
 

@@ -13,18 +13,19 @@ from pipeline.cache.stored import Ragged
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view
 from pipeline.runtime.buffers import empty
+from singer.sizes import ImageSize, Size
 
 
-def views_of(files: ImageFile, index: Index, records: np.ndarray, size: int) -> Tensor:
-    """Return the views of some records, (n, size, size, 3) uint8."""
-    views = empty((len(records), size, size, 3), "uint8")
+def views_of(files: ImageFile, index: Index, records: np.ndarray, size: ImageSize) -> Tensor:
+    """Return the views of some records, (n, height, width, 3) uint8."""
+    views = empty((len(records), *Size.of(size), 3), "uint8")
     for view, r in zip(views.numpy(), records.tolist(), strict=True):
         view[:] = apply_view(files.read(int(index.image[r])), index.record_view(r), size)
     return views
 
 
 def encode_jpegs(views: Iterable[np.ndarray], quality: int) -> Ragged:
-    """Encode every view, (size, size, 3) uint8, as JPEG with colours at full resolution."""
+    """Encode every view, (height, width, 3) uint8, as JPEG with colours at full resolution."""
     strings = []
     for view in views:
         buffer = io.BytesIO()
@@ -42,8 +43,8 @@ def stored_views(stored: Tensor | Ragged) -> list[Image.Image]:
     return [Image.open(io.BytesIO(piece.tobytes()), formats=("JPEG",)) for piece in pieces]
 
 
-def resize(view: Image.Image, size: int) -> np.ndarray:
-    """Return a view as (size, size, 3) uint8; it is only resized if it has another size."""
-    if view.size != (size, size):
-        view = view.resize((size, size), Image.Resampling.BICUBIC)
+def resize(view: Image.Image, size: ImageSize) -> np.ndarray:
+    """Return a view as (height, width, 3) uint8; it is only resized if it has another size."""
+    if view.size != (wanted := Size.of(size)[::-1]):
+        view = view.resize(wanted, Image.Resampling.BICUBIC)
     return np.asarray(view)

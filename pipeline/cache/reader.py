@@ -28,6 +28,7 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 from singer.suffix import NO_SUFFIX, TeacherSuffix
 
 
@@ -113,7 +114,7 @@ class Cache:
 
         Each record: {"record": its number, "key": of its image, "label": negative where there is none, "features":
         {block: (N, d) float32 on the CPU}}, with "positions": (k,) of the stored patches, if only some are, and
-        "pixels": (side, side, 3) uint8, if the cache holds the views.
+        "pixels": (height, width, 3) uint8, if the cache holds the views.
         """
         encoded = self.read(records)
         features = self.decode(encoded, torch.device("cpu"))
@@ -170,13 +171,14 @@ class Cache:
         assert isinstance(positions, Tensor)
         return Encoded(blocks, positions)
 
-    def pixels(self, records: Sequence[int] | np.ndarray, size: int, files: ImageFile | None = None) -> Tensor:
-        """Return the views of some records at a resolution, (n, size, size, 3) uint8.
+    def pixels(self, records: Sequence[int] | np.ndarray, size: ImageSize, files: ImageFile | None = None) -> Tensor:
+        """Return the views of some records at a resolution, (n, height, width, 3) uint8.
 
-        files: the images of `index`, where they are now; not needed if the cache holds the views.
+        size: the side of a square, or (height, width); files: the images of `index`, where they are now; not needed if
+        the cache holds the views.
         """
         if self.has_pixels:
-            out = empty((len(records), size, size, 3), "uint8")
+            out = empty((len(records), *Size.of(size), 3), "uint8")
             views = out.numpy()
             # Views are read segment by segment because segments may store them at different sizes or as other kinds.
             for span, rows, places in self._groups(records):

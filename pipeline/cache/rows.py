@@ -18,6 +18,7 @@ from pipeline.data import ImageFile, Images, OnError, image_digest, listing_hash
 from pipeline.data.decoder_warnings import naming
 from pipeline.data.views import View, apply_view, draw_view
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 
 @dataclass(frozen=True)
@@ -84,36 +85,36 @@ Values = dict[str, Tensor | Ragged]
 class ViewBatch:
     """The views of some records, as they were read.
 
-    pixels: {side: (n, side, side, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
+    pixels: {size: (n, height, width, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
     Manifest.view_form; unreadable: {image: why it cannot be decoded}; beside: what is stored beside the features, once
     Encoder.load has added it.
     """
 
     records: np.ndarray
-    pixels: dict[int, Tensor]
+    pixels: dict[ImageSize, Tensor]
     found: np.ndarray
     unreadable: dict[int, str]
     beside: Values = field(default_factory=dict)
 
 
 class RowReader:
-    """Read records. An image is read, hashed and decoded once for all of its requested views and sides.
+    """Read records. An image is read, hashed and decoded once for all of its requested views and sizes.
 
-    form: Manifest.view_form; sides: the sides of the views, in pixels.
+    form: Manifest.view_form; sizes: those of the views, in pixels.
     """
 
     def __init__(
-        self, rows: Rows, files: ImageFile, form: np.dtype[np.void], sides: set[int], on_error: OnError
+        self, rows: Rows, files: ImageFile, form: np.dtype[np.void], sizes: set[ImageSize], on_error: OnError
     ) -> None:
         self.rows, self._files, self._form = rows, files, form
-        self._sides, self._on_error = sides, on_error
+        self._sizes, self._on_error = sizes, on_error
 
     def __call__(self, records: np.ndarray) -> ViewBatch:
         """Read some records.
 
         Raises UserError for an image that has changed and, unless on_error is "skip", for an image that is broken.
         """
-        views = {side: np.zeros((len(records), side, side, 3), np.uint8) for side in self._sides}
+        views = {size: np.zeros((len(records), *Size.of(size), 3), np.uint8) for size in self._sizes}
         found = np.zeros(len(records), self._form)
         unreadable: dict[int, str] = {}
         last, picture = -1, None
@@ -129,9 +130,9 @@ class RowReader:
             found[place]["box"], found[place]["flip"] = view.box, view.flip
             if view.color is not None:
                 found[place]["color"] = view.color
-            for side, pixels in views.items():
-                pixels[place] = apply_view(picture, view, side)
-        pixels_of = {side: torch.from_numpy(pixels) for side, pixels in views.items()}
+            for size, pixels in views.items():
+                pixels[place] = apply_view(picture, view, size)
+        pixels_of = {size: torch.from_numpy(pixels) for size, pixels in views.items()}
         return ViewBatch(records, pixels_of, found, unreadable)
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Dtype, Fraction, Hue, Offload, Positive, Precision, Rates, Seed, Share
+from pipeline.config.kinds import (
+    Above,
+    Dtype,
+    Fraction,
+    Hue,
+    InputSize,
+    Offload,
+    Positive,
+    Precision,
+    Rates,
+    Seed,
+    Share,
+)
 from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 from singer.errors import UserError
 
@@ -45,7 +57,9 @@ class TeacherConfig(Section):
     )
     weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
     averaged: bool = key(True, "take averaged weights (EMA) where a file has both")
-    image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's own")
+    image_size: InputSize | None = key(
+        None, "input in pixels, one number or [height, width]; default: the teacher's own"
+    )
     dtype: Dtype = key("float32", "type of the weights; 16 bits halve their memory (cache.precision only computes so)")
     offload: Offload = key(
         "none",
@@ -63,9 +77,14 @@ class ViewsConfig(Section):
 
     count: Positive = key(1, "views of each image")
     kind: Literal["center", "random-resized-crop"] = key("center", "how a view is cut out")
-    crop: Fraction = key(1.0, "center: share of the short side that is kept")
+    shape: InputSize | None = key(
+        None, "height : width of a crop, such as [1, 2]; default: that of the teacher's input"
+    )
+    crop: Fraction = key(1.0, "center: share of the largest crop of the shape; of a square, of the short side")
     scale: tuple[Fraction, Fraction] = key((0.08, 1.0), "random-resized-crop: least and largest share of the area")
-    ratio: tuple[Above, Above] = key((3 / 4, 4 / 3), "random-resized-crop: least and largest width / height")
+    ratio: tuple[Above, Above] = key(
+        (3 / 4, 4 / 3), "random-resized-crop: least and largest width / height, as a factor of the shape's"
+    )
     flip: Share = key(0.0, "probability of a mirrored view")
     color: tuple[Share, Share, Share, Hue] = key(
         (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast and saturation; shift of hue in turns"
@@ -74,7 +93,9 @@ class ViewsConfig(Section):
     pixels: Literal["none", "jpeg", "uint8"] = key(
         "none", "whether the views are stored too, so that students need no images"
     )
-    pixel_size: Positive | None = key(None, "side of the stored views in pixels; default: the teacher's input")
+    pixel_size: InputSize | None = key(
+        None, "size of the stored views in pixels, one number or [height, width]; default: the teacher's input"
+    )
     jpeg_quality: Annotated[int, Field(ge=1, le=100)] = key(90, "quality of stored JPEGs")
 
     @model_validator(mode="after")
@@ -117,8 +138,12 @@ class EvaluateConfig(Section):
     tokens: Literal["block", "norm", "both"] = key(
         "both", "output of the last block: raw (block), after the final norm (norm), or both where there is a norm"
     )
-    image_size: Positive | None = key(None, "side of the input in pixels; default: the student's own")
-    crop: Fraction = key(1.0, "share of the short side that is kept; dense tasks keep all", only=_IMAGES)
+    image_size: InputSize | None = key(
+        None, "input in pixels, one number or [height, width]; default: the student's own"
+    )
+    crop: Fraction = key(
+        1.0, "share of the largest crop of the input's shape that is kept; dense tasks keep all", only=_IMAGES
+    )
     batch_size: Positive = key(128, "images in a forward pass", "speed")
     workers: Positive = key(2, "threads that decode images", "speed")
     neighbours: Positive = key(20, "k of k-NN", only=("classification",))

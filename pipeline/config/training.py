@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Below, Fraction, NotNegative, Positive, Precision, Seed, Share
+from pipeline.config.kinds import Above, Below, Fraction, InputSize, NotNegative, Positive, Precision, Seed, Share
 from singer.errors import UserError
 
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
@@ -84,8 +84,12 @@ class StudentConfig(Section):
     dim: Positive | None = key(None, "vit: width", shape=True)
     depth: Positive | None = key(None, "vit: number of blocks", shape=True)
     heads: Positive | None = key(None, "vit: attention heads", shape=True)
-    patch_size: Positive | None = key(None, "side of a patch in pixels; default: the model's", shape=True)
-    image_size: Positive | None = key(None, "side of the input in pixels; default: the teacher's in the cache")
+    patch_size: InputSize | None = key(
+        None, "a patch in pixels, one number or [height, width]; default: the model's", shape=True
+    )
+    image_size: InputSize | None = key(
+        None, "input in pixels, one number or [height, width]; default: the teacher's in the cache"
+    )
     pretrained: bool = key(False, "start from the weights that timm or the hub has for the name")
     init: str = key(
         "auto",

@@ -12,6 +12,7 @@ from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
 from pipeline.runtime.buffers import moved
+from singer.sizes import ImageSize, Size
 
 Box = tuple[float, float, float, float]
 _TRIES = 10
@@ -38,11 +39,11 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
     and colours are float32 numbers, as the index stores them.
     """
     if config.kind == "center" and not config.flip and not any(config.color):
-        return View(_float32(*crop_view(config.crop, size).box))
+        return View(_float32(*crop_view(config.crop, size, config.shape).box))
     uniform = _generator(config.seed, key, number, 0).random(2 * _TRIES + 7).tolist()
     tries, (x, y, flip), shifts = uniform[:-7], uniform[-7:-4], uniform[-4:]
     if config.kind == "center":
-        box = crop_view(config.crop, size).box
+        box = crop_view(config.crop, size, config.shape).box
     else:
         box = _random_box(config, size, list(zip(tries[::2], tries[1::2], strict=True)), x, y)
     color = None
@@ -53,15 +54,19 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
     return View(_float32(*box), flip < config.flip, color)
 
 
-def crop_view(crop: float, size: tuple[int, int]) -> View:
-    """Return the centred square with `crop` times the short side of an image of size (width, height).
+def crop_view(crop: float, size: tuple[int, int], shape: ImageSize | None = None) -> View:
+    """Return the centred crop with `crop` times the sides of the largest one of a shape, by default a square.
 
-    It is in whole pixels: half a pixel to the side would blur an image that needs no resizing.
+    size: (width, height) of the image; shape: height and width, of which only the ratio counts. The crop is in whole
+    pixels: half a pixel to the side would blur an image that needs no resizing.
     """
     width, height = size
-    side = max(1, round(crop * min(size)))
-    left, upper = (width - side) // 2, (height - side) // 2
-    return View((left / width, upper / height, (left + side) / width, (upper + side) / height))
+    high, wide = Size.of(shape or 1)
+    # One side is that of the image, and only the other one is rounded.
+    full = (width, width * high / wide) if width * high <= height * wide else (height * wide / high, height)
+    w, h = (max(1, round(crop * side)) for side in full)
+    left, upper = (width - w) // 2, (height - h) // 2
+    return View((left / width, upper / height, (left + w) / width, (upper + h) / height))
 
 
 def _random_box(
@@ -72,7 +77,8 @@ def _random_box(
     tries: pairs of uniform numbers, for area and ratio; x, y: uniform numbers.
     """
     width, height = size
-    (small, large), (narrow, wide) = config.scale, config.ratio
+    shape = Size.of(config.shape or 1)
+    (small, large), (narrow, wide) = config.scale, (ratio * shape.width / shape.height for ratio in config.ratio)
     for a, r in tries:
         area = width * height * (small + (large - small) * a)
         ratio = narrow * (wide / narrow) ** r
@@ -92,13 +98,13 @@ def _float32(*values: float) -> tuple[float, float, float, float]:
     return a, b, c, d
 
 
-def apply_view(image: Image.Image, view: View, size: int) -> np.ndarray:
-    """Apply a view to an RGB image: (size, size, 3) uint8. Crop and bicubic antialiased resize are one step."""
+def apply_view(image: Image.Image, view: View, size: ImageSize) -> np.ndarray:
+    """Apply a view to an RGB image: (height, width, 3) uint8. Crop and bicubic antialiased resize are one step."""
     left, upper, right, lower = view.box
     box = (left * image.width, upper * image.height, right * image.width, lower * image.height)
     # Rounding of the stored shares must not leave the image.
     box = (max(0.0, box[0]), max(0.0, box[1]), min(image.width, box[2]), min(image.height, box[3]))
-    pixels = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = image.resize(Size.of(size)[::-1], Image.Resampling.BICUBIC, box=box)
     if view.flip:
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if view.color is not None:

@@ -167,7 +167,7 @@ def inputs(
     device: torch.device,
     view: Callable[[Image.Image], View],
 ) -> Iterator[Tensor]:
-    """Yield the views of the images as the model takes them: normalised (B, 3, size, size) batches on the device."""
+    """Yield the views of the images as the model takes them: normalised (B, 3, H, W) batches on the device."""
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]

@@ -1,10 +1,11 @@
 """What the tasks with a value for every pixel share: linear heads on patch tokens, and the maps beside the images.
 
-The model sees the whole frame, resized to its square. A linear layer on standardised tokens gives maps on the patch
+The model sees the whole frame, resized to its input. A linear layer on standardised tokens gives maps on the patch
 grid, which are upsampled bilinearly. The test shards select nothing: the learning rate is chosen on a split of the
 training shards.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from pipeline.evaluation.context import EvaluationContext, tokens
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 # Along each side, the training labels have this many cells for one patch.
 _LABELS_A_PATCH = 2
@@ -50,9 +52,9 @@ def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, 
         yield kind, x
 
 
-def label_side(context: EvaluationContext) -> int:
-    """Return the side of the maps that heads learn from, in pixels."""
-    return _LABELS_A_PATCH * context.backbone.grid[0]
+def label_size(context: EvaluationContext) -> Size:
+    """Return the size of the maps that heads learn from, in pixels."""
+    return Size(*(_LABELS_A_PATCH * patches for patches in context.backbone.grid))
 
 
 def read_maps(
@@ -88,33 +90,34 @@ def same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(h - w * height / width) <= 1 or abs(w - h * width / height) <= 1
 
 
-def nearest(values: np.ndarray, side: int) -> np.ndarray:
-    """Resize a map (H, W) to (side, side) with the value in the middle of each cell.
+def nearest(values: np.ndarray, size: ImageSize) -> np.ndarray:
+    """Resize a map (H, W) to a size with the value in the middle of each cell.
 
     Labels and missing values cannot be averaged.
     """
-    rows, columns = (((np.arange(side) + 0.5) * length / side).astype(np.int64) for length in values.shape)
+    sides = zip(values.shape, Size.of(size), strict=True)
+    rows, columns = (((np.arange(side) + 0.5) * length / side).astype(np.int64) for length, side in sides)
     cells: np.ndarray = values[rows[:, None], columns]
     return cells
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A linear layer on standardised tokens. mean, std: (d,); weight: (outputs, d); bias: (outputs,)."""
+    """A linear layer on standardised tokens of a grid.
+
+    mean, std: (d,); weight: (outputs, d); bias: (outputs,); grid: (rows, columns).
+    """
 
     mean: Tensor
     std: Tensor
     weight: Tensor
     bias: Tensor
+    grid: tuple[int, int]
 
     def maps(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the maps (B, outputs, *size) of patch tokens x (B, patches, d) on a square grid.
-
-        They are upsampled bilinearly.
-        """
-        grid = round(x.shape[1] ** 0.5)
+        """Return the maps (B, outputs, *size) of patch tokens x (B, patches, d), upsampled bilinearly."""
         maps = F.linear((x - self.mean) / self.std, self.weight, self.bias)
-        return upsample(maps.transpose(1, 2).unflatten(2, (grid, grid)), size)
+        return upsample(maps.transpose(1, 2).unflatten(2, self.grid), size)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -134,8 +137,8 @@ class PixelLesson:
     """What a head learns, and how.
 
     name: "seg" or "depth", the prefix of the keys in the section evaluate; outputs: the number of maps; loss: compares
-    maps (B, outputs, side, side) with labels (B, side, side); score: rates a head on pairs of tokens (patches, d) and
-    labels (side, side), and higher is better; lrs: learning rates to choose from; passes: passes over the training
+    maps (B, outputs, H, W) with labels (B, H, W); score: rates a head on pairs of tokens (patches, d) and
+    labels (H, W), and higher is better; lrs: learning rates to choose from; passes: passes over the training
     images; spread: standard deviation of the initial weights.
     """
 
@@ -152,8 +155,9 @@ class PixelLesson:
 def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.device) -> tuple[LinearHead, float]:
     """Return a trained head and its learning rate.
 
-    x: (n, patches, d); labels: (n, side, side). The learning rate is the one with the best score on a held-out fifth
-    of the images. The head is then trained on all images. Raises UserError if there are several rates but one image.
+    x: (n, patches, d); labels: (n, H, W), of the shape of the grid. The learning rate is the one with the best score on
+    a held-out fifth of the images. The head is then trained on all images. Raises UserError if there are several rates
+    but one image.
     """
     lr = lesson.lrs[0]
     if len(lesson.lrs) > 1:
@@ -186,13 +190,15 @@ def _train_heads(
     groups = [{"params": [w, b], "lr": lr} for w, b, lr in zip(weights, biases, lrs, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.passes * -(-len(x) // _BATCH))
-    size = (labels.shape[1], labels.shape[2])
+    size = Size(labels.shape[1], labels.shape[2])
+    rows = math.isqrt(x.shape[1] * size.height // size.width)
+    grid = (rows, x.shape[1] // rows)
     order = torch.Generator().manual_seed(lesson.seed)
     with meter(f"{lesson.name} head", lesson.passes, "passes") as m:
         for _ in range(lesson.passes):
             for rows in torch.randperm(len(x), generator=order).split(_BATCH):
                 # One layer for all heads is faster. Each head has its own loss, and so its own gradients.
-                together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases))
+                together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases), grid)
                 maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)
                 optimizer.zero_grad()
                 losses = [lesson.loss(own, target) for own in maps.split(lesson.outputs, dim=1)]
@@ -200,4 +206,4 @@ def _train_heads(
                 optimizer.step()
                 schedule.step()
             m.advance(1)
-    return [LinearHead(mean, std, w.detach(), b.detach()) for w, b in zip(weights, biases, strict=True)]
+    return [LinearHead(mean, std, w.detach(), b.detach(), grid) for w, b in zip(weights, biases, strict=True)]

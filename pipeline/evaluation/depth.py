@@ -23,7 +23,7 @@ from pipeline.evaluation.dense import (
     LinearHead,
     PixelLesson,
     fit_head,
-    label_side,
+    label_size,
     nearest,
     of_every_kind,
     patch_tokens,
@@ -61,12 +61,12 @@ def probe(context: EvaluationContext) -> Depth:
 
     Raises UserError if a depth map is missing or cannot be used, or if no map has a pixel that counts.
     """
-    settings, side = context.settings, label_side(context)
+    settings, cells = context.settings, label_size(context)
     train_maps, test_maps = index_beside(context.train, MAP), index_beside(context.test, MAP)
     # All maps are read before the model runs, so that a bad map stops the task at once.
     pixels = count_pixels(context.test, test_maps, settings)
     labels = torch.from_numpy(
-        np.stack([nearest(depth, side) for depth in read_depths(context.train, train_maps, settings)])
+        np.stack([nearest(depth, cells) for depth in read_depths(context.train, train_maps, settings)])
     )
     require_pixels("--train", int(labels.count_nonzero()), settings)
     require_pixels("--test", pixels, settings)
@@ -142,7 +142,7 @@ def fit_heads(
 ) -> dict[str, tuple[Predictor, float]]:
     """Return {name: (predictor, learning rate)} of both heads.
 
-    x: (n, patches, d); labels: (n, side, side) in meters, 0 where a pixel does not count. The learning rate is the one
+    x: (n, patches, d); labels: (n, H, W) in meters, 0 where a pixel does not count. The learning rate is the one
     of depth_lrs with the least RMSE on a held-out fifth of the images.
     """
     seen = labels[labels > 0]

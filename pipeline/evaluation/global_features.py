@@ -50,7 +50,7 @@ def feature_batches(
     """
 
     def view(image: Image.Image) -> View:
-        return crop_view(settings.crop, image.size)
+        return crop_view(settings.crop, image.size, backbone.image_size)
 
     for raw in tokens(backbone, images, settings, device, view):
         yield {

@@ -5,6 +5,7 @@ from pathlib import Path
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import check_known, load_model, load_saved
 from pipeline.training.run_directory import STUDENT
+from singer.sizes import ImageSize
 
 
 def check_known_model(model: Path | str) -> None:
@@ -14,7 +15,7 @@ def check_known_model(model: Path | str) -> None:
 
 
 def open_model(
-    model: Path | str, weights: Path | None, image_size: int | None, function: str | None = None
+    model: Path | str, weights: Path | None, image_size: ImageSize | None, function: str | None = None
 ) -> Backbone:
     """Load a model, frozen: of a run its student, a folder of timm or transformers, or a name as teacher.name has it.
 

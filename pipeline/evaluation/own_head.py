@@ -38,7 +38,7 @@ def probe(context: EvaluationContext) -> OwnHead:
     rivals, right = compete(_class_of_label(context), context.test)
 
     def view(image: Image.Image) -> View:
-        return crop_view(context.settings.crop, image.size)
+        return crop_view(context.settings.crop, image.size, context.backbone.image_size)
 
     with torch.no_grad():
         batches = inputs(context.backbone, context.test, context.settings, context.device, view)

@@ -21,7 +21,7 @@ from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first
 from pipeline.evaluation.dense import (
     LinearHead,
     PixelLesson,
-    label_side,
+    label_size,
     nearest,
     of_every_kind,
     patch_tokens,
@@ -62,9 +62,9 @@ def probe(context: EvaluationContext) -> Segmentation:
     classes, train_masks, test_masks = find_masks(context.train, context.test, settings)
     # All masks are read before the model runs, so that a bad mask stops the task at once.
     require_label("--test", context.test, test_masks, settings)
-    side = label_side(context)
+    cells = label_size(context)
     labels = torch.from_numpy(
-        np.stack([nearest(mask, side) for mask in read_masks(context.train, train_masks, settings)])
+        np.stack([nearest(mask, cells) for mask in read_masks(context.train, train_masks, settings)])
     )
     if not (labels != VOID).any():
         raise UserError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
@@ -154,7 +154,7 @@ def fit_head(
 ) -> tuple[LinearHead, float]:
     """Return a trained head and its learning rate.
 
-    x: (n, patches, d); labels: (n, side, side), VOID where a pixel does not count. The learning rate is the one of
+    x: (n, patches, d); labels: (n, H, W), VOID where a pixel does not count. The learning rate is the one of
     seg_lrs with the best mIoU on a held-out fifth of the images.
     """
 

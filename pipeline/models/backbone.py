@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import write_tensors
 from singer.backbones import gives_tokens, has_cls, layout, prefix_tokens
+from singer.sizes import ImageSize, Size
 
 # Every image is resized to a model's image size in this way (data.views.apply_view).
 INTERPOLATION = "bicubic"
@@ -23,13 +24,13 @@ class Backbone:
     """A model and what is needed to build it again.
 
     architecture: a name of timm, hf: and a model type of transformers, or own: and a class; model_args: what builds it;
-    image_size: in pixels; mean, std: of RGB in [0, 1].
+    image_size: in pixels, the side of a square or (height, width); mean, std: of RGB in [0, 1].
     """
 
     model: Any
     architecture: str
     model_args: dict[str, Any]
-    image_size: int
+    image_size: ImageSize
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -90,7 +91,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         "model_args": backbone.model_args,
         "pretrained_cfg": {
             "num_classes": backbone.model.num_classes,
-            "input_size": (3, backbone.image_size, backbone.image_size),
+            "input_size": (3, *Size.of(backbone.image_size)),
             "interpolation": INTERPOLATION,
             "crop_pct": 1.0,
             "mean": backbone.mean,

@@ -23,6 +23,7 @@ from pipeline.storage.json_files import read_json
 from singer import hf
 from singer.described import DescribedMaps
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +32,7 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"
 
 
 def create_transformers(
-    name: str, image_size: int | None, weights: Path | None, pretrained: bool, what: str, averaged: bool = True
+    name: str, image_size: ImageSize | None, weights: Path | None, pretrained: bool, what: str, averaged: bool = True
 ) -> Backbone:
     """Build a model of transformers; the arguments are those of loading.create_model.
 
@@ -62,12 +63,12 @@ def create_transformers(
 
 
 def saved_transformers(
-    folder: Path, config: Mapping[str, Any], image_size: int | None, weights: Path | None
+    folder: Path, config: Mapping[str, Any], image_size: ImageSize | None, weights: Path | None
 ) -> Backbone:
     """Load a model of transformers that `save_backbone` saved; weights: others than those in the folder."""
     architecture, arguments, about = config["architecture"], config["model_args"], config["pretrained_cfg"]
     model = hf.build(architecture, arguments).backbone
-    size, mean, std = image_size or about["input_size"][-1], tuple(about["mean"]), tuple(about["std"])
+    size, mean, std = image_size or Size.of(about["input_size"][1:]).written, tuple(about["mean"]), tuple(about["std"])
     described = hf.wrap(architecture, model, size, mean, std)
     load_weights(described.backbone, weights or folder / WEIGHTS, str(folder), True)
     return backbone_of(described, architecture, arguments)
@@ -88,22 +89,33 @@ def load_weights(module: nn.Module, weights: Path, name: str, averaged: bool) ->
         raise UserError(f"weights {weights} do not fit {name}: {' '.join(lines[1:2])[:300]}") from None
 
 
-def preprocessing(processor: Mapping[str, Any], native: int) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Return (side in pixels, mean, std) of a processor file; native: the side if the file has none.
+def preprocessing(
+    processor: Mapping[str, Any], native: ImageSize
+) -> tuple[ImageSize, tuple[float, ...], tuple[float, ...]]:
+    """Return (size in pixels, mean, std) of a processor file; native: the size if the file has none.
 
     Its numbers are for pixels of 0 to 255 times rescale_factor; those returned are for pixels of 0 to 1.
     """
     crops = processor.get("do_center_crop") and processor.get("crop_size")
-    sizes = processor.get("crop_size" if crops else "size") or native
-    sides = {sizes} if isinstance(sizes, int) else set(sizes.values())
-    if len(sides) != 1 or not all(isinstance(side, int) for side in sides):
-        raise UserError(f"only square inputs are supported, not {sizes}")
+    given = processor.get("crop_size" if crops else "size") or native
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     normalises = processor.get("do_normalize", True)
     mean = processor["image_mean"] if normalises else (0.0,) * 3
     std = processor["image_std"] if normalises else (1.0,) * 3
     scaled = [tuple(round(x / (255 * factor), 9) for x in numbers) for numbers in (mean, std)]
-    return sides.pop(), scaled[0], scaled[1]
+    return _size(given), scaled[0], scaled[1]
+
+
+def _size(given: Any) -> ImageSize:
+    """Return the size that a processor file gives in one of its forms; one side alone is that of a square."""
+    match given:
+        case int() | (int(), int()):
+            return Size.of(given).written
+        case {"height": int() as height, "width": int() as width}:
+            return Size(height, width).written
+        case dict() if len(sides := set(given.values())) == 1 and isinstance(side := sides.pop(), int):
+            return side
+    raise UserError(f"its processor file gives neither one size nor height and width: {given}")
 
 
 def _processor(place: str, subject: str) -> dict[str, Any]:

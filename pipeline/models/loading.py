@@ -3,7 +3,6 @@
 Most are timm's. Names that begin with hf: are models of transformers, package.module:function is a model of one's own.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line, why_not_fetched
 from pipeline.models.hints import nearest_model
 from pipeline.models.huggingface import WEIGHTS, create_transformers, saved_transformers
+from pipeline.models.input_sizes import built_size, change_size, check_rectangle, square_instead, takes_image_size
 from pipeline.models.names import CONFIG, HF, LOCAL, OWN, is_function, is_transformers, local_folder
 from pipeline.models.outlines import fitting_models, outline_of
 from pipeline.models.own import create_own, saved_own
@@ -26,6 +26,7 @@ from pipeline.storage.json_files import read_json
 from singer import exits as exits  # timm then knows students with a wider exit
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size, check_multiple
 
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
@@ -37,7 +38,7 @@ _REMEDIES = {
 }
 
 
-def load_saved(folder: Path, image_size: int | None = None, function: str | None = None) -> Backbone:
+def load_saved(folder: Path, image_size: ImageSize | None = None, function: str | None = None) -> Backbone:
     """Load a model that was saved by `save_backbone`, timm or transformers.
 
     function: for a model of the user's own, the function that makes it. Raises UserError if it is needed and not given.
@@ -48,7 +49,7 @@ def load_saved(folder: Path, image_size: int | None = None, function: str | None
     return load_model(f"{LOCAL}{folder}", image_size=image_size)
 
 
-def load_model(name: str, weights: Path | None = None, image_size: int | None = None) -> Backbone:
+def load_model(name: str, weights: Path | None = None, image_size: ImageSize | None = None) -> Backbone:
     """Load any pretrained model, frozen, by a name as teacher.name has it.
 
     weights: a local file; default: those in the folder, or those that timm fetches. image_size: in pixels; default: the
@@ -76,7 +77,7 @@ def frozen(backbone: Backbone) -> Backbone:
 
 def create_model(
     name: str,
-    image_size: int | None,
+    image_size: ImageSize | None,
     args: Mapping[str, Any],
     weights: Path | None,
     pretrained: bool,
@@ -94,7 +95,7 @@ def create_model(
         return other
     kwargs = {k: v for k, v in args.items() if v is not None}
     if image_size is not None:
-        kwargs["img_size"] = image_size
+        kwargs["img_size"] = image_size = Size.of(image_size).written
     folder = local_folder(name)
     if folder is not None:
         config = read_json(folder, CONFIG, "model folder")
@@ -102,8 +103,8 @@ def create_model(
         if not isinstance(model_args, dict):
             raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
         kwargs = {**model_args, **kwargs}
-        if isinstance(kwargs.get("img_size"), list):
-            kwargs["img_size"] = _one_side(kwargs["img_size"], folder)
+        if weights is None and isinstance(saved := Size.of(model_args.get("img_size", 1)).written, tuple):
+            kwargs["img_size"] = saved  # timm would take the grid of its positions for a square; see change_size
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
@@ -119,14 +120,16 @@ def create_model(
     pretrained_cfg = model.pretrained_cfg
     # The tag of a model on the hub changes its head, so the architecture alone does not give the same head.
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
-    size = _built_size(model) or image_size or pretrained_cfg["input_size"][1:]
-    rows, columns = (size, size) if isinstance(size, int) else size
-    if rows != columns:
-        raise UserError(f"{what} {name}: only square inputs are supported, not {rows} x {columns}")
-    if image_size is not None and rows != image_size:
-        raise UserError(f"{what} {name}: it was built for {rows} pixels, and image_size {image_size} was asked for")
-    if _takes_image_size(model):
-        args["img_size"] = rows
+    if image_size is not None and kwargs.get("img_size", image_size) != image_size:
+        change_size(model, image_size, f"{what} {name}")
+    size = Size.of(built_size(model) or image_size or pretrained_cfg["input_size"][1:])
+    if image_size is not None and size.written != image_size:
+        asked = Size.of(image_size)
+        raise UserError(f"{what} {name}: it was built for {size} pixels, and image_size {asked} was asked for")
+    if size.height != size.width:
+        check_rectangle(model, size, f"{what} {name}")
+    if takes_image_size(model):
+        args["img_size"] = size.written
     else:
         args.pop("img_size", None)
     if gives_tokens(model) and hasattr(model, "global_pool"):
@@ -135,7 +138,7 @@ def create_model(
         model=model,
         architecture=pretrained_cfg["architecture"],
         model_args=args,
-        image_size=int(rows),
+        image_size=size.written,
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
@@ -143,7 +146,7 @@ def create_model(
 
 def _other_source(
     name: str,
-    image_size: int | None,
+    image_size: ImageSize | None,
     args: Mapping[str, Any],
     weights: Path | None,
     pretrained: bool,
@@ -172,33 +175,12 @@ def _other_source(
     return create_transformers(source, image_size, weights, pretrained, what, averaged)
 
 
-def _one_side(size: list[Any], folder: Path) -> Any:
-    """Return the side of an image size [rows, columns], as timm may write it. Raises UserError if they differ."""
-    if len(set(size)) != 1:
-        raise UserError(f"{folder / 'config.json'}: only square inputs are supported, not img_size {size}")
-    return size[0]
-
-
 def _tensor_names(name: str, args: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensors of a model of timm; none if it cannot be built (_build says why)."""
     try:
         return set(outline_of(name, {k: v for k, v in args.items() if v is not None}).state_dict())
     except Exception:  # timm raises errors of many types
         return set()
-
-
-def _takes_image_size(model: Any) -> bool:
-    """Return whether a model is built for one image size; others work at any size and have no argument for it."""
-    if gives_tokens(model):
-        constructors = [vars(kind)["__init__"] for kind in type(model).__mro__ if "__init__" in vars(kind)]
-        return any("img_size" in inspect.signature(init).parameters for init in constructors[:-1])  # object is last
-    return bool(model.pretrained_cfg.get("fixed_input_size"))
-
-
-def _built_size(model: Any) -> Any:
-    """Return the image size, (rows, columns) in pixels, that a model of tokens was built for; None if it has none."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size if gives_tokens(model) and _takes_image_size(model) else None
 
 
 def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path | None, what: str) -> Any:
@@ -211,10 +193,9 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
         if not hasattr(outline, "forward_intermediates"):
             raise UserError(f"{subject}: timm gives no features of the blocks of a {type(outline).__name__}")
         patch, size = patch_size(outline), kwargs.get("img_size")
-        if patch and size is not None and size % patch:
-            near = f"the nearest is {max(1, round(size / patch)) * patch}"
-            raise UserError(f"{subject}: image_size {size} is not a multiple of the patch size {patch}; {near}")
-        if not _takes_image_size(outline):
+        if patch and size is not None:
+            check_multiple(size, patch, f"{subject}: ")
+        if not takes_image_size(outline):
             kwargs = {k: v for k, v in kwargs.items() if k != "img_size"}
         if pretrained and weights is None:
             subject = f"weights of {subject} were not loaded"
@@ -230,7 +211,7 @@ def _build(name: str, pretrained: bool, kwargs: Mapping[str, Any], weights: Path
             raise UserError(f"weights of {what} {name} were not fetched: {reason}; {_REMEDIES[what]}") from error
         if not isinstance(error, _INPUT_ERRORS) and "unexpected keyword argument" not in str(error):
             raise  # this is a defect, or the disk fails
-        remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else ""
+        remedy = f"; {_REMEDIES[what]}" if subject.startswith("weights of") else square_instead(kwargs.get("img_size"))
         if subject.startswith(f"weights {weights} "):
             remedy = fitting_models(name, kwargs["pretrained_cfg_overlay"]["state_dict"])
         raise UserError(f"{subject}: {_first_mismatch(error)}{remedy}") from error

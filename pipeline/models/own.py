@@ -20,12 +20,15 @@ from pipeline.models.huggingface import WEIGHTS, backbone_of, load_weights
 from pipeline.models.names import OWN, is_function
 from singer.described import Description, as_backbone
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 Own: TypeAlias = tuple[nn.Module, Description]
 """A module, and the description of it."""
 
 
-def create_own(name: str, image_size: int | None, weights: Path | None, what: str, averaged: bool = True) -> Backbone:
+def create_own(
+    name: str, image_size: ImageSize | None, weights: Path | None, what: str, averaged: bool = True
+) -> Backbone:
     """Call the function package.module:function; the arguments are those of loading.create_model.
 
     Raises UserError if there is no such function, or its result is not as it describes.
@@ -37,7 +40,7 @@ def create_own(name: str, image_size: int | None, weights: Path | None, what: st
     return backbone
 
 
-def describe_own(made: Own, image_size: int | None, subject: str) -> Backbone:
+def describe_own(made: Own, image_size: ImageSize | None, subject: str) -> Backbone:
     """Return a backbone for a module of the user's own. image_size: in pixels, default: as described."""
     module, description = made
     if image_size is not None:
@@ -47,7 +50,7 @@ def describe_own(made: Own, image_size: int | None, subject: str) -> Backbone:
     except UserError as error:
         raise UserError(f"{subject}: {error}") from None
     except Exception as error:  # the user's code raises errors of any type
-        size = description.image_size
+        size = Size.of(description.image_size)
         raise UserError(f"{subject} does not run at {size} pixels: {_said(error)}") from error
     about = asdict(description)
     arguments = {k: about[k] for k in ("blocks", "patch_size", "prefix", "class_token", "norm")}
@@ -59,7 +62,7 @@ def object_name(made: Own) -> str:
     return f"{OWN}{type(made[0]).__name__}"
 
 
-def saved_own(folder: Path, architecture: str, image_size: int | None, function: str | None) -> Backbone:
+def saved_own(folder: Path, architecture: str, image_size: ImageSize | None, function: str | None) -> Backbone:
     """Load a model of the user's own that `save_backbone` saved. function: its name, given by the user.
 
     Raises UserError if no function is given: the folder does not choose which code is run.

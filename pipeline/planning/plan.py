@@ -123,7 +123,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
             local.mkdir(exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
         drawn = draw_images(config, listed)
-        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)))
+        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
         teacher = Teacher(config, backbone, blocks, device)
         features = sample_features(config, sample, teacher)
         calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}

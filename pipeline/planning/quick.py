@@ -21,6 +21,7 @@ from pipeline.planning.scale import Scale
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs, depth, resolve_blocks
+from singer.sizes import Size
 
 # Each model is measured for so many seconds at most, on this share of the images, in batches of at most this size.
 _SECONDS, _IMAGES, _MOST_BATCH = 3.0, 0.1, 64
@@ -35,7 +36,8 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))
     images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
     with ImageFile(images) as files:
-        sample, teacher = Sample(config, images, files), Teacher(config, backbone, blocks, device)
+        sample = Sample(config, images, files, backbone.image_size)
+        teacher = Teacher(config, backbone, blocks, device)
         records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
         decode = _rate(lambda some: sample.load(some, backbone.image_size), records, device, _MOST_BATCH)
         views = sample.load(records, backbone.image_size)
@@ -59,7 +61,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
 def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
     """Return the views a second that a student does with its backward pass."""
     model, half = student.model.to(device).train(), AUTOCAST.get(config.distill.precision)
-    inputs = torch.zeros(len(records) + 1, 3, student.image_size, student.image_size, device=device)
+    inputs = torch.zeros(len(records) + 1, 3, *Size.of(student.image_size), device=device)
     last = depth(model) - 1
 
     def step(some: Sequence[Record]) -> None:
@@ -72,12 +74,13 @@ def _student_rate(config: Config, student: Backbone, records: Sequence[Record], 
 
 
 def _pixel_bytes(config: Config, views: torch.Tensor) -> float:
-    """Return the bytes of a stored view; views: (n, side, side, 3) uint8 as the teacher sees them."""
-    settings, side = config.views, views.shape[1]
-    share = ((settings.pixel_size or side) / side) ** 2
+    """Return the bytes of a stored view; views: (n, height, width, 3) uint8 as the teacher sees them."""
+    settings, seen = config.views, Size(*views.shape[1:3])
+    stored = Size.of(settings.pixel_size or seen)
+    share = (stored.height / seen.height) * (stored.width / seen.width)
     if settings.pixels == "jpeg":
         return share * float(encode_jpegs(views.numpy(), settings.jpeg_quality).lengths.float().mean())
-    return share * 3 * side**2 if settings.pixels == "uint8" else 0.0
+    return share * 3 * seen.height * seen.width if settings.pixels == "uint8" else 0.0
 
 
 def _rate(

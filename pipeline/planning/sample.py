@@ -20,6 +20,7 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs
 from singer.errors import UserError
+from singer.sizes import ImageSize
 
 # At most so many images are drawn. Features are kept of at most so many records and bytes.
 _IMAGES = 1024
@@ -31,7 +32,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Teacher:
     """The teacher as a function from views to features.
 
-    It takes views (n, side, side, 3) uint8 and returns {block: features (n, N, d) float32} on its device.
+    It takes views (n, height, width, 3) uint8 and returns {block: features (n, N, d) float32} on its device.
     """
 
     def __init__(self, config: Config, backbone: Backbone, blocks: Sequence[int], device: torch.device) -> None:
@@ -54,22 +55,23 @@ Record = tuple[int, int]
 
 
 class Sample:
-    """Some images, by number, and their views as cache-teacher draws them."""
+    """Some images, by number, and their views as cache-teacher draws them. image_size: the teacher's."""
 
-    def __init__(self, config: Config, images: Images, files: ImageFile) -> None:
+    def __init__(self, config: Config, images: Images, files: ImageFile, image_size: ImageSize) -> None:
         self.config, self.images, self.files = config, images, files
+        self._drawing = config.views.model_copy(update={"shape": config.views.shape or image_size})
         rng = np.random.default_rng(0)
         self._records = [divmod(int(r), config.views.count) for r in rng.permutation(len(images) * config.views.count)]
 
-    def views(self, records: Sequence[Record], sides: Iterable[int]) -> dict[int, Tensor]:
-        """Return {side: views (n, side, side, 3) uint8} of the records, with each image decoded once."""
-        found: dict[int, list[np.ndarray]] = {side: [] for side in sides}
+    def views(self, records: Sequence[Record], sizes: Iterable[ImageSize]) -> dict[ImageSize, Tensor]:
+        """Return {size: views (n, height, width, 3) uint8} of the records, with each image decoded once."""
+        found: dict[ImageSize, list[np.ndarray]] = {size: [] for size in sizes}
         for number, view in records:
             image = self.files.read(number)
-            drawn = draw_view(self.config.views, self.images.keys[number], view, image.size)
-            for side, pictures in found.items():
-                pictures.append(apply_view(image, drawn, side))
-        return {side: torch.from_numpy(np.stack(pictures)) for side, pictures in found.items()}
+            drawn = draw_view(self._drawing, self.images.keys[number], view, image.size)
+            for size, pictures in found.items():
+                pictures.append(apply_view(image, drawn, size))
+        return {size: torch.from_numpy(np.stack(pictures)) for size, pictures in found.items()}
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -80,22 +82,22 @@ class Sample:
         endless = cycle(self._records)
         return [[next(endless) for _ in range(size)] for _ in range(-(-len(self._records) // size))]
 
-    def load(self, records: Sequence[Record], side: int) -> Tensor:
-        """Return the views for the teacher, (n, side, side, 3) uint8.
+    def load(self, records: Sequence[Record], size: ImageSize) -> Tensor:
+        """Return the views for the teacher, (n, height, width, 3) uint8.
 
         It does the work of one thread of cache-teacher: if views are stored, it encodes them, too.
         """
         settings = self.config.views
-        small = (settings.pixel_size or side) if settings.pixels != "none" else side
-        views = self.views(records, {side, small})
+        small = (settings.pixel_size or size) if settings.pixels != "none" else size
+        views = self.views(records, {size, small})
         if settings.pixels == "jpeg":
             encode_jpegs(views[small].numpy(), settings.jpeg_quality)
-        return views[side]
+        return views[size]
 
-    def decoding(self, size: int, side: int) -> Generator[int, None, None]:
-        """Decode batches of `size` views in as many threads as cache-teacher does; yield the number of views."""
-        batches = cycle(self.batches(size))
-        for views in prefetch(lambda records: self.load(records, side), batches, self.config.cache.workers):
+    def decoding(self, count: int, size: ImageSize) -> Generator[int, None, None]:
+        """Decode batches of `count` views in as many threads as cache-teacher does; yield the number of views."""
+        batches = cycle(self.batches(count))
+        for views in prefetch(lambda records: self.load(records, size), batches, self.config.cache.workers):
             yield len(views)
 
     def write_tar(self, path: Path, numbers: Sequence[int], prefix: str = "") -> None:

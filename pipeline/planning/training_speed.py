@@ -64,11 +64,11 @@ def train_on(
         return dict.fromkeys(TRAINING, not_measured(str(error))), "none"
     student_run = new.student_run("new", accelerator)
     student_run.model.plain.train()
-    cache, device, side = sources[0].cache, accelerator.device, new.student.image_size
+    cache, device, shown = sources[0].cache, accelerator.device, new.student.image_size
     per_epoch = -(-len(cache) // settings.batch_size)
 
     with open_images(cache) as files:
-        load = BatchLoader([cache], files, [side])
+        load = BatchLoader([cache], files, [shown])
         ahead = prefetch_depth(settings, load.record_bytes, 1)
 
         def lists() -> Iterator[list[BatchIndices]]:
@@ -118,7 +118,7 @@ def train_on(
             size, (first,) = teacher.backbone.image_size, load.features([next(shares())])
             batches = zip(shares(), cycle(sample.batches(settings.batch_size)), strict=False)
             loaded = prefetch(
-                lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {side, size})),
+                lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {shown, size})),
                 batches,
                 settings.workers,
             )
@@ -128,7 +128,7 @@ def train_on(
                     # Which patches are compared makes no difference to the time.
                     positions = positions[:1].expand(len(share.records), -1).to(device)
                     features = {b: take_patches(x, teacher.backbone.prefix, positions) for b, x in features.items()}
-                images = normalise(views[side], new.student.mean, new.student.std, device)
+                images = normalise(views[shown], new.student.mean, new.student.std, device)
                 weights = torch.from_numpy(share.weights).to(device)
                 labels = load.labels[torch.from_numpy(share.records)].to(device).long()
                 yield step(Batch(images, [TeacherFeatures(features, positions)], weights, labels), number)

@@ -24,6 +24,7 @@ from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.reports.seeds import SeedGroup
 from pipeline.training.stored_refiners import read_refiner
 from singer.artifacts import robust_threshold
+from singer.sizes import Size
 
 _IMAGES = 6
 # At most so many students have pictures.
@@ -70,7 +71,8 @@ def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, 
     for source in sources:
         looks.append(look_at_features(cache, _source_title(source, sources, pictured), block, sample, device, source))
     looks += [seen[run] for run in pictured]
-    images = cache.pixels(records[sample.shown], _PHOTO, files).numpy()
+    photo = Size.of(cache.manifest.teacher.image_size).within(_PHOTO)
+    images = cache.pixels(records[sample.shown], photo, files).numpy()
     grid = cache.manifest.teacher.grid_of(block)
     places = pictures.choose_places(looks)
     plain, marked = pictures.photos(images, grid), pictures.photos(images, grid, places)

@@ -23,6 +23,7 @@ from singer.artifacts import patch_norms
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.refiner import Refiner
+from singer.sizes import ImageSize
 
 Kind = Literal["teacher", "refined", "student"]
 _BATCH = 32
@@ -130,10 +131,10 @@ class Students:
 
     def __init__(self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device) -> None:
         self._cache, self._files, self._sample, self._device = cache, files, sample, device
-        self._pixels: dict[int, Tensor] = {}
+        self._pixels: dict[ImageSize, Tensor] = {}
 
-    def pixels(self, size: int) -> Tensor:
-        """Return the sampled images, (n, size, size, 3) uint8."""
+    def pixels(self, size: ImageSize) -> Tensor:
+        """Return the sampled images, (n, height, width, 3) uint8."""
         if size not in self._pixels:
             self._pixels[size] = self._cache.pixels(self._sample.records, size, self._files)
         return self._pixels[size]

@@ -18,6 +18,7 @@ from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
 from singer.backbones import depth, final_norm, patch_size
+from singer.sizes import Size
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _POOLING = {"token": "the CLS token", "avg": "the mean of the patch tokens", "map": "attention pooling"}
@@ -80,7 +81,8 @@ def write_card(card: ModelCard) -> str:
         ],
         depth=depth(model),
         heads=heads(model),
-        patch=patch_size(model),
+        size=Size.of,
+        patch=None if (patch := patch_size(model)) is None else Size.of(patch),
         tokens=card.backbone.prefix + card.backbone.grid[0] * card.backbone.grid[1],
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
         if card.backbone.gives_tokens

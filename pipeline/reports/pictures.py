@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.reports.measurements import Measurement
 from singer.maps import cosine_to, principal_scores, turn_towards
+from singer.sizes import Size
 
 NORMS, COSINES = "magma", "viridis"
 # Norms beyond this many medians have the same colour.
@@ -72,7 +73,7 @@ def choose_places(looks: Sequence[Measurement]) -> list[Place]:
 
 
 def photos(images: np.ndarray, grid: tuple[int, int], places: Sequence[Place] = ()) -> Strip:
-    """Return the strip of the images (n, size, size, 3) uint8, with the patch of the grid marked at each place."""
+    """Return the strip of the images (n, height, width, 3) uint8, with the patch of the grid marked at each place."""
     pictures = [_url(Image.fromarray(image), "JPEG") for image in images]
     return Strip("image", "", pictures, [_mark(grid, place) for place in places])
 
@@ -152,7 +153,7 @@ def _size(grid: tuple[int, int]) -> str:
 
 def _url(image: Image.Image, kind: str) -> str:
     if max(image.size) > _PHOTO:
-        image = image.resize((_PHOTO, _PHOTO), Image.Resampling.BICUBIC)
+        image = image.resize(Size(*image.size).within(_PHOTO), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {"optimize": True}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -15,6 +15,7 @@ from pipeline.reports.tables import ReportRow
 from pipeline.runtime.machine import versions
 from pipeline.runtime.progress import duration
 from pipeline.training.run_directory import LOG
+from singer.sizes import Size
 
 
 def render_page(
@@ -57,6 +58,7 @@ def render_page(
         columns=columns,
         by=by,
         teacher=known,
+        size=Size.of(known.image_size),
         teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
         teacher_norm=measured.looks[0].mean_max_over_median,
         reference=reference,

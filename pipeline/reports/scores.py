@@ -11,6 +11,7 @@ from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percen
 from pipeline.reports.seeds import SeedGroup
 from pipeline.storage.json_files import read_json, validated
 from singer.errors import UserError
+from singer.sizes import Size
 
 RESULTS = "evaluate-*.json"
 # Errors in meters, for which smaller is better.
@@ -36,7 +37,7 @@ class Probe:
         words = {"tokens": _TOKENS.get(dict(self.settings)["tokens"], "")}
         for key, value in self.settings:
             if key == "image_size":
-                words[key] = "at the model's own resolution" if value is None else f"at {value} px"
+                words[key] = "at the model's own resolution" if value is None else f"at {Size.of(value)} px"
             elif key not in words and value is not None:
                 values = ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
                 words[key] = f"{key.replace('_', ' ')} {values}"

@@ -43,6 +43,7 @@ from singer.errors import UserError
 from singer.fit_context import FitContext
 from singer.maps import cosine_to
 from singer.refiner import Refiner
+from singer.sizes import Size
 
 STAGE = "inspect"
 _SHOWN = 6
@@ -204,7 +205,7 @@ def _page(
     images = None
     try:
         with open_images(cache, shards) as files:
-            images = cache.pixels(records, _PIXELS, files).numpy()
+            images = cache.pixels(records, Size.of(cache.manifest.teacher.image_size).within(_PIXELS), files).numpy()
     except UserError as error:
         say(f"the page has no images: {error}")
     pictures = {"norms": _draw_norms(block_data)}
@@ -245,8 +246,8 @@ def _draw_maps(part: _BlockData, images: np.ndarray | None) -> str:
         rows.append((f"{name}\nnorm / median", maps / median, {"vmin": 0, "vmax": 5, "cmap": "viridis"}))
     for name, maps in part.similar.items():
         rows.append((f"{name}\ncosine", maps, {"vmin": -0.2, "vmax": 1, "cmap": "coolwarm"}))
-    count = len(rows[0][1])
-    figure = Figure(figsize=(1.5 * count, 1.55 * (1 + len(rows))), layout="constrained")
+    count, (high, wide) = len(rows[0][1]), rows[0][1].shape[1:]
+    figure = Figure(figsize=(1.5 * count, 1.55 * high / wide * (1 + len(rows))), layout="constrained")
     axes = figure.subplots(1 + len(rows), count, squeeze=False)
     for column in range(count):
         if images is not None:

@@ -4,6 +4,7 @@ Candidates are plain ViTs of a budget of parameters, from wide and shallow to na
 named. Each is built with random weights and sees one batch of images; its relations are compared with cached ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -26,6 +27,7 @@ from pipeline.training.cached_teachers import open_images
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.matching import resize_tokens
+from singer.sizes import ImageSize, Size
 from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 
 # Plain ViTs: channels of a head, and the widths and depths among which students of a budget are sought.
@@ -114,7 +116,7 @@ def _named(base: StudentConfig, name: str) -> StudentConfig:
     return base.model_copy(update={"name": name, **shape})
 
 
-def _plain(base: StudentConfig, budget: int | None, image_size: int) -> dict[str, StudentConfig]:
+def _plain(base: StudentConfig, budget: int | None, image_size: ImageSize) -> dict[str, StudentConfig]:
     """Return {name: settings} of plain ViTs within a budget, the deepest of each width. Raises UserError for none."""
     if budget is None:
         return {}
@@ -131,19 +133,19 @@ def _plain(base: StudentConfig, budget: int | None, image_size: int) -> dict[str
     return {name: settings for n, (name, settings) in enumerate(found.items()) if n in chosen}
 
 
-def _vit_parameters(settings: StudentConfig, blocks: int, image_size: int) -> int:
+def _vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize) -> int:
     """Return the number of parameters of a plain ViT, which takes too long to count on the model itself."""
-    dim, patch, size = settings.dim or 0, settings.patch_size or 16, settings.image_size or image_size
-    tokens = (size // patch) ** 2 + 1
+    dim, patch = settings.dim or 0, Size.of(settings.patch_size or 16)
+    tokens = math.prod(Size.of(settings.image_size or image_size).grid(patch.written)) + 1
     # Patch embedding, CLS, positions and final norm; then norms, attention and MLP of a block, with their biases.
-    return dim * (3 * patch**2 + 1 + 1 + tokens + 2) + blocks * (12 * dim**2 + 13 * dim)
+    return dim * (3 * math.prod(patch) + 1 + 1 + tokens + 2) + blocks * (12 * dim**2 + 13 * dim)
 
 
 def _count(student: Backbone) -> int:
     return sum(p.numel() for p in student.model.parameters())
 
 
-def _built(settings: StudentConfig, size: int, seed: int) -> Backbone:
+def _built(settings: StudentConfig, size: ImageSize, seed: int) -> Backbone:
     torch.manual_seed(seed)
     return new_student(settings, size)
 

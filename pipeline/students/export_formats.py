@@ -27,6 +27,7 @@ from pipeline.storage.tensors import separate
 from singer import exits
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
+from singer.sizes import Size
 
 PREPROCESS = "preprocess.json"
 ONNX = "model.onnx"
@@ -48,7 +49,7 @@ images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any si
 class Student:
     """What is exported.
 
-    module: normalised images (B, 3, size, size) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
+    module: normalised images (B, 3, height, width) -> output; output: "pooled" (B, d) or "tokens" (B, N, d).
     """
 
     backbone: Backbone
@@ -57,21 +58,24 @@ class Student:
 
     @property
     def preprocess(self) -> dict[str, Any]:
-        """Return how to make the input from an RGB image.
-
-        The largest centred square is resized, divided by 255, normalised by mean and std, and given as CHW.
-        """
+        """Return how to make the input from an RGB image: crop, resize, divide by 255, normalise, give as CHW."""
         return {
             "size": self.backbone.image_size,
-            "crop": "center-square",
+            "crop": "center-square" if isinstance(self.backbone.image_size, int) else "center",
             "interpolation": INTERPOLATION,
             "mean": self.backbone.mean,
             "std": self.backbone.std,
         }
 
+    @property
+    def pixels(self) -> str:
+        """Return _PIXELS for this student. Pillow's sizes are (width, height)."""
+        square = isinstance(self.backbone.image_size, int)
+        return _PIXELS if square else _PIXELS.replace('(p["size"], p["size"])', 'tuple(p["size"][::-1])')
+
     def images(self, count: int) -> Tensor:
-        """Return random images (count, 3, size, size), which are always the same for a count."""
-        shape = (count, 3, self.backbone.image_size, self.backbone.image_size)
+        """Return random images (count, 3, height, width), which are always the same for a count."""
+        shape = (count, 3, *Size.of(self.backbone.image_size))
         return torch.randn(shape, generator=torch.Generator().manual_seed(count))
 
 
@@ -135,9 +139,8 @@ def write_hf(student: Student, folder: Path) -> Written:
 
 def _write_transformers(student: Student, folder: Path) -> Written:
     """Write what from_pretrained reads: config.json, model.safetensors and preprocessor_config.json."""
-    backbone = student.backbone
+    backbone, size = student.backbone, Size.of(student.backbone.image_size)._asdict()
     backbone.model.backbone.save_pretrained(folder)
-    size = {"height": backbone.image_size, "width": backbone.image_size}
     processor = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     processor |= {"do_normalize": True, "image_mean": backbone.mean, "image_std": backbone.std}
     write_json(folder / "preprocessor_config.json", processor)
@@ -198,7 +201,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-{_PIXELS}
+{student.pixels}
 session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
 ({student.output},) = session.run(None, {{"images": images}})"""
     return Written(load, snippet, packages)
@@ -221,7 +224,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-{_PIXELS}
+{student.pixels}
 model = torch.export.load("{TORCH_EXPORT}").module()
 with torch.inference_mode():
     {student.output} = model(torch.from_numpy(images))"""

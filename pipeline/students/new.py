@@ -10,13 +10,14 @@ from pipeline.models.names import HF, is_function
 from pipeline.models.own import Own, describe_own
 from singer import exits
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 # A student named `vit` is built from this architecture; the given dimensions replace all of its own.
 PLAIN_VIT = "vit_tiny_patch16_224"
 
 
 def new_student(
-    config: StudentConfig, image_size: int, module: Own | None = None, width: int | None = None
+    config: StudentConfig, image_size: ImageSize, module: Own | None = None, width: int | None = None
 ) -> Backbone:
     """Build a student without a head, for training. image_size: in pixels, used if the configuration gives none.
 
@@ -52,9 +53,8 @@ def new_student(
     try:
         student.layout  # noqa: B018 - this runs the model once; if it fails here, it cannot be trained
     except Exception as error:  # each architecture raises errors of its own types
-        raise UserError(
-            f"student.name {config.name} gives no feature maps at {size} pixels: {first_line(error)}"
-        ) from None
+        pixels = f"{Size.of(student.image_size)} pixels"
+        raise UserError(f"student.name {config.name} gives no feature maps at {pixels}: {first_line(error)}") from None
     return _trainable(student)
 
 

@@ -18,6 +18,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
+from singer.sizes import ImageSize, Size
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Batch:
 class StoredBatch:
     """What one process trains on in one step, as it was read.
 
-    pixels: {side: (n, side, side, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of each
-    record in the mean; labels: (n,) int64, negative where there is none; filling: as in Batch.
+    pixels: {size: (n, height, width, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of
+    each record in the mean; labels: (n,) int64, negative where there is none; filling: as in Batch.
     """
 
-    pixels: dict[int, Tensor]
+    pixels: dict[ImageSize, Tensor]
     encoded: Sequence[Encoded]
     weights: Tensor
     labels: Tensor
@@ -85,7 +86,7 @@ class StoredBatch:
     def to(self, device: torch.device) -> "StoredBatch":
         """Copy everything to a device in its stored form, as `moved` does."""
         return StoredBatch(
-            {side: moved(pixels, device) for side, pixels in self.pixels.items()},
+            {size: moved(pixels, device) for size, pixels in self.pixels.items()},
             [encoded.to(device) for encoded in self.encoded],
             moved(self.weights, device),
             moved(self.labels, device),
@@ -109,7 +110,7 @@ class StoredBatch:
             pairs = zip(caches, self.encoded, strict=True)
             features = [TeacherFeatures(cache.decoder(device)(x), x.positions) for cache, x in pairs]
         keys = [(s.image_size, s.mean, s.std) for s in students]
-        images = {(side, mean, std): normalise(self.pixels[side], mean, std, device) for side, mean, std in set(keys)}
+        images = {(size, mean, std): normalise(self.pixels[size], mean, std, device) for size, mean, std in set(keys)}
         return [Batch(images[key], features, self.weights, self.labels, self.filling) for key in keys]
 
 
@@ -117,18 +118,18 @@ class BatchLoader:
     """Load batches: the views of records at the students' resolutions, and their stored features.
 
     caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
-    cache holds the views; sides: the students' image sizes, in pixels; records: those of the cache that are loaded, and
-    then have the numbers from 0 on; default: all.
+    cache holds the views; sizes: those of the students' images, in pixels; records: those of the cache that are loaded,
+    and then have the numbers from 0 on; default: all.
     """
 
     def __init__(
         self,
         caches: Sequence[Cache],
         files: ImageFile | None,
-        sides: Sequence[int],
+        sizes: Sequence[ImageSize],
         records: np.ndarray | None = None,
     ) -> None:
-        self.caches, self.files, self.sides, self.records = caches, files, sorted(set(sides)), records
+        self.caches, self.files, self.sizes, self.records = caches, files, sorted(set(sizes), key=Size.of), records
         index = caches[0].index
         self.labels = torch.from_numpy(index.images.labels[index.image])
 
@@ -162,10 +163,10 @@ class BatchLoader:
                 filling = int((indices.weights == 0).sum())
                 yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling)
 
-    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[int, Tensor]]:
-        """Return the batch indices, and the views of their records, {side: (n, side, side, 3) uint8}."""
+    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
+        """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""
         return share, {
-            side: self.caches[0].pixels(self._stored(share.records), side, self.files) for side in self.sides
+            size: self.caches[0].pixels(self._stored(share.records), size, self.files) for size in self.sizes
         }
 
     def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:

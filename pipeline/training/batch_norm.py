@@ -14,6 +14,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import say
 from singer.backbones import block_outputs
 from singer.errors import UserError
+from singer.sizes import Size
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -45,7 +46,7 @@ def check_parts(
     if any(isinstance(module, nn.SyncBatchNorm) for module in student.model.modules()):
         return  # the statistics are over the parts of all processes, and each process has one
     trial = copy.deepcopy(student.model).train()
-    image = torch.zeros(1, 3, student.image_size, student.image_size).to(next(trial.parameters()))
+    image = torch.zeros(1, 3, *Size.of(student.image_size)).to(next(trial.parameters()))
     try:
         block_outputs(trial, image, [last_block])
     except ValueError as error:

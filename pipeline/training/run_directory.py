@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.runtime.progress import say
 from pipeline.storage.json_files import read_as
 from singer.errors import UserError
+from singer.sizes import ImageSize
 
 RUNS = "runs"
 
@@ -30,7 +31,7 @@ class TeacherNote:
     name: str
     architecture: str
     weights: str
-    image_size: int
+    image_size: ImageSize
     class_token: bool
     variant: str | None = None
 

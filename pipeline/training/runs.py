@@ -225,9 +225,9 @@ def run_jobs(
             done = step / steps_per_epoch(new.count, student_run.settings.batch_size)
             say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
-        sides = [new.student.image_size for new in made]
-        load = BatchLoader(caches, files, sides, made[0].records)
-        apart = BatchLoader(caches, files, sides, made[0].held_out)
+        sizes = [new.student.image_size for new in made]
+        load = BatchLoader(caches, files, sizes, made[0].records)
+        apart = BatchLoader(caches, files, sizes, made[0].held_out)
         held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
         m = train(student_runs, load, accelerator, held_out)
     results = {}
