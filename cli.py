@@ -333,6 +333,7 @@ def evaluate(
     weights: ModelWeightsOption = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw), norm or both (default).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the run.")] = None,
+    on_error: UnreadableOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -341,7 +342,8 @@ def evaluate(
     from pipeline.checks import check_model, check_tasks, look
     from pipeline.config import load_config
 
-    tree, tasks = load_config(config, sets or (), {"evaluate.tokens": tokens}), task or ["classification"]
+    options = {"evaluate.tokens": tokens, "cache.on_error": on_error}
+    tree, tasks = load_config(config, sets or (), options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
     look("evaluate", tree, images=[train, test])
@@ -364,7 +366,7 @@ def embed(
     ] = None,
     weights: ModelWeightsOption = None,
     tokens: Annotated[str | None, typer.Option(help="block (raw, default) or norm.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")] = None,
+    on_error: UnreadableOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     config: ConfigOption = None,
     sets: SetOption = None,

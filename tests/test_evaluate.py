@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import draw_images, make_vit, seeded, world_config
+from conftest import draw_images, make_vit, run_singer, seeded, world_config
 from safetensors.torch import save_file
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
@@ -397,3 +397,18 @@ def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -
         save_backbone(vit, vit.model.state_dict(), tmp_path / f"m{classes}")
         with pytest.raises(UserError, match=message):
             evaluate(config, tmp_path / f"m{classes}", None, str(tmp_path / "shards" / "*.tar"), "head")
+
+
+def test_the_advice_for_a_broken_image_works(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        draw_images(tmp_path / split, 4, 2)
+        (tmp_path / split / "class1" / "broken.jpg").write_bytes(b"broken")
+    words = ["evaluate", world / "teacher", "--train", tmp_path / "train", "--test", tmp_path / "test", "--set", QUICK]
+    assert run_singer(monkeypatch, *words) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "broken.jpg" in line
+    assert run_singer(monkeypatch, *words, *line.rpartition(" with ")[2].split(), "--json") == 0
+    told = capfd.readouterr()
+    assert told.err.count("skipped: image") == 2 and json.loads(told.out.splitlines()[-1])["test_images"] == 8

@@ -167,7 +167,10 @@ def inputs(
     device: torch.device,
     view: Callable[[Image.Image], View],
 ) -> Iterator[Tensor]:
-    """Yield the views of the images as the model takes them: normalised (B, 3, H, W) batches on the device."""
+    """Yield the views of the images as the model takes them: normalised (B, 3, H, W) batches on the device.
+
+    Raises UserError, with the remedy, for an image that cannot be read.
+    """
     batches = [
         np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
     ]
@@ -176,7 +179,11 @@ def inputs(
         def load(numbers: np.ndarray) -> Tensor:
             views = []
             for number in numbers:
-                image = files.read(int(number))
+                try:
+                    image = files.read(int(number))
+                except UserError as error:
+                    advice = "repair it, or leave out all such images with --on-error skip"
+                    raise UserError(f"{error}; {advice}") from error
                 views.append(apply_view(image, view(image), backbone.image_size))
             return torch.from_numpy(np.stack(views))
 

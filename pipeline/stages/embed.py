@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 from pipeline.checks import check_embedding, check_model
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, readable
-from pipeline.evaluation.context import Features, kinds_of
+from pipeline.evaluation.context import kinds_of
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
@@ -87,7 +87,7 @@ def embed(
     names = names_file(out) if out.suffix == ".npy" else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, FORMATS[out.suffix](temporary, len(listed), shape, about) as write:
-        for batch in _advised(feature_batches(backbone, listed, config.evaluate, device, {tokens: convert}, (name,))):
+        for batch in feature_batches(backbone, listed, config.evaluate, device, {tokens: convert}, (name,)):
             rows = batch[tokens][name].numpy()
             write(listed.keys[done : done + len(rows)], rows.reshape(len(rows), *shape))
             done += len(rows)
@@ -96,14 +96,6 @@ def embed(
                 list_of_names.write_bytes(json_bytes(list(listed.keys)))
     seconds = time.perf_counter() - start
     return EmbedResult(out, names, done, found - done, features, tokens, shape, seconds, done / seconds)
-
-
-def _advised(batches: Iterator[Features]) -> Iterator[Features]:
-    """Yield batches. Raises UserError for an image that cannot be read, with the remedy."""
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(f"{error}; repair it, or leave out all such images with --on-error skip") from error
 
 
 def shape_of(backbone: Backbone, features: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import spread
 from pipeline.checks import check_model
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images
+from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
 from pipeline.evaluation.open_model import check_known_model, open_model
@@ -83,7 +83,8 @@ def evaluate_tasks(
     model: a run, of which the student is probed, a folder in timm's layout, or the name of a timm model; train: None
     if no task learns; out: a folder for the figures; by default the run's folder, and for other models none is
     written; weights: a file for a model given by name; by default, timm fetches the weights. Tasks with a label for
-    each image share the model's passes over the shards. Raises UserError for mistakes that the user can fix.
+    each image share the model's passes over the images. cache.on_error skip leaves out images that cannot be read; for
+    this, all are read once more. Raises UserError for mistakes that the user can fix.
     """
     started = time.perf_counter()
     unknown = [task for task in tasks if task not in TASKS]
@@ -94,6 +95,8 @@ def evaluate_tasks(
     check_known_model(model)
     shards: tuple[Images | None, Images]
     shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
+    if config.cache.on_error == "skip":
+        shards = None if shards[0] is None else readable(shards[0]), readable(shards[1])
     backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
