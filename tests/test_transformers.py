@@ -205,6 +205,9 @@ def test_from_images_to_an_exported_student(shards: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match="--to timm is for models of timm.*onnx or torch-export"):
         export(config, tmp_path / "run", tmp_path / "timm", "timm")
     export(config, tmp_path / "run", tmp_path / "hub", "hf")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "the forward pass of transformers: the CLS" in card
+    assert "timm.create_model" not in card and "\n- timm\n" not in card
     again = load_model(f"hf:{tmp_path / 'hub'}")
     assert weight_hash(again.model.state_dict()) == weight_hash(saved.model.state_dict())
     assert again.mean == saved.mean

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.backbone import Backbone
-from pipeline.models.names import LOCAL
+from pipeline.models.names import HF, LOCAL
 from pipeline.outputs.provenance import INPUTS, read_versions
 from pipeline.runtime.machine import versions
 from pipeline.storage.json_files import read_as, read_json
@@ -79,6 +79,7 @@ def write_card(card: ModelCard) -> str:
             }
             for number, learned in enumerate(card.trained.taught, start=1)
         ],
+        library="transformers" if card.backbone.architecture.startswith(HF) else "timm",
         depth=depth(model),
         heads=heads(model),
         size=Size.of,
