@@ -46,6 +46,8 @@ JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1",
 ]  # fmt: skip
+# As the authors train, and with those of our levers that need no cache.
+JOINTS = {"joint": [], "joint with our start and rate": ["student.init=auto", "distill.lr=auto"]}
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
 
@@ -192,8 +194,10 @@ def main() -> None:
                 continue
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
-        joint = chain.config(*JOINT, f"distill.seed={seed}")
-        say(f"joint, seed {seed}", 1.0, joint.distill.epochs, chain.row(f"joint-{seed}", joint, None))
+        for name, more in JOINTS.items():
+            joint = chain.config(*JOINT, *more, f"distill.seed={seed}")
+            row = chain.row(f"{name.replace(' ', '-')}-{seed}", joint, None)
+            say(f"{name}, seed {seed}", 1.0, joint.distill.epochs, row)
 
 
 if __name__ == "__main__":
