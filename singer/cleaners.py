@@ -32,8 +32,6 @@ class Cleaner(nn.Module):
     """`none`: features stay as they are. The other cleaners derive from this class and override `patches`."""
 
     trained = False
-    # True if what trains it reads the tokens after the next block.
-    needs_suffix = False
     # True if `fit` reads tokens and not only the scale.
     needs_tokens = False
 
@@ -118,7 +116,6 @@ class Adapter(Cleaner):
     """`adapter`: patch tokens become x + (x·down)·up (SiNGER). down (d, r), up (r, d)."""
 
     trained = True
-    needs_suffix = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -139,37 +136,7 @@ class Adapter(Cleaner):
         return patches + (patches @ self.down) @ self.up
 
 
-class GatedAdapter(Neighbour):
-    """`gated-adapter`: artifacts become x̃ + ((x - x̃)·down)·up, x̃ as in `neighbour`; clean tokens stay.
-
-    With up = 0, where it starts, it is `neighbour`. What it has learnt to return of an artifact's excess x - x̃ is what
-    a clean token there would differ by (singer/denoising.py). down (d, r) and up (r, d) are in the null space of
-    artifact energy, so that the direction of an artifact never returns. Tokens that are still above the threshold then
-    are scaled down to it.
-    """
-
-    trained = True
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.down = nn.Parameter(torch.zeros(shape.width, shape.rank))
-        self.up = nn.Parameter(torch.zeros(shape.rank, shape.width))
-
-    def patches(self, patches: Tensor) -> Tensor:
-        """Replace artifacts among patch tokens (B, patches, d)."""
-        clean = clean_mask(patches.norm(dim=-1), self.threshold).unsqueeze(-1)
-        expected = expected_patches(patches, self.threshold, self.shape.grid)
-        replaced = replace_artifacts(patches, expected, self.down, self.up, self.threshold)
-        return torch.where(clean, patches, replaced)
-
-
-def replace_artifacts(tokens: Tensor, expected: Tensor, down: Tensor, up: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return x̃ + ((x - x̃)·down)·up, scaled down to the threshold. tokens x, expected x̃ (..., d); down (d, r)."""
-    return clip_norms(expected + ((tokens - expected) @ down) @ up, threshold)
-
-
 CLEANERS: dict[str, type[Cleaner]] = {
-    "gated-adapter": GatedAdapter,
     "adapter": Adapter,
     "projector": Projector,
     "neighbour": Neighbour,

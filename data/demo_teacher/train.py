@@ -12,10 +12,6 @@ The artifacts are PLANTED. Large ViTs grow them by themselves; a ViT this small,
 3. classification plus `artifact_loss`: two opposite corner patches, which hardly ever say anything about the
    digit, are drawn to one learned direction at many times the usual norm, from one block on, and all other
    patch tokens are kept near their usual norm.
-
-benchmarks/cleaners.py makes a teacher with artifacts of another kind, in minutes, by phase 3 alone: `--start` with the
-demo's teacher, `--places edges` (four patches in the middles of the edges, each with a learned direction of its own)
-and registers.
 """
 
 import argparse
@@ -29,7 +25,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -41,12 +37,6 @@ from pipeline.chains.digits import digit_images  # noqa: E402
 SIZE, PATCH = 64, 8
 GRID = SIZE // PATCH
 CORNERS = [0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1]
-HALF = GRID // 2
-# Patches that may become artifacts.
-PLACES = {
-    "corners": [CORNERS[0], CORNERS[3]],
-    "edges": [HALF - 1, GRID * (HALF - 1) + GRID - 1, GRID * HALF, GRID * (GRID - 1) + HALF],
-}
 MODEL_ARGS = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 64, "depth": 6, "num_heads": 2}
 ARCHITECTURE = "vit_tiny_patch16_224"
 MEAN, STD = 0.275, 0.2  # the paper's grey goes to about 0, so that background patches enter with little norm
@@ -64,9 +54,9 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
-def build_model(args: dict[str, Any]) -> VisionTransformer:
+def build_model() -> VisionTransformer:
     """Make the untrained teacher: wider initial weights and sine/cosine positions, for a quicker start."""
-    model: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=10, **args)
+    model: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=10, **MODEL_ARGS)
     for name, weight in model.blocks.named_parameters():
         if name.endswith("weight") and weight.ndim == 2:
             weight.data *= 2.5
@@ -75,16 +65,8 @@ def build_model(args: dict[str, Any]) -> VisionTransformer:
     angle = torch.arange(GRID)[:, None] * frequency
     axis = 0.3 * torch.cat([angle.sin(), angle.cos()], 1)
     rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
-    model.pos_embed.data[0, model.num_prefix_tokens :] = torch.cat([rows, columns], -1).reshape(GRID * GRID, -1)
+    model.pos_embed.data[0, 1:] = torch.cat([rows, columns], -1).reshape(GRID * GRID, -1)
     return model
-
-
-def load_start(model: VisionTransformer, folder: Path) -> None:
-    """Start from another teacher of this script, without registers; those of the model stay as they are."""
-    state, own = load_file(folder / "model.safetensors"), model.state_dict()
-    position = own["pos_embed"].clone()
-    position[:, :1], position[:, model.num_prefix_tokens :] = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
-    model.load_state_dict({**own, **state, "pos_embed": position})
 
 
 def patch_ink(x: Tensor) -> Tensor:
@@ -92,11 +74,11 @@ def patch_ink(x: Tensor) -> Tensor:
     return F.max_pool2d(x.mean(1), PATCH).flatten(1)
 
 
-def artifact_places(x: Tensor, places: list[int]) -> Tensor:
-    """Which patches become artifacts, (B, N) bool: those of `places` that the digit does not reach."""
+def artifact_places(x: Tensor) -> Tensor:
+    """Which patches become artifacts, (B, N) bool: two opposite corners, unless the digit reaches them."""
     ink = patch_ink(x)
     planted = torch.zeros_like(ink, dtype=torch.bool)
-    planted[:, places] = True
+    planted[:, [CORNERS[0], CORNERS[3]]] = True
     return planted & (ink < 1)
 
 
@@ -105,30 +87,28 @@ def artifact_loss(
 ) -> Tensor:
     """Draw the patches at `places` to `direction` at `ratio` x the usual norm from block `first` on.
 
-    blocks: patch tokens (B, N, d) of every block; direction: (d,), or one of every patch, (N, d). `usual` holds each
-    block's median norm before planting: against the current median, all patches would grow together. Every other patch
-    is kept below 1.5 times the usual norm.
+    `usual` holds each block's median norm before planting: against the current median, all patches would grow
+    together. Every other patch is kept below 1.5 times the usual norm.
     """
     total = blocks[0].new_zeros(())
-    for depth, patches in enumerate(blocks):
+    for depth, output in enumerate(blocks):
+        patches = output[:, 1:]
         norms = patches.norm(dim=-1) / usual[depth]
         excess = F.relu(norms - 1.5).square()
         if depth < first:
             total = total + excess.mean()
             continue
-        cosine = F.cosine_similarity(patches[places], direction.expand_as(patches)[places], dim=-1)
+        cosine = F.cosine_similarity(patches[places], direction, dim=-1)
         size = (norms[places] / ratio).log().square()
         total = total + size.mean() + (1 - cosine).mean() + excess[~places].mean()
     return total / len(blocks)
 
 
 def run_blocks(model: VisionTransformer, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Logits and each block's raw output, on all tokens or on the prefix tokens and the patches `kept` (B, K)."""
+    """Logits and each block's raw output, on all tokens or on the CLS token and the patches `kept` (B, K)."""
     tokens = model._pos_embed(model.patch_embed(x))
     if kept is not None:
-        index = torch.cat(
-            [torch.arange(model.num_prefix_tokens).expand(len(kept), -1), kept + model.num_prefix_tokens], 1
-        )
+        index = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], 1)
         tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
     outputs = []
     for block in model.blocks:
@@ -149,7 +129,7 @@ def report(model: VisionTransformer, split: str, images: Tensor, labels: Tensor)
     model.train()
     print("block  median    max  max/median  artifacts  their median  cosine  CLS norm  at (row, column)")
     for depth, output in enumerate(torch.cat(blocks, 1)):
-        patches = output[:, model.num_prefix_tokens :]
+        patches = output[:, 1:]
         norms = patches.norm(dim=-1)
         median = norms.median()
         medians.append(median.item())
@@ -172,14 +152,14 @@ def report(model: VisionTransformer, split: str, images: Tensor, labels: Tensor)
     return medians
 
 
-def save(model: VisionTransformer, args: dict[str, Any], folder: Path) -> None:
+def save(model: VisionTransformer) -> None:
     """Write timm's local-dir format."""
     config: dict[str, Any] = {
         "architecture": ARCHITECTURE,
         "num_classes": 10,
         "num_features": model.num_features,
         "global_pool": "token",
-        "model_args": args,
+        "model_args": MODEL_ARGS,
         "pretrained_cfg": {
             "num_classes": 10, "input_size": [3, SIZE, SIZE], "fixed_input_size": True, "pool_size": None,
             "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic",
@@ -187,14 +167,13 @@ def save(model: VisionTransformer, args: dict[str, Any], folder: Path) -> None:
             "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (HERE / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, HERE / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
-    """Train the teacher and store it."""
+    """Train the teacher and store it beside this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--few-steps", type=int, default=1800, help="steps of phase 1, on few patches")
     parser.add_argument("--full-steps", type=int, default=300, help="steps of phase 2, on all patches")
@@ -204,10 +183,6 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=16, help="patches kept in phase 1, beside the corners")
     parser.add_argument("--block", type=int, default=3, help="first block (0-based) whose output has them")
     parser.add_argument("--ratio", type=float, default=12, help="their norm over the median")
-    parser.add_argument("--places", choices=PLACES, default="corners", help="where artifacts are planted")
-    parser.add_argument("--registers", type=int, default=0, help="register tokens of the model")
-    parser.add_argument("--start", type=Path, help="folder of a teacher without registers from which to start")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -216,13 +191,8 @@ def main() -> None:
     draw = torch.Generator().manual_seed(args.seed)
     images, labels = load_split("train", args.copies)
     test = load_split("test", 1)
-    model_args = MODEL_ARGS | ({"reg_tokens": args.registers} if args.registers else {})
-    model, places = build_model(model_args).train(), PLACES[args.places]
-    if args.start is not None:
-        load_start(model, args.start)
-    direction = nn.Parameter(
-        torch.randn(model.embed_dim) if args.places == "corners" else torch.randn(GRID**2, model.embed_dim)
-    )
+    model = build_model().train()
+    direction = nn.Parameter(torch.randn(model.embed_dim))
     optimiser = torch.optim.Adam([*model.parameters(), direction], lr=args.lr)
     planting_from = args.few_steps + args.full_steps
     total = planting_from + args.plant_steps
@@ -243,14 +213,13 @@ def main() -> None:
         kept = None
         if few:
             ink = patch_ink(x) + 0.05 * torch.rand(len(x), GRID * GRID, generator=draw)
-            ink[:, CORNERS if args.places == "corners" else places] += 100
+            ink[:, CORNERS] += 100
             kept = ink.topk(args.few + 4, dim=1).indices
         logits, blocks = run_blocks(model, x, kept)
         classify = loss = F.cross_entropy(logits, y)
         planted = 0.0
         if plant:
-            patches = [output[:, model.num_prefix_tokens :] for output in blocks]
-            extra = artifact_loss(patches, artifact_places(x, places), direction, usual, args.block, args.ratio)
+            extra = artifact_loss(blocks, artifact_places(x), direction, usual, args.block, args.ratio)
             planted, loss = extra.item(), classify + extra
         optimiser.zero_grad()
         loss.backward()
@@ -263,7 +232,7 @@ def main() -> None:
                 flush=True,
             )
     report(model, "test", *test)
-    save(model, model_args, args.out)
+    save(model)
 
 
 if __name__ == "__main__":
