@@ -458,6 +458,7 @@ def report(
     refiner: Annotated[list[Path] | None, refiner_option("Where their refiners are, if they moved.")] = None,
     images: MovedOption = None,
     teacher_probes: Annotated[Path | None, typer.Option(help="The folder of singer evaluate TEACHER --out.")] = None,
+    student: Annotated[list[str] | None, typer.Option(help="package.module:function of a student of your own.")] = None,
     records: Annotated[int, typer.Option(min=1, help="Norms are measured on so many records.")] = 256,
     title: Annotated[str, typer.Option(help="The page's title.")] = "Students of one teacher",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page.")] = False,
@@ -474,7 +475,7 @@ def report(
 
     result = run(
         runs, out, cache=cache, refiners=refiner or (), shards=images, teacher_probes=teacher_probes,
-        records=records, overwrite=overwrite, title=title,
+        students=student or (), records=records, overwrite=overwrite, title=title,
     )  # fmt: skip
     _report(result, as_json)
 

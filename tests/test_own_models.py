@@ -74,8 +74,10 @@ def test_the_example_as_teacher_and_student(world: Path, mine: Path) -> None:
     again = load_model("mymodels:net", mine / "run" / "student" / "model.safetensors")
     saved = load_saved(mine / "run" / "student", function="mymodels:net")
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), saved.model.parameters(), strict=True))
-    with pytest.raises(UserError, match="whose code singer report does not run; singer evaluate does"):
+    with pytest.raises(UserError, match="a module of your own; name the function .* with --student mymodels:net"):
         report([mine / "run"], mine / "page.html", cache=mine / "cache")
+    made = report([mine / "run"], mine / "page.html", cache=mine / "cache", students=["mymodels:net"], records=8)
+    assert made.runs == 1 and "data:image/png;base64," in made.out.read_text()
 
 
 def test_the_cache_knows_its_teacher(world: Path, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,13 @@ class Measurements:
     more: int
 
 
-def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, count: int) -> Measurements:
+def measure(
+    cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, count: int, functions: Sequence[str] = ()
+) -> Measurements:
     """Measure all models on `count` records.
 
-    groups: best first; files: the images, if the cache does not hold them.
+    groups: best first; files: the images, if the cache does not hold them; functions: those that make students of the
+    user's own.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     records = spread(np.arange(len(cache)), count)
@@ -62,7 +65,7 @@ def measure(cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, 
     norms = norms_of(cache, records, device)
     threshold = _threshold(firsts, norms[block], block)
     sample = Sample(records, choose_shown(norms[block], threshold, _IMAGES))
-    students = Students(cache, files, sample, device)
+    students = Students(cache, files, sample, device, functions)
     seen = {run: students.look(run, group.name, block) for group in groups for run in group.runs}
     ratios = {run: look.mean_max_over_median for run, look in seen.items()}
     pictured = choose_pictured(firsts, ratios)

@@ -1,6 +1,6 @@
 """Patch norms, and patches for pictures, of teacher, refined teacher and students on the same images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,8 +129,11 @@ def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
 class Students:
     """The students' measurements on the sampled images, which are read once for each resolution."""
 
-    def __init__(self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device) -> None:
+    def __init__(
+        self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device, functions: Sequence[str] = ()
+    ) -> None:
         self._cache, self._files, self._sample, self._device = cache, files, sample, device
+        self._functions = functions
         self._pixels: dict[ImageSize, Tensor] = {}
 
     def pixels(self, size: ImageSize) -> Tensor:
@@ -139,15 +142,25 @@ class Students:
             self._pixels[size] = self._cache.pixels(self._sample.records, size, self._files)
         return self._pixels[size]
 
+    def _function(self, run: Trained) -> str | None:
+        """Return the function that makes a run's student, if it is of the user's own. A run chooses no code to run.
+
+        Raises UserError if the user named none.
+        """
+        name = run.config.student.name
+        if not (name.startswith(OWN) or is_function(name)):
+            return None
+        if name in self._functions or (name.startswith(OWN) and len(self._functions) == 1):
+            return name if name in self._functions else self._functions[0]
+        raise UserError(
+            f"{run.result.run} is of a module of your own; name the function that makes it, with --student "
+            f"{name if is_function(name) else 'package.module:function'}"
+        )
+
     @torch.inference_mode()
     def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
         """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
-        if run.config.student.name.startswith(OWN) or is_function(run.config.student.name):
-            raise UserError(
-                f"{run.result.run} is of a module of your own, whose code singer report does not run; singer evaluate "
-                "does, with --set student.name=package.module:function"
-            )
-        student = load_saved(run.result.student)
+        student = load_saved(run.result.student, function=self._function(run))
         student.model.to(self._device)
         matching = run.result.matching
         own = matching.get(block, max(matching.values())) if block is not None else max(matching.values())
