@@ -406,6 +406,7 @@ def test_page_runs(
         else:
             toys.give(name, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # as for a program that is started there
     shell = Shell(folder, scratch)
     names: dict[str, object] = {}
     for fence in fences(page):
