@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
 from pipeline.data.importers.walk import printable
 from pipeline.data.sources import kind_of
-from pipeline.runtime.progress import say
+from pipeline.runtime.prefetch import prefetch
+from pipeline.runtime.progress import meter, say
 from singer.errors import UserError
 
 # This many first bytes hold the size of nearly every image.
@@ -94,14 +94,17 @@ def readable(images: Images) -> Images:
             return str(error)
         return None
 
-    with ImageFile(images) as files, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        faults = list(pool.map(fault, range(len(images))))
-    for text in filter(None, faults):
-        say(f"skipped: {text}")
-    rows = np.flatnonzero([text is None for text in faults])
-    if not len(rows):
+    sound = np.ones(len(images), dtype=np.bool_)
+    workers = len(os.sched_getaffinity(0))
+    with ImageFile(images) as files, meter("look for unreadable images", len(images), "images") as m:
+        for number, text in enumerate(prefetch(fault, range(len(images)), workers, m)):
+            if text is not None:
+                say(f"skipped: {text}")
+                sound[number] = False
+            m.advance(1)
+    if not sound.any():
         raise UserError(f"none of the {len(images)} images can be read")
-    return images.select(rows)
+    return images.select(np.flatnonzero(sound))
 
 
 def files_of(images: Images) -> Iterator[Path]:

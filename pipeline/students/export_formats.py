@@ -36,13 +36,6 @@ TORCH_EXPORT = "model.pt2"
 _TRACED, _COMPARED = 2, (3, 1)
 # The first axis of the input may have any length.
 _SHAPES = ({0: torch.export.Dim("batch", min=1)},)
-# Python code that makes the model's input from an image, without singer.
-_PIXELS = f"""with open("{PREPROCESS}") as file:
-    p = json.load(file)
-image = Image.open("image.png").convert("RGB")
-image = ImageOps.fit(image, (p["size"], p["size"]), Image.Resampling[p["interpolation"].upper()])
-pixels = (np.asarray(image) / 255 - p["mean"]) / p["std"]
-images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any size"""
 
 
 @dataclass(frozen=True)
@@ -69,9 +62,15 @@ class Student:
 
     @property
     def pixels(self) -> str:
-        """Return _PIXELS for this student. Pillow's sizes are (width, height)."""
-        square = isinstance(self.backbone.image_size, int)
-        return _PIXELS if square else _PIXELS.replace('(p["size"], p["size"])', 'tuple(p["size"][::-1])')
+        """Return Python code that makes the model's input from an image, without singer."""
+        # Pillow's sizes are (width, height).
+        size = '(p["size"], p["size"])' if isinstance(self.backbone.image_size, int) else 'tuple(p["size"][::-1])'
+        return f"""with open("{PREPROCESS}") as file:
+    p = json.load(file)
+image = Image.open("image.png").convert("RGB")
+image = ImageOps.fit(image, {size}, Image.Resampling[p["interpolation"].upper()])
+pixels = (np.asarray(image) / 255 - p["mean"]) / p["std"]
+images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any size"""
 
     def images(self, count: int) -> Tensor:
         """Return random images (count, 3, height, width), which are always the same for a count."""

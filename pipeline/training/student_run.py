@@ -99,9 +99,11 @@ class StudentRun:
             before = [tensor.clone() for tensor in own]
             for tensor, mean in zip(own, self.ema.module.state_dict().values(), strict=True):
                 tensor.copy_(mean)
-            yield
-            for tensor, value in zip(own, before, strict=True):
-                tensor.copy_(value)
+            try:
+                yield
+            finally:
+                for tensor, value in zip(own, before, strict=True):
+                    tensor.copy_(value)
 
     def _gradients(self, batch: Batch, accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
         """Compute the gradients of a batch, in parts if distill.accumulate asks for it; return its losses."""

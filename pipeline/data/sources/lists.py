@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
 
 def _separated(separator: str) -> Callable[[Iterable[str], Path], Iterator[Pair]]:
     def read(file: Iterable[str], path: Path) -> Iterator[Pair]:
-        lines = list(file)
         # Spreadsheets write semicolons where the comma is in numbers.
+        lines = iter(file)
         first = next((line for line in lines if line.strip()), "")
         used = separator if separator in first or ";" not in first else ";"
-        rows = (row for row in csv.reader(lines, delimiter=used, strict=True) if any(map(str.strip, row)))
+        rows = (
+            row for row in csv.reader(chain([first], lines), delimiter=used, strict=True) if any(map(str.strip, row))
+        )
         at, label = 0, 1
         for number, row in enumerate(rows):
             names = [cell.strip().lower() for cell in row]
