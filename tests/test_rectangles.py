@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import config_with, make_vit, run_singer, seeded, world_config
 from PIL import Image
+from test_export import run_snippet
 
 from pipeline.cache.info import cache_info
 from pipeline.cache.reader import Cache
@@ -120,8 +121,12 @@ def test_student_of_rectangles(world: Path, wide: Path, shards: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["hf", "onnx", "torch-export"])
-def test_other_exports(world: Path, wide: Path, tmp_path: Path, to: str) -> None:
+def test_other_exports(world: Path, wide: Path, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gives what the student gives, and the card's code makes its input of any image."""
     assert export(wide_config(world), wide / "run", tmp_path / to, to).max_difference < 1e-4
+    Image.new("RGB", (70, 30), "red").save(tmp_path / to / "image.png")
+    names = run_snippet(tmp_path / to, monkeypatch)
+    assert torch.as_tensor(names["images"]).shape == (1, 3, *SIZE)
 
 
 @pytest.mark.slow
