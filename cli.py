@@ -70,6 +70,14 @@ CODEC_HELP = "float16, bfloat16, int8, int4, int3, int2 or int1."
 CodecOption = Annotated[str | None, typer.Option(help=CODEC_HELP)]
 SeedOption = Annotated[int | None, typer.Option(help="Seed.")]
 UnreadableOption = Annotated[str | None, typer.Option(help="What to do with unreadable images: fail or skip.")]
+ImagesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--images",
+        "--shards",
+        help="A folder of images or shards, file, list, table, glob or URL; may be repeated.",
+    ),
+]
 MovedOption = Annotated[
     list[str] | None, typer.Option("--images", "--shards", help="Where the cached images are, if they moved.")
 ]
@@ -85,11 +93,6 @@ IMAGES_HELP = "Folders of images (sub-folders are classes), shards, lists, table
 def refiner_option(help: str) -> Any:
     """Return the option --refiner; its former name --adapters works, too."""
     return typer.Option("--refiner", "--adapters", help=help)
-
-
-def images_option(help: str = "A folder of images or shards, file, list, table, glob or URL; may be repeated.") -> Any:
-    """Return the option --images; --shards is another name of it."""
-    return typer.Option("--images", "--shards", help=help)
 
 
 def _print_version(wanted: bool) -> None:
@@ -181,7 +184,7 @@ def prepare(
 
 @app.command("cache-teacher")
 def cache_teacher(
-    images: Annotated[list[str], images_option()],
+    images: ImagesOption,
     out: Annotated[str, typer.Option(help="Folder or URL (s3://, gs://) for the cache.")],
     teacher: TeacherOption = None,
     weights: WeightsOption = None,
@@ -190,7 +193,7 @@ def cache_teacher(
     views: ViewsOption = None,
     codec: CodecOption = None,
     precision: Annotated[str | None, typer.Option(help="The teacher's: no (float32), bf16 or fp16.")] = None,
-    on_error: Annotated[str | None, typer.Option(help="What to do with broken images: fail or skip.")] = None,
+    on_error: UnreadableOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     append: Annotated[bool, typer.Option("--append", help="Add what the cache in --out lacks.")] = False,
@@ -523,7 +526,7 @@ def cache_info(
 
 @cache_app.command("plan")
 def cache_plan(
-    images: Annotated[list[str], images_option()],
+    images: ImagesOption,
     teacher: TeacherOption = None,
     weights: WeightsOption = None,
     image_size: ImageSizeOption = None,

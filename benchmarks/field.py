@@ -75,9 +75,11 @@ def read(sweep: str) -> SweepFile:
 
 def methods() -> dict[str, Method]:
     """Return the runs of all sweeps, and the control."""
-    found = {}
+    found: dict[str, Method] = {}
     for sweep, caches in SWEEPS.items():
-        for entry in read(sweep).runs:
+        tree = read(sweep)
+        assert (tree.base, tree.grid) == (read("field").base, read("field").grid), "all methods have one recipe"
+        for entry in tree.runs:
             assert entry.name is not None
             sets = tuple(f"{key}={json.dumps(value)}" for key, value in entry.set.items() if key != REFINER)
             refined = entry.set.get(REFINER) != "none" and not entry.set.get("distill.joint")

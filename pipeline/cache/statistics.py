@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.runtime.prefetch import prefetch
+from pipeline.storage import Place
 from singer.artifacts import BlockScale, block_scale, clean_mask, norm_summary, patch_norms
 from singer.cleaners import Shape
 from singer.fit_context import FitContext
@@ -23,6 +24,22 @@ def batches(cache: Cache, records: np.ndarray, device: torch.device) -> Iterator
     parts = [records[i : i + _BATCH] for i in range(0, len(records), _BATCH)]
     for encoded in prefetch(cache.read, parts, 1):
         yield cache.decode(encoded, device)
+
+
+def last_block(place: Place, variant: str | None) -> Cache:
+    """Open a cache for the last cached block of a teacher only."""
+    return Cache(place, variant, [Cache(place, variant).blocks[-1]])
+
+
+def first_views(cache: Cache) -> np.ndarray:
+    """Return the record of the first view of every image, in the order of the images."""
+    first: np.ndarray = np.unique(cache.index.image, return_index=True)[1]
+    return first
+
+
+def global_tokens(tokens: Tensor, prefix: int, class_token: bool) -> Tensor:
+    """Return CLS of tokens (n, N, d), or without CLS the mean of the patches, (n, d)."""
+    return tokens[:, 0] if class_token else tokens[:, prefix:].mean(1)
 
 
 def spread(records: np.ndarray, count: int) -> np.ndarray:

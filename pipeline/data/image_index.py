@@ -78,14 +78,12 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
     defects = Defects(on_error)
     for s, _, key, reason in sorted(found, key=lambda f: f[:2]):
         defects.add(paths[s], key, reason)
-    rows = np.flatnonzero(usable & ~twice)
+    rows, left_out = np.flatnonzero(usable & ~twice), _left_out(listings)
     if not len(rows):
         also = f"; the first defect: {defects.skipped[0]}" if defects.skipped else ""
-        total = _left_out(listings)
-        also += f"; there are only {as_text(total)}" if total else ""
+        also += f"; there are only {as_text(left_out)}" if left_out else ""
         where = f"{len(paths)} sources, the first of them {paths[0]}" if len(paths) > 1 else str(paths[0])
         raise UserError(f"no images in {where}{also}")
-    left_out = _left_out(listings)
     if left_out:
         say(f"left out: {as_text(left_out)}")
     labels, classes = join_classes([(listing.labels, listing.classes) for listing in listings], paths)

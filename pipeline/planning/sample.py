@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images
+from pipeline.data import ImageFile, Images, readable
 from pipeline.data.tars import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.models.backbone import Backbone
@@ -129,20 +129,7 @@ def draw_images(config: Config, listed: Images) -> Images:
     images = listed.select(chosen)
     if config.cache.on_error == "fail":
         return images
-    with ImageFile(images) as files:
-        whole = [n for n in range(len(images)) if readable(files, n)]
-    if not whole:
-        raise UserError(f"none of {len(images)} images can be decoded; the first is {images.keys[0]!r}")
-    return images.select(np.array(whole))
-
-
-def readable(files: ImageFile, number: int) -> bool:
-    """Return whether an image can be decoded."""
-    try:
-        files.read(number)
-    except UserError:
-        return False
-    return True
+    return readable(images)
 
 
 def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:

@@ -33,6 +33,7 @@ from pipeline.training.cached_teachers import (
     open_teachers,
 )
 from pipeline.training.fsdp import check_fsdp
+from pipeline.training.held_out import split_images
 from pipeline.training.run_directory import (
     CHECKPOINT,
     RUN,
@@ -96,8 +97,9 @@ def fan_out(
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
+        split = split_images(taught[0][0].cache, settings) if len(results) < len(jobs) else None
         made = [
-            NewStudent(job, sources, accelerator)
+            NewStudent(job, sources, accelerator, split)
             for job, sources in zip(jobs, taught, strict=True)
             if job.out not in results
         ]

@@ -10,9 +10,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from pipeline.cache import Cache
 from pipeline.cache.segments import read_segments
-from pipeline.cache.statistics import batches, spread
+from pipeline.cache.statistics import batches, first_views, global_tokens, last_block, spread
 from pipeline.cache.variants import variants_of
 from pipeline.data.tars import NO_LABEL
 from pipeline.runtime.progress import say
@@ -116,16 +115,15 @@ def _variants(place: Place) -> list[str]:
 
 def _sample(place: Place, variant: str, images: int) -> _Sample:
     """Read the last block of a teacher: CLS, or the mean patch where there is none, of the first view of images."""
-    whole = Cache(place, variant)
-    cache = Cache(place, variant, [whole.blocks[-1]])
-    _, first = np.unique(cache.index.image, return_index=True)
+    cache = last_block(place, variant)
+    first = first_views(cache)
     labels = cache.index.images.labels[cache.index.image[first]]
     # Where some images have labels, the others say nothing.
     known = first[labels != NO_LABEL] if (labels != NO_LABEL).any() else first
     records = spread(known, images)
     (block,), teacher = cache.blocks, cache.manifest.teacher
     parts = [
-        x[block][:, 0] if teacher.class_token else x[block][:, teacher.prefix_tokens :].mean(1)
+        global_tokens(x[block], teacher.prefix_tokens, teacher.class_token)
         for x in batches(cache, records, torch.device("cpu"))
     ]
     chosen = cache.index.image[records]

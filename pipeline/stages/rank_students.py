@@ -8,14 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.statistics import spread
+from pipeline.cache.statistics import first_views, global_tokens, last_block, spread
 from pipeline.config import Config, StudentConfig
 from pipeline.data import Spec
 from pipeline.data.views import normalise
@@ -83,7 +82,7 @@ def rank_students(
     if parameters is None and not names:
         raise UserError("name students with --student, or give a budget of --parameters")
     cache = Cache(place, config.distill.teachers[0] if config.distill.teachers else None)
-    cache = Cache(place, cache.manifest.teacher.variant, [cache.blocks[-1]])
+    cache = last_block(place, cache.manifest.teacher.variant)
     (block,), teacher = cache.blocks, cache.manifest.teacher
     if cache.manifest.sampled:
         raise UserError(
@@ -91,19 +90,17 @@ def rank_students(
         )
     tried = {name: _named(config.student, name) for name in names}
     tried |= _plain(config.student, parameters, teacher.image_size)
-    _, first = np.unique(cache.index.image, return_index=True)
-    records = spread(first, images)
+    records = spread(first_views(cache), images)
     tokens = cache.features(records, torch.device("cpu"))[block]
     with open_images(cache, shards) as files:
         found = []
         for name, student in tried.items():
             size = student.image_size or teacher.image_size
             pixels = cache.pixels(records, size, files)
-            scores = [
-                _score(_built(student, size, config.distill.seed + n), pixels, cache, tokens) for n in range(starts)
-            ]
-            means: dict[str, Any] = {key: fmean(s[key] for s in scores) for key in scores[0]}
-            found.append(RankedStudent(name, **{**means, "parameters": int(means["parameters"])}))
+            built = [_built(student, size, config.distill.seed + n) for n in range(starts)]
+            scores = [_score(each, pixels, cache, tokens) for each in built]
+            means = {key: fmean(s[key] for s in scores) for key in scores[0]}
+            found.append(RankedStudent(name, _count(built[0]), **means))
             say(f"{name}: {found[-1].diswot:.4g}")
     say(f"note: {CAUTION}")
     ranked = sorted(found, key=lambda s: -s.diswot)
@@ -158,15 +155,13 @@ def _score(student: Backbone, pixels: Tensor, cache: Cache, tokens: Tensor) -> d
     own = block_outputs(student.model.eval(), images, [last])[last]
     ours = resize_tokens(own[:, student.prefix :], 0, student.layout[last][1], teacher.grid_of(block))
     theirs = tokens[:, teacher.prefix_tokens :]
-    samples = sample_distance(*(pooled(x, cls) for x, cls in ((own, student.has_cls), (tokens, teacher.class_token))))
+    samples = sample_distance(
+        global_tokens(own, student.prefix, student.has_cls),
+        global_tokens(tokens, teacher.prefix_tokens, teacher.class_token),
+    )
     patches = patch_distance(ours, theirs)
     distance = samples + patches
     return {
-        "parameters": _count(student), "gradient": gradient_norm(distance, student.model), "diswot": -distance.item(),
+        "gradient": gradient_norm(distance, student.model), "diswot": -distance.item(),
         "samples": samples.item(), "patches": patches.item(),
     }  # fmt: skip
-
-
-def pooled(tokens: Tensor, cls: bool) -> Tensor:
-    """Return CLS of tokens (n, N, d), or without CLS their mean, (n, d)."""
-    return tokens[:, 0] if cls else tokens.mean(1)

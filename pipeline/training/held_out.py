@@ -5,22 +5,27 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 
 from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import first_views
 from pipeline.config import DistillConfig
 from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
-from pipeline.training.image_scores import image_scores
+from pipeline.training.image_scores import check_scores, image_scores
 from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
 
 # More records would say no more, and take time after every epoch.
 _MOST_RECORDS = 2048
+# The records to train on, None for all, and those to measure on.
+Split = tuple[np.ndarray | None, np.ndarray]
 
 
-def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | None, np.ndarray]:
+def split_images(cache: Cache, settings: DistillConfig) -> Split:
     """Return the records to train on, None for all, and at most 2,048 others to measure on.
 
     Images are drawn, with all their views: distill.holdout of all to measure on, and of the others distill.share to
@@ -36,11 +41,25 @@ def split_images(cache: Cache, settings: DistillConfig) -> tuple[np.ndarray | No
     kept = max(1, round(settings.share * (len(images) - held)))
     others = images[held:]
     if settings.share < 1 and settings.share_by != "random":
-        scores = image_scores(cache, settings.share_by, settings.seed)[np.searchsorted(np.unique(image), others)]
+        scores = _scores(cache, settings)[np.searchsorted(np.unique(image), others)]
         # Equal scores keep the random order.
         others = others[np.argsort(-scores if settings.share_keep == "hard" else scores, kind="stable")]
     trained = np.isin(image, others[:kept])
     return np.flatnonzero(trained), np.flatnonzero(np.isin(image, images[:held]))[:_MOST_RECORDS]
+
+
+def _scores(cache: Cache, settings: DistillConfig) -> np.ndarray:
+    """Return the score of every image, which the first process computes: others might round it in another way."""
+    check_scores(cache, settings.share_by)
+    state = PartialState()
+    if state.num_processes == 1:
+        return image_scores(cache, settings.share_by, settings.seed)
+    count = len(first_views(cache))
+    scores = image_scores(cache, settings.share_by, settings.seed) if state.is_main_process else np.zeros(count)
+    current().wait()
+    with current().together():
+        of_first: np.ndarray = broadcast(torch.from_numpy(scores).to(state.device)).cpu().numpy()
+    return of_first
 
 
 class HeldOut:

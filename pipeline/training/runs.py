@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from timm.utils import ModelEmaV3
 
 from pipeline.config import Config
@@ -31,7 +31,7 @@ from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
-from pipeline.training.held_out import HeldOut, split_images
+from pipeline.training.held_out import HeldOut, Split, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.run_directory import (
@@ -77,9 +77,14 @@ class StudentSpec:
 
 
 class NewStudent:
-    """A student that is built with all it needs. Nothing has been written to its run directory yet."""
+    """A student that is built with all it needs. Nothing has been written to its run directory yet.
 
-    def __init__(self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator) -> None:
+    split: the images of the pass, if it has several students, which share them.
+    """
+
+    def __init__(
+        self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator, split: Split | None = None
+    ) -> None:
         self.job, self.sources = job, sources
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
@@ -111,11 +116,7 @@ class NewStudent:
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
-        split = [split_images(sources[0].cache, settings)]
-        if settings.share_by != "random":
-            # Processors may round scores of images in different ways: the first process's choice is that of all.
-            broadcast_object_list(split)
-        self.records, self.held_out = split[0]
+        self.records, self.held_out = split or split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
         # One foreach operation cannot take both weights that FSDP split and plain buffers.
