@@ -22,7 +22,7 @@ from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs, depth
 from singer.matching import match_blocks
 
@@ -95,7 +95,7 @@ class Student:
         refiner = load_refiner(adapters, cache) if adapters is not None else None
         self.targets = Targets(cache, refiner, self.backbone, DEVICE)
         matching = match_blocks(cache.blocks, described.depth, depth(self.backbone.model))
-        head = TeacherBranch(self.backbone, matching, self.targets, config.distill.objectives)
+        head = TeacherBranch(self.backbone, matching, self.targets, Teaching(config.distill.objectives))
         self.model = Distiller(self.backbone, [head]).to(DEVICE)
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 

@@ -13,12 +13,13 @@ from pipeline.stages.distill import distill, fan_out
 from pipeline.students.new import new_student
 from pipeline.training import runs
 from pipeline.training.checkpoint import read_log
-from pipeline.training.distiller import Distiller, TeacherBranch
+from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.runs import StudentSpec
 from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 WEIGHTS = "student/model.safetensors"
@@ -123,7 +124,7 @@ def test_rates_fall_from_block_to_block(world: Path) -> None:
     """By the decay from the last block down to the embedding; what is not the student has the whole rate."""
     student = new_student(world_config(world).student, 32)
     branch = TeacherBranch(
-        student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, torch.device("cpu")), {"mse": 1}
+        student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, torch.device("cpu")), Teaching({"mse": 1})
     )
     model = Distiller(student, [branch])
     names = {id(p): name for name, p in model.named_parameters()}

@@ -33,7 +33,7 @@ from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.student_run import learning_rate, peak_rate, token_share
 from pipeline.training.targets import Targets, select_tokens
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -88,7 +88,9 @@ def test_select_tokens() -> None:
 def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=6").student, 32)
     cache = Cache(world / "cache")
-    model = Distiller(student, [TeacherBranch(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), {"mse": 1.0})])
+    model = Distiller(
+        student, [TeacherBranch(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), Teaching({"mse": 1.0}))]
+    )
     shown = [TeacherFeatures(cache.features([0, 1], CPU))]
     batch = Batch(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
     losses = model(batch)
@@ -456,7 +458,9 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
     joint, fresh = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, fresh, joint)])
+    distiller = Distiller(
+        student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), fresh, joint)]
+    )
     shown = [TeacherFeatures(cache.features(range(8), CPU))]
     batch = Batch(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
     return distiller, batch
@@ -508,7 +512,7 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     """The targets are those of the kept patches; the share is whole at the end; a resumed run draws the same."""
     student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
     targets = Targets(cache, None, student, CPU)
-    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0}, whole=False)])
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), whole=False)])
     model.drop_patches()
     features = TeacherFeatures(cache.features([0, 1, 2], CPU))
     batch = Batch(torch.randn(3, 3, 32, 32), [features], torch.full((3,), 1 / 3), torch.zeros(3))

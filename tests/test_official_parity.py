@@ -25,7 +25,7 @@ from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
 from singer.cleaners import Adapter, Shape
@@ -104,7 +104,7 @@ class Fixture:
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
-        head = TeacherBranch(student, self.matching, targets, {"mse": 1.0}, refiner, joint, weight=s["wk"])
+        head = TeacherBranch(student, self.matching, targets, Teaching({"mse": 1.0}, weight=s["wk"]), refiner, joint)
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():

@@ -36,7 +36,7 @@ from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.adapter_losses import robust_outlier
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
@@ -240,7 +240,9 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
     joint, adapters = new_joint(cache, world_config(world).refine, CPU)
     blocks = len(backbone.layout)
     targets = Targets(cache, None, backbone, CPU)
-    head = TeacherBranch(backbone, {2: blocks - 2, 3: blocks - 1}, targets, {"mse": 1.0, "vitkd": 1.0}, adapters, joint)
+    head = TeacherBranch(
+        backbone, {2: blocks - 2, 3: blocks - 1}, targets, Teaching({"mse": 1.0, "vitkd": 1.0}), adapters, joint
+    )
     distiller = Distiller(backbone, [head])
     decays, others = grouped(distiller)
     assert decays | others == {name for name, p in distiller.named_parameters() if p.requires_grad}
@@ -256,7 +258,7 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
 def test_positions_of_a_table_do_not_decay(world: Path) -> None:
     """What an architecture names, here Swin's table of relative positions."""
     swin = new_student(StudentConfig(name="swin_tiny_patch4_window7_224", image_size=224), 224)
-    head = TeacherBranch(swin, {2: 2, 3: 3}, Targets(Cache(world / "cache"), None, swin, CPU), {"mse": 1.0})
+    head = TeacherBranch(swin, {2: 2, 3: 3}, Targets(Cache(world / "cache"), None, swin, CPU), Teaching({"mse": 1.0}))
     decays, others = grouped(Distiller(swin, [head]))
     assert any(n.endswith("relative_position_bias_table") for n in others)
     assert not any(n.endswith("relative_position_bias_table") for n in decays)
@@ -265,7 +267,9 @@ def test_positions_of_a_table_do_not_decay(world: Path) -> None:
 def test_a_run_of_one_group_is_not_continued(world: Path) -> None:
     """A checkpoint from before decay was grouped: torch would load its moments, and change its decay in silence."""
     student = new_student(world_config(world).student, 32)
-    head = TeacherBranch(student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, CPU), {"mse": 1.0})
+    head = TeacherBranch(
+        student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, CPU), Teaching({"mse": 1.0})
+    )
     distiller = Distiller(student, [head])
     trained = [p for p in distiller.parameters() if p.requires_grad]
 

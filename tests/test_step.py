@@ -28,7 +28,7 @@ from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -70,7 +70,7 @@ def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Backbon
     """A student of the world, and a batch as it is read."""
     cache, student = Cache(world / "cache"), new_student(world_config(world, *sets).student, 32)
     targets = Targets(cache, load_refiner(world / "adapters", cache), student, device)
-    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1.0, "cosine": 0.5})])
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0, "cosine": 0.5}))])
     weights = torch.full((6,), 1 / 6).numpy()
     indices = BatchIndices(torch.arange(6).numpy(), weights)
 

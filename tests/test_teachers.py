@@ -27,7 +27,7 @@ from pipeline.training.run_directory import load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_losses_add_up(world: Path, second: Path) -> None:
     caches = [Cache(world / "cache"), Cache(second / "cache")]
     refiners = [load_refiner(r / "adapters", c) for r, c in zip((world, second), caches, strict=True)]
     heads = [
-        TeacherBranch(student, m, Targets(c, r, student, CPU), {"mse": 1.0}, weight=w, name=n)
+        TeacherBranch(student, m, Targets(c, r, student, CPU), Teaching({"mse": 1.0}, weight=w, name=n))
         for m, c, r, w, n in zip(({2: 1, 3: 2}, {2: 2}), caches, refiners, (0.25, 2.0), ("a", "b"), strict=True)
     ]
     model = Distiller(student, heads)
@@ -99,7 +99,9 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
         for n, weight in enumerate(weights):
             torch.manual_seed(seeded(1))
             heads.append(
-                TeacherBranch(student, {2: 1, 3: 2}, targets, {"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}")
+                TeacherBranch(
+                    student, {2: 1, 3: 2}, targets, Teaching({"mse": 1, "cosine": 2}, weight=weight, name=f"t-{n}")
+                )
             )
         torch.manual_seed(seeded(2))
         shown = [TeacherFeatures(cache.features(range(6), CPU))] * len(weights)

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def test_the_students_own_attention_learns(world: Path) -> None:
     """Relations are those of its block after the matched one; of that block only norm1 and qkv are trained."""
     student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
-    branch = TeacherBranch(student, {2: 1, 3: 2}, Targets(cache, None, student, CPU), {"minilm": 1.0})
+    branch = TeacherBranch(student, {2: 1, 3: 2}, Targets(cache, None, student, CPU), Teaching({"minilm": 1.0}))
     model = Distiller(student, [branch])
     assert branch.links == {2: 1} and model.blocks == [1] and [*branch.trained] == ["objective"]
     batch = Batch(
@@ -50,7 +50,7 @@ def test_attention_needs_blocks_with_qkv(world: Path) -> None:
     student = new_student(world_config(world, "student.depth=1").student, 32)
     targets = Targets(Cache(world / "cache"), None, student, CPU)
     with pytest.raises(UserError, match=r"need a student with two blocks or more that have norm1 and attn\.qkv"):
-        TeacherBranch(student, {2: 0}, targets, {"minilm": 1.0})
+        TeacherBranch(student, {2: 0}, targets, Teaching({"minilm": 1.0}))
 
 
 def test_review_fuses_deeper_blocks() -> None:

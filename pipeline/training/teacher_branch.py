@@ -14,7 +14,7 @@ from pipeline.training.targets import Targets, select_tokens
 from singer.errors import UserError
 from singer.exits import has_exit
 from singer.objectives import OBJECTIVES, Mixture, Tokens
-from singer.projectors import PROJECTORS, Projector, Projectors, ProjectorSpec, Review
+from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 
 
@@ -46,8 +46,7 @@ class TeacherBranch:
     """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
 
     A projector brings tokens to the teacher's width at every matched block. The adapters refine the targets.
-    matching: {teacher block: student block}; teaching: or only its objectives; whole: whether the student always sees
-    all patches.
+    matching: {teacher block: student block}; whole: whether the student always sees all patches.
     """
 
     def __init__(
@@ -55,15 +54,11 @@ class TeacherBranch:
         student: Backbone,
         matching: dict[int, int],
         targets: Targets,
-        teaching: Teaching | Mapping[str, float],
+        teaching: Teaching,
         adapters: Refiner | None = None,
         joint: JointTraining | None = None,
-        weight: float = 1.0,
-        name: str = "",
         whole: bool = True,
     ) -> None:
-        if not isinstance(teaching, Teaching):
-            teaching = Teaching(teaching, weight=weight, name=name)
         self.name, self.weight = teaching.name, teaching.weight
         self.targets, self.joint, self.adapters = targets, joint, adapters
         self.prefix, self.layout = student.prefix, student.layout
@@ -74,7 +69,7 @@ class TeacherBranch:
 
         kind = PROJECTORS[teaching.projector]
 
-        def projectors(blocks: Sequence[int]) -> Projectors | Review | None:
+        def projectors(blocks: Sequence[int]) -> nn.Module | None:
             """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
             return kind.of_blocks({t: self._spec(matching[t], t, kind) for t in blocks}) if blocks else None
 
@@ -102,7 +97,7 @@ class TeacherBranch:
         """Return whether a block is the last one, and as wide as the teacher."""
         return block == len(self.layout) - 1 and self.layout[block][0] == self.targets.width(teacher_block)
 
-    def _spec(self, block: int, teacher_block: int, kind: type[Projector] | type[Review]) -> ProjectorSpec:
+    def _spec(self, block: int, teacher_block: int, kind: type[Projection]) -> ProjectorSpec:
         """Return the ends of a projector from a block. Raises UserError if it cannot read the blocks before it."""
         layout = [self.layout[b] for b in _reads(kind, block)]
         if len({grid for _, grid in layout}) > 1:
@@ -141,7 +136,7 @@ class TeacherBranch:
             tokens = {t: x.float() for t, x in tokens.items()}
             return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
 
-        def projected(projectors: Projectors | Review | None) -> dict[int, Tensor]:
+        def projected(projectors: nn.Module | None) -> dict[int, Tensor]:
             if projectors is None:
                 return {}
             read = {t: [own[b] for b in blocks] for t, blocks in self.read.items()}
@@ -202,7 +197,7 @@ class TeacherBranch:
         return {name: loss * weights.sum() for name, loss in losses.items()}
 
 
-def _reads(kind: type[Projector] | type[Review], block: int) -> range:
+def _reads(kind: type[Projection], block: int) -> range:
     """Return the student's blocks that a projector of this kind reads for a matched block."""
     return range(block + 1) if kind.reads_all else range(block, block + 1)
 

@@ -8,7 +8,7 @@ import math
 
 from torch import Tensor
 
-from singer.objectives.relation import Relation
+from singer.objectives.relation import Relation, relation_kl, split
 
 
 class MiniLm(Relation):
@@ -20,21 +20,12 @@ class MiniLm(Relation):
 
     own_attention = True
     name = "minilm"
-    kinds: tuple[tuple[str, str], ...] = (("q", "q"), ("k", "k"), ("v", "v"))
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute losses (B,) of one block: student (B, N, 3 · its width), Q, K and V; target (B, N, d), tokens."""
         width = student.shape[-1] // 3
         count = math.gcd(self.attention(block).num_heads, width)  # type: ignore[arg-type]
-        ours, theirs = split(student, count), split(self.mixed(target, block), count)
-        losses = []
-        for a, b in self.kinds:
-            learned, wanted = (
-                (x[a] / x[a].shape[-1] ** 0.5 @ x[b].transpose(-1, -2)).log_softmax(-1) for x in (ours, theirs)
-            )
-            losses.append((wanted.exp() * (wanted - learned)).sum(-1).mean(dim=(1, 2)))
-        total: Tensor = sum(losses[1:], losses[0]) / len(losses)
-        return total
+        return relation_kl(split(student, count), split(self.mixed(target, block), count), self.kinds)
 
 
 class TinyMim(MiniLm):
@@ -42,9 +33,3 @@ class TinyMim(MiniLm):
 
     name = "tinymim"
     kinds = (("q", "k"), ("v", "v"))
-
-
-def split(mixed: Tensor, heads: int) -> dict[str, Tensor]:
-    """Split (B, N, 3 · width) into {"q", "k", "v"}: (B, heads, N, width / heads)."""
-    parts = mixed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return {"q": parts[0], "k": parts[1], "v": parts[2]}

@@ -4,7 +4,7 @@ The block after a cached one reads the cached features and, through the same fro
 projected tokens. Any student can learn this way, also one without attention.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ class Relation(Objective):
 
     in_teacher_units = True
     name = "relation"
+    kinds: tuple[tuple[str, str], ...] = (("q", "q"), ("k", "k"), ("v", "v"))
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
@@ -48,22 +49,11 @@ class Relation(Objective):
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute the mean KL (B,) over kinds, heads and queries of one block's tokens (B, N, d)."""
-        learned, wanted = self.heads(student, block), self.heads(target, block)
-        losses = []
-        for kind in "qkv":
-            ours, theirs = (
-                (x[kind] / x[kind].shape[-1] ** 0.5 @ x[kind].transpose(-1, -2)).log_softmax(-1)
-                for x in (learned, wanted)
-            )
-            losses.append((theirs.exp() * (theirs - ours)).sum(-1).mean(dim=(1, 2)))
-        total: Tensor = sum(losses[1:], losses[0]) / len(losses)
-        return total
+        return relation_kl(self.heads(student, block), self.heads(target, block), self.kinds)
 
     def heads(self, tokens: Tensor, block: int) -> dict[str, Tensor]:
         """Return {"q", "k", "v"}: (B, heads, N, d / heads) that block + 1 makes of tokens (B, N, d)."""
-        mixed = self.mixed(tokens, block)
-        parts = mixed.unflatten(-1, (3, self.attention(block).num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return {"q": parts[0], "k": parts[1], "v": parts[2]}
+        return split(self.mixed(tokens, block), self.attention(block).num_heads)  # type: ignore[arg-type]
 
     def attention(self, block: int) -> nn.Module:
         """Return the teacher's attention that reads the output of a block."""
@@ -74,3 +64,24 @@ class Relation(Objective):
         """Compute queries, keys and values (B, N, 3 · d) that block + 1 makes of tokens (B, N, d)."""
         found: Tensor = self.attention(block).qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator]
         return found
+
+
+def relation_kl(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], kinds: Sequence[tuple[str, str]]) -> Tensor:
+    """Compute the KL (B,) of softmax(A·Bᵀ / √width) from the teacher's, mean over kinds (A, B), heads and queries.
+
+    ours, theirs: queries, keys and values, {"q", "k", "v"}: (B, heads, N, width), the student's and the teacher's.
+    """
+    losses = []
+    for a, b in kinds:
+        learned, wanted = (
+            (x[a] / x[a].shape[-1] ** 0.5 @ x[b].transpose(-1, -2)).log_softmax(-1) for x in (ours, theirs)
+        )
+        losses.append((wanted.exp() * (wanted - learned)).sum(-1).mean(dim=(1, 2)))
+    total: Tensor = sum(losses[1:], losses[0]) / len(losses)
+    return total
+
+
+def split(mixed: Tensor, heads: int) -> dict[str, Tensor]:
+    """Split (B, N, 3 · width) into {"q", "k", "v"}: (B, heads, N, width / heads)."""
+    parts = mixed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return {"q": parts[0], "k": parts[1], "v": parts[2]}

@@ -1,16 +1,16 @@
 """What maps a student's tokens to its teacher's, by name. A new projector is one file and one line here."""
 
-from singer.projectors.base import Projector, Projectors, ProjectorSpec
+from singer.projectors.base import Projection, Projector, Projectors, ProjectorSpec
 from singer.projectors.ladder import Ladder
 from singer.projectors.linear import Linear
 from singer.projectors.mlp import MlpHead
 from singer.projectors.review import Review
 
-PROJECTORS: dict[str, type[Projector] | type[Review]] = {
+PROJECTORS: dict[str, type[Projection]] = {
     "linear": Linear,
     "mlp": MlpHead,
     "ladder": Ladder,
     "review": Review,
 }
 
-__all__ = ["PROJECTORS", "Projector", "ProjectorSpec", "Projectors", "Review"]
+__all__ = ["PROJECTORS", "Projection", "Projector", "ProjectorSpec", "Projectors", "Review"]

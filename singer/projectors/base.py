@@ -19,13 +19,22 @@ class ProjectorSpec:
     prefix: int
 
 
-class Projector(nn.Module):
-    """Map tokens of the student, each (B, N, d), to the teacher's width (B, N, target).
+class Projection(nn.Module):
+    """How the student's tokens come to the teacher's width, at all compared blocks.
 
-    reads_all: it reads all of the student's blocks up to the matched one, in their order; others read only that one.
+    reads_all: it reads all of the student's blocks up to a matched one, in their order; others read only that one.
     """
 
     reads_all = False
+
+    @classmethod
+    def of_blocks(cls, specs: Mapping[int, ProjectorSpec]) -> nn.Module:
+        """Build what takes (tokens, grids) of all compared blocks of the teacher, as Projectors does."""
+        raise NotImplementedError
+
+
+class Projector(Projection):
+    """Map tokens of the student, each (B, N, d), to the teacher's width (B, N, target), at one block."""
 
     def __init__(self, spec: ProjectorSpec) -> None:
         super().__init__()

@@ -6,18 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from singer.matching import resize_tokens
-from singer.projectors.base import ProjectorSpec
+from singer.projectors.base import Projection, ProjectorSpec
 
 
-class Review(nn.Module):
+class Review(Projection):
     """Fuse the student's deeper blocks into shallower ones before they are compared (ReviewKD, arXiv 2104.09044).
 
     From the deepest block on, what was fused so far and the tokens of the next shallower block are mixed by two gates,
     which a token's own content sets. The paper's 3x3 convolutions are linear maps here, so that sampled patches and CLS
     can be fused, too.
     """
-
-    reads_all = False
 
     def __init__(self, specs: Mapping[int, ProjectorSpec]) -> None:
         super().__init__()
