@@ -1,10 +1,10 @@
-"""How well scores of untrained students predict trained ones: rank-students beside 12 students that are trained.
+"""How well scores of untrained students predict trained ones: rank-students beside the students of a budget, trained.
 
     python benchmarks/student_ranking.py --teacher FILE --data FOLDER --out runs/ranking [--parameters 1000000]
         [--epochs 8] [--shards 5]
 
 FILE and FOLDER are those of benchmarks/results.py. Candidates are the plain ViTs of `singer rank-students` for that
-many parameters. All are trained by the method mse of benchmarks/field.py with the rate of singer, and judged on the
+many parameters, at most 12: three at a million, eight at five millions. All are trained by the method mse of benchmarks/field.py with the rate of singer, and judged on the
 last training shard. It prints a row for each and, for every score, the rank correlation (Spearman) with the linear
 probe of the mean patch. If the command is repeated, it continues where it stopped.
 """

@@ -86,6 +86,9 @@ def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path) -> None:
             ["distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
             id="fsdp",
         ),
+        pytest.param(
+            {"ACCELERATE_USE_FSDP": "true"}, ["distill.objective={mse: 1, minilm: 1}"], id="fsdp and own attention"
+        ),
     ],
 )
 @pytest.mark.slow

@@ -30,7 +30,9 @@ def test_distance_from_prototypes(world: Path, monkeypatch: pytest.MonkeyPatch) 
     centres = np.eye(24)[:2]
     tokens = np.repeat(centres, [50, 48], axis=0) + 0.01 * rng.standard_normal((98, 24))
     odd = (0.7 * centres[0] - 0.7 * np.eye(24)[5], 0.6 * centres[1] - 0.8 * np.eye(24)[5])
-    planted = torch.from_numpy(np.concatenate([tokens, odd])).float()
+    # Directions count, and not lengths.
+    lengths = rng.uniform(0.1, 10, (100, 1))
+    planted = torch.from_numpy(lengths * np.concatenate([tokens, odd])).float()
     monkeypatch.setattr("pipeline.training.image_scores._IMAGES_OF_A_CLUSTER", 50)
     monkeypatch.setattr("pipeline.training.image_scores.batches", lambda *_: iter([{3: planted[:, None]}]))
     found = prototype_distance(Cache(world / "cache", blocks=[3]), np.arange(100), seeded(0)).numpy()

@@ -376,7 +376,9 @@ def test_angle() -> None:
     dispersion = 0.99 * dispersion + 0.01 * squared(c, unit(centre)).mean()
     assert objective.state_dict()["dispersion"].item() == pytest.approx(dispersion, rel=1e-3)
     objective.eval()
+    kept = {name: x.clone() for name, x in objective.state_dict().items()}
     np.testing.assert_allclose(objective(student, target)["summary"].numpy(), squared(a, b) / dispersion, rtol=1e-3)
+    assert all(torch.equal(x, kept[name]) for name, x in objective.state_dict().items())
 
 
 def test_blocks_have_weights() -> None:

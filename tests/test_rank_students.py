@@ -9,6 +9,7 @@ import torch
 from conftest import run_singer, seeded, world_config
 
 from pipeline.cache import Cache
+from pipeline.cache.statistics import global_tokens
 from pipeline.data import ImageFile, relocate
 from pipeline.data.views import normalise
 from pipeline.stages.rank_students import _named, _vit_parameters, rank_students
@@ -77,6 +78,25 @@ def test_command(world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: py
     a, b = (relations(x[:, 0], x[:, 1:]) for x in (own, theirs))
     expected = -sum(((x - y) ** 2).mean() for x, y in zip(a, b, strict=True))
     assert found["vit 96 x 2"]["diswot"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_global_tokens() -> None:
+    tokens = torch.randn(2, 7, 5)
+    assert torch.equal(global_tokens(tokens, 3, True), tokens[:, 0])
+    assert torch.equal(global_tokens(tokens, 3, False), tokens[:, 3:].mean(1))
+
+
+def test_starts_are_averaged_and_other_grids_compared(world: Path) -> None:
+    """Of students whose patches are twice as large: their tokens come to the teacher's grid."""
+    sets = ["student.patch_size=16", "student.dim=64", "student.depth=2", "student.heads=2"]
+
+    def score(seed: int, starts: int) -> float:
+        config = world_config(world, *sets, f"distill.seed={seed}")
+        (found,) = rank_students(config, world / "cache", names=["vit"], images=8, starts=starts).students
+        return found.diswot
+
+    first, second = score(seeded(0), 1), score(seeded(1), 1)
+    assert first != second and score(seeded(0), 2) == pytest.approx((first + second) / 2, rel=1e-6)
 
 
 def test_named_students_and_none(world: Path) -> None:

@@ -201,6 +201,11 @@ def test_crops_have_the_shape_of_the_input() -> None:
         assert (right - left) * 60 == pytest.approx(2 * (lower - upper) * 30, rel=1e-5)
 
 
+def test_within() -> None:
+    """The longer side is given."""
+    assert (Size(32, 48).within(24), Size(48, 32).within(24)) == ((16, 24), (24, 16))
+
+
 @pytest.mark.parametrize(
     ("given", "read"), [("224", 224), ("[224,448]", (224, 448)), ("224x448", (224, 448)), ("[32,32]", 32)]
 )

@@ -53,6 +53,59 @@ def test_attention_needs_blocks_with_qkv(world: Path) -> None:
         TeacherBranch(student, {2: 0}, targets, Teaching({"minilm": 1.0}))
 
 
+def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distiller, Batch]:
+    """A student of two teachers, which have the same head and other features, and a batch."""
+    student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
+    targets, matching = Targets(cache, None, student, CPU), {2: 1, 3: 2}
+    branches = [
+        TeacherBranch(student, matching, targets, Teaching({objective: 1.0}, weight=weight, name=name))
+        for name, weight in (("a", 1.5), ("b", 0.5))
+    ]
+    shown = [TeacherFeatures(cache.features(records, CPU)) for records in ([0, 1], [2, 3])]
+    batch = Batch(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
+    return Distiller(student, branches, drop), batch
+
+
+def test_teachers_that_agree_teach_the_same(world: Path) -> None:
+    """The student of two teachers learns their common verdict, weighted, from both."""
+    model, batch = two_branches(world, "meal")
+    found = model(batch)
+    (a, b), suffix = model.branches, Cache(world / "cache").suffix()
+    verdicts = [suffix.logits(x.features[3], 3).softmax(-1) for x in batch.teacher_features]
+    common = (0.75 * verdicts[0] + 0.25 * verdicts[1]).detach()
+    outputs = block_outputs(model.student, batch.images, model.blocks)
+    for branch, weight in ((a, 1.5), (b, 0.5)):
+        tokens = branch.tokens(outputs, None)
+        learned = suffix.logits(tokens.cleaned[3], 3).log_softmax(-1)
+        wanted = (common * (common.log() - learned)).sum(-1).mean() * weight
+        (loss,) = (x for name, x in found.items() if name.startswith(f"{branch.name}."))
+        torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_shares_are_those_of_each_teacher(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = two_branches(world, "mse", drop=0.5)
+    monkeypatch.setattr("pipeline.training.distiller.teacher_shares", lambda *_: torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
+    found = model.train()(batch)
+    plain = model.eval()(batch)
+    assert all(x.item() == 0 for name, x in found.items() if name.startswith("b."))
+    for name in (n for n in found if n.startswith("a.")):
+        torch.testing.assert_close(found[name], 2 * plain[name])
+
+
+def test_attention_after_the_last_block_is_that_of_the_last(world: Path) -> None:
+    student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
+    branch = TeacherBranch(student, {2: 2}, Targets(cache, None, student, CPU), Teaching({"minilm": 1.0}))
+    assert branch.links == {2: 1}
+
+
+def test_review_goes_on_with_what_is_fused() -> None:
+    """Of three blocks, the shallowest also depends on the deepest."""
+    review = Review({block: ProjectorSpec((5,), 7, 1) for block in (1, 2, 3)})
+    tokens = {block: [torch.randn(2, 17, 5)] for block in (1, 2, 3)}
+    before = review(tokens, None)[1]
+    assert not torch.allclose(before, review({**tokens, 3: [torch.randn(2, 17, 5)]}, None)[1])
+
+
 def test_review_fuses_deeper_blocks() -> None:
     """By hand: gates of each token mix what is fused so far into the next shallower block, on its grid."""
     review = Review({1: ProjectorSpec((5,), 7, 1), 3: ProjectorSpec((6,), 8, 1)}).double()
@@ -73,6 +126,9 @@ def test_dropping_keeps_the_worst_teacher() -> None:
     losses = torch.tensor([[1.0, 5.0, 2.0, 0.1], [4.0, 1.0, 1.0, 0.2], [2.0, 2.0, 3.0, 0.0]])
     found = [{"a": 0.25 * row, "b": 0.75 * row} for row in losses]
     assert teacher_shares(found, 1.0).tolist() == [[0, 3, 0, 0], [3, 0, 0, 3], [0, 0, 3, 0]]
+    # All parts count: the last teacher has the largest sum.
+    parts = [{"a": torch.tensor([3.0]), "b": torch.tensor([0.0])}, {"a": torch.tensor([2.0]), "b": torch.tensor([2.0])}]
+    assert teacher_shares(parts, 1.0).tolist() == [[0], [2]]
     drawn = torch.stack([teacher_shares(found, 0.5) for _ in range(300)])
     torch.testing.assert_close(drawn.sum((1, 2)), torch.full((300,), 12.0))
     kept = (drawn > 0).float().mean(0)

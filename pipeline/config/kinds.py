@@ -27,8 +27,11 @@ def _pixels(value: Any) -> Any:
     """Read a size as the command line has it, such as 224x448. Raises an error that says which forms there are."""
     if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
         value = [int(side) for side in value.split("x")] if "x" in value else int(value)
-    if isinstance(value, str) or (isinstance(value, list | tuple) and len(value) != 2):
-        raise PydanticCustomError("size", "input should be one whole number, or two: [height, width]")
+    pair = value if isinstance(value, list | tuple) else [value]
+    if len(pair) > 2 or (len(pair) == 1 and isinstance(value, list | tuple)) or any(isinstance(n, str) for n in pair):
+        raise PydanticCustomError("size", "input should be a number such as 224, or HEIGHTxWIDTH such as 224x448")
+    if any(isinstance(n, int) and n < 1 for n in pair):
+        raise PydanticCustomError("size", "input should be 1 or more on each side")
     return value
 
 

@@ -108,6 +108,12 @@ class StudentConfig(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
 
+    @model_validator(mode="after")
+    def _check(self) -> "StudentConfig":
+        if self.exit == "plain" and self.exit_width is not None:
+            raise UserError("exit_width: only a wider exit has it; give one (--set student.exit=wide, or lift)")
+        return self
+
 
 class DistillConfig(Section):
     """The training of a student."""
@@ -219,6 +225,10 @@ class DistillConfig(Section):
         if not self.holdout and (self.keep == "best" or self.patience is not None):
             given = "keep: best" if self.keep == "best" else f"patience: {self.patience}"
             raise UserError(f"{given} is about the loss on held-out images; hold some out (--set distill.holdout=0.02)")
+        if self.share == 1 and self.share_by != "random":
+            raise UserError(f"share_by: {self.share_by} chooses a share; give one (--set distill.share=0.5)")
+        if self.share_by == "random" and self.share_keep != "hard":
+            raise UserError("share_keep: easy is about scores; give one (--set distill.share_by=el2n, or prototypes)")
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
         if self.read_block > self.shuffle_window:

@@ -81,11 +81,14 @@ class ImageFile:
         self._context.close()
 
 
-def readable(images: Images) -> Images:
-    """Return the images without those that cannot be decoded, which are said. Raises UserError if none is left.
+def readable(images: Images, *, quiet: bool = False) -> Images:
+    """Return the images without those that cannot be decoded. Raises UserError if none is left.
 
-    This decodes every image once.
+    This decodes every image once. What is left out is said, also what could not even be listed; quiet: say nothing.
     """
+    tell = (lambda text: None) if quiet else say
+    for defect in images.skipped:
+        tell(f"skipped: {defect}")
 
     def fault(number: int) -> str | None:
         try:
@@ -96,14 +99,14 @@ def readable(images: Images) -> Images:
 
     sound = np.ones(len(images), dtype=np.bool_)
     workers = len(os.sched_getaffinity(0))
-    with ImageFile(images) as files, meter("look for unreadable images", len(images), "images") as m:
+    with ImageFile(images) as files, meter("look for unreadable images", len(images), "images", quiet=quiet) as m:
         for number, text in enumerate(prefetch(fault, range(len(images)), workers, m)):
             if text is not None:
-                say(f"skipped: {text}")
+                tell(f"skipped: {text}")
                 sound[number] = False
             m.advance(1)
     if not sound.any():
-        raise UserError(f"none of the {len(images)} images can be read")
+        raise UserError(f"none of the {len(images)} images of {printable(images.paths[0])} can be read")
     return images.select(np.flatnonzero(sound))
 
 

@@ -55,6 +55,11 @@ class Backbone:
         return layout(self.model, self.image_size)
 
     @property
+    def body_width(self) -> int:
+        """Return the width, in channels, of the blocks but the last, which may be wider (exits); of maps, the last."""
+        return self.layout[0][0] if self.gives_tokens else self.width
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the type of the weights, in which the model takes its images."""
         dtype: torch.dtype = next(self.model.parameters()).dtype

@@ -129,7 +129,7 @@ def draw_images(config: Config, listed: Images) -> Images:
     images = listed.select(chosen)
     if config.cache.on_error == "fail":
         return images
-    return readable(images)
+    return readable(images, quiet=True)
 
 
 def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:

@@ -17,6 +17,7 @@ from pipeline.runtime.machine import versions
 from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
+from pipeline.training.student_run import peak_rate
 from singer.backbones import depth, final_norm, patch_size
 from singer.sizes import Size
 
@@ -81,6 +82,7 @@ def write_card(card: ModelCard) -> str:
         ],
         library="transformers" if card.backbone.architecture.startswith(HF) else "timm",
         depth=depth(model),
+        rate=peak_rate(card.recipe.distill, card.backbone.body_width),
         heads=heads(model),
         size=Size.of,
         patch=None if (patch := patch_size(model)) is None else Size.of(patch),

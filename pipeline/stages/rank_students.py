@@ -102,7 +102,6 @@ def rank_students(
             means = {key: fmean(s[key] for s in scores) for key in scores[0]}
             found.append(RankedStudent(name, _count(built[0]), **means))
             say(f"{name}: {found[-1].diswot:.4g}")
-    say(f"note: {CAUTION}")
     ranked = sorted(found, key=lambda s: -s.diswot)
     return RankStudentsResult(ranked, teacher.variant, block, len(records), starts)
 
@@ -125,7 +124,14 @@ def _plain(base: StudentConfig, budget: int | None, image_size: ImageSize) -> di
         if deep in _DEPTHS and one + (deep - 1) * (two - one) >= _LEAST * budget:
             found[f"vit {dim} x {deep}"] = settings.model_copy(update={"depth": deep})
     if not found:
-        raise UserError(f"--parameters {budget}: no plain ViT of 64 to 1,024 channels and 2 to 24 blocks has that size")
+        least, most = (
+            _vit_parameters(base.model_copy(update={"dim": dim}), depth, image_size)
+            for dim, depth in ((_WIDTHS[0], _DEPTHS[0]), (_WIDTHS[-1], _DEPTHS[-1]))
+        )
+        raise UserError(
+            f"--parameters {budget}: no plain ViT of 64 to 1,024 channels and 2 to 24 blocks has that size; the "
+            f"smallest has {least:,} and the largest {most:,}"
+        )
     chosen = spread(np.arange(len(found)), _MOST)
     return {name: settings for n, (name, settings) in enumerate(found.items()) if n in chosen}
 

@@ -122,7 +122,9 @@ def write_hf(student: Student, folder: Path) -> Written:
     A student of transformers is written as transformers itself does.
     """
     _require_whole_model(student, "hf")
-    if student.backbone.architecture.startswith(OWN) or student.backbone.architecture == exits.NAME:
+    if student.backbone.architecture == exits.NAME:
+        raise UserError("--to hf is not for students with student.exit; take timm, onnx or torch-export")
+    if student.backbone.architecture.startswith(OWN):
         raise UserError("--to hf is for models of timm and transformers; take onnx or torch-export for this student")
     if student.backbone.architecture.startswith(HF):
         return _write_transformers(student, folder)

@@ -53,6 +53,8 @@ def open_teachers(
     refiner_paths = _each("--refiner (none for raw targets)", given, count, None)
     teachers = _each("distill.teacher", settings.teachers, count, None)
     chosen = _each("distill.blocks", settings.blocks_by_teacher, count, None)
+    if count == 1 and settings.teacher_drop:
+        raise UserError("distill.teacher_drop is for several teachers; give as many --cache, or leave it out")
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
     notes = [read_refiner(path) if path is not None else None for path in refiner_paths]
     caches = []
@@ -96,7 +98,8 @@ def check_records(caches: Sequence[Cache]) -> None:
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
             raise UserError(
                 f"{ours} and {theirs} do not hold the same views of the same images in the same order; "
-                "cache both teachers with the same shards and views"
+                "cache both teachers with the same images and views, and if their inputs have other shapes, with one "
+                "views.shape"
             )
 
 

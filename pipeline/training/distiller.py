@@ -36,6 +36,8 @@ class Distiller(nn.Module):
             for block in branch.attention.values():
                 block.norm1.requires_grad_(True)
                 block.attn.qkv.requires_grad_(True)
+        # Their attention is called by itself.
+        self.called_apart = [block for branch in branches for block in branch.attention.values()]
         # Convolutions on a GPU take channels-last tensors without converting them.
         maps = not student.gives_tokens and branches[0].targets.device.type == "cuda"
         self.memory_format = torch.channels_last if maps else torch.contiguous_format

@@ -46,14 +46,17 @@ def check_fsdp(precision: Precision) -> None:
 def apply_fsdp(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
     """Keep a part of every weight on each process.
 
-    For computation, the blocks of a model of tokens are gathered one at a time, and all other weights at once. Return
-    the number of weights that this process keeps, and the number of all weights.
+    For computation, the blocks of a model of tokens are gathered one at a time, and all other weights at once. Parts of
+    a block that a loss calls by themselves (model.called_apart) are gathered with the latter. Return the number of
+    weights that this process keeps, and the number of all weights.
     """
+    apart = {id(block) for block in getattr(model, "called_apart", ())}
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for backbone in [module for module in model.modules() if gives_tokens(module)]:
         blocks: Any = getattr(backbone, "blocks", ())
         for block in blocks:
-            fully_shard(block, mesh=mesh)
+            if id(block) not in apart:
+                fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     kept = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
     return sum(kept), sum(p.numel() for p in model.parameters())

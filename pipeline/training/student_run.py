@@ -51,8 +51,7 @@ class StudentRun:
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
         self.first_step, self.ema, self.distiller, self.best = first_step, ema, distiller, best
         self.steps = first_step
-        # Of a student with a wider exit, the other blocks.
-        self.peak = peak_rate(settings, student.layout[0][0] if student.gives_tokens else student.width)
+        self.peak = peak_rate(settings, student.body_width)
         self.loss = 0.0
         self._sums: dict[str, Tensor] = {}
         self._since = 0

@@ -76,6 +76,11 @@ def train(
                     if measured and student_run.best is not None:
                         loss = _of_first(float(str(measured[number]["held_out_loss"])), accelerator)
                         student_run.best.look((step + 1) // per_epoch, loss)
+                        if student_run.ended and step + 1 < total and main:
+                            say(
+                                f"ended after epoch {student_run.best.last} of {settings.epochs}: the loss on held-out "
+                                f"images was lowest after epoch {student_run.best.epoch}"
+                            )
                     student_run.report(step, per_epoch, m, accelerator, measured[number] if measured else None)
                     # A checkpoint is only saved here, where all running sums are empty and need not be stored.
                     if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
