@@ -4,9 +4,10 @@
         [--epochs 8] [--shards 5]
 
 FILE and FOLDER are those of benchmarks/results.py. Candidates are the plain ViTs of `singer rank-students` for that
-many parameters, at most 12: three at a million, eight at five millions. All are trained by the method mse of benchmarks/field.py with the rate of singer, and judged on the
-last training shard. It prints a row for each and, for every score, the rank correlation (Spearman) with the linear
-probe of the mean patch. If the command is repeated, it continues where it stopped.
+many parameters, at most 12: three at a million, eight at five millions. All are trained by the method mse of
+benchmarks/field.py with the rate of singer, and judged on the last training shard. It prints a row for each and, for
+every score, the rank correlation (Spearman) with the linear probe of the mean patch. If the command is repeated, it
+continues where it stopped.
 """
 
 import argparse
