@@ -19,6 +19,8 @@ def dead(ranks: Ranks) -> None:
 
 
 def stopped(ranks: Ranks) -> None:
+    # A step is told at the next tick, a tenth of the limit.
+    time.sleep(LIMIT / 3)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
