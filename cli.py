@@ -448,7 +448,7 @@ def sweep(
     look("sweep", read_plan(find_sweep(file)).base, out, mode, caches=cache, images=[train, test, images])
     from pipeline.sweeps.run import sweep as run
 
-    result = run(file, cache, out, mode, train=train, test=test, shards=images, workers=workers)
+    result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers)
     _report(result, as_json)
     result.check()
 
@@ -477,7 +477,7 @@ def report(
     from pipeline.stages.report import report as run
 
     result = run(
-        runs, out, cache=cache, refiners=refiner or (), shards=images, teacher_probes=teacher_probes,
+        runs, out, cache=cache, refiners=refiner or (), images=images, teacher_probes=teacher_probes,
         students=student or (), records=records, overwrite=overwrite, title=title,
     )  # fmt: skip
     _report(result, as_json)
@@ -585,7 +585,7 @@ def cache_verify(
     look("verify" if live or repair else "info", tree, caches=[cache], images=[images])
     from pipeline.stages.verify import verify as run
 
-    result = run(tree, cache, live=live, shards=images, sample=sample, repair=repair)
+    result = run(tree, cache, live=live, images=images, sample=sample, repair=repair)
     _report(result, as_json)
     result.check()
 

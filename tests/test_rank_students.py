@@ -92,7 +92,7 @@ def test_starts_are_averaged_and_other_grids_compared(world: Path) -> None:
 
     def score(seed: int, starts: int) -> float:
         config = world_config(world, *sets, f"distill.seed={seed}")
-        (found,) = rank_students(config, world / "cache", names=["vit"], images=8, starts=starts).students
+        (found,) = rank_students(config, world / "cache", names=["vit"], batch=8, starts=starts).students
         return found.diswot
 
     first, second = score(seeded(0), 1), score(seeded(1), 1)
@@ -101,7 +101,7 @@ def test_starts_are_averaged_and_other_grids_compared(world: Path) -> None:
 
 def test_named_students_and_none(world: Path) -> None:
     config = world_config(world)
-    result = rank_students(config, world / "cache", names=["vit"], images=4, starts=1)
+    result = rank_students(config, world / "cache", names=["vit"], batch=4, starts=1)
     assert [s.student for s in result.students] == ["vit"]
     assert _named(config.student, "convnext_atto").dim is None
     with pytest.raises(UserError, match="name students with --student"):

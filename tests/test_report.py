@@ -303,7 +303,7 @@ def test_mistakes(world: Path, runs: Path, tmp_path: Path) -> None:
         (runs / "raw", tmp_path / "text.html", {}, "text.html exists; replace it with --overwrite"),
         (runs / "raw", tmp_path / "text.html", {"overwrite": True}, "was not written by singer report and is left"),
         (runs / "raw", page, {"cache": world / "teacher"}, "teacher is not a feature cache"),
-        (runs / "raw", page, {"shards": str(world / "test" / "*.tar")}, "--images does not give"),
+        (runs / "raw", page, {"images": str(world / "test" / "*.tar")}, "--images does not give"),
     ]
     for run, out, options, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
@@ -324,11 +324,11 @@ def test_other_caches_and_lost_images(world: Path, runs: Path, tmp_path: Path) -
     (tmp_path / "shards").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="is gone; if it has moved, give its place with --images"):
         report([tmp_path / "run"], page)
-    report([tmp_path / "run"], page, shards=str(tmp_path / "moved" / "*.tar"), records=10)
+    report([tmp_path / "run"], page, images=str(tmp_path / "moved" / "*.tar"), records=10)
     before = page.read_bytes()
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         report([tmp_path / "run"], page)
-    again = {"overwrite": True, "shards": str(tmp_path / "moved" / "*.tar")}
+    again = {"overwrite": True, "images": str(tmp_path / "moved" / "*.tar")}
     report([tmp_path / "run"], page, title="Another", records=10, **again)  # type: ignore[arg-type]
     assert "<title>Another</title>" in page.read_text() and page.read_bytes() != before
 

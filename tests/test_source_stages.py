@@ -52,9 +52,9 @@ def test_stages_find_a_folder_that_moved(world: Path, made: Path, tmp_path: Path
     config = world_config(world, "distill.epochs=1")
     with pytest.raises(UserError, match="photos of the cache is gone; if it has moved, give its place with --images"):
         distill(config, made / "cache", tmp_path / "run")
-    run = distill(config, made / "cache", tmp_path / "run", shards=str(made / "moved"))
+    run = distill(config, made / "cache", tmp_path / "run", images=str(made / "moved"))
     assert run.student.is_dir()
-    live = verify(config, made / "cache", live=True, shards=str(made / "moved"), sample=5)
+    live = verify(config, made / "cache", live=True, images=str(made / "moved"), sample=5)
     live.check()
     train, test = world / "images" / "train", world / "images" / "test"
     specs = [(train, test), (world / "train", world / "test")]

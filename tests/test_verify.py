@@ -341,10 +341,10 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])
     with pytest.raises(UserError, match=r"image 'class.*moved.* is not the one that was cached"):
-        verify(world_config(world), cache, repair=True, shards=str(moved / "*.tar"))
+        verify(world_config(world), cache, repair=True, images=str(moved / "*.tar"))
     assert tree_bytes(cache) == damaged
     path.write_bytes(data)
-    assert verify(world_config(world), cache, repair=True, shards=str(moved / "*.tar")).whole
+    assert verify(world_config(world), cache, repair=True, images=str(moved / "*.tar")).whole
     assert tree_bytes(cache) == whole
 
 

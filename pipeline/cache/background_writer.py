@@ -16,9 +16,9 @@ from pipeline.runtime.buffers import empty
 
 
 class Gathered:
-    """The values of the arrays of one shard, collected on the CPU a few records at a time.
+    """The values of the arrays of one Zarr shard, collected on the CPU a few records at a time.
 
-    arrays: {name: form}; records: how many records the shard has.
+    arrays: {name: form}; records: how many records it has.
     """
 
     def __init__(self, arrays: Mapping[str, Fixed | None], records: int) -> None:
@@ -46,11 +46,11 @@ class Gathered:
 
 @contextmanager
 def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
-    """Give a function to call with the features of every batch, in order; all records of a batch are in one shard.
+    """Give a function to call with the features of every batch, in order.
 
-    Background workers encode a batch and write a shard while the teacher computes the next batch. At the end of the
-    `with` block, all shards that got their last record have been written. An error in encoding or writing is raised by
-    one of the next calls, or at the end of the block.
+    All records of a batch are in one Zarr shard. Background workers encode a batch and write a Zarr shard while the
+    teacher computes the next batch. At the end of the `with` block, all Zarr shards that got their last record have
+    been written. An error in encoding or writing is raised by one of the next calls, or at the end of the block.
     """
     manifest = segment.manifest
     gathered: Gathered | None = None

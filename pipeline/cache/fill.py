@@ -22,16 +22,16 @@ from pipeline.runtime.ranks import current
 from pipeline.storage import Store
 
 
-def fill_segments(store: Store, extract: Extractor, shards: Spec | None = None) -> int:
+def fill_segments(store: Store, extract: Extractor, images: Spec | None = None) -> int:
     """Compute what is missing in this teacher's segments; return the number of records that all processes compute.
 
-    shards: where the images of the first segment are now, if they may have moved.
+    images: where the images of the first segment are now, if they may have moved.
     """
     done, accelerator, ranks = 0, extract.accelerator, current()
     segments = read_segments(store)
     for segment in segments_of(segments, extract.teacher):
         lacks = segment.lacks() if accelerator.is_main_process else None
-        # All processes use the list of the first one: a fast process may finish a shard before a slow one lists them.
+        # All processes use the list of the first one: a fast one may finish a Zarr shard before a slow one lists them.
         of_first = None if lacks is None else segment.pending()
         ranks.wait()
         with ranks.together():
@@ -39,10 +39,10 @@ def fill_segments(store: Store, extract: Extractor, shards: Spec | None = None) 
         if pending is None:
             continue
         if accelerator.is_main_process:
-            # complete.json has the old checksums, and a shard that is computed again on another machine may differ in
-            # its last bits.
+            # complete.json has the old checksums, and a Zarr shard that is computed again on another machine may
+            # differ in its last bits.
             segment.store.remove(COMPLETE)
-        done += fill(segment, pending, extract, segments, None if segment.name else shards)
+        done += fill(segment, pending, extract, segments, None if segment.name else images)
         ranks.wait()
         if accelerator.is_main_process:
             left_out = complete_segment(segment)
@@ -57,12 +57,12 @@ def fill(
     pending: Sequence[int],
     extract: Extractor,
     segments: Sequence[Segment],
-    shards: Spec | None = None,
+    images: Spec | None = None,
     digests: np.ndarray | None = None,
 ) -> int:
-    """Compute and write this process's share of the pending shards.
+    """Compute and write this process's share of the pending Zarr shards.
 
-    Return the number of records that all processes compute. segments: all segments of the cache; shards: where the
+    Return the number of records that all processes compute. segments: all segments of the cache; images: where the
     images are now, if they have moved; digests: those of the images, if they were read before. Raises UserError if
     images are missing or have changed.
     """
@@ -70,8 +70,8 @@ def fill(
         return 0
     manifest = segment.manifest
     listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
-    images = relocate(listed, shards)
-    rows = Rows.of(manifest, images, takewhile(lambda s: s.name != segment.name, segments))
+    located = relocate(listed, images)
+    rows = Rows.of(manifest, located, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
     encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
@@ -84,7 +84,7 @@ def fill(
         say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
-        ImageFile(images) as files,
+        ImageFile(located) as files,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         filling(segment, encode) as store,
     ):

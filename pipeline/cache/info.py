@@ -19,7 +19,7 @@ class TeacherInfo:
     """One teacher's features in a cache.
 
     variant: its name in refine.teacher and distill.teacher; id: the id of the cache for this teacher, None if it is
-    incomplete; tokens: stored tokens per record; records: views of images; missing: shards that are not done yet;
+    incomplete; tokens: stored tokens per record; records: views of images; missing: Zarr shards that are not done yet;
     feature_bytes: the size of its stored features; ratio: how many times smaller they are than float16 of all tokens;
     fidelity: {block: norms of patch tokens, errors of the codec on prefix, clean and artifact tokens}, measured on a
     sample of the records when the block was first cached.
@@ -36,7 +36,7 @@ class TeacherInfo:
     width: int
     codec: str
     records: int
-    shards: int
+    zarr_shards: int
     missing: int
     feature_bytes: int
     ratio: float
@@ -113,7 +113,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         width=first.teacher.width_of(max(first.blocks)),
         codec=first.codec,
         records=sum({s.manifest.rows(): s.manifest.records for s in segments}.values()),
-        shards=sum(s.manifest.zarr_shards for s in segments),
+        zarr_shards=sum(s.manifest.zarr_shards for s in segments),
         missing=missing,
         feature_bytes=stored,
         ratio=exact / stored if stored else 0.0,

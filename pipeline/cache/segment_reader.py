@@ -22,7 +22,7 @@ from singer.errors import UserError
 class SegmentReader:
     """The arrays of a segment.
 
-    files: the files of its shards, at least of those that are read; local_copy: a folder to which shards are copied
+    files: the files of its Zarr shards, at least of those that are read; local_copy: a folder to which they are copied
     when they are first read.
     """
 

@@ -54,21 +54,21 @@ def distill(
     caches: Places,
     out: Path,
     refiner: Refiners = None,
-    shards: Spec | None = None,
+    images: Spec | None = None,
     mode: Mode = "new",
     student: Own | None = None,
 ) -> DistillResult:
     """Train a student and store it at `out`.
 
-    caches: one cache, or a list for several teachers, with a list of refiners in the same order; shards: where the
-    cached shards are, if they moved after they were cached; student: a module of your own with its description, in
+    caches: one cache, or a list for several teachers, with a list of refiners in the same order; images: where the
+    cached images are, if they moved after they were cached; student: a module of your own with its description, in
     place of student.name. Raises UserError for mistakes that the user can fix.
     """
-    return fan_out([StudentSpec(config, out, refiner, student)], caches, shards, mode)[0]
+    return fan_out([StudentSpec(config, out, refiner, student)], caches, images, mode)[0]
 
 
 def fan_out(
-    jobs: Sequence[StudentSpec], caches: Places, shards: Spec | None = None, mode: Mode = "new"
+    jobs: Sequence[StudentSpec], caches: Places, images: Spec | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be trained alone.
 
@@ -93,7 +93,7 @@ def fan_out(
             if (job.out / RUN).exists():
                 results[job.out] = load_result(job.out)
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
-    images = open_images(taught[0][0].cache, shards)
+    files = open_images(taught[0][0].cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
@@ -107,7 +107,7 @@ def fan_out(
             claim = claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed)
             claims.enter_context(claim if main else process_log(new.job.out))
         if made:
-            results |= run_jobs(made, images, mode, accelerator)
+            results |= run_jobs(made, files, mode, accelerator)
     return [results[job.out] for job in jobs]
 
 

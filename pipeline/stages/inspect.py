@@ -86,11 +86,11 @@ def inspect(
     refiner: Path | None = None,
     out: Path | None = None,
     mode: Mode = "new",
-    shards: Spec | None = None,
+    images: Spec | None = None,
 ) -> InspectResult:
     """Measure a cache, and a refiner if one is given, on at most refine.sample_records records.
 
-    shards: where the images are, if they moved; if they are not found, the page has no images. Raises UserError for
+    images: where the images are, if they moved; if they are not found, the page has no images. Raises UserError for
     mistakes that the user can fix.
     """
     settings = config.refine
@@ -137,7 +137,7 @@ def inspect(
     if out is not None:
         with claimed_output(out, mode, STAGE, config, settings.seed):
             write_json(out / "inspect.json", {**asdict(result), "page": None})
-            write_atomic(out / "inspect.html", _page(cache, result, block_data, sample[chosen], shards).encode())
+            write_atomic(out / "inspect.html", _page(cache, result, block_data, sample[chosen], images).encode())
     return result
 
 
@@ -200,18 +200,18 @@ def _page(
     result: InspectResult,
     block_data: list[_BlockData],
     records: np.ndarray,
-    shards: Spec | None,
+    images: Spec | None,
 ) -> str:
-    images = None
+    views = None
     try:
-        with open_images(cache, shards) as files:
-            images = cache.pixels(records, Size.of(cache.manifest.teacher.image_size).within(_PIXELS), files).numpy()
+        with open_images(cache, images) as files:
+            views = cache.pixels(records, Size.of(cache.manifest.teacher.image_size).within(_PIXELS), files).numpy()
     except UserError as error:
         say(f"the page has no images: {error}")
     pictures = {"norms": _draw_norms(block_data)}
     for part in block_data:
         if part.maps:
-            pictures[f"maps of block {part.block}"] = _draw_maps(part, images)
+            pictures[f"maps of block {part.block}"] = _draw_maps(part, views)
     teacher, place = cache.manifest.teacher, str(cache.place)
     return render(
         Path(__file__).with_name("inspect.html.j2"), result=result, teacher=teacher, place=place, pictures=pictures

@@ -69,14 +69,14 @@ def rank_students(
     place: Place,
     parameters: int | None = None,
     names: Sequence[str] = (),
-    images: int = 64,
+    batch: int = 64,
     starts: int = 3,
-    shards: Spec | None = None,
+    images: Spec | None = None,
 ) -> RankStudentsResult:
     """Score untrained students by their relations to the last cached block of a teacher.
 
-    parameters: the budget of plain ViTs; names: models of any kind; images: of one batch; starts: how often each
-    student is initialised; shards: where the cached images are, if they moved. Raises UserError if there is no
+    parameters: the budget of plain ViTs; names: models of any kind; batch: how many images; starts: how often each
+    student is initialised; images: where the cached images are, if they moved. Raises UserError if there is no
     candidate, or if the cache holds only some of the patches.
     """
     if parameters is None and not names:
@@ -90,9 +90,9 @@ def rank_students(
         )
     tried = {name: _named(config.student, name) for name in names}
     tried |= _plain(config.student, parameters, teacher.image_size)
-    records = spread(first_views(cache), images)
+    records = spread(first_views(cache), batch)
     tokens = cache.features(records, torch.device("cpu"))[block]
-    with open_images(cache, shards) as files:
+    with open_images(cache, images) as files:
         found = []
         for name, student in tried.items():
             size = student.image_size or teacher.image_size

@@ -51,7 +51,7 @@ def report(
     *,
     cache: Place | None = None,
     refiners: Sequence[Path] = (),
-    shards: Spec | None = None,
+    images: Spec | None = None,
     teacher_probes: Path | None = None,
     students: Sequence[str] = (),
     records: int = RECORDS,
@@ -61,10 +61,10 @@ def report(
 ) -> ReportResult:
     """Write a page about finished runs of one cache.
 
-    runs: folders of singer distill, or sweeps; cache, refiners, shards: where cache, refiners and images are, if they
-    moved; teacher_probes: a folder with the teacher's figures, which singer evaluate --out wrote; students: functions,
-    package.module:function, that make students of your own; records: the number of records that are measured; note: a
-    text at the top of the page. Raises UserError for mistakes that the user can fix.
+    runs: folders of singer distill, or sweeps; cache, refiners, images: where the cache, the refiners and the cached
+    images are, if they moved; teacher_probes: a folder with the teacher's figures, which singer evaluate --out wrote;
+    students: functions, package.module:function, that make students of your own; records: the number of records that
+    are measured; note: a text at the top of the page. Raises UserError for mistakes that the user can fix.
     """
     check_page(out, overwrite)
     trained = read_runs(find_runs(runs), refiners)
@@ -80,7 +80,7 @@ def report(
     columns.sort(key=lambda column: column != by)
     table = score({g: [figures[run] for run in g.runs] for g in groups}, columns)
     order = rank(table, by)
-    with open_images(opened, shards) as files:
+    with open_images(opened, images) as files:
         measured = measure(opened, [group for _, group in order], files, records, students)
     rows = [
         ReportRow(place, group, charts.colour(n), table[group], Mean.of([measured.norms[run] for run in group.runs]))

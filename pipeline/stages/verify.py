@@ -1,7 +1,8 @@
 """Check that a cache is complete and correct: `singer cache verify CACHE [--weights FILE] [--repair]`.
 
 Every file is compared with its checksum, and the index with the manifest. If the teacher is given, it computes the
-features of a random sample again, and they are compared with the stored ones. --repair computes damaged shards again.
+features of a random sample again, and they are compared with the stored ones. --repair computes damaged Zarr shards
+again.
 """
 
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ def verify(
     place: Place,
     *,
     live: bool = False,
-    shards: Spec | None = None,
+    images: Spec | None = None,
     sample: int = 64,
     repair: bool = False,
 ) -> VerifyResult:
@@ -33,7 +34,7 @@ def verify(
 
     The teacher is run with the settings of each of its variants in the cache; teacher.name may name a single variant.
 
-    shards: where the images are, if they moved; sample: records of each segment. Only `repair` writes or takes a lock.
+    images: where the images are, if they moved; sample: records of each segment. Only `repair` writes or takes a lock.
     Raises UserError if a manifest cannot be read, if two segments hold the same features, if the cache does not hold
     this teacher, or if `repair` lacks the images that it needs.
     """
@@ -48,6 +49,6 @@ def verify(
         for extract in chain(first, extractors):
             for part in segments_of(parts, extract.teacher):
                 if repair:
-                    repair_segment(part, parts, reports[part.name], extract, shards)
-                reports[part.name].live = check_live(part, reports[part.name], extract, shards, sample)
+                    repair_segment(part, parts, reports[part.name], extract, images)
+                reports[part.name].live = check_live(part, reports[part.name], extract, images, sample)
     return VerifyResult(place, all(r.whole for r in reports.values()), list(reports.values()))

@@ -76,13 +76,13 @@ def sweep(
     *,
     train: Spec | None = None,
     test: Spec | None = None,
-    shards: Spec | None = None,
+    images: Spec | None = None,
     workers: int | None = None,
 ) -> SweepResult:
     """Do all runs of a sweep's file, or of a bundled sweep by its name, in the folder `out`.
 
     caches: one cache, or a list for several teachers; train, test: labelled shards for the probes, without which
-    students are trained but not compared; shards: where the cached shards are, if they moved; workers: the number of
+    students are trained but not compared; images: where the cached images are, if they moved; workers: the number of
     processes, by default one for each GPU. A single worker is this process itself.
 
     Raises UserError, before anything starts, for mistakes that the user can fix. Later failures are in the result.
@@ -99,22 +99,22 @@ def sweep(
     check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
-    images = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
+    probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
-    setting = SweepContext(places, out, as_list(shards) or None, as_list(train), as_list(test), sys.argv)
+    setting = SweepContext(places, out, as_list(images) or None, as_list(train), as_list(test), sys.argv)
     if mode == "resume":
         if (out / INPUTS).exists():
             check_inputs(out, inputs)
         _check_unchanged(plan, setting)
-    files = {run.name: _result_files(run, plan.probes, out, images) for run in plan.runs}
-    if images is not None:
-        _check_probes(plan, files, *images)
+    files = {run.name: _result_files(run, plan.probes, out, probed) for run in plan.runs}
+    if probed is not None:
+        _check_probes(plan, files, *probed)
     with claimed_output(out, mode, STAGE, plan.base, None):
         write_json(out / INPUTS, inputs)
         write_atomic(out / FILE, content)
         for name in (REFINERS, RUNS):
             (out / name).mkdir(exist_ok=True)
-        leaderboard = Leaderboard(plan, out, files, ranked=images is not None)
+        leaderboard = Leaderboard(plan, out, files, ranked=probed is not None)
         return _sweep(plan, setting, files, leaderboard, workers)
 
 

@@ -31,7 +31,7 @@ class SweepContext:
 
     caches: list[Place]
     out: Path
-    shards: list[str] | None
+    images: list[str] | None
     train: list[str]
     test: list[str]
     command: list[str]
@@ -110,7 +110,7 @@ def _train(setting: SweepContext, members: Sequence[Task]) -> None:
         refiner = setting.refiners(member.needs) if member.needs is not None else None
         jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, refiner))
     # The mode resume continues a folder that exists and begins one that does not.
-    fan_out(jobs, setting.caches, setting.shards, "resume" if any(j.out.exists() for j in jobs) else "new")
+    fan_out(jobs, setting.caches, setting.images, "resume" if any(j.out.exists() for j in jobs) else "new")
 
 
 def _finish(setting: SweepContext, member: Task) -> None:

@@ -148,9 +148,9 @@ def _names(caches: Sequence[Cache]) -> list[str]:
     return [f"{name}-{n}" if counts[name] > 1 else name for n, name in enumerate(names, start=1)]
 
 
-def open_images(cache: Cache, shards: Spec | None = None) -> AbstractContextManager[ImageFile | None]:
+def open_images(cache: Cache, images: Spec | None = None) -> AbstractContextManager[ImageFile | None]:
     """Open the cached images where they are now; give None if the cache holds the views.
 
     Raises UserError like data.relocate.
     """
-    return nullcontext() if cache.has_pixels else ImageFile(accepted(relocate(cache.index.images, shards)))
+    return nullcontext() if cache.has_pixels else ImageFile(accepted(relocate(cache.index.images, images)))

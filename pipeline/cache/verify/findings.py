@@ -35,14 +35,14 @@ class LiveCheck:
 class SegmentReport:
     """What was found in a segment. part: its folder, "." for the first segment.
 
-    missing: shards that were never finished; damaged: shards with a wrong or missing file; repaired: the shards that
+    missing: Zarr shards that were never finished; damaged: those with a wrong or missing file; repaired: those that
     were missing or damaged and were computed again; files: {place within the cache: what is wrong with it}.
     """
 
     part: str
     teacher: str
     records: int
-    shards: int
+    zarr_shards: int
     checked_files: int = 0
     checked_bytes: int = 0
     missing: list[int] = field(default_factory=list)
@@ -92,7 +92,7 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
             yield problem, "make the cache anew"
         bad = sorted(r.missing + r.damaged)
         if bad:
-            yield f"{len(bad)} of {r.shards} Zarr shards of {here} are damaged or missing: {_some(bad)}", repair
+            yield f"{len(bad)} of {r.zarr_shards} Zarr shards of {here} are damaged or missing: {_some(bad)}", repair
         for name, why in r.files.items():
             file = name.rpartition("/")[2]
             if why == UNKNOWN:

@@ -105,12 +105,12 @@ def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> 
 
 
 def check_live(
-    segment: Segment, report: SegmentReport, extract: Extractor, shards: Spec | None, sample: int
+    segment: Segment, report: SegmentReport, extract: Extractor, images: Spec | None, sample: int
 ) -> LiveCheck | None:
     """Compute the features of a random sample of records anew, and compare them with the stored ones.
 
-    sample: the number of records, which are drawn from the segment's undamaged shards. Return None if there is nothing
-    to compare.
+    sample: the number of records, which are drawn from the segment's undamaged Zarr shards. Return None if there is
+    nothing to compare.
     """
     manifest = segment.manifest
     whole = sorted(set(range(manifest.zarr_shards)) - {*report.missing, *report.damaged})
@@ -125,11 +125,11 @@ def check_live(
     records, index = read_rows(reader, chosen)
     if not len(records):
         return None
-    images = accepted(relocate(index.images, shards))
+    located = accepted(relocate(index.images, images))
     codec, calibration, prefix = CODECS[manifest.codec], calibration_on(segment, device), manifest.teacher.prefix_tokens
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
     cosines = []
-    with ImageFile(images) as files, meter("live check", len(records), "records") as m:
+    with ImageFile(located) as files, meter("live check", len(records), "records") as m:
         check_images(files, np.arange(len(records)), index.digest)
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]

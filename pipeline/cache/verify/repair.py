@@ -31,7 +31,7 @@ def repair_segment(
     segments: Sequence[Segment],
     report: SegmentReport,
     extract: Extractor,
-    shards: Spec | None,
+    images: Spec | None,
 ) -> None:
     """Compute and write what is damaged or missing in a segment, where this is possible, and update the report."""
     manifest, store = segment.manifest, segment.store
@@ -51,7 +51,7 @@ def repair_segment(
     if not computable(segment, report):
         return
     if wanted:
-        compute_again(segment, segments, wanted, report, extract, shards)
+        compute_again(segment, segments, wanted, report, extract, images)
     ends = {within(segment, name): name for name in (COMPLETE, RECORDS, SKIPPED)}
     unfinished = COMPLETE not in store.sizes() or any(place in report.files for place in ends)
     if unfinished and not (report.missing or report.damaged):
@@ -67,7 +67,7 @@ def compute_again(
     wanted: Sequence[int],
     report: SegmentReport,
     extract: Extractor,
-    shards: Spec | None,
+    images: Spec | None,
 ) -> None:
     """Compute some Zarr shards again and update the report."""
     manifest, store = segment.manifest, segment.store
@@ -80,14 +80,14 @@ def compute_again(
         numbers = np.unique(
             np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in wanted]) // manifest.views_each
         )
-        with ImageFile(relocate(read_images(store, manifest.data.decoding), shards)) as files:
+        with ImageFile(relocate(read_images(store, manifest.data.decoding), images)) as files:
             check_images(files, numbers, digests)
-    # These files are removed first. If the run dies after this, the segment is incomplete and its shards are missing,
-    # but no shard is half old and half new.
+    # These files are removed first. If the run dies after this, the segment is incomplete and these Zarr shards are
+    # missing, but none is half old and half new.
     store.remove(COMPLETE)
     for shard in wanted:
         store.remove(journal_file(shard))
-    fill(segment, wanted, own, segments, shards, digests)
+    fill(segment, wanted, own, segments, images, digests)
 
     report.missing, report.damaged, sizes = [], [], store.sizes()
     for shard in wanted:
