@@ -29,7 +29,7 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 def has_cls(model: nn.Module) -> bool:
-    """Return whether the first token is a class token. Of several prefix tokens, it is the first in all of timm."""
+    """Return whether the first token is a class token. In all of timm it comes first."""
     told = getattr(model, "has_class_token", None)
     return prefix_tokens(model) > 0 and (getattr(model, "cls_token", None) is not None if told is None else bool(told))
 

@@ -15,8 +15,8 @@ from singer.errors import UserError
 def relocate(images: Images, spec: Spec | None) -> Images:
     """Return the images with the present places of their containers.
 
-    Raises UserError if one is missing or has changed. Of a folder, the first file is looked at; the others are when
-    they are read.
+    Raises UserError if one is missing or has changed. The first file of a folder is checked here,
+    the others when they are read.
     """
     paths = images.paths if spec is None else _matched(images.paths, resolve(spec))
     firsts = np.unique(images.container, return_index=True)

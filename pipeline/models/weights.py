@@ -21,8 +21,8 @@ from pipeline.runtime.progress import say
 from pipeline.storage.tensors import read_tensors
 from singer.errors import UserError
 
-# Keys under which training programs store a state dict: averaged over the steps, and not. Of DINO's pair, the teacher
-# is the average of the student.
+# Keys under which training programs store a state dict: averaged over the steps, and not. DINO's teacher is the
+# average of its student.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
 PLAIN = ("state_dict", "model_state_dict", "model", "student", "network", "net", "module", "backbone", "encoder")
 # Modules that wrap a backbone.

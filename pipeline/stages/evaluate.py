@@ -1,4 +1,4 @@
-"""After stage 3: probes of a frozen model on labelled shards.
+"""After stage 3: probes of a frozen model on labelled images.
 
 Run it with `singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/evaluation/ holds the tasks.
 """
@@ -93,17 +93,17 @@ def evaluate_tasks(
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     check_model(model, weights)
     check_known_model(model)
-    shards: tuple[Images | None, Images]
-    shards = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
+    images: tuple[Images | None, Images]
+    images = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     if config.cache.on_error == "skip":
-        shards = None if shards[0] is None else readable(shards[0]), readable(shards[1])
+        images = None if images[0] is None else readable(images[0]), readable(images[1])
     backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
         made = load_result(run)
         for caveat in caveats(backbone, made):
             say(f"note: {caveat}")
-        learned, reason = learned_from(made, shards[1])
+        learned, reason = learned_from(made, images[1])
         if learned == "yes":
             say("note: the student learned from images of --test; are --train and --test swapped?")
         elif learned == "unknown":
@@ -112,7 +112,7 @@ def evaluate_tasks(
     backbone.model.to(device)
     place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()
-    train_names, test_names = ([p.name for p in images.paths] if images else [] for images in shards)
+    train_names, test_names = ([p.name for p in each.paths] if each else [] for each in images)
     computed: ComputedFeatures = {}
     results = {}
     # A folder that is not the run gets a log only if there is a warning or an error.
@@ -120,10 +120,10 @@ def evaluate_tasks(
     with log:
         for task in dict.fromkeys(tasks):
             named = None if own else f"{model} {weights}"
-            file = result_file(place, task, shards, config, named) if place is not None else None
+            file = result_file(place, task, images, config, named) if place is not None else None
             result = TASKS[task].probe(
                 EvaluationContext(
-                    model, backbone, device, shards[0], shards[1], config.evaluate, started, file, computed
+                    model, backbone, device, images[0], images[1], config.evaluate, started, file, computed
                 )
             )
             object.__setattr__(result, "learned_from_test", learned)
@@ -174,16 +174,16 @@ def _cached_images(taught: TeacherLink) -> np.ndarray | str:
 
 
 def result_file(
-    place: Path, task: str, shards: tuple[Images | None, Images], config: Config, model: str | None = None
+    place: Path, task: str, images: tuple[Images | None, Images], config: Config, model: str | None = None
 ) -> Path:
-    """Return the path evaluate-<hash>.json, with one hash for each task, pair of shard sets and settings.
+    """Return the path evaluate-<hash>.json, with one hash for each task, pair of image sets and settings.
 
     A repeated command therefore replaces its own file. model: the identity of a model that shares the folder with
     others, or None if the folder is the run itself.
     """
     what: list[Any] = [
         task,
-        [images.place_hash() if images else None for images in shards],
+        [each.place_hash() if each else None for each in images],
         config.evaluate.model_dump_json(),
     ]
     what += [] if model is None else [model]

@@ -17,7 +17,7 @@ class Angle(Objective):
     """Squared angle between the student's CLS and the teacher's (without CLS, mean patches), over its dispersion.
 
     The dispersion is the mean squared angle of the teacher's summaries from their mean direction. Both are running
-    means. Of the last matched block.
+    means. Only the last matched block is compared.
     """
 
     momentum = 0.99
