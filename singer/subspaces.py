@@ -28,12 +28,12 @@ _FIRST = (
 )  # fmt: skip
 
 
-def weights(context: FitContext, rank: int) -> Tensor:
-    """Return the smallest singular directions of W̃ = fc2·fc1, the next block's linearised reader (the paper)."""
+def null_space(context: FitContext, rank: int) -> Tensor:
+    """Return the smallest singular directions of the next block's W̃ = fc2·fc1: its null space, roughly (the paper)."""
     return smallest_directions(reader_weight(context.suffix, context.block), rank)
 
 
-def weights_official(context: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
+def null_space_official(context: FitContext, rank: int, threshold: float = OFFICIAL_THRESHOLD) -> Tensor:
     """Return the r LARGEST singular directions below a threshold, in descending order (the authors' code).
 
     The last block uses its own W̃. If there are fewer than r, random unit vectors fill up the rest; they are not
@@ -81,8 +81,8 @@ def random(context: FitContext, rank: int) -> Tensor:
 
 
 BASES: dict[str, Basis] = {
-    "weights": weights,
-    "weights-official": weights_official,
+    "weights": null_space,
+    "weights-official": null_space_official,
     "curvature": least_curvature,
     "artifact-aware": artifact_aware,
     "random": random,

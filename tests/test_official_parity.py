@@ -34,7 +34,7 @@ from singer.objectives import ObjectiveContext
 from singer.objectives.mse import Mse
 from singer.objectives.vitkd import VitKd
 from singer.refiner import Refiner
-from singer.subspaces import BASES, weights_official
+from singer.subspaces import BASES, null_space_official
 from singer.suffix import TeacherSuffix, suffix_state
 
 FOLDER = Path(__file__).with_name("parity")
@@ -155,7 +155,7 @@ def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
         _, values, right = np.linalg.svd((mlp.fc2.weight @ mlp.fc1.weight).double().numpy())
         space = torch.from_numpy(right[values < limit].T).float()
         assert space.shape[1] >= rank
-        for directions in (weights_official(context, rank, limit), fixture.tensors[f"adapter_init.{block}.down"]):
+        for directions in (null_space_official(context, rank, limit), fixture.tensors[f"adapter_init.{block}.down"]):
             assert_close(directions.T @ directions, torch.eye(rank), 1e-5)
             assert_close((space.T @ directions).norm(dim=0), torch.ones(rank), 1e-4)
         assert limit == 0.05  # the registry's

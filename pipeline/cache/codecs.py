@@ -159,7 +159,7 @@ class Quantised:
 
 
 @contextmanager
-def naming(block: int) -> Iterator[None]:
+def naming_block(block: int) -> Iterator[None]:
     """Put the block before the message of a UserError of a codec."""
     try:
         yield

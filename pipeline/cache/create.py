@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.cache.append import Addition, check_growth, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
-from pipeline.cache.codecs import CODECS, naming
+from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
@@ -19,7 +19,7 @@ from pipeline.cache.segments import Segment, read_segments, segment_name, segmen
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, numbered_as
-from pipeline.data.tars import NO_LABEL
+from pipeline.data.listed import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
 from pipeline.runtime.progress import say
@@ -49,7 +49,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     whole = Addition(blocks, listed, 0, config.views.count)
     additions = [whole]
     if mode == "append":
-        check_growth(segments, describe(config, whole, extract.teacher), out)
+        check_growth(segments, new_manifest(config, whole, extract.teacher), out)
         listed = replace(listed, decoding=segments[0].manifest.data.decoding)
         listed = numbered_as(listed, segments[0].index().images.classes)
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
@@ -72,7 +72,7 @@ def build_segment(
 
     segments: the earlier ones. A block that is in one of them for this teacher keeps its calibration.
     """
-    manifest, known = describe(config, addition, extract.teacher), segments_of(segments, extract.teacher)
+    manifest, known = new_manifest(config, addition, extract.teacher), segments_of(segments, extract.teacher)
     earlier = [s.manifest.tail_first_block for s in known]
     suffix = None
     if not earlier or manifest.blocks[0] < min(earlier):
@@ -93,13 +93,13 @@ def build_segment(
         read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
-            with naming(block):
+            with naming_block(block):
                 measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
     own = {b: calibration[b] for b in manifest.blocks}
     return manifest, small_files(manifest, addition.images, suffix, own, {b: measured[b] for b in manifest.blocks})
 
 
-def describe(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
+def new_manifest(config: Config, addition: Addition, teacher: TeacherManifest) -> Manifest:
     """Return the manifest of a new segment: all that its features depend on, as known before any image is read."""
     images, records = addition.images, len(addition.images) * addition.views
     if teacher.shapes is not None and config.cache.token_share < 1:

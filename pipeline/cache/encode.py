@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, few_records
-from pipeline.cache.codecs import CODECS, naming
+from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
 from pipeline.cache.manifest import Manifest
@@ -77,7 +77,7 @@ class Encoder:
                 check_finite({block: few}, batch.records[own], self._rows.key)
                 if isinstance(positions, Tensor):
                     few = take_patches(few, self._manifest.teacher.prefix_tokens, positions[own])
-                with naming(block):
+                with naming_block(block):
                     stored = self._codec.encode(few, self._calibration[block])
                 for part, values in stored.items():
                     yield f"{FEATURES}/{block}/{part}", values

@@ -15,7 +15,7 @@ from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError, image_digest, listing_hash, one_line
-from pipeline.data.decoder_warnings import naming
+from pipeline.data.decoder_warnings import warnings_of
 from pipeline.data.views import View, apply_view, draw_view
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
@@ -142,7 +142,7 @@ class RowReader:
         if self.rows.digests is not None and self.rows.digests[number] not in (0, digest):
             raise UserError(f"image {self.rows.images.keys[number]!r} has changed since it was cached ({where})")
         try:
-            with naming(where):
+            with warnings_of(where):
                 return self._files.decode(data), digest
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":

@@ -50,7 +50,7 @@ class SegmentReader:
 
 
 def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
-    """Return those of the stored records `rows` with an image that can be decoded, and an index of only these.
+    """Return the numbers in `rows` whose records have an image that can be decoded, and an index of these records.
 
     The segment need not be complete. In the index, each record has an image of its own, with the number of the record.
     """

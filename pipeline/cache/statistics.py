@@ -121,7 +121,7 @@ class _Measured:
     def __init__(self) -> None:
         self.before: list[Tensor] = []
         self.after: list[Tensor] = []
-        self.change, self.tokens = Spread(), Spread()
+        self.change, self.tokens = RunningVariance(), RunningVariance()
 
     def figures(self, threshold: float) -> dict[str, object]:
         """Return the summary of all batches."""
@@ -135,8 +135,8 @@ class _Measured:
         }
 
 
-class Spread:
-    """Running variance of vectors around their mean, in float64."""
+class RunningVariance:
+    """The variance of vectors around their mean, in float64, as they come."""
 
     def __init__(self) -> None:
         self._count, self._squares = 0, 0.0

@@ -47,7 +47,7 @@ def choose_variant(
     everything = variants_of(segments)
     fitting = [v for v in everything if teacher is None or fits(v[0].manifest.teacher, teacher)]
     if not fitting:
-        names = ", ".join(describe([v[0].manifest.teacher for v in everything]))
+        names = ", ".join(names_of([v[0].manifest.teacher for v in everything]))
         raise UserError(f"{place} has no features of a teacher {teacher!r}; it has: {names}")
     for variant in fitting if known is not None else ():
         if known in ids_of(variant):
@@ -55,7 +55,7 @@ def choose_variant(
     if teacher is not None and len(fitting) > 1:
         teachers = [v[0].manifest.teacher for v in fitting]
         raise UserError(
-            f"{place} has {len(teachers)} variants of teacher {teacher!r}: {', '.join(describe(teachers))}; "
+            f"{place} has {len(teachers)} variants of teacher {teacher!r}: {', '.join(names_of(teachers))}; "
             f"name one: {option.replace('{}', teachers[0].variant)}"
         )
     return fitting[0]
@@ -85,7 +85,7 @@ def fits(teacher: TeacherManifest, name: str) -> bool:
     return name in known or (len(name) >= _SHORTEST_HASH and teacher.weights.startswith(name))
 
 
-def describe(teachers: Sequence[TeacherManifest]) -> list[str]:
+def names_of(teachers: Sequence[TeacherManifest]) -> list[str]:
     """Describe each variant by what differs between them, such as vit_tiny_patch16_224@0a1b2c3d (precision bf16)."""
     fields = [_fields(t) for t in teachers]
     different = [key for key in dict.fromkeys(itertools.chain(*fields)) if len({str(f.get(key)) for f in fields}) > 1]

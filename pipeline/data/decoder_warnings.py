@@ -17,7 +17,7 @@ _installed = ExitStack()
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def warnings_of(where: str) -> Iterator[None]:
     """Let the warnings of decoders in this thread begin with `where` until the block ends."""
     before = getattr(_thread, "where", None)
     _thread.where = where

@@ -11,7 +11,7 @@ from PIL.ExifTags import Base
 from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.decoder_warnings import naming, warn
+from pipeline.data.decoder_warnings import warn, warnings_of
 from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, format_of, is_heif
 from singer.errors import UserError
 
@@ -155,7 +155,7 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def named_errors(where: str) -> Iterator[None]:
     """Turn whatever a decoder raises into a UserError that begins with `where`, and name its warnings."""
-    with naming(where):
+    with warnings_of(where):
         try:
             yield
         except Exception as error:  # decoders raise many kinds of errors on broken data

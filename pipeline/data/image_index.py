@@ -157,8 +157,8 @@ def told_apart(
 ) -> tuple[Keys, np.ndarray]:
     """Return the keys, with a prefix for those that an earlier source has, too, and which of them still occur twice.
 
-    hashes: (n,) uint64, see tars.key_hash; usable: (n,) bool; source: (n,), index into paths. The prefix is the name of
-    the source, or as much of its path as tells it from the others.
+    hashes: (n,) uint64, see listed.key_hash; usable: (n,) bool; source: (n,), index into paths. The prefix is the name
+    of the source, or as much of its path as tells it from the others.
     """
     first = _first_rows(keys, hashes)
     again = np.flatnonzero((first >= 0) & usable)

@@ -1,5 +1,6 @@
 """What one source lists: a shard, a folder, a list of files or a table."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ class SourceListing:
     """The samples of a source as columns, with the unusable ones.
 
     size: size of its files, in bytes; key_text: uint8, UTF-8 of all keys; key_ends: int64; hashes: uint64, see
-    tars.key_hash; labels: int32; offsets, sizes: int64, places of the images, see images.Images; usable: bool; defects:
+    key_hash; labels: int32; offsets, sizes: int64, places of the images, see images.Images; usable: bool; defects:
     (number of the sample, its key, what is wrong), in order, with number -1 for the source itself; files: the names of
     the files of a folder; classes: names by label, if they are known; left_out: {kind: how many other files}.
     """
@@ -30,3 +31,8 @@ class SourceListing:
     files: Sequence[str] | None = None
     classes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+def key_hash(key: bytes) -> int:
+    """Return the first 8 bytes (little-endian) of a key's SHA-256."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")

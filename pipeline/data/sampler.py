@@ -38,7 +38,7 @@ def part_size(records: int, parts: int) -> int:
 
 
 def smallest_part(records: int, batch: int, world: int, parts: int) -> int:
-    """Return the fewest records that a process computes at once, if it divides its batches into so many parts."""
+    """Return the size of the smallest part, in records, when every process divides its batches into `parts`."""
     batches = {min(batch, records), records % batch or min(batch, records)}
     mine = {-(-whole // world) for whole in batches}
     return min(n % part_size(n, parts) or part_size(n, parts) for n in mine)

@@ -1,6 +1,5 @@
 """The samples of a tar, grouped as in the webdataset library; only headers and labels are read."""
 
-import hashlib
 import os
 import re
 import shlex
@@ -12,8 +11,7 @@ import numpy as np
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
 from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
-from pipeline.data.listed import NO_LABEL as NO_LABEL
-from pipeline.data.listed import SourceListing
+from pipeline.data.listed import NO_LABEL, SourceListing, key_hash
 from pipeline.data.tar_members import Defect, Member, members_of
 
 LABEL_EXTENSION = "cls"
@@ -51,12 +49,12 @@ class Sample:
         return another or extension in self.members or extension in self.images
 
 
-class Samples:
+class TarSamples:
     """Groups the members of a tar, one after the other. The members of a sample need not follow one another.
 
     image_key: see CacheConfig; also: further extensions that matter; left_out: {kind: how many files belong to no
-    sample}, see importers.walk. A member that its sample has already begins
-    another sample with the same key, unless it follows directly.
+    sample}, see importers.walk. If a sample would get a second member of one kind, that member begins another sample
+    with the same key; only a repetition that follows directly is a defect of the first sample.
     """
 
     def __init__(self, image_key: str | None = None, also: tuple[str, ...] = ()) -> None:
@@ -129,9 +127,9 @@ class Samples:
                 sample.defect = "may have lost members: the shard is damaged after it"
 
 
-def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[Samples, str | None]:
+def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[TarSamples, str | None]:
     """Read the samples of a shard, and what is wrong with it as a whole. also: further extensions that matter."""
-    samples = Samples(image_key, also)
+    samples = TarSamples(image_key, also)
     try:
         with path.open("rb", buffering=0) as file:
             start = os.pread(file.fileno(), 6, 0)
@@ -173,11 +171,6 @@ def list_tar(path: Path, image_key: str | None = None) -> SourceListing:
 def kind_of_name(name: str) -> str:
     """Return the kind of a file that belongs to no sample, as importers.walk counts it."""
     return HIDDEN if name.startswith(".", name.rfind("/") + 1) else suffix_of(name) or UNNAMED
-
-
-def key_hash(key: bytes) -> int:
-    """Return the first 8 bytes (little-endian) of a key's SHA-256."""
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
 
 
 def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]:

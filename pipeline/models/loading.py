@@ -23,7 +23,7 @@ from pipeline.models.own import create_own, saved_own
 from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.json_files import read_json
-from singer import exits as exits  # timm then knows students with a wider exit
+from singer import student_exits as student_exits  # timm then knows students with a wider exit
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size, check_multiple

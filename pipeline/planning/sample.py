@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, readable
-from pipeline.data.tars import NO_LABEL
+from pipeline.data.listed import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.prefetch import prefetch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, few_records
-from pipeline.cache.codecs import CODECS, naming
+from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.stored import Ragged
@@ -91,7 +91,7 @@ class Scale:
         try:
             error = 0.0
             for block, x in self._features.items():
-                with naming(block):
+                with naming_block(block):
                     measured = fidelity(CODECS[codec], x, self._calibration[block])
                 error = max(error, measured["clean"]["relative_error"])
             return [self.option(codec, share, error) for share in shares]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pipeline.cache.append import Addition
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.create import STAGE, create_segments, describe
+from pipeline.cache.create import STAGE, create_segments, new_manifest
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill_segments
 from pipeline.cache.format import MANIFEST
@@ -124,4 +124,4 @@ def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
     there = read_manifest(store)
     blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
     whole = Addition(blocks, read_images(store, there.data.decoding), 0, config.views.count)
-    check_same(there, describe(config, whole, teacher), store.url)
+    check_same(there, new_manifest(config, whole, teacher), store.url)

@@ -1,8 +1,9 @@
 """What a cache holds, and what a refiner changes: norms, artifacts, drift at the teacher's readers, pictures.
 
 A reader is a part of the teacher that reads the output of a block: the next block's branch, the norm before it, and
-the final norm. Drift is how much its output changes if it reads refined tokens. Spliced are the teacher's predictions
-if refined tokens replace the output of one block, and the rest of the teacher runs on them.
+the final norm. Drift is how much its output changes if it reads refined tokens. The figures called spliced
+are of the teacher's predictions when refined tokens replace the output of one block and the rest of the teacher runs on
+them.
 
 Run it with `singer inspect CACHE [--refiner REFINER] [--out FOLDER]`. The figures come from held-out records; with a
 refiner, they come from the records that it was not fitted on. The thresholds are the refiner's, or come from the

@@ -24,7 +24,7 @@ from pipeline.models.loading import load_model
 from pipeline.models.names import HF, LOCAL, OWN
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import separate
-from singer import exits
+from singer import student_exits
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.sizes import Size
@@ -122,7 +122,7 @@ def write_hf(student: Student, folder: Path) -> Written:
     A student of transformers is written as transformers itself does.
     """
     _require_whole_model(student, "hf")
-    if student.backbone.architecture == exits.NAME:
+    if student.backbone.architecture == student_exits.NAME:
         raise UserError("--to hf is not for students with student.exit; take timm, onnx or torch-export")
     if student.backbone.architecture.startswith(OWN):
         raise UserError("--to hf is for models of timm and transformers; take onnx or torch-export for this student")
@@ -288,7 +288,9 @@ def _read_timm(student: Student, folder: Path) -> Written:
     layout = "NLC" if backbone.gives_tokens else "NCHW"
     # The package singer-vit knows students with a wider exit, and timm alone does not.
     more_imports = (
-        f"\nimport {exits.__name__}  # pip install singer-vit\n" if backbone.architecture == exits.NAME else ""
+        f"\nimport {student_exits.__name__}  # pip install singer-vit\n"
+        if backbone.architecture == student_exits.NAME
+        else ""
     )
     snippet = f"""import timm
 import torch

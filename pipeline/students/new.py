@@ -8,7 +8,7 @@ from pipeline.models.fetching import first_line
 from pipeline.models.loading import check_known, create_model
 from pipeline.models.names import HF, is_function
 from pipeline.models.own import Own, describe_own
-from singer import exits
+from singer import student_exits
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 
@@ -46,7 +46,7 @@ def new_student(
     name = PLAIN_VIT if config.name == "vit" else config.name
     if config.exit != "plain":
         args |= _exit(config, name, width)
-        name = exits.NAME
+        name = student_exits.NAME
     # A function of the user's own says for which size it is; all else is built for the teacher's.
     size = config.image_size or (None if is_function(name) else image_size)
     student = create_model(name, size, args, None, pretrained=config.pretrained, what="student.name")

@@ -16,8 +16,8 @@ def on_device(
 
     Steps on a GPU only begin when they are started. So the next batch is read, and copied on a stream of its own, while
     the GPU computes; the step waits for the copy on the GPU. The caller is held back until the step before the last has
-    ended: at most two batches are on the device, the one in use and the next one. The meter then counts only such
-    waiting for data that leaves the GPU without work.
+    ended: at most two batches are on the device, the one in use and the next one. The meter then counts a wait for
+    data only if it leaves the GPU without work.
     """
     if device.type != "cuda":
         for stored in batches:

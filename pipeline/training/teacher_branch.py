@@ -12,10 +12,10 @@ from pipeline.training.batch import TeacherFeatures
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets, select_tokens
 from singer.errors import UserError
-from singer.exits import has_exit
 from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
+from singer.student_exits import has_exit
 
 
 @dataclass(frozen=True)
