@@ -8,14 +8,15 @@ method mse, in epochs of its own cost. Each learning rate of the sweep is tried 
 last training shard; the best is trained with the other seeds. Test images are opened for the chosen runs only. The
 second teacher of field-teachers is the first at 192 px, and `random-teacher` is one with random weights, the control.
 
-Work goes method by method, and a row is printed when it is done. If the command is repeated, it skips what is done and
-continues where it stopped, also after a kill; --table only prints what there is.
+Work goes method by method, and a row is printed when it is done. All figures are kept in a file of JSON lines
+(--figures; with the same --epochs and --shards only). If the command is repeated, also on another machine, it skips
+what the file has; in the same folder it also continues a run that was killed. --table only prints what there is.
 """
 
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -40,7 +41,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.storage.json_files import write_json
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.cached_teachers import open_teachers
@@ -66,6 +66,32 @@ class Method:
     sets: tuple[str, ...]
     refined: bool
     caches: tuple[str, ...]
+
+
+class Figures:
+    """Figures of one setting, in a file of JSON lines, which is only appended to.
+
+    setting: what they depend on besides their name; it is the first line of the file.
+    """
+
+    def __init__(self, file: Path, setting: dict[str, Any]) -> None:
+        self.file = file
+        if not file.exists():
+            file.write_text(json.dumps(setting) + "\n")
+        first, *lines = map(json.loads, file.read_text().splitlines())
+        if first != setting:
+            raise SystemExit(f"{file} has figures of {first}, not of {setting}; give another --figures")
+        self.known: dict[str, dict[str, Any]] = {line["of"]: line for line in lines}
+
+    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return figures by their name, after making them if they are not known."""
+        if name not in self.known:
+            # As the next command reads them.
+            line = json.dumps({"of": name} | make())
+            with self.file.open("a") as file:
+                file.write(line + "\n")
+            self.known[name] = json.loads(line)
+        return self.known[name]
 
 
 def read(sweep: str) -> SweepFile:
@@ -100,6 +126,7 @@ class Chain:
     out: Path
     epochs: int
     shards: int
+    kept: Figures
     rates: tuple[float, ...] = RATES
 
     def images(self, name: str) -> list[str]:
@@ -145,41 +172,45 @@ class Chain:
 
     def cost(self, name: str) -> dict[str, float]:
         """Return {"ratio": of the processor time of an image to that of mse, "ms": of a step, "bytes", "records"}."""
-        file = self.out / f"cost-{name}.json"
-        if not file.exists():
-            steps = Steps(self, METHODS[name])
-            times: tuple[list[float], list[float]] = ([], [])
-            for turn in range(6):
-                for kind, measured in zip((steps, self.base), times, strict=True):
-                    seconds = processor_seconds(kind.run)
-                    if turn:  # the first round warms up
-                        measured.append(seconds / kind.images)
-            own, base = (statistics.median(measured) for measured in times)
-            size = {"ms": 1000 * own * steps.size, "bytes": steps.bytes, "records": len(steps.records)}
-            write_json(file, {"ratio": own / base, **size})
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
+        return self.kept.get(f"cost-{name}", lambda: self.measured_cost(METHODS[name]))
+
+    def measured_cost(self, method: Method) -> dict[str, float]:
+        """Measure `cost`."""
+        steps = Steps(self, method)
+        times: tuple[list[float], list[float]] = ([], [])
+        for turn in range(6):
+            for kind, measured in zip((steps, self.base), times, strict=True):
+                seconds = processor_seconds(kind.run)
+                if turn:  # the first round warms up
+                    measured.append(seconds / kind.images)
+        own, base = (statistics.median(measured) for measured in times)
+        size = {"ms": 1000 * own * steps.size, "bytes": steps.bytes, "records": len(steps.records)}
+        return {"ratio": own / base, **size}
 
     def trained(self, name: str, rate: float, seed: int) -> Path:
         """Return the folder of a run, after training it, or the rest of it."""
         method, cost = METHODS[name], self.cost(name)
         share = cost["records"] / self.cost(BASE)["records"]
         epochs = max(1, round(self.epochs / (cost["ratio"] * share)))
-        run = self.out / f"run-{name}-{rate:g}-{seed}"
+        run = self.out / f"run-{key_of(name, rate, seed)}"
         if not (run / RUN).exists():
             caches, refiners = self.inputs(method)
             sets = [f"distill.lr={rate}", f"distill.epochs={epochs}", f"distill.seed={seed}"]
             distill(self.config(method, *sets), caches, run, refiners, mode=mode(run))
         return run
 
-    def probed(self, run: Path, name: str, task: str, train: list[str], test: list[str]) -> dict[str, Any]:
-        """Return the figures of a run by a task; name: of the file that keeps them."""
-        file = self.out / f"{run.name}-{name}.json"
-        if not file.exists():
-            found = evaluate_tasks(load_config(read("field").base, PROBES), run, train, test, [task])[task]
-            write_json(file, {key: value for key, value in vars(found).items() if key in FIGURES})
-        figures: dict[str, Any] = json.loads(file.read_text())
-        return figures
+    def probed(
+        self, run: tuple[str, float, int], name: str, task: str, train: list[str], test: list[str]
+    ) -> dict[str, Any]:
+        """Return the figures by a task of a method, rate and seed; name: by which they are kept."""
+
+        def make() -> dict[str, Any]:
+            folder = self.trained(*run)
+            found = evaluate_tasks(load_config(read("field").base, PROBES), folder, train, test, [task])[task]
+            steps = json.loads((folder / RUN).read_text())["steps"]
+            return {key: value for key, value in vars(found).items() if key in FIGURES} | {"steps": steps}
+
+        return self.kept.get(f"{key_of(*run)}-{name}", make)
 
     def rate(self, name: str) -> float:
         """Return the learning rate that is best on the last training shard, with seed 0."""
@@ -188,12 +219,12 @@ class Chain:
         *most, last = self.images("tinyimagenet50-train")
         scores = {}
         for rate in self.rates:
-            found = self.probed(self.trained(name, rate, 0), "dev", "classification", most, [last])
+            found = self.probed((name, rate, 0), "dev", "classification", most, [last])
             scores[rate] = found["linear"]["mean_patch"]["top1"]
         return max(scores, key=lambda rate: scores[rate])
 
-    def figures(self, run: Path) -> dict[str, Any]:
-        """Return {task: figures} of a run on the test images."""
+    def figures(self, run: tuple[str, float, int]) -> dict[str, Any]:
+        """Return {task: figures} of a method, rate and seed on the test images."""
         found = {task: self.probed(run, task, task, *map(self.images, sets)) for task, sets in TASKS.items()}
         train, test = Results(self.teacher, self.data, self.out, False).depth_shards()
         return found | {"depth": self.probed(run, "depth", "depth", [str(train)], [str(test)])}
@@ -201,7 +232,7 @@ class Chain:
     def row(self, name: str, seeds: list[int]) -> list[str]:
         """Return the cells of a method."""
         rate, cost = self.rate(name), self.cost(name)
-        figures = [self.figures(self.trained(name, rate, seed)) for seed in seeds]
+        figures = [self.figures((name, rate, seed)) for seed in seeds]
         cells = [name]
         for task, *path in COLUMNS.values():
             values = [value_at(f[task], path) for f in figures]
@@ -209,17 +240,22 @@ class Chain:
             cells.append(f"{np.mean(values):.{digits}f}")
             if len(values) > 1:
                 cells[-1] += f" ± {np.std(values, ddof=1):.{digits}f}"
-        epochs = json.loads((self.trained(name, rate, seeds[0]) / RUN).read_text())["steps"]
-        return [*cells, f"{rate:g}", f"{epochs}", f"{cost['ms']:.0f}", f"{cost['bytes'] / 1000:.0f}", str(len(seeds))]
+        return [
+            *cells,
+            f"{rate:g}",
+            f"{figures[0]['depth']['steps']}",
+            f"{cost['ms']:.0f}",
+            f"{cost['bytes'] / 1000:.0f}",
+            str(len(seeds)),
+        ]
 
     def done(self, name: str, seeds: list[int]) -> list[int]:
         """Return the seeds of which all figures exist, without making any."""
-        dev = [self.out / f"run-{name}-{rate:g}-0-dev.json" for rate in self.rates]
-        if len(self.rates) > 1 and not all(file.exists() for file in dev):
+        if len(self.rates) > 1 and not self.kept.known.keys() >= {f"{key_of(name, r, 0)}-dev" for r in self.rates}:
             return []
         rate = self.rate(name)
-        files = {s: [self.out / f"run-{name}-{rate:g}-{s}-{task}.json" for task in (*TASKS, "depth")] for s in seeds}
-        return [seed for seed, found in files.items() if all(file.exists() for file in found)]
+        needed = {s: {f"{key_of(name, rate, s)}-{task}" for task in (*TASKS, "depth")} for s in seeds}
+        return [seed for seed, keys in needed.items() if self.kept.known.keys() >= keys]
 
     def table(self, seeds: list[int]) -> str:
         """Return the table of the methods that are done, the best first by the mean patch."""
@@ -261,6 +297,11 @@ class Steps:
             self.optimiser.step()
 
 
+def key_of(name: str, rate: float, seed: int) -> str:
+    """Return the name of a run among folders and figures."""
+    return f"{name}-{rate:g}-{seed}"
+
+
 def value_at(tree: Any, path: list[str]) -> float:
     """Return the number at a path of keys."""
     for key in path:
@@ -284,11 +325,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of the method mse; the others get as much time")
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates that are tried")
+    parser.add_argument("--figures", type=Path, help="file of all figures; default: figures.jsonl in --out")
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and do nothing")
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards, tuple(options.rates))
+    setting = {"epochs": options.epochs, "shards": options.shards}
+    kept = Figures(options.figures or options.out / "figures.jsonl", setting)
+    chain = Chain(
+        options.teacher, options.data, options.out, options.epochs, options.shards, kept, tuple(options.rates)
+    )
     if not options.table:
         for count in range(1, len(options.seeds) + 1):
             for name in options.methods:
