@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4, 8], help="none: the centre view alone")
     parser.add_argument("--passes", type=int, nargs="+", default=[16, 48], help="times that a student sees an image")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
