@@ -203,14 +203,7 @@ class Chain:
         self, run: tuple[str, float, int], name: str, task: str, train: list[str], test: list[str]
     ) -> dict[str, Any]:
         """Return the figures by a task of a method, rate and seed; name: by which they are kept."""
-
-        def make() -> dict[str, Any]:
-            folder = self.trained(*run)
-            found = evaluate_tasks(load_config(read("field").base, PROBES), folder, train, test, [task])[task]
-            steps = json.loads((folder / RUN).read_text())["steps"]
-            return {key: value for key, value in vars(found).items() if key in FIGURES} | {"steps": steps}
-
-        return self.kept.get(f"{key_of(*run)}-{name}", make)
+        return self.kept.get(f"{key_of(*run)}-{name}", lambda: evaluated(self.trained(*run), task, train, test))
 
     def rate(self, name: str) -> float:
         """Return the learning rate that is best on the last training shard, with seed 0."""
@@ -295,6 +288,13 @@ class Steps:
             self.optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             self.optimiser.step()
+
+
+def evaluated(run: Path, task: str, train: list[str], test: list[str]) -> dict[str, Any]:
+    """Return the figures of a finished run by a task, and its steps."""
+    found = evaluate_tasks(load_config(read("field").base, PROBES), run, train, test, [task])[task]
+    steps = json.loads((run / RUN).read_text())["steps"]
+    return {key: value for key, value in vars(found).items() if key in FIGURES} | {"steps": steps}
 
 
 def key_of(name: str, rate: float, seed: int) -> str:

@@ -12,9 +12,10 @@ continues where it stopped.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
-from field import BASE, METHODS, Chain, line
+from field import BASE, METHODS, Chain, Figures, evaluated, line
 from results import mode
 from scipy.stats import spearmanr
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards)
+    setting = {"parameters": options.parameters, "epochs": options.epochs, "shards": options.shards}
+    kept = Figures(options.out / "figures.jsonl", setting)
+    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards, kept)
     method = METHODS[BASE]
     caches, refiners = chain.inputs(method)
     ranked = rank_students(chain.config(method), caches[0], options.parameters)
@@ -53,7 +56,7 @@ def main() -> None:
             distill(
                 chain.config(method, *shape, f"distill.epochs={options.epochs}"), caches, run, refiners, mode=mode(run)
             )
-        figures = chain.probed(run, "dev", "classification", most, [last])
+        figures = kept.get(run.name, partial(evaluated, run, "classification", most, [last]))
         reached.append(figures["linear"]["mean_patch"]["top1"])
         print(
             line([student.student, *(f"{getattr(student, s):.4g}" for s in SCORES), f"{reached[-1]:.1f}"]), flush=True

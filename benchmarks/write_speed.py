@@ -33,7 +33,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows, Values, ViewBatch
+from pipeline.cache.rows import RowReader, Rows, Stored, ViewBatch
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
@@ -123,7 +123,7 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
-                views: Values = {VIEWS: torch.from_numpy(found)}
+                views: Stored = {VIEWS: torch.from_numpy(found)}
                 store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, views))
 
     return seconds(store_all)

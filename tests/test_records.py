@@ -13,9 +13,8 @@ from conftest import seeded, targets_of, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.format import MANIFEST, zarr_shard_file
-from pipeline.cache.segment_reader import read_arrays
 from pipeline.cache.stored import Fixed, Ragged
-from pipeline.cache.zarr_shards import ZarrArray
+from pipeline.cache.zarr_shards import ZarrArray, read_arrays
 from pipeline.config import Config
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise

@@ -13,7 +13,7 @@ from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.pixels import encode_jpegs
-from pipeline.cache.rows import RowReader, Rows, Values, ViewBatch
+from pipeline.cache.rows import RowReader, Rows, Stored, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged
@@ -46,13 +46,13 @@ class Encoder:
     def load(self, read: RowReader, records: np.ndarray) -> ViewBatch:
         """Read the views of some records, with what is stored beside their features."""
         pixels, batch = self._manifest.pixels, read(records)
-        beside: Values = {VIEWS: torch.from_numpy(batch.found.view(np.uint8).reshape(len(records), -1))}
+        beside: Stored = {VIEWS: torch.from_numpy(batch.found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
             small = batch.pixels[pixels.size]
             beside[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
         return replace(batch, beside=beside | self.positions(records))
 
-    def positions(self, records: np.ndarray) -> Values:
+    def positions(self, records: np.ndarray) -> Stored:
         """Return the numbers of the stored patches of some records as values; return no values if all are stored."""
         if not self._manifest.sampled:
             return {}

@@ -16,10 +16,11 @@ from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, TAIL
 from pipeline.cache.index import Index, join
 from pipeline.cache.pixels import resize, stored_views, views_of
-from pipeline.cache.segment_reader import SegmentReader, read_arrays, read_calibration
+from pipeline.cache.segment_reader import SegmentReader, read_calibration
 from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
+from pipeline.cache.zarr_shards import read_arrays
 from pipeline.config import TeacherConfig
 from pipeline.data import ImageFile
 from pipeline.outputs.resuming import CONFIG

@@ -77,7 +77,7 @@ def drawn_as(views: dict[str, Any]) -> ViewsConfig:
     return ViewsConfig.model_validate({k: v for k, v in views.items() if k not in ("first", "count")})
 
 
-Values = dict[str, Tensor | Ragged]
+Stored = dict[str, Tensor | Ragged]
 """{name of an array: its values of some records}."""
 
 
@@ -94,7 +94,7 @@ class ViewBatch:
     pixels: dict[ImageSize, Tensor]
     found: np.ndarray
     unreadable: dict[int, str]
-    beside: Values = field(default_factory=dict)
+    beside: Stored = field(default_factory=dict)
 
 
 class RowReader:

@@ -1,10 +1,8 @@
 """Read the arrays of a segment: some of its records, in any order, in their stored form."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
@@ -12,8 +10,7 @@ from pipeline.cache.format import CALIBRATION, VIEWS
 from pipeline.cache.index import Index, read_images
 from pipeline.cache.segments import Files, Segment
 from pipeline.cache.stored import Ragged
-from pipeline.cache.zarr_shards import ByteRanges, ZarrArray
-from pipeline.runtime.buffers import empty
+from pipeline.cache.zarr_shards import ByteRanges, ZarrArray, read_arrays
 from pipeline.storage import ReadThrough
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
@@ -64,28 +61,6 @@ def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Inde
     images = read_images(segment.store, manifest.data.decoding).select(image)
     first = manifest.views["first"]
     return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
-
-
-def read_arrays(groups: Sequence[tuple[ZarrArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
-    """Read `count` records from several arrays that have the same form.
-
-    groups: [(array, its records, their places in the result)].
-    """
-    form = groups[0][0].form
-    found = [(array, array.find(records), places) for array, records, places in groups]
-    if form is not None:
-        out = empty((count, *form.shape), form.dtype)
-        starts = np.arange(count) * groups[0][0].row
-    else:
-        lengths = np.empty(count, np.int64)
-        for _, chunks, places in found:
-            lengths[places] = chunks.lengths
-        out = empty((int(lengths.sum()),), "uint8")
-        starts = np.cumsum(lengths) - lengths
-    flat = out.numpy().reshape(-1).view(np.uint8)
-    for array, chunks, places in found:
-        array.read_into(chunks, flat, starts[places])
-    return out if form is not None else Ragged(out, torch.from_numpy(lengths))
 
 
 def read_calibration(segment: Segment) -> dict[int, Calibration]:

@@ -9,16 +9,20 @@ import math
 import struct
 import threading
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import google_crc32c
 import numpy as np
+import torch
 import zarr
+from torch import Tensor
 from zarr.errors import UnstableSpecificationWarning
 
 from pipeline.cache.format import zarr_shard_file
 from pipeline.cache.stored import Fixed, Ragged
+from pipeline.runtime.buffers import empty
 from pipeline.storage import Ranges
 from singer.errors import UserError
 
@@ -107,11 +111,11 @@ class ZarrArray:
         shard_records: int,
         sizes: dict[str, int],
     ) -> None:
-        self._store, self.form, self._sizes = store, form, sizes
+        self.store, self.form, self._sizes = store, form, sizes
         self._records, self._shard_records = records, shard_records
-        self._files = [zarr_shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
+        self.files = [zarr_shard_file(name, form, shard) for shard in range(-(-records // shard_records))]
         # For each shard: whether its index was read.
-        self._known = np.zeros(len(self._files), dtype=np.bool_)
+        self._known = np.zeros(len(self.files), dtype=np.bool_)
         # The offset and the size in bytes of every record, (records, 2), where its shard is known. It is None while all
         # known records have one size and are in the order of their numbers.
         self._places = None if form is not None else np.empty((records, 2), np.int64)
@@ -129,10 +133,6 @@ class ZarrArray:
         head = _STRING.size if self.form is None else 0
         return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
 
-    def read_into(self, chunks: Chunks, out: np.ndarray, places: np.ndarray) -> None:
-        """Copy the record that is stored in chunk i to out[places[i]:], for all i; `out` is (bytes,) uint8."""
-        self._store.read_ranges(Ranges(self._files, *chunks, out, places))
-
     @cached_property
     def row(self) -> int:
         """Return the decoded size of one record, in bytes."""
@@ -143,18 +143,18 @@ class ZarrArray:
         """Read the indices of some Zarr shards, many at once, because each of them is a request of its own."""
         size = 16 * self._shard_records + 4
         for some in np.split(shards, np.arange(_INDICES_AT_ONCE, len(shards), _INDICES_AT_ONCE)):
-            files = [self._files[shard] for shard in some.tolist()]
+            files = [self.files[shard] for shard in some.tolist()]
             ends = np.array([self._sizes[file] for file in files])
             data = np.empty((len(files), size), np.uint8)
             numbers = np.arange(len(files))
-            self._store.read_ranges(
+            self.store.read_ranges(
                 Ranges(files, numbers, ends - size, np.full(len(files), size), data.reshape(-1), numbers * size)
             )
             for shard, index in zip(some.tolist(), data, strict=True):
                 self._take_index(shard, index)
 
     def _take_index(self, shard: int, data: np.ndarray) -> None:
-        file, first = self._files[shard], shard * self._shard_records
+        file, first = self.files[shard], shard * self._shard_records
         encoded, checksum = data[:-4].tobytes(), data[-4:].tobytes()
         index = np.frombuffer(encoded, dtype="<i8").reshape(-1, 2)[: self._records - first]
         offsets, sizes = index[:, 0], index[:, 1]
@@ -162,7 +162,7 @@ class ZarrArray:
         right = struct.pack("<I", google_crc32c.value(encoded)) == checksum and offsets.min() >= 0
         right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
         if not right or sizes.min() < 0 or max(offsets.max(), sizes.max(), (offsets + sizes).max()) > self._sizes[file]:
-            raise UserError(f"{self._store.url}/{file} is damaged; run singer cache verify")
+            raise UserError(f"{self.store.url}/{file} is damaged; run singer cache verify")
         places = self._places
         if places is None and (offsets != self.row * np.arange(len(index))).any():
             # No writer of singer changes the order of records, but the Zarr format allows any order.
@@ -172,3 +172,25 @@ class ZarrArray:
             places[first : first + len(index)] = index
             self._places = places
         self._known[shard] = True
+
+
+def read_arrays(groups: Sequence[tuple[ZarrArray, np.ndarray, np.ndarray]], count: int) -> Tensor | Ragged:
+    """Read `count` records from several arrays that have the same form.
+
+    groups: [(array, its records, their places in the result)].
+    """
+    form = groups[0][0].form
+    found = [(array, array.find(records), places) for array, records, places in groups]
+    if form is not None:
+        out = empty((count, *form.shape), form.dtype)
+        starts = np.arange(count) * groups[0][0].row
+    else:
+        lengths = np.empty(count, np.int64)
+        for _, chunks, places in found:
+            lengths[places] = chunks.lengths
+        out = empty((int(lengths.sum()),), "uint8")
+        starts = np.cumsum(lengths) - lengths
+    flat = out.numpy().reshape(-1).view(np.uint8)
+    for array, chunks, places in found:
+        array.store.read_ranges(Ranges(array.files, *chunks, flat, starts[places]))
+    return out if form is not None else Ragged(out, torch.from_numpy(lengths))

@@ -7,18 +7,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.data.formats import IMAGE_EXTENSIONS
 from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
-from pipeline.data.listed import NO_LABEL, SourceListing, key_hash
+from pipeline.data.listed import NO_LABEL
 from pipeline.data.tar_members import Defect, Member, members_of
 
 LABEL_EXTENSION = "cls"
 # Masks and depth maps are beside images, and are none.
 MAPS = ("seg.png", "depth.png")
 _LABEL_BYTES = 32
-_ROW = np.dtype("i8,u8,i4,i8,i8,?")
 _COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2 -k", b"\xfd7zXZ\0": "unxz -k"}
 # Key and extensions, split as in the webdataset library; importing it would load torch into every reader of tars.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
@@ -143,29 +140,6 @@ def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[
         samples.damaged()
         return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
     return samples, None
-
-
-def list_tar(path: Path, image_key: str | None = None) -> SourceListing:
-    """List the samples of a shard. Its content raises no error: defects are listed. image_key: see CacheConfig."""
-    found, damage = read_samples(path, image_key=image_key)
-    samples = found.all
-    defects = [(-1, "", damage)] if damage is not None else []
-    rows = np.zeros(len(samples), dtype=_ROW)
-    text = bytearray()
-    for number, sample in enumerate(samples):
-        key = sample.key.encode(errors="backslashreplace")
-        text += key
-        defects += [(number, sample.key, f"has two members .{extension}") for extension in sample.repeated]
-        try:
-            label, image = contents(sample, image_key)
-            rows[number] = len(text), key_hash(key), label, image.offset, image.size, True
-        except Defect as defect:
-            defects.append((number, sample.key, str(defect)))
-            rows[number] = len(text), key_hash(key), NO_LABEL, 0, 0, False
-    ends, hashes, labels, offsets, sizes, usable = (np.ascontiguousarray(rows[name]) for name in _ROW.names or ())
-    letters = np.frombuffer(bytes(text), np.uint8)
-    columns = (letters, ends, hashes, labels, offsets, sizes, usable)
-    return SourceListing(path.stat().st_size, *columns, defects, left_out=found.left_out)
 
 
 def kind_of_name(name: str) -> str:

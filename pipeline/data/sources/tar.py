@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.images import Skipped
-from pipeline.data.listed import SourceListing
+from pipeline.data.listed import NO_LABEL, SourceListing, key_hash
 from pipeline.data.sources.kind import Kind, Options
-from pipeline.data.tars import list_tar, read_samples
+from pipeline.data.tar_members import Defect
+from pipeline.data.tars import contents, read_samples
 from pipeline.storage import Opened, OpenFile
 from singer.errors import UserError
+
+_ROW = np.dtype("i8,u8,i4,i8,i8,?")
 
 
 class TarReader:
@@ -43,8 +46,27 @@ class TarReader:
         self._file = OpenFile(self._file.path)
 
 
-def _list(path: Path, options: Options) -> SourceListing:
-    return list_tar(path, options.image_key)
+def list_tar(path: Path, options: Options) -> SourceListing:
+    """List the samples of a shard. Its content raises no error: defects are listed."""
+    found, damage = read_samples(path, image_key=options.image_key)
+    samples = found.all
+    defects = [(-1, "", damage)] if damage is not None else []
+    rows = np.zeros(len(samples), dtype=_ROW)
+    text = bytearray()
+    for number, sample in enumerate(samples):
+        key = sample.key.encode(errors="backslashreplace")
+        text += key
+        defects += [(number, sample.key, f"has two members .{extension}") for extension in sample.repeated]
+        try:
+            label, image = contents(sample, options.image_key)
+            rows[number] = len(text), key_hash(key), label, image.offset, image.size, True
+        except Defect as defect:
+            defects.append((number, sample.key, str(defect)))
+            rows[number] = len(text), key_hash(key), NO_LABEL, 0, 0, False
+    ends, hashes, labels, offsets, sizes, usable = (np.ascontiguousarray(rows[name]) for name in _ROW.names or ())
+    letters = np.frombuffer(bytes(text), np.uint8)
+    columns = (letters, ends, hashes, labels, offsets, sizes, usable)
+    return SourceListing(path.stat().st_size, *columns, defects, left_out=found.left_out)
 
 
 def _beside(
@@ -69,4 +91,4 @@ def _beside(
     return None, found[0], found[1]
 
 
-TAR = Kind("shard", lambda path: not path.is_dir(), _list, TarReader, _beside)
+TAR = Kind("shard", lambda path: not path.is_dir(), list_tar, TarReader, _beside)
