@@ -15,6 +15,7 @@ from singer.objectives.angle import Angle
 from singer.objectives.js import Js
 from singer.objectives.logits import Logits
 from singer.objectives.meal import Meal
+from singer.objectives.meal_discriminator import MealDiscriminator
 from singer.objectives.prototypes import Prototypes, sinkhorn
 from singer.objectives.queue import Queue
 from singer.objectives.relation import Relation
@@ -355,6 +356,37 @@ def test_meal() -> None:
     ours = probabilities(objective, student[3])
     found = objective.agree(student, torch.from_numpy(mean).float())["kl"].detach().numpy()
     np.testing.assert_allclose(found, (mean * np.log(mean / ours)).sum(-1), rtol=1e-3)
+
+
+def test_meal_discriminator() -> None:
+    """Cross-entropy by hand; the discriminator learns to tell the two, and the student to be taken for its teacher."""
+    objective, (tokens, target) = MealDiscriminator(make_context()), (draw(), draw())
+    student = {3: tokens[3].requires_grad_()}
+    found = objective(student, target)
+    torch.testing.assert_close(found["kl"], Meal(make_context())(student, target)["kl"])
+    layers = [m for m in objective.discriminator if isinstance(m, torch.nn.Linear)]
+    weights = [[p.detach().double().numpy() for p in m.parameters()] for m in layers]
+
+    def said(verdicts: np.ndarray) -> np.ndarray:
+        x = verdicts
+        for weight, bias in weights[:-1]:
+            x = np.maximum(x @ weight.T + bias, 0)
+        return 1 / (1 + np.exp(-(x @ weights[-1][0].T + weights[-1][1])[:, 0]))
+
+    ours, theirs = (said(np.log(probabilities(objective, x[3]))) for x in (student, target))
+    expected = -(np.log(1 - ours) + np.log(theirs)) / 2
+    np.testing.assert_allclose(found["discriminator"].detach().numpy(), expected, rtol=1e-3)
+
+    loss = found["discriminator"].sum()
+    down, *learned = torch.autograd.grad(loss, [student[3], *objective.discriminator.parameters()])
+    with torch.no_grad():
+        step = 1e-2 / float(down.norm())
+        student[3] -= step * down
+        fooled = objective(student, target)["discriminator"].sum()
+        for p, gradient in zip(objective.discriminator.parameters(), learned, strict=True):
+            p -= 1e-2 * gradient
+        assert fooled > loss and objective(student, target)["discriminator"].sum() < fooled
+    assert set(objective.eval()(student, target)) == {"kl"}
 
 
 def test_angle() -> None:

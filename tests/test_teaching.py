@@ -66,10 +66,11 @@ def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distil
     return Distiller(student, branches, drop), batch
 
 
-def test_teachers_that_agree_teach_the_same(world: Path) -> None:
+@pytest.mark.parametrize("objective", ["meal", "meal-discriminator"])
+def test_teachers_that_agree_teach_the_same(world: Path, objective: str) -> None:
     """The student of two teachers learns their common verdict, weighted, from both."""
-    model, batch = two_branches(world, "meal")
-    found = model(batch)
+    model, batch = two_branches(world, objective)
+    found = model.eval()(batch)
     (a, b), suffix = model.branches, Cache(world / "cache").suffix()
     verdicts = [suffix.logits(x.features[3], 3).softmax(-1) for x in batch.teacher_features]
     common = (0.75 * verdicts[0] + 0.25 * verdicts[1]).detach()

@@ -9,6 +9,7 @@ from singer.objectives.js import Js
 from singer.objectives.labels import Labels
 from singer.objectives.logits import Logits
 from singer.objectives.meal import Meal
+from singer.objectives.meal_discriminator import MealDiscriminator
 from singer.objectives.minilm import MiniLm, TinyMim
 from singer.objectives.mixture import Mixture
 from singer.objectives.mse import Mse
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "labels": Labels,
     "logits": Logits,
     "meal": Meal,
+    "meal-discriminator": MealDiscriminator,
     "minilm": MiniLm,
     "prototypes": Prototypes,
     "queue": Queue,

@@ -3,8 +3,6 @@
 The authors' code is not published; constants are those of the paper as other pages give them.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,12 +42,6 @@ class Acam(Objective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         self.fusions = nn.ModuleDict({str(b): Fusion(context.width, self.masks) for b in context.blocks})
-
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Return {block: losses (B,)}."""
-        return {str(b): self.block_loss(student[b], targets[b], b) for b in targets}
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute losses (B,) of one block's tokens (B, N, d); CLS counts as one more patch without a mask."""

@@ -4,16 +4,14 @@ The summaries of some teachers fill a narrow cone and those of others a wide one
 would decide what a student of several teachers learns.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import LastBlock, ObjectiveContext
 
 
-class Angle(Objective):
+class Angle(LastBlock):
     """Squared angle between the student's CLS and the teacher's (without CLS, mean patches), over its dispersion.
 
     The dispersion is the mean squared angle of the teacher's summaries from their mean direction. Both are running
@@ -24,19 +22,12 @@ class Angle(Objective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.block = context.blocks[-1]
         self.register_buffer("direction", torch.zeros(context.width))
         self.register_buffer("dispersion", torch.zeros(()))
 
-    def reads(self) -> tuple[int, ...]:
-        """Return the last matched block."""
-        return self.context.blocks[-1:]
-
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"summary": losses (B,)}. In training, the teacher's mean and dispersion move."""
-        ours, theirs = (self.summary(x[self.block].float()) for x in (student, targets))
+        ours, theirs = (self.summary(x.float()) for x in (student, target))
         if self.training:
             self.move(theirs)
         return {"summary": squared_angle(ours, theirs) / self.dispersion.clone().clamp_min(1e-6)}  # type: ignore[operator]

@@ -91,3 +91,25 @@ class Objective(nn.Module):
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute losses (B,) of one block's tokens (B, N, d)."""
         raise NotImplementedError
+
+
+class LastBlock(Objective):
+    """An objective that compares the tokens of the last matched block alone, `block`."""
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self.block = context.blocks[-1]
+
+    def reads(self) -> tuple[int, ...]:
+        """Return the last matched block."""
+        return (self.block,)
+
+    def forward(
+        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return {part: losses (B,)}, see compare."""
+        return self.compare(student[self.block], targets[self.block])
+
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return {part: losses (B,)} of the block's tokens (B, N, d)."""
+        raise NotImplementedError

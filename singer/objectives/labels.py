@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import LastBlock, ObjectiveContext
 
 
-class Labels(Objective):
+class Labels(LastBlock):
     """Cross-entropy of a linear head on CLS (without CLS, on the mean patch) of the last matched block.
 
     The head is trained with the student. Images without a label (negative) have no loss.
@@ -21,16 +21,12 @@ class Labels(Objective):
             raise UserError("distill.objective labels needs a cache of labelled images (NAME.cls beside NAME.jpg)")
         self.head = nn.Linear(context.width, context.classes)
 
-    def reads(self) -> tuple[int, ...]:
-        """Return the last matched block, which the head reads."""
-        return self.context.blocks[-1:]
-
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return {"ce": losses (B,)}."""
         assert labels is not None
-        tokens = student[self.context.blocks[-1]]
+        tokens = student[self.block]
         pooled = tokens[:, 0] if self.context.prefix else tokens.mean(1)
         losses = F.cross_entropy(self.head(pooled), labels.clamp_min(0), reduction="none")
         return {"ce": losses * (labels >= 0)}

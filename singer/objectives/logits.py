@@ -3,24 +3,21 @@
 No labels are needed (SSLD, arXiv 2103.05959; MEAL V2, arXiv 2009.08453; TinyViT, arXiv 2207.10666).
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from singer.errors import UserError
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import LastBlock, ObjectiveContext
 
 
-class Logits(Objective):
+class Logits(LastBlock):
     """KL of the class probabilities that the teacher's head gives for the student's tokens from those for its own."""
 
     in_teacher_units = True
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.block = context.blocks[-1]
         self.check()
         if not context.prefix and self.suffix.model.global_pool == "token":
             raise UserError("distill.objective logits needs a student with a class token: the teacher's head reads it")
@@ -31,15 +28,9 @@ class Logits(Objective):
         if not self.suffix.is_last(self.block) or not getattr(model, "num_classes", 0):
             raise UserError("distill.objective logits needs the teacher's last block in the cache, and a head on it")
 
-    def reads(self) -> tuple[int, ...]:
-        """Return the last block, which the teacher's norm and head read."""
-        return self.context.blocks[-1:]
-
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"kl": losses (B,)}."""
-        ours, theirs = (self.verdict(x[self.block]) for x in (student, targets))
+        ours, theirs = (self.verdict(x) for x in (student, target))
         return {"kl": F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)}
 
     def verdict(self, tokens: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """MEAL V2 (arXiv 2009.08453): one student for the mean verdict of several teachers.
 
-Its discriminator, which tells the student's verdicts from the teachers', is left out.
+The discriminator, which tells the student's verdicts from the teachers', is in meal_discriminator.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Meal(Logits):
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return {"kl": losses (B,)} of this teacher alone."""
+        """Return {part: losses (B,)} of this teacher alone."""
         return self.agree(student, self.opinion(targets))
 
     def opinion(self, targets: Mapping[int, Tensor]) -> Tensor:
@@ -27,6 +27,9 @@ class Meal(Logits):
         return self.verdict(targets[self.block]).exp()
 
     def agree(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """Return {"kl": losses (B,)} from the mean probabilities (B, classes)."""
-        ours = self.verdict(student[self.block])
-        return {"kl": (mean * (mean.clamp_min(1e-30).log() - ours)).sum(-1)}
+        """Return {part: losses (B,)} from the mean probabilities (B, classes)."""
+        return self.parts(self.verdict(student[self.block]), mean.clamp_min(1e-30).log())
+
+    def parts(self, ours: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """Return {"kl": losses (B,)} of log probabilities (B, classes), the student's and the mean's."""
+        return {"kl": (mean.exp() * (mean - ours)).sum(-1)}

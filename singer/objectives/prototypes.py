@@ -5,16 +5,14 @@ teacher's heads are not published, with a codebook as in ProC-KD (arXiv 2212.131
 teacher's tokens, one set for CLS and one for patches. Assignments are centred by Sinkhorn-Knopp (arXiv 2006.09882).
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import LastBlock, ObjectiveContext
 
 
-class Prototypes(Objective):
+class Prototypes(LastBlock):
     """Cross-entropy of the student's assignments to prototypes from the teacher's, on CLS and on patches.
 
     Of the last matched block; tokens and prototypes are L2-normalised. A batch begins the prototypes: tokens of it that
@@ -29,20 +27,13 @@ class Prototypes(Objective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.block = context.blocks[-1]
         self.kinds = ("cls", "patches") if context.prefix else ("patches",)
         for kind in self.kinds:
             self.register_buffer(kind, torch.zeros(self.count, context.width))
 
-    def reads(self) -> tuple[int, ...]:
-        """Return the last matched block."""
-        return self.context.blocks[-1:]
-
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"cls", "patches"}: losses (B,). In training, the prototypes move."""
-        ours, theirs = (self.parts(x[self.block].float()) for x in (student, targets))
+        ours, theirs = (self.parts(x.float()) for x in (student, target))
         losses = {}
         for kind in self.kinds:
             if self.training:

@@ -4,16 +4,14 @@ Images are compared with a queue of earlier ones, and patches with the patches o
 teacher's mean patches; it is filled by training, and empty places do not count.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from singer.objectives.base import Objective, ObjectiveContext
+from singer.objectives.base import LastBlock, ObjectiveContext
 
 
-class Queue(Objective):
+class Queue(LastBlock):
     """KL of softmaxed cosine similarities: of images to a queue of images, and of an image's patches to each other.
 
     Of the last matched block. It needs no projector that is right in scale: all tokens are L2-normalised.
@@ -24,22 +22,15 @@ class Queue(Objective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.block = context.blocks[-1]
         self.register_buffer("queue", torch.zeros(self.size, context.width))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
-    def reads(self) -> tuple[int, ...]:
-        """Return the last matched block."""
-        return self.context.blocks[-1:]
-
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"images", "patches"}: losses (B,). The teacher's mean patches then go into the queue."""
         prefix = self.context.prefix
-        ours, theirs = (F.normalize(x[self.block][:, prefix:].float(), dim=-1) for x in (student, targets))
+        ours, theirs = (F.normalize(x[:, prefix:].float(), dim=-1) for x in (student, target))
         patches = self.divergence(ours @ ours.transpose(1, 2), theirs @ theirs.transpose(1, 2)).mean(1)
-        image, wanted = (F.normalize(x[self.block][:, prefix:].float().mean(1), dim=-1) for x in (student, targets))
+        image, wanted = (F.normalize(x[:, prefix:].float().mean(1), dim=-1) for x in (student, target))
         # The batch itself is there too, so that the first step has something to compare with.
         known = torch.cat([wanted, self.queue])  # type: ignore[list-item]
         empty = torch.arange(len(known), device=known.device) >= len(wanted) + self.filled.clamp(max=self.size)  # type: ignore[operator]

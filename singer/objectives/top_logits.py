@@ -1,7 +1,5 @@
 """TinyViT's loss (arXiv 2207.10666, section 3.2): only the teacher's largest class probabilities are kept."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from singer.objectives.logits import Logits
@@ -12,11 +10,9 @@ class TopLogits(Logits):
 
     kept = 100
 
-    def forward(
-        self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"ce": losses (B,)}, in nats."""
-        ours, theirs = (self.verdict(x[self.block]) for x in (student, targets))
+        ours, theirs = (self.verdict(x) for x in (student, target))
         classes = theirs.shape[-1]
         kept = min(self.kept, classes)
         largest, places = theirs.exp().topk(kept, dim=-1)
