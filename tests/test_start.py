@@ -1,6 +1,8 @@
 """The student's start: weights that are cut out of those of a larger model of the same family."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import timm
@@ -11,14 +13,23 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.checks import look
 from pipeline.config import StudentConfig, load_config
+from pipeline.data import ImageFile, relocate
+from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
+from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.distiller import Distiller
+from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
 from singer.errors import UserError
+from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.selection import chosen_blocks, even, misfit, select_weights
+
+CPU = torch.device("cpu")
 
 
 def loaded(model: torch.nn.Module, source: torch.nn.Module) -> torch.nn.Module:
@@ -127,6 +138,29 @@ def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
     start_student(again, StudentConfig(init=str(tmp_path / "run/student/model.safetensors")), _weights(world))
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+
+
+def test_a_copy_of_the_teacher_learns_from_half_of_its_patches(world: Path, tmp_path: Path) -> None:
+    """It begins at the targets but for the codec's rounding, so that nothing but the missing patches costs."""
+    sets = ["student.dim=24", "student.depth=4", "student.init=teacher", "distill.projector=none"]
+    more = ["distill.token_share=0.5", "distill.epochs=6", "distill.whole_share=0", "distill.lr=2e-5"]
+    config, cache = world_config(world, *sets, *more), Cache(world / "cache")
+    student = new_student(config.student, 32)
+    start_student(student, config.student, _weights(world))
+    with pytest.raises(UserError, match="the student has 24 channels where its teacher has 25; take another one"):
+        PROJECTORS["none"].of_blocks({3: ProjectorSpec((24,), 25, 1)})
+    branch = TeacherBranch(
+        student, {2: 2, 3: 3}, Targets(cache, None, student, CPU), Teaching({"mse": 1.0}, projector="none")
+    )
+    with ImageFile(relocate(cache.index.images, None)) as files:
+        pixels = cache.pixels(range(8), 32, files)
+    images = normalise(pixels, student.mean, student.std, CPU)
+    features = TeacherFeatures(cache.features(range(8), CPU))
+    losses = Distiller(student, [branch]).eval()(Batch(images, [features], torch.full((8,), 1 / 8), torch.zeros(8)))
+    assert all(loss < 1e-5 * features.features[int(name[-1])].var() for name, loss in losses.items())
+    distill(config, world / "cache", tmp_path / "run")
+    found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert found[0] > 5 * sum(losses.values()) and fmean(found[-7:]) < 0.9 * fmean(found[:7])
 
 
 def test_what_is_missing_is_said_before_torch_is_imported() -> None:

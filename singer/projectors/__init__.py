@@ -5,12 +5,14 @@ from singer.projectors.ladder import Ladder
 from singer.projectors.linear import Linear
 from singer.projectors.mlp import MlpHead
 from singer.projectors.review import Review
+from singer.projectors.unprojected import Unprojected
 
 PROJECTORS: dict[str, type[Projection]] = {
     "linear": Linear,
     "mlp": MlpHead,
     "ladder": Ladder,
     "review": Review,
+    "none": Unprojected,
 }
 
 __all__ = ["PROJECTORS", "Projection", "Projector", "ProjectorSpec", "Projectors", "Review"]
