@@ -406,7 +406,9 @@ def rank(
 @app.command("rank-students")
 def rank_students(
     cache: Annotated[str, typer.Argument(help="A cache of stage 1.")],
-    parameters: Annotated[int | None, typer.Option(min=1, help="Budget of plain ViTs, in parameters.")] = None,
+    parameters: Annotated[
+        int | None, typer.Option(min=1, help="Size of plain ViTs, in parameters; within a tenth.")
+    ] = None,
     student: Annotated[list[str] | None, typer.Option(help="A model as a student; may be repeated.")] = None,
     images: MovedOption = None,
     batch: Annotated[int, typer.Option(min=2, help="Images that are compared.")] = 64,

@@ -3,11 +3,11 @@
     python benchmarks/student_ranking.py --teacher FILE --data FOLDER --out runs/ranking [--parameters 1000000]
         [--epochs 8] [--shards 5]
 
-FILE and FOLDER are those of benchmarks/results.py. Candidates are the plain ViTs of `singer rank-students` for that
-many parameters, at most 12: three at a million, eight at five millions. All are trained by the method mse of
-benchmarks/field.py with the rate of singer, and judged on the last training shard. It prints a row for each and, for
-every score, the rank correlation (Spearman) with the linear probe of the mean patch. If the command is repeated, it
-continues where it stopped.
+FILE and FOLDER are those of benchmarks/results.py. Candidates are the twelve plain ViTs of `singer rank-students`
+whose size is within a tenth of that many parameters. All are trained by the method mse of benchmarks/field.py with the
+rate of singer, and judged on the last training shard. It prints a row for each and, for every score, the rank
+correlation (Spearman) with the linear probe of the mean patch. If the command is repeated, it continues where it
+stopped.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from field import BASE, METHODS, Chain, Figures, evaluated, line
 from results import mode
 from scipy.stats import spearmanr
 
+from pipeline.cache.reader import Cache
 from pipeline.stages.distill import distill
-from pipeline.stages.rank_students import rank_students
+from pipeline.stages.rank_students import plain_students, rank_students
 from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import RUN
 
@@ -43,19 +44,18 @@ def main() -> None:
     chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards, kept)
     method = METHODS[BASE]
     caches, refiners = chain.inputs(method)
-    ranked = rank_students(chain.config(method), caches[0], options.parameters)
+    config = chain.config(method, f"distill.epochs={options.epochs}")
+    shapes = plain_students(config.student, options.parameters, Cache(caches[0]).manifest.teacher.image_size)
+    ranked = rank_students(config, caches[0], options.parameters)
     *most, last = chain.images("tinyimagenet50-train")
     reached = []
     print(line(["student", *SCORES, "linear, mean patch"]))
     print(line(["---"] * (len(SCORES) + 2)), flush=True)
     for student in ranked.students:
-        _, dim, _, deep = student.student.split()
-        shape = [f"student.dim={dim}", f"student.depth={deep}", f"student.heads={int(dim) // 32}"]
-        run = options.out / f"run-{dim}-{deep}"
+        shape = shapes[student.student]
+        run = options.out / f"run-{shape.dim}-{shape.depth}-{shape.mlp_ratio:g}"
         if not (run / RUN).exists():
-            distill(
-                chain.config(method, *shape, f"distill.epochs={options.epochs}"), caches, run, refiners, mode=mode(run)
-            )
+            distill(config.model_copy(update={"student": shape}), caches, run, refiners, mode=mode(run))
         figures = kept.get(run.name, partial(evaluated, run, "classification", most, [last]))
         reached.append(figures["linear"]["mean_patch"]["top1"])
         print(

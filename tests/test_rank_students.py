@@ -10,9 +10,10 @@ from conftest import run_singer, seeded, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.statistics import global_tokens
+from pipeline.config import load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.data.views import normalise
-from pipeline.stages.rank_students import _named, _vit_parameters, rank_students
+from pipeline.stages.rank_students import _named, _vit_parameters, plain_students, rank_students
 from pipeline.students.new import new_student
 from singer.backbones import block_outputs
 from singer.errors import UserError
@@ -58,26 +59,36 @@ def test_gradient_norm() -> None:
 def test_command(world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain ViTs within the budget; the scores are those of a student that is built alike."""
     args = ["rank-students", world / "cache", "--parameters", 250_000, "--batch", 8, "--starts", 1, "--json"]
-    assert run_singer(monkeypatch, *args, "--set", "student.patch_size=8", "--set", f"distill.seed={seeded(0)}") == 0
+    sets = ["student.patch_size=8", "student.mlp_ratio=2", f"distill.seed={seeded(0)}"]
+    assert run_singer(monkeypatch, *args, *(w for s in sets for w in ("--set", s))) == 0
     result = json.loads(capfd.readouterr().out)
     found = {s["student"]: s for s in result["students"]}
-    assert {*found} == {"vit 64 x 4", "vit 96 x 2"} and "nothing was trained" in result["caution"]
-    assert all(0.8 * 250_000 <= s["parameters"] <= 250_000 for s in found.values())
+    assert "nothing was trained" in result["caution"] and {*found} == {"vit 64 x 7, MLP x 2", "vit 96 x 3, MLP x 2"}
+    assert all(abs(s["parameters"] - 250_000) <= 25_000 for s in found.values())
     scores = [s["diswot"] for s in result["students"]]
     assert scores == sorted(scores, reverse=True) and result["images"] == 8
-    config = world_config(world, "student.dim=96", "student.depth=2", "student.heads=3")
+    config = world_config(world, "student.dim=96", "student.depth=3", "student.heads=3", "student.mlp_ratio=2")
     torch.manual_seed(seeded(0))
     student, cache = new_student(config.student, 32), Cache(world / "cache")
-    assert sum(p.numel() for p in student.model.parameters()) == _vit_parameters(config.student, 2, 32)
+    assert sum(p.numel() for p in student.model.parameters()) == _vit_parameters(config.student, 3, 32)
     records = np.linspace(0, 99, 8).astype(int)
     pixels = cache.pixels(records, 32, ImageFile(relocate(cache.index.images, None)))
     images = normalise(pixels, student.mean, student.std, torch.device("cpu"))
     with torch.no_grad():
-        own = block_outputs(student.model.eval(), images, [1])[1].double().numpy()
+        own = block_outputs(student.model.eval(), images, [2])[2].double().numpy()
     theirs = cache.features(records, torch.device("cpu"))[3].double().numpy()
     a, b = (relations(x[:, 0], x[:, 1:]) for x in (own, theirs))
     expected = -sum(((x - y) ** 2).mean() for x, y in zip(a, b, strict=True))
-    assert found["vit 96 x 2"]["diswot"] == pytest.approx(expected, rel=1e-3)
+    assert found["vit 96 x 3, MLP x 2"]["diswot"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_dozen_students_of_a_size() -> None:
+    """Of the real chain; test_command compares the count with that of a model."""
+    base = load_config("tinyimagenet-ti-to-w96").student
+    found = plain_students(base, 1_000_000, 128)
+    assert len(found) == 12 == len({(s.dim, s.depth, s.mlp_ratio) for s in found.values()})
+    sizes = [_vit_parameters(settings, settings.depth or 0, 128) for settings in found.values()]
+    assert all(abs(size - 1_000_000) <= 100_000 for size in sizes)
 
 
 def test_global_tokens() -> None:

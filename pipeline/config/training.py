@@ -84,6 +84,7 @@ class StudentConfig(Section):
     dim: Positive | None = key(None, "vit: width", shape=True)
     depth: Positive | None = key(None, "vit: number of blocks", shape=True)
     heads: Positive | None = key(None, "vit: attention heads", shape=True)
+    mlp_ratio: Above | None = key(None, "vit: hidden units of a block's MLP for each channel; default: 4", shape=True)
     patch_size: InputSize | None = key(
         None, "a patch in pixels, one number or [height, width]; default: the model's", shape=True
     )

@@ -1,9 +1,10 @@
 """Which student suits a teacher: `singer rank-students CACHE --parameters N` scores untrained students.
 
-Candidates are plain ViTs of a budget of parameters, from wide and shallow to narrow and deep, and models that are
-named. Each is built with random weights and sees one batch of images; its relations are compared with cached ones.
+Candidates are plain ViTs of a budget of parameters, with several widths, depths and MLPs, and models that are named.
+Each is built with random weights and sees one batch of images; its relations are compared with cached ones.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ from singer.matching import resize_tokens
 from singer.sizes import ImageSize, Size
 from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 
-# Plain ViTs: channels of a head, and the widths and depths among which students of a budget are sought.
-_HEAD, _WIDTHS, _DEPTHS = 32, range(64, 1025, 32), range(2, 25)
-# A candidate has at least this share of the budget; most candidates that are tried.
-_LEAST, _MOST = 0.8, 12
+# Plain ViTs: channels of a head; the widths, ratios of MLPs and depths among which students of a budget are sought.
+_HEAD, _WIDTHS, _RATIOS, _DEPTHS = 32, range(64, 1025, 32), (4, 3, 2), range(2, 25)
+# How far a candidate may be from the budget, in shares of it; most candidates that are tried.
+_WITHIN, _MOST = 0.1, 12
 CAUTION = "nothing was trained: compare a few of the first with a short sweep before you choose"
 
 
@@ -89,7 +90,8 @@ def rank_students(
             f"{place} holds only some of the patches (cache.token_share), which have no relations to others"
         )
     tried = {name: _named(config.student, name) for name in names}
-    tried |= _plain(config.student, parameters, teacher.image_size)
+    if parameters is not None:
+        tried |= plain_students(config.student, parameters, teacher.image_size)
     records = spread(first_views(cache), batch)
     tokens = cache.features(records, torch.device("cpu"))[block]
     with open_images(cache, images) as files:
@@ -108,25 +110,29 @@ def rank_students(
 
 def _named(base: StudentConfig, name: str) -> StudentConfig:
     """Return the settings of a named model; the dimensions of a plain ViT are not for it."""
-    shape = {} if name == "vit" else dict.fromkeys(("dim", "depth", "heads"))
+    shape = {} if name == "vit" else dict.fromkeys(("dim", "depth", "heads", "mlp_ratio"))
     return base.model_copy(update={"name": name, **shape})
 
 
-def _plain(base: StudentConfig, budget: int | None, image_size: ImageSize) -> dict[str, StudentConfig]:
-    """Return {name: settings} of plain ViTs within a budget, the deepest of each width. Raises UserError for none."""
-    if budget is None:
-        return {}
+def plain_students(base: StudentConfig, budget: int, image_size: ImageSize) -> dict[str, StudentConfig]:
+    """Return {name: settings} of plain ViTs whose size is within a tenth of a budget, one for each width and MLP.
+
+    base: its mlp_ratio, if it has one, is that of all; image_size: in pixels. Raises UserError if there are none.
+    """
     found = {}
-    for dim in _WIDTHS:
-        settings = base.model_copy(update={"name": "vit", "dim": dim, "heads": dim // _HEAD})
-        one, two = (_vit_parameters(settings, depth, image_size) for depth in (1, 2))
-        deep = min(_DEPTHS[-1], 1 + (budget - one) // (two - one))
-        if deep in _DEPTHS and one + (deep - 1) * (two - one) >= _LEAST * budget:
-            found[f"vit {dim} x {deep}"] = settings.model_copy(update={"depth": deep})
+    for dim, ratio in itertools.product(_WIDTHS, (base.mlp_ratio,) if base.mlp_ratio else _RATIOS):
+        settings = base.model_copy(update={"name": "vit", "dim": dim, "heads": dim // _HEAD, "mlp_ratio": ratio})
+        rest, one = (_vit_parameters(settings, depth, image_size) for depth in (0, 1))
+        deep = min(_DEPTHS[-1], round((budget - rest) / (one - rest)))
+        if deep in _DEPTHS and abs(rest + deep * (one - rest) - budget) <= _WITHIN * budget:
+            found[f"vit {dim} x {deep}, MLP x {ratio:g}"] = settings.model_copy(update={"depth": deep})
     if not found:
         least, most = (
-            _vit_parameters(base.model_copy(update={"dim": dim}), depth, image_size)
-            for dim, depth in ((_WIDTHS[0], _DEPTHS[0]), (_WIDTHS[-1], _DEPTHS[-1]))
+            _vit_parameters(base.model_copy(update={"dim": dim, "mlp_ratio": ratio}), depth, image_size)
+            for dim, depth, ratio in (
+                (_WIDTHS[0], _DEPTHS[0], base.mlp_ratio or min(_RATIOS)),
+                (_WIDTHS[-1], _DEPTHS[-1], base.mlp_ratio or max(_RATIOS)),
+            )
         )
         raise UserError(
             f"--parameters {budget}: no plain ViT of 64 to 1,024 channels and 2 to 24 blocks has that size; the "
@@ -139,9 +145,11 @@ def _plain(base: StudentConfig, budget: int | None, image_size: ImageSize) -> di
 def _vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize) -> int:
     """Return the number of parameters of a plain ViT, which takes too long to count on the model itself."""
     dim, patch = settings.dim or 0, Size.of(settings.patch_size or 16)
+    hidden = int(dim * (settings.mlp_ratio or 4))
     tokens = math.prod(Size.of(settings.image_size or image_size).grid(patch.written)) + 1
     # Patch embedding, CLS, positions and final norm; then norms, attention and MLP of a block, with their biases.
-    return dim * (3 * math.prod(patch) + 1 + 1 + tokens + 2) + blocks * (12 * dim**2 + 13 * dim)
+    embedding = dim * (3 * math.prod(patch) + 1 + 1 + tokens + 2)
+    return embedding + blocks * (4 * dim**2 + 9 * dim + 2 * dim * hidden + hidden)
 
 
 def _count(student: Backbone) -> int:

@@ -27,7 +27,9 @@ def new_student(
     """
     if module is not None:
         return _trainable(describe_own(module, config.image_size, config.name))
-    dims = {"embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
+    dims = {
+        "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio,
+    }  # fmt: skip
     given = {k: v for k, v in dims.items() if v is not None}
     if config.name == "vit":
         missing = [k for k in ("dim", "depth", "heads") if getattr(config, k) is None]
@@ -39,7 +41,8 @@ def new_student(
             raise UserError("student.pretrained needs the student.name of a timm model")
     elif given:
         check_known(config.name, f"student.name: timm has no model {config.name!r}")
-        raise UserError(f"student.dim, depth and heads are for student.name vit; leave them out for {config.name}")
+        keys = "student.dim, depth, heads and mlp_ratio"
+        raise UserError(f"{keys} are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
