@@ -7,11 +7,10 @@ cache, a default refiner is fitted (seed 0) and a student is trained for each se
 continues where it stopped. The val shards select nothing.
 """
 
-import argparse
 from pathlib import Path
 
-import numpy as np
 from results import RECIPE, mode
+from setting import cell, chain_parser, line
 
 from pipeline.cache.info import cache_info
 from pipeline.config import load_config
@@ -39,10 +38,7 @@ COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", 
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
@@ -73,18 +69,15 @@ def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], res
     cells = [kind, f"{info.feature_bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
     cells.append(" / ".join(f"{share:.2f}" for share in left))
     for probe, tokens in COLUMNS:
-        values = [getattr(r, probe)[tokens]["top1"] for r in results]
-        cells.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}")
-    return "| " + " | ".join([*cells, str(len(results))]) + " |"
+        cells.append(cell([getattr(r, probe)[tokens]["top1"] for r in results]))
+    return line([*cells, str(len(results))])
 
 
 def print_table(lines: dict[str, str]) -> None:
     """Print the rows below their header."""
     head = ["cache", "kB a record", "float16 / size", "artifacts left, %"]
     head += [f"{probe}, {tokens}" for probe, tokens in COLUMNS]
-    print("\n| " + " | ".join([*head, "seeds"]) + " |")
-    print("|---" * (len(head) + 1) + "|")
-    print("\n".join(lines.values()), flush=True)
+    print("", line([*head, "seeds"]), line(["---"] * (len(head) + 1)), *lines.values(), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

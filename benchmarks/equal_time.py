@@ -13,7 +13,6 @@ Rows are printed as they come. If the command is repeated, it continues where it
 training shards only, to try it out.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from results import PROBES, mode
-from setting import DEVICE, Teacher
+from setting import DEVICE, Teacher, chain_parser
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
@@ -156,10 +155,7 @@ class Chain:
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="in shares of T")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards")

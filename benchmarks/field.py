@@ -13,10 +13,9 @@ Work goes method by method, and a row is printed when it is done. All figures ar
 what the file has; in the same folder it also continues a run that was killed. --table only prints what there is.
 """
 
-import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from equal_time import processor_seconds
 from results import COLUMNS, PROBES, mode, write_between
 from results import Chain as Results
 from safetensors.torch import save_file
-from setting import DEVICE
+from setting import DEVICE, cell, chain_parser, line, value_at
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
@@ -228,19 +227,9 @@ class Chain:
         figures = [self.figures((name, rate, seed)) for seed in seeds]
         cells = [name]
         for task, *path in COLUMNS.values():
-            values = [value_at(f[task], path) for f in figures]
-            digits = 2 if task == "depth" else 1
-            cells.append(f"{np.mean(values):.{digits}f}")
-            if len(values) > 1:
-                cells[-1] += f" ± {np.std(values, ddof=1):.{digits}f}"
-        return [
-            *cells,
-            f"{rate:g}",
-            f"{figures[0]['depth']['steps']}",
-            f"{cost['ms']:.0f}",
-            f"{cost['bytes'] / 1000:.0f}",
-            str(len(seeds)),
-        ]
+            cells.append(cell([value_at(f[task], path) for f in figures], 2 if task == "depth" else 1))
+        steps = figures[0]["depth"]["steps"]
+        return [*cells, f"{rate:g}", f"{steps}", f"{cost['ms']:.0f}", f"{cost['bytes'] / 1000:.0f}", str(len(seeds))]
 
     def done(self, name: str, seeds: list[int]) -> list[int]:
         """Return the seeds of which all figures exist, without making any."""
@@ -302,24 +291,9 @@ def key_of(name: str, rate: float, seed: int) -> str:
     return f"{name}-{rate:g}-{seed}"
 
 
-def value_at(tree: Any, path: list[str]) -> float:
-    """Return the number at a path of keys."""
-    for key in path:
-        tree = tree[key]
-    return float(tree)
-
-
-def line(cells: Iterable[str]) -> str:
-    """Return a row of a table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=8, help="of the method mse; the others get as much time")

@@ -11,15 +11,14 @@ shard, a fifth of the images, and the val and test shards are not opened. A new 
 configs/sweeps/tinyimagenet-methods.yaml, an ablation in tinyimagenet-ablations.yaml. Missing figures are left blank.
 """
 
-import argparse
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from setting import cell, chain_parser, line, value_at
 from webdataset import TarWriter, WebDataset
 
 from pipeline.config import load_config
@@ -161,28 +160,19 @@ class Chain:
             return None
         cells = [name]
         for task, *path in COLUMNS.values():
-            values = [_at(f[task], path) for f in figures if task in f]
-            digits = 2 if task == "depth" else 1
-            cells.append(f"{np.mean(values):.{digits}f}" if values else "")
-            if len(values) > 1:
-                cells[-1] += f" ± {np.std(values, ddof=1):.{digits}f}"
+            values = [value_at(f[task], path) for f in figures if task in f]
+            cells.append(cell(values, 2 if task == "depth" else 1))
         files = [f for seed in seeds if (f := self.adapters(name, seed) / "metrics.json").exists()]
         blocks = json.loads(files[0].read_text())["blocks"].values() if files else []
         cells.append(" / ".join(f"{b['after']['artifact_percent']:.2f}" for b in blocks))
         cells.append(" / ".join(f"{b['clean_drift_percent']:.1f}" for b in blocks))
-        return "| " + " | ".join([*cells, str(len(figures))]) + " |"
+        return line([*cells, str(len(figures))])
 
     def table(self, seeds: list[int]) -> str:
         """Return the table: main rows, then ablations."""
         head = ["targets", *COLUMNS, "artifacts left, %", "drift of clean tokens, %", "seeds"]
-        rows = [line for name in METHODS if (line := self.line(name, seeds)) is not None]
-        return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
-
-
-def _at(tree: Any, path: list[str]) -> float:
-    for key in path:
-        tree = tree[key]
-    return float(tree)
+        rows = [row for name in METHODS if (row := self.line(name, seeds)) is not None]
+        return "\n".join([line(head), line(["---"] * len(head)), *rows])
 
 
 def write_between(file: Path, text: str, mark: str = "results") -> None:
@@ -197,10 +187,7 @@ def write_between(file: Path, text: str, mark: str = "results") -> None:
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")

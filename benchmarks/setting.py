@@ -1,11 +1,13 @@
-"""The setup that the benchmarks of stage 3 share: a recipe, a teacher, a cache, a student and its steps."""
+"""The setup that the benchmarks of stage 3 share: options, a teacher, a cache, a student, its steps, rows of tables."""
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
@@ -37,6 +39,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", required=True)
     parser.add_argument("--teacher", type=Path, help="its weights; default: random weights, which are as fast")
     parser.add_argument("--folder", type=Path, help="folder for temporary caches and runs; default: the system's")
+
+
+def chain_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks on the chain with a real teacher share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="its weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--out", type=Path, required=True, help="folder of caches, runs and figures")
+    return parser
+
+
+def line(cells: Iterable[str]) -> str:
+    """Return a row of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean of several seeds, with its standard deviation if there are two or more; nothing for none."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else ""
+
+
+def value_at(tree: Any, path: Sequence[str]) -> float:
+    """Return the number at a path of keys."""
+    for key in path:
+        tree = tree[key]
+    return float(tree)
 
 
 def read_config(options: argparse.Namespace, scratch: Path, *sets: str) -> Config:

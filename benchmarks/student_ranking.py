@@ -10,14 +10,13 @@ correlation (Spearman) with the linear probe of the mean patch. If the command i
 stopped.
 """
 
-import argparse
 import json
 from functools import partial
-from pathlib import Path
 
-from field import BASE, METHODS, Chain, Figures, evaluated, line
+from field import BASE, METHODS, Chain, Figures, evaluated
 from results import mode
 from scipy.stats import spearmanr
+from setting import chain_parser, line
 
 from pipeline.cache.reader import Cache
 from pipeline.stages.distill import distill
@@ -30,10 +29,7 @@ SCORES = ("diswot", "samples", "patches", "gradient", "parameters")
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--parameters", type=int, default=1_000_000, help="budget of the students")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
