@@ -1,0 +1,83 @@
+"""What a part of the images is worth: quality against share and against stored bytes, at equal steps.
+
+    python benchmarks/share_curve.py --teacher FILE --data FOLDER --out runs/share [--share 0.05 0.1 0.25 0.5]
+        [--by random el2n-hard el2n-easy prototypes-hard prototypes-easy] [--epochs 16] [--set KEY=VALUE ...]
+
+The student of the recipe tinyimagenet-ti-to-w96 takes the steps of --epochs epochs of all images, with share s in
+epochs / s of them. A way of --by is distill.share_by and, after a dash, distill.share_keep. GB are what the features of
+the share take, with the codec of --set; a choice by scores also needs the last block of all others. The refiner is
+fitted to all images. Only training shards are used: all but the last train the student and its probes, the last tests
+them. FILE and FOLDER are those of benchmarks/results.py. Rows are printed as they come. If the command is repeated, it
+continues where it stopped.
+"""
+
+import json
+
+from equal_time import RECIPE, Chain
+from results import PROBES, mode
+from setting import cell, chain_parser, line, value_at
+
+from pipeline.cache.reader import Cache
+from pipeline.config import load_config
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate_tasks
+from pipeline.stages.refine import refine
+from pipeline.storage.json_files import write_json
+from pipeline.training.run_directory import RUN
+
+WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy"]
+COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
+
+
+def share_sets(share: float, way: str, epochs: int, warmup: float) -> list[str]:
+    """Return the keys of a run that takes as many steps as one of all images, with as long a warm-up."""
+    by, _, keep = way.partition("-")
+    chosen = [] if share == 1 else [f"distill.share={share}", f"distill.share_by={by}"]
+    kept = [f"distill.share_keep={keep}"] if keep and share < 1 else []
+    return [*chosen, *kept, f"distill.epochs={round(epochs / share)}", f"distill.warmup_epochs={warmup / share}"]
+
+
+def figures(chain: Chain, name: str, sets: list[str], shards: list[str]) -> list[float]:
+    """Train a student and probe it, unless that is done; return the columns (top-1, %)."""
+    file, run = chain.out / f"{name}.json", chain.out / name
+    if not file.exists():
+        if not (run / RUN).exists():
+            distill(chain.config(*sets), chain.out / "cache", run, chain.out / "refiner", mode=mode(run))
+        task = "classification"
+        found = evaluate_tasks(load_config(RECIPE, PROBES), run, shards[:-1], shards[-1:], [task])[task]
+        write_json(file, [value_at(getattr(found, probe), [tokens, "top1"]) for probe, tokens in COLUMNS])
+    read: list[float] = json.loads(file.read_text())
+    return read
+
+
+def main() -> None:
+    """Parse the options and run the benchmark."""
+    parser = chain_parser(__doc__)
+    parser.add_argument("--share", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5])
+    parser.add_argument("--by", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--epochs", type=int, default=16, help="of all images; a share takes as many steps")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
+    shards, folder, refiner = chain.images("tinyimagenet50-train"), options.out / "cache", options.out / "refiner"
+    cache_teacher(chain.config(), shards[:-1], folder, mode(folder))
+    refine(chain.config(), folder, refiner, mode(refiner))
+    cache, warmup = Cache(folder), chain.config().distill.warmup_epochs
+    print(line(["share", "by", "GB", "steps", *(f"{probe}, {tokens}" for probe, tokens in COLUMNS), "seeds"]))
+    print(line(["---"] * (5 + len(COLUMNS))), flush=True)
+    for share, way in [(1.0, "all"), *((share, way) for share in sorted(options.share) for way in options.by)]:
+        sets = share_sets(share, way, options.epochs, warmup)
+        names = {seed: f"run-{share:g}-{way}-{options.epochs}-{seed}" for seed in options.seeds}
+        found = [figures(chain, name, [*sets, f"distill.seed={seed}"], shards) for seed, name in names.items()]
+        steps = json.loads((options.out / names[options.seeds[0]] / RUN).read_text())["steps"]
+        size = f"{share * len(cache) * cache.record_bytes / 1e9:.3g}"
+        cells = [cell(values) for values in map(list, zip(*found, strict=True))]
+        print(line([f"{share:g}", way, size, str(steps), *cells, str(len(found))]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
