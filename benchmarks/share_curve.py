@@ -3,8 +3,8 @@
     python benchmarks/share_curve.py --teacher FILE --data FOLDER --out runs/share [--share 0.05 0.1 0.25 0.5]
         [--by random el2n-hard el2n-easy prototypes-hard prototypes-easy] [--epochs 16] [--set KEY=VALUE ...]
 
-The student of the recipe tinyimagenet-ti-to-w96 takes the steps of --epochs epochs of all images, with share s in
-epochs / s of them. A way of --by is distill.share_by and, after a dash, distill.share_keep. GB are what the features of
+The student of the recipe tinyimagenet-ti-to-w96 takes the steps of --epochs epochs of all images, so that it sees fewer
+images more often. A way of --by is distill.share_by and, after a dash, distill.share_keep. GB are what the features of
 the share take, with the codec of --set; a choice by scores also needs the last block of all others. The refiner is
 fitted to all images. Only training shards are used: all but the last train the student and its probes, the last tests
 them. FILE and FOLDER are those of benchmarks/results.py. Rows are printed as they come. If the command is repeated, it
@@ -18,7 +18,8 @@ from results import PROBES, mode
 from setting import cell, chain_parser, line, value_at
 
 from pipeline.cache.reader import Cache
-from pipeline.config import load_config
+from pipeline.config import DistillConfig, load_config
+from pipeline.data.sampler import steps_per_epoch
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
@@ -30,12 +31,16 @@ WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy"
 COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
-def share_sets(share: float, way: str, epochs: int, warmup: float) -> list[str]:
-    """Return the keys of a run that takes as many steps as one of all images, with as long a warm-up."""
+def share_sets(share: float, way: str, records: int, whole: DistillConfig) -> list[str]:
+    """Return the keys of a run that takes the steps of `whole`, that of all records, with as long a warm-up."""
     by, _, keep = way.partition("-")
     chosen = [] if share == 1 else [f"distill.share={share}", f"distill.share_by={by}"]
-    kept = [f"distill.share_keep={keep}"] if keep and share < 1 else []
-    return [*chosen, *kept, f"distill.epochs={round(epochs / share)}", f"distill.warmup_epochs={warmup / share}"]
+    kept = [f"distill.share_keep={keep}"] if keep else []
+    # The last batch of an epoch is smaller, so a small share has more steps in an epoch than its part of all.
+    all_steps, own_steps = (steps_per_epoch(max(1, round(n)), whole.batch_size) for n in (records, share * records))
+    longer = all_steps / own_steps
+    epochs, warmup = round(whole.epochs * longer), whole.warmup_epochs * longer
+    return [*chosen, *kept, f"distill.epochs={epochs}", f"distill.warmup_epochs={warmup}"]
 
 
 def figures(chain: Chain, name: str, sets: list[str], shards: list[str]) -> list[float]:
@@ -66,17 +71,17 @@ def main() -> None:
     shards, folder, refiner = chain.images("tinyimagenet50-train"), options.out / "cache", options.out / "refiner"
     cache_teacher(chain.config(), shards[:-1], folder, mode(folder))
     refine(chain.config(), folder, refiner, mode(refiner))
-    cache, warmup = Cache(folder), chain.config().distill.warmup_epochs
+    cache, whole = Cache(folder), chain.config(f"distill.epochs={options.epochs}").distill
     print(line(["share", "by", "GB", "steps", *(f"{probe}, {tokens}" for probe, tokens in COLUMNS), "seeds"]))
     print(line(["---"] * (5 + len(COLUMNS))), flush=True)
-    for share, way in [(1.0, "all"), *((share, way) for share in sorted(options.share) for way in options.by)]:
-        sets = share_sets(share, way, options.epochs, warmup)
-        names = {seed: f"run-{share:g}-{way}-{options.epochs}-{seed}" for seed in options.seeds}
+    for share, way in [(1.0, ""), *((share, way) for share in sorted(options.share) for way in options.by)]:
+        sets = share_sets(share, way, len(cache), whole)
+        names = {seed: f"run-{share:g}-{way or 'all'}-{options.epochs}-{seed}" for seed in options.seeds}
         found = [figures(chain, name, [*sets, f"distill.seed={seed}"], shards) for seed, name in names.items()]
         steps = json.loads((options.out / names[options.seeds[0]] / RUN).read_text())["steps"]
         size = f"{share * len(cache) * cache.record_bytes / 1e9:.3g}"
         cells = [cell(values) for values in map(list, zip(*found, strict=True))]
-        print(line([f"{share:g}", way, size, str(steps), *cells, str(len(found))]), flush=True)
+        print(line([f"{share:g}", way or "all", size, str(steps), *cells, str(len(found))]), flush=True)
 
 
 if __name__ == "__main__":
