@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from results import PROBES, mode
-from setting import DEVICE, Teacher, chain_parser
+from setting import DEVICE, Teacher, chain_parser, value_at
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
@@ -49,6 +49,8 @@ JOINT = [
 JOINTS = {"joint": [], "joint with our start and rate": ["student.init=auto", "distill.lr=auto"]}
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
+# Of a student that is judged on training images.
+JUDGED = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def processor_seconds(run: Callable[[], object]) -> float:
@@ -151,6 +153,19 @@ class Chain:
         linear, knn = (probes[kind] for kind in ("linear", "knn"))
         firsts = [linear["cls"]["top1"], linear["mean_patch"]["top1"], knn["cls"]["top1"]]
         return [*firsts, figures["segmentation"]["miou"]]
+
+    def judged(self, name: str, config: Config, cache: Path, refiner: Path) -> list[float]:
+        """Train a student and probe it on the last training shard, unless that is done; return JUDGED (top-1, %)."""
+        file, run = self.out / f"{name}.json", self.out / name
+        if not file.exists():
+            if not (run / RUN).exists():
+                distill(config, cache, run, refiner, mode=mode(run))
+            *most, last = self.images("tinyimagenet50-train")
+            task = "classification"
+            found = evaluate_tasks(load_config(RECIPE, PROBES), run, most, [last], [task])[task]
+            write_json(file, [value_at(vars(found), [probe, tokens, "top1"]) for probe, tokens in JUDGED])
+        figures: list[float] = json.loads(file.read_text())
+        return figures
 
 
 def main() -> None:

@@ -13,22 +13,18 @@ continues where it stopped.
 
 import json
 
-from equal_time import RECIPE, Chain
-from results import PROBES, mode
-from setting import cell, chain_parser, line, value_at
+from equal_time import JUDGED, Chain
+from results import mode
+from setting import cell, chain_parser, line
 
 from pipeline.cache.reader import Cache
-from pipeline.config import DistillConfig, load_config
+from pipeline.config import DistillConfig
 from pipeline.data.sampler import steps_per_epoch
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import distill
-from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import RUN
 
 WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy"]
-COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def share_sets(share: float, way: str, records: int, whole: DistillConfig) -> list[str]:
@@ -41,19 +37,6 @@ def share_sets(share: float, way: str, records: int, whole: DistillConfig) -> li
     longer = all_steps / own_steps
     epochs, warmup = round(whole.epochs * longer), whole.warmup_epochs * longer
     return [*chosen, *kept, f"distill.epochs={epochs}", f"distill.warmup_epochs={warmup}"]
-
-
-def figures(chain: Chain, name: str, sets: list[str], shards: list[str]) -> list[float]:
-    """Train a student and probe it, unless that is done; return the columns (top-1, %)."""
-    file, run = chain.out / f"{name}.json", chain.out / name
-    if not file.exists():
-        if not (run / RUN).exists():
-            distill(chain.config(*sets), chain.out / "cache", run, chain.out / "refiner", mode=mode(run))
-        task = "classification"
-        found = evaluate_tasks(load_config(RECIPE, PROBES), run, shards[:-1], shards[-1:], [task])[task]
-        write_json(file, [value_at(getattr(found, probe), [tokens, "top1"]) for probe, tokens in COLUMNS])
-    read: list[float] = json.loads(file.read_text())
-    return read
 
 
 def main() -> None:
@@ -72,12 +55,13 @@ def main() -> None:
     cache_teacher(chain.config(), shards[:-1], folder, mode(folder))
     refine(chain.config(), folder, refiner, mode(refiner))
     cache, whole = Cache(folder), chain.config(f"distill.epochs={options.epochs}").distill
-    print(line(["share", "by", "GB", "steps", *(f"{probe}, {tokens}" for probe, tokens in COLUMNS), "seeds"]))
-    print(line(["---"] * (5 + len(COLUMNS))), flush=True)
+    print(line(["share", "by", "GB", "steps", *(f"{probe}, {tokens}" for probe, tokens in JUDGED), "seeds"]))
+    print(line(["---"] * (5 + len(JUDGED))), flush=True)
     for share, way in [(1.0, ""), *((share, way) for share in sorted(options.share) for way in options.by)]:
         sets = share_sets(share, way, len(cache), whole)
         names = {seed: f"run-{share:g}-{way or 'all'}-{options.epochs}-{seed}" for seed in options.seeds}
-        found = [figures(chain, name, [*sets, f"distill.seed={seed}"], shards) for seed, name in names.items()]
+        configs = {name: chain.config(*sets, f"distill.seed={seed}") for seed, name in names.items()}
+        found = [chain.judged(name, config, folder, refiner) for name, config in configs.items()]
         steps = json.loads((options.out / names[options.seeds[0]] / RUN).read_text())["steps"]
         size = f"{share * len(cache) * cache.record_bytes / 1e9:.3g}"
         cells = [cell(values) for values in map(list, zip(*found, strict=True))]

@@ -10,64 +10,52 @@ and FOLDER are those of benchmarks/results.py. Rows are printed as they come. If
 where it stopped.
 """
 
-import argparse
-import json
 from pathlib import Path
 
-from equal_time import RECIPE, Chain
-from results import PROBES, mode
+from equal_time import Chain
+from results import mode
+from setting import chain_parser
 
 from pipeline.cache.reader import Cache
-from pipeline.config import load_config
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import distill
-from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.storage.json_files import write_json
-from pipeline.training.run_directory import RUN
 
 CROPS = ["views.kind=random-resized-crop", "views.scale=[0.3,1]", "views.flip=0.5"]
 
 
-def cached(chain: Chain, views: int | None, shards: list[str]) -> Path:
-    """Return a cache with so many crops of each image, after making what it lacks; None: of the centre view."""
-    folder = chain.out / ("cache-centre" if views is None else "cache-crops")
+def folder_of(chain: Chain, views: int | None) -> Path:
+    """Return the folder of the cache of the centre view (None), or of crops."""
+    return chain.out / ("cache-centre" if views is None else "cache-crops")
+
+
+def fill(chain: Chain, views: int | None, shards: list[str]) -> None:
+    """Make what a cache with so many crops of each image lacks."""
+    folder = folder_of(chain, views)
     sets = [] if views is None else [*CROPS, f"views.count={views}"]
     config, how = chain.config(*sets), mode(folder)
     if (folder / "manifest.json").exists():
         index = Cache(folder).index
         if views is None or len(index.image) >= views * len(index.images.keys):
-            return folder
+            return
         how = "append"
     cache_teacher(config, shards, folder, how)
-    return folder
 
 
 def row(chain: Chain, views: int | None, passes: int, seed: int, shards: list[str]) -> list[float]:
     """Train a student and probe it; return linear CLS, mean patch, k-NN CLS and mean patch (top-1, %)."""
     kind = "centre" if views is None else str(views)
     name = f"{kind}-{passes}-{seed}"
-    file, run, refiner = chain.out / f"{name}.json", chain.out / name, chain.out / f"refiner-{kind}"
-    if not file.exists():
-        cache = cached(chain, views, shards[:-1])
-        config = chain.config(f"distill.epochs={passes // (views or 1)}", f"distill.seed={seed}")
+    cache, refiner = folder_of(chain, views), chain.out / f"refiner-{kind}"
+    config = chain.config(f"distill.epochs={passes // (views or 1)}", f"distill.seed={seed}")
+    if not (chain.out / f"{name}.json").exists():
+        fill(chain, views, shards[:-1])
         refine(config, cache, refiner, mode(refiner))
-        if not (run / RUN).exists():
-            distill(config, cache, run, refiner, mode=mode(run))
-        task = "classification"
-        found = evaluate_tasks(load_config(RECIPE, PROBES), run, shards[:-1], shards[-1:], [task])[task]
-        kinds = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
-        write_json(file, [getattr(found, probe)[tokens]["top1"] for probe, tokens in kinds])
-    figures: list[float] = json.loads(file.read_text())
-    return figures
+    return chain.judged(name, config, cache, refiner)
 
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = chain_parser(__doc__)
     parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4, 8], help="none: the centre view alone")
     parser.add_argument("--passes", type=int, nargs="+", default=[16, 48], help="times that a student sees an image")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
