@@ -32,6 +32,5 @@ class MealDiscriminator(Meal):
         if not self.training:
             return found
         reverse = 2 * ours.detach() - ours  # the same numbers, and the opposite gradient
-        said = self.discriminator(torch.stack([reverse, mean.detach()])).squeeze(-1)
-        truth = torch.tensor([[0.0], [1.0]], device=said.device).expand_as(said)
-        return found | {"discriminator": F.binary_cross_entropy_with_logits(said, truth, reduction="none").mean(0)}
+        own, teachers = self.discriminator(torch.stack([reverse, mean.detach()])).squeeze(-1)
+        return found | {"discriminator": 0.5 * (F.softplus(own) + F.softplus(-teachers))}
