@@ -78,7 +78,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
             read = RowReader(rows, files, manifest.view_form, encode.sizes, "fail")
-            size = config.cache.batch_size
+            size = config.cache.views_at_once
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
             for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):

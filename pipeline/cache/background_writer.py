@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.cache.encode import Encoder
@@ -35,13 +36,44 @@ class Gathered:
             return
         start = self._filled[name]
         self._filled[name] = start + len(values)
-        self._fixed[name][start : self._filled[name]].copy_(values)
+        # To pinned memory, a copy is only started; see SideStream.
+        self._fixed[name][start : self._filled[name]].copy_(values, non_blocking=True)
 
     def whole(self) -> dict[str, np.ndarray | Ragged]:
         """Return {array: its values}, once all records have been added."""
         ragged = {name: Ragged.cat(strings) for name, strings in self._ragged.items()}
         assert {*self._filled.values(), *(len(r.lengths) for r in ragged.values())} == {self._records}
         return {name: values.numpy() for name, values in self._fixed.items()} | ragged
+
+
+class SideStream:
+    """A stream on which a GPU encodes features and copies them to the CPU, beside the teacher's next forward pass.
+
+    On one stream with the teacher, every value that encoding reads back would wait for that pass to end.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    @staticmethod
+    def computed(features: Mapping[int, Tensor]) -> "torch.cuda.Event | None":
+        """Return the event after which features are there; to be called in the thread that computes them."""
+        device = next(iter(features.values())).device
+        return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    @contextmanager
+    def after(self, computed: "torch.cuda.Event | None", features: Mapping[int, Tensor]) -> Iterator[None]:
+        """Run a block on the stream once the features are computed, and wait for its end, as copies need."""
+        if computed is None:
+            yield
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(next(iter(features.values())).device)
+        self._stream.wait_event(computed)
+        with torch.cuda.stream(self._stream):
+            yield
+        # The caller holds the features until here, so their memory cannot have been given to the next pass.
+        self._stream.synchronize()
 
 
 @contextmanager
@@ -54,19 +86,21 @@ def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
     """
     manifest = segment.manifest
     gathered: Gathered | None = None
+    side = SideStream()
 
-    def add(features: dict[int, Tensor], batch: ViewBatch) -> None:
+    def add(features: dict[int, Tensor], batch: ViewBatch, computed: "torch.cuda.Event | None") -> None:
         nonlocal gathered
         shard = int(batch.records[0]) // manifest.shard_records
         start, stop = manifest.zarr_shard_range(shard)
         if gathered is None:
             gathered = Gathered(manifest.arrays(), stop - start)
         gathered.unreadable |= batch.unreadable
-        for name, values in encode(features, batch):
-            gathered.add(name, values)
+        with side.after(computed, features):
+            for name, values in encode(features, batch):
+                gathered.add(name, values)
         if batch.records[-1] == stop - 1:
             write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
-    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as store:
-        yield store
+    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as encoded:
+        yield lambda features, batch: encoded(features, batch, side.computed(features))

@@ -12,10 +12,12 @@ from pipeline.cache.rows import RowReader
 from pipeline.config import Config
 from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone, weight_hash
+from pipeline.runtime.buffers import empty
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
-from singer.backbones import block_outputs, depth
+from singer.backbones import block_outputs, depth, resolve_blocks
 from singer.errors import UserError
+from singer.sizes import Size
 from singer.suffix import find_suffix
 
 _CALIBRATION_RECORDS = 256
@@ -69,6 +71,11 @@ class Extractor:
             outputs = block_outputs(self.backbone.model, images, blocks)
         return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
 
+    def empty_batch(self, views: int) -> dict[int, Tensor]:
+        """Compute the features of so many black views, of the blocks that are cached, to see how long it takes."""
+        pixels = empty((views, *Size.of(self.teacher.image_size), 3), "uint8").zero_()
+        return self.features(pixels, resolve_blocks(self.config.cache.blocks, self.teacher.depth))
+
     def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Return {block: features} of a fixed sample that is spread over all records, on the CPU.
 
@@ -79,7 +86,7 @@ class Extractor:
         rows, settings = read.rows, self.config.cache
         count = min(_CALIBRATION_RECORDS, len(rows))
         records = np.linspace(0, len(rows) - 1, count).round().astype(np.int64)
-        batches = np.array_split(records, -(-count // settings.batch_size))
+        batches = np.array_split(records, -(-count // settings.views_at_once))
         outputs: list[dict[int, Tensor]] = []
         broken: dict[int, str] = {}
         for batch, views in zip(batches, prefetch(read, batches, settings.workers), strict=True):

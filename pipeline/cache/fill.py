@@ -76,7 +76,7 @@ def fill(
     config, accelerator = extract.config, extract.accelerator
     encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
     own = pending[accelerator.process_index :: accelerator.num_processes]
-    size = config.cache.batch_size
+    size = config.cache.views_at_once
     ranges = [manifest.zarr_shard_range(shard) for shard in own]
     batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
     total = sum(stop - start for start, stop in ranges)

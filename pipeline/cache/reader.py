@@ -21,7 +21,7 @@ from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.stored import Encoded, Ragged, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import read_arrays
-from pipeline.config import TeacherConfig
+from pipeline.config import LocalCopy, TeacherConfig
 from pipeline.data import ImageFile
 from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.buffers import empty
@@ -56,9 +56,10 @@ class Cache:
     place: a folder or a URL. teacher: the teacher to read if the cache has several: a variant
     (manifest.teacher.variant), or a name, an architecture or the beginning of the weights' hash that fits only one
     variant; default: the first teacher. blocks: the blocks to read; default: all. local_copy: a folder to which shards
-    are copied when they are first read. known: the id by which a refiner or a run knows the cache; it selects that
-    variant if the cache has it. option: the option that names a variant, for the message, with {} for the name. Raises
-    UserError if there is no cache, if Zarr shards are missing, if several variants fit, or if records lack a block.
+    are copied when they are first read, perhaps with a limit in GB. known: the id by which a refiner or a run knows the
+    cache; it selects that variant if the cache has it. option: the option that names a variant, for the message, with
+    {} for the name. Raises UserError if there is no cache, if Zarr shards are missing, if several variants fit, or if
+    records lack a block.
     """
 
     def __init__(
@@ -66,14 +67,15 @@ class Cache:
         place: Place,
         teacher: str | None = None,
         blocks: Sequence[int] | None = None,
-        local_copy: Path | None = None,
+        local_copy: Path | LocalCopy | None = None,
         known: str | None = None,
         option: str = "teacher={}",
     ) -> None:
         self.place = place
         self._arguments = (place, teacher, blocks, local_copy, known, option)
         self._readers: dict[str, SegmentReader] = {}
-        segments = self._complete(read_segments(open_store(place)), local_copy)
+        copies = LocalCopy(local_copy) if isinstance(local_copy, Path) else local_copy
+        segments = self._complete(read_segments(open_store(place)), copies)
         self._segments = choose_variant(segments, place, teacher, known, option)
         check_held_once(self._segments)
         self.manifest = self._segments[0].manifest
@@ -245,7 +247,7 @@ class Cache:
         """Return whether the teacher's blocks after the cached ones can be run."""
         return any(TAIL in s.manifest.files for s in self._segments)
 
-    def _complete(self, segments: list[Segment], local_copy: Path | None) -> list[Segment]:
+    def _complete(self, segments: list[Segment], local_copy: LocalCopy | None) -> list[Segment]:
         """Return the complete segments. Raises UserError if the first one is incomplete; others are left out."""
         complete = []
         for segment in segments:

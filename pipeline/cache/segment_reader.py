@@ -1,7 +1,5 @@
 """Read the arrays of a segment: some of its records, in any order, in their stored form."""
 
-from pathlib import Path
-
 import numpy as np
 from torch import Tensor
 
@@ -11,7 +9,8 @@ from pipeline.cache.index import Index, read_images
 from pipeline.cache.segments import Files, Segment
 from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import ByteRanges, ZarrArray, read_arrays
-from pipeline.storage import ReadThrough
+from pipeline.config import LocalCopy
+from pipeline.storage import CopyRoom, ReadThrough
 from pipeline.storage.tensors import parse_tensors
 from singer.errors import UserError
 
@@ -19,17 +18,20 @@ from singer.errors import UserError
 class SegmentReader:
     """The arrays of a segment.
 
-    files: the files of its Zarr shards, at least of those that are read; local_copy: a folder to which they are copied
+    files: the files of its Zarr shards, at least of those that are read; local_copy: where they are copied to
     when they are first read.
     """
 
-    def __init__(self, segment: Segment, files: Files, local_copy: Path | None = None) -> None:
+    def __init__(self, segment: Segment, files: Files, local_copy: LocalCopy | None = None) -> None:
         self.segment = segment
         self._sizes = {n: int(f["bytes"]) for n, f in files.items()}
         self._source: ByteRanges = segment.store
         if local_copy is not None:
-            folder = local_copy / segment.manifest.id()[:16]
-            self._source = ReadThrough(segment.store, folder, {n: f["sha256"] for n, f in files.items()})
+            folder, gb = local_copy
+            room = None if gb is None else CopyRoom(folder, round(gb * 1e9))
+            checksums = {n: f["sha256"] for n, f in files.items()}
+            own = folder / segment.manifest.id()[:16]
+            self._source = ReadThrough(segment.store, own, checksums, room, self._sizes)
         self._arrays: dict[str, ZarrArray] = {}
 
     def array(self, name: str) -> ZarrArray:

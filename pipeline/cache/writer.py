@@ -24,6 +24,9 @@ from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
+# Threads that hash and write the files of a shard.
+_WRITERS = 4
+
 
 def small_files(
     manifest: Manifest,
@@ -78,16 +81,23 @@ def write_zarr_shard(
     """
     start, stop = manifest.zarr_shard_range(shard)
     files = {}
-    for name, form in manifest.arrays().items():
-        stored = values[name]
-        assert (len(stored.lengths) if isinstance(stored, Ragged) else len(stored)) == stop - start
-        pieces = pack_zarr_shard(stored, manifest.shard_records)
-        file = zarr_shard_file(name, form, shard)
-        # Hashing takes about as long as writing, and both release the interpreter lock.
-        with ThreadPoolExecutor(1) as hasher:
-            digest = hasher.submit(_sha256, pieces)
-            store.write(file, *pieces)
-        files[file] = {"sha256": digest.result(), "bytes": sum(len(piece) for piece in pieces)}
+    # Hashing takes about as long as writing, both release the interpreter lock, and a synced write mostly waits. What
+    # they write is in memory already, so more threads take no more of it.
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write") as pool:
+        tasks = []
+        for name, form in manifest.arrays().items():
+            stored = values[name]
+            assert (len(stored.lengths) if isinstance(stored, Ragged) else len(stored)) == stop - start
+            pieces, file = pack_zarr_shard(stored, manifest.shard_records), zarr_shard_file(name, form, shard)
+            written, digest = pool.submit(store.write, file, *pieces), pool.submit(_sha256, pieces)
+            tasks.append((file, written, digest, sum(len(piece) for piece in pieces)))
+        try:
+            for file, written, digest, size in tasks:
+                written.result()
+                files[file] = {"sha256": digest.result(), "bytes": size}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     entry: dict[str, Any] = {"cache": manifest.id(), "shard": shard, "records": [start, stop], "files": files}
     entry["unreadable"] = {str(number): reason for number, reason in sorted(unreadable.items())}
     store.write(journal_file(shard), json_bytes(sealed(entry)))

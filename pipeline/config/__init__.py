@@ -1,7 +1,7 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
-from pipeline.config.kinds import Dtype, InputSize, Offload, Positive, Precision
+from pipeline.config.kinds import Dtype, InputSize, LocalCopy, Offload, Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
 from pipeline.config.sections import (
     MAX_PIXELS,
@@ -27,6 +27,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "InputSize",
+    "LocalCopy",
     "Meta",
     "Offload",
     "Positive",

@@ -1,11 +1,13 @@
 """The kinds of values that keys of the configuration have."""
 
 import re
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from singer.errors import UserError
 from singer.sizes import Size
 
 # YAML reads a bare `no` as false.
@@ -39,3 +41,19 @@ def _pixels(value: Any) -> Any:
 InputSize = Annotated[
     Positive | tuple[Positive, Positive], BeforeValidator(_pixels), AfterValidator(lambda size: Size.of(size).written)
 ]
+
+
+class LocalCopy(NamedTuple):
+    """A folder to which Zarr shards are copied when they are first read, and how many GB they may take (any number)."""
+
+    folder: Path
+    gb: float | None = None
+
+    @classmethod
+    def of(cls, folder: Path | None, gb: float | None) -> "LocalCopy | None":
+        """Return what two keys of a section say. Raises UserError for a limit without a folder."""
+        if folder is None:
+            if gb is not None:
+                raise UserError("local_copy_gb: there is no folder that it limits; give --local-copy FOLDER")
+            return None
+        return cls(folder, gb)

@@ -24,6 +24,8 @@ from singer.errors import UserError
 
 # Of an image that is decoded without being asked for: a few bytes can claim gigabytes.
 MAX_PIXELS = 100_000_000
+# In a forward pass of a teacher.
+_VIEWS_AT_ONCE = 64
 # These tasks of `evaluate` have one label for each image.
 _IMAGES = ("classification", "retrieval", "domain-shift", "head")
 
@@ -122,7 +124,12 @@ class CacheConfig(Section):
         "which field of a sample is the image, such as left.jpg; .jpg: keys end at this, not at the first dot; of a "
         "table: its column",
     )
-    batch_size: Positive = key(64, "views in a forward pass of the teacher")
+    batch_size: Positive | Literal["auto"] = key(
+        _VIEWS_AT_ONCE,
+        "views in a forward pass of the teacher; auto: on a GPU the size from which on more are no faster, within half "
+        "of its free memory",
+        by_machine=True,
+    )
     precision: Precision = key(
         "auto",
         "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)",
@@ -130,6 +137,11 @@ class CacheConfig(Section):
     )
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")
     workers: Positive = key(2, "threads that decode images", "speed")
+
+    @property
+    def views_at_once(self) -> int:
+        """Return batch_size, or its default as long as auto has not been replaced by what was found."""
+        return _VIEWS_AT_ONCE if self.batch_size == "auto" else self.batch_size
 
 
 class EvaluateConfig(Section):
@@ -146,6 +158,13 @@ class EvaluateConfig(Section):
     )
     batch_size: Positive = key(128, "images in a forward pass", "speed")
     workers: Positive = key(2, "threads that decode images", "speed")
+    features: Path | None = key(
+        None,
+        "folder that keeps the features of images; probes that were interrupted, or are repeated with other settings, "
+        "go on from them",
+        "place",
+        only=("classification", "retrieval", "domain-shift"),
+    )
     neighbours: Positive = key(20, "k of k-NN", only=("classification",))
     temperature: Above = key(0.07, "temperature of the votes of k-NN", only=("classification",))
     strengths: Rates = key(

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Below, Fraction, InputSize, NotNegative, Positive, Precision, Seed, Share
+from pipeline.config.kinds import (
+    Above,
+    Below,
+    Fraction,
+    InputSize,
+    LocalCopy,
+    NotNegative,
+    Positive,
+    Precision,
+    Seed,
+    Share,
+)
 from singer.errors import UserError
 
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
@@ -19,6 +30,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {**_PAPER, "basis": "weights", "outlier_form": "paper", "info_form": "paper"},
     "official": {**_PAPER, "basis": "weights-official", "outlier_form": "official", "info_form": "official"},
 }
+LOCAL_COPY_GB = (
+    "what all copies in that folder may take, in GB; those unused for longest are removed first, and none that was "
+    "used in the last ten minutes; default: no limit"
+)
 # These keys apply only to cleaners that are trained.
 _TRAINED = ("trained",)
 
@@ -68,6 +83,17 @@ class RefineConfig(Section):
     teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
     blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
     local_copy: Path | None = key(None, "folder to which Zarr shards are copied when they are first read", "place")
+    local_copy_gb: Above | None = key(None, LOCAL_COPY_GB, "speed")
+
+    @property
+    def copies(self) -> LocalCopy | None:
+        """Return where Zarr shards are copied to."""
+        return LocalCopy.of(self.local_copy, self.local_copy_gb)
+
+    @model_validator(mode="after")
+    def _check(self) -> "RefineConfig":
+        LocalCopy.of(self.local_copy, self.local_copy_gb)
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -214,6 +240,7 @@ class DistillConfig(Section):
     local_copy: Path | None = key(
         None, "folder to which Zarr shards are copied when they are first read", "place", shared=True
     )
+    local_copy_gb: Above | None = key(None, LOCAL_COPY_GB, "speed", shared=True)
 
     @model_validator(mode="after")
     def _check(self) -> "DistillConfig":
@@ -237,7 +264,13 @@ class DistillConfig(Section):
                 f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
                 f"{self.shuffle_window}, which would mix nothing else; make the window larger"
             )
+        LocalCopy.of(self.local_copy, self.local_copy_gb)
         return self
+
+    @property
+    def copies(self) -> LocalCopy | None:
+        """Return where Zarr shards are copied to."""
+        return LocalCopy.of(self.local_copy, self.local_copy_gb)
 
     @property
     def objectives(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Pilot:
         which the number of records is estimated; most: the limit of images in a run.
         """
         config, images = self.config, len(self._sample.images)
-        batch = config.cache.batch_size
+        batch = config.cache.views_at_once
         records = max(batch, int(expected * seconds / REPEATS) // batch * batch)
         count = max(1, min(most, MOST_IMAGES, -(-records // config.views.count)))
         repeats = []

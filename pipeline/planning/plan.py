@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.batch_size import with_batch_size
 from pipeline.cache.calibration import calibrate
 from pipeline.cache.codecs import CODECS
 from pipeline.config import Config
@@ -69,6 +70,7 @@ class PlanResult:
     """The result of a plan. A figure that was not measured is None; `stages` gives the reason.
 
     teacher_parameters, teacher_bytes: the number of the teacher's parameters, and the memory that they take;
+    batch_size: views in its forward pass, as found if cache.batch_size is auto;
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
@@ -83,6 +85,7 @@ class PlanResult:
     views: int
     teacher_parameters: int
     teacher_bytes: int
+    batch_size: int
     blocks: tuple[int, ...]
     pixels: str
     epochs: int
@@ -125,6 +128,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         drawn = draw_images(config, listed)
         sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
         teacher = Teacher(config, backbone, blocks, device)
+        config = with_batch_size(config, teacher.empty_batch, device)
         features = sample_features(config, sample, teacher)
         calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
         pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
@@ -145,6 +149,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         views=config.views.count,
         teacher_parameters=parameters(backbone.model),
         teacher_bytes=weight_bytes(backbone.model),
+        batch_size=config.cache.views_at_once,
         blocks=blocks,
         pixels=config.views.pixels,
         epochs=config.distill.epochs,

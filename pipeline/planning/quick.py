@@ -41,7 +41,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
         records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
         decode = _rate(lambda some: sample.load(some, backbone.image_size), records, device, _MOST_BATCH)
         views = sample.load(records, backbone.image_size)
-        forward = _rate(lambda some: teacher(views[: len(some)]), records, device, config.cache.batch_size)
+        forward = _rate(lambda some: teacher(views[: len(some)]), records, device, config.cache.views_at_once)
         # So many take about two seconds.
         features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
     calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
@@ -55,7 +55,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
     student = new_student(config.student, backbone.image_size, width=backbone.width)
     trained = _student_rate(config, student, records, device)
-    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda")
+    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size)
 
 
 def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:

@@ -20,7 +20,7 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs
 from singer.errors import UserError
-from singer.sizes import ImageSize
+from singer.sizes import ImageSize, Size
 
 # At most so many images are drawn. Features are kept of at most so many records and bytes.
 _IMAGES = 1024
@@ -48,6 +48,10 @@ class Teacher:
         with torch.autocast(self.device.type, self._half, self._half is not None):
             outputs = block_outputs(self.backbone.model, images, self.blocks)
         return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
+
+    def empty_batch(self, views: int) -> dict[int, Tensor]:
+        """Compute the features of so many black views, to see how long it takes."""
+        return self(torch.zeros(views, *Size.of(self.backbone.image_size), 3, dtype=torch.uint8))
 
 
 Record = tuple[int, int]
@@ -137,7 +141,7 @@ def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int 
 
     Raises UserError if they are not finite.
     """
-    backbone, size = teacher.backbone, config.cache.batch_size
+    backbone, size = teacher.backbone, config.cache.views_at_once
     tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
     record_bytes = 4 * len(teacher.blocks) * tokens * backbone.width
     count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))

@@ -77,7 +77,7 @@ def measure_speeds(
     written to at most. Each other stage runs for a quarter of it.
     """
     config, device, part = pilot.config, teacher.device, _PART * seconds
-    batch = sample.batches(config.cache.batch_size)[0]
+    batch = sample.batches(config.cache.views_at_once)[0]
     pixels = sample.load(batch, teacher.backbone.image_size)
 
     def forward() -> Generator[int, None, None]:

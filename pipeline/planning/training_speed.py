@@ -37,14 +37,16 @@ def train_on(
     Return the rates, as in Speeds, and the targets. on_disk: whether the pilot is on the future cache's disk, so that
     its reading can be measured; seconds: the time of each measurement.
     """
-    own = {"trackers": (), "local_copy": None, "teacher": None}
+    own = {"trackers": (), "local_copy": None, "local_copy_gb": None, "teacher": None}
     config = pilot.config
     config = config.model_copy(
         update={
             "distill": config.distill.model_copy(update=own),
             "student": config.student.model_copy(update={"pretrained": False, "init": "random"}),
             # One step is enough, because adapters are as fast before training as after it.
-            "refine": config.refine.model_copy(update={"steps": 1, "local_copy": None, "teacher": None}),
+            "refine": config.refine.model_copy(
+                update={"steps": 1, "local_copy": None, "local_copy_gb": None, "teacher": None}
+            ),
         }
     )
     settings, refiner, targets = config.distill, None, "raw"

@@ -8,8 +8,12 @@ bytes. --append adds blocks, images, views or another teacher to a cache.
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import cast
+
+from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.append import Addition
+from pipeline.cache.batch_size import with_batch_size, with_known_batch_size
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.create import STAGE, create_segments, new_manifest
 from pipeline.cache.extract import Extractor
@@ -27,7 +31,7 @@ from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
@@ -83,6 +87,7 @@ def cache_teacher(
         listed = list_images(config, images) if main and not continues else None
         extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
+        config = extract.config = _with_batch_size(config, extract, store if continues else None, ranks)
 
         start, done = time.perf_counter(), 0
         claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))
@@ -111,6 +116,23 @@ def cache_teacher(
         seconds=seconds,
         images_per_second=done / seconds,
     )
+
+
+def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ranks: Ranks) -> Config:
+    """Return the configuration with a batch size in the place of auto, the same for all processes.
+
+    begun: the cache that is continued, whose batch size is taken.
+    """
+    if config.cache.batch_size != "auto":
+        return config
+    if begun is not None:
+        return with_known_batch_size(config, begun)
+    main = extract.accelerator.is_main_process
+    found = with_batch_size(config, extract.empty_batch, extract.device) if main else None
+    ranks.wait()
+    with ranks.together():
+        (of_first,) = broadcast_object_list([found])
+    return cast(Config, of_first)
 
 
 def check_codec(codec: str) -> None:

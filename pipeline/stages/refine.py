@@ -69,7 +69,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     known_cache = None
     if mode == "resume" and (out / INPUTS).exists():
         known_cache = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
-    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copy, known_cache, OPTION)
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.copies, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
     if mode == "resume" and (out / MANIFEST).exists():
@@ -100,7 +100,7 @@ def _fit(fit: RefinerFit, out: Path, processes: Ranks) -> None:
         return
     together = groups(cache.blocks, settings.info_form)
     for group in together[processes.rank :: processes.world]:
-        part = Cache(cache.place, None, group, settings.local_copy, cache.id)
+        part = Cache(cache.place, None, group, settings.copies, cache.id)
         fit_adapters(
             part, fit.refiner, fit.adapter_suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
         )

@@ -8,12 +8,13 @@ from pathlib import Path
 from pipeline.storage.atomic import whole_file, write_atomic
 from pipeline.storage.base import LOCK, Place, Ranges, Store, is_remote
 from pipeline.storage.local import LocalStore
-from pipeline.storage.local_copy import ReadThrough
+from pipeline.storage.local_copy import CopyRoom, ReadThrough
 from pipeline.storage.open_files import Opened, OpenFile
 from pipeline.storage.remote import RemoteStore
 
 __all__ = [
     "LOCK",
+    "CopyRoom",
     "LocalStore",
     "OpenFile",
     "Opened",

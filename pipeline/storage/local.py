@@ -64,6 +64,10 @@ class LocalStore:
         (self.path / name).unlink(missing_ok=True)
         self._files.pop(name, None)
 
+    def forget(self, name: str) -> None:
+        """Close a file, which stays where it is: it has been removed or replaced by others."""
+        self._files.pop(name, None)
+
     def clear(self, last: str = "") -> None:
         """Remove the folder. It disappears in one step, so that `last` does not matter."""
         if self.path.exists():

@@ -63,10 +63,10 @@ def open_teachers(
     ):
         option = _option(teachers, n)
         if path is not None:
-            caches.append(open_refined(path, place, teacher, blocks, settings.local_copy, option))
+            caches.append(open_refined(path, place, teacher, blocks, settings.copies, option))
         else:
             known = (started_on or {}).get(numbered("cache", n))
-            caches.append(Cache(place, teacher, blocks, settings.local_copy, known, option))
+            caches.append(Cache(place, teacher, blocks, settings.copies, known, option))
     check_records(caches)
     return [
         CachedTeacher(*source) for source in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
-from pipeline.config import RefineConfig
+from pipeline.config import LocalCopy, RefineConfig
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
@@ -56,7 +56,12 @@ def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]
 
 
 def open_refined(
-    path: Path, place: Place, teacher: str | None, blocks: Sequence[int] | None, local_copy: Path | None, option: str
+    path: Path,
+    place: Place,
+    teacher: str | None,
+    blocks: Sequence[int] | None,
+    local_copy: LocalCopy | None,
+    option: str,
 ) -> Cache:
     """Open the cache of a refiner, with the variant to which it was fitted.
 

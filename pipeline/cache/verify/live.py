@@ -131,7 +131,7 @@ def check_live(
     cosines = []
     with ImageFile(located) as files, meter("live check", len(records), "records") as m:
         check_images(files, np.arange(len(records)), index.digest)
-        for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.batch_size)):
+        for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.views_at_once)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
             features = extract.features(views, manifest.blocks)
             check_finite(features, own, index.key)

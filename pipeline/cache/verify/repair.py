@@ -6,8 +6,8 @@ from contextlib import suppress
 from copy import copy
 
 import numpy as np
-import yaml
 
+from pipeline.cache.batch_size import with_known_batch_size
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill
@@ -17,11 +17,8 @@ from pipeline.cache.segments import Segment
 from pipeline.cache.verify.files import metadata, within, zarr_shard_defects, zarr_shard_files
 from pipeline.cache.verify.findings import SegmentReport
 from pipeline.cache.verify.live import check_images, computable
-from pipeline.config import CacheConfig, Config
 from pipeline.data import ImageFile, Spec, relocate
-from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
-from pipeline.storage import Store
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
 
@@ -72,7 +69,7 @@ def compute_again(
     """Compute some Zarr shards again and update the report."""
     manifest, store = segment.manifest, segment.store
     own = copy(extract)
-    own.config = with_batch_size(extract.config, store)
+    own.config = with_known_batch_size(extract.config, store)
     digests = None
     with suppress(UserError):  # the digests are not known if the segment was never completed or its index is damaged
         digests = segment.digests() if segment.completion is not None else None
@@ -99,16 +96,3 @@ def compute_again(
         else:  # the disk itself fails
             report.damaged.append(shard)
             report.files |= {within(segment, name): why for name, why in (found or {}).items()}
-
-
-def with_batch_size(config: Config, store: Store) -> Config:
-    """Return the configuration with the batch size by which a segment was computed.
-
-    Another batch size would change the last bits of the features.
-    """
-    try:
-        size = yaml.safe_load(store.read(CONFIG))["cache"]["batch_size"]
-        known = CacheConfig.model_validate({**config.cache.model_dump(), "batch_size": size})
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return config
-    return config.model_copy(update={"cache": known})

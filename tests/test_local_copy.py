@@ -1,0 +1,182 @@
+"""Local copies with a limit: what was unused for longest goes, what is in use stays, and no process exceeds it."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import seeded
+
+from pipeline.cache.reader import Cache
+from pipeline.config import LocalCopy, load_config
+from pipeline.storage import CopyRoom, LocalStore, Ranges, ReadThrough, local_copy, open_store
+from singer.errors import UserError
+
+SIZE = 100
+
+
+class Source(LocalStore):
+    """Counts what is read whole, and how often ranges are read."""
+
+    whole, parts = 0, 0
+
+    def read(self, name: str) -> bytes:
+        self.whole += 1
+        return super().read(name)
+
+    def read_ranges(self, ranges: Ranges) -> None:
+        self.parts += 1
+        super().read_ranges(ranges)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    source = Source(tmp_path / "source")
+    random = np.random.default_rng(seeded(0))
+    for name in "abcd":
+        source.write(name, random.bytes(SIZE))
+    return source
+
+
+def content(source: Source, name: str) -> bytes:
+    return (source.path / name).read_bytes()
+
+
+def reader(source: Source, folder: Path, most: int) -> ReadThrough:
+    sums = {name: digest(source, name) for name in "abcd"}
+    return ReadThrough(source, folder / "segment", sums, CopyRoom(folder, most), dict.fromkeys("abcd", SIZE))
+
+
+def digest(source: Source, name: str) -> str:
+    return hashlib.sha256(content(source, name)).hexdigest()
+
+
+def read(reader: ReadThrough, names: Sequence[str]) -> list[bytes]:
+    """Read the second half of each object."""
+    out, count = np.zeros(len(names) * SIZE // 2, np.uint8), np.arange(len(names))
+    half = np.full(len(names), SIZE // 2)
+    reader.read_ranges(Ranges(names, count, half, half, out, count * (SIZE // 2)))
+    return [piece.tobytes() for piece in np.split(out, len(names))]
+
+
+def copies(source: Source, folder: Path) -> str:
+    held = {path.name for path in (folder / "segment").iterdir()}
+    assert held <= {digest(source, name) for name in "abcd"}
+    return "".join(name for name in "abcd" if digest(source, name) in held)
+
+
+def age(source: Source, folder: Path, name: str, seconds: float) -> None:
+    """Let a copy look as if it had been used so long ago."""
+    os.utime(folder / "segment" / digest(source, name), (time.time() - seconds,) * 2)
+
+
+def test_what_was_unused_for_longest_is_removed(source: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    (folder / "segment").mkdir(parents=True)
+    for other in (folder / "notes.txt", folder / "segment" / "notes.txt"):
+        other.write_bytes(b"x" * 1000)  # not a copy: it neither counts nor goes
+        os.utime(other, (0, 0))
+    (folder / "segment" / "notes.txt").rename(folder / "notes-2.txt")
+    one = reader(source, folder, 250)
+    assert read(one, "ab") == [content(source, name)[50:] for name in "ab"]
+    age(source, folder, "a", 5000)
+    age(source, folder, "b", 9000)
+    assert read(one, "c") == [content(source, "c")[50:]] and copies(source, folder) == "ac"
+    # What is read has a new time, and the next one to go is another.
+    assert read(reader(source, folder, 250), "a") == [content(source, "a")[50:]]
+    age(source, folder, "c", 5000)
+    assert read(one, "b") == [content(source, "b")[50:]] and copies(source, folder) == "ab"
+    assert source.whole == 4 and source.parts == 0
+    assert (folder / "notes.txt").exists() and (folder / "notes-2.txt").exists()
+
+
+def test_what_is_in_use_stays_and_the_rest_is_read_from_its_source(
+    source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "copy"
+    one = reader(source, folder, 250)
+    for _ in range(3):
+        assert read(one, "dacb") == [content(source, name)[50:] for name in "dacb"]
+    assert len(copies(source, folder)) == 2 and source.whole == 2 and source.parts == 3
+    assert "the 2.5e-07 GB of local copies" in caplog.text and caplog.text.count("are in use") == 1
+    # A copy that another process removes is read from the source, at once and later.
+    (folder / "segment" / digest(source, "a")).unlink()
+    assert read(one, "a") == [content(source, "a")[50:]]
+    assert read(one, "a") == [content(source, "a")[50:]] and source.whole == 2
+
+
+def test_a_removed_copy_is_closed(source: Source, tmp_path: Path) -> None:
+    """Its bytes are not free while it is open."""
+    folder = tmp_path / "copy"
+    one = reader(source, folder, 250)
+    read(one, "a")
+    copy = folder / "segment" / digest(source, "a")
+    assert str(copy) in opened()
+    copy.unlink()
+    one._looked -= local_copy.IN_USE_SECONDS  # a while later
+    read(one, "b")
+    assert not [name for name in opened() if copy.name in name]
+
+
+def opened() -> list[str]:
+    found = []
+    for number in Path("/proc/self/fd").iterdir():
+        try:
+            found.append(str(number.readlink()))
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return found
+
+
+def test_many_readers_stay_below_the_limit(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with locks of its own, as in processes; copies are removed all the time, also between look and read."""
+    monkeypatch.setattr(local_copy, "IN_USE_SECONDS", 0.0)
+    folder, most, wrong, end = tmp_path / "copy", [0], [], threading.Event()
+
+    def work(number: int) -> None:
+        one, random = reader(source, folder, 250), np.random.default_rng(seeded(number))
+        for _ in range(10):
+            names = random.permutation(list("abcd"))[:2].tolist()
+            if read(one, names) != [content(source, name)[50:] for name in names]:
+                wrong.append(names)
+
+    def watch() -> None:
+        while not end.wait(0.005):
+            with (folder / ".room.lock").open("a") as lock:  # between two steps of the others
+                local_copy.flock(lock.fileno(), folder, wait=True)
+                most.append(sum(p.stat().st_size for p in (folder / "segment").glob("*") if p.exists()))
+
+    (folder / "segment").mkdir(parents=True)
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    watcher = threading.Thread(target=watch)
+    for thread in [watcher, *threads]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    end.set()
+    watcher.join()
+    assert not wrong and 100 <= max(most) <= 250 and source.whole > 4
+
+
+def test_a_cache_is_read_through_limited_copies(world: Path, tmp_path: Path) -> None:
+    cache = world / "cache"
+    records = np.arange(len(Cache(cache)))[::3]
+    expected = Cache(cache).read(records)
+    half = sum(size for name, size in open_store(cache).sizes().items() if "/c/" in name) // 2
+    found = Cache(cache, local_copy=LocalCopy(tmp_path, half / 1e9)).read(records)
+    for block, parts in expected.blocks.items():
+        for part, values in parts.items():
+            assert bytes(np.asarray(values)) == bytes(np.asarray(found.blocks[block][part]))
+    assert 0 < sum(p.stat().st_size for p in tmp_path.glob("*/*")) <= half
+
+
+def test_a_limit_needs_a_folder() -> None:
+    for section in ("refine", "distill"):
+        with pytest.raises(UserError, match=f"{section}.local_copy_gb: there is no folder that it limits"):
+            load_config(None, [f"{section}.local_copy_gb=5"])
+        config = load_config(None, [f"{section}.local_copy_gb=5", f"{section}.local_copy=there"])
+        assert getattr(config, section).copies == LocalCopy(Path("there"), 5)
