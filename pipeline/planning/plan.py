@@ -68,7 +68,8 @@ class Stage:
 class PlanResult:
     """The result of a plan. A figure that was not measured is None; `stages` gives the reason.
 
-    teacher_parameters, teacher_bytes: the number of the teacher's parameters, and the memory that they take;
+    teacher_parameters, teacher_bytes: the number of the teacher's parameters, and the memory that they take; copies:
+    its passes over each view, which its speed and all hours count;
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
@@ -83,6 +84,7 @@ class PlanResult:
     views: int
     teacher_parameters: int
     teacher_bytes: int
+    copies: int
     blocks: tuple[int, ...]
     pixels: str
     epochs: int
@@ -145,6 +147,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         views=config.views.count,
         teacher_parameters=parameters(backbone.model),
         teacher_bytes=weight_bytes(backbone.model),
+        copies=config.teacher.copies,
         blocks=blocks,
         pixels=config.views.pixels,
         epochs=config.distill.epochs,
