@@ -33,8 +33,9 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows, Stored, ViewBatch
+from pipeline.cache.rows import RowReader, Rows, ViewBatch
 from pipeline.cache.segments import read_segments
+from pipeline.cache.stored import Stored
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.runtime.devices import make_accelerator
@@ -82,7 +83,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
             for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):
-                extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks)
+                extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks, batch.copies)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
@@ -124,7 +125,7 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
                 views: Stored = {VIEWS: torch.from_numpy(found)}
-                store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, views))
+                store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, beside=views))
 
     return seconds(store_all)
 

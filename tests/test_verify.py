@@ -257,8 +257,10 @@ def test_features_of_something_else_are_found(world: Path, cache: Path, monkeypa
     shutil.rmtree(cache)
     features = Extractor.features
 
-    def wrong(self: Extractor, pixels: torch.Tensor, blocks: list[int]) -> dict[int, torch.Tensor]:
-        return features(self, pixels.flip(0), blocks)
+    def wrong(
+        self: Extractor, pixels: torch.Tensor, blocks: list[int], copies: torch.Tensor | None
+    ) -> dict[int, torch.Tensor]:
+        return features(self, pixels.flip(0), blocks, copies)
 
     monkeypatch.setattr(Extractor, "features", wrong)
     cache_teacher(world_config(world), shards(world), cache)

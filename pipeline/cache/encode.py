@@ -13,10 +13,10 @@ from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, PIXELS, POSITIONS, VIEWS
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.pixels import encode_jpegs
-from pipeline.cache.rows import RowReader, Rows, Stored, ViewBatch
+from pipeline.cache.rows import RowReader, Rows, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment
-from pipeline.cache.stored import Ragged
+from pipeline.cache.stored import Ragged, Stored
 from pipeline.data.views import draw_positions
 from singer.matching import take_patches
 from singer.sizes import ImageSize

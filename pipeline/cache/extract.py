@@ -47,7 +47,9 @@ class Extractor:
             precision=accelerator.mixed_precision,
             dtype=config.teacher.dtype,
             shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
+            copies=config.teacher.copies,
         )
+        self.copying = self.teacher.copying
         if config.teacher.offload == "auto" and accelerator.num_processes > 1:
             raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
         place_model(backbone.model, self.device, config.teacher.offload)
@@ -64,12 +66,23 @@ class Extractor:
         return find_suffix(model, self.backbone.architecture, self.backbone.model_args, first_block, size)
 
     @torch.inference_mode()
-    def features(self, pixels: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
-        """Compute {block: features (n, N, d) float32} of pixels (n, height, width, 3) uint8."""
-        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device).to(self.backbone.dtype)
-        with self.accelerator.autocast():
-            outputs = block_outputs(self.backbone.model, images, blocks)
-        return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
+    def features(self, pixels: Tensor, blocks: Sequence[int], copies: Tensor | None = None) -> dict[int, Tensor]:
+        """Compute {block: features (n, N, d) float32} of pixels (n, height, width, 3) uint8.
+
+        copies: (n, count, 3), those of data.views.draw_copies; needed if, and only if, the teacher has copies.
+        """
+
+        def outputs(images: Tensor) -> dict[int, Tensor]:
+            with self.accelerator.autocast():
+                found = block_outputs(self.backbone.model, images.to(self.backbone.dtype), blocks)
+            return {block: x.to(self.device, torch.float32) for block, x in found.items()}
+
+        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+        if self.copying is None:
+            return outputs(images)
+        assert copies is not None
+        grids = {block: self.teacher.grid_of(block) for block in blocks}
+        return self.copying.average(outputs, images, copies, self.teacher.prefix_tokens, grids)
 
     def empty_batch(self, views: int) -> dict[int, Tensor]:
         """Compute the features of so many black views, of the blocks that are cached, to see how long it takes."""
@@ -94,7 +107,8 @@ class Extractor:
             good = views.found["width"] > 0
             if good.any():
                 pixels = views.pixels[self.teacher.image_size][torch.from_numpy(good)]
-                outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks).items()})
+                copies = None if views.copies is None else views.copies[torch.from_numpy(good)]
+                outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks, copies).items()})
                 check_finite(outputs[-1], batch[good], rows.key)
         if not outputs:
             first, why = next(iter(broken.items()))

@@ -90,6 +90,7 @@ def fill(
     ):
         read = RowReader(rows, files, manifest.view_form, encode.sizes, config.cache.on_error)
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
-            store(extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks), batch)
+            pixels = batch.pixels[manifest.teacher.image_size]
+            store(extract.features(pixels, manifest.blocks, batch.copies), batch)
             m.advance(len(batch.records))
     return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

@@ -19,10 +19,10 @@ class TeacherInfo:
     """One teacher's features in a cache.
 
     variant: its name in refine.teacher and distill.teacher; id: the id of the cache for this teacher, None if it is
-    incomplete; tokens: stored tokens per record; records: views of images; missing: Zarr shards that are not done yet;
-    feature_bytes: the size of its stored features; ratio: how many times smaller they are than float16 of all tokens;
-    fidelity: {block: norms of patch tokens, errors of the codec on prefix, clean and artifact tokens}, measured on a
-    sample of the records when the block was first cached.
+    incomplete; copies: of each view, over which features are averaged; tokens: stored tokens per record; records: views
+    of images; missing: Zarr shards that are not done yet; feature_bytes: the size of its stored features; ratio: how
+    many times smaller they are than float16 of all tokens; fidelity: {block: norms of patch tokens, errors of the codec
+    on prefix, clean and artifact tokens}, measured on a sample of the records when the block was first cached.
     """
 
     variant: str
@@ -31,6 +31,7 @@ class TeacherInfo:
     id: str | None
     image_size: ImageSize
     precision: str
+    copies: int
     blocks: tuple[int, ...]
     tokens: int
     width: int
@@ -108,6 +109,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         id=None if any(s.lacks() for s in segments) else id_of_segments(segments),
         image_size=first.teacher.image_size,
         precision=first.teacher.precision,
+        copies=first.teacher.copies,
         blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
         tokens=first.tokens_of(max(first.blocks)),
         width=first.teacher.width_of(max(first.blocks)),

@@ -14,6 +14,7 @@ from pipeline.config import InputSize
 from pipeline.data import Decoding
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
+from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import Size
 
@@ -26,7 +27,7 @@ class TeacherManifest(_Section):
     """The teacher and its preprocessing. weights: SHA-256 (models.backbone.weight_hash).
 
     dtype: of the weights; width, grid: of the last block; shapes: (width, grid) of every block, None if all blocks have
-    those of the last one.
+    those of the last one; copies: of each view, whose features are averaged (teacher.copies).
     """
 
     name: str
@@ -44,16 +45,22 @@ class TeacherManifest(_Section):
     precision: str
     dtype: str = "float32"
     shapes: tuple[tuple[int, tuple[int, int]], ...] | None = None
+    copies: int = 1
 
     @model_serializer(mode="wrap")
     def _as_before(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `dtype` and `shapes` out where they say nothing, so that identities are those of older caches."""
+        """Leave out `dtype`, `shapes` and `copies` where they say nothing: identities are those of older caches."""
         value: dict[str, Any] = default(self)
-        if self.dtype == "float32":
-            del value["dtype"]
-        if self.shapes is None:
-            del value["shapes"]
+        for name, nothing in (("dtype", "float32"), ("shapes", None), ("copies", 1)):
+            if getattr(self, name) == nothing:
+                del value[name]
         return value
+
+    @property
+    def copying(self) -> Copying | None:
+        """Return how views are copied for the features; None if they are those of the views alone."""
+        grids = [self.grid] if self.shapes is None else [grid for _, grid in self.shapes]
+        return Copying.of(self.copies, self.image_size, grids) if self.copies > 1 else None
 
     def width_of(self, block: int) -> int:
         """Return the width of a block's tokens, in channels."""

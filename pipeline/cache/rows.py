@@ -12,11 +12,12 @@ from torch import Tensor
 from pipeline.cache.index import Index
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
-from pipeline.cache.stored import Ragged
+from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError, image_digest, listing_hash, one_line
 from pipeline.data.decoder_warnings import warnings_of
-from pipeline.data.views import View, apply_view, draw_view
+from pipeline.data.views import View, apply_view, draw_copies, draw_view
+from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 
@@ -28,7 +29,8 @@ class Rows:
     Record = image · views + view. images: the listed images; first_view: the number of the first view of each image;
     views: the number of views of each image; drawing: how views are drawn; digests: (images,) uint64, the digests of
     images that were read before and must not have changed since, 0 for the others; replay: the index of an earlier
-    segment with the same records, from which the views are taken.
+    segment with the same records, from which the views are taken; copying: how the teacher's views are copied, if they
+    are.
     """
 
     images: Images
@@ -37,6 +39,7 @@ class Rows:
     drawing: ViewsConfig
     digests: np.ndarray | None = None
     replay: Index | None = None
+    copying: Copying | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, images: Images, earlier: Iterable[Segment] = ()) -> "Rows":
@@ -46,13 +49,14 @@ class Rows:
         has the same.
         """
         first, count, drawing = manifest.views["first"], manifest.views_each, drawn_as(manifest.views)
+        copying = manifest.teacher.copying
         for segment in earlier:
             if segment.lacks() is None:
                 index = segment.index()
                 if listing_hash(index.images) == manifest.data.hash:
                     replay = index if segment.manifest.views == manifest.views else None
-                    return cls(images, first, count, drawing, index.digest, replay)
-        return cls(images, first, count, drawing)
+                    return cls(images, first, count, drawing, index.digest, replay, copying)
+        return cls(images, first, count, drawing, copying=copying)
 
     def __len__(self) -> int:
         return len(self.images) * self.views
@@ -71,14 +75,24 @@ class Rows:
             return self.replay.record_view(record)
         return draw_view(self.drawing, self.key(record), self.number(record), size)
 
+    def copies(self, records: np.ndarray) -> Tensor | None:
+        """Return the copies of the views of some records, (n, count, 3); None if the teacher sees no copies."""
+        return copies_of(self.drawing.seed, ((self.key(r), self.number(r)) for r in records.tolist()), self.copying)
+
+
+def copies_of(seed: int, views: Iterable[tuple[str, int]], copying: Copying | None) -> Tensor | None:
+    """Return the copies of some views, (n, count, 3) int16; None if there are none.
+
+    seed: views.seed; views: (key of the image, number of the view).
+    """
+    if copying is None:
+        return None
+    return torch.from_numpy(np.stack([draw_copies(seed, key, number, copying) for key, number in views]))
+
 
 def drawn_as(views: dict[str, Any]) -> ViewsConfig:
     """Return the settings from which a manifest's `views` came."""
     return ViewsConfig.model_validate({k: v for k, v in views.items() if k not in ("first", "count")})
-
-
-Stored = dict[str, Tensor | Ragged]
-"""{name of an array: its values of some records}."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +100,15 @@ class ViewBatch:
     """The views of some records, as they were read.
 
     pixels: {size: (n, height, width, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
-    Manifest.view_form; unreadable: {image: why it cannot be decoded}; beside: what is stored beside the features, once
-    Encoder.load has added it.
+    Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies: see Rows.copies; beside: what is stored
+    beside the features, once Encoder.load has added it.
     """
 
     records: np.ndarray
     pixels: dict[ImageSize, Tensor]
     found: np.ndarray
     unreadable: dict[int, str]
+    copies: Tensor | None = None
     beside: Stored = field(default_factory=dict)
 
 
@@ -133,7 +148,7 @@ class RowReader:
             for size, pixels in views.items():
                 pixels[place] = apply_view(picture, view, size)
         pixels_of = {size: torch.from_numpy(pixels) for size, pixels in views.items()}
-        return ViewBatch(records, pixels_of, found, unreadable)
+        return ViewBatch(records, pixels_of, found, unreadable, self.rows.copies(records))
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
         """Return image `number` as RGB, or None if it is broken, and its digest."""

@@ -48,6 +48,7 @@ class Ragged:
 
 
 Stored = dict[str, Tensor | Ragged]
+"""{name of a part or an array: its values of some records}."""
 
 
 @dataclass(frozen=True)

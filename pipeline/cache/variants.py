@@ -95,6 +95,7 @@ def names_of(teachers: Sequence[TeacherManifest]) -> list[str]:
 
 def _fields(teacher: TeacherManifest) -> dict[str, Any]:
     """Return the fields in which variants can differ, without those that follow from others."""
-    fields = teacher.model_dump(mode="json", exclude={"grid", "model_args"})
+    fields = {"dtype": teacher.dtype, "copies": teacher.copies}
+    fields |= teacher.model_dump(mode="json", exclude={"grid", "model_args"})
     args = {f"model_args.{key}": value for key, value in teacher.model_args.items() if key != "img_size"}
     return fields | {"weights": teacher.weights[:12]} | args

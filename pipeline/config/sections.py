@@ -69,6 +69,11 @@ class TeacherConfig(Section):
         "needed; auto spreads them over all GPUs, and what does not fit there over memory and disk",
         "speed",
     )
+    copies: Annotated[int, Field(ge=1, le=100)] = key(
+        1,
+        "passes over each view: itself, and copies that are shifted by whole patches and mirrored; what is stored are "
+        "the averages of their features, brought back to their places",
+    )
 
 
 class ViewsConfig(Section):

@@ -184,6 +184,12 @@ class DistillConfig(Section):
     share_keep: Literal["hard", "easy"] = key(
         "hard", "el2n, prototypes: whether the images with the highest or the lowest scores are kept", shared=True
     )
+    overlap: bool = key(
+        False,
+        "the patches of a view are taught by those of another stored view of its image, where both show the same, and "
+        "elsewhere by none; CLS by its own. An image needs two views; twice as much is read",
+        shared=True,
+    )
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0,
         "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
@@ -257,6 +263,8 @@ class DistillConfig(Section):
             raise UserError(f"share_by: {self.share_by} chooses a share; give one (--set distill.share=0.5)")
         if self.share_by == "random" and self.share_keep != "hard":
             raise UserError("share_keep: easy is about scores; give one (--set distill.share_by=el2n, or prototypes)")
+        if self.overlap and self.joint:
+            raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
         if self.read_block > self.shuffle_window:

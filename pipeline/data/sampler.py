@@ -21,10 +21,12 @@ class BatchIndices:
 
     records: (n,) int64, the same n for all processes of a step; weights: (n,) float32, such that the mean over
     processes of sum(weight · loss) is the mean loss of the global batch. Records that only fill up have weight 0.
+    epoch: the one in which they are read.
     """
 
     records: np.ndarray
     weights: np.ndarray
+    epoch: int = 0
 
 
 def steps_per_epoch(records: int, batch: int) -> int:
@@ -52,7 +54,7 @@ class EpochOrder:
     """
 
     def __init__(self, records: int, seed: int, epoch: int, block: int = 1, window: int = 1 << 14) -> None:
-        self._records, self._seed = records, [seed, epoch]
+        self._records, self._seed, self.epoch = records, [seed, epoch], epoch
         self._block, self._window = block, window
         blocks = np.arange(-(-records // block), dtype=np.int64)
         self._blocks = np.random.default_rng(self._seed).permutation(blocks)
@@ -97,7 +99,7 @@ def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: in
     mine = whole[rank * size : (rank + 1) * size]
     filling = np.repeat(whole[:1], size - len(mine))
     weights = np.concatenate([np.full(len(mine), world / len(whole)), np.zeros(len(filling))])
-    return BatchIndices(np.concatenate([mine, filling]), weights.astype(np.float32))
+    return BatchIndices(np.concatenate([mine, filling]), weights.astype(np.float32), order.epoch)
 
 
 def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:

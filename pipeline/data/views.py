@@ -12,6 +12,7 @@ from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
 from pipeline.runtime.buffers import moved
+from singer.copies import Copying
 from singer.sizes import ImageSize, Size
 
 Box = tuple[float, float, float, float]
@@ -124,6 +125,14 @@ def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -
     """Draw which patches of a view are stored, (count,) int16, ascending: a pure function of its arguments."""
     order = np.argsort(_generator(seed, key, number, 1).random(patches), kind="stable")
     return np.sort(order[:count]).astype(np.int16)
+
+
+def draw_copies(seed: int, key: str, number: int, copying: Copying) -> np.ndarray:
+    """Draw the copies of a view over which features are averaged, (count, 3) int16: a pure function of its arguments.
+
+    See Copying.choose.
+    """
+    return copying.choose(_generator(seed, key, number, 2).random(copying.numbers))
 
 
 def _generator(seed: int, key: str, number: int, purpose: int) -> np.random.Generator:

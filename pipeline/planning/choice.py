@@ -158,8 +158,9 @@ class Chooser:
 
     @property
     def _probing_hours(self) -> float:
-        # Both models run on one process, without a backward pass.
-        return self.probed * (1 / self.costs.teacher + 1 / (3 * self.costs.student) + 2 / self.costs.decode) / 3600
+        # Both models run on one process, without a backward pass, and the teacher without copies of the views.
+        teacher = self.costs.teacher * self.config.teacher.copies
+        return self.probed * (1 / teacher + 1 / (3 * self.costs.student) + 2 / self.costs.decode) / 3600
 
     def _caching_hours(self, views: int) -> float:
         seconds = self.costs.seconds(self.costs.teacher, self._workers["cache.workers"])

@@ -70,7 +70,8 @@ class PlanResult:
     """The result of a plan. A figure that was not measured is None; `stages` gives the reason.
 
     teacher_parameters, teacher_bytes: the number of the teacher's parameters, and the memory that they take;
-    batch_size: views in its forward pass, as found if cache.batch_size is auto;
+    batch_size: views in its forward pass, as found if cache.batch_size is auto; copies: its passes over each view,
+    which its speed and all hours count;
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
@@ -86,6 +87,7 @@ class PlanResult:
     teacher_parameters: int
     teacher_bytes: int
     batch_size: int
+    copies: int
     blocks: tuple[int, ...]
     pixels: str
     epochs: int
@@ -150,6 +152,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         teacher_parameters=parameters(backbone.model),
         teacher_bytes=weight_bytes(backbone.model),
         batch_size=config.cache.views_at_once,
+        copies=config.teacher.copies,
         blocks=blocks,
         pixels=config.views.pixels,
         epochs=config.distill.epochs,

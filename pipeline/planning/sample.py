@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.pixels import encode_jpegs
+from pipeline.cache.rows import copies_of
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, readable
 from pipeline.data.listed import NO_LABEL
@@ -19,6 +20,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs
+from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 
@@ -32,21 +34,32 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Teacher:
     """The teacher as a function from views to features.
 
-    It takes views (n, height, width, 3) uint8 and returns {block: features (n, N, d) float32} on its device.
+    It takes views (n, height, width, 3) uint8 and returns {block: features (n, N, d) float32} on its device. With
+    teacher.copies, each view takes as many passes; which copies a view has makes no difference to a plan.
     """
 
     def __init__(self, config: Config, backbone: Backbone, blocks: Sequence[int], device: torch.device) -> None:
         self.backbone, self.blocks, self.device = backbone, blocks, device
         self._half = AUTOCAST.get(config.cache.precision)
-        backbone.layout  # noqa: B018 - measured while all of the model is in one place
+        grids = [grid for _, grid in backbone.layout]  # measured while all of the model is in one place
+        copies = config.teacher.copies
+        self._copying = Copying.of(copies, backbone.image_size, grids) if copies > 1 else None
         place_model(backbone.model, device, config.teacher.offload)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return the features of the views, as described at the class."""
-        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device).to(self.backbone.dtype)
+        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device)
+        if self._copying is None:
+            return self._pass(images)
+        copies = copies_of(0, (("", number) for number in range(len(pixels))), self._copying)
+        assert copies is not None
+        grids = {block: self.backbone.layout[block][1] for block in self.blocks}
+        return self._copying.average(self._pass, images, copies, self.backbone.prefix, grids)
+
+    def _pass(self, images: Tensor) -> dict[int, Tensor]:
         with torch.autocast(self.device.type, self._half, self._half is not None):
-            outputs = block_outputs(self.backbone.model, images, self.blocks)
+            outputs = block_outputs(self.backbone.model, images.to(self.backbone.dtype), self.blocks)
         return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
 
     def empty_batch(self, views: int) -> dict[int, Tensor]:

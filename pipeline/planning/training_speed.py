@@ -70,7 +70,7 @@ def train_on(
     per_epoch = -(-len(cache) // settings.batch_size)
 
     with open_images(cache) as files:
-        load = BatchLoader([cache], files, [shown])
+        load = BatchLoader([cache], files, [shown], others=new.others)
         ahead = prefetch_depth(settings, load.record_bytes, 1)
 
         def lists() -> Iterator[list[BatchIndices]]:

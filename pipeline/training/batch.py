@@ -18,6 +18,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
+from pipeline.training.other_views import OtherViews
 from singer.sizes import ImageSize, Size
 
 
@@ -25,13 +26,14 @@ from singer.sizes import ImageSize, Size
 class TeacherFeatures:
     """A teacher's part of a batch on the device.
 
-    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches.
+    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches. Where other
+    views teach (Batch.places), their features follow as B further records.
     """
 
     features: dict[int, Tensor]
     positions: Tensor | None = None
 
-    def rows(self, rows: slice) -> "TeacherFeatures":
+    def rows(self, rows: slice | Tensor) -> "TeacherFeatures":
         """Return the features of some records of the batch."""
         positions = self.positions[rows] if self.positions is not None else None
         return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
@@ -44,7 +46,8 @@ class Batch:
     images: (B, 3, H, W); teacher_features: those of each teacher, which the model decodes if they are in their stored
     form, so that a compiled step does that together with all that follows; weights: (B,), the weight of each record in
     the mean; labels: (B,), negative where there is none; filling: how many records at the end only fill up and have
-    weight 0.
+    weight 0; places: (B, 2, 5), where each view is, and the other one whose patches teach it (distill.overlap); None if
+    each teaches itself.
     """
 
     images: Tensor
@@ -52,6 +55,7 @@ class Batch:
     weights: Tensor
     labels: Tensor
     filling: int = 0
+    places: Tensor | None = None
 
     def split(self, parts: int) -> Iterator["Batch"]:
         """Split a batch with decoded features into `parts` parts, or fewer if there are not enough records."""
@@ -65,8 +69,10 @@ class Batch:
         for start in range(0, count, size):
             rows = slice(start, start + size)
             filling = min(start + size, count) - max(start, min(start + size, real))
-            features = [s.rows(rows) for s in decoded]
-            yield Batch(self.images[rows], features, self.weights[rows], self.labels[rows], filling)
+            places = None if self.places is None else self.places[rows]
+            read = rows if places is None else torch.arange(2 * count).view(2, -1)[:, rows].flatten()
+            features = [s.rows(read) for s in decoded]
+            yield Batch(self.images[rows], features, self.weights[rows], self.labels[rows], filling, places)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class StoredBatch:
     """What one process trains on in one step, as it was read.
 
     pixels: {size: (n, height, width, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of
-    each record in the mean; labels: (n,) int64, negative where there is none; filling: as in Batch.
+    each record in the mean; labels: (n,) int64, negative where there is none; filling, places: as in Batch.
     """
 
     pixels: dict[ImageSize, Tensor]
@@ -82,6 +88,7 @@ class StoredBatch:
     weights: Tensor
     labels: Tensor
     filling: int = 0
+    places: Tensor | None = None
 
     def to(self, device: torch.device) -> "StoredBatch":
         """Copy everything to a device in its stored form, as `moved` does."""
@@ -91,11 +98,14 @@ class StoredBatch:
             moved(self.weights, device),
             moved(self.labels, device),
             self.filling,
+            None if self.places is None else moved(self.places, device),
         )
 
     def tensors(self) -> Iterator[Tensor]:
         """Iterate over all tensors."""
         yield from (*self.pixels.values(), self.weights, self.labels)
+        if self.places is not None:
+            yield self.places
         for encoded in self.encoded:
             yield from encoded.tensors()
 
@@ -111,7 +121,7 @@ class StoredBatch:
             features = [TeacherFeatures(cache.decoder(device)(x), x.positions) for cache, x in pairs]
         keys = [(s.image_size, s.mean, s.std) for s in students]
         images = {(size, mean, std): normalise(self.pixels[size], mean, std, device) for size, mean, std in set(keys)}
-        return [Batch(images[key], features, self.weights, self.labels, self.filling) for key in keys]
+        return [Batch(images[key], features, self.weights, self.labels, self.filling, self.places) for key in keys]
 
 
 class BatchLoader:
@@ -119,7 +129,7 @@ class BatchLoader:
 
     caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
     cache holds the views; sizes: those of the students' images, in pixels; records: those of the cache that are loaded,
-    and then have the numbers from 0 on; default: all.
+    and then have the numbers from 0 on; default: all; others: chooses the view that teaches each record; None: its own.
     """
 
     def __init__(
@@ -128,7 +138,9 @@ class BatchLoader:
         files: ImageFile | None,
         sizes: Sequence[ImageSize],
         records: np.ndarray | None = None,
+        others: OtherViews | None = None,
     ) -> None:
+        self.others = others
         self.caches, self.files, self.sizes, self.records = caches, files, sorted(set(sizes), key=Size.of), records
         index = caches[0].index
         self.labels = torch.from_numpy(index.images.labels[index.image])
@@ -143,8 +155,8 @@ class BatchLoader:
 
     @property
     def record_bytes(self) -> int:
-        """Return the stored size of a record's features from all caches, in bytes."""
-        return sum(cache.record_bytes for cache in self.caches)
+        """Return the stored size of the features that are read for a record, from all caches, in bytes."""
+        return sum(cache.record_bytes for cache in self.caches) * (1 if self.others is None else 2)
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
@@ -161,7 +173,8 @@ class BatchLoader:
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
                 labels = self.labels[torch.from_numpy(self._stored(indices.records))].long()
                 filling = int((indices.weights == 0).sum())
-                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling)
+                places = None if self.others is None else self.others.places(*np.split(self._read(indices), 2))
+                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling, places)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
         """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""
@@ -171,6 +184,11 @@ class BatchLoader:
 
     def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
         """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
-        records = self._stored(np.concatenate([share.records for share in shares]))
-        counts = [len(share.records) for share in shares]
+        read = [self._read(share) for share in shares]
+        records, counts = np.concatenate(read), [len(one) for one in read]
         return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
+
+    def _read(self, share: BatchIndices) -> np.ndarray:
+        """Return the records whose features are read for a batch: its own, and then those of their other views."""
+        own = self._stored(share.records)
+        return own if self.others is None else np.concatenate([own, self.others.choose(own, share.epoch)])

@@ -54,7 +54,7 @@ class Distiller(nn.Module):
     def drop_patches(self) -> None:
         """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
         for branch in self.branches:
-            branch.targets.check_kept()
+            branch.targets.check_whole("token_share=1", "the student cannot leave out others")
         self.dropout = install(self.student)
 
     def decoded(self, batch: Batch) -> Batch:
@@ -68,7 +68,7 @@ class Distiller(nn.Module):
         outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
         compared = [
-            branch.compare(outputs, branch.targets.decoded(features), batch.weights, batch.filling, kept)
+            branch.compare(outputs, branch.targets.decoded(features), batch.weights, batch.filling, kept, batch.places)
             for branch, features in zip(self.branches, batch.teacher_features, strict=True)
         ]
         # Half precision loses small differences of large products, such as those in Gram matrices.

@@ -33,6 +33,7 @@ from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.held_out import HeldOut, Split, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
+from pipeline.training.other_views import OtherViews
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -116,6 +117,11 @@ class NewStudent:
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches()
+        self.others = None
+        if settings.overlap:
+            for branch in branches:
+                branch.check_overlap()
+            self.others = OtherViews(sources[0].cache, settings.seed)
         self.records, self.held_out = split or split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
@@ -227,7 +233,7 @@ def run_jobs(
             say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
     with images as files:
         sizes = [new.student.image_size for new in made]
-        load = BatchLoader(caches, files, sizes, made[0].records)
+        load = BatchLoader(caches, files, sizes, made[0].records, made[0].others)
         apart = BatchLoader(caches, files, sizes, made[0].held_out)
         held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
         m = train(student_runs, load, accelerator, held_out)

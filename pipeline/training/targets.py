@@ -12,6 +12,7 @@ from pipeline.training.batch import TeacherFeatures
 from singer.errors import UserError
 from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
+from singer.overlap import resample_overlap
 from singer.refiner import Refiner
 
 
@@ -88,12 +89,15 @@ class Targets:
             cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
             return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
 
-    def check_kept(self) -> None:
-        """Raise UserError if the student cannot see only some patches: the cache has only some of its own."""
+    def check_whole(self, off: str, why: str) -> None:
+        """Raise UserError if the cache has only some of the patches.
+
+        off: how the key of section distill that needs all is set so that it does not; why: it needs them.
+        """
         if self.cache.manifest.sampled:
             raise UserError(
-                f"distill.token_share: {self.cache.place} holds only some of the patches (cache.token_share), and the "
-                "student cannot leave out others; set distill.token_share=1"
+                f"distill.{off.partition('=')[0]}: {self.cache.place} holds only some of the patches "
+                f"(cache.token_share), and {why}; set distill.{off}"
             )
 
     def target_tokens(
@@ -110,6 +114,28 @@ class Targets:
         prefix = int(self.keep_cls)
         targets = {b: resize_tokens(x, prefix, teacher.grid_of(b), self.grid(b)) for b, x in targets.items()}
         return targets if kept is None else {b: take_patches(x, prefix, kept) for b, x in targets.items()}
+
+    @torch.no_grad()
+    def overlap_tokens(
+        self, features: Mapping[int, Tensor], student: Mapping[int, Tensor], places: Tensor, kept: Tensor | None
+    ) -> dict[int, Tensor]:
+        """Select the tokens of target_tokens, with patches of other views; the student's own where these show nothing.
+
+        features: {block: (2 B, N, d)} of the views, then of the others; student: {block: (B, N, d)}, what is compared;
+        places: those of a Batch; kept: as in target_tokens.
+        """
+        teacher, prefix, found = self.cache.manifest.teacher, int(self.keep_cls), {}
+        with torch.autocast(places.device.type, enabled=False):
+            for b, x in features.items():
+                own, other = x.chunk(2)
+                patches = other[:, teacher.prefix_tokens :]
+                patches, shown = resample_overlap(patches, teacher.grid_of(b), places, self.grid(b))
+                shown = torch.cat([shown.new_ones(len(shown), prefix), shown], 1).unsqueeze(-1)
+                tokens = torch.cat([own[:, :prefix], patches], 1)
+                if kept is not None:
+                    tokens, shown = take_patches(tokens, prefix, kept), take_patches(shown, prefix, kept)
+                found[b] = torch.where(shown, tokens, student[b])
+        return found
 
     def student_tokens(
         self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None

@@ -154,11 +154,12 @@ class TeacherBranch:
         weights: Tensor,
         filling: int = 0,
         kept: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Compared:
         """Bring the student's outputs and the teacher's features to one form.
 
-        outputs: {student block: (B, N, d)}; weights, filling: those of a Batch; kept: (B, k), the only patches that the
-        student saw.
+        outputs: {student block: (B, N, d)}; weights, filling, places: those of a Batch; kept: (B, k), the only patches
+        that the student saw.
         """
         targets = self.targets
         losses: dict[str, Tensor] = {}
@@ -172,13 +173,28 @@ class TeacherBranch:
             wanted = Tokens(refined, refined)
         tokens = self.tokens(outputs, stored.positions, kept)
         cleaned = sorted({*self.cleaned_blocks, *self.attention})
-        wanted = Tokens(
-            targets.target_tokens({b: wanted.normalised[b] for b in self.normalised_blocks}, stored.positions, kept),
-            targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, stored.positions, kept),
-        )
+        normalised = {b: wanted.normalised[b] for b in self.normalised_blocks}
+        if places is None:
+            wanted = Tokens(
+                targets.target_tokens(normalised, stored.positions, kept),
+                targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, stored.positions, kept),
+            )
+        else:
+            wanted = Tokens(targets.overlap_tokens(normalised, tokens.normalised, places, kept))
         if not self.objective.training:
             self.errors = {b: squares(x, tokens.normalised[b]) for b, x in wanted.normalised.items()}
         return Compared(tokens, wanted, losses)
+
+    def check_overlap(self) -> None:
+        """Raise UserError if patches of other views cannot teach: see distill.overlap."""
+        self.targets.check_whole("overlap=false", "the two views have other ones")
+        for name, objective in self.objective.objectives.items():
+            if not getattr(objective, "tokenwise", False):
+                known = ", ".join(n for n, o in OBJECTIVES.items() if o.tokenwise)
+                raise UserError(
+                    f"distill.overlap: objective {name} does not compare token by token, so that no patch can be left "
+                    f"out of it; take one of {known}, or set distill.overlap=false"
+                )
 
     def _joint_losses(
         self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor, real: int

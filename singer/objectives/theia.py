@@ -15,6 +15,8 @@ def mixture(student: Tensor, target: Tensor, cosine: float, smooth: float) -> Te
 class Theia(Objective):
     """0.9 cosine + 0.1 smooth L1, mean over tokens."""
 
+    tokenwise = True
+
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute Theia's loss (B,) of one block's tokens (B, N, d)."""
         return mixture(student, target, 0.9, 0.1).mean(1)

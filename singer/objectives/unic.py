@@ -16,6 +16,8 @@ def halves(losses: Tensor, prefix: int) -> Tensor:
 class Unic(Objective):
     """Cosine + smooth L1, half on CLS and half on the patches."""
 
+    tokenwise = True
+
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute UNIC's loss (B,) of one block's tokens (B, N, d)."""
         return halves(mixture(student, target, 1.0, 1.0), self.context.prefix)

@@ -12,6 +12,7 @@ from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
+from pipeline.cache.rows import copies_of
 from pipeline.cache.segment_reader import SegmentReader, read_rows
 from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
@@ -78,7 +79,7 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
     config = config.model_copy(
         update={
             "teacher": config.teacher.model_copy(
-                update={"name": name, "image_size": known.image_size, "dtype": known.dtype}
+                update={"name": name, "image_size": known.image_size, "dtype": known.dtype, "copies": known.copies}
             ),
             "cache": config.cache.model_copy(update={"precision": known.precision}),
         }
@@ -133,7 +134,9 @@ def check_live(
         check_images(files, np.arange(len(records)), index.digest)
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.views_at_once)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
-            features = extract.features(views, manifest.blocks)
+            numbers = [(index.key(r), int(index.view[r])) for r in own.tolist()]
+            copies = copies_of(manifest.views["seed"], numbers, extract.copying)
+            features = extract.features(views, manifest.blocks, copies)
             check_finite(features, own, index.key)
             positions = reader.read(POSITIONS, batch) if manifest.sampled else None
             of_batch = []

@@ -1,0 +1,46 @@
+"""Patch tokens of one view of an image, brought to the places of another view where both show the same.
+
+What a teacher adds at a place of its grid is somewhere else in another view, so that a student cannot learn it from
+there (the shift-equivariant loss of C-RADIOv4, arXiv 2601.17237).
+"""
+
+import torch
+from torch import Tensor
+
+
+def resample_overlap(
+    patches: Tensor, grid: tuple[int, int], places: Tensor, target: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Bring patches to the grid of another view: (B, rows · columns, d), and which of them are shown, (B, the same).
+
+    patches: (B, P, d) on their grid (rows, columns), of the second view of `places`; places: (B, 2, 5), of both views:
+    left, upper, right and lower edge as shares of the image, and 1 where a view is mirrored; target: (rows, columns) of
+    the first view. A patch is shown if its centre is in both views. Interpolation is bilinear, and over as many patches
+    as one patch of the first view covers, as in matching.resize_tokens.
+    """
+    own, other = places.float().unbind(1)
+    columns, seen = _axis(own[:, [0, 2]], own[:, 4], target[1], other[:, [0, 2]], other[:, 4], grid[1])
+    upright = torch.zeros_like(own[:, 4])
+    rows, above = _axis(own[:, [1, 3]], upright, target[0], other[:, [1, 3]], upright, grid[0])
+    moved = torch.einsum("brx,bxyd->bryd", rows, patches.unflatten(1, grid))
+    moved = torch.einsum("bcy,bryd->brcd", columns, moved)
+    return moved.flatten(1, 2), (above[:, :, None] & seen[:, None]).flatten(1)
+
+
+def _axis(
+    own: Tensor, mirrored: Tensor, count: int, other: Tensor, other_mirrored: Tensor, others: int
+) -> tuple[Tensor, Tensor]:
+    """Return along one axis the weights of the other view's patches, (B, count, others), and what is shown, (B, count).
+
+    own, other: (B, 2), the edges of the views; mirrored, other_mirrored: (B,); count, others: patches of the views.
+    """
+    length, reach = own[:, 1:] - own[:, :1], other[:, 1:] - other[:, :1]
+    share = (torch.arange(count, device=own.device) + 0.5).expand(len(own), -1) / count
+    share = torch.where(mirrored[:, None] > 0, 1 - share, share)
+    place = (own[:, :1] + share * length - other[:, :1]) / reach
+    shown = (place >= 0) & (place <= 1)
+    place = torch.where(other_mirrored[:, None] > 0, 1 - place, place).clamp(0, 1) * others - 0.5
+    width = (length / count * others / reach).clamp_min(1)
+    distance = (place[:, :, None] - torch.arange(others, device=own.device)).abs()
+    weights = (1 - distance / width[:, :, None]).clamp_min(0)
+    return weights / weights.sum(-1, keepdim=True), shown

@@ -1,0 +1,230 @@
+"""Targets from another view of the same image: places, choice of the view, losses, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import config_with, seeded, world_config
+from torch import Tensor
+
+from pipeline.cache import Cache
+from pipeline.config import Config
+from pipeline.data.sampler import BatchIndices
+from pipeline.runtime.devices import make_accelerator
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.training.batch import BatchLoader
+from pipeline.training.cached_teachers import open_teachers
+from pipeline.training.checkpoint import read_log
+from pipeline.training.other_views import OtherViews
+from pipeline.training.runs import NewStudent, StudentSpec
+from singer.backbones import block_outputs
+from singer.errors import UserError
+from singer.matching import resize_tokens
+from singer.objectives import OBJECTIVES, ObjectiveContext
+from singer.overlap import resample_overlap
+
+Box = tuple[float, float, float, float, float]
+WHOLE: Box = (0, 0, 1, 1, 0)
+
+
+def pair(own: Box, other: Box) -> Tensor:
+    return torch.tensor([own, other]).unsqueeze(0)
+
+
+def centres(view: Box, grid: tuple[int, int]) -> Tensor:
+    """Where in the image the centres of a view's patches are, (rows · columns, 2) of (x, y)."""
+    left, upper, right, lower, flip = view
+    rows, columns = grid
+    places = []
+    for row in range(rows):
+        for column in range(columns):
+            x = (column + 0.5) / columns
+            x = 1 - x if flip else x
+            places.append((left + x * (right - left), upper + (row + 0.5) / rows * (lower - upper)))
+    return torch.tensor(places)
+
+
+@pytest.mark.parametrize("target", [(3, 4), (6, 8), (9, 5), (12, 16)], ids=str)
+def test_the_same_view_is_resized_as_any_tokens_are(target: tuple[int, int]) -> None:
+    patches = torch.randn(2, 48, 5, generator=torch.Generator().manual_seed(seeded(0)))
+    found, shown = resample_overlap(patches, (6, 8), pair(WHOLE, WHOLE).expand(2, -1, -1), target)
+    assert torch.allclose(found, resize_tokens(patches, 0, (6, 8), target), atol=1e-5) and shown.all()
+
+
+@pytest.mark.parametrize("flips", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+def test_views_that_are_whole_patches_apart_share_their_patches(flips: tuple[int, int]) -> None:
+    """Of an image of 10 x 12 patches, one view shows 6 x 8 of them, and the other one those 2 below and 3 beside."""
+    grid = (6, 8)
+    own, other = (1 / 12, 1 / 10, 9 / 12, 7 / 10, flips[0]), (4 / 12, 3 / 10, 1.0, 9 / 10, flips[1])
+    image = torch.randn(10, 12, 3, generator=torch.Generator().manual_seed(seeded(1)))
+    seen = [image[1:7, 1:9], image[3:9, 4:12]]
+    mine, theirs = (view.flip(1) if flip else view for view, flip in zip(seen, flips, strict=True))
+    found, shown = resample_overlap(theirs.reshape(1, 48, 3), grid, pair(own, other), grid)
+    both = torch.zeros(6, 8, dtype=torch.bool)
+    both[2:, 3:] = True
+    both = both.flip(1) if flips[0] else both
+    assert torch.equal(shown[0], both.flatten())
+    assert torch.allclose(found[0][both.flatten()], mine.reshape(48, 3)[both.flatten()], atol=1e-5)
+
+
+def test_a_linear_picture_stays_where_it_is() -> None:
+    """The other view is larger, so that each place is between four of its patches; rectangular grids, both mirrored."""
+    own, other = (0.31, 0.42, 0.7, 0.65, 1.0), (0.1, 0.2, 0.9, 0.95, 1.0)
+    places, there = centres(own, (5, 7)), centres(other, (6, 9))
+    found, shown = resample_overlap(there.unsqueeze(0), (6, 9), pair(own, other), (5, 7))
+    assert shown.all() and torch.allclose(found[0], places, atol=1e-5)
+
+
+def test_a_patch_is_shown_if_its_centre_is_in_both() -> None:
+    rng = np.random.default_rng(seeded(2))
+    corners = rng.uniform(0, 0.5, (50, 2, 2))
+    edges = np.concatenate([corners, corners + rng.uniform(0.1, 0.5, (50, 2, 2))], 2)
+    views = torch.tensor(np.concatenate([edges, rng.integers(0, 2, (50, 2, 1))], 2), dtype=torch.float32)
+    found, shown = resample_overlap(torch.ones(50, 20, 1), (4, 5), views, (6, 7))
+    assert torch.allclose(found, torch.ones_like(found)) and 0 < shown.float().mean() < 1
+    for view, own in zip(views.tolist(), shown, strict=True):
+        left, upper, right, lower, _ = view[1]
+        x, y = centres(tuple(view[0]), (6, 7)).T
+        assert torch.equal(own, (x >= left) & (x <= right) & (y >= upper) & (y <= lower))
+
+
+def overlap_config(world: Path, *sets: str) -> Config:
+    views = ("views.count=2", "views.kind=random-resized-crop", "views.flip=0.5", "views.pixels=uint8")
+    return world_config(world, *views, "refine.cleaner=neighbour", "distill.overlap=true", "distill.epochs=1", *sets)
+
+
+def shards(world: Path) -> str:
+    """Ten images."""
+    return str(sorted((world / "test").glob("*.tar"))[-1])
+
+
+@pytest.fixture(scope="module")
+def place(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of two random crops of each of ten images; tests only read it."""
+    out = tmp_path_factory.mktemp("pairs") / "cache"
+    cache_teacher(overlap_config(world), shards(world), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def grown(world: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a third view that was added later."""
+    out = tmp_path_factory.mktemp("grown") / "cache"
+    shutil.copytree(place, out)
+    cache_teacher(overlap_config(world, "views.count=3"), shards(world), out, "append")
+    return out
+
+
+def test_each_record_gets_another_view_of_its_image(place: Path, grown: Path) -> None:
+    for folder, views in ((place, 2), (grown, 3)):
+        cache = Cache(folder)
+        index, others = cache.index, OtherViews(cache, 4)
+        records = np.random.default_rng(seeded(3)).permutation(len(cache))
+        seen = {epoch: others.choose(records, epoch) for epoch in range(40)}
+        for found in seen.values():
+            assert [index.key(a) for a in records.tolist()] == [index.key(b) for b in found.tolist()]
+            assert (found != records).all()
+        # A pure function: of the record alone, whatever else is read with it.
+        assert np.array_equal(seen[7][:9], OtherViews(cache, 4).choose(records[:9], 7))
+        if views == 3:
+            counts = np.mean([index.view[found] for found in seen.values()], 0)
+            assert not np.array_equal(seen[0], seen[1])
+            assert not np.array_equal(seen[0], OtherViews(cache, 5).choose(records, 0))
+            # Over 40 epochs, each of the two others about as often.
+            expected = (3 - index.view[records]) / 2
+            assert np.abs(counts - expected).max() < 1
+            assert np.abs(counts - expected).mean() < 0.2
+    pairs = OtherViews(Cache(place), 0).places(np.array([3, 0]), np.array([2, 1]))
+    index = Cache(place).index
+    assert pairs[0, 0].tolist() == [*index.box[3].tolist(), float(index.flip[3])]
+    assert pairs[1, 1].tolist() == [*index.box[1].tolist(), float(index.flip[1])]
+
+
+def test_batches_hold_the_features_of_both_views(place: Path) -> None:
+    cache = Cache(place)
+    others = OtherViews(cache, 0)
+    records = np.array([5, 8, 16])
+    load = BatchLoader([cache], None, [32], others=others)
+    indices = [BatchIndices(records, np.full(3, 1 / 3, np.float32), epoch) for epoch in (0, 3)]
+    for epoch, stored in zip((0, 3), load([indices], 1), strict=True):
+        chosen = others.choose(records, epoch)
+        whole = cache.features(np.concatenate([records, chosen]), torch.device("cpu"))
+        assert torch.equal(cache.decode(stored.encoded[0], torch.device("cpu"))[3], whole[3])
+        assert stored.places is not None and torch.equal(stored.places, others.places(records, chosen))
+        assert torch.equal(stored.pixels[32], cache.pixels(records, 32))
+    assert load.record_bytes == 2 * cache.record_bytes
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path: Path, share: float) -> None:
+    """By hand: CLS of its own view, patches of the other one where it shows them; all others count as no error."""
+    config = overlap_config(world, "student.patch_size=4", f"distill.token_share={share}")
+    sources = open_teachers(config.distill, place, None)
+    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, make_accelerator("no"))
+    cache, others, branch = sources[0].cache, new.others, new.distiller.branches[0]
+    assert others is not None
+    records = np.arange(0, 12, 2)
+    load = BatchLoader([cache], None, [32], others=others)
+    (stored,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
+    (batch,) = stored.batches([cache], [new.student])
+    new.distiller.train()
+    if new.distiller.dropout is not None:
+        new.distiller.dropout.share = share
+    torch.manual_seed(seeded(4))
+    losses = new.distiller(batch)
+    torch.manual_seed(seeded(4))
+    outputs = block_outputs(new.student.model, batch.images, new.distiller.blocks)
+    kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
+    assert (kept is None) == (share == 1) and batch.places is not None
+    tokens = branch.tokens(outputs, None, kept).normalised
+    both = cache.features(np.concatenate([records, others.choose(records, 2)]), torch.device("cpu"))
+    for block, x in tokens.items():
+        own, other = both[block].chunk(2)
+        patches, shown = resample_overlap(other[:, 1:], (4, 4), batch.places, (8, 8))
+        if kept is not None:
+            shown = shown.gather(1, kept)
+            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        squares = (x[:, 0] - own[:, 0]).square().sum(-1) + ((x[:, 1:] - patches).square().sum(-1) * shown).sum(1)
+        expected = (squares / (x.shape[1] * x.shape[2])).mean() / 2
+        assert losses[f"mse.{block}"].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert 0 < shown.float().mean() < 1
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if kind.tokenwise])
+def test_tokens_that_equal_their_targets_have_neither_loss_nor_gradient(name: str) -> None:
+    generator = torch.Generator().manual_seed(seeded(5))
+    student, target = torch.randn(2, 3, 6, 8, generator=generator).unbind(0)
+    shown = torch.rand(3, 6, 1, generator=generator) < 0.5
+    objective = OBJECTIVES[name](ObjectiveContext((3,), 8, 1, (1, 5)))
+    moved = student.clone().requires_grad_()
+    objective({3: moved}, {3: torch.where(shown, target, student)})["3"].sum().backward()
+    assert moved.grad is not None and torch.equal(moved.grad.abs().sum(-1, keepdim=True) > 1e-6, shown)
+
+
+def test_training_is_the_same_in_parts_and_measures_whole_views(world: Path, place: Path, tmp_path: Path) -> None:
+    logs = []
+    for parts in (1, 3):
+        config = overlap_config(world, f"distill.accumulate={parts}", "distill.holdout=0.2", "distill.batch_size=8")
+        distill(config, place, tmp_path / str(parts))
+        logs.append(read_log(tmp_path / str(parts) / "log.jsonl"))
+    assert [line["loss"] for line in logs[1]] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-4)
+    # Held-out views are measured whole, so that their loss is the larger one.
+    assert logs[0][-1]["held_out_loss"] > 1.1 * logs[0][-1]["loss"]
+
+
+@pytest.mark.parametrize("objective", ["gram", "{mse: 1, relation: 1}"])
+def test_objectives_that_need_all_patches_are_refused(world: Path, place: Path, tmp_path: Path, objective: str) -> None:
+    config = overlap_config(world, f"distill.objective={objective}")
+    with pytest.raises(UserError, match="objective (gram|relation) does not compare token by token, .* one of mse,"):
+        distill(config, place, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_has_no_other_view_is_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one view of image 'class\d/\d+', .* --append --views 2, or set distill"):
+        distill(overlap_config(world), world / "cache", tmp_path / "run")
+    with pytest.raises(UserError, match="overlap: adapters .* see one view; set joint=false"):
+        config_with("distill.overlap=true", "distill.joint=true")
