@@ -328,6 +328,45 @@ def distill(
 
 
 @app.command()
+def finetune(
+    run: Annotated[Path, typer.Argument(help="A finished run of stage 3.")],
+    train: Annotated[list[str], typer.Option(help="Labelled images to learn from, as --images.")],
+    out: Annotated[Path, typer.Option(help="Folder for the fine-tuned run.")],
+    test: Annotated[list[str] | None, typer.Option(help="Labelled images to test on, once, at the end.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
+    seed: SeedOption = None,
+    on_error: UnreadableOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a distilled student as a classifier, with labels (after stage 3)."""
+    from pipeline.checks import check_finished, look
+    from pipeline.config import load_config
+    from pipeline.outputs.folder import output_mode
+
+    options = {
+        "finetune.epochs": epochs,
+        "finetune.batch_size": batch_size,
+        "finetune.lr": lr,
+        "finetune.precision": precision,
+        "finetune.seed": seed,
+        "cache.on_error": on_error,
+    }
+    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    check_finished(run)
+    look("finetune", tree, out, mode, images=[train, test], inputs=[run])
+    from pipeline.stages.finetune import finetune as fine_tune
+
+    _report(fine_tune(tree, run, train, out, test, mode), as_json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run of stage 3, a timm model folder, or the name of a timm model.")],
     test: Annotated[list[str], typer.Option(help="Labelled images that the probes are tested on, as --images.")],

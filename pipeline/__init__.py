@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.stages.embed import EmbedResult, embed
     from pipeline.stages.evaluate import evaluate, evaluate_tasks
     from pipeline.stages.export import ExportResult, export
+    from pipeline.stages.finetune import FinetuneResult, finetune
     from pipeline.stages.inspect import InspectResult, inspect
     from pipeline.stages.prepare import PrepareResult, prepare
     from pipeline.stages.rank import RankResult, rank
@@ -43,6 +44,7 @@ __all__ = [
     "EmbedResult",
     "EvaluateResult",
     "ExportResult",
+    "FinetuneResult",
     "InspectResult",
     "PlanResult",
     "PrepareResult",
@@ -63,6 +65,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "fan_out",
+    "finetune",
     "inspect",
     "load_config",
     "plan",
@@ -86,6 +89,7 @@ _MODULES = {
     "EmbedResult": "pipeline.stages.embed",
     "EvaluateResult": "pipeline.evaluation.context",
     "ExportResult": "pipeline.stages.export",
+    "FinetuneResult": "pipeline.stages.finetune",
     "InspectResult": "pipeline.stages.inspect",
     "PlanResult": "pipeline.planning.plan",
     "PrepareResult": "pipeline.stages.prepare",
@@ -106,6 +110,7 @@ _MODULES = {
     "evaluate_tasks": "pipeline.stages.evaluate",
     "export": "pipeline.stages.export",
     "fan_out": "pipeline.stages.distill",
+    "finetune": "pipeline.stages.finetune",
     "inspect": "pipeline.stages.inspect",
     "load_config": "pipeline.config",
     "plan": "pipeline.planning.plan",

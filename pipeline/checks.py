@@ -19,7 +19,7 @@ from pipeline.outputs.provenance import PROVENANCE
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
-from pipeline.training.run_directory import RUN, STAGE, STUDENT
+from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
 from singer.errors import UserError
 
 # {key of the configuration: the registry of its values}, by the stages that read it.
@@ -190,16 +190,16 @@ def check_model(model: Path | str, weights: Path | None) -> None:
         if not (folder / PROVENANCE).is_file():
             raise UserError(f"{model} is not a model: it has no {CONFIG}; give a run, a timm folder or a timm name")
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
-        if stage == STAGE:
-            raise UserError(f"{model} is not a finished run: repeat its distill command with --resume")
+        if stage in (STAGE, FINETUNE):
+            raise UserError(f"{model} is not a finished run: repeat its {stage} command with --resume")
         raise UserError(
-            f"{model} was written by singer {stage}; evaluate takes a run of singer distill, its export --to timm or "
-            "hf, or a model"
+            f"{model} was written by singer {stage}; evaluate takes a run of singer distill or finetune, its export "
+            "--to timm or hf, or a model"
         )
 
 
 def check_finished(run: Path) -> None:
-    """Raise UserError if there is no finished run of singer distill."""
+    """Raise UserError if there is no finished run of singer distill or finetune."""
     read_json(run, RUN, "finished run")
 
 

@@ -132,8 +132,8 @@ def _maps(model: nn.Module, images: Tensor, blocks: Sequence[int]) -> list[Tenso
     return maps
 
 
-def freeze_unused(model: nn.Module, last_block: int, image_size: ImageSize) -> None:
-    """Freeze the parameters that have no part in the blocks up to the last supervised one.
+def freeze_unused(model: nn.Module, last_block: int | None, image_size: ImageSize) -> None:
+    """Freeze the parameters that have no part in the blocks up to the last supervised one; None: in the model's output.
 
     They would get no gradient, and DDP refuses that. A backward pass from these blocks finds the others.
     image_size: in pixels.
@@ -141,8 +141,13 @@ def freeze_unused(model: nn.Module, last_block: int, image_size: ImageSize) -> N
     training, place = model.training, next(model.parameters())
     model.eval()
     with torch.enable_grad():
-        outputs = block_outputs(model, torch.zeros(1, 3, *Size.of(image_size)).to(place), range(last_block + 1))
-        torch.stack([x.float().sum() for x in outputs.values()]).sum().backward()
+        images = torch.zeros(1, 3, *Size.of(image_size)).to(place)
+        outputs = (
+            (model(images),)
+            if last_block is None
+            else tuple(block_outputs(model, images, range(last_block + 1)).values())
+        )
+        torch.stack([x.float().sum() for x in outputs]).sum().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

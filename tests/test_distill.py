@@ -25,13 +25,13 @@ from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller
+from pipeline.training.distiller import Distiller, token_share
 from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import REFINER, load_refiner
-from pipeline.training.student_run import learning_rate, peak_rate, token_share
+from pipeline.training.student_run import learning_rate, peak_rate
 from pipeline.training.targets import Targets, select_tokens
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
@@ -514,8 +514,9 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     """The targets are those of the kept patches; the share is whole at the end; a resumed run draws the same."""
     student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")
     targets = Targets(cache, None, student, CPU)
+    settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
     model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), whole=False)])
-    model.drop_patches()
+    model.drop_patches(settings)
     features = TeacherFeatures(cache.features([0, 1, 2], CPU))
     batch = Batch(torch.randn(3, 3, 32, 32), [features], torch.full((3,), 1 / 3), torch.zeros(3))
     whole = model(batch)
@@ -530,7 +531,6 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
             assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
     model.eval()
     assert model(batch) == whole
-    settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
     assert [token_share(settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
     sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
     run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")

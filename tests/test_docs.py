@@ -78,6 +78,11 @@ TOY: dict[str, object] = {
     "distill.precision": "no",
     "distill.warmup_epochs": 0.5,
     "distill.trackers": [],
+    "finetune.epochs": 1,
+    "finetune.batch_size": 16,
+    "finetune.workers": 1,
+    "finetune.precision": "no",
+    "finetune.trackers": [],
     "evaluate.workers": 1,
     "evaluate.strengths": [0.1],
 }

@@ -157,7 +157,7 @@ def test_a_compiler_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: p
     linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     for required in (False, True):
         torch._dynamo.reset()
-        model = StepModel(linear, compiles=True, required=required)
+        model = StepModel(linear, True, "--set distill.compile=false" if required else None)
         if required:
             with pytest.raises(UserError, match="does not work here .*; train without it: --set distill.compile=false"):
                 model.step(lambda m: m(x))

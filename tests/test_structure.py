@@ -241,6 +241,8 @@ EARLY = [
     "distill --cache nothing --out out",
     "distill --cache nothing --out out --refiner nothing",
     "distill --cache nothing --out out --set distill.objective=soap",
+    "finetune nothing --train x.tar --out out",
+    "finetune taken --train x.tar --out out",
     "inspect nothing",
     "rank nothing/here",
     "rank-students nothing/here",

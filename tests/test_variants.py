@@ -14,12 +14,12 @@ from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.data import index_images
+from pipeline.evaluation.stored import learned_from
 from pipeline.models.loading import LOCAL
 from pipeline.outputs.folder import Mode
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
-from pipeline.stages.evaluate import learned_from
 from pipeline.stages.export import export
 from pipeline.stages.inspect import inspect
 from pipeline.stages.refine import refine

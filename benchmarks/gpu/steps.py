@@ -65,7 +65,7 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
         with closing(load(lists, settings.workers, meter, ahead)) as batches:
             first = next(batches).to(bench.device)
             (given, *_) = first.batches([cache], students)
-            decoded = runs[0].distiller.decoded(given)
+            decoded = runs[0].learner.decoded(given)
             size = len(decoded.weights)
 
             def alone() -> None:

@@ -1,8 +1,10 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import Dtype, InputSize, LocalCopy, Offload, Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
+from pipeline.config.loop import TrainingConfig
 from pipeline.config.sections import (
     MAX_PIXELS,
     CacheConfig,
@@ -26,6 +28,7 @@ __all__ = [
     "Dtype",
     "EvaluateConfig",
     "ExportConfig",
+    "FinetuneConfig",
     "InputSize",
     "LocalCopy",
     "Meta",
@@ -37,6 +40,7 @@ __all__ = [
     "Section",
     "StudentConfig",
     "TeacherConfig",
+    "TrainingConfig",
     "ViewsConfig",
     "dump_config",
     "keys",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from singer.errors import UserError
+
 if TYPE_CHECKING:
     from pipeline.config.sections import Config
 
@@ -77,3 +79,11 @@ def section_of(config: "Config | type[Config]", name: str) -> type[Section]:
     annotation = (config if isinstance(config, type) else type(config)).model_fields[name].annotation
     assert isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation
+
+
+def check_ranges(section: Section, *names: str) -> None:
+    """Raise UserError if a range (low, high) of a section ends below its start."""
+    for name in names:
+        low, high = getattr(section, name)
+        if low > high:
+            raise UserError(f"{name}: {low} is larger than {high}")

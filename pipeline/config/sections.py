@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.fields import Section, key
+from pipeline.config.fields import Section, check_ranges, key
+from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import (
     Above,
     Dtype,
@@ -108,10 +109,7 @@ class ViewsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ViewsConfig":
         """Raise UserError if keys do not fit together."""
-        for name in ("scale", "ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise UserError(f"{name}: {low} is larger than {high}")
+        check_ranges(self, "scale", "ratio")
         if self.count > 1 and self.kind == "center" and not self.flip and not any(self.color):
             raise UserError("count: center views are all alike; choose kind random-resized-crop, flip or color")
         return self
@@ -246,5 +244,6 @@ class Config(Section):
     refine: RefineConfig = RefineConfig()
     student: StudentConfig = StudentConfig()
     distill: DistillConfig = DistillConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()

@@ -1,23 +1,13 @@
 """The sections of the configuration that say how refiners are fitted and students are trained."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import (
-    Above,
-    Below,
-    Fraction,
-    InputSize,
-    LocalCopy,
-    NotNegative,
-    Positive,
-    Precision,
-    Seed,
-    Share,
-)
+from pipeline.config.kinds import Above, Below, Fraction, InputSize, LocalCopy, NotNegative, Positive, Seed, Share
+from pipeline.config.loop import TrainingConfig
 from singer.errors import UserError
 
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
@@ -142,8 +132,10 @@ class StudentConfig(Section):
         return self
 
 
-class DistillConfig(Section):
+class DistillConfig(TrainingConfig):
     """The training of a student."""
+
+    section: ClassVar[str] = "distill"
 
     objective: str | dict[str, Above] | tuple[str | dict[str, Above], ...] = key(
         "mse",
@@ -159,17 +151,6 @@ class DistillConfig(Section):
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
-    epochs: Positive = key(100, "passes over the cache", shared=True)
-    batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
-    lr: Above | Literal["auto"] = key(
-        "auto", "peak learning rate; auto: 4e-3 for students up to 96 wide, 4e-3 · 96 / width for wider ones"
-    )
-    final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
-    weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
-    layer_decay: Fraction = key(
-        1.0, "factor of the rate from a block of the student to the one before it; below 1, a start is changed less"
-    )
-    warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up; the paper takes 5 of 100")
     token_share: Fraction = key(
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
@@ -190,43 +171,6 @@ class DistillConfig(Section):
         "elsewhere by none; CLS by its own. An image needs two views; twice as much is read",
         shared=True,
     )
-    holdout: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.0,
-        "share of the images that are not trained on; log.jsonl has their loss and explained variance after each epoch",
-        shared=True,
-    )
-    keep: Literal["last", "best"] = key(
-        "last", "the student that is stored: the last, or that of the epoch with the lowest loss on held-out images"
-    )
-    patience: Positive | None = key(
-        None, "training ends after so many epochs without a lower loss on held-out images; default: it does not"
-    )
-    clip_grad: Above | None = key(None, "largest norm of the gradient")
-    accumulate: Positive = key(1, "parts in which a batch goes through the model, to save memory")
-    ema: Below | None = key(None, "decay per step of a moving average of the student; the average is then the result")
-    compile: bool | Literal["auto"] = key(
-        "auto", "torch.compile a whole step, from stored features to losses; auto: on GPUs, where it works"
-    )
-    trackers: tuple[str, ...] = key(
-        ("tensorboard",), "trackers of Accelerate: tensorboard, wandb, mlflow ...; log.jsonl is always written", "place"
-    )
-    precision: Precision = key(
-        "auto",
-        "mixed precision of training; auto: bf16 on GPUs that compute in it, else no (float32)",
-        shared=True,
-        by_machine=True,
-    )
-    workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
-    checkpoint_minutes: Above = key(
-        10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"
-    )
-    read_block: Positive = key(
-        1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True
-    )
-    shuffle_window: Positive = key(
-        16384, "records within which such blocks are mixed; a small window is read in one piece", shared=True
-    )
-    seed: Seed = key(0, "seed of the student's weights and of the order of records", shared=True)
     teacher: str | tuple[str | None, ...] | None = key(
         None,
         "which of a cache's teachers, by its variant; default: the refiner's, or the first; with several caches a list",
@@ -251,27 +195,12 @@ class DistillConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "DistillConfig":
         """Raise UserError if keys do not fit together."""
-        if self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"warmup_epochs: a warm-up of {self.warmup_epochs:g} of {self.epochs} epochs never reaches the rate; "
-                f"give fewer (--set distill.warmup_epochs={0.05 * self.epochs:g}), or more epochs"
-            )
-        if not self.holdout and (self.keep == "best" or self.patience is not None):
-            given = "keep: best" if self.keep == "best" else f"patience: {self.patience}"
-            raise UserError(f"{given} is about the loss on held-out images; hold some out (--set distill.holdout=0.02)")
         if self.share == 1 and self.share_by != "random":
             raise UserError(f"share_by: {self.share_by} chooses a share; give one (--set distill.share=0.5)")
         if self.share_by == "random" and self.share_keep != "hard":
             raise UserError("share_keep: easy is about scores; give one (--set distill.share_by=el2n, or prototypes)")
         if self.overlap and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
-        if self.accumulate > self.batch_size:
-            raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
-        if self.read_block > self.shuffle_window:
-            raise UserError(
-                f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
-                f"{self.shuffle_window}, which would mix nothing else; make the window larger"
-            )
         LocalCopy.of(self.local_copy, self.local_copy_gb)
         return self
 

@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
-from pipeline.config import DistillConfig
+from pipeline.config import TrainingConfig
 
 # A shuffle window of at most this many bytes is read in one piece.
 WINDOW_BYTES = 1 << 28
@@ -21,12 +21,13 @@ class BatchIndices:
 
     records: (n,) int64, the same n for all processes of a step; weights: (n,) float32, such that the mean over
     processes of sum(weight · loss) is the mean loss of the global batch. Records that only fill up have weight 0.
-    epoch: the one in which they are read.
+    epoch: the one in which they are read; step: the number of the global batch in the whole training.
     """
 
     records: np.ndarray
     weights: np.ndarray
     epoch: int = 0
+    step: int = 0
 
 
 def steps_per_epoch(records: int, batch: int) -> int:
@@ -102,24 +103,24 @@ def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: in
     return BatchIndices(np.concatenate([mine, filling]), weights.astype(np.float32), order.epoch)
 
 
-def reads_windows(settings: DistillConfig, record_bytes: int) -> bool:
+def reads_windows(settings: TrainingConfig, record_bytes: int) -> bool:
     """Return whether shuffle windows are used and small enough to be read in one piece."""
     return settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
 
 
-def batches_together(settings: DistillConfig, record_bytes: int, world: int) -> int:
+def batches_together(settings: TrainingConfig, record_bytes: int, world: int) -> int:
     """Return how many batches are read together if they are not read in windows."""
     return max(1, PIECE_BYTES * world // (settings.batch_size * record_bytes))
 
 
-def prefetch_depth(settings: DistillConfig, record_bytes: int, world: int) -> int:
+def prefetch_depth(settings: TrainingConfig, record_bytes: int, world: int) -> int:
     """Return how many of batch_index_lists are read ahead: at least two, and in all 2 · workers batches or more."""
     together = batches_together(settings, record_bytes, world)
     return 2 if reads_windows(settings, record_bytes) else max(2, -(-2 * settings.workers // together))
 
 
 def batch_index_lists(
-    records: int, record_bytes: int, settings: DistillConfig, rank: int, world: int, first_step: int, total: int
+    records: int, record_bytes: int, settings: TrainingConfig, rank: int, world: int, first_step: int, total: int
 ) -> Iterator[list[BatchIndices]]:
     """Yield this process's part of every global batch from first_step on; a list holds what is read in one piece.
 
@@ -139,4 +140,4 @@ def batch_index_lists(
         return epoch, within * batch // settings.shuffle_window if in_windows else within // together
 
     for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
-        yield [batch_indices(order(epoch), step % per_epoch, batch, rank, world) for step in steps]
+        yield [replace(batch_indices(order(epoch), step % per_epoch, batch, rank, world), step=step) for step in steps]

@@ -130,6 +130,22 @@ def linear_scores(
     is best on a held-out fifth of the training images. The regression then learns from all training images. device:
     where it learns; default: where the features are. A fit that has not converged is told.
     """
+    probe, known, (mean, std) = fit_linear(train, labels, settings, device)
+    device = train.device if device is None else device
+    # A class that no training image has gets the lowest score.
+    scores = torch.full((len(test), classes), -torch.inf)
+    for rows in torch.arange(len(test)).split(_BLOCK):
+        scores[rows[:, None], known] = probe.scores((test[rows].to(device) - mean) / std).cpu()
+    return scores
+
+
+def fit_linear(
+    train: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device | None = None
+) -> tuple[Logistic, Tensor, tuple[Tensor, Tensor]]:
+    """Fit the regression of linear_scores: return it, the classes that it knows (k,), and mean and std of the features.
+
+    It scores standardised features, on the device.
+    """
     require_classes(labels.numpy())
     known, numbers = labels.unique(return_inverse=True)
     device = train.device if device is None else device
@@ -151,11 +167,7 @@ def linear_scores(
     probe = LogisticProblem(x, numbers.to(device), len(known)).fit(strength, chosen)
     if not probe.converged:
         say(f"note: the linear probe of {len(x)} images has not converged in {probe.passes} passes")
-    # A class that no training image has gets the lowest score.
-    scores, (mean, std) = torch.full((len(test), classes), -torch.inf), moments
-    for rows in torch.arange(len(test)).split(_BLOCK):
-        scores[rows[:, None], known] = probe.scores((test[rows].to(device) - mean) / std).cpu()
-    return scores
+    return probe, known, moments
 
 
 def _accuracy(probe: Logistic, x: Tensor | Streamed, labels: Tensor) -> float:

@@ -88,7 +88,10 @@ def save_backbone(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
     """Return the configuration that timm stores as config.json beside the weights."""
-    own = {key: backbone.model.pretrained_cfg.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
+    known = backbone.model.pretrained_cfg
+    own = {key: known.get(key) for key in ("fixed_input_size", "first_conv", "classifier")}
+    if known.get("label_names"):
+        own["label_names"] = list(known["label_names"])
     return {
         "architecture": backbone.architecture,
         "num_classes": backbone.model.num_classes,

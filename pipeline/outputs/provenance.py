@@ -17,7 +17,7 @@ PROVENANCE = "provenance.json"
 # This file has the hashes of what a run was started on.
 INPUTS = "inputs.json"
 # The words for the inputs of a run. A refiner's file does not tell its kind.
-_INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner"}
+_INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner", "images": "set of images"}
 
 
 def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:

@@ -15,6 +15,7 @@ RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
     "cache-teacher": ("teacher", "views", "cache"),
     "refine": ("refine",),
     "distill": ("student", "distill"),
+    "finetune": ("finetune", "evaluate"),
     "inspect": None,
     "export": None,
     "demo": None,

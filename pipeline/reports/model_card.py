@@ -56,6 +56,16 @@ class ClassificationFigures:
     config: dict[str, object]
 
 
+@dataclass(frozen=True)
+class HeadFigures:
+    """The fields of an evaluate-*.json of the model's own head that a card shows."""
+
+    top1: float
+    top5: float
+    classes: int
+    test_images: int
+
+
 def write_card(card: ModelCard) -> str:
     """Return the card as Markdown.
 
@@ -71,6 +81,9 @@ def write_card(card: ModelCard) -> str:
         backbone=card.backbone,
         trained=card.trained,
         settings=card.recipe.distill,
+        tuning=card.recipe.finetune,
+        finetuned=card.trained.finetuned,
+        tests=read_tests(run) if card.trained.finetuned is not None else [],
         began=began_as(card.recipe),
         teachers=[
             {
@@ -90,7 +103,9 @@ def write_card(card: ModelCard) -> str:
         pooling=_POOLING.get(model.global_pool, f"timm's pooling {model.global_pool!r}")
         if card.backbone.gives_tokens
         else "timm's pooling of the last feature map",
-        norm=describe_norm(model)
+        norm="Norm and head were trained in fine-tuning."
+        if card.trained.finetuned is not None
+        else describe_norm(model)
         if card.backbone.gives_tokens
         else "The layers of timm after the last stage were not trained.",
         caveats=caveats(card.backbone, card.trained),
@@ -102,11 +117,18 @@ def write_card(card: ModelCard) -> str:
 
 def read_probes(run: Path) -> list[ClassificationFigures]:
     """Return the run's classification figures."""
+    files = _figures_of(run, "classification")
+    return [read_as(file, ClassificationFigures, "result of evaluate") for file in files]
+
+
+def read_tests(run: Path) -> list[HeadFigures]:
+    """Return what the student's own head was measured at."""
+    return [read_as(file, HeadFigures, "result of evaluate") for file in _figures_of(run, "head")]
+
+
+def _figures_of(run: Path, task: str) -> list[Path]:
     files = sorted(run.glob("evaluate-*.json"))
-    tasks = {f: read_json(run, f.name, "result of evaluate").get("task", "classification") for f in files}
-    return [
-        read_as(f, ClassificationFigures, "result of evaluate") for f, task in tasks.items() if task == "classification"
-    ]
+    return [f for f in files if read_json(run, f.name, "result of evaluate").get("task", "classification") == task]
 
 
 def describe_teacher(learned: TeacherLink) -> str:
@@ -164,7 +186,9 @@ def describe_norm(model: nn.Module) -> str:
 
 def caveats(backbone: Backbone, trained: DistillResult) -> list[str]:
     """Return sentences about untrained parts that make outputs worthless."""
-    found = []
+    found: list[str] = []
+    if trained.finetuned is not None:  # the labels reached all that leads to the output
+        return found
     last, supervised = depth(backbone.model) - 1, max(b for t in trained.taught for b in t.matching.values())
     if supervised < last:
         found.append(

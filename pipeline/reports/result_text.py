@@ -9,6 +9,8 @@ from pipeline.runtime.progress import duration
 _NUMBERS = {int, float, bool, type(None)}
 # Fields that only the JSON output has.
 _JSON_ONLY = ("cache_place",)
+# Fields that are left out where there is nothing to say.
+_OFTEN_EMPTY = ("others", "finetuned")
 # A longer list is cut in the text output; the JSON output has all of it.
 _LIST_LIMIT = 24
 
@@ -25,7 +27,7 @@ def unmeasured(value: Any) -> Any:
 def as_lines(value: dict[Any, Any]) -> Iterator[str]:
     """Yield one line for each figure; nested figures are indented, and a list of flat rows is a table."""
     for name, field in value.items():
-        if name in _JSON_ONLY or (name == "others" and not field):
+        if name in _JSON_ONLY or (name in _OFTEN_EMPTY and not field):
             continue
         inner: Iterable[str] = ()
         if isinstance(field, dict) and {type(v) for v in field.values()} - _NUMBERS:

@@ -46,13 +46,18 @@ class Trained:
     source: RefinerSource | None
     versions: dict[str, str]
 
+    @property
+    def sections(self) -> list[str]:
+        """Return the sections of the configuration that affect the student."""
+        used = {"refine": self.source is not None, "finetune": self.result.finetuned is not None}
+        return [name for name in ("student", "distill", "refine", "finetune") if used.get(name, True)]
+
     def settings(self) -> dict[str, Any]:
         """Return {section.key: value} of all settings that affect the student."""
-        sections = ["student", "distill", *(["refine"] if self.source is not None else [])]
         tree = self.config.model_dump(mode="json")
         return {
             f"{section}.{name}": tree[section][name]
-            for section in sections
+            for section in self.sections
             for name, about in keys(section_of(Config, section))
             if about.affects == "result"
         }

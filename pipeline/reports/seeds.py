@@ -32,7 +32,8 @@ def group_runs(runs: Sequence[Trained]) -> list[SeedGroup]:
     """Group runs that differ only in their seeds; the groups are in the order of their first runs."""
     found: dict[str, list[Trained]] = {}
     for run in runs:
-        found.setdefault(json.dumps(_seedless(run), sort_keys=True), []).append(run)
+        labelled = run.result.finetuned.sources if run.result.finetuned is not None else None
+        found.setdefault(json.dumps([_seedless(run), labelled], sort_keys=True), []).append(run)
     names = [_common_name([run.name for run in members]) for members in found.values()]
     return [
         SeedGroup(name if names.count(name) == 1 else members[0].name, tuple(members))
@@ -43,18 +44,19 @@ def group_runs(runs: Sequence[Trained]) -> list[SeedGroup]:
 def differences(groups: Sequence[SeedGroup]) -> dict[str, list[Any]]:
     """Return {key: value of every group} of the settings that differ; a value is None if a group does not use the key.
 
-    The key `targets` is the refiner's title, or raw. Most keys of the section refine are used only in the training of
-    adapters.
+    The key `targets` is the refiner's title, or raw; `labels` says whether the student was fine-tuned with some. Most
+    keys of the section refine are used only in the training of adapters.
     """
     firsts = [group.runs[0] for group in groups]
     titles = [run.source.title if run.source is not None else "raw" for run in firsts]
-    columns: dict[str, list[Any]] = {"targets": titles}
+    tuned = ["none" if run.result.finetuned is None else "fine-tuned" for run in firsts]
+    columns: dict[str, list[Any]] = {"targets": titles, "labels": tuned}
     for key in dict.fromkeys(key for group in groups for key in group.settings):
         if key not in _IN_TITLE:
             used = [_is_used(key, run) for run in firsts]
             columns[key] = [g.settings.get(key) if use else None for g, use in zip(groups, used, strict=True)]
     different = {key: {json.dumps(v) for v in values if v is not None} for key, values in columns.items()}
-    lacking = {key: None in values and not key.startswith("refine.") for key, values in columns.items()}
+    lacking = {key: None in values and not key.startswith(("refine.", "finetune.")) for key, values in columns.items()}
     return {key: values for key, values in columns.items() if len(different[key]) + lacking[key] > 1}
 
 

@@ -153,8 +153,7 @@ def recipe(group: SeedGroup) -> str:
     """Return the sections that made the students, as YAML; if there are several runs, those of the first."""
     run = group.runs[0]
     tree = run.config.model_dump(mode="json")
-    sections = ["refine"] * (run.source is not None) + ["student", "distill"]
-    return yaml.safe_dump({section: tree[section] for section in sections}, sort_keys=False)
+    return yaml.safe_dump({section: tree[section] for section in run.sections}, sort_keys=False)
 
 
 def flat(row: ReportRow, columns: Sequence[Column]) -> dict[str, Any]:

@@ -3,36 +3,27 @@
 Run it with `singer evaluate MODEL --task retrieval --test 'val-*.tar'`. pipeline/evaluation/ holds the tasks.
 """
 
-import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
-import numpy as np
 import torch
 
-from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import spread
 from pipeline.checks import check_model
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, Spec, image_digest, list_images, list_probe_images, readable
+from pipeline.data import Images, Spec, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
 from pipeline.evaluation.open_model import check_known_model, open_model
+from pipeline.evaluation.stored import learned_from, result_file, store_result
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.progress import say
-from pipeline.storage import is_remote
-from pipeline.storage.json_files import write_json
-from pipeline.training.run_directory import RUN, STUDENT, DistillResult, TeacherLink, load_result
+from pipeline.training.run_directory import RUN, STUDENT, load_result
 from singer.errors import UserError
-
-# So many images of --test are looked up among the images that the student learned from.
-_LOOKED_FOR = 256
 
 
 @overload
@@ -131,60 +122,6 @@ def evaluate_tasks(
             result.test.extend(test_names)
             if file is not None:
                 # A run's own path is left out, because a run may move. Other models are identified by their name.
-                about = {"model": None if own else str(model), "written": None, "task": task}
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, {**asdict(result), **about, "config": config.evaluate.model_dump(mode="json")})
+                store_result(file, result, task, config.evaluate, None if own else str(model))
             results[task], started = result, time.perf_counter()
     return results
-
-
-def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
-    """Return whether the caches that a run learned from hold any of a sample of test images.
-
-    If this is unknown, the second value is the reason. All caches of a run hold the same images, so that one of them
-    is enough.
-    """
-    reasons = []
-    for taught in run.taught:
-        known = _cached_images(taught)
-        if isinstance(known, str):
-            reasons.append(known)
-            continue
-        with ImageFile(test) as files:
-            looked_for = spread(np.arange(len(test)), _LOOKED_FOR)
-            digests = np.array([image_digest(files.encoded(n)[0]) for n in looked_for.tolist()], dtype=np.uint64)
-        return ("yes" if np.isin(digests, known).any() else "no"), ""
-    return "unknown", "; ".join(dict.fromkeys(reasons))
-
-
-def _cached_images(taught: TeacherLink) -> np.ndarray | str:
-    """Return the digests of the images that a cache holds, or the reason why they are unknown."""
-    place = taught.cache_place
-    if place is None:
-        return "the run does not say where its cache is"
-    if is_remote(place):
-        return f"its cache {place} is not on this machine"
-    try:
-        cache = Cache(place, known=taught.cache)
-    except (UserError, OSError) as error:  # the cache was moved, deleted or damaged
-        return f"its cache cannot be read: {error}"
-    if taught.cache not in cache.ids:
-        return f"there is another cache at {place} now"
-    return cache.index.digest
-
-
-def result_file(
-    place: Path, task: str, images: tuple[Images | None, Images], config: Config, model: str | None = None
-) -> Path:
-    """Return the path evaluate-<hash>.json, with one hash for each task, pair of image sets and settings.
-
-    A repeated command therefore replaces its own file. model: the identity of a model that shares the folder with
-    others, or None if the folder is the run itself.
-    """
-    what: list[Any] = [
-        task,
-        [each.place_hash() if each else None for each in images],
-        config.evaluate.model_dump_json(exclude={"features"}),
-    ]
-    what += [] if model is None else [model]
-    return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"

@@ -17,6 +17,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.data import Images, Spec, list_probe_images
+from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
@@ -24,7 +25,6 @@ from pipeline.outputs.resuming import config_change
 from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
-from pipeline.stages.evaluate import result_file
 from pipeline.storage import Place, open_store, write_atomic
 from pipeline.storage.json_files import read_json, write_json
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,9 +46,9 @@ class Batch:
 
     images: (B, 3, H, W); teacher_features: those of each teacher, which the model decodes if they are in their stored
     form, so that a compiled step does that together with all that follows; weights: (B,), the weight of each record in
-    the mean; labels: (B,), negative where there is none; filling: how many records at the end only fill up and have
-    weight 0; places: (B, 2, 5), where each view is, and the other one whose patches teach it (distill.overlap); None if
-    each teaches itself.
+    the mean; labels: (B,), negative where there is none, or (B, classes), shares of classes; filling: how many records
+    at the end only fill up and have weight 0; places: (B, 2, 5), where each view is, and the other one whose patches
+    teach it (distill.overlap); None if each teaches itself.
     """
 
     images: Tensor
@@ -80,7 +81,8 @@ class StoredBatch:
     """What one process trains on in one step, as it was read.
 
     pixels: {size: (n, height, width, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of
-    each record in the mean; labels: (n,) int64, negative where there is none; filling, places: as in Batch.
+    each record in the mean; labels: (n,) int64, negative where there is none; filling, places: as in Batch; step: its
+    number in the whole training.
     """
 
     pixels: dict[ImageSize, Tensor]
@@ -89,6 +91,7 @@ class StoredBatch:
     labels: Tensor
     filling: int = 0
     places: Tensor | None = None
+    step: int = 0
 
     def to(self, device: torch.device) -> "StoredBatch":
         """Copy everything to a device in its stored form, as `moved` does."""
@@ -99,6 +102,7 @@ class StoredBatch:
             moved(self.labels, device),
             self.filling,
             None if self.places is None else moved(self.places, device),
+            self.step,
         )
 
     def tensors(self) -> Iterator[Tensor]:
@@ -122,6 +126,24 @@ class StoredBatch:
         keys = [(s.image_size, s.mean, s.std) for s in students]
         images = {(size, mean, std): normalise(self.pixels[size], mean, std, device) for size, mean, std in set(keys)}
         return [Batch(images[key], features, self.weights, self.labels, self.filling, self.places) for key in keys]
+
+
+class Loader(Protocol):
+    """Loads batches of what a stage trains on; its length is the number of records."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def record_bytes(self) -> int:
+        """Return how many bytes are read for a record, besides its image."""
+
+    def __call__(
+        self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
+    ) -> Generator[StoredBatch, None, None]:
+        """Yield the batches of all lists of batch indices; background workers read ahead."""
+
+    def batches(self, stored: StoredBatch, students: Sequence[Backbone]) -> list[Batch]:
+        """Return a Batch on the device for every student, of a stored one that is there."""
 
 
 class BatchLoader:
@@ -173,8 +195,13 @@ class BatchLoader:
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
                 labels = self.labels[torch.from_numpy(self._stored(indices.records))].long()
                 filling = int((indices.weights == 0).sum())
+                weights = torch.from_numpy(indices.weights)
                 places = None if self.others is None else self.others.places(*np.split(self._read(indices), 2))
-                yield StoredBatch(pixels, encoded, torch.from_numpy(indices.weights), labels, filling, places)
+                yield StoredBatch(pixels, encoded, weights, labels, filling, places, indices.step)
+
+    def batches(self, stored: StoredBatch, students: Sequence[Backbone]) -> list[Batch]:
+        """Return a Batch on the device for every student, of a stored one that is there."""
+        return stored.batches(self.caches, students)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
         """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""

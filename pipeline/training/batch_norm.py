@@ -8,7 +8,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.config import DistillConfig
+from pipeline.config import TrainingConfig
 from pipeline.data.sampler import smallest_part
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import say
@@ -37,9 +37,12 @@ def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def check_parts(
-    student: Backbone, last_block: int, settings: DistillConfig, records: int, accelerator: Accelerator
+    student: Backbone, last_block: int | None, settings: TrainingConfig, records: int, accelerator: Accelerator
 ) -> None:
-    """Raise UserError if a part of some batch has only one record, and the blocks cannot be trained on one."""
+    """Raise UserError if a part of some batch has only one record, and the blocks cannot be trained on one.
+
+    last_block: the last that is trained; None: the whole model.
+    """
     world = accelerator.num_processes
     if smallest_part(records, settings.batch_size, world, settings.accumulate) > 1 or not has_batch_norm(student.model):
         return
@@ -48,12 +51,12 @@ def check_parts(
     trial = copy.deepcopy(student.model).train()
     image = torch.zeros(1, 3, *Size.of(student.image_size)).to(next(trial.parameters()))
     try:
-        block_outputs(trial, image, [last_block])
+        trial(image) if last_block is None else block_outputs(trial, image, [last_block])
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):  # this is in torch's message
             raise
         raise UserError(
             f"{records} records in batches of {settings.batch_size}, on {world} processes in {settings.accumulate} "
             f"parts each, leave a part of one record, and batch normalisation in {student.architecture} cannot be "
-            "trained on one; change distill.batch_size or distill.accumulate"
+            f"trained on one; change {settings.section}.batch_size or {settings.section}.accumulate"
         ) from None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.config import DistillConfig
+from pipeline.config import TrainingConfig
 
 State = Mapping[str, Tensor]
 
@@ -18,7 +18,7 @@ class Best:
     part of the checkpoint.
     """
 
-    def __init__(self, settings: DistillConfig, read: Callable[[], tuple[State, State]]) -> None:
+    def __init__(self, settings: TrainingConfig, read: Callable[[], tuple[State, State]]) -> None:
         self._keeps, self._patience = settings.keep == "best", settings.patience
         self._read = read
         self.epoch, self.last, self.loss = 0, 0, math.inf

@@ -16,12 +16,12 @@ T = TypeVar("T")
 class StepModel:
     """A model in two forms: as it is, and compiled, if it is to be.
 
-    plain: the model as it is; required: whether a compiler that does not work is an error. Otherwise it is a note, and
-    the plain model goes on.
+    plain: the model as it is; off: if a compiler that does not work is an error, the option that does without one.
+    Otherwise it is a note, and the plain model goes on.
     """
 
-    def __init__(self, plain: nn.Module, compiles: bool, required: bool = False) -> None:
-        self.plain, self._required = plain, required
+    def __init__(self, plain: nn.Module, compiles: bool, off: str | None = None) -> None:
+        self.plain, self._off = plain, off
         self._compiled: Callable[..., object] | None = torch.compile(plain) if compiles else None
 
     def step(self, compute: Callable[[nn.Module], T]) -> T:
@@ -36,9 +36,10 @@ class StepModel:
             except TorchDynamoException as error:
                 cause = getattr(error, "inner_exception", error)
                 reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-                if self._required:
-                    off = "--set distill.compile=false"
-                    raise UserError(f"torch.compile does not work here ({reason}); train without it: {off}") from error
+                if self._off is not None:
+                    raise UserError(
+                        f"torch.compile does not work here ({reason}); train without it: {self._off}"
+                    ) from error
                 say(f"note: torch.compile does not work here ({reason}); training goes on without it")
                 self._compiled = None
         return compute(self.plain)

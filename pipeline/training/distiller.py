@@ -6,15 +6,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import DistillConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
+from pipeline.training.learner import Learner
 from pipeline.training.teacher_branch import Compared, TeacherBranch
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.patch_dropout import PatchDropout, install
 
 
-class Distiller(nn.Module):
+class Distiller(Learner):
     """The module with all that is trained: a student, and what it has for each teacher. It computes the losses.
 
     drop: the probability with which a teacher is left out for an image, unless its loss is the largest there (UNIC,
@@ -22,8 +24,7 @@ class Distiller(nn.Module):
     """
 
     def __init__(self, student: Backbone, branches: Sequence[TeacherBranch], drop: float = 0.0) -> None:
-        super().__init__()
-        self.student = student.model
+        super().__init__(student, branches[0].targets.device)
         self.branches, self.drop = list(branches), drop
         # A single teacher has no name in parameters and losses.
         trained = {branch.name: nn.ModuleDict(branch.trained) for branch in branches}
@@ -38,12 +39,13 @@ class Distiller(nn.Module):
                 block.attn.qkv.requires_grad_(True)
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
-        # Convolutions on a GPU take channels-last tensors without converting them.
-        maps = not student.gives_tokens and branches[0].targets.device.type == "cuda"
-        self.memory_format = torch.channels_last if maps else torch.contiguous_format
-        if maps:
-            self.student.to(memory_format=torch.channels_last)
         self.dropout: PatchDropout | None = None
+        self._shares: DistillConfig | None = None
+
+    def begin_step(self, step: int, per_epoch: int) -> None:
+        """Set the share of the patches that the student sees in this step."""
+        if self.dropout is not None and self._shares is not None:
+            self.dropout.share = token_share(self._shares, step, per_epoch)
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
@@ -51,11 +53,18 @@ class Distiller(nn.Module):
         errors = {f"{h.name}.{b}" if named else str(b): x for h in self.branches for b, x in h.errors.items()}
         return losses, errors
 
-    def drop_patches(self) -> None:
-        """Let the student see a share of its patches (`dropout.share`). Raises UserError if this is not possible."""
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
+        """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
+        return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
+
+    def drop_patches(self, shares: DistillConfig) -> None:
+        """Let the student see a share of its patches (`dropout.share`), as distill.token_share and whole_share say.
+
+        Raises UserError if this is not possible.
+        """
         for branch in self.branches:
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
-        self.dropout = install(self.student)
+        self.dropout, self._shares = install(self.student), shares
 
     def decoded(self, batch: Batch) -> Batch:
         """Return a batch with the features of each teacher decoded, if they are in their stored form."""
@@ -105,6 +114,12 @@ class Distiller(nn.Module):
                 raise UserError(f"distill.objective {name}: the teachers' heads have {counts} classes; take others")
             means[name] = sum(w * x for w, x in of_name) / sum(w for w, _ in of_name)
         return means  # type: ignore[return-value]
+
+
+def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
+    last = settings.epochs * per_epoch * (1 - settings.whole_share)
+    return settings.token_share if step < last else 1.0
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from accelerate.utils import broadcast
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import first_views
-from pipeline.config import DistillConfig
+from pipeline.config import DistillConfig, TrainingConfig
 from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
-from pipeline.training.batch import BatchLoader
+from pipeline.training.batch import Loader
 from pipeline.training.image_scores import check_scores, image_scores
 from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
@@ -48,6 +48,18 @@ def split_images(cache: Cache, settings: DistillConfig) -> Split:
     return np.flatnonzero(trained), np.flatnonzero(np.isin(image, images[:held]))[:_MOST_RECORDS]
 
 
+def held_out_images(count: int, settings: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the images to train on, ascending, and of at most 2,048 others to measure on.
+
+    Raises UserError if there is nothing left to train on.
+    """
+    held = max(1, round(settings.holdout * count)) if settings.holdout else 0
+    if held >= count:
+        raise UserError(f"{settings.section}.holdout: all {count} images would be held out")
+    drawn = np.random.default_rng([settings.seed, 1]).permutation(count)
+    return np.sort(drawn[held:]), np.sort(drawn[:held][:_MOST_RECORDS])
+
+
 def _scores(cache: Cache, settings: DistillConfig) -> np.ndarray:
     """Return the score of every image, which the first process computes: others might round it in another way."""
     check_scores(cache, settings.share_by)
@@ -65,12 +77,12 @@ def _scores(cache: Cache, settings: DistillConfig) -> np.ndarray:
 class HeldOut:
     """The records that are held out, and how students do on them."""
 
-    def __init__(self, load: BatchLoader, settings: DistillConfig) -> None:
+    def __init__(self, load: Loader, settings: TrainingConfig) -> None:
         self.load, self.settings = load, settings
 
     @torch.no_grad()
     def measure(self, student_runs: Sequence[StudentRun], device: torch.device) -> list[dict[str, object]]:
-        """Return for each student {held_out_loss, explained_variance: {teacher block: share of the targets'}}.
+        """Return for each student its held_out_loss, and what Learner.figures says.
 
         Students see all patches, and are what would be stored: moving averages, where there are some. All processes
         compute the same.
@@ -80,25 +92,22 @@ class HeldOut:
         shares = [np.arange(start, min(start + size, count)) for start in starts]
         lists = [[BatchIndices(part, np.full(len(part), 1 / count, np.float32))] for part in shares]
         losses = [0.0] * len(student_runs)
-        errors: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
+        sums: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
         with ExitStack() as averages:
             for run in student_runs:
-                run.distiller.eval()
+                run.learner.eval()
                 averages.enter_context(run.averaged())
             for stored in on_device(self.load(lists, self.settings.workers), device):
-                batches = stored.batches(self.load.caches, [run.student for run in student_runs])
+                batches = self.load.batches(stored, [run.student for run in student_runs])
                 for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
-                    found, parts = run.distiller.measured(batch)
+                    found, parts = run.learner.measured(batch)
                     current().beat()
                     losses[n] += float(torch.stack(list(found.values())).sum())
-                    for block, sums in parts.items():
-                        errors[n][block] = errors[n].get(block, 0) + sums
+                    for name, part in parts.items():
+                        sums[n][name] = sums[n].get(name, 0) + part
         for run in student_runs:
-            run.distiller.train()
+            run.learner.train()
         return [
-            {
-                "held_out_loss": loss,
-                "explained_variance": {block: 1 - float(sums[0] / sums[1]) for block, sums in blocks.items()},
-            }
-            for loss, blocks in zip(losses, errors, strict=True)
+            {"held_out_loss": loss, **run.learner.figures(of_run)}
+            for run, loss, of_run in zip(student_runs, losses, sums, strict=True)
         ]

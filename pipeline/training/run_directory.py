@@ -1,17 +1,18 @@
 """Describe a run directory: its files, and what the student learned from which teacher."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pipeline.runtime.progress import say
-from pipeline.storage.json_files import read_as
+from pipeline.storage.json_files import read_as, write_json
 from singer.errors import UserError
 from singer.sizes import ImageSize
 
 RUNS = "runs"
 
 STAGE = "distill"
+FINETUNE = "finetune"
 STUDENT = "student"
 PROJECTORS_FILE = "projectors.safetensors"
 # Joint training writes this file.
@@ -62,12 +63,31 @@ class TeacherLink:
 
 
 @dataclass(frozen=True)
+class Finetuned:
+    """How a student was fine-tuned with labels, after it was distilled.
+
+    classes: those of its head; images: how many it was trained on; sources: the files and folders that held them; loss,
+    seconds and the like: as in DistillResult, of this training.
+    """
+
+    classes: int
+    images: int
+    sources: list[str]
+    steps: int
+    loss: float
+    seconds: float
+    images_per_second: float
+    data_wait_percent: float
+    kept_epoch: int | None = None
+
+
+@dataclass(frozen=True)
 class DistillResult:
     """A trained student, and what it learned from its first teacher (see TeacherLink).
 
     loss: the mean since the log line before the last; seconds: the duration of training; others: what the student
     learned from its other teachers; kept_epoch: the epoch after which the student was as it is stored, None for the
-    last.
+    last; finetuned: how it was fine-tuned, None if it was not.
     """
 
     run: Path
@@ -86,6 +106,7 @@ class DistillResult:
     cache_place: str | None = None
     others: list[TeacherLink] = field(default_factory=list)
     kept_epoch: int | None = None
+    finetuned: Finetuned | None = None
 
     @property
     def taught(self) -> list[TeacherLink]:
@@ -97,6 +118,15 @@ class DistillResult:
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)
+
+
+def write_result(result: DistillResult) -> None:
+    """Write the result of a run: the run is finished then. It has no absolute paths, because a run may be moved."""
+    value = {**asdict(result), "run": ".", "student": STUDENT}
+    for name in ("others", "kept_epoch", "finetuned"):
+        if not value[name]:
+            del value[name]
+    write_json(result.run / RUN, value)
 
 
 def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.utils import ModelEmaV3
 
-from pipeline.config import Config
+from pipeline.config import Config, DistillConfig
 from pipeline.data import ImageFile
-from pipeline.data.sampler import steps_per_epoch
+from pipeline.data.sampler import WINDOW_BYTES, reads_windows
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode
@@ -25,33 +23,28 @@ from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
-from pipeline.training.best import Best, State
+from pipeline.training.best import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
-from pipeline.training.checkpoint import Checkpoint, RunLog
-from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
-from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.held_out import HeldOut, Split, split_images
 from pipeline.training.joint_training import JointTraining, new_joint
 from pipeline.training.other_views import OtherViews
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.prepared import Prepared, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
-    CHECKPOINT,
-    LOG,
     PROJECTORS_FILE,
-    RUN,
     STUDENT,
     DistillResult,
     RefinerNote,
     TeacherLink,
     TeacherNote,
+    write_result,
 )
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
-from pipeline.training.trackers import Tracking, check_trackers
+from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import depth
 from singer.matching import match_blocks
@@ -98,7 +91,7 @@ class NewStudent:
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
-        check_trackers(settings.trackers)
+        check_trackers(settings)
         joint: JointTraining | None = None
         self.fresh: Refiner | None = None
         texts = read_matrix(settings.texts) if settings.texts is not None else None
@@ -116,7 +109,7 @@ class NewStudent:
             branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.token_share < 1:
-            self.distiller.drop_patches()
+            self.distiller.drop_patches(settings)
         self.others = None
         if settings.overlap:
             for branch in branches:
@@ -125,9 +118,9 @@ class NewStudent:
         self.records, self.held_out = split or split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
-        # One foreach operation cannot take both weights that FSDP split and plain buffers.
-        foreach = not uses_fsdp(accelerator)
-        self.ema = ModelEmaV3(self.student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
+        self.prepared = Prepared(
+            self.student, self.distiller, job.config, settings, job.out, len(self.held_out) > 0, accelerator
+        )
 
     @property
     def taught(self) -> list[TeacherLink]:
@@ -160,48 +153,7 @@ class NewStudent:
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
-        settings, out = self.job.config.distill, self.job.out
-        split = uses_fsdp(accelerator)
-        model = accelerator.prepare_model(self.distiller, evaluation_mode=split)  # evaluation mode means no DDP
-        average = self.ema.module if self.ema is not None else None
-        if split:
-            kept, weights = apply_fsdp(self.distiller, accelerator)
-            if average is not None:
-                apply_fsdp(average, accelerator)
-            if accelerator.is_main_process:
-                say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        # One kernel for all weights, where there is one; on CPUs the default stays.
-        fused = accelerator.device.type == "cuda" or None
-        groups = decay_groups(self.distiller, settings.weight_decay, settings.layer_decay)
-        optimiser = torch.optim.AdamW(groups, fused=fused)
-        best = Best(settings, self.states) if len(self.held_out) else None
-        parts = {
-            "model": WholeModel(self.distiller),
-            "optimiser": WholeOptimiser(self.distiller, optimiser),
-            "scaler": accelerator.scaler,
-            "ema": WholeModel(average) if average is not None else None,
-            "best": best,
-        }
-        checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
-        first = checkpoint.restore() if mode == "resume" else 0
-        optimiser = accelerator.prepare_optimizer(optimiser)
-        compiles = accelerator.device.type == "cuda" and not split if settings.compile == "auto" else settings.compile
-        log = RunLog(out / LOG, first, accelerator.is_main_process)
-        tracking = (
-            Tracking(settings.trackers, out, self.job.config.model_dump(mode="json"))
-            if accelerator.is_main_process
-            else None
-        )
-        step_model = StepModel(model, compiles, required=settings.compile is True)
-        return StudentRun(
-            settings, self.student, step_model, optimiser, checkpoint, log, tracking, first, self.ema, self.distiller,
-            best,
-        )  # fmt: skip
-
-    def states(self) -> tuple[State, State]:
-        """Return the states of the student (its moving average, if there is one) and of all that is trained."""
-        student = WholeModel(self.student.model if self.ema is None else self.ema.module).state_dict()
-        return student, WholeModel(self.distiller).state_dict()
+        return self.prepared.run(mode, accelerator)
 
 
 def run_jobs(
@@ -227,13 +179,13 @@ def run_jobs(
         student_runs = [new.student_run(mode, accelerator) for new in made]
     caches = [source.cache for source in made[0].sources]
     for new, student_run in zip(made, student_runs, strict=True):
-        if student_run.first_step and accelerator.is_main_process:
-            step, epochs = student_run.first_step, student_run.settings.epochs
-            done = step / steps_per_epoch(new.count, student_run.settings.batch_size)
-            say(f"{new.job.out} continues from step {step}: {done:.1f} of {epochs} epochs are done")
+        if accelerator.is_main_process:
+            say_continued(student_run, new.job.out, new.count)
     with images as files:
         sizes = [new.student.image_size for new in made]
         load = BatchLoader(caches, files, sizes, made[0].records, made[0].others)
+        if accelerator.is_main_process:
+            advise_window(made[0].job.config.distill, load)
         apart = BatchLoader(caches, files, sizes, made[0].held_out)
         held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
         m = train(student_runs, load, accelerator, held_out)
@@ -241,13 +193,23 @@ def run_jobs(
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = describe(new, student_run, m)
         with ranks.together():
-            student, trained = student_run.kept_states or new.states()
+            student, trained = student_run.kept_states or new.prepared.states()
         if accelerator.is_main_process:
             store(new, result, student, trained)
             student_run.checkpoint.path.unlink(missing_ok=True)
             if student_run.tracking is not None:
                 student_run.tracking.close()
     return results
+
+
+def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
+    """Say so if shuffle windows are too large to be read in one piece."""
+    if settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
+        few = WINDOW_BYTES // load.record_bytes
+        say(
+            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
+            f"which is faster; the largest such window is distill.shuffle_window={few}"
+        )
 
 
 def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
@@ -276,14 +238,9 @@ def store(new: NewStudent, result: DistillResult, student: State, trained: State
     write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()
-        if not name.startswith(("student.", "adapters."))
+        if not name.startswith("adapters.")
     })  # fmt: skip
     if new.fresh is not None:
         adapters = {n.removeprefix("adapters."): t for n, t in trained.items() if n.startswith("adapters.")}
         write_tensors(out / ADAPTERS, adapters)
-    # The stored result has no absolute paths of the run, because a run directory may be moved.
-    value = {**asdict(result), "run": ".", "student": STUDENT}
-    for name in ("others", "kept_epoch"):
-        if not value[name]:
-            del value[name]
-    write_json(out / RUN, value)
+    write_result(result)

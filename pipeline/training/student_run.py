@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from pipeline.config import DistillConfig
+from pipeline.config import TrainingConfig
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
@@ -21,7 +21,7 @@ from pipeline.training.batch import Batch
 from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
-from pipeline.training.distiller import Distiller
+from pipeline.training.learner import Learner
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
@@ -30,12 +30,12 @@ class StudentRun:
     """A student in training: its model (on its device, ready for its steps), optimiser, checkpoint and log.
 
     first_step: the step from which it continues; steps: those done; ema: the moving average of the student's weights,
-    if any; distiller: the model before it was wrapped; best: its best epoch, if images are held out.
+    if any; learner: the model before it was wrapped; best: its best epoch, if images are held out.
     """
 
     def __init__(
         self,
-        settings: DistillConfig,
+        settings: TrainingConfig,
         student: Backbone,
         model: StepModel,
         optimiser: torch.optim.Optimizer,
@@ -44,12 +44,12 @@ class StudentRun:
         tracking: Tracking | None,
         first_step: int,
         ema: ModelEmaV3 | None,
-        distiller: Distiller,
+        learner: Learner,
         best: Best | None = None,
     ) -> None:
         self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
         self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema, self.distiller, self.best = first_step, ema, distiller, best
+        self.first_step, self.ema, self.learner, self.best = first_step, ema, learner, best
         self.steps = first_step
         self.peak = peak_rate(settings, student.body_width)
         self.loss = 0.0
@@ -64,8 +64,7 @@ class StudentRun:
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak) * group.get("lr_scale", 1.0)
-        if self.distiller.dropout is not None:
-            self.distiller.dropout.share = token_share(self.settings, step, per_epoch)
+        self.learner.begin_step(step, per_epoch)
         for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
             self._sums[name] = self._sums.get(name, 0) + loss
         if self.settings.clip_grad is not None:
@@ -109,7 +108,7 @@ class StudentRun:
         self.optimiser.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         if self.settings.accumulate > 1:
-            batch = self.distiller.decoded(batch)
+            batch = self.learner.decoded(batch)
         parts = list(batch.split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(model) if number < len(parts) else nullcontext():
@@ -145,7 +144,8 @@ class StudentRun:
         parts = {name: v / report.steps for name, v in zip(report.names, report.sums(), strict=True)}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
-            raise UserError(f"the loss is {self.loss} at step {step + 1}; lower distill.lr or use precision no")
+            lower = f"lower {self.settings.section}.lr"
+            raise UserError(f"the loss is {self.loss} at step {step + 1}; {lower} or use precision no")
         figures = {
             "epoch": (step + 1) / per_epoch,
             "lr": learning_rate(self.settings, step, per_epoch, self.peak),
@@ -155,10 +155,9 @@ class StudentRun:
         }
         self.log.write(step=step + 1, **figures, parts=parts, **held_out)
         if self.tracking is not None:
-            explained = held_out.get("explained_variance", {})
             more = {f"loss/{name}": value for name, value in parts.items()}
-            more |= {f"explained_variance/{block}": value for block, value in explained.items()}
-            more |= {name: held_out[name] for name in ("held_out_loss",) if name in held_out}
+            for name, value in held_out.items():
+                more |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
             self.tracking.log(step + 1, figures | more)
 
 
@@ -200,8 +199,8 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
 
 
-def peak_rate(settings: DistillConfig, width: int) -> float:
-    """Return distill.lr, or its rule for a student `width` channels wide.
+def peak_rate(settings: TrainingConfig, width: int) -> float:
+    """Return the key lr, or its rule for a student `width` channels wide.
 
     At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (docs/log.md). Other widths were not measured:
     the rate of Adam falls as 1 / width (Tensor Programs V, arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3
@@ -210,16 +209,10 @@ def peak_rate(settings: DistillConfig, width: int) -> float:
     return 4e-3 * min(1.0, 96 / width) if settings.lr == "auto" else settings.lr
 
 
-def learning_rate(settings: DistillConfig, step: int, per_epoch: int, peak: float) -> float:
+def learning_rate(settings: TrainingConfig, step: int, per_epoch: int, peak: float) -> float:
     """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine down to final_lr · peak."""
     warm = settings.warmup_epochs * per_epoch
     if step < warm:
         return peak * (step + 1) / (warm + 1)
     done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
     return peak * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
-    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
-    last = settings.epochs * per_epoch * (1 - settings.whole_share)
-    return settings.token_share if step < last else 1.0

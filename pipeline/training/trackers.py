@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
+from pipeline.config import TrainingConfig
 from singer.errors import UserError
 
 FOLDER = "tensorboard"
@@ -47,11 +48,11 @@ class Tracking:
             tracker.finish()
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_trackers(settings: TrainingConfig) -> None:
     """Raise UserError for a tracker that Accelerate does not know, or that needs a missing package."""
     known, present = sorted(LOGGER_TYPE_TO_CLASS), {str(LoggerType(t)) for t in get_available_trackers()}
-    for name in names:
+    for name in settings.trackers:
         if name not in known:
-            raise UserError(f"distill.trackers: unknown {name!r}; known: {', '.join(known)}")
+            raise UserError(f"{settings.section}.trackers: unknown {name!r}; known: {', '.join(known)}")
         if name not in present:
-            raise UserError(f"distill.trackers: {name} is not installed; pip install {name}")
+            raise UserError(f"{settings.section}.trackers: {name} is not installed; pip install {name}")

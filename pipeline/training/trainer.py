@@ -1,4 +1,4 @@
-"""Run the training loop of stage 3: students share one pass over a cache, and each has its own optimiser."""
+"""Run the training loop: students share one pass over the data, and each has its own optimiser."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -7,17 +7,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from pipeline.data.sampler import (
-    WINDOW_BYTES,
-    batch_index_lists,
-    prefetch_depth,
-    reads_windows,
-    steps_per_epoch,
-)
+from pipeline.data.sampler import batch_index_lists, prefetch_depth, steps_per_epoch
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
-from pipeline.training.batch import BatchLoader
+from pipeline.training.batch import Loader
 from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
 
@@ -25,7 +19,7 @@ _LOG_STEPS = 50
 
 
 def train(
-    student_runs: Sequence[StudentRun], load: BatchLoader, accelerator: Accelerator, held_out: HeldOut | None = None
+    student_runs: Sequence[StudentRun], load: Loader, accelerator: Accelerator, held_out: HeldOut | None = None
 ) -> Meter:
     """Train students from the earliest of their first steps to the end of the last epoch.
 
@@ -48,21 +42,15 @@ def train(
     ranks = current()
     for student_run in student_runs:
         student_run.model.plain.train()
-    if main and settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
-        few = WINDOW_BYTES // load.record_bytes
-        say(
-            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
-            f"which is faster; the largest such window is distill.shuffle_window={few}"
-        )
     lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
     ahead = prefetch_depth(settings, load.record_bytes, world)
     with (
-        meter("distill", settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
+        meter(settings.section, settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
         for step, stored in enumerate(on_device(batches, accelerator.device, m), start=first):
             going = [t for t in student_runs if t.first_step <= step and not t.ended]
-            given = stored.batches(load.caches, [t.student for t in going])
+            given = load.batches(stored, [t.student for t in going])
             for student_run, batch in zip(going, given, strict=True):
                 with ranks.together():
                     student_run.update(step, per_epoch, batch, accelerator)

@@ -1,0 +1,50 @@
+"""The section of the configuration that says how a student is fine-tuned with labels."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.fields import check_ranges, key
+from pipeline.config.kinds import Above, Fraction, Hue, InputSize, NotNegative, Positive, Share
+from pipeline.config.loop import TrainingConfig
+
+
+class FinetuneConfig(TrainingConfig):
+    """Fine-tuning with labels: the student and a head learn classes from new views of the images in every epoch."""
+
+    section: ClassVar[str] = "finetune"
+
+    epochs: Positive = key(50, "passes over the images")
+    lr: Above = key(5e-4, "peak learning rate, of the last block and the head")
+    weight_decay: NotNegative = key(0.05, "weight decay; norms, biases, tokens and positions do not decay")
+    layer_decay: Fraction = key(
+        0.75, "factor of the rate from a block of the student to the one before it; 1 trains all blocks alike"
+    )
+    head: Literal["probe", "zeros"] = key(
+        "probe", "weights that the head starts from: those of a linear probe of the student as it is, or zeros"
+    )
+    image_size: InputSize | None = key(
+        None, "input in pixels, one number or [height, width]; default: the student's own"
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = key(
+        None, "stochastic depth: rate of the last block; default: that of the student in stage 3"
+    )
+    scale: tuple[Fraction, Fraction] = key((0.08, 1.0), "random resized crops: least and largest share of the area")
+    ratio: tuple[Above, Above] = key(
+        (3 / 4, 4 / 3), "random resized crops: least and largest width / height, as a factor of the input's"
+    )
+    flip: Share = key(0.5, "probability of a mirrored view")
+    color: tuple[Share, Share, Share, Hue] = key(
+        (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast and saturation; shift of hue in turns"
+    )
+    mixup: NotNegative = key(0.8, "alpha of Mixup; 0 leaves it out")
+    cutmix: NotNegative = key(1.0, "alpha of CutMix; 0 leaves it out")
+    mix_prob: Share = key(1.0, "share of the steps whose images are mixed")
+    cutmix_prob: Share = key(0.5, "with both: share of CutMix among these steps, the others have Mixup")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = key(0.1, "label smoothing: share that all classes get alike")
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneConfig":
+        """Raise UserError if a range ends below its start."""
+        check_ranges(self, "scale", "ratio")
+        return self

@@ -1,0 +1,42 @@
+"""A linear probe as the head of a student: what it scores, the student's forward pass then gives.
+
+Fine-tuning that starts from such a head changes good features less than one that starts from a random head (Kumar et
+al., arXiv:2202.10054).
+"""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.config import EvaluateConfig
+from pipeline.data import Images
+from pipeline.data.views import View, crop_view
+from pipeline.evaluation.classification import fit_linear
+from pipeline.evaluation.context import inputs
+from pipeline.models.backbone import Backbone
+
+
+def probe_weights(
+    student: Backbone, images: Images, classes: int, settings: EvaluateConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Fit a linear probe of what a student's head reads: return weight (classes, width) and bias (classes,).
+
+    A class that no image has gets no weight and the lowest bias. The student is on the device; afterwards it is in eval
+    mode.
+    """
+
+    def view(image: Image.Image) -> View:
+        return crop_view(1.0, image.size, student.image_size)
+
+    model = student.model.eval()
+    with torch.no_grad():
+        batches = inputs(student, images, settings, device, view)
+        read = [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu() for x in batches]
+    labels = torch.from_numpy(images.labels).long()
+    probe, known, (mean, std) = fit_linear(torch.cat(read), labels, settings, device)
+    # The probe reads standardised features, and the head those of the student.
+    scaled = probe.weight / std
+    offset = probe.bias - scaled @ mean
+    weight, bias = scaled.new_zeros(classes, scaled.shape[1]), offset.new_full((classes,), float(offset.min()))
+    weight[known], bias[known] = scaled, offset
+    return weight, bias

@@ -1,0 +1,83 @@
+"""The files in which the figures of tasks are stored, and whether a student learned from the images of a test."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import spread
+from pipeline.config import Config, EvaluateConfig
+from pipeline.data import ImageFile, Images, image_digest
+from pipeline.evaluation.context import Answer, EvaluateResult
+from pipeline.storage import is_remote
+from pipeline.storage.json_files import write_json
+from pipeline.training.run_directory import DistillResult, TeacherLink
+from singer.errors import UserError
+
+# So many images of --test are looked up among the images that the student learned from.
+_LOOKED_FOR = 256
+
+
+def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
+    """Return whether the caches that a run learned from hold any of a sample of test images.
+
+    A fine-tuned run learned from test images, too, if it was fine-tuned on one of the files that hold them. If the
+    answer is unknown, the second value is the reason. All caches of a run hold the same images, so that one of them is
+    enough.
+    """
+    if run.finetuned is not None and {str(path) for path in test.paths} & set(run.finetuned.sources):
+        return "yes", ""
+    reasons = []
+    for taught in run.taught:
+        known = _cached_images(taught)
+        if isinstance(known, str):
+            reasons.append(known)
+            continue
+        with ImageFile(test) as files:
+            looked_for = spread(np.arange(len(test)), _LOOKED_FOR)
+            digests = np.array([image_digest(files.encoded(n)[0]) for n in looked_for.tolist()], dtype=np.uint64)
+        return ("yes" if np.isin(digests, known).any() else "no"), ""
+    return "unknown", "; ".join(dict.fromkeys(reasons))
+
+
+def _cached_images(taught: TeacherLink) -> np.ndarray | str:
+    """Return the digests of the images that a cache holds, or the reason why they are unknown."""
+    place = taught.cache_place
+    if place is None:
+        return "the run does not say where its cache is"
+    if is_remote(place):
+        return f"its cache {place} is not on this machine"
+    try:
+        cache = Cache(place, known=taught.cache)
+    except (UserError, OSError) as error:  # the cache was moved, deleted or damaged
+        return f"its cache cannot be read: {error}"
+    if taught.cache not in cache.ids:
+        return f"there is another cache at {place} now"
+    return cache.index.digest
+
+
+def result_file(
+    place: Path, task: str, images: tuple[Images | None, Images], config: Config, model: str | None = None
+) -> Path:
+    """Return the path evaluate-<hash>.json, with one hash for each task, pair of image sets and settings.
+
+    A repeated command therefore replaces its own file. model: the identity of a model that shares the folder with
+    others, or None if the folder is the run itself.
+    """
+    what: list[Any] = [
+        task,
+        [each.place_hash() if each else None for each in images],
+        config.evaluate.model_dump_json(exclude={"features"}),
+    ]
+    what += [] if model is None else [model]
+    return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
+
+
+def store_result(file: Path, result: EvaluateResult, task: str, settings: EvaluateConfig, model: str | None) -> None:
+    """Write the figures of a task. model: what was probed; None if the file is in the folder of the run itself."""
+    about = {"model": model, "written": None, "task": task}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**asdict(result), **about, "config": settings.model_dump(mode="json")})

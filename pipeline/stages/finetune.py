@@ -1,0 +1,230 @@
+"""After stage 3, if there are labels: fine-tune a distilled student as a classifier.
+
+Run it with `singer finetune RUN --train 'shards/*.tar' --out OUT`, or with `accelerate launch cli.py finetune ...` on
+several processes. A head is put on the student, and both are trained by cross-entropy on random resized crops that
+Mixup and CutMix mix (the recipe of DeiT, arXiv:2012.12877). No teacher takes part. The output is a run as stage 3 makes
+it: its student has a head.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
+
+from pipeline.config import Config, load_config
+from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, readable
+from pipeline.evaluation import own_head
+from pipeline.evaluation.classification import check
+from pipeline.evaluation.context import EvaluationContext
+from pipeline.evaluation.linear_head import probe_weights
+from pipeline.evaluation.own_head import OwnHead
+from pipeline.evaluation.stored import learned_from, result_file, store_result
+from pipeline.models.backbone import save_backbone
+from pipeline.models.loading import load_saved
+from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
+from pipeline.outputs.resuming import CONFIG
+from pipeline.outputs.stage_log import process_log
+from pipeline.runtime.devices import make_accelerator, with_precision
+from pipeline.runtime.progress import say
+from pipeline.runtime.ranks import current, watched
+from pipeline.storage.json_files import read_as, write_json
+from pipeline.students.with_head import set_head, student_with_head
+from pipeline.training.batch_norm import check_parts, synchronise
+from pipeline.training.classifier import Classifier
+from pipeline.training.fsdp import check_fsdp
+from pipeline.training.held_out import HeldOut, held_out_images
+from pipeline.training.labelled import LabelledLoader
+from pipeline.training.prepared import Prepared, say_continued
+from pipeline.training.run_directory import (
+    ADAPTERS,
+    CHECKPOINT,
+    FINETUNE,
+    RUN,
+    STUDENT,
+    DistillResult,
+    Finetuned,
+    load_result,
+    write_result,
+)
+from pipeline.training.trackers import check_trackers
+from pipeline.training.trainer import train
+from singer.errors import UserError
+
+_TASK = "head"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A fine-tuned student.
+
+    parameters: with the head; finetuned: of its training; test: what its head says to --test, None without.
+    """
+
+    run: Path
+    student: Path
+    parameters: int
+    finetuned: Finetuned
+    test: OwnHead | None
+
+
+def finetune(
+    config: Config, run: Path, train: Spec, out: Path, test: Spec | None = None, mode: Mode = "new"
+) -> FinetuneResult:
+    """Fine-tune the student of a finished run with labels, and store it at `out`.
+
+    Only the sections finetune, evaluate, cache and data of `config` are used; the others are those of the run. train:
+    labelled images; test: others, on which the student is tested once, at the end, as `singer evaluate --task head`
+    does. cache.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
+    for mistakes that the user can fix.
+    """
+    trained = load_result(run)
+    config = with_precision(_recipe(run, config))
+    check_fsdp(config.finetune.precision)
+    check_trackers(config.finetune)
+    images, tested = _images(config, train, test)
+    check(images, tested or images, config.evaluate)
+    read = [run, *images.paths, *(tested.paths if tested is not None else ())]
+    check_output(out, mode, FINETUNE, config, read)
+    inputs = _inputs(run, trained, images)
+    accelerator = make_accelerator(config.finetune.precision)
+    main, result = accelerator.is_main_process, None
+    if mode == "resume" and (out / INPUTS).exists():
+        check_inputs(out, inputs)
+        result = load_result(out) if (out / RUN).exists() else None
+    if result is None:
+        job = Job(config, run, trained, images, out, accelerator)
+        claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
+        with watched(accelerator, FINETUNE), claim:
+            if main:
+                write_json(out / INPUTS, inputs)
+            result = job.run(mode)
+    if main:
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    assert result.finetuned is not None
+    figures = _test(config, result, tested) if tested is not None and main else None
+    return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
+
+
+def _recipe(run: Path, config: Config) -> Config:
+    """Return the configuration of the run, with the sections of this stage."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
+    own = {name: getattr(config, name) for name in ("finetune", "evaluate", "cache", "data")}
+    return load_config(run / CONFIG).model_copy(update=own)
+
+
+def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Images | None]:
+    """List the images; those of `test` have the numbers of classes that those of `train` have."""
+    images, tested = (list_images(config, train), None) if test is None else list_probe_images(config, train, test)
+    if config.cache.on_error == "skip":
+        images, tested = readable(images), None if tested is None else readable(tested)
+    return images, tested
+
+
+def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str | None]:
+    """Return what identifies the inputs: those of the run, its student and the images."""
+    before = read_as(run / INPUTS, dict[str, str | None], "finished run")
+    student = file_hash(trained.student / "model.safetensors")
+    return {**before, "student": student, "images": listing_hash(images)}
+
+
+class Job:
+    """A student that is fine-tuned, with all it needs. Nothing has been written to its folder yet."""
+
+    def __init__(
+        self, config: Config, source: Path, trained: DistillResult, images: Images, out: Path, accelerator: Accelerator
+    ) -> None:
+        self.config, self.source, self.trained, self.images = config, source, trained, images
+        self.out, self.accelerator = out, accelerator
+        settings, device = config.finetune, accelerator.device
+        names = images.class_names()
+        self.classes = max(len(names or ()), int(images.labels.max()) + 1)
+        set_seed(settings.seed)
+        self.student = student_with_head(trained.student, settings, self.classes, names)
+        if config.student.checkpointing:
+            self.student.model.set_grad_checkpointing(True)
+        synchronise(self.student.model, accelerator)
+        self.numbers, self.held_out = held_out_images(len(images), settings)
+        check_parts(self.student, None, settings, len(self.numbers), accelerator)
+        self.learner = Classifier(self.student, device).to(device)
+
+    def run(self, mode: Mode) -> DistillResult:
+        """Train the student; the first process stores it. Return the result."""
+        settings, accelerator, ranks = self.config.finetune, self.accelerator, current()
+        main = accelerator.is_main_process
+        if settings.head == "probe" and not (mode == "resume" and (self.out / CHECKPOINT).exists()):
+            self._start_head()
+        if main:
+            say(f"{len(self.numbers)} images of {self.classes} classes; the head starts as {settings.head}")
+        ranks.wait()
+        prepared = Prepared(
+            self.student, self.learner, self.config, settings, self.out, len(self.held_out) > 0, accelerator
+        )
+        with ranks.together():
+            student_run = prepared.run(mode, accelerator)
+        if main:
+            say_continued(student_run, self.out, len(self.numbers))
+        with ImageFile(self.images) as files:
+            load, apart = (
+                LabelledLoader(files, numbers, self.student.image_size, self.classes, drawn)
+                for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
+            )
+            m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)
+        with ranks.together():
+            state, _ = student_run.kept_states or prepared.states()
+        best = student_run.best if student_run.kept_states else None
+        finetuned = Finetuned(
+            self.classes, len(self.numbers), [str(path) for path in self.images.paths], student_run.steps,
+            student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
+        )  # fmt: skip
+        parameters = sum(p.numel() for p in self.student.model.parameters())
+        made = {"run": self.out, "student": self.out / STUDENT, "parameters": parameters, "finetuned": finetuned}
+        result = replace(self.trained, **made)
+        if main:
+            save_backbone(self.student, state, result.student)
+            if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read
+                shutil.copyfile(self.source / ADAPTERS, self.out / ADAPTERS)
+            write_result(result)
+            if student_run.tracking is not None:
+                student_run.tracking.close()
+        return result
+
+    def _start_head(self) -> None:
+        """Let the head start as a linear probe, which the first process fits: others might round it in another way."""
+        accelerator, ranks = self.accelerator, current()
+        width = self.student.model.get_classifier().in_features
+        weights = torch.zeros(self.classes, width + 1, device=accelerator.device)
+        if accelerator.is_main_process:
+            chosen = self.images.select(self.numbers)
+            with ranks.slow():
+                weight, bias = probe_weights(
+                    self.student, chosen, self.classes, self.config.evaluate, accelerator.device
+                )
+            weights = torch.cat([weight, bias[:, None]], 1)
+        ranks.wait()
+        if accelerator.num_processes > 1:
+            with ranks.together():
+                weights = broadcast(weights.contiguous())
+        set_head(self.student, weights[:, :-1], weights[:, -1])
+
+
+def _test(config: Config, result: DistillResult, test: Images) -> OwnHead:
+    """Test the student's head, and store the figures in its folder, as singer evaluate does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = load_saved(result.student, config.evaluate.image_size)
+    student.model.to(device)
+    learned, _ = learned_from(result, test)
+    if learned == "yes":
+        say("note: the student learned from images of --test")
+    settings, file = config.evaluate, result_file(result.run, _TASK, (None, test), config)
+    started = time.perf_counter()
+    figures = own_head.probe(EvaluationContext(result.run, student, device, None, test, settings, started, file))
+    object.__setattr__(figures, "learned_from_test", learned)
+    figures.test.extend(path.name for path in test.paths)
+    store_result(file, figures, _TASK, settings, None)
+    return figures

@@ -1,0 +1,42 @@
+"""What fine-tuning trains: a student with a head, by cross-entropy to shares of classes."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.models.backbone import Backbone
+from pipeline.training.batch import Batch
+from pipeline.training.learner import Learner
+from singer.backbones import freeze_unused
+
+
+class Classifier(Learner):
+    """A student with a head. Labels of its batches are shares of classes (B, classes), which add up to 1."""
+
+    def __init__(self, student: Backbone, device: torch.device) -> None:
+        super().__init__(student, device)
+        freeze_unused(self.student, None, student.image_size)
+        self._right: Tensor | None = None
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return {ce: the mean cross-entropy}, -sum over classes of share · log softmax(logits)."""
+        logits = self.student(batch.images.contiguous(memory_format=self.memory_format))
+        # Half precision loses small probabilities.
+        with torch.autocast(batch.weights.device.type, enabled=False):
+            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        if not self.training:
+            self._right = logits.argmax(1) == batch.labels.argmax(1)
+        return {"ce": (losses * batch.weights).sum()}
+
+    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the loss, and {top1: (2,)}: how many images are classified rightly, and how many there are."""
+        losses = self(batch)
+        assert self._right is not None
+        return losses, {"top1": torch.stack([self._right.sum(), torch.ones_like(self._right).sum()])}
+
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
+        """Return {held_out_top1: percent}."""
+        right, count = sums["top1"].tolist()
+        return {"held_out_top1": 100 * right / count}

@@ -1,0 +1,321 @@
+"""Fine-tuning with labels: it learns, what is drawn depends on seed, key, epoch and step alone, and a run resumes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_singer, seeded, tree_bytes, world_config
+from ranks import launch
+from sklearn.linear_model import LogisticRegression
+from timm.data.mixup import mixup_target
+
+from pipeline.config import FinetuneConfig
+from pipeline.data import ImageFile, index_images
+from pipeline.data.sampler import BatchIndices
+from pipeline.data.views import apply_view, draw_view
+from pipeline.evaluation.linear_head import probe_weights
+from pipeline.evaluation.own_head import OwnHead
+from pipeline.models.loading import load_saved
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.finetune import finetune
+from pipeline.students.with_head import set_head, student_with_head
+from pipeline.training.batch import Batch
+from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.labelled import LabelledLoader, Mixing, views_of
+from singer.errors import UserError
+
+WEIGHTS = "student/model.safetensors"
+SETS = [
+    "finetune.epochs=4",
+    "finetune.batch_size=20",
+    "finetune.workers=1",
+    "finetune.trackers=[]",
+    "evaluate.strengths=[1.0]",
+    f"finetune.seed={seeded(0)}",
+]
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled student; tests only read it."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    distill(world_config(world, "distill.epochs=1"), world / "cache", out)
+    return out
+
+
+def shards(world: Path, split: str = "train") -> str:
+    return str(world / split / "*.tar")
+
+
+def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
+    """From a head of zeros the loss falls, and images are told apart far above chance; no weight stays as it was.
+
+    The folders name the classes, and the test is that of `evaluate --task head`.
+    """
+    sets = ["finetune.head=zeros", "finetune.epochs=6", "finetune.lr=1e-2", "finetune.mixup=0", "finetune.cutmix=0"]
+    config = world_config(world, *SETS, *sets, "finetune.scale=[0.7, 1]", "finetune.holdout=0.2")
+    out, (train, test) = tmp_path / "out", (world / "images" / split for split in ("train", "test"))
+    made = finetune(config, run, train, out, test)
+    lines = [line for line in read_log(out / "log.jsonl") if "held_out_top1" in line]
+    assert len(lines) == 6 and lines[-1]["loss"] < 0.85 * lines[0]["loss"]
+    assert lines[-1]["held_out_top1"] > 60 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
+    assert (made.finetuned.classes, made.finetuned.images, made.finetuned.steps) == (4, 80, 24)
+    before, after = (safetensors.torch.load_file(place / WEIGHTS) for place in (run, out))
+    assert set(after) - set(before) == {"head.weight", "head.bias"}
+    assert not [name for name, x in before.items() if torch.equal(after[name], x)]
+    assert made.test is not None and made.test.top1 > 60 and made.test.learned_from_test == "no"
+    again = evaluate(config, out, None, test, "head")
+    assert isinstance(again, OwnHead) and again.top1 == made.test.top1
+    assert len(list(out.glob("evaluate-*.json"))) == 1
+    assert evaluate(config, out, None, train, "head").learned_from_test == "yes"
+
+
+def test_a_head_starts_as_the_linear_probe(world: Path, run: Path) -> None:
+    """The student says what scikit-learn does of its pooled output; a class without images is never said."""
+    config, images = world_config(world, *SETS), index_images(shards(world))
+    before, student = load_saved(run / "student"), student_with_head(run / "student", config.finetune, 5)
+    with ImageFile(images) as files:
+        load = LabelledLoader(files, np.arange(len(images)), 32, 5, None)
+        indices = BatchIndices(np.arange(len(images)), np.ones(len(images), np.float32))
+        (batch,) = load.batches(next(load([[indices]], 1)), [student])
+    student.model.eval()
+    assert not student.model(batch.images).any()
+    set_head(student, *probe_weights(student, images, 5, config.evaluate, torch.device("cpu")))
+    pooled = before.model(batch.images).numpy()
+    mean, std = pooled.mean(0), pooled.std(0)
+    regression = LogisticRegression(C=1.0, tol=1e-8, max_iter=5000).fit((pooled - mean) / std, images.labels)
+    wanted = torch.from_numpy(regression.predict_proba((pooled - mean) / std)).float()
+    logits = student.model(batch.images)
+    assert wanted.amax(1).mean() > 0.8 and int(logits.argmax(1).max()) == 3
+    torch.testing.assert_close(logits[:, :4].softmax(1), wanted, atol=0.01, rtol=0)
+
+
+def step_of(config: FinetuneConfig, count: int, filling: int = 0, step: int = 3) -> tuple[Batch, Batch]:
+    """A batch of images that hold their number, with labels 0, 1, 2, 0 ..., and the same mixed."""
+    images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).float()
+    batch = Batch(images, [], torch.ones(count), torch.arange(count) % 3, filling)
+    return batch, Mixing(config, 3)(batch, step)
+
+
+def test_mixup_by_hand() -> None:
+    """Neighbours share one lambda, read off the pixels; labels are smoothed; the last of an odd number stays."""
+    batch, mixed = step_of(FinetuneConfig(cutmix=0, smoothing=0.3), 7, filling=2)
+    lam = 1 - float(mixed.images[0, 0, 0, 0])  # 0 · lam + 1 · (1 - lam)
+    assert 0 < lam < 1
+    smooth = 0.7 * torch.eye(3)[batch.labels] + 0.1
+    for a, b in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        torch.testing.assert_close(mixed.images[a], torch.full((3, 8, 8), lam * a + (1 - lam) * b))
+        torch.testing.assert_close(mixed.labels[a], lam * smooth[a] + (1 - lam) * smooth[b])
+    assert torch.equal(mixed.images[4:], batch.images[4:])
+    torch.testing.assert_close(mixed.labels[4:], smooth[4:])
+
+
+def test_cutmix_by_hand() -> None:
+    """A box comes from the neighbour, and the labels have its share of the pixels."""
+    _, mixed = step_of(FinetuneConfig(mixup=0, smoothing=0), 4, step=seeded(5))
+    for a, b in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        assert set(mixed.images[a].unique().tolist()) <= {a, b}
+        own = float((mixed.images[a] == a).float().mean())
+        expected = torch.zeros(3).index_add(0, torch.tensor([a % 3, b % 3]), torch.tensor([own, 1 - own]))
+        torch.testing.assert_close(mixed.labels[a], expected)
+
+
+def test_mixing_depends_on_seed_and_step_alone() -> None:
+    """Not on how the batch is shared out; what NumPy draws besides is as it was."""
+    config = FinetuneConfig()
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    whole = [step_of(config, 8, step=step)[1] for step in range(6)]
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert len({tuple(batch.labels[0].tolist()) for batch in whole}) == 6
+    for step, batch in enumerate(whole):
+        given = step_of(config, 8)[0]
+        half = Batch(given.images[4:], [], given.weights[4:], given.labels[4:])
+        part = Mixing(config, 3)(half, step)
+        assert torch.equal(part.images, batch.images[4:]) and torch.equal(part.labels, batch.labels[4:])
+    plain = step_of(FinetuneConfig(mixup=0, cutmix=0), 8)[1]
+    assert torch.equal(plain.labels, mixup_target(torch.arange(8) % 3, 3, smoothing=0.1))
+    assert torch.equal(plain.images, step_of(config, 8)[0].images)
+    never = step_of(FinetuneConfig(mix_prob=0), 8)[1]
+    assert torch.equal(never.labels, plain.labels)
+
+
+def test_views_are_new_in_every_epoch(world: Path) -> None:
+    """And are those that draw_view draws from key and epoch."""
+    images, settings = index_images(shards(world)), FinetuneConfig(batch_size=4, seed=seeded(1))
+    numbers = np.array([7, 2, 30, 31, 55, 4])  # two steps in an epoch
+    with ImageFile(images) as files:
+        load = LabelledLoader(files, numbers, 32, 4, settings)
+
+        def pixels(step: int) -> torch.Tensor:
+            return load.pixels(BatchIndices(np.array([0, 3]), np.ones(2, np.float32), step))[1]
+
+        first, again, later = pixels(0), pixels(1), pixels(2)
+        for row, number in enumerate((7, 31)):
+            image = files.read(number)
+            view = draw_view(views_of(settings, 32), images.keys[number], 1, image.size)
+            assert np.array_equal(later[row].numpy(), apply_view(image, view, 32))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The process dies after so many checkpoints."""
+    save, saves = Checkpoint.save, iter(range(1, 1000))
+
+    def die(self: Checkpoint, step: int, write: bool) -> None:
+        save(self, step, write)
+        if next(saves) == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", die)
+
+
+@pytest.mark.parametrize(("after", "epochs"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_it_resumes_exactly(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, epochs: int
+) -> None:
+    """From the midst of an epoch, or after an epoch that may be the best; and with nothing else than it began with."""
+    sets = ["finetune.checkpoint_minutes=1e-9", "finetune.ema=0.9", "finetune.drop_path=0.2", "finetune.keep=best"]
+    sets += ["finetune.holdout=0.2", "finetune.batch_size=40", "finetune.color=[0.2,0.2,0.2,0.1]"]
+    config = world_config(world, *SETS, *sets, f"finetune.epochs={epochs}")
+    whole = finetune(config, run, shards(world), tmp_path / "whole")
+    part = tmp_path / "part"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dying(patch, after)
+        finetune(config, run, shards(world), part)
+    assert not (part / "run.json").exists()
+    with pytest.raises(UserError, match="was started with another set of images; use that or --overwrite"):
+        finetune(config, run, shards(world, "test"), part, mode="resume")
+    other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"mixup": 0.5})})
+    with pytest.raises(UserError, match="was started with finetune.mixup 0.8, not 0.5"):
+        finetune(other, run, shards(world), part, mode="resume")
+    with pytest.raises(UserError, match="continue it with --resume, replace it with --overwrite"):
+        finetune(config, run, shards(world), part)
+    with pytest.raises(UserError, match="repeat its finetune command with --resume"):
+        evaluate(config, part, None, shards(world), "head")
+    resumed = finetune(config, run, shards(world), part, mode="resume")
+    assert resumed.finetuned.kept_epoch == whole.finetuned.kept_epoch
+    one, two = (tree_bytes(tmp_path / name, "run.json", "provenance.json", "log.jsonl") for name in ("whole", "part"))
+    assert one == two
+    # A finished run is left as it is.
+    assert finetune(config, run, shards(world), part, mode="resume").finetuned == resumed.finetuned
+
+
+@pytest.mark.slow
+def test_two_processes(world: Path, run: Path, config_file: Path, tmp_path: Path) -> None:
+    """They do what one does, to rounding. The last batch of an epoch is odd and smaller."""
+    sets = [*SETS, "finetune.epochs=2", "finetune.batch_size=16", "finetune.holdout=0.13"]
+    finetune(world_config(world, *sets), run, shards(world), tmp_path / "one")
+    options = ["--config", config_file, *(word for value in sets for word in ("--set", value))]
+    launch(2, "finetune", run, "--train", shards(world), "--out", tmp_path / "two", *options)
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    for key in ("loss", "held_out_loss"):
+        one, two = (torch.tensor([line[key] for line in log if key in line]) for log in logs)
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
+    one, two = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, atol=1e-4, rtol=1e-3)
+
+
+class Commands:
+    """Runs commands in this process, on the world's configuration."""
+
+    def __init__(self, config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.options = ["--config", config_file, *(word for value in SETS for word in ("--set", value))]
+        self.monkeypatch, self.capfd = monkeypatch, capfd
+
+    def __call__(self, *args: object) -> Any:
+        """The JSON that a command prints."""
+        given = [] if args[0] == "report" else self.options
+        assert run_singer(self.monkeypatch, *args, *given, "--json") == 0, self.capfd.readouterr().err
+        return json.loads(self.capfd.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def told(config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(config_file, monkeypatch, capfd)
+
+
+@pytest.mark.slow
+def test_commands_take_what_finetune_makes(world: Path, run: Path, tmp_path: Path, told: Commands) -> None:
+    """It is exported with its card, embeds, is reported beside the run that it began as, and can begin another run."""
+    out, (train, test) = tmp_path / "tuned", (world / "images" / split for split in ("train", "test"))
+    made = told("finetune", run, "--train", train, "--test", test, "--on-error", "skip", "--out", out)
+    told("export", out, "--to", "hf", "--out", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["num_classes"] == 4
+    assert config["pretrained_cfg"]["label_names"] == [f"class{n}" for n in range(4)]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    top1 = f"{made['test']['top1']:.1f} % top-1"
+    for text in ("with a head of 4 classes", "(batch, 4)", "100 images of 4 classes", top1):
+        assert text in card, text
+    told("embed", out, test, "--out", tmp_path / "vectors.npy")
+    assert np.load(tmp_path / "vectors.npy").shape == (40, 12)
+    page = tmp_path / "report.html"
+    told("report", run, out, "--cache", world / "cache", "--records", 4, "--out", page)
+    assert "fine-tuned" in page.read_text()
+    begun = told("distill", "--cache", world / "cache", "--out", tmp_path / "again", "--set", f"student.init={out}")
+    assert begun["finetuned"] is None
+    assert told("finetune", out, "--train", shards(world), "--out", tmp_path / "twice")["finetuned"]["classes"] == 4
+
+
+@pytest.mark.slow
+def test_maps_and_wider_exits(world: Path, tmp_path: Path) -> None:
+    """A student of feature maps with batch normalisation, and one whose last block is wider, at another size."""
+    own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
+    for name, sets in (("maps", ["student.name=test_resnet", *own]), ("exit", ["student.exit=wide"])):
+        distill(world_config(world, *sets, "distill.epochs=1"), world / "cache", tmp_path / name)
+        config = world_config(world, *SETS, "finetune.epochs=1", "finetune.image_size=40", "finetune.drop_path=0.1")
+        out = tmp_path / f"tuned-{name}"
+        finetune(config, tmp_path / name, shards(world), out)
+        student = load_saved(out / "student")
+        assert student.image_size == 40 and student.model(torch.zeros(1, 3, 40, 40)).shape == (1, 4)
+
+
+ERRORS: dict[str, tuple[list[str], str]] = {
+    "image size": (["finetune.image_size=30"], "image_size 30 is not a multiple of the patch size 8"),
+    "held out": (["finetune.holdout=0.999"], "finetune.holdout: all 100 images would be held out"),
+    "warm-up": (["finetune.warmup_epochs=9"], "--set finetune.warmup_epochs=0.2"),
+    "best": (["finetune.keep=best"], "hold some out (--set finetune.holdout=0.02)"),
+    "range": (["finetune.scale=[0.5, 0.1]"], "finetune.scale: 0.5 is larger than 0.1"),
+    "tracker": (["finetune.trackers=[nothing]"], "finetune.trackers: unknown 'nothing'"),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_settings_that_do_not_fit(world: Path, run: Path, tmp_path: Path, what: str) -> None:
+    sets, message = ERRORS[what]
+    with pytest.raises(UserError) as error:
+        finetune(world_config(world, *SETS, *sets), run, shards(world), tmp_path / "out")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_and_runs_that_do_not_fit(world: Path, run: Path, tmp_path: Path) -> None:
+    """Each is told in one line, and nothing is written."""
+    config, out = world_config(world, *SETS), tmp_path / "out"
+    flat, one = tmp_path / "flat", tmp_path / "one"
+    for folder in (flat, one / "class0"):
+        shutil.copytree(world / "images" / "train" / "class0", folder)
+    unfinished = shutil.copytree(run, tmp_path / "unfinished")
+    (unfinished / "run.json").unlink()
+    own = shutil.copytree(run, tmp_path / "own")
+    described = json.loads((own / "student" / "config.json").read_text())
+    (own / "student" / "config.json").write_text(json.dumps({**described, "architecture": "own:Net"}))
+    data = shards(world)
+    given: list[tuple[Path, str | Path, Path, str]] = [
+        (run, flat, out, "--train: 25 of 25 images have no .cls label"),
+        (run, one, out, "--train has images of one class only; a classifier needs two"),
+        (unfinished, data, out, "unfinished is not a finished run: it has no run.json"),
+        (own, data, out, "own:Net, and finetune gives heads to models of timm only"),
+        (run, data, run / "tuned", "overlaps the input"),
+    ]
+    for place, train, to, message in given:
+        with pytest.raises(UserError, match=message):
+            finetune(config, place, train, to)
+    assert not out.exists()
