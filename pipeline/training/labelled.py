@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config import FinetuneConfig, ViewsConfig
 from pipeline.data import ImageFile
-from pipeline.data.sampler import BatchIndices, steps_per_epoch
+from pipeline.data.sampler import BatchIndices
 from pipeline.data.views import apply_view, crop_view, draw_view
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.prefetch import prefetch
@@ -81,7 +81,6 @@ class LabelledLoader:
         self.files, self.numbers, self.size, self.classes = files, numbers, size, classes
         self._views = views_of(settings, size) if settings is not None else None
         self._mixing = Mixing(settings, classes) if settings is not None else None
-        self._per_epoch = steps_per_epoch(len(numbers), settings.batch_size) if settings is not None else 1
         self._labels = torch.from_numpy(files.images.labels[numbers]).long()
 
     def __len__(self) -> int:
@@ -109,7 +108,6 @@ class LabelledLoader:
 
         Raises UserError, with the remedy, for an image that cannot be read.
         """
-        epoch = indices.step // self._per_epoch
         views = []
         for number in self.numbers[indices.records].tolist():
             try:
@@ -120,7 +118,7 @@ class LabelledLoader:
             if self._views is None:
                 view = crop_view(1.0, image.size, self.size)
             else:
-                view = draw_view(self._views, self.files.images.keys[number], epoch, image.size)
+                view = draw_view(self._views, self.files.images.keys[number], indices.epoch, image.size)
             views.append(apply_view(image, view, self.size))
         return indices, torch.from_numpy(np.stack(views))
 
