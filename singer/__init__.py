@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from singer.cleaners import CLEANERS, Shape
     from singer.described import Description
     from singer.fit_context import FitContext
-    from singer.matching import match_blocks, resize_tokens
+    from singer.matching import match_blocks
     from singer.normalisers import NORMALISERS
     from singer.objectives import OBJECTIVES
     from singer.refiner import Refiner
     from singer.subspaces import BASES
     from singer.suffix import TeacherSuffix
+    from singer.tokens import resize_tokens
 
 __all__ = [
     "BASES",
@@ -50,7 +51,7 @@ _MODULES = {
     "TeacherSuffix": "singer.suffix",
     "block_outputs": "singer.backbones",
     "match_blocks": "singer.matching",
-    "resize_tokens": "singer.matching",
+    "resize_tokens": "singer.tokens",
     "robust_threshold": "singer.artifacts",
 }
 

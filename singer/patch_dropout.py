@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from singer.backbones import gives_tokens
 from singer.errors import UserError
-from singer.matching import take_patches
+from singer.tokens import take_patches
 
 
 class PatchDropout(nn.Module):

@@ -25,19 +25,20 @@ from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.distiller import Distiller, token_share
+from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerNote, load_result
 from pipeline.training.runs import StudentSpec
+from pipeline.training.schedule import learning_rate, peak_rate, token_share
 from pipeline.training.stored_refiners import REFINER, load_refiner
-from pipeline.training.student_run import learning_rate, peak_rate
-from pipeline.training.targets import Targets, select_tokens
+from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.patch_dropout import install
+from singer.tokens import select_tokens
 
 CPU = torch.device("cpu")
 WEIGHTS = "student/model.safetensors"

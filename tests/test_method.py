@@ -13,13 +13,14 @@ from singer.adapter_losses import cosine_gram, gram_error, keep_loss, robust_out
 from singer.artifacts import BlockScale, norm_summary, robust_threshold
 from singer.cleaners import Adapter, Clip, Shape
 from singer.errors import UserError
-from singer.matching import match_blocks, resize_tokens
+from singer.matching import match_blocks
 from singer.metrics import knn_scores, topk_percent
 from singer.normalisers import Standardize
 from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.refiner import Refiner
 from singer.subspaces import reader_weight, smallest_directions
 from singer.suffix import TeacherSuffix, suffix_state
+from singer.tokens import resize_tokens
 
 
 def make_tail(first: int = 2, **args: object) -> TeacherSuffix:

@@ -22,9 +22,9 @@ from pipeline.training.other_views import OtherViews
 from pipeline.training.runs import NewStudent, StudentSpec
 from singer.backbones import block_outputs
 from singer.errors import UserError
-from singer.matching import resize_tokens
 from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.overlap import resample_overlap
+from singer.tokens import resize_tokens
 
 Box = tuple[float, float, float, float, float]
 WHOLE: Box = (0, 0, 1, 1, 0)

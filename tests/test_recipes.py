@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, load_config, recipes, resource
-from pipeline.training.student_run import learning_rate, peak_rate
+from pipeline.training.schedule import learning_rate, peak_rate
 
 ROOT = Path(__file__).parent.parent
 STUDENTS = {"vit-l-to-ti": "vit_tiny_patch16_224", "vit-l-to-s": "vit_small_patch16_224"}

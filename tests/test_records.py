@@ -30,7 +30,7 @@ from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
 from singer.backbones import block_outputs
 from singer.errors import UserError
-from singer.matching import take_patches
+from singer.tokens import take_patches
 
 CPU = torch.device("cpu")
 RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.count=3", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")

@@ -18,8 +18,8 @@ from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Ragged, Stored
 from pipeline.data.views import draw_positions
-from singer.matching import take_patches
 from singer.sizes import ImageSize
+from singer.tokens import take_patches
 
 
 def calibration_on(segment: Segment, device: torch.device) -> dict[int, Calibration]:

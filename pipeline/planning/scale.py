@@ -18,7 +18,7 @@ from pipeline.outputs.provenance import PROVENANCE
 from pipeline.outputs.resuming import CONFIG
 from singer.backbones import depth
 from singer.errors import UserError
-from singer.matching import take_patches
+from singer.tokens import take_patches
 
 # The share of the free disk that a cache may fill; the rest is for other files.
 _USABLE = 0.95

@@ -22,7 +22,7 @@ from pipeline.training.batch import Batch, BatchLoader, TeacherFeatures
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
 from singer.errors import UserError
-from singer.matching import take_patches
+from singer.tokens import take_patches
 
 TRAINING = ("reading", "student images", "student", "cached", "online")
 # Multiples of the golden ratio, without their whole parts, are spread evenly however many there are.

@@ -17,7 +17,7 @@ from pipeline.runtime.machine import versions
 from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.cached_teachers import numbered
 from pipeline.training.run_directory import DistillResult, TeacherLink
-from pipeline.training.student_run import peak_rate
+from pipeline.training.schedule import peak_rate
 from singer.backbones import depth, final_norm, patch_size
 from singer.sizes import Size
 

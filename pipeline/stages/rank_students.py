@@ -26,8 +26,8 @@ from pipeline.students.new import new_student
 from pipeline.training.cached_teachers import open_images
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
-from singer.matching import resize_tokens
 from singer.sizes import ImageSize, Size
+from singer.tokens import resize_tokens
 from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 
 # Plain ViTs: channels of a head; the widths, ratios of MLPs and depths among which students of a budget are sought.

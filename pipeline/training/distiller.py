@@ -10,6 +10,7 @@ from pipeline.config import DistillConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
+from pipeline.training.schedule import token_share
 from pipeline.training.teacher_branch import Compared, TeacherBranch
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
@@ -114,12 +115,6 @@ class Distiller(Learner):
                 raise UserError(f"distill.objective {name}: the teachers' heads have {counts} classes; take others")
             means[name] = sum(w * x for w, x in of_name) / sum(w for w, _ in of_name)
         return means  # type: ignore[return-value]
-
-
-def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
-    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
-    last = settings.epochs * per_epoch * (1 - settings.whole_share)
-    return settings.token_share if step < last else 1.0
 
 
 @torch.no_grad()

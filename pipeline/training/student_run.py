@@ -22,6 +22,7 @@ from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint, RunLog
 from pipeline.training.compiling import StepModel
 from pipeline.training.learner import Learner
+from pipeline.training.schedule import learning_rate, peak_rate
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
@@ -197,22 +198,3 @@ def fetched(values: Iterable[Tensor]) -> Callable[[], list[float]]:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "little")
-
-
-def peak_rate(settings: TrainingConfig, width: int) -> float:
-    """Return the key lr, or its rule for a student `width` channels wide.
-
-    At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (docs/log.md). Other widths were not measured:
-    the rate of Adam falls as 1 / width (Tensor Programs V, arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3
-    for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B.
-    """
-    return 4e-3 * min(1.0, 96 / width) if settings.lr == "auto" else settings.lr
-
-
-def learning_rate(settings: TrainingConfig, step: int, per_epoch: int, peak: float) -> float:
-    """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine down to final_lr · peak."""
-    warm = settings.warmup_epochs * per_epoch
-    if step < warm:
-        return peak * (step + 1) / (warm + 1)
-    done = (step - warm) / max(1.0, settings.epochs * per_epoch - 1 - warm)
-    return peak * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

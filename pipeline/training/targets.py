@@ -10,16 +10,10 @@ from pipeline.cache.stored import Encoded
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import TeacherFeatures
 from singer.errors import UserError
-from singer.matching import resize_tokens, take_patches
 from singer.objectives import Objective, ObjectiveContext, Tokens
 from singer.overlap import resample_overlap
 from singer.refiner import Refiner
-
-
-def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
-    """Return CLS (if kept) and the patches of tokens (B, N, d); registers are never compared between models."""
-    patches = tokens[:, prefix:]
-    return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+from singer.tokens import resize_tokens, select_tokens, take_patches
 
 
 class Targets:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import TeacherFeatures
 from pipeline.training.joint_training import JointTraining
-from pipeline.training.targets import Targets, select_tokens
+from pipeline.training.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.student_exits import has_exit
+from singer.tokens import select_tokens
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class TeacherBranch:
     def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
         """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
 
-        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see losses.
+        outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see compare.
         """
         own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.blocks}
 
@@ -150,7 +151,7 @@ class TeacherBranch:
     def compare(
         self,
         outputs: Mapping[int, Tensor],
-        stored: TeacherFeatures,
+        features: TeacherFeatures,
         weights: Tensor,
         filling: int = 0,
         kept: Tensor | None = None,
@@ -164,20 +165,20 @@ class TeacherBranch:
         targets = self.targets
         losses: dict[str, Tensor] = {}
         if self.joint is None:
-            wanted = targets.refine(stored.features)
+            wanted = targets.refine(features.features)
         else:
             assert self.adapters is not None
             with torch.autocast(weights.device.type, enabled=False):
-                refined = self.adapters(stored.features)
-                losses = self._joint_losses(stored.features, refined, weights, len(weights) - filling)
+                refined = self.adapters(features.features)
+                losses = self._joint_losses(features.features, refined, weights, len(weights) - filling)
             wanted = Tokens(refined, refined)
-        tokens = self.tokens(outputs, stored.positions, kept)
+        tokens = self.tokens(outputs, features.positions, kept)
         cleaned = sorted({*self.cleaned_blocks, *self.attention})
         normalised = {b: wanted.normalised[b] for b in self.normalised_blocks}
         if places is None:
             wanted = Tokens(
-                targets.target_tokens(normalised, stored.positions, kept),
-                targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, stored.positions, kept),
+                targets.target_tokens(normalised, features.positions, kept),
+                targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, features.positions, kept),
             )
         else:
             wanted = Tokens(targets.overlap_tokens(normalised, tokens.normalised, places, kept))

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from singer.matching import resize_tokens
 from singer.projectors.base import Projection, ProjectorSpec
+from singer.tokens import resize_tokens
 
 
 class Review(Projection):

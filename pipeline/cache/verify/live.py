@@ -26,7 +26,7 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
-from singer.matching import take_patches
+from singer.tokens import take_patches
 
 
 def load_extractors(config: Config, segments: Sequence[Segment]) -> Iterator[Extractor]:
