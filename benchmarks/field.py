@@ -15,7 +15,6 @@ what the file has; in the same folder it also continues a run that was killed. -
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from equal_time import processor_seconds
+from kept_figures import Figures
 from results import COLUMNS, PROBES, mode, write_between
 from results import Chain as Results
 from safetensors.torch import save_file
@@ -65,32 +65,6 @@ class Method:
     sets: tuple[str, ...]
     refined: bool
     caches: tuple[str, ...]
-
-
-class Figures:
-    """Figures of one setting, in a file of JSON lines, which is only appended to.
-
-    setting: what they depend on besides their name; it is the first line of the file.
-    """
-
-    def __init__(self, file: Path, setting: dict[str, Any]) -> None:
-        self.file = file
-        if not file.exists():
-            file.write_text(json.dumps(setting) + "\n")
-        first, *lines = map(json.loads, file.read_text().splitlines())
-        if first != setting:
-            raise SystemExit(f"{file} has figures of {first}, not of {setting}; give another --figures")
-        self.known: dict[str, dict[str, Any]] = {line["of"]: line for line in lines}
-
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return figures by their name, after making them if they are not known."""
-        if name not in self.known:
-            # As the next command reads them.
-            line = json.dumps({"of": name} | make())
-            with self.file.open("a") as file:
-                file.write(line + "\n")
-            self.known[name] = json.loads(line)
-        return self.known[name]
 
 
 def read(sweep: str) -> SweepFile:

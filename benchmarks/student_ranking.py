@@ -13,7 +13,8 @@ stopped.
 import json
 from functools import partial
 
-from field import BASE, METHODS, Chain, Figures, evaluated
+from field import BASE, METHODS, Chain, evaluated
+from kept_figures import Figures
 from results import mode
 from scipy.stats import spearmanr
 from setting import chain_parser, line
