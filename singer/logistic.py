@@ -6,7 +6,7 @@ of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,38 @@ _MEMORY = 10
 # The fit has converged when another step would lower the loss by less than this share of it.
 _GAIN = 1e-5
 _HALVINGS = 12
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Standardised features of which only one block at a time is on the device.
+
+    x: (n, d), anywhere, such as in a mapped file; rows: numbers (m,) of those that count, best ascending; mean, std:
+    (d,), on the device.
+    """
+
+    x: Tensor
+    rows: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (m, d)."""
+        return len(self.rows), self.x.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the blocks."""
+        return self.mean.device
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield blocks of so many rows, standardised and on the device."""
+        for rows in self.rows.split(size):
+            yield (self.x[rows].to(self.device) - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -38,10 +70,11 @@ class Logistic:
 class LogisticProblem:
     """The regression of labels (n,) below `classes` on features x (n, d), which should be standardised.
 
-    All tensors are on one device; curvature is measured once, for all strengths.
+    All tensors are on one device; curvature is measured once, for all strengths. Every pass reads all blocks
+    of Streamed features again.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, classes: int) -> None:
+    def __init__(self, x: Tensor | Streamed, labels: Tensor, classes: int) -> None:
         self._x, self._labels, self._classes = x, labels, classes
         squares, vectors = torch.linalg.eigh(sum_of_products(x))
         self._squares, self._vectors = squares.clamp_min(0).float(), vectors.float()
@@ -65,7 +98,7 @@ class LogisticProblem:
             by_weight += weight / strength
             return value, torch.cat([(by_weight @ self._vectors) * scale, (by_bias * ones).unsqueeze(1)], 1)
 
-        z = self._x.new_zeros(self._classes, d + 1)
+        z = torch.zeros(self._classes, d + 1, device=self._x.device)
         if start is not None:
             z = torch.cat([(start.weight @ self._vectors) / scale, (start.bias / ones).unsqueeze(1)], 1)
         z, passes, converged = minimise(loss, z, most)
@@ -90,7 +123,7 @@ class LogisticProblem:
         return float(value), by_weight, by_bias
 
 
-def sum_of_products(x: Tensor) -> Tensor:
+def sum_of_products(x: Tensor | Streamed) -> Tensor:
     """Return XᵀX (d, d) float64 of features x (n, d)."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(1 << 14):

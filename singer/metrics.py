@@ -17,21 +17,39 @@ _SIMILARITIES = 1 << 28
 
 
 def knn_scores(
-    train: Tensor, labels: Tensor, test: Tensor, classes: int, neighbours: int, temperature: float
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    classes: int,
+    neighbours: int,
+    temperature: float,
+    most: int | None = None,
 ) -> Tensor:
     """Compute class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
 
     train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature). Classes
-    without a vote have the score -inf.
+    without a vote have the score -inf. most: how many rows of train are compared at once, on the device of test;
+    default: all. The neighbours are exact in any case.
     """
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    test, count = F.normalize(test, dim=1), min(neighbours, len(train))
+    most = min(most or len(train), len(train))
+    chunks = test.split(max(1, min(1024, _SIMILARITIES // most)))
+    best: list[tuple[Tensor, Tensor] | None] = [None] * len(chunks)
+    for part, own in zip(train.split(most), labels.split(most), strict=True):
+        part, own = F.normalize(part.to(test.device), dim=1), own.to(test.device)
+        for number, chunk in enumerate(chunks):
+            similarity, nearest = (chunk @ part.T).topk(min(count, len(part)), dim=1)
+            label, known = own[nearest], best[number]
+            if known is not None:
+                both = torch.cat([known[0], similarity], 1)
+                similarity, order = both.topk(min(count, both.shape[1]), dim=1)
+                label = torch.cat([known[1], label], 1).gather(1, order)
+            best[number] = similarity, label
     scores = []
-    for chunk in test.split(max(1, min(1024, _SIMILARITIES // len(train)))):
-        similarity, nearest = (chunk @ train.T).topk(min(neighbours, len(train)), dim=1)
-        votes = similarity.new_zeros(len(chunk), classes).scatter_add_(
-            1, labels[nearest], ((similarity - 1) / temperature).exp()
-        )
-        voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, labels[nearest], True)
+    for similarity, label in filter(None, best):
+        votes = similarity.new_zeros(len(similarity), classes)
+        votes.scatter_add_(1, label, ((similarity - 1) / temperature).exp())
+        voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, label, True)
         scores.append(votes.masked_fill(~voted, -torch.inf))
     return torch.cat(scores)
 

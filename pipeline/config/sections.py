@@ -158,6 +158,13 @@ class EvaluateConfig(Section):
     )
     batch_size: Positive = key(128, "images in a forward pass", "speed")
     workers: Positive = key(2, "threads that decode images", "speed")
+    features: Path | None = key(
+        None,
+        "folder that keeps the features of images; probes that were interrupted, or are repeated with other settings, "
+        "go on from them",
+        "place",
+        only=("classification", "retrieval", "domain-shift"),
+    )
     neighbours: Positive = key(20, "k of k-NN", only=("classification",))
     temperature: Above = key(0.07, "temperature of the votes of k-NN", only=("classification",))
     strengths: Rates = key(

@@ -16,13 +16,16 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
+from pipeline.evaluation.feature_rows import fits, moments
 from pipeline.evaluation.global_features import pooled
 from pipeline.runtime.progress import say
 from singer.errors import UserError
-from singer.logistic import Logistic, LogisticProblem
+from singer.logistic import Logistic, LogisticProblem, Streamed
 from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
 
 _FIT_SHARE = 0.8
+# So many rows of features are read at once where a whole set has no room.
+_BLOCK = 1 << 14
 
 # {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent. low and high bound
 # the 95 % confidence interval of top1. Where classes differ in the number of their training images, there are also
@@ -64,8 +67,10 @@ def probe(context: EvaluationContext) -> Classification:
         for name, x in train.items():
             scores = linear_scores(x, train_labels, test[name], classes, settings, context.device)
             linear[name] = accuracy(scores, test_labels, groups)
-            a, y, b = (t.to(context.device) for t in (x, train_labels, test[name]))
-            scores = knn_scores(a, y, b, classes, settings.neighbours, settings.temperature).cpu()
+            # The features that vote are normalised, which takes them twice.
+            most = None if fits(2 * x.numel(), context.device) else _BLOCK
+            b, k, temperature = test[name].to(context.device), settings.neighbours, settings.temperature
+            scores = knn_scores(x, train_labels, b, classes, k, temperature, most).cpu()
             knn[name] = accuracy(scores, test_labels, groups)
         return {"linear": linear, "knn": knn}
 
@@ -127,33 +132,54 @@ def linear_scores(
     """
     require_classes(labels.numpy())
     known, numbers = labels.unique(return_inverse=True)
-    x, y = train.to(device), numbers.to(device)
+    device = train.device if device is None else device
     chosen: Logistic | None = None
     strength = settings.strengths[0]
     if len(settings.strengths) > 1:
-        fit, held_out = (torch.from_numpy(rows).to(x.device) for rows in _split(labels.numpy(), settings))
-        mean, std = _moments(x[fit])
-        problem = LogisticProblem((x[fit] - mean) / std, y[fit], len(known))
-        tested, right = (x[held_out] - mean) / std, dict.fromkeys(settings.strengths, -1.0)
-        fitted: dict[float, Logistic] = {}
+        fit, held_out = (torch.from_numpy(rows) for rows in _split(labels.numpy(), settings))
+        x, scale = _standardised(train, fit, device)
+        problem = LogisticProblem(x, numbers[fit].to(device), len(known))
+        tested, _ = _standardised(train, held_out, device, scale)
+        right, fitted = dict.fromkeys(settings.strengths, -1.0), dict[float, Logistic]()
         for c in sorted(settings.strengths):  # each fit starts from the one with the next stronger penalty
             fitted[c] = chosen = problem.fit(c, chosen)
-            right[c] = float((chosen.scores(tested).argmax(1) == y[held_out]).double().mean())
+            right[c] = _accuracy(chosen, tested, numbers[held_out].to(device))
         strength = max(settings.strengths, key=lambda c: right[c])
         chosen = fitted[strength]
-    mean, std = _moments(x)
-    probe = LogisticProblem((x - mean) / std, y, len(known)).fit(strength, chosen)
+        del problem, x, tested
+    x, scale = _standardised(train, torch.arange(len(train)), device)
+    probe = LogisticProblem(x, numbers.to(device), len(known)).fit(strength, chosen)
     if not probe.converged:
         say(f"note: the linear probe of {len(x)} images has not converged in {probe.passes} passes")
     # A class that no training image has gets the lowest score.
-    scores = torch.full((len(test), classes), -torch.inf)
-    scores[:, known] = probe.scores((test.to(device) - mean) / std).cpu()
+    scores, (mean, std) = torch.full((len(test), classes), -torch.inf), scale
+    for rows in torch.arange(len(test)).split(_BLOCK):
+        scores[rows[:, None], known] = probe.scores((test[rows].to(device) - mean) / std).cpu()
     return scores
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the std (d,) of features x (n, d); the std of a channel that does not vary is 1."""
-    std, mean = torch.std_mean(x.double(), dim=0, correction=0)
+def _accuracy(probe: Logistic, x: Tensor | Streamed, labels: Tensor) -> float:
+    """Return the share of features whose label has the highest score."""
+    blocks = zip(x.split(_BLOCK), labels.split(_BLOCK), strict=True)
+    return sum(int((probe.scores(part).argmax(1) == own).sum()) for part, own in blocks) / len(labels)
+
+
+def _standardised(
+    x: Tensor, rows: Tensor, device: torch.device, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor | Streamed, tuple[Tensor, Tensor]]:
+    """Return some rows of features (n, d) standardised on a device, and their mean and std.
+
+    Features that the device has no room for are streamed. known: mean and std, if they are.
+    """
+    mean, std = (t.to(device) for t in _moments(x, rows)) if known is None else known
+    if fits(2 * len(rows) * x.shape[1], device):
+        return x[rows].to(device).sub_(mean).div_(std), (mean, std)
+    return Streamed(x, rows, mean, std), (mean, std)
+
+
+def _moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the std (d,) of some rows of features; the std of a channel that does not vary is 1."""
+    mean, std = moments(x[part] for part in rows.split(_BLOCK))
     return mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float()
 
 
@@ -170,7 +196,7 @@ def _split(y: np.ndarray, settings: EvaluateConfig) -> tuple[np.ndarray, np.ndar
             f"--train has {len(y)} images: with a fifth held out to choose among evaluate.strengths, all others are of "
             f"one class; give more images, or one strength: {one}"
         )
-    return fit, held_out
+    return np.sort(fit), np.sort(held_out)
 
 
 def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) -> dict[str, Tensor]:

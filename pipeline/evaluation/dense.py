@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pipeline.data import ImageFile, Images, decode
 from pipeline.data.views import View
 from pipeline.evaluation.context import EvaluationContext, tokens
+from pipeline.evaluation.feature_rows import empty_rows, moments
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
@@ -39,6 +40,16 @@ def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]
 
     for x in tokens(context.backbone, images, context.settings, context.device, whole):
         yield x[:, context.backbone.prefix :].float()
+
+
+def train_tokens(context: EvaluationContext) -> Tensor:
+    """Return the raw patch tokens (n, patches, d) of the training images, in memory or in a file (see feature_rows)."""
+    rows, columns = context.backbone.grid
+    found, done = empty_rows((len(context.train), rows * columns, context.backbone.width)), 0
+    for x in patch_tokens(context, context.train):
+        found[done : done + len(x)] = x
+        done += len(x)
+    return found
 
 
 def of_every_kind(context: EvaluationContext, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -167,36 +178,37 @@ def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.devic
             )
         split = train_test_split(np.arange(len(x)), train_size=_FIT_SHARE, random_state=lesson.seed)
         fit, held_out = map(torch.from_numpy, split)
-        heads = _train_heads(x[fit], labels[fit], lesson, lesson.lrs, device)
-        held = [(x[i].to(device), labels[i]) for i in held_out.tolist()]
-        lr = lesson.lrs[int(np.argmax([lesson.score(head, held) for head in heads]))]
-    (head,) = _train_heads(x, labels, lesson, (lr,), device)
+        heads = _train_heads(x, labels, fit, lesson, lesson.lrs, device)
+        scores = [lesson.score(head, ((x[i].to(device), labels[i]) for i in held_out.tolist())) for head in heads]
+        lr = lesson.lrs[int(np.argmax(scores))]
+    (head,) = _train_heads(x, labels, torch.arange(len(x)), lesson, (lr,), device)
     return head, lr
 
 
 def _train_heads(
-    x: Tensor, labels: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
+    x: Tensor, labels: Tensor, chosen: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
 ) -> list[LinearHead]:
-    """Return a head for every learning rate, trained by AdamW with cosine decay.
+    """Return a head for every learning rate, trained by AdamW with cosine decay on the chosen images.
 
     All heads have the same initial weights and see the same batches.
     """
-    std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
-    mean, std = mean.to(device), std.clamp(min=1e-6).to(device)
+    found = moments(x[rows].flatten(0, 1) for rows in chosen.split(_BATCH))
+    mean, std = (value.float().to(device) for value in found)
+    std = std.clamp(min=1e-6)
     random = torch.Generator().manual_seed(lesson.seed)
     start = lesson.spread * torch.randn(lesson.outputs, x.shape[2], generator=random)
     weights = [start.to(device, copy=True).requires_grad_() for _ in lrs]
     biases = [torch.zeros(lesson.outputs, device=device, requires_grad=True) for _ in lrs]
     groups = [{"params": [w, b], "lr": lr} for w, b, lr in zip(weights, biases, lrs, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.passes * -(-len(x) // _BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.passes * -(-len(chosen) // _BATCH))
     size = Size(labels.shape[1], labels.shape[2])
     rows = math.isqrt(x.shape[1] * size.height // size.width)
     grid = (rows, x.shape[1] // rows)
     order = torch.Generator().manual_seed(lesson.seed)
     with meter(f"{lesson.name} head", lesson.passes, "passes") as m:
         for _ in range(lesson.passes):
-            for rows in torch.randperm(len(x), generator=order).split(_BATCH):
+            for rows in chosen[torch.randperm(len(chosen), generator=order)].split(_BATCH):
                 # One layer for all heads is faster. Each head has its own loss, and so its own gradients.
                 together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases), grid)
                 maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)

@@ -28,6 +28,7 @@ from pipeline.evaluation.dense import (
     of_every_kind,
     patch_tokens,
     read_maps,
+    train_tokens,
     upsample,
 )
 from singer.errors import UserError
@@ -71,7 +72,7 @@ def probe(context: EvaluationContext) -> Depth:
     require_pixels("--train", int(labels.count_nonzero()), settings)
     require_pixels("--test", pixels, settings)
 
-    x = torch.cat([patches.cpu() for patches in patch_tokens(context, context.train)])
+    x = train_tokens(context)
     heads = {kind: fit_heads(tokens, labels, settings, context.device) for kind, tokens in of_every_kind(context, x)}
     sums = {kind: {name: torch.zeros(4, dtype=torch.float64) for name in both} for kind, both in heads.items()}
     patches = (image for batch in patch_tokens(context, context.test) for image in batch)

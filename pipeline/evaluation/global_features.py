@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
+from pipeline.evaluation.feature_rows import empty_rows
+from pipeline.evaluation.feature_store import stored_features
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.progress import say
 
 Name = Literal["cls", "mean_patch", "patches"]
 
@@ -28,12 +32,39 @@ def features(backbone: Backbone, images: Images, settings: EvaluateConfig, devic
     """Compute the features of every kind in evaluate.tokens, in one pass of the model over the images."""
     kinds = kinds_of(backbone, settings)
     names: tuple[Name, ...] = ("cls", "mean_patch") if backbone.has_cls else ("mean_patch",)
-    parts: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in kinds}
-    for batch in feature_batches(backbone, images, settings, device, kinds, names):
+    if settings.features is None:
+        found: Features = {kind: {name: empty_rows((len(images), backbone.width)) for name in names} for kind in kinds}
+        for _ in _filled(found, 0, backbone, images, settings, device, kinds, names):
+            pass
+        return found
+    with stored_features(settings.features, backbone, images, settings, list(kinds), names) as stored:
+        if stored.done:
+            say(f"{stored.done} of {len(images)} images have their features in {settings.features}")
+        if stored.done < len(images):
+            for done in _filled(stored.rows, stored.done, backbone, images, settings, device, kinds, names):
+                stored.advance(done)
+    return stored.rows
+
+
+def _filled(
+    found: Features,
+    done: int,
+    backbone: Backbone,
+    images: Images,
+    settings: EvaluateConfig,
+    device: torch.device,
+    kinds: dict[str, nn.Module],
+    names: tuple[Name, ...],
+) -> Iterator[int]:
+    """Compute the features of the images from number `done` on; yield after each batch how many images have theirs."""
+    rest = images.select(np.arange(done, len(images))) if done else images
+    for batch in feature_batches(backbone, rest, settings, device, kinds, names):
+        count = len(next(iter(next(iter(batch.values())).values())))
         for kind, named in batch.items():
             for name, rows in named.items():
-                parts[kind][name].append(rows)
-    return {kind: {name: torch.cat(rows) for name, rows in named.items()} for kind, named in parts.items()}
+                found[kind][name][done : done + count] = rows
+        done += count
+        yield done
 
 
 def feature_batches(

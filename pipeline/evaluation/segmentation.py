@@ -26,6 +26,7 @@ from pipeline.evaluation.dense import (
     of_every_kind,
     patch_tokens,
     read_maps,
+    train_tokens,
 )
 from singer.errors import UserError
 from singer.metrics import class_iou, confusion
@@ -69,7 +70,7 @@ def probe(context: EvaluationContext) -> Segmentation:
     if not (labels != VOID).any():
         raise UserError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
-    x = torch.cat([patches.cpu() for patches in patch_tokens(context, context.train)])
+    x = train_tokens(context)
     heads = {
         kind: fit_head(tokens, labels, classes, settings, context.device) for kind, tokens in of_every_kind(context, x)
     }

@@ -184,7 +184,7 @@ def result_file(
     what: list[Any] = [
         task,
         [each.place_hash() if each else None for each in images],
-        config.evaluate.model_dump_json(),
+        config.evaluate.model_dump_json(exclude={"features"}),
     ]
     what += [] if model is None else [model]
     return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
