@@ -27,13 +27,23 @@ from pipeline.runtime.launch import launcher
 from singer.errors import UserError
 
 COSTS = Costs(
-    100.0, 50.0, 25.0, {"float16": 4e5, "int8": 2e5, "int4": 1e5, "int3": 8e4, "int2": 5e4, "int1": 3e4}, 10**8, False
+    100.0,
+    50.0,
+    25.0,
+    {"float16": 4e5, "int8": 2e5, "int4": 1e5, "int3": 8e4, "int2": 5e4, "int1": 3e4},
+    10**8,
+    False,
+    (100, 200),
 )
 SMALL = ("refine.cleaner=neighbour", "evaluate.strengths=[0.1]", "distill.epochs=1", "views.count=1")
 
 
 def chooser(*sets: str, **how: Any) -> Chooser:
-    return Chooser(load_config(sets=sets), **{"images": 10_000, "probed": 0, "costs": COSTS, "free": 10**12, **how})
+    """Without stored views, unless they are asked for."""
+    pixels = [] if how.pop("pixels", False) else ["views.pixels=none"]
+    return Chooser(
+        load_config(sets=[*sets, *pixels]), **{"images": 10_000, "probed": 0, "costs": COSTS, "free": 10**12, **how}
+    )
 
 
 def test_without_limits_it_is_the_papers_recipe() -> None:
@@ -70,6 +80,26 @@ def test_what_is_given_is_kept() -> None:
     assert choice.sets["cache.codec"] == "int2" and choice.sets["distill.epochs"] == 7
     assert "distill.batch_size" not in choice.sets and sum("given" in reason for reason in choice.reasons) == 4
     assert chooser("views.kind=center").choose().sets["views.count"] == 1
+
+
+def test_views_are_stored_where_they_have_room() -> None:
+    """As the student sees them, after the most exact codec and the most views; training then decodes nothing."""
+    plain, stored = chooser().choose(), chooser(pixels=True).choose()
+    assert (stored.sets["views.pixels"], stored.sets["views.pixel_size"]) == ("uint8", (100, 200))
+    assert stored.bytes == plain.bytes + 50_000 * 3 * 100 * 200 and stored.caching_hours == plain.caching_hours
+    assert stored.training_hours == pytest.approx(10**6 / 25 / 3600) and any("stored" in r for r in stored.reasons)
+    assert set(stored.sets) - set(plain.sets) == {"views.pixels", "views.pixel_size"}
+    # Time that is left goes into more views and epochs, and what is left of the disk decides.
+    seen = [
+        choice.sets["views.count"] * choice.sets["distill.epochs"]
+        for choice in (chooser(hours=2.0).choose(), chooser(pixels=True, hours=2.0).choose())
+    ]
+    assert seen[1] > seen[0]
+    small = [chooser(pixels=True, disk=disk).choose() for disk in (21 * 10**9, 23 * 10**9, 24 * 10**9)]
+    assert ["views.pixels" in choice.sets for choice in small] == [False, False, True]
+    assert all(choice.sets["cache.codec"] == "float16" for choice in small)
+    given = chooser("views.pixels=jpeg", pixels=True).choose()
+    assert "views.pixels" not in given.sets and given.training_hours == stored.training_hours
 
 
 def test_small_data_gets_small_batches_and_more_processes_take_less() -> None:

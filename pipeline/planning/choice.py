@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.runtime.progress import duration
 from singer.errors import UserError
+from singer.sizes import ImageSize, Size
 
 # From the most exact to the smallest.
 LADDER = ("float16", "int8", "int4", "int3", "int2", "int1")
@@ -29,7 +30,7 @@ class Costs:
 
     decode: images a second that one thread reads and decodes; teacher, student: views a second, the student's with its
     backward pass; view_bytes: {codec: bytes of a view's features and pixels}; fixed_bytes: of the rest of a cache;
-    gpu: whether threads decode while the models run.
+    gpu: whether threads decode while the models run; input_size: the student's.
     """
 
     decode: float
@@ -38,10 +39,20 @@ class Costs:
     view_bytes: dict[str, float]
     fixed_bytes: int
     gpu: bool
+    input_size: ImageSize
 
-    def seconds(self, model: float, workers: int) -> float:
-        """Return the seconds of a view in a stage whose model does `model` views a second."""
-        decode = 1 / self.decode
+    @property
+    def pixel_bytes(self) -> int:
+        """Return the bytes of a view as the student sees it, uint8."""
+        height, width = Size.of(self.input_size)
+        return 3 * height * width
+
+    def seconds(self, model: float, workers: int, decodes: bool = True) -> float:
+        """Return the seconds of a view in a stage whose model does `model` views a second.
+
+        decodes: whether the view is cut out of an image; reading a stored one takes hardly any time.
+        """
+        decode = 1 / self.decode if decodes else 0.0
         return max(1 / model, decode / workers) if self.gpu else 1 / model + decode
 
 
@@ -95,10 +106,25 @@ class Chooser:
         epochs = self._epochs(views)
         caching, training = self._caching_hours(views), self._training_hours(views, max(1, epochs))
         self._check_time(views, epochs, caching + training + self._probing_hours)
-        codec = next(c for c in self._codecs if self._bytes(views, c) <= self._room)
+        codec, stored = self._codec(views), self._pixel_bytes(views)
         sets = {"cache.codec": codec, **self._sets(views, epochs), **self._workers}
         reasons = self._reasons(views, epochs, codec, sets.get("distill.batch_size", self.config.distill.batch_size))
-        return Choice(sets, reasons, self._bytes(views, codec), caching, training, self._probing_hours)
+        if stored:
+            sets |= {"views.pixels": "uint8", "views.pixel_size": self.costs.input_size}
+            reasons.append(
+                f"stored views: {stored / 1e9:.3g} GB, as the student sees them; it decodes no images, and is the same"
+            )
+        return Choice(sets, reasons, self._bytes(views, codec) + stored, caching, training, self._probing_hours)
+
+    def _codec(self, views: int) -> str:
+        return next(c for c in self._codecs if self._bytes(views, c) <= self._room)
+
+    def _pixel_bytes(self, views: int) -> int:
+        """Return the bytes of the views if they are stored, too: where nobody configured that, and they have room."""
+        if self._given("views", "pixels", "pixel_size"):
+            return 0
+        stored = self.images * views * self.costs.pixel_bytes
+        return stored if self._bytes(views, self._codec(views)) + stored <= self._room else 0
 
     def _given(self, section: str, *keys: str) -> bool:
         return not set(keys).isdisjoint(getattr(self.config, section).model_fields_set)
@@ -140,7 +166,8 @@ class Chooser:
         return self.images * views * seconds / self.processes / 3600
 
     def _training_hours(self, views: int, epochs: int) -> float:
-        seconds = self.costs.seconds(self.costs.student, self._workers["distill.workers"])
+        decodes = self.config.views.pixels == "none" and not self._pixel_bytes(views)
+        seconds = self.costs.seconds(self.costs.student, self._workers["distill.workers"], decodes)
         return self.images * views * epochs * seconds / self.processes / 3600
 
     def _bytes(self, views: int, codec: str) -> int:

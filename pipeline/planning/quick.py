@@ -55,7 +55,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
     student = new_student(config.student, backbone.image_size, width=backbone.width)
     trained = _student_rate(config, student, records, device)
-    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda")
+    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size)
 
 
 def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
