@@ -63,6 +63,14 @@ def test_a_streamed_regression_is_the_one_in_memory(no_room: list[int], monkeypa
     assert abs(topk_percent(linear_scores(x, y, test_x, 7, one), test_y, 1) - expected) <= 0.3
 
 
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_moments_of_blocks(size: int) -> None:
+    x = samples(300, 5)[0]
+    mean, std = feature_rows.moments(x.split(size))
+    np.testing.assert_allclose(mean, x.numpy().astype(np.float64).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, x.numpy().astype(np.float64).std(0), rtol=1e-12)
+
+
 @pytest.mark.parametrize("most", [1, 7, 64, 1499, 5000])
 def test_neighbours_in_blocks_are_exact(most: int) -> None:
     (x, y), (test_x, _) = samples(300, 3), samples(50, 4)

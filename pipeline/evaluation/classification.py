@@ -16,7 +16,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
-from pipeline.evaluation.feature_rows import fits
+from pipeline.evaluation.feature_rows import fits, moments
 from pipeline.evaluation.global_features import pooled
 from pipeline.runtime.progress import say
 from singer.errors import UserError
@@ -153,9 +153,9 @@ def fit_linear(
     strength = settings.strengths[0]
     if len(settings.strengths) > 1:
         fit, held_out = (torch.from_numpy(rows) for rows in _split(labels.numpy(), settings))
-        x, moments = _standardised(train, fit, device)
+        x, scale = _standardised(train, fit, device)
         problem = LogisticProblem(x, numbers[fit].to(device), len(known))
-        tested, _ = _standardised(train, held_out, device, moments)
+        tested, _ = _standardised(train, held_out, device, scale)
         right, fitted = dict.fromkeys(settings.strengths, -1.0), dict[float, Logistic]()
         for c in sorted(settings.strengths):  # each fit starts from the one with the next stronger penalty
             fitted[c] = chosen = problem.fit(c, chosen)
@@ -163,11 +163,11 @@ def fit_linear(
         strength = max(settings.strengths, key=lambda c: right[c])
         chosen = fitted[strength]
         del problem, x, tested
-    x, moments = _standardised(train, torch.arange(len(train)), device)
+    x, scale = _standardised(train, torch.arange(len(train)), device)
     probe = LogisticProblem(x, numbers.to(device), len(known)).fit(strength, chosen)
     if not probe.converged:
         say(f"note: the linear probe of {len(x)} images has not converged in {probe.passes} passes")
-    return probe, known, moments
+    return probe, known, scale
 
 
 def _accuracy(probe: Logistic, x: Tensor | Streamed, labels: Tensor) -> float:
@@ -177,13 +177,13 @@ def _accuracy(probe: Logistic, x: Tensor | Streamed, labels: Tensor) -> float:
 
 
 def _standardised(
-    x: Tensor, rows: Tensor, device: torch.device, moments: tuple[Tensor, Tensor] | None = None
+    x: Tensor, rows: Tensor, device: torch.device, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor | Streamed, tuple[Tensor, Tensor]]:
     """Return some rows of features (n, d) standardised on a device, and their mean and std.
 
-    Features that the device has no room for are streamed. moments: mean and std, if they are known.
+    Features that the device has no room for are streamed. known: mean and std, if they are.
     """
-    mean, std = (t.to(device) for t in _moments(x, rows)) if moments is None else moments
+    mean, std = (t.to(device) for t in _moments(x, rows)) if known is None else known
     if fits(2 * len(rows) * x.shape[1], device):
         return x[rows].to(device).sub_(mean).div_(std), (mean, std)
     return Streamed(x, rows, mean, std), (mean, std)
@@ -191,13 +191,7 @@ def _standardised(
 
 def _moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the std (d,) of some rows of features; the std of a channel that does not vary is 1."""
-    total, squares = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
-    for part in rows.split(_BLOCK):
-        total += x[part].double().sum(0)
-    mean = total / len(rows)
-    for part in rows.split(_BLOCK):
-        squares += (x[part].double() - mean).square().sum(0)
-    std = (squares / len(rows)).sqrt()
+    mean, std = moments(x[part] for part in rows.split(_BLOCK))
     return mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float()
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pipeline.data import ImageFile, Images, decode
 from pipeline.data.views import View
 from pipeline.evaluation.context import EvaluationContext, tokens
-from pipeline.evaluation.feature_rows import empty_rows
+from pipeline.evaluation.feature_rows import empty_rows, moments
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
@@ -185,20 +185,6 @@ def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.devic
     return head, lr
 
 
-def _moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the std (d,) of all tokens of some images, read a few images at a time."""
-    count, (mean, squares) = 0, torch.zeros(2, x.shape[2], dtype=torch.float64)
-    for part in rows.split(_BATCH):
-        tokens = x[part].flatten(0, 1)
-        own, center = torch.var_mean(tokens, dim=0, correction=0)
-        # Chan et al. (1983): the squared deviations of two sets together.
-        apart, total = center.double() - mean, count + len(tokens)
-        squares += own.double() * len(tokens) + apart.square() * (count * len(tokens) / total)
-        mean += apart * (len(tokens) / total)
-        count = total
-    return mean.float(), (squares / count).sqrt().float()
-
-
 def _train_heads(
     x: Tensor, labels: Tensor, chosen: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
 ) -> list[LinearHead]:
@@ -206,8 +192,9 @@ def _train_heads(
 
     All heads have the same initial weights and see the same batches.
     """
-    mean, std = _moments(x, chosen)
-    mean, std = mean.to(device), std.clamp(min=1e-6).to(device)
+    found = moments(x[rows].flatten(0, 1) for rows in chosen.split(_BATCH))
+    mean, std = (value.float().to(device) for value in found)
+    std = std.clamp(min=1e-6)
     random = torch.Generator().manual_seed(lesson.seed)
     start = lesson.spread * torch.randn(lesson.outputs, x.shape[2], generator=random)
     weights = [start.to(device, copy=True).requires_grad_() for _ in lrs]

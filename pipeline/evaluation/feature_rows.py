@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -39,3 +40,20 @@ def empty_rows(shape: tuple[int, ...]) -> Tensor:
                 f"({error.strerror}); set TMPDIR to a folder with more room"
             ) from None
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the mean and the std (d,) float64 of the rows of all blocks (n, d), of which one at a time is read.
+
+    The sums of two sets are joined as in Chan, Golub and LeVeque (1983), equation 2.1.
+    """
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for block in blocks:
+        var, center = torch.var_mean(block.double(), dim=0, correction=0)
+        if not count:
+            count, mean, squares = len(block), center, var * len(block)
+            continue
+        apart, total = center - mean, count + len(block)
+        squares = squares + var * len(block) + apart.square() * (count * len(block) / total)
+        mean, count = mean + apart * (len(block) / total), total
+    return mean, (squares / count).sqrt()
