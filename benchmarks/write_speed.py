@@ -26,7 +26,7 @@ from read_speed import BATCH, BLOCK, TOKENS, create_synthetic, synthetic_feature
 from torch import Tensor
 
 from pipeline.cache import create
-from pipeline.cache.background_writer import filling
+from pipeline.cache.background_writer import writing
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
@@ -120,12 +120,12 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     )
 
     def store_all() -> None:
-        with filling(part, encode) as store:
+        with writing(part, encode) as write:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
                 views: Stored = {VIEWS: torch.from_numpy(found)}
-                store({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, beside=views))
+                write({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, beside=views))
 
     return seconds(store_all)
 

@@ -268,7 +268,7 @@ def test_the_averages_are_a_variant_beside_the_plain_features(world: Path, wide:
     with pytest.raises(UserError, match=rf"{name} \(copies 3\), {plain} \(copies 1\); name one"):
         Cache(place, "vit_tiny_patch16_224")
     first, second = Cache(place, name), Cache(place, plain)
-    assert first.rows == second.rows and np.array_equal(first.index.box, second.index.box)
+    assert first.records_key == second.records_key and np.array_equal(first.index.box, second.index.box)
     records = np.arange(len(averaged))
     there, here, other = (cache.features(records, CPU)[3] for cache in (averaged, first, second))
     assert torch.equal(there, here) and not torch.allclose(there, other, atol=1e-2)

@@ -189,7 +189,7 @@ def test_views_of_a_variant(world: Path, lighter: Path, tmp_path: Path) -> None:
     assert (len(Cache(place)), len(Cache(place, name))) == (100, 200) and equal(features(Cache(place)), before)
     add(world, world_config(world, *sets, "views.count=2"), place)
     assert (len(Cache(place)), len(Cache(place, name))) == (200, 200)
-    assert Cache(place).rows == Cache(place, name).rows
+    assert Cache(place).records_key == Cache(place, name).records_key
     assert torch.equal(features(Cache(place))[3][:100], before[3])
 
 

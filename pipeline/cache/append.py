@@ -47,10 +47,10 @@ def plan_additions(
     blocks = tuple(sorted({*blocks, *(b for s in own for b in s.manifest.blocks)}))
     held: dict[str, set[int]] = {}
     for segment in own:
-        held.setdefault(segment.rows, set()).update(segment.manifest.blocks)
+        held.setdefault(segment.records_key, set()).update(segment.manifest.blocks)
     spans: dict[str, Segment] = {}
     for segment in segments:
-        spans.setdefault(segment.rows, segment)
+        spans.setdefault(segment.records_key, segment)
 
     hashes = listed.keys.hashes()
     order = np.argsort(hashes)

@@ -77,7 +77,7 @@ class SideStream:
 
 
 @contextmanager
-def filling(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
+def writing(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
     """Give a function to call with the features of every batch, in order.
 
     All records of a batch are in one Zarr shard. Background workers encode a batch and write a Zarr shard while the

@@ -7,7 +7,7 @@ from itertools import takewhile
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from pipeline.cache.background_writer import filling
+from pipeline.cache.background_writer import writing
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
@@ -86,11 +86,11 @@ def fill(
     with (
         ImageFile(located) as files,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
-        filling(segment, encode) as store,
+        writing(segment, encode) as write,
     ):
         read = RowReader(rows, files, manifest.view_form, encode.sizes, config.cache.on_error)
         for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
             pixels = batch.pixels[manifest.teacher.image_size]
-            store(extract.features(pixels, manifest.blocks, batch.copies), batch)
+            write(extract.features(pixels, manifest.blocks, batch.copies), batch)
             m.advance(len(batch.records))
     return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

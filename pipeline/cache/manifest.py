@@ -188,7 +188,7 @@ class Manifest(_Section):
         """Return the number of records per image."""
         return int(self.views["count"])
 
-    def rows(self) -> str:
+    def records_key(self) -> str:
         """Return a text that is equal for segments with the same listed images and the same views.
 
         Such segments hold other blocks, or features of another teacher, for the same records.

@@ -138,9 +138,9 @@ class Cache:
         ]
 
     @property
-    def rows(self) -> tuple[str, ...]:
+    def records_key(self) -> tuple[str, ...]:
         """Return texts for the images and views, in order; they are equal for caches that hold the same records."""
-        return tuple(span.main.rows for span in self._spans)
+        return tuple(span.main.records_key for span in self._spans)
 
     @property
     def record_bytes(self) -> int:
@@ -265,8 +265,8 @@ class Cache:
         """Group the segments of this teacher by their records. everything: those of all teachers, for stored views."""
         spans: dict[str, dict[int, Segment]] = {}
         for segment in self._segments:
-            spans.setdefault(segment.rows, {}).update(dict.fromkeys(segment.manifest.blocks, segment))
-        pixels = {s.rows: s for s in everything if s.manifest.pixels is not None}
+            spans.setdefault(segment.records_key, {}).update(dict.fromkeys(segment.manifest.blocks, segment))
+        pixels = {s.records_key: s for s in everything if s.manifest.pixels is not None}
         for blocks in spans.values():
             missing = [b for b in self.blocks if b not in blocks]
             if missing:

@@ -141,7 +141,7 @@ class Segment:
         return self._complete.records
 
     @property
-    def rows(self) -> str:
+    def records_key(self) -> str:
         """Return a text that is equal for complete segments with the same images and the same views.
 
         Such segments hold other blocks, or features of another teacher, for the same records.

@@ -42,7 +42,7 @@ def global_tokens(tokens: Tensor, prefix: int, class_token: bool) -> Tensor:
     return tokens[:, 0] if class_token else tokens[:, prefix:].mean(1)
 
 
-def spread(records: np.ndarray, count: int) -> np.ndarray:
+def evenly_spaced(records: np.ndarray, count: int) -> np.ndarray:
     """Choose at most `count` of the records, evenly spread over them."""
     chosen: np.ndarray = records[np.linspace(0, len(records) - 1, min(len(records), count)).astype(int)]
     return chosen

@@ -128,13 +128,13 @@ class ZarrArray:
             with self._lock:
                 self._read_indices(np.unique(shards[~self._known[shards]]))
         if self._places is None:
-            return Chunks(shards, within * self.row, np.full(len(records), self.row))
+            return Chunks(shards, within * self.record_size, np.full(len(records), self.record_size))
         found = self._places[records]
         head = _STRING.size if self.form is None else 0
         return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
 
     @cached_property
-    def row(self) -> int:
+    def record_size(self) -> int:
         """Return the decoded size of one record, in bytes."""
         assert self.form is not None
         return math.prod(self.form.shape) * np.dtype(self.form.dtype).itemsize
@@ -160,14 +160,16 @@ class ZarrArray:
         offsets, sizes = index[:, 0], index[:, 1]
         # Memory is allocated by the sizes in the index, so impossible offsets and sizes are refused here.
         right = struct.pack("<I", google_crc32c.value(encoded)) == checksum and offsets.min() >= 0
-        right = right and bool((sizes >= _STRING.size).all() if self.form is None else (sizes == self.row).all())
+        right = right and bool(
+            (sizes >= _STRING.size).all() if self.form is None else (sizes == self.record_size).all()
+        )
         if not right or sizes.min() < 0 or max(offsets.max(), sizes.max(), (offsets + sizes).max()) > self._sizes[file]:
             raise UserError(f"{self.store.url}/{file} is damaged; run singer cache verify")
         places = self._places
-        if places is None and (offsets != self.row * np.arange(len(index))).any():
+        if places is None and (offsets != self.record_size * np.arange(len(index))).any():
             # No writer of singer changes the order of records, but the Zarr format allows any order.
             numbers = np.arange(self._records) % self._shard_records
-            places = np.stack([numbers * self.row, np.full(self._records, self.row)], axis=1)
+            places = np.stack([numbers * self.record_size, np.full(self._records, self.record_size)], axis=1)
         if places is not None:
             places[first : first + len(index)] = index
             self._places = places
@@ -183,7 +185,7 @@ def read_arrays(groups: Sequence[tuple[ZarrArray, np.ndarray, np.ndarray]], coun
     found = [(array, array.find(records), places) for array, records, places in groups]
     if form is not None:
         out = empty((count, *form.shape), form.dtype)
-        starts = np.arange(count) * groups[0][0].row
+        starts = np.arange(count) * groups[0][0].record_size
     else:
         lengths = np.empty(count, np.int64)
         for _, chunks, places in found:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import spread
+from pipeline.cache.statistics import evenly_spaced
 from pipeline.config import Config, EvaluateConfig
 from pipeline.data import ImageFile, Images, image_digest
 from pipeline.evaluation.context import Answer, EvaluateResult
@@ -37,7 +37,7 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
             reasons.append(known)
             continue
         with ImageFile(test) as files:
-            looked_for = spread(np.arange(len(test)), _LOOKED_FOR)
+            looked_for = evenly_spaced(np.arange(len(test)), _LOOKED_FOR)
             digests = np.array([image_digest(files.encoded(n)[0]) for n in looked_for.tolist()], dtype=np.uint64)
         return ("yes" if np.isin(digests, known).any() else "no"), ""
     return "unknown", "; ".join(dict.fromkeys(reasons))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import spread
+from pipeline.cache.statistics import evenly_spaced
 from pipeline.data import ImageFile
 from pipeline.reports import pictures
 from pipeline.reports.measurements import (
@@ -58,7 +58,7 @@ def measure(
     user's own.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    records = spread(np.arange(len(cache)), count)
+    records = evenly_spaced(np.arange(len(cache)), count)
     firsts = [group.runs[0] for group in groups]
     matched = [b for b in firsts[0].result.matching if b in cache.blocks]
     block = max(matched or cache.blocks)

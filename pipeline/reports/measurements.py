@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import batches, shape_of, spread
+from pipeline.cache.statistics import batches, evenly_spaced, shape_of
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.models.loading import load_saved
@@ -71,7 +71,7 @@ def choose_shown(norms: Tensor, threshold: float, count: int) -> np.ndarray:
     """
     rows = np.arange(len(norms))
     with_artifact = rows[(norms > threshold).any(1).numpy()]
-    return spread(with_artifact if len(with_artifact) >= count else rows, count)
+    return evenly_spaced(with_artifact if len(with_artifact) >= count else rows, count)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import gather_context, measure_blocks, measure_scales, spread
+from pipeline.cache.statistics import evenly_spaced, gather_context, measure_blocks, measure_scales
 from pipeline.config import Config
 from pipeline.data import Spec
 from pipeline.outputs.folder import Mode, check_output, claimed_output
@@ -111,9 +111,9 @@ def inspect(
     scales = (
         manifest.scales
         if manifest is not None
-        else measure_scales(cache, spread(train, settings.statistics_records), settings.threshold_k)
+        else measure_scales(cache, evenly_spaced(train, settings.statistics_records), settings.threshold_k)
     )
-    sample = spread(held_out, settings.sample_records)
+    sample = evenly_spaced(held_out, settings.sample_records)
     suffix = cache.suffix().to(device) if cache.has_suffix else None
     loaded = loaded.to(device) if loaded is not None else None
     metrics, block_data, chosen = {}, [], np.empty(0, np.int64)

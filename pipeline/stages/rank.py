@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.cache.segments import read_segments
-from pipeline.cache.statistics import batches, first_views, global_tokens, last_block, spread
+from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
 from pipeline.cache.variants import variants_of
 from pipeline.data.listed import NO_LABEL
 from pipeline.runtime.progress import say
@@ -120,7 +120,7 @@ def _sample(place: Place, variant: str, images: int) -> _Sample:
     labels = cache.index.images.labels[cache.index.image[first]]
     # Where some images have labels, the others say nothing.
     known = first[labels != NO_LABEL] if (labels != NO_LABEL).any() else first
-    records = spread(known, images)
+    records = evenly_spaced(known, images)
     (block,), teacher = cache.blocks, cache.manifest.teacher
     parts = [
         global_tokens(x[block], teacher.prefix_tokens, teacher.class_token)
@@ -128,7 +128,7 @@ def _sample(place: Place, variant: str, images: int) -> _Sample:
     ]
     chosen = cache.index.image[records]
     found = torch.from_numpy(cache.index.images.labels[chosen].astype(np.int64))
-    rows = cache.rows, tuple(records.tolist())
+    rows = cache.records_key, tuple(records.tolist())
     return _Sample(place, variant, block, torch.cat(parts).float(), found, rows)
 
 

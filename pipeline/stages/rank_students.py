@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.statistics import first_views, global_tokens, last_block, spread
+from pipeline.cache.statistics import evenly_spaced, first_views, global_tokens, last_block
 from pipeline.config import Config, StudentConfig
 from pipeline.data import Spec
 from pipeline.data.views import normalise
@@ -92,7 +92,7 @@ def rank_students(
     tried = {name: _named(config.student, name) for name in names}
     if parameters is not None:
         tried |= plain_students(config.student, parameters, teacher.image_size)
-    records = spread(first_views(cache), batch)
+    records = evenly_spaced(first_views(cache), batch)
     tokens = cache.features(records, torch.device("cpu"))[block]
     with open_images(cache, images) as files:
         found = []
@@ -138,7 +138,7 @@ def plain_students(base: StudentConfig, budget: int, image_size: ImageSize) -> d
             f"--parameters {budget}: no plain ViT of 64 to 1,024 channels and 2 to 24 blocks has that size; the "
             f"smallest has {least:,} and the largest {most:,}"
         )
-    chosen = spread(np.arange(len(found)), _MOST)
+    chosen = evenly_spaced(np.arange(len(found)), _MOST)
     return {name: settings for n, (name, settings) in enumerate(found.items()) if n in chosen}
 
 

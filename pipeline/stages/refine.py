@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import measure_blocks, spread
+from pipeline.cache.statistics import evenly_spaced, measure_blocks
 from pipeline.config import Config
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
@@ -118,7 +118,7 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
     cache, settings = fit.cache, fit.settings
     fit.fit_closed_forms()
     seconds = time.perf_counter() - start
-    sample = spread(held_out, settings.statistics_records)
+    sample = evenly_spaced(held_out, settings.statistics_records)
     blocks = measure_blocks(cache, fit.refiner, fit.scales, sample, fit.device)
     write_tensors(out / REFINER, fit.refiner.state_dict())
     metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(sample)}

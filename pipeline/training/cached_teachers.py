@@ -94,7 +94,7 @@ def check_records(caches: Sequence[Cache]) -> None:
                 f"{first.place} decodes images {ways[0]}, {other.place} {ways[1]} (docs/files.md#orientation); "
                 f"{old.place} is of an earlier version: cache its teacher again"
             )
-        if other.rows != first.rows or not _same_views(other, first):
+        if other.records_key != first.records_key or not _same_views(other, first):
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
             raise UserError(
                 f"{ours} and {theirs} do not hold the same views of the same images in the same order; "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import batches, first_views, global_tokens, last_block, spread
+from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
 from singer.suffix import TeacherSuffix
@@ -64,7 +64,7 @@ def prototype_distance(cache: Cache, records: np.ndarray, seed: int) -> Tensor:
         for tokens in _read(cache, part):
             yield F.normalize(global_tokens(tokens, teacher.prefix_tokens, teacher.class_token).float(), dim=-1)
 
-    chosen = torch.cat(list(features(spread(records, _CLUSTERED)))).numpy()
+    chosen = torch.cat(list(features(evenly_spaced(records, _CLUSTERED)))).numpy()
     clusters = max(1, min(_MOST_CLUSTERS, len(chosen) // _IMAGES_OF_A_CLUSTER))
     centres, _ = kmeans2(chosen, clusters, minit="++", missing="warn", seed=np.random.default_rng(seed))
     directions = F.normalize(torch.from_numpy(centres).float(), dim=-1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import clean_moments, gather_context, measure_scales, spread
+from pipeline.cache.statistics import clean_moments, evenly_spaced, gather_context, measure_scales
 from pipeline.config import RefineConfig
 from pipeline.runtime.progress import say
 from pipeline.training.stored_refiners import (
@@ -24,7 +24,7 @@ class RefinerFit:
 
     def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
-        self.statistics = spread(records, settings.statistics_records)
+        self.statistics = evenly_spaced(records, settings.statistics_records)
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
         trained = CLEANERS[settings.cleaner].trained
         self.suffix = cache.suffix().to(device) if trained or cache.has_suffix else None
@@ -50,7 +50,7 @@ class RefinerFit:
         cache, settings = self.cache, self.settings
         self.refiner.requires_grad_(False)
         needs_tokens = CLEANERS[settings.cleaner].needs_tokens
-        sample = spread(self.statistics, settings.sample_records) if needs_tokens else self.statistics[:0]
+        sample = evenly_spaced(self.statistics, settings.sample_records) if needs_tokens else self.statistics[:0]
         for block in cache.blocks:
             context = gather_context(cache, sample, block, self.scales[block], self.suffix, self.device, settings.seed)
             self.refiner.cleaner(block).fit(context)
@@ -70,7 +70,7 @@ def start_directions(
     """Return the directions where the adapters start, {block: (d, rank)}."""
     starts = {}
     for block in cache.blocks:
-        sample = spread(records, settings.sample_records)
+        sample = evenly_spaced(records, settings.sample_records)
         context = gather_context(cache, sample, block, scales[block], suffix, device, settings.seed)
         rank = settings.rank
         if rank == "auto":

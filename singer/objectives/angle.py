@@ -40,14 +40,14 @@ class Angle(LastBlock):
     def move(self, summaries: Tensor) -> None:
         """Move the mean direction and the dispersion towards those of summaries (B, d); the first batch sets them."""
         self.update("direction", summaries.mean(0))
-        self.update("dispersion", self.spread(summaries))
+        self.update("dispersion", self.evenly_spaced(summaries))
 
     def update(self, name: str, value: Tensor) -> None:
         """Move a running mean towards a value; while it is zero, the value takes its place."""
         old: Tensor = getattr(self, name)
         old.copy_(torch.where(old.any(), self.momentum * old + (1 - self.momentum) * value, value))
 
-    def spread(self, summaries: Tensor) -> Tensor:
+    def evenly_spaced(self, summaries: Tensor) -> Tensor:
         """Return the mean squared angle, a scalar, of summaries (B, d) from the mean direction."""
         return squared_angle(summaries, F.normalize(self.direction, dim=-1)).mean()  # type: ignore[arg-type]
 
