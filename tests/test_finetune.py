@@ -217,9 +217,11 @@ def test_two_processes(world: Path, run: Path, config_file: Path, tmp_path: Path
     for key in ("loss", "held_out_loss"):
         one, two = (torch.tensor([line[key] for line in log if key in line]) for log in logs)
         torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
-    one, two = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    for key, weight in one.items():
-        torch.testing.assert_close(two[key], weight, atol=1e-4, rtol=1e-3)
+    # Weights whose gradient is rounding alone, such as the bias of keys, walk at random under Adam; outputs do not.
+    images = torch.randn(8, 3, 32, 32)
+    finetune(world_config(world, *sets, "finetune.lr=1e-12"), run, shards(world), tmp_path / "start")
+    one, two, start = (load_saved(tmp_path / name / "student").model(images) for name in ("one", "two", "start"))
+    assert (one - two).abs().max() < 0.01 * (one - start).abs().max()
 
 
 class Commands:

@@ -145,8 +145,8 @@ class StudentRun:
         parts = {name: v / report.steps for name, v in zip(report.names, report.sums(), strict=True)}
         self.loss = sum(parts.values())
         if not math.isfinite(self.loss):
-            lower = f"lower {self.settings.section}.lr"
-            raise UserError(f"the loss is {self.loss} at step {step + 1}; {lower} or use precision no")
+            section = self.settings.section
+            raise UserError(f"the loss is {self.loss} at step {step + 1}; lower {section}.lr or use precision no")
         figures = {
             "epoch": (step + 1) / per_epoch,
             "lr": learning_rate(self.settings, step, per_epoch, self.peak),
