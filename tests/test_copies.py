@@ -308,7 +308,7 @@ def test_a_plan_says_how_many_passes_it_counts(world: Path) -> None:
 
 
 def test_probes_of_the_teacher_take_one_pass() -> None:
-    costs = Costs(100.0, 10.0, 25.0, dict.fromkeys(LADDER, 1e5), 10**8, False)
+    costs = Costs(100.0, 10.0, 25.0, dict.fromkeys(LADDER, 1e5), 10**8, False, 32)
 
     def probing(copies: int) -> float:
         own = load_config(sets=[f"teacher.copies={copies}"])
