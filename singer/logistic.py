@@ -108,7 +108,7 @@ class LogisticProblem:
         """Return the summed cross-entropy, and its gradients by weight and bias."""
         value = torch.zeros((), dtype=torch.float64, device=weight.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, _LOGITS // self._classes)
+        rows = max(1, _LOGITS // max(self._classes, weight.shape[1]))
         for x, labels in zip(self._x.split(rows), self._labels.split(rows), strict=True):
             logits = torch.addmm(bias, x, weight.T)
             logits -= logits.amax(1, keepdim=True)

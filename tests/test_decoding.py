@@ -22,7 +22,7 @@ from validating import validate_images
 from pipeline.cache import Cache
 from pipeline.cache.index import Index, join
 from pipeline.data import ImageFile, Images, Keys, index_images, list_images
-from pipeline.data.decoder_warnings import naming, watched_decoders
+from pipeline.data.decoder_warnings import warnings_of, watched_decoders
 from pipeline.data.decoding import MAX_PIXELS, decode_rgb, named_errors, read_size
 from pipeline.planning.plan import plan
 from pipeline.runtime.logs import on_console
@@ -180,7 +180,7 @@ def test_each_kind_of_warning_is_said_once_with_a_name(tmp_path: Path, capfd: py
 
 def test_dark_images_of_16_bits_are_named(capfd: pytest.CaptureFixture[str]) -> None:
     for most, said in ((200, True), (4095, True), (4096, False)):
-        with on_console(), watched_decoders(), naming(f"photo {most}"):
+        with on_console(), watched_decoders(), warnings_of(f"photo {most}"):
             decode_rgb(tiff(np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)))
         assert (f"photo {most}: its numbers are at most {most} of 65535" in capfd.readouterr().err) == said
 

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from pipeline.config import load_config
 from pipeline.evaluation import classification, feature_rows, global_features
 from pipeline.evaluation.classification import linear_scores
+from pipeline.evaluation.feature_store import StoredFeatures
 from pipeline.stages.evaluate import evaluate
 from singer.errors import UserError
 from singer.metrics import knn_scores, topk_percent
@@ -171,3 +172,14 @@ def figures(result: object) -> dict[str, float]:
 
     collect("", vars(result))
     return found
+
+
+def test_new_files_hold_no_rows(tmp_path: Path) -> None:
+    """A process that dies after it made the file of another kind of tokens leaves zeros, which are not features."""
+    first = StoredFeatures(tmp_path, ["block"], ["cls"], 5, 3)
+    first.rows["block"]["cls"] += 1
+    first.advance(5)
+    first.save()
+    assert StoredFeatures(tmp_path, ["block"], ["cls"], 5, 3).done == 5
+    for _ in range(2):
+        assert StoredFeatures(tmp_path, ["block", "norm"], ["cls"], 5, 3).done == 0

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,9 +143,9 @@ def test_the_teacher_begins_before_all_images_are_read(
     read_by_then: list[int] = []
     features = Extractor.features
 
-    def watched(self: Extractor, pixels: torch.Tensor, blocks: list[int]) -> dict[int, torch.Tensor]:
+    def watched(self: Extractor, *arguments: Any) -> dict[int, torch.Tensor]:
         read_by_then.append(len(reads))
-        return features(self, pixels, blocks)
+        return features(self, *arguments)
 
     monkeypatch.setattr(Extractor, "features", watched)
     cache_teacher(config, spec, tmp_path / "c")

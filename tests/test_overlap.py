@@ -224,7 +224,9 @@ def test_objectives_that_need_all_patches_are_refused(world: Path, place: Path, 
 
 
 def test_what_has_no_other_view_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"one view of image 'class\d/\d+', .* --append --views 2, or set distill"):
+    with pytest.raises(
+        UserError, match=r"one view of image 'class\d/\d+', .* --views 2 --set views.kind=random-resized-crop, in a new"
+    ):
         distill(overlap_config(world), world / "cache", tmp_path / "run")
     with pytest.raises(UserError, match="overlap: adapters .* see one view; set joint=false"):
         config_with("distill.overlap=true", "distill.joint=true")

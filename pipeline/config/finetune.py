@@ -15,7 +15,7 @@ class FinetuneConfig(TrainingConfig):
     section: ClassVar[str] = "finetune"
 
     epochs: Positive = key(50, "passes over the images")
-    lr: Above = key(5e-4, "peak learning rate, of the last block and the head")
+    lr: Above = key(5e-4, "peak learning rate, of the head; the last block has layer_decay times it")
     weight_decay: NotNegative = key(0.05, "weight decay; norms, biases, tokens and positions do not decay")
     layer_decay: Fraction = key(
         0.75, "factor of the rate from a block of the student to the one before it; 1 trains all blocks alike"

@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,14 +33,21 @@ def empty_rows(shape: tuple[int, ...]) -> Tensor:
     if fits(size, torch.device("cpu")):
         return torch.empty(shape)
     with tempfile.TemporaryFile() as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, 4 * size)  # on a full disk, a page that has no place kills the process
-        except OSError as error:
-            raise UserError(
-                f"the features take {4 * size / 1e9:.3g} GB, which {tempfile.gettempdir()} does not have "
-                f"({error.strerror}); set TMPDIR to a folder with more room"
-            ) from None
+        reserve(file.fileno(), 4 * size, tempfile.gettempdir(), "set TMPDIR to a folder with more room")
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def reserve(file: int, size: int, place: Path | str, remedy: str) -> None:
+    """Give an open file its bytes on the disk: a mapped page that finds no place later kills the process.
+
+    Raises UserError, with the remedy, if the disk is too small.
+    """
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise UserError(
+            f"the features take {size / 1e9:.3g} GB, which {place} does not have ({error.strerror}); {remedy}"
+        ) from None
 
 
 def moments(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

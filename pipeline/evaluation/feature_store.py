@@ -14,6 +14,7 @@ from numpy.lib.format import open_memmap
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, listing_hash
 from pipeline.evaluation.context import Features
+from pipeline.evaluation.feature_rows import reserve
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.storage.file_locks import exclusive
 from pipeline.storage.json_files import read_as, write_json
@@ -50,21 +51,31 @@ class StoredFeatures:
         self._folder, self._saved = folder, time.monotonic()
         kept = (folder / PROGRESS).is_file()
         self.done = read_as(folder / PROGRESS, dict[str, int], "folder of features").get("images", 0) if kept else 0
+        files = {(kind, name): folder / f"{kind}.{name}.npy" for kind in kinds for name in names}
+        if not all(file.is_file() for file in files.values()):
+            # A kind of tokens that was not asked for before has no file yet, and all are computed together. This is
+            # noted before there is a new file, whose rows are zeros.
+            self.done = 0
+            (folder / PROGRESS).unlink(missing_ok=True)
         self._arrays: list[np.memmap] = []
         self.rows: Features = {}
-        for kind in kinds:
-            for name in names:
-                file = folder / f"{kind}.{name}.npy"
-                # A kind of tokens that was not asked for before has no file yet, and all are computed together.
-                self.done = self.done if file.is_file() else 0
-                array = self._open(file, (count, width))
-                self._arrays.append(array)
-                self.rows.setdefault(kind, {})[name] = torch.from_numpy(array)
+        for (kind, name), file in files.items():
+            array = self._open(file, (count, width))
+            self._arrays.append(array)
+            self.rows.setdefault(kind, {})[name] = torch.from_numpy(array)
 
     @staticmethod
     def _open(file: Path, shape: tuple[int, int]) -> np.memmap:
         if not file.is_file():
-            return open_memmap(file, "w+", np.float32, shape)
+            made = open_memmap(file, "w+", np.float32, shape)
+            try:
+                with file.open("r+b") as opened:
+                    size = file.stat().st_size
+                    reserve(opened.fileno(), size, file.parent, "give another folder, with more room")
+            except UserError:
+                file.unlink()
+                raise
+            return made
         try:
             found = open_memmap(file, "r+")
             if found.shape != shape or found.dtype != np.float32:

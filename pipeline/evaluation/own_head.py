@@ -73,7 +73,7 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
                 f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
             )
         return mapped
-    named, most = _named(context.test), int(context.test.labels.max())
+    named, most = named_classes(context.test), int(context.test.labels.max())
     if named is not None and named != count:
         found = f"{named} classes"
     elif most >= count:
@@ -86,7 +86,7 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
     )
 
 
-def _named(images: Images) -> int | None:
+def named_classes(images: Images) -> int | None:
     """Return how many classes the classes.json beside the shards names, or None if they are not known."""
     names = images.class_names()
     return None if names is None else len(names)

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 # Where the distribution has another name than the package: `singer` of the package index is a stranger's.
 _DISTRIBUTIONS = {"singer": "singer-vit"}
@@ -38,6 +39,16 @@ def machine() -> str:
     return f"{platform.platform()}, {cores} CPU cores, {memory:.0f} GB of memory, {listed}"
 
 
+# Where a container's limit is, in the two versions of control groups.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def memory_bytes() -> int:
-    """Return the bytes of this machine's memory, used or not."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of memory, used or not, that this machine has, or this container may use."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in map(Path, _LIMITS):
+        try:
+            found.append(int(file.read_text()))
+        except (OSError, ValueError):  # there is no such file, or no limit ("max")
+            continue
+    return min(found)

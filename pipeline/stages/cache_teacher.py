@@ -87,7 +87,7 @@ def cache_teacher(
         listed = list_images(config, images) if main and not continues else None
         extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
-        config = extract.config = _with_batch_size(config, extract, store if continues else None, ranks)
+        config = extract.config = _with_batch_size(config, extract, store if mode == "resume" else None, ranks)
 
         start, done = time.perf_counter(), 0
         claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))
@@ -125,8 +125,9 @@ def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ra
     """
     if config.cache.batch_size != "auto":
         return config
-    if begun is not None:
-        return with_known_batch_size(config, begun)
+    known = config if begun is None else with_known_batch_size(config, begun)
+    if known.cache.batch_size != "auto":
+        return known
     main = extract.accelerator.is_main_process
     found = with_batch_size(config, extract.empty_batch, extract.device) if main else None
     ranks.wait()

@@ -88,6 +88,8 @@ def finetune(
     check_trackers(config.finetune)
     images, tested = _images(config, train, test)
     check(images, tested or images, config.evaluate)
+    if tested is not None:
+        _check_test(config, trained, images, tested)
     read = [run, *images.paths, *(tested.paths if tested is not None else ())]
     check_output(out, mode, FINETUNE, config, read)
     inputs = _inputs(run, trained, images)
@@ -126,11 +128,29 @@ def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Ima
     return images, tested
 
 
+def classes_of(images: Images) -> int:
+    """Return how many classes a head for labelled images has."""
+    return max(len(images.class_names() or ()), int(images.labels.max()) + 1)
+
+
+def _check_test(config: Config, trained: DistillResult, images: Images, tested: Images) -> None:
+    """Raise UserError, before anything is trained, if the student could not be tested afterwards."""
+    if config.evaluate.class_map is not None:
+        raise UserError("evaluate.class_map: the classes of finetune are those of its images; leave it out")
+    named, count = own_head.named_classes(tested), classes_of(images)
+    if named not in (None, count):
+        raise UserError(f"--test has {named} classes, but --train has {count}; give sets with the same classes.json")
+    if config.evaluate.image_size is not None:
+        load_saved(trained.student, config.evaluate.image_size)
+
+
 def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str | None]:
     """Return what identifies the inputs: those of the run, its student and the images."""
     before = read_as(run / INPUTS, dict[str, str | None], "finished run")
-    student = file_hash(trained.student / "model.safetensors")
-    return {**before, "student": student, "images": listing_hash(images)}
+    weights = trained.student / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{run} is not a finished run: {weights} is missing")
+    return {**before, "student": file_hash(weights), "images": listing_hash(images)}
 
 
 class Job:
@@ -142,10 +162,9 @@ class Job:
         self.config, self.source, self.trained, self.images = config, source, trained, images
         self.out, self.accelerator = out, accelerator
         settings, device = config.finetune, accelerator.device
-        names = images.class_names()
-        self.classes = max(len(names or ()), int(images.labels.max()) + 1)
+        self.classes = classes_of(images)
         set_seed(settings.seed)
-        self.student = student_with_head(trained.student, settings, self.classes, names)
+        self.student = student_with_head(trained.student, settings, self.classes, images.class_names())
         if config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         synchronise(self.student.model, accelerator)
@@ -178,8 +197,10 @@ class Job:
         with ranks.together():
             state, _ = student_run.kept_states or prepared.states()
         best = student_run.best if student_run.kept_states else None
+        earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
+        sources = list(dict.fromkeys([*earlier, *map(str, self.images.paths)]))
         finetuned = Finetuned(
-            self.classes, len(self.numbers), [str(path) for path in self.images.paths], student_run.steps,
+            self.classes, len(self.numbers), sources, student_run.steps,
             student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
         )  # fmt: skip
         parameters = sum(p.numel() for p in self.student.model.parameters())

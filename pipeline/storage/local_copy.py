@@ -4,9 +4,10 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from singer.errors import UserError
 # A copy that somebody has read in this time is in use. Readers renew a copy's time ten times as often.
 IN_USE_SECONDS = 600.0
 # FOLDER/SEGMENT/SHA-256, and the same while it is being written: nothing else is ever removed.
-_COPY = re.compile(rf"[0-9a-f]{{64}}|\.[0-9a-f]{{64}}(\.[0-9a-f]{{16}})?{re.escape(TEMPORARY)}")
+_COPY = re.compile(rf"[0-9a-f]{{16}}/([0-9a-f]{{64}}|\.[0-9a-f]{{64}}(\.[0-9a-f]{{16}})?{re.escape(TEMPORARY)})")
 
 
 class CopyRoom:
@@ -37,16 +38,18 @@ class CopyRoom:
     def take(self, file: int, size: int) -> bool:
         """Make room for an object and reserve it in an open, empty file of a copy; return False if there is none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".room.lock").open("w") as lock:
+        with (self.folder / ".room.lock").open("w") as lock, ExitStack() as held:
             flock(lock.fileno(), self.folder, wait=True)
-            found = [(p, s) for p in self.folder.glob("*/*") if _COPY.fullmatch(p.name) and (s := _stat(p)) is not None]
+            copies = (p for p in self.folder.glob("*/*") if _COPY.fullmatch(f"{p.parent.name}/{p.name}"))
+            found = [(path, about) for path in copies if (about := _stat(path)) is not None]
             over = sum(about.st_size for _, about in found) + size - self.most
-            since = time.time() - IN_USE_SECONDS
+            now = time.time()
             removed = []
             for path, about in sorted(found, key=lambda one: one[1].st_mtime):
-                if over <= 0 or about.st_mtime > since:
+                if over <= 0:
                     break
-                if _is_being_written(path):
+                # A time in the future is that of another clock, and says nothing.
+                if abs(now - about.st_mtime) < IN_USE_SECONDS or not _given_up(path, held):
                     continue
                 removed.append(path)
                 over -= about.st_size
@@ -59,24 +62,29 @@ class CopyRoom:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """Return what is known of a regular file; None of what is none, or is gone."""
     try:
-        return path.stat()
+        found = path.lstat()
     except FileNotFoundError:
         return None
+    return found if stat.S_ISREG(found.st_mode) else None
 
 
-def _is_being_written(path: Path) -> bool:
-    """Return whether a process makes this copy now; what a process that died has left is an unfinished copy, too."""
+def _given_up(path: Path, held: ExitStack) -> bool:
+    """Return whether no process makes this copy now: it is finished, or was left by a process that died.
+
+    What was left is locked until `held` ends, so that nobody continues it while it is removed.
+    """
     if not path.name.endswith(TEMPORARY):
-        return False
-    try:
-        with path.open("r+b") as file:
-            flock(file.fileno(), path, wait=False)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
         return True
-    return False
+    try:
+        file = held.enter_context(path.open("r+b"))
+        flock(file.fileno(), path, wait=False)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    return True
 
 
 class ReadThrough:
@@ -124,8 +132,8 @@ class ReadThrough:
         try:
             self._local.read_ranges(local)
         except UserError:
-            # Another process may have removed a copy between the look and the read.
-            if all((self._local.path / local.names[n]).is_file() for n in np.unique(local.which).tolist()):
+            # Another process may have removed a copy between the look and the read, and made it again.
+            if self._room is None:
                 raise
             self._source.read_ranges(ranges)
 

@@ -23,9 +23,12 @@ class OtherViews:
         _, image, counts = np.unique(index.digest[index.image], return_inverse=True, return_counts=True)
         if counts.min() < 2:
             record = int(np.flatnonzero(counts[image] < 2)[0])
+            remedy = "--append --views 2"
+            if cache.manifest.views["kind"] == "center":
+                remedy = "--views 2 --set views.kind=random-resized-crop, in a new cache"
             raise UserError(
                 f"distill.overlap: {cache.place} has one view of image {index.key(record)!r}, and a target needs "
-                "another one; add some with cache-teacher --append --views 2, or set distill.overlap=false"
+                f"another one; make some with cache-teacher {remedy}, or set distill.overlap=false"
             )
         # The records image by image; where those of each record's image begin, how many they are, and its place there.
         self._order = np.argsort(image, kind="stable")

@@ -17,8 +17,8 @@ def decay_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 
     Biases, norms, scales, tokens and position embeddings do not decay, nor do the weights that the student's
     architecture names. With a layer_decay below 1, groups of the student have `lr_scale`: the factor of their learning
-    rate, layer_decay for each block between them and the last (BEiT, arXiv:2106.08254). Raises UserError if the student
-    has no order of layers.
+    rate, layer_decay for each layer after them, the head counted as one (BEiT, arXiv:2106.08254). Raises UserError if
+    the student has no order of layers.
     """
     student: Any = model.student
     named: Any = getattr(student, "no_weight_decay", set)
