@@ -6,8 +6,8 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,17 @@ class CopyRoom:
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.most = folder, most
 
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Let no process count, remove or rename copies until the block ends: what is renamed might not be counted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".room.lock").open("w") as lock:
+            flock(lock.fileno(), self.folder, wait=True)
+            yield
+
     def take(self, file: int, size: int) -> bool:
         """Make room for an object and reserve it in an open, empty file of a copy; return False if there is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".room.lock").open("w") as lock, ExitStack() as held:
-            flock(lock.fileno(), self.folder, wait=True)
+        with self.counted(), ExitStack() as held:
             copies = (p for p in self.folder.glob("*/*") if _COPY.fullmatch(f"{p.parent.name}/{p.name}"))
             found = [(path, about) for path in copies if (about := _stat(path)) is not None]
             over = sum(about.st_size for _, about in found) + size - self.most
@@ -186,7 +192,8 @@ class ReadThrough:
                     raise UserError(f"{self.url}/{name} does not match its checksum; run singer cache verify")
                 write_durably(file, copy, data)
                 self._local.forget(copy.name)  # an earlier copy that was removed, and may be open
-                unfinished.rename(copy)
+                with nullcontext() if self._room is None else self._room.counted():
+                    unfinished.rename(copy)
                 return True
             except BaseException:
                 unfinished.unlink(missing_ok=True)
