@@ -85,7 +85,7 @@ def test_it_resumes_exactly(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     config = world_config(world, *sets)
     with monkeypatch.context() as patch:
         Told(patch)
-        distill(config, world / "cache", tmp_path / "whole", world / "adapters")
+        uninterrupted = distill(config, world / "cache", tmp_path / "whole", world / "adapters")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         Told(patch, dies if isinstance(dies, int) else 0)
         if dies == "stored":
@@ -93,7 +93,7 @@ def test_it_resumes_exactly(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
         distill(config, world / "cache", tmp_path / "part", world / "adapters")
     told = Told(monkeypatch)
     resumed = distill(config, world / "cache", tmp_path / "part", world / "adapters", mode="resume")
-    assert (resumed.kept_epoch, resumed.steps) == (2, 8)
+    assert (resumed.kept_epoch, resumed.steps) == (2, 8) and resumed.loss == uninterrupted.loss
     assert len(told.students) == (0 if dies == "stored" else 4 - int(dies))
     whole, part = (
         tree_bytes(tmp_path / name, "run.json", "provenance.json", "log.jsonl") for name in ("whole", "part")

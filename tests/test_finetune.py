@@ -310,7 +310,10 @@ def test_images_and_runs_that_do_not_fit(world: Path, run: Path, tmp_path: Path)
     described = json.loads((own / "student" / "config.json").read_text())
     (own / "student" / "config.json").write_text(json.dumps({**described, "architecture": "own:Net"}))
     data = shards(world)
+    gone = shutil.copytree(run, tmp_path / "gone")
+    (gone / "student" / "model.safetensors").unlink()
     given: list[tuple[Path, str | Path, Path, str]] = [
+        (gone, data, out, "gone is not a finished run: .*model.safetensors is missing"),
         (run, flat, out, "--train: 25 of 25 images have no .cls label"),
         (run, one, out, "--train has images of one class only; a classifier needs two"),
         (unfinished, data, out, "unfinished is not a finished run: it has no run.json"),
@@ -321,3 +324,29 @@ def test_images_and_runs_that_do_not_fit(world: Path, run: Path, tmp_path: Path)
         with pytest.raises(UserError, match=message):
             finetune(config, place, train, to)
     assert not out.exists()
+
+
+def test_what_is_wrong_with_the_test_is_found_before_training(world: Path, run: Path, tmp_path: Path) -> None:
+    train, test, out = tmp_path / "train", tmp_path / "test", tmp_path / "out"
+    shutil.copytree(world / "train", train, ignore=shutil.ignore_patterns("classes.json"))
+    shutil.copytree(world / "test", test)
+    (test / "classes.json").write_text(json.dumps([f"class{n}" for n in range(9)]))
+    given = [
+        (str(test / "*.tar"), [], "--test has 9 classes, but --train has"),
+        (shards(world), ["evaluate.class_map=map.json"], r"evaluate\.class_map: the classes of finetune are those"),
+        (shards(world), ["evaluate.image_size=30"], "not a multiple of the patch size"),
+    ]
+    for images, sets, message in given:
+        with pytest.raises(UserError, match=message):
+            finetune(world_config(world, *SETS, *sets), run, str(train / "*.tar"), out, images)
+    assert not out.exists()
+
+
+def test_a_second_one_knows_what_the_first_has_learned_from(world: Path, run: Path, tmp_path: Path) -> None:
+    config, seen = (
+        world_config(world, *SETS, "finetune.epochs=1", "finetune.warmup_epochs=0"),
+        str(world / "test" / "*.tar"),
+    )
+    finetune(config, run, seen, tmp_path / "first")
+    result = finetune(config, tmp_path / "first", shards(world), tmp_path / "second", seen)
+    assert result.test is not None and result.test.learned_from_test == "yes"

@@ -17,7 +17,9 @@ from pipeline.config import load_config
 from pipeline.evaluation import classification, feature_rows, global_features
 from pipeline.evaluation.classification import linear_scores
 from pipeline.evaluation.feature_store import StoredFeatures
+from pipeline.runtime import machine
 from pipeline.stages.evaluate import evaluate
+from singer import logistic
 from singer.errors import UserError
 from singer.metrics import knn_scores, topk_percent
 
@@ -183,3 +185,28 @@ def test_new_files_hold_no_rows(tmp_path: Path) -> None:
     assert StoredFeatures(tmp_path, ["block"], ["cls"], 5, 3).done == 5
     for _ in range(2):
         assert StoredFeatures(tmp_path, ["block", "norm"], ["cls"], 5, 3).done == 0
+
+
+def test_blocks_of_a_pass_are_bounded_by_the_width_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two classes have small logits, and features as wide as with a thousand."""
+    monkeypatch.setattr(logistic, "_LOGITS", 64)
+    read: list[int] = []
+
+    class Watched(torch.Tensor):
+        def split(self, size: int, *more: Any) -> Any:
+            read.append(size)
+            return super().split(size, *more)
+
+    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(seeded(0)))
+    problem = logistic.LogisticProblem(x.as_subclass(Watched), (x[:, 0] > 0).long(), 2)
+    read.clear()
+    problem.fit(1.0)
+    assert set(read) == {4}
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = machine.memory_bytes()
+    for text, wanted in (("max\n", whole), ("4096\n", 4096), (f"{2**63 - 4096}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(machine, "_LIMITS", (tmp_path / "none", tmp_path / "memory.max"))
+        assert machine.memory_bytes() == wanted

@@ -67,12 +67,16 @@ class Checkpoint:
 
 
 class RunLog:
-    """The log of a run, one JSON object per line. Lines after the step from which the run continues are removed."""
+    """The log of a run, one JSON object per line. Lines after the step from which the run continues are removed.
+
+    loss: that of the last line that is kept and has one, on the main process; 0 if there is none.
+    """
 
     def __init__(self, path: Path, first_step: int, main: bool) -> None:
-        self._path, self._main = path, main
+        self._path, self._main, self.loss = path, main, 0.0
         if main:
             kept = [line for line in read_log(path) if line["step"] <= first_step]
+            self.loss = next((float(line["loss"]) for line in reversed(kept) if "loss" in line), 0.0)
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, **values: object) -> None:

@@ -53,7 +53,8 @@ class StudentRun:
         self.first_step, self.ema, self.learner, self.best = first_step, ema, learner, best
         self.steps = first_step
         self.peak = peak_rate(settings, student.body_width)
-        self.loss = 0.0
+        # A run that had ended before it was interrupted takes no step any more, and keeps what it had logged.
+        self.loss = log.loss
         self._sums: dict[str, Tensor] = {}
         self._since = 0
         self._report: Report | None = None
