@@ -16,7 +16,7 @@ def resample_overlap(
     patches: (B, P, d) on their grid (rows, columns), of the second view of `places`; places: (B, 2, 5), of both views:
     left, upper, right and lower edge as shares of the image, and 1 where a view is mirrored; target: (rows, columns) of
     the first view. A patch is shown if its centre is in both views. Interpolation is bilinear, and over as many patches
-    as one patch of the first view covers, as in matching.resize_tokens.
+    as one patch of the first view covers, as in tokens.resize_tokens.
     """
     own, other = places.float().unbind(1)
     columns, seen = _axis(own[:, [0, 2]], own[:, 4], target[1], other[:, [0, 2]], other[:, 4], grid[1])
