@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from setting import DEVICE, DEVICE_NAME, Student, Teacher, add_options, make_cache, read_config, seconds
+from setting import DEVICE_NAME, Student, Teacher, add_options, decoded, make_cache, read_config, seconds
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
@@ -50,7 +50,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         return cache.pixels(part.records, size, files)
 
     (fixed,) = load([plan[:1]], 1)
-    fixed_pixels, fixed_features = fixed.pixels[size], cache.decode(fixed.encoded[0], DEVICE)
+    fixed_pixels, fixed_features = fixed.pixels[size], decoded(cache, fixed)
 
     def teacher_alone() -> None:
         for _ in plan:
@@ -62,7 +62,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
     def decoding_alone() -> None:
         for _ in plan:
-            cache.decode(fixed.encoded[0], DEVICE)
+            decoded(cache, fixed)
 
     def student_with_images() -> None:
         for pixels in prefetch(load_images, plan, workers):
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
     def cached() -> None:
         for loaded in load([[part] for part in plan], workers):
-            student.update(loaded.pixels[size], cache.decode(loaded.encoded[0], DEVICE))
+            student.update(loaded.pixels[size], decoded(cache, loaded))
 
     kinds: list[Callable[[], None]] = [
         teacher_alone, student_alone, decoding_alone, student_with_images, online, cached,

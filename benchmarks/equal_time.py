@@ -27,15 +27,15 @@ from results import PROBES, mode
 from setting import DEVICE, Teacher, chain_parser, value_at
 
 from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Decoded
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
-from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage.json_files import write_json
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
@@ -108,9 +108,8 @@ class Chain:
                 records = list(range(number * size % (len(cache) - size), number * size % (len(cache) - size) + size))
                 pixels = cache.pixels(records, new.student.image_size, images)
                 features = teach(pixels) if online else cache.features(records, DEVICE)
-                views = normalise(pixels, new.student.mean, new.student.std, DEVICE)
                 weights, labels = torch.full((size,), 1 / size).to(DEVICE), torch.full((size,), -1).to(DEVICE)
-                losses = new.distiller(Batch(views, [TeacherFeatures(features)], weights, labels))
+                losses = new.distiller(Batch({new.student.image_size: pixels}, [Decoded(features)], weights, labels))
                 optimiser.zero_grad(set_to_none=True)
                 torch.stack(list(losses.values())).sum().backward()
                 optimiser.step()

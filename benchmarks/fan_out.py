@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from setting import DEVICE, DEVICE_NAME, Student, add_options, make_cache, read_config, seconds
+from setting import DEVICE_NAME, Student, add_options, decoded, make_cache, read_config, seconds
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.stages.refine import refine
-from pipeline.training.batch import BatchLoader, StoredBatch
+from pipeline.training.batch import Batch, BatchLoader
 
 
 def main() -> None:
@@ -45,8 +45,8 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     order = EpochOrder(len(cache), 0, 0)
     plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
 
-    def decode(loaded: StoredBatch) -> tuple[Tensor, dict[int, Tensor]]:
-        return loaded.pixels[size], cache.decode(loaded.encoded[0], DEVICE)
+    def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
+        return loaded.pixels[size], decoded(cache, loaded)
 
     (first,) = load([plan[:1]], 1)
     in_memory = decode(first)

@@ -33,15 +33,15 @@ from safetensors.torch import save_file
 from setting import DEVICE, cell, chain_parser, line, value_at
 
 from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Decoded
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
-from pipeline.data.views import normalise
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
@@ -243,11 +243,11 @@ class Steps:
         for start in range(0, self.images, self.size):
             records = np.take(self.records, np.arange(start, start + self.size), mode="wrap")
             cache = self.sources[0].cache
-            views = normalise(cache.pixels(records, student.image_size, self.files), student.mean, student.std, DEVICE)
-            features = [TeacherFeatures(s.cache.features(records, DEVICE)) for s in self.sources]
+            pixels = {student.image_size: cache.pixels(records, student.image_size, self.files).to(DEVICE)}
+            features = [Decoded(s.cache.features(records, DEVICE)) for s in self.sources]
             labels = torch.from_numpy(cache.index.images.labels[cache.index.image[records]]).long().to(DEVICE)
             weights = torch.full((self.size,), 1 / self.size).to(DEVICE)
-            losses = self.new.distiller(Batch(views, features, weights, labels))
+            losses = self.new.distiller(Batch(pixels, features, weights, labels))
             self.optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             self.optimiser.step()

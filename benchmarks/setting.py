@@ -14,13 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
+from pipeline.cache.stored import Decoded, Encoded
 from pipeline.config import Config, load_config
 from pipeline.data.views import normalise
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
@@ -96,6 +98,13 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def decoded(cache: Cache, batch: Batch) -> dict[int, Tensor]:
+    """Return {block: features (n, N, d)} of a batch of one cache, on the device."""
+    (stored,) = batch.features
+    assert isinstance(stored, Encoded)
+    return cache.decode(stored, DEVICE)
+
+
 class Teacher:
     """The teacher in every step: a function from pixels to features of the cached blocks."""
 
@@ -107,7 +116,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return {block: features (n, N, d)} of pixels (n, side, side, 3) uint8."""
-        images = normalise(pixels, self.backbone.mean, self.backbone.std, DEVICE)
+        images = normalise(moved(pixels, DEVICE), self.backbone.mean, self.backbone.std)
         with self.autocast():
             outputs = block_outputs(self.backbone.model, images, self.blocks)
         return {b: x.float() for b, x in outputs.items()}
@@ -135,8 +144,8 @@ class Student:
         """
         count = len(pixels)
         given = torch.full((count,), 1 / count) if weights is None else weights
-        images = normalise(pixels, self.backbone.mean, self.backbone.std, DEVICE)
-        batch = Batch(images, [TeacherFeatures(features)], given.to(DEVICE), torch.full((count,), -1, device=DEVICE))
+        seen, labels = {self.backbone.image_size: moved(pixels, DEVICE)}, torch.full((count,), -1, device=DEVICE)
+        batch = Batch(seen, [Decoded(features)], given.to(DEVICE), labels)
         with self.autocast():
             losses = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)

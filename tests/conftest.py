@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import cli
-from pipeline.cache.stored import Encoded
+from pipeline.cache.stored import Decoded, Encoded
 from pipeline.config import Config, dump_config, load_config
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import LOCAL
@@ -22,6 +22,7 @@ from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
+from pipeline.training.batch import Batch
 from pipeline.training.targets import Targets
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
@@ -181,7 +182,7 @@ def messages() -> Iterator[None]:
 def targets_of(targets: Targets, encoded: Encoded) -> dict[int, torch.Tensor]:
     """Return normalised targets {block: (B, N, d)} of stored records, as a step makes them."""
     decoded = targets.decoded(encoded)
-    return targets.target_tokens(targets.refine(decoded.features).normalised, decoded.positions)
+    return targets.target_tokens(targets.refine(decoded.blocks).normalised, decoded.positions)
 
 
 def tree_bytes(folder: Path, *leave_out: str) -> dict[str, bytes]:
@@ -191,3 +192,10 @@ def tree_bytes(folder: Path, *leave_out: str) -> dict[str, bytes]:
         for f in sorted(folder.rglob("*"))
         if f.is_file() and f.name not in leave_out and not is_log(f.name)
     }
+
+
+def make_batch(features: list[Decoded], records: int, pixels: torch.Tensor | None = None) -> Batch:
+    """Return a batch of records of equal weights, of random images of 32 x 32 pixels if none are given."""
+    if pixels is None:
+        pixels = torch.randint(256, (records, 32, 32, 3), dtype=torch.uint8)
+    return Batch({32: pixels}, features, torch.full((records,), 1 / records), torch.zeros(records))

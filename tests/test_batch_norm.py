@@ -11,11 +11,12 @@ from conftest import world_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.cache.stored import Decoded
 from pipeline.config import StudentConfig
 from pipeline.data.sampler import EpochOrder, batch_indices, smallest_part
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.batch_norm import synchronise
 from singer.errors import UserError
 
@@ -63,7 +64,7 @@ def test_smallest_part(records: int, batch: int, world: int) -> None:
         for step in range(-(-records // batch)):
             for rank in range(world):
                 n = len(batch_indices(order, step, batch, rank, world).records)
-                whole = Batch(torch.zeros(n), [TeacherFeatures({})], torch.zeros(n), torch.zeros(n))
+                whole = Batch({}, [Decoded({})], torch.zeros(n), torch.zeros(n))
                 sizes |= {len(part.weights) for part in whole.split(parts)}
         assert smallest_part(records, batch, world, parts) == min(sizes)
 

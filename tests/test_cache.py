@@ -56,7 +56,7 @@ def test_features_are_the_teachers(world: Path, config: Config) -> None:
     stored = cache.features(records, CPU)
     with ImageFile(cache.index.images) as files:
         pixels = cache.pixels(records, 32, files)
-    images = normalise(pixels, teacher.mean, teacher.std, CPU)
+    images = normalise(pixels, teacher.mean, teacher.std)
     live = block_outputs(teacher.model, images, [2, 3])
     assert list(stored) == [2, 3]
     for block, x in stored.items():

@@ -183,7 +183,7 @@ def by_each_copy(
     """The average of what the teacher gives for each copy of a view, (H, W, 3) uint8, by block."""
     seen = torch.from_numpy(np.stack(shown(pixels.numpy(), copies, copying.unit)))
     with torch.no_grad():
-        found = block_outputs(backbone.model, normalise(seen, backbone.mean, backbone.std, CPU), blocks)
+        found = block_outputs(backbone.model, normalise(seen, backbone.mean, backbone.std), blocks)
     features = {}
     for block, x in found.items():
         grid = Size(*backbone.layout[block][1])
@@ -218,7 +218,7 @@ def test_a_cache_holds_the_averages(world: Path, wide: Path) -> None:
     records = [0, 1, 10, 19]
     stored, pixels = cache.features(records, CPU), cache.pixels(records, (32, 56))
     with torch.no_grad():
-        plain = block_outputs(backbone.model, normalise(pixels, backbone.mean, backbone.std, CPU), cache.blocks)
+        plain = block_outputs(backbone.model, normalise(pixels, backbone.mean, backbone.std), cache.blocks)
     copying = cache.manifest.teacher.copying
     assert copying is not None
     for place, record in enumerate(records):

@@ -31,7 +31,7 @@ def test_teacher_reads_digits_and_has_the_planted_artifacts() -> None:
     """What data/demo_teacher/README.md claims."""
     teacher = load_saved(resource(TEACHER))
     images, labels = zip(*[(np.asarray(i), label) for _, i, label in digit_images("test", 1)], strict=True)
-    x = normalise(torch.from_numpy(np.stack(images)), teacher.mean, teacher.std, torch.device("cpu"))
+    x = normalise(torch.from_numpy(np.stack(images)), teacher.mean, teacher.std)
     with torch.inference_mode():
         right = (teacher.model(x).argmax(1) == torch.tensor(labels)).float().mean()
         tokens = block_outputs(teacher.model, x, [2, 3, 5])

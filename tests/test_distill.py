@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import seeded, targets_of, tree_bytes, world_config
+from conftest import make_batch, seeded, targets_of, tree_bytes, world_config
 
 import pipeline.training.batch as stage
 from pipeline.cache import Cache
+from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
@@ -23,7 +24,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill, fan_out
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import split_images
@@ -92,8 +93,8 @@ def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     model = Distiller(
         student, [TeacherBranch(student, {2: 3, 3: 4}, Targets(cache, None, student, CPU), Teaching({"mse": 1.0}))]
     )
-    shown = [TeacherFeatures(cache.features([0, 1], CPU))]
-    batch = Batch(torch.randn(2, 3, 32, 32), shown, torch.full((2,), 0.5), torch.zeros(2))
+    shown = [Decoded(cache.features([0, 1], CPU))]
+    batch = make_batch(shown, 2)
     losses = model(batch)
     torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
@@ -464,8 +465,8 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     distiller = Distiller(
         student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), fresh, joint)]
     )
-    shown = [TeacherFeatures(cache.features(range(8), CPU))]
-    batch = Batch(torch.randn(8, 3, 32, 32), shown, torch.full((8,), 1 / 8), torch.zeros(8))
+    shown = [Decoded(cache.features(range(8), CPU))]
+    batch = make_batch(shown, 8)
     return distiller, batch
 
 
@@ -518,16 +519,16 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
     model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), whole=False)])
     model.drop_patches(settings)
-    features = TeacherFeatures(cache.features([0, 1, 2], CPU))
-    batch = Batch(torch.randn(3, 3, 32, 32), [features], torch.full((3,), 1 / 3), torch.zeros(3))
+    features = Decoded(cache.features([0, 1, 2], CPU))
+    batch = make_batch([features], 3)
     whole = model(batch)
     assert model.dropout is not None and model.dropout.kept is None
     model.dropout.share = 0.25
     part = model(batch)
     kept = model.dropout.kept
     assert kept is not None and kept.shape == (3, 4) and part.keys() == whole.keys()
-    found = targets.target_tokens(features.features, None, kept)
-    for block, tokens in targets.target_tokens(features.features, None).items():
+    found = targets.target_tokens(features.blocks, None, kept)
+    for block, tokens in targets.target_tokens(features.blocks, None).items():
         for row in range(3):
             assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
     model.eval()

@@ -152,7 +152,7 @@ def test_batch_norm_on_two_processes(world: Path, config_file: Path, tmp_path: P
     cache = Cache(world / "cache")
     mine = batch_indices(EpochOrder(100, seeded(0), 0), 0, 100, 0, 2).records
     with ImageFile(cache.index.images) as files:
-        images = normalise(cache.pixels(mine, 32, files), student.mean, student.std, torch.device("cpu"))
+        images = normalise(cache.pixels(mine, 32, files), student.mean, student.std)
     student.model.train()(images)
     saved = safetensors.torch.load_file(tmp_path / "run" / "student/model.safetensors")
     assert int(saved["bn1.num_batches_tracked"]) == 1

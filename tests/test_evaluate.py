@@ -363,7 +363,7 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
     teacher, images = load_saved(world / "teacher"), index_images(test)
     with ImageFile(images) as files, torch.inference_mode():
         views = [apply_view(image, crop_view(1.0, image.size), 32) for image in map(files.read, range(40))]
-        logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std, CPU))
+        logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std))
     labels = torch.from_numpy(images.labels)
     assert found.top1 == topk_percent(logits, labels, 1) and found.top5 == 100
     assert (found.top1_low, found.top1_high) == wilson_percent(round(found.top1 * 0.4), 40)

@@ -146,7 +146,7 @@ def test_export_gives_what_the_student_gives(
     image.save(out / "image.png")
     small = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).copy())
     student = load_saved(run / "student")
-    pixels = normalise(small.unsqueeze(0), student.mean, student.std, CPU)
+    pixels = normalise(small.unsqueeze(0), student.mean, student.std)
     names = run_snippet(out, monkeypatch)
     given = torch.as_tensor(names[output])
     torch.testing.assert_close(given, expected(run, pixels, output), atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from timm.data.mixup import mixup_target
 from pipeline.config import FinetuneConfig
 from pipeline.data import ImageFile, index_images
 from pipeline.data.sampler import BatchIndices
-from pipeline.data.views import apply_view, draw_view
+from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.models.loading import load_saved
@@ -27,7 +28,8 @@ from pipeline.stages.finetune import finetune
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint, read_log
-from pipeline.training.labelled import LabelledLoader, Mixing, views_of
+from pipeline.training.labelled import LabelledLoader, views_of
+from pipeline.training.mixing import Mixing
 from singer.errors import UserError
 
 WEIGHTS = "student/model.safetensors"
@@ -81,38 +83,38 @@ def test_a_head_starts_as_the_linear_probe(world: Path, run: Path) -> None:
     config, images = world_config(world, *SETS), index_images(shards(world))
     before, student = load_saved(run / "student"), student_with_head(run / "student", config.finetune, 5)
     with ImageFile(images) as files:
-        load = LabelledLoader(files, np.arange(len(images)), 32, 5, None)
+        load = LabelledLoader(files, np.arange(len(images)), 32, None)
         indices = BatchIndices(np.arange(len(images)), np.ones(len(images), np.float32))
-        (batch,) = load.batches(next(load([[indices]], 1)), [student])
+        seen = normalise(next(load([[indices]], 1)).pixels[32], student.mean, student.std)
     student.model.eval()
-    assert not student.model(batch.images).any()
+    assert not student.model(seen).any()
     set_head(student, *probe_weights(student, images, 5, config.evaluate, torch.device("cpu")))
-    pooled = before.model(batch.images).numpy()
+    pooled = before.model(seen).numpy()
     mean, std = pooled.mean(0), pooled.std(0)
     regression = LogisticRegression(C=1.0, tol=1e-8, max_iter=5000).fit((pooled - mean) / std, images.labels)
     wanted = torch.from_numpy(regression.predict_proba((pooled - mean) / std)).float()
-    logits = student.model(batch.images)
+    logits = student.model(seen)
     assert wanted.amax(1).mean() > 0.8 and int(logits.argmax(1).max()) == 3
     torch.testing.assert_close(logits[:, :4].softmax(1), wanted, atol=0.01, rtol=0)
 
 
 def step_of(config: FinetuneConfig, count: int, filling: int = 0, step: int = 3) -> tuple[Batch, Batch]:
     """A batch of images that hold their number, with labels 0, 1, 2, 0 ..., and the same mixed."""
-    images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).float()
-    batch = Batch(images, [], torch.ones(count), torch.arange(count) % 3, filling)
-    return batch, Mixing(config, 3)(batch, step)
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+    batch = Batch({8: pixels}, [], torch.ones(count), torch.arange(count) % 3, filling, step=step)
+    return batch, Mixing(config, 3)(batch)
 
 
 def test_mixup_by_hand() -> None:
     """Neighbours share one lambda, read off the pixels; labels are smoothed; the last of an odd number stays."""
     batch, mixed = step_of(FinetuneConfig(cutmix=0, smoothing=0.3), 7, filling=2)
-    lam = 1 - float(mixed.images[0, 0, 0, 0])  # 0 · lam + 1 · (1 - lam)
+    lam = 1 - float(mixed.pixels[8][0, 0, 0, 0])  # 0 · lam + 1 · (1 - lam)
     assert 0 < lam < 1
     smooth = 0.7 * torch.eye(3)[batch.labels] + 0.1
     for a, b in ((0, 1), (1, 0), (2, 3), (3, 2)):
-        torch.testing.assert_close(mixed.images[a], torch.full((3, 8, 8), lam * a + (1 - lam) * b))
+        torch.testing.assert_close(mixed.pixels[8][a], torch.full((8, 8, 3), lam * a + (1 - lam) * b))
         torch.testing.assert_close(mixed.labels[a], lam * smooth[a] + (1 - lam) * smooth[b])
-    assert torch.equal(mixed.images[4:], batch.images[4:])
+    assert torch.equal(mixed.pixels[8][4:], batch.pixels[8][4:].float())
     torch.testing.assert_close(mixed.labels[4:], smooth[4:])
 
 
@@ -120,8 +122,8 @@ def test_cutmix_by_hand() -> None:
     """A box comes from the neighbour, and the labels have its share of the pixels."""
     _, mixed = step_of(FinetuneConfig(mixup=0, smoothing=0), 4, step=seeded(5))
     for a, b in ((0, 1), (1, 0), (2, 3), (3, 2)):
-        assert set(mixed.images[a].unique().tolist()) <= {a, b}
-        own = float((mixed.images[a] == a).float().mean())
+        assert set(mixed.pixels[8][a].unique().tolist()) <= {a, b}
+        own = float((mixed.pixels[8][a] == a).float().mean())
         expected = torch.zeros(3).index_add(0, torch.tensor([a % 3, b % 3]), torch.tensor([own, 1 - own]))
         torch.testing.assert_close(mixed.labels[a], expected)
 
@@ -134,13 +136,12 @@ def test_mixing_depends_on_seed_and_step_alone() -> None:
     assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
     assert len({tuple(batch.labels[0].tolist()) for batch in whole}) == 6
     for step, batch in enumerate(whole):
-        given = step_of(config, 8)[0]
-        half = Batch(given.images[4:], [], given.weights[4:], given.labels[4:])
-        part = Mixing(config, 3)(half, step)
-        assert torch.equal(part.images, batch.images[4:]) and torch.equal(part.labels, batch.labels[4:])
+        half = step_of(config, 8, step=step)[0].map(itemgetter(slice(4, None)))
+        part = Mixing(config, 3)(half)
+        assert torch.equal(part.pixels[8], batch.pixels[8][4:]) and torch.equal(part.labels, batch.labels[4:])
     plain = step_of(FinetuneConfig(mixup=0, cutmix=0), 8)[1]
     assert torch.equal(plain.labels, mixup_target(torch.arange(8) % 3, 3, smoothing=0.1))
-    assert torch.equal(plain.images, step_of(config, 8)[0].images)
+    assert torch.equal(plain.pixels[8], step_of(config, 8)[0].pixels[8])
     never = step_of(FinetuneConfig(mix_prob=0), 8)[1]
     assert torch.equal(never.labels, plain.labels)
 
@@ -150,7 +151,7 @@ def test_views_are_new_in_every_epoch(world: Path) -> None:
     images, settings = index_images(shards(world)), FinetuneConfig(batch_size=4, seed=seeded(1))
     numbers = np.array([7, 2, 30, 31, 55, 4])
     with ImageFile(images) as files:
-        load = LabelledLoader(files, numbers, 32, 4, settings)
+        load = LabelledLoader(files, numbers, 32, settings)
 
         def pixels(epoch: int) -> torch.Tensor:
             return load.pixels(BatchIndices(np.array([0, 3]), np.ones(2, np.float32), epoch))[1]

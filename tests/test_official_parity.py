@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.cache.stored import Decoded
 from pipeline.config import RefineConfig
 from pipeline.models.backbone import Backbone
-from pipeline.training.batch import Batch, TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.distiller import Distiller
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
@@ -121,7 +122,10 @@ class Fixture:
         """By the fixture's names."""
         batch = self.settings["B"]
         weights, labels = torch.full((batch,), 1 / batch), torch.full((batch,), -1)
-        found = distiller(Batch(self.tensors["images"], [TeacherFeatures(self.features)], weights, labels))
+        # Images as the student normalises them, with mean and std 0.5.
+        pixels = 255 * (0.5 + 0.5 * self.tensors["images"].permute(0, 2, 3, 1))
+        batch = Batch({self.settings["img"]: pixels}, [Decoded(self.features)], weights, labels)
+        found = distiller(batch)
         kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 

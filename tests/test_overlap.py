@@ -152,7 +152,7 @@ def test_batches_hold_the_features_of_both_views(place: Path) -> None:
     for epoch, stored in zip((0, 3), load([indices], 1), strict=True):
         chosen = others.choose(records, epoch)
         whole = cache.features(np.concatenate([records, chosen]), torch.device("cpu"))
-        assert torch.equal(cache.decode(stored.encoded[0], torch.device("cpu"))[3], whole[3])
+        assert torch.equal(cache.decode(stored.features[0], torch.device("cpu"))[3], whole[3])
         assert stored.places is not None and torch.equal(stored.places, others.places(records, chosen))
         assert torch.equal(stored.pixels[32], cache.pixels(records, 32))
     assert load.record_bytes == 2 * cache.record_bytes
@@ -168,15 +168,14 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
     assert others is not None
     records = np.arange(0, 12, 2)
     load = BatchLoader([cache], None, [32], others=others)
-    (stored,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
-    (batch,) = stored.batches([cache], [new.student])
+    (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
     new.distiller.train()
     if new.distiller.dropout is not None:
         new.distiller.dropout.share = share
     torch.manual_seed(seeded(4))
     losses = new.distiller(batch)
     torch.manual_seed(seeded(4))
-    outputs = block_outputs(new.student.model, batch.images, new.distiller.blocks)
+    outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
     kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
     assert (kept is None) == (share == 1) and batch.places is not None
     tokens = branch.tokens(outputs, None, kept).normalised

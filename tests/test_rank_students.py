@@ -73,7 +73,7 @@ def test_command(world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: py
     assert sum(p.numel() for p in student.model.parameters()) == _vit_parameters(config.student, 3, 32)
     records = np.linspace(0, 99, 8).astype(int)
     pixels = cache.pixels(records, 32, ImageFile(relocate(cache.index.images, None)))
-    images = normalise(pixels, student.mean, student.std, torch.device("cpu"))
+    images = normalise(pixels, student.mean, student.std)
     with torch.no_grad():
         own = block_outputs(student.model.eval(), images, [2])[2].double().numpy()
     theirs = cache.features(records, torch.device("cpu"))[3].double().numpy()

@@ -44,7 +44,7 @@ def test_teacher_reaches_its_accuracy() -> None:
         for numbers in np.array_split(np.arange(len(images)), 20):
             decoded = [files.read(int(n)) for n in numbers]
             views = np.stack([apply_view(i, crop_view(1.0, i.size), 256) for i in decoded])
-            x = normalise(torch.from_numpy(views), teacher.mean, teacher.std, torch.device("cpu"))
+            x = normalise(torch.from_numpy(views), teacher.mean, teacher.std)
             with torch.inference_mode():
                 right += int((teacher.model(x).argmax(1).numpy() == images.labels[numbers]).sum())
     assert right / len(images) >= 0.83

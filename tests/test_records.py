@@ -49,7 +49,7 @@ def views(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def live(world: Path, pixels: torch.Tensor) -> dict[int, torch.Tensor]:
     teacher = load_saved(world / "teacher")
-    return block_outputs(teacher.model, normalise(pixels, teacher.mean, teacher.std, CPU), [2, 3])
+    return block_outputs(teacher.model, normalise(pixels, teacher.mean, teacher.std), [2, 3])
 
 
 def test_views_are_replayed_exactly(world: Path, views: Cache) -> None:

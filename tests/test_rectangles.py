@@ -77,7 +77,7 @@ def assert_live(cache: Cache, teacher: Backbone, count: int = 8) -> None:
         pixels = cache.pixels(np.arange(count), manifest.image_size, files)
     assert pixels.shape == (count, *SIZE, 3)
     with torch.no_grad():
-        live = block_outputs(teacher.model, normalise(pixels, manifest.mean, manifest.std, CPU), cache.blocks)
+        live = block_outputs(teacher.model, normalise(pixels, manifest.mean, manifest.std), cache.blocks)
     for block, x in cache.features(np.arange(count), CPU).items():
         rows, columns = manifest.grid_of(block)
         assert x.shape[1] == manifest.prefix_tokens + rows * columns and 2 * columns == 3 * rows

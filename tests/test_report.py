@@ -148,7 +148,7 @@ def test_norms_are_measured_on_the_cached_images(world: Path, runs: Path, writte
     x = cache.features(records, torch.device("cpu"))[3]
     student = load_saved(runs / "raw" / "student")
     with ImageFile(cache.index.images) as files:
-        images = normalise(cache.pixels(records, 32, files), student.mean, student.std, torch.device("cpu"))
+        images = normalise(cache.pixels(records, 32, files), student.mean, student.std)
     expected = {
         "teacher": x[:, 1:],
         "refined teacher": load_refiner(world / "adapters", cache).clean(x, 3)[:, 1:],

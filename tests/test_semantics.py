@@ -129,7 +129,7 @@ def test_the_floor_changes_no_threshold_of_the_real_teacher() -> None:
     with ImageFile(images) as opened:
         pixels = [apply_view(i, crop_view(1.0, i.size), 128) for i in (opened.read(n) for n in range(0, 480, 10))]
     with torch.inference_mode():
-        x = normalise(torch.from_numpy(np.stack(pixels)), teacher.mean, teacher.std, CPU)
+        x = normalise(torch.from_numpy(np.stack(pixels)), teacher.mean, teacher.std)
         for block, tokens in block_outputs(teacher.model, x, list(range(12))).items():
             norms = patch_norms(tokens, 1)
             median = norms.median()

@@ -7,20 +7,19 @@ from statistics import fmean
 import pytest
 import timm
 import torch
-from conftest import make_vit, seeded, world_config
+from conftest import make_batch, make_vit, seeded, world_config
 from torch import Tensor
 
 from pipeline.cache import Cache
+from pipeline.cache.stored import Decoded
 from pipeline.checks import look
 from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
-from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
-from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.distiller import Distiller
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
@@ -154,10 +153,9 @@ def test_a_copy_of_the_teacher_learns_from_half_of_its_patches(world: Path, tmp_
     )
     with ImageFile(relocate(cache.index.images, None)) as files:
         pixels = cache.pixels(range(8), 32, files)
-    images = normalise(pixels, student.mean, student.std, CPU)
-    features = TeacherFeatures(cache.features(range(8), CPU))
-    losses = Distiller(student, [branch]).eval()(Batch(images, [features], torch.full((8,), 1 / 8), torch.zeros(8)))
-    assert all(loss < 1e-5 * features.features[int(name[-1])].var() for name, loss in losses.items())
+    features = Decoded(cache.features(range(8), CPU))
+    losses = Distiller(student, [branch]).eval()(make_batch([features], 8, pixels))
+    assert all(loss < 1e-5 * features.blocks[int(name[-1])].var() for name, loss in losses.items())
     distill(config, world / "cache", tmp_path / "run")
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert found[0] > 5 * sum(losses.values()) and fmean(found[-7:]) < 0.9 * fmean(found[:7])

@@ -16,12 +16,12 @@ from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.stored import Encoded
 from pipeline.config import load_config
 from pipeline.data.sampler import BatchIndices
-from pipeline.models.backbone import Backbone
 from pipeline.runtime import devices
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.progress import Meter
 from pipeline.students.new import new_student
 from pipeline.training.ahead import on_device
-from pipeline.training.batch import BatchLoader, StoredBatch
+from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
@@ -66,7 +66,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda name, *args, **kwargs: autocast("cpu", *args, **kwargs))
 
 
-def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Backbone, Distiller, StoredBatch]:
+def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Distiller, Batch]:
     """A student of the world, and a batch as it is read."""
     cache, student = Cache(world / "cache"), new_student(world_config(world, *sets).student, 32)
     targets = Targets(cache, load_refiner(world / "adapters", cache), student, device)
@@ -76,7 +76,7 @@ def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Backbon
 
     with open_images(cache) as files:
         (stored,) = BatchLoader([cache], files, [32])([[indices]], 1)
-    return cache, student, model.to(device), stored
+    return cache, model.to(device), stored
 
 
 MAPS = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
@@ -85,13 +85,11 @@ MAPS = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "
 @pytest.mark.usefixtures("meta_device")
 @pytest.mark.parametrize("sets", [[], MAPS], ids=["tokens", "maps"])
 def test_a_step_waits_for_nothing(world: Path, sets: list[str]) -> None:
-    cache, student, model, stored = setup(world, META, *sets)
+    cache, model, stored = setup(world, META, *sets)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     cache.decoder(META)  # what stays on the device is sent there once, before the first step
-    stored.to(META).batches([cache], [student])
     with Waits():
-        (batch,) = stored.to(META).batches([cache], [student])
-        losses = model(batch)
+        losses = model(stored.map(partial(moved, device=META)))
         torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
     assert all(loss.device.type == "meta" for loss in losses.values())
@@ -132,18 +130,17 @@ def test_decoding_is_one_graph(codec: str) -> None:
         y = x.clone()
         y[range(outliers), range(3, 3 + outliers)] *= 60
         encoded = Encoded({b: CODECS[codec].encode(y, calibration) for b in (1, 2)})
-        for block, found in decode(encoded).items():
-            assert torch.equal(found, decoder(encoded)[block])
+        for block, found in decode(encoded).blocks.items():
+            assert torch.equal(found, decoder(encoded).blocks[block])
     assert len(graphs) <= 2
 
 
 @pytest.mark.parametrize("sets", [[], MAPS], ids=["tokens", "maps"])
 def test_a_step_is_one_graph(world: Path, sets: list[str]) -> None:
-    cache, student, model, stored = setup(world, CPU, *sets)
-    (batch,) = stored.to(CPU).batches([cache], [student])
+    _, model, stored = setup(world, CPU, *sets)
     torch._dynamo.reset()
-    losses = torch.compile(model, fullgraph=True, backend="eager")(batch)
-    for name, loss in model(batch).items():
+    losses = torch.compile(model, fullgraph=True, backend="eager")(stored)
+    for name, loss in model(stored).items():
         torch.testing.assert_close(losses[name], loss)
 
 
@@ -194,21 +191,20 @@ def test_waiting_counts_while_the_device_is_idle() -> None:
 def test_a_step_on_a_gpu_waits_for_nothing(world: Path) -> None:
     """What torch itself sees; it is the same step as above."""
     device = torch.device("cuda")
-    cache, student, model, stored = setup(world, device)
+    _, model, stored = setup(world, device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def step(moved: StoredBatch) -> torch.Tensor:
-        (batch,) = moved.batches([cache], [student])
+    def step(batch: Batch) -> torch.Tensor:
         losses = model(batch)
         torch.stack(list(losses.values())).sum().backward()
         optimiser.step()
         return torch.stack(list(losses.values())).detach()
 
-    for moved in on_device([stored, stored], device):
-        step(moved)
+    for batch in on_device([stored, stored], device):
+        step(batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        waiting = [fetched(step(moved)) for moved in on_device([stored] * 4, device)]
+        waiting = [fetched(step(batch)) for batch in on_device([stored] * 4, device)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(len(wait()) == 4 for wait in waiting)

@@ -111,7 +111,7 @@ def test_from_images_to_a_student(family: Family, shards: str, tmp_path: Path) -
     index = cache.index
     with ImageFile(index.images) as files:
         pixels = [apply_view(files.read(n), index.record_view(n), family.size) for n in range(3)]
-    images = normalise(torch.from_numpy(np.stack(pixels)), teacher.mean, teacher.std, torch.device("cpu"))
+    images = normalise(torch.from_numpy(np.stack(pixels)), teacher.mean, teacher.std)
     live = block_outputs(load_saved(tmp_path / "teacher").model.eval(), images, cache.blocks)
     stored = cache.features(np.arange(3), torch.device("cpu"))
     for block in cache.blocks:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_vit, seeded, world_config
+from conftest import make_batch, make_vit, seeded, world_config
 
 import cli
 from pipeline.cache import Cache
+from pipeline.cache.stored import Decoded
 from pipeline.config import Config
-from pipeline.data.views import View
+from pipeline.data.views import View, normalise
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import LOCAL
 from pipeline.stages.cache_teacher import cache_teacher
@@ -20,7 +21,6 @@ from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
-from pipeline.training.batch import Batch, TeacherFeatures
 from pipeline.training.checkpoint import Checkpoint, read_log
 from pipeline.training.distiller import Distiller
 from pipeline.training.run_directory import load_result
@@ -61,9 +61,10 @@ def test_losses_add_up(world: Path, second: Path) -> None:
         for m, c, r, w, n in zip(({2: 1, 3: 2}, {2: 2}), caches, refiners, (0.25, 2.0), ("a", "b"), strict=True)
     ]
     model = Distiller(student, heads)
-    records, images = [3, 8, 11], torch.randn(3, 3, 32, 32)
+    records, pixels = [3, 8, 11], torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+    images = normalise(pixels, student.mean, student.std)
     features = [c.features(records, CPU) for c in caches]
-    batch = Batch(images, [TeacherFeatures(x) for x in features], torch.full((3,), 1 / 3), torch.zeros(3))
+    batch = make_batch([Decoded(x) for x in features], 3, pixels)
     losses = model(batch)
     assert set(losses) == {"a.mse.2", "a.mse.3", "b.mse.2"}
 
@@ -104,8 +105,8 @@ def test_a_teacher_given_twice_with_halves_is_one(world: Path) -> None:
                 )
             )
         torch.manual_seed(seeded(2))
-        shown = [TeacherFeatures(cache.features(range(6), CPU))] * len(weights)
-        batch = Batch(torch.randn(6, 3, 32, 32), shown, torch.full((6,), 1 / 6), torch.zeros(6))
+        shown = [Decoded(cache.features(range(6), CPU))] * len(weights)
+        batch = make_batch(shown, 6)
         losses = Distiller(student, heads)(batch)
         total = torch.stack(list(losses.values())).sum()
         total.backward()

@@ -233,7 +233,7 @@ def test_stored_box_gives_nearly_the_exact_crop() -> None:
 
 def test_normalise() -> None:
     pixels = np.asarray(noise())
-    x = normalise(torch.from_numpy(pixels[None].copy()), (0.5, 0.4, 0.3), (0.5, 0.2, 0.1), torch.device("cpu"))
+    x = normalise(torch.from_numpy(pixels[None].copy()), (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
     expected = (pixels / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.5, 0.2, 0.1])
     np.testing.assert_allclose(x[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
 

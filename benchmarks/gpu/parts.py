@@ -24,6 +24,7 @@ from pipeline.cache.stored import Encoded, Ragged
 from pipeline.config import Config, load_config
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.names import LOCAL
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.cache_teacher import cache_teacher
@@ -216,12 +217,12 @@ def decoding(bench: Bench) -> Iterator[Figure]:
     calibration = calibrate(x[:64], 1)
     refiner = Refiner({0: Shape(width, 1, (side, side))}, "neighbour", "standardize").to(bench.device)
     for codec in ("int4", "int8", "float16"):
-        stored = Encoded({0: CODECS[codec].encode(x, calibration)}).to(bench.device)
+        stored = Encoded({0: CODECS[codec].encode(x, calibration)}).map(partial(moved, device=bench.device))
         decode = Decoder(CODECS[codec], {0: calibration.to(bench.device)})
 
         @torch.no_grad()
         def both(decode: Decoder = decode, stored: Encoded = stored) -> Tensor:
-            refined: Tensor = refiner(decode(stored))[0]
+            refined: Tensor = refiner(decode(stored).blocks)[0]
             return refined
 
         yield Figure(f"decode {codec}", 1e6 / bench.rate(partial(decode, stored)), "µs a batch")

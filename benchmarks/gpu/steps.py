@@ -11,13 +11,15 @@ from time import perf_counter
 from parts import Bench, Figure
 from setting import Teacher
 
+from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data.sampler import batch_index_lists, prefetch_depth
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import Meter
 from pipeline.stages.refine import refine
 from pipeline.training.ahead import on_device
-from pipeline.training.batch import Batch, BatchLoader, StoredBatch, TeacherFeatures
+from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
 
@@ -52,10 +54,12 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
     students = [run.student for run in runs]
     numbers = iter(range(10**9))
 
-    def update(stored: StoredBatch) -> None:
-        step = next(numbers)
-        for run, batch in zip(runs, stored.batches([cache], students), strict=True):
-            run.update(step, 1000, batch, accelerator)
+    def update(batch: Batch) -> None:
+        batch = replace(batch, step=next(numbers))
+        if len(runs) > 1:
+            batch = runs[0].learner.decoded(batch)
+        for run in runs:
+            run.update(batch, 1000, accelerator)
 
     with open_images(cache) as files:
         load = BatchLoader([cache], files, [s.image_size for s in students])
@@ -63,14 +67,13 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
         ahead = prefetch_depth(settings, load.record_bytes, 1)
         meter = Meter("steps", 1, "images", True, 0)
         with closing(load(lists, settings.workers, meter, ahead)) as batches:
-            first = next(batches).to(bench.device)
-            (given, *_) = first.batches([cache], students)
-            decoded = runs[0].learner.decoded(given)
+            first = next(batches).map(partial(moved, device=bench.device))
+            decoded = runs[0].learner.decoded(first)
             size = len(decoded.weights)
 
             def alone() -> None:
                 for run in runs:
-                    run.update(next(numbers), 1000, decoded, accelerator)
+                    run.update(replace(decoded, step=next(numbers)), 1000, accelerator)
 
             start = perf_counter()
             alone()
@@ -84,13 +87,13 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
             yield Figure(f"{name}: decoding, share of the step", 100 * (1 - same / student), "%")
             queue = on_device(batches, bench.device, meter)
             measure = islice(queue, 6 if bench.small else 24)
-            for stored in islice(measure, 4):
-                update(stored)
+            for batch in islice(measure, 4):
+                update(batch)
             bench.wait()
             meter.waited, done, start = 0.0, 0, perf_counter()
-            for stored in measure:
-                update(stored)
-                done += len(stored.weights)
+            for batch in measure:
+                update(batch)
+                done += len(batch.weights)
             bench.wait()
             took = perf_counter() - start
             yield Figure(f"{name}: from the cache, images decoded", done / took, "images/s")
@@ -98,7 +101,7 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
             if count == 1:
                 update_one = partial(runs[0].update, accelerator=accelerator, per_epoch=1000)
                 teach = Teacher(config, cache)
-                yield from online(bench, name, teach, first, decoded, student, update_one)
+                yield from online(bench, name, teach, decoded, student, update_one)
     yield from bench.memory()
 
 
@@ -106,20 +109,18 @@ def online(
     bench: Bench,
     name: str,
     teach: Teacher,
-    stored: StoredBatch,
     given: Batch,
     student: float,
     update: Callable[..., None],
 ) -> Iterator[Figure]:
     """Time the teacher alone, and in every step. student: the rate of the student alone; given: its batch."""
-    pixels, size = stored.pixels[teach.backbone.image_size], len(given.weights)
+    pixels, size = given.pixels[teach.backbone.image_size], len(given.weights)
     teacher = bench.rate(partial(teach, pixels), size)
     yield Figure(f"{name}: its teacher alone, not compiled", teacher, "images/s")
     yield Figure(f"{name}: limit of the speed-up, 1 + teacher / student", 1 + student / teacher, "")
     numbers = iter(range(10**9))
 
     def step() -> None:
-        batch = replace(given, teacher_features=[TeacherFeatures(teach(pixels))])
-        update(next(numbers), batch=batch)
+        update(replace(given, features=[Decoded(teach(pixels))], step=next(numbers)))
 
     yield Figure(f"{name}: with the teacher in every step", bench.rate(step, size), "images/s")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
 from pipeline.cache.packing import LEVELS, lloyd_max, load_tables, pack, plane_bits, rotate, unpack
-from pipeline.cache.stored import Encoded, Fixed, Layout, Ragged, Stored
+from pipeline.cache.stored import Decoded, Encoded, Fixed, Layout, Ragged, Stored
 from singer.artifacts import clean_mask, patch_norms
 from singer.errors import UserError
 
@@ -195,9 +195,10 @@ class Decoder:
         for calibration in self.calibration.values():
             load_tables(calibration.mean.device)
 
-    def __call__(self, encoded: Encoded) -> dict[int, Tensor]:
-        """Return {block: features (n, N, d) float32} of records that are on the device."""
-        return {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
+    def __call__(self, encoded: Encoded) -> Decoded:
+        """Decode records that are on the device."""
+        blocks = {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
+        return Decoded(blocks, encoded.positions)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from pipeline.cache.rows import RowReader
 from pipeline.config import Config
 from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone, weight_hash
-from pipeline.runtime.buffers import empty
+from pipeline.runtime.buffers import empty, moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs, depth, resolve_blocks
@@ -77,7 +77,7 @@ class Extractor:
                 found = block_outputs(self.backbone.model, images.to(self.backbone.dtype), blocks)
             return {block: x.to(self.device, torch.float32) for block, x in found.items()}
 
-        images = normalise(pixels, self.teacher.mean, self.teacher.std, self.device)
+        images = normalise(moved(pixels, self.device), self.teacher.mean, self.teacher.std)
         if self.copying is None:
             return outputs(images)
         assert copies is not None

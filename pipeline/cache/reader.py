@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.cache.zarr_shards import read_arrays
 from pipeline.config import LocalCopy, TeacherConfig
 from pipeline.data import ImageFile
 from pipeline.outputs.resuming import CONFIG
-from pipeline.runtime.buffers import empty
+from pipeline.runtime.buffers import empty, moved
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.tensors import parse_tensors
@@ -199,7 +199,7 @@ class Cache:
 
         In a cache with sampled tokens, N is the number of the prefix tokens and the stored patches of each record.
         """
-        return self.decoder(device)(encoded.to(device))
+        return self.decoder(device)(encoded.map(partial(moved, device=device))).blocks
 
     def decoder(self, device: torch.device) -> Decoder:
         """Return what decodes records that are on a device, with this cache's calibration on it."""

@@ -1,13 +1,11 @@
 """What a cache stores of its records: parts with one size for every record, and byte strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from pipeline.runtime.buffers import moved
 
 
 class Fixed(NamedTuple):
@@ -32,8 +30,8 @@ class Ragged:
     lengths: Tensor
 
     def to(self, device: torch.device | str) -> "Ragged":
-        """Copy the data and the lengths to a device."""
-        return Ragged(moved(self.data, device), moved(self.lengths, device))
+        """Copy the data and the lengths to a device, as Tensor.to does."""
+        return Ragged(self.data.to(device), self.lengths.to(device))
 
     def split(self, counts: list[int]) -> list["Ragged"]:
         """Split the records into consecutive groups with `counts` records each."""
@@ -61,22 +59,14 @@ class Encoded:
     blocks: dict[int, Stored]
     positions: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Encoded":
-        """Copy everything to a device, as `moved` does."""
-        blocks: dict[int, Stored] = {
-            block: {
-                n: part.to(device) if isinstance(part, Ragged) else moved(part, device) for n, part in parts.items()
-            }
-            for block, parts in self.blocks.items()
-        }
-        return Encoded(blocks, None if self.positions is None else moved(self.positions, device))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
+        """Return the same records with every tensor changed, such as moved to a device."""
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Iterate over all tensors."""
-        for part in (part for parts in self.blocks.values() for part in parts.values()):
-            yield from (part.data, part.lengths) if isinstance(part, Ragged) else (part,)
-        if self.positions is not None:
-            yield self.positions
+        def changed(part: Tensor | Ragged) -> Tensor | Ragged:
+            return Ragged(change(part.data), change(part.lengths)) if isinstance(part, Ragged) else change(part)
+
+        blocks = {block: {name: changed(part) for name, part in parts.items()} for block, parts in self.blocks.items()}
+        return Encoded(blocks, None if self.positions is None else change(self.positions))
 
     def split(self, counts: list[int]) -> list["Encoded"]:
         """Split the records into groups with `counts` records each; the groups share the memory of the whole."""
@@ -89,3 +79,19 @@ class Encoded:
                     piece[block][name] = own
         positions = [None] * len(counts) if self.positions is None else self.positions.split(counts)
         return [Encoded(*piece) for piece in zip(pieces, positions, strict=True)]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some records as the teacher computed them.
+
+    blocks: {block: (n, N, d) float32}; positions: (n, k), as in Encoded.
+    """
+
+    blocks: dict[int, Tensor]
+    positions: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Decoded":
+        """Return the same records with every tensor changed, or some records of each."""
+        positions = None if self.positions is None else change(self.positions)
+        return Decoded({block: change(x) for block, x in self.blocks.items()}, positions)

@@ -11,7 +11,6 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from pipeline.config import ViewsConfig
-from pipeline.runtime.buffers import moved
 from singer.copies import Copying
 from singer.sizes import ImageSize, Size
 
@@ -142,17 +141,19 @@ def _generator(seed: int, key: str, number: int, purpose: int) -> np.random.Gene
     return np.random.Generator(np.random.PCG64(entropy))
 
 
-def normalise(
-    pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> torch.Tensor:
-    """Normalise (B, H, W, 3) uint8 -> (B, 3, H, W) float32 on the device; pixels are moved there as uint8."""
-    images = moved(pixels, device).permute(0, 3, 1, 2).float().div_(255)
-    channel = _channels(mean, std, device)
-    return ((images - channel[0]) / channel[1]).contiguous()
+def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Normalise pixels (B, H, W, 3), 0 to 255, to images (B, 3, H, W) float32 on the same device."""
+    return standardise(pixels, channel_moments(mean, std, pixels.device))
+
+
+def standardise(pixels: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Do what normalise does, with the moments of the channels on the device already."""
+    images = pixels.permute(0, 3, 1, 2) / 255
+    return ((images - moments[0]) / moments[1]).contiguous()
 
 
 @lru_cache
-def _channels(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
+def channel_moments(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return mean and std on the device, (2, 1, 3, 1, 1); they stay there, because each copy would wait for the GPU."""
     with torch.inference_mode(False):
         return torch.tensor([mean, std]).view(2, 1, 3, 1, 1).to(device)

@@ -16,6 +16,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import ImageFile, Images
 from pipeline.data.views import View, apply_view, normalise
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.backbones import block_outputs, depth, final_norm
@@ -188,5 +189,5 @@ def inputs(
             return torch.from_numpy(np.stack(views))
 
         for pixels in prefetch(load, batches, settings.workers, m):
-            yield normalise(pixels, backbone.mean, backbone.std, device)
+            yield normalise(moved(pixels, device), backbone.mean, backbone.std)
             m.advance(len(pixels))

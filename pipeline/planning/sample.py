@@ -17,6 +17,7 @@ from pipeline.data import ImageFile, Images, readable
 from pipeline.data.listed import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs
@@ -49,7 +50,7 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
         """Return the features of the views, as described at the class."""
-        images = normalise(pixels, self.backbone.mean, self.backbone.std, self.device)
+        images = normalise(moved(pixels, self.device), self.backbone.mean, self.backbone.std)
         if self._copying is None:
             return self._pass(images)
         copies = copies_of(0, (("", number) for number in range(len(pixels))), self._copying)

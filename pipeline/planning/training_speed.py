@@ -1,24 +1,27 @@
 """The speed of a student's steps, from the cache or with the teacher in every step."""
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import torch
 
+from pipeline.cache.stored import Decoded
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
-from pipeline.data.views import normalise
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.rates import rate_of
 from pipeline.planning.sample import Sample, Teacher
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
 from pipeline.training.ahead import on_device
-from pipeline.training.batch import Batch, BatchLoader, TeacherFeatures
+from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
 from singer.errors import UserError
@@ -100,20 +103,18 @@ def train_on(
         def step(batch: Batch, number: int) -> int:
             # Some steps of a run are cheaper (distill.token_share): these are spread evenly over all of it.
             place = int(number * _GOLDEN % 1 * settings.epochs * per_epoch)
-            student_run.update(place, per_epoch, batch, accelerator)
+            student_run.update(replace(batch, step=place), per_epoch, accelerator)
             return len(batch.weights)
 
         def student() -> Generator[int, None, None]:
-            stored = next(load(lists(), settings.workers, None, ahead))
-            (batch,) = stored.to(device).batches([cache], [new.student])
+            batch = next(load(lists(), settings.workers, None, ahead)).map(partial(moved, device=device))
             decoded = new.distiller.decoded(batch)
             for number in range(10**9):
                 yield step(decoded, number)
 
         def cached() -> Generator[int, None, None]:
             loaded = load(lists(), settings.workers, None, ahead)
-            for number, stored in enumerate(on_device(loaded, device)):
-                (batch,) = stored.batches([cache], [new.student])
+            for number, batch in enumerate(on_device(loaded, device)):
                 yield step(batch, number)
 
         def online() -> Generator[int, None, None]:
@@ -130,10 +131,10 @@ def train_on(
                     # Which patches are compared makes no difference to the time.
                     positions = positions[:1].expand(len(share.records), -1).to(device)
                     features = {b: take_patches(x, teacher.backbone.prefix, positions) for b, x in features.items()}
-                images = normalise(views[shown], new.student.mean, new.student.std, device)
                 weights = torch.from_numpy(share.weights).to(device)
                 labels = load.labels[torch.from_numpy(share.records)].to(device).long()
-                yield step(Batch(images, [TeacherFeatures(features, positions)], weights, labels), number)
+                pixels = {shown: moved(views[shown], device)}
+                yield step(Batch(pixels, [Decoded(features, positions)], weights, labels), number)
 
         reading = not_measured("no --out")
         if on_disk:

@@ -15,6 +15,7 @@ from pipeline.data.views import normalise
 from pipeline.models.loading import load_saved
 from pipeline.models.names import OWN, is_function
 from pipeline.reports.runs import RefinerSource, Trained
+from pipeline.runtime.buffers import moved
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors
 from pipeline.training.run_directory import ADAPTERS
@@ -171,10 +172,8 @@ class Students:
         pixels = self.pixels(student.image_size)
         with meter(title, len(pixels), "images") as m:
             for start in range(0, len(pixels), _BATCH):
-                part = pixels[start : start + _BATCH]
-                outputs = block_outputs(
-                    student.model, normalise(part, student.mean, student.std, self._device), list(blocks)
-                )
+                part = moved(pixels[start : start + _BATCH], self._device)
+                outputs = block_outputs(student.model, normalise(part, student.mean, student.std), list(blocks))
                 for b, x in outputs.items():
                     norms[b].append(patch_norms(x, student.prefix).cpu())
                 rows = [i for i in range(len(part)) if start + i in shown]

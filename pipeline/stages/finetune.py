@@ -39,6 +39,7 @@ from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.held_out import HeldOut, held_out_images
 from pipeline.training.labelled import LabelledLoader
+from pipeline.training.mixing import Mixing
 from pipeline.training.prepared import Prepared, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -170,7 +171,7 @@ class Job:
         synchronise(self.student.model, accelerator)
         self.numbers, self.held_out = held_out_images(len(images), settings)
         check_parts(self.student, None, settings, len(self.numbers), accelerator)
-        self.learner = Classifier(self.student, device).to(device)
+        self.learner = Classifier(self.student, device, Mixing(settings, self.classes)).to(device)
 
     def run(self, mode: Mode) -> DistillResult:
         """Train the student; the first process stores it. Return the result."""
@@ -190,7 +191,7 @@ class Job:
             say_continued(student_run, self.out, len(self.numbers))
         with ImageFile(self.images) as files:
             load, apart = (
-                LabelledLoader(files, numbers, self.student.image_size, self.classes, drawn)
+                LabelledLoader(files, numbers, self.student.image_size, drawn)
                 for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
             )
             m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)

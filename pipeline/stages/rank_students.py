@@ -165,7 +165,7 @@ def _score(student: Backbone, pixels: Tensor, cache: Cache, tokens: Tensor) -> d
     """Return the scores of a student; tokens: the teacher's (n, prefix + patches, d)."""
     teacher, (block,) = cache.manifest.teacher, cache.blocks
     last = depth(student.model) - 1
-    images = normalise(pixels, student.mean, student.std, torch.device("cpu"))
+    images = normalise(pixels, student.mean, student.std)
     own = block_outputs(student.model.eval(), images, [last])[last]
     ours = resize_tokens(own[:, student.prefix :], 0, student.layout[last][1], teacher.grid_of(block))
     theirs = tokens[:, teacher.prefix_tokens :]

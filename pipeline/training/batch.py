@@ -1,9 +1,10 @@
-"""Batches: read as they are stored, moved to the device in that form, and decoded there."""
+"""Batches: read as they are stored, moved to the device in that form, and decoded in the step."""
 
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol
 
 import numpy as np
@@ -11,12 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.stored import Encoded
+from pipeline.cache.stored import Decoded, Encoded
 from pipeline.data import ImageFile
 from pipeline.data.sampler import BatchIndices, part_size
-from pipeline.data.views import normalise
-from pipeline.models.backbone import Backbone
-from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
 from pipeline.training.other_views import OtherViews
@@ -24,108 +22,53 @@ from singer.sizes import ImageSize, Size
 
 
 @dataclass(frozen=True)
-class TeacherFeatures:
-    """A teacher's part of a batch on the device.
-
-    features: {block: (B, N, d)}, as the teacher computed them; positions: (B, k), those of sampled patches. Where other
-    views teach (Batch.places), their features follow as B further records.
-    """
-
-    features: dict[int, Tensor]
-    positions: Tensor | None = None
-
-    def rows(self, rows: slice | Tensor) -> "TeacherFeatures":
-        """Return the features of some records of the batch."""
-        positions = self.positions[rows] if self.positions is not None else None
-        return TeacherFeatures({b: x[rows] for b, x in self.features.items()}, positions)
-
-
-@dataclass(frozen=True)
 class Batch:
-    """A batch on the device.
+    """What one process trains on in one step.
 
-    images: (B, 3, H, W); teacher_features: those of each teacher, which the model decodes if they are in their stored
-    form, so that a compiled step does that together with all that follows; weights: (B,), the weight of each record in
-    the mean; labels: (B,), negative where there is none, or (B, classes), shares of classes; filling: how many records
-    at the end only fill up and have weight 0; places: (B, 2, 5), where each view is, and the other one whose patches
-    teach it (distill.overlap); None if each teaches itself.
-    """
-
-    images: Tensor
-    teacher_features: Sequence[TeacherFeatures | Encoded]
-    weights: Tensor
-    labels: Tensor
-    filling: int = 0
-    places: Tensor | None = None
-
-    def split(self, parts: int) -> Iterator["Batch"]:
-        """Split a batch with decoded features into `parts` parts, or fewer if there are not enough records."""
-        if parts == 1:
-            yield self
-            return
-        count = len(self.weights)
-        size, real = part_size(count, parts), count - self.filling
-        decoded = [features for features in self.teacher_features if isinstance(features, TeacherFeatures)]
-        assert len(decoded) == len(self.teacher_features), "what is stored cannot be split on a device"
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
-            filling = min(start + size, count) - max(start, min(start + size, real))
-            places = None if self.places is None else self.places[rows]
-            read = rows if places is None else torch.arange(2 * count).view(2, -1)[:, rows].flatten()
-            features = [s.rows(read) for s in decoded]
-            yield Batch(self.images[rows], features, self.weights[rows], self.labels[rows], filling, places)
-
-
-@dataclass(frozen=True)
-class StoredBatch:
-    """What one process trains on in one step, as it was read.
-
-    pixels: {size: (n, height, width, 3) uint8}; encoded: the features of each teacher; weights: (n,), the weight of
-    each record in the mean; labels: (n,) int64, negative where there is none; filling, places: as in Batch; step: its
-    number in the whole training.
+    pixels: {size: (n, height, width, 3) uint8}, at the image size of every student; features: those of each teacher, as
+    they are stored until a step decodes them; weights: (n,), the weight of each record in the mean; labels: (n,) int64,
+    negative where there is none, or (n, classes), shares of classes; filling: how many records at the end only fill up
+    and have weight 0; places: (n, 2, 5), where each view is, and the other one whose patches teach it
+    (distill.overlap), None if each teaches itself: the features of the other views follow as n further records;
+    step: its number in the whole training.
     """
 
     pixels: dict[ImageSize, Tensor]
-    encoded: Sequence[Encoded]
+    features: Sequence[Encoded | Decoded]
     weights: Tensor
     labels: Tensor
     filling: int = 0
     places: Tensor | None = None
     step: int = 0
 
-    def to(self, device: torch.device) -> "StoredBatch":
-        """Copy everything to a device in its stored form, as `moved` does."""
-        return StoredBatch(
-            {size: moved(pixels, device) for size, pixels in self.pixels.items()},
-            [encoded.to(device) for encoded in self.encoded],
-            moved(self.weights, device),
-            moved(self.labels, device),
-            self.filling,
-            None if self.places is None else moved(self.places, device),
-            self.step,
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with every tensor changed, such as moved to a device."""
+        return replace(
+            self,
+            pixels={size: change(pixels) for size, pixels in self.pixels.items()},
+            features=[of_teacher.map(change) for of_teacher in self.features],
+            weights=change(self.weights),
+            labels=change(self.labels),
+            places=None if self.places is None else change(self.places),
         )
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Iterate over all tensors."""
-        yield from (*self.pixels.values(), self.weights, self.labels)
-        if self.places is not None:
-            yield self.places
-        for encoded in self.encoded:
-            yield from encoded.tensors()
-
-    def batches(self, caches: Sequence[Cache], students: Sequence[Backbone]) -> list[Batch]:
-        """Return a Batch for every student; the batch must be on the device. Equal inputs are shared by students.
-
-        The features are decoded here if several students share them. A single student decodes them itself.
-        """
-        device = self.weights.device
-        features: Sequence[TeacherFeatures | Encoded] = self.encoded
-        if len(students) > 1:
-            pairs = zip(caches, self.encoded, strict=True)
-            features = [TeacherFeatures(cache.decoder(device)(x), x.positions) for cache, x in pairs]
-        keys = [(s.image_size, s.mean, s.std) for s in students]
-        images = {(size, mean, std): normalise(self.pixels[size], mean, std, device) for size, mean, std in set(keys)}
-        return [Batch(images[key], features, self.weights, self.labels, self.filling, self.places) for key in keys]
+    def split(self, parts: int) -> Iterator["Batch"]:
+        """Split a batch with decoded features into `parts` parts, or fewer if there are not enough records."""
+        if parts == 1:
+            yield self
+            return
+        assert all(isinstance(of_teacher, Decoded) for of_teacher in self.features)
+        count = len(self.weights)
+        size, real = part_size(count, parts), count - self.filling
+        numbers = torch.arange(2 * count).view(2, count)
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            filling = min(start + size, count) - max(start, min(start + size, real))
+            part = replace(self, filling=filling).map(itemgetter(rows))
+            if self.places is not None:
+                both = itemgetter(numbers[:, rows].flatten())
+                part = replace(part, features=[of_teacher.map(both) for of_teacher in self.features])
+            yield part
 
 
 class Loader(Protocol):
@@ -139,11 +82,8 @@ class Loader(Protocol):
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
-    ) -> Generator[StoredBatch, None, None]:
+    ) -> Generator[Batch, None, None]:
         """Yield the batches of all lists of batch indices; background workers read ahead."""
-
-    def batches(self, stored: StoredBatch, students: Sequence[Backbone]) -> list[Batch]:
-        """Return a Batch on the device for every student, of a stored one that is there."""
 
 
 class BatchLoader:
@@ -182,7 +122,7 @@ class BatchLoader:
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
-    ) -> Generator[StoredBatch, None, None]:
+    ) -> Generator[Batch, None, None]:
         """Yield the batches of all lists of batch indices; background workers read ahead.
 
         Images are read batch by batch, and the features of a list in one piece. most: how many lists of features are
@@ -197,11 +137,7 @@ class BatchLoader:
                 filling = int((indices.weights == 0).sum())
                 weights = torch.from_numpy(indices.weights)
                 places = None if self.others is None else self.others.places(*np.split(self._read(indices), 2))
-                yield StoredBatch(pixels, encoded, weights, labels, filling, places, indices.step)
-
-    def batches(self, stored: StoredBatch, students: Sequence[Backbone]) -> list[Batch]:
-        """Return a Batch on the device for every student, of a stored one that is there."""
-        return stored.batches(self.caches, students)
+                yield Batch(pixels, encoded, weights, labels, filling, places, indices.step)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
         """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""

@@ -9,25 +9,31 @@ from torch.nn import functional as F
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
+from pipeline.training.mixing import Mixing
 from singer.backbones import freeze_unused
 
 
 class Classifier(Learner):
-    """A student with a head. Labels of its batches are shares of classes (B, classes), which add up to 1."""
+    """A student with a head. mixing: mixes the images and labels of a step; None to train on them as they are."""
 
-    def __init__(self, student: Backbone, device: torch.device) -> None:
+    def __init__(self, student: Backbone, device: torch.device, mixing: Mixing | None = None) -> None:
         super().__init__(student, device)
+        self._mixing = mixing
         freeze_unused(self.student, None, student.image_size)
         self._right: Tensor | None = None
 
+    def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
+        """Mix the batch; its labels are then shares of classes (B, classes), which add up to 1."""
+        return batch if self._mixing is None else self._mixing(batch)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return {ce: the mean cross-entropy}, -sum over classes of share · log softmax(logits)."""
-        logits = self.student(batch.images.contiguous(memory_format=self.memory_format))
+        logits = self.student(self.images(batch))
         # Half precision loses small probabilities.
         with torch.autocast(batch.weights.device.type, enabled=False):
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
         if not self.training:
-            self._right = logits.argmax(1) == batch.labels.argmax(1)
+            self._right = logits.argmax(1) == batch.labels
         return {"ce": (losses * batch.weights).sum()}
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

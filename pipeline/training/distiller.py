@@ -11,9 +11,10 @@ from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import Compared, TeacherBranch
+from pipeline.training.teacher_branch import TeacherBranch
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
+from singer.objectives import Tokens
 from singer.patch_dropout import PatchDropout, install
 
 
@@ -43,10 +44,11 @@ class Distiller(Learner):
         self.dropout: PatchDropout | None = None
         self._shares: DistillConfig | None = None
 
-    def begin_step(self, step: int, per_epoch: int) -> None:
+    def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Set the share of the patches that the student sees in this step."""
         if self.dropout is not None and self._shares is not None:
-            self.dropout.share = token_share(self._shares, step, per_epoch)
+            self.dropout.share = token_share(self._shares, batch.step, per_epoch)
+        return batch
 
     def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
@@ -69,42 +71,40 @@ class Distiller(Learner):
 
     def decoded(self, batch: Batch) -> Batch:
         """Return a batch with the features of each teacher decoded, if they are in their stored form."""
-        pairs = zip(self.branches, batch.teacher_features, strict=True)
-        return replace(batch, teacher_features=[branch.targets.decoded(features) for branch, features in pairs])
+        pairs = zip(self.branches, batch.features, strict=True)
+        return replace(batch, features=[branch.targets.decoded(features) for branch, features in pairs])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
-        images = batch.images.contiguous(memory_format=self.memory_format)
-        outputs = block_outputs(self.student, images, self.blocks)
+        outputs = block_outputs(self.student, self.images(batch), self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
-        compared = [
-            branch.compare(outputs, branch.targets.decoded(features), batch.weights, batch.filling, kept, batch.places)
-            for branch, features in zip(self.branches, batch.teacher_features, strict=True)
+        pairs = [
+            branch.compare(outputs, features, batch, kept)
+            for branch, features in zip(self.branches, batch.features, strict=True)
         ]
+        several = len(pairs) > 1
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):
-            means = self.agreed(compared)
+            means = self.agreed([targets for _, targets in pairs]) if several else {}
             found = [
-                branch.objective(c.student, c.targets, batch.labels, means)
-                for branch, c in zip(self.branches, compared, strict=True)
+                branch.objective(student, targets, batch.labels, means)
+                for branch, (student, targets) in zip(self.branches, pairs, strict=True)
             ]
-        shares = teacher_shares(found, self.drop) if self.drop and self.training and len(found) > 1 else None
+        shares = teacher_shares(found, self.drop) if self.drop and self.training and several else None
         losses: dict[str, Tensor] = {}
         for n, (branch, parts) in enumerate(zip(self.branches, found, strict=True)):
-            prefix = f"{branch.name}." if len(self.branches) > 1 else ""
+            prefix = f"{branch.name}." if several else ""
             weights = batch.weights if shares is None else batch.weights * shares[n]
             summed = {name: (loss * weights).sum() * branch.weight for name, loss in parts.items()}
-            losses |= {f"{prefix}{name}": loss for name, loss in (summed | compared[n].joint).items()}
+            losses |= {f"{prefix}{name}": loss for name, loss in (summed | branch.adapter_losses).items()}
         return losses
 
-    def agreed(self, compared: Sequence[Compared]) -> dict[str, Tensor]:
-        """Return {objective: the mean of the teachers' opinions, by their weights}, of several teachers.
+    def agreed(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Return {objective: the mean of the teachers' opinions, by their weights}. targets: those of each teacher.
 
         Raises UserError if the opinions are about different classes.
         """
-        if len(compared) == 1:
-            return {}
-        opinions = [branch.objective.opinions(c.targets) for branch, c in zip(self.branches, compared, strict=True)]
+        opinions = [branch.objective.opinions(own) for branch, own in zip(self.branches, targets, strict=True)]
         means = {}
         for name in dict.fromkeys(name for found in opinions for name in found):
             of_name = [

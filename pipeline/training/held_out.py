@@ -97,9 +97,10 @@ class HeldOut:
             for run in student_runs:
                 run.learner.eval()
                 averages.enter_context(run.averaged())
-            for stored in on_device(self.load(lists, self.settings.workers), device):
-                batches = self.load.batches(stored, [run.student for run in student_runs])
-                for n, (run, batch) in enumerate(zip(student_runs, batches, strict=True)):
+            for batch in on_device(self.load(lists, self.settings.workers), device):
+                if len(student_runs) > 1:
+                    batch = student_runs[0].learner.decoded(batch)
+                for n, run in enumerate(student_runs):
                     found, parts = run.learner.measured(batch)
                     current().beat()
                     losses[n] += float(torch.stack(list(found.values())).sum())

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.views import channel_moments, standardise
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 
@@ -19,6 +20,9 @@ class Learner(nn.Module):
     def __init__(self, student: Backbone, device: torch.device) -> None:
         super().__init__()
         self.student = student.model
+        self._size = student.image_size
+        # As a plain attribute: FSDP and DDP, which look after parameters and buffers, have nothing to do with it.
+        self._moments = channel_moments(student.mean, student.std, device)
         # Convolutions on a GPU take channels-last tensors without converting them.
         maps = not student.gives_tokens and device.type == "cuda"
         self.memory_format = torch.channels_last if maps else torch.contiguous_format
@@ -29,11 +33,16 @@ class Learner(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses."""
 
-    def begin_step(self, step: int, per_epoch: int) -> None:
-        """Prepare for a step, given its number and the steps in an epoch."""
+    def images(self, batch: Batch) -> Tensor:
+        """Return the images of a batch, normalised for the student, (B, 3, H, W)."""
+        return standardise(batch.pixels[self._size], self._moments).contiguous(memory_format=self.memory_format)
+
+    def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
+        """Prepare for a step on the whole batch of a process; return that batch. per_epoch: the steps in an epoch."""
+        return batch
 
     def decoded(self, batch: Batch) -> Batch:
-        """Return a batch that can be split."""
+        """Return a batch whose features are decoded, so that it can be split, or shared with other students."""
         return batch
 
     @abstractmethod

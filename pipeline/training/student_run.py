@@ -59,14 +59,15 @@ class StudentRun:
         self._since = 0
         self._report: Report | None = None
 
-    def update(self, step: int, per_epoch: int, batch: Batch, accelerator: Accelerator) -> None:
-        """Do one step of the optimiser."""
+    def update(self, batch: Batch, per_epoch: int, accelerator: Accelerator) -> None:
+        """Do one step of the optimiser. per_epoch: the steps in an epoch."""
+        step = batch.step
         # The random numbers of a model (drop path, dropout, masks) depend only on the step. A resumed run repeats them,
         # and a student that shares the pass with others draws the same as it would alone.
         torch.manual_seed(_step_seed(self.settings.seed, step, accelerator.process_index))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak) * group.get("lr_scale", 1.0)
-        self.learner.begin_step(step, per_epoch)
+        batch = self.learner.begin_step(batch, per_epoch)
         for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
             self._sums[name] = self._sums.get(name, 0) + loss
         if self.settings.clip_grad is not None:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.stored import Encoded
+from pipeline.cache.stored import Decoded, Encoded
 from pipeline.models.backbone import Backbone
-from pipeline.training.batch import TeacherFeatures
 from singer.errors import UserError
 from singer.objectives import Objective, ObjectiveContext, Tokens
 from singer.overlap import resample_overlap
@@ -45,11 +44,9 @@ class Targets:
         """Return the width of the targets of a teacher's block, in channels."""
         return self.cache.manifest.teacher.width_of(block)
 
-    def decoded(self, features: TeacherFeatures | Encoded) -> TeacherFeatures:
+    def decoded(self, features: Encoded | Decoded) -> Decoded:
         """Decode features that are on the device in their stored form; return others as they are."""
-        if isinstance(features, TeacherFeatures):
-            return features
-        return TeacherFeatures(self.decode(features), features.positions)
+        return features if isinstance(features, Decoded) else self.decode(features)
 
     def objective_context(
         self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool = True
@@ -132,14 +129,16 @@ class Targets:
         return found
 
     def student_tokens(
-        self, tokens: dict[int, Tensor], grids: Mapping[int, tuple[int, int]], positions: Tensor | None
+        self, tokens: Mapping[int, Tensor], grids: Mapping[int, tuple[int, int]] | None, positions: Tensor | None
     ) -> dict[int, Tensor]:
         """Bring student tokens to the places of the targets, which are the sampled positions if patches were sampled.
 
-        tokens: {teacher block: (B, N, d)}; grids: {teacher block: the grid of these tokens}; positions: (B, k), those
-        of sampled patches.
+        tokens: {teacher block: (B, N, d)}; grids: {teacher block: the grid of these tokens}, None for patches that are
+        at these places already; positions: (B, k), those of sampled patches.
         """
-        prefix = int(self.keep_cls)
+        prefix, tokens = int(self.keep_cls), {b: x.float() for b, x in tokens.items()}
+        if grids is None:
+            return tokens
         if positions is None:
             return {b: resize_tokens(x, prefix, grids[b], self.grid(b)) for b, x in tokens.items()}
         grid = self.cache.manifest.teacher.grid

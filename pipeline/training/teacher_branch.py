@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.cache.stored import Decoded, Encoded
 from pipeline.models.backbone import Backbone
-from pipeline.training.batch import TeacherFeatures
+from pipeline.training.batch import Batch
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
 from singer.errors import UserError
@@ -17,15 +18,6 @@ from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.student_exits import has_exit
 from singer.tokens import select_tokens
-
-
-@dataclass(frozen=True)
-class Compared:
-    """What a student has to match of one teacher: both sides' tokens, and the losses of adapters in joint training."""
-
-    student: Tokens
-    targets: Tokens
-    joint: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,8 @@ class TeacherBranch:
         last = len(self.layout) - 1
         self.attention_inputs = {t: min(matching[t], last - 1) for t in self.objective.attends()}
         self.attention = {t: attention_of(student, s + 1) for t, s in self.attention_inputs.items()}
-        # Outside of training: {teacher block: squares} of the last batch.
+        # Of the last batch: losses of adapters in joint training, and {teacher block: squares} outside of training.
+        self.adapter_losses: dict[str, Tensor] = {}
         self.errors: dict[int, Tensor] = {}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in (self.attention_inputs | self.matching).items()}
@@ -126,65 +119,44 @@ class TeacherBranch:
         """Return {teacher block: student block} of all that is compared."""
         return dict(sorted((self.attention_inputs | self.matching).items()))
 
+    def compare(
+        self, outputs: Mapping[int, Tensor], features: Encoded | Decoded, batch: Batch, kept: Tensor | None = None
+    ) -> tuple[Tokens, Tokens]:
+        """Bring the student's outputs and the teacher's features to one form; return both.
+
+        outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all. In joint
+        training, `adapter_losses` are then those of this batch.
+        """
+        decoded, targets = self.targets.decoded(features), self.targets
+        student = self.tokens(outputs, decoded.positions, kept)
+        refined = targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
+        normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
+        if batch.places is None:
+            cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
+            wanted = Tokens(*(targets.target_tokens(x, decoded.positions, kept) for x in (normalised, cleaned)))
+        else:
+            wanted = Tokens(targets.overlap_tokens(normalised, student.normalised, batch.places, kept))
+        if not self.objective.training:
+            self.errors = {b: squares(x, student.normalised[b]) for b, x in wanted.normalised.items()}
+        return student, wanted
+
     def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
-        """Project the student's tokens to the teacher's width, and resize or select them to match the targets.
+        """Project the student's tokens to the teacher's width, at the places of the targets.
 
         outputs: {student block: (B, N, d)}; positions: (B, k), those of sampled patches; kept: see compare.
         """
         own = {b: select_tokens(outputs[b], self.prefix, self.targets.keep_cls) for b in self.blocks}
-
-        def placed(tokens: dict[int, Tensor]) -> dict[int, Tensor]:
-            tokens = {t: x.float() for t, x in tokens.items()}
-            return tokens if kept is not None else self.targets.student_tokens(tokens, self.grids, positions)
-
-        def projected(projectors: nn.Module | None) -> dict[int, Tensor]:
-            if projectors is None:
-                return {}
-            read = {t: [own[b] for b in blocks] for t, blocks in self.read.items()}
-            return placed(projectors(read, self.grids if kept is None else None))
-
+        read = {t: [own[b] for b in blocks] for t, blocks in self.read.items()}
+        grids = self.grids if kept is None else None
+        normalised, cleaned = (
+            projectors(read, grids) if projectors is not None else {}
+            for projectors in (self.projectors, self.unit_projectors)
+        )
         attention = {
             t: block.attn.qkv(block.norm1(own[self.attention_inputs[t]])) for t, block in self.attention.items()
         }
-        return Tokens(projected(self.projectors), projected(self.unit_projectors), placed(attention))
-
-    def compare(
-        self,
-        outputs: Mapping[int, Tensor],
-        features: TeacherFeatures,
-        weights: Tensor,
-        filling: int = 0,
-        kept: Tensor | None = None,
-        places: Tensor | None = None,
-    ) -> Compared:
-        """Bring the student's outputs and the teacher's features to one form.
-
-        outputs: {student block: (B, N, d)}; weights, filling, places: those of a Batch; kept: (B, k), the only patches
-        that the student saw.
-        """
-        targets = self.targets
-        losses: dict[str, Tensor] = {}
-        if self.joint is None:
-            wanted = targets.refine(features.features)
-        else:
-            assert self.adapters is not None
-            with torch.autocast(weights.device.type, enabled=False):
-                refined = self.adapters(features.features)
-                losses = self._joint_losses(features.features, refined, weights, len(weights) - filling)
-            wanted = Tokens(refined, refined)
-        tokens = self.tokens(outputs, features.positions, kept)
-        cleaned = sorted({*self.cleaned_blocks, *self.attention})
-        normalised = {b: wanted.normalised[b] for b in self.normalised_blocks}
-        if places is None:
-            wanted = Tokens(
-                targets.target_tokens(normalised, features.positions, kept),
-                targets.target_tokens({b: wanted.cleaned[b] for b in cleaned}, features.positions, kept),
-            )
-        else:
-            wanted = Tokens(targets.overlap_tokens(normalised, tokens.normalised, places, kept))
-        if not self.objective.training:
-            self.errors = {b: squares(x, tokens.normalised[b]) for b, x in wanted.normalised.items()}
-        return Compared(tokens, wanted, losses)
+        found = (normalised, cleaned, attention)
+        return Tokens(*(self.targets.student_tokens(x, grids, positions) for x in found))
 
     def check_overlap(self) -> None:
         """Raise UserError if patches of other views cannot teach: see distill.overlap."""
@@ -197,21 +169,23 @@ class TeacherBranch:
                     f"out of it; take one of {known}, or set distill.overlap=false"
                 )
 
-    def _joint_losses(
-        self, features: Mapping[int, Tensor], refined: Mapping[int, Tensor], weights: Tensor, real: int
-    ) -> dict[str, Tensor]:
-        """Return the adapters' losses in proportion to the records of this part of the batch, so that parts add up.
+    def _adapted(self, features: Mapping[int, Tensor], batch: Batch) -> Tokens:
+        """Return features cleaned by the adapters that are trained with the student, and keep the adapters' losses.
 
-        real: the number of records before those that only fill up.
+        They are in proportion to the records of this part of the batch, so that parts add up.
         """
-        assert self.joint is not None
-        if not real:
-            zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
-            return dict.fromkeys(self.joint.weights, zero)
-        losses = self.joint.losses(
-            {b: x[:real] for b, x in features.items()}, {b: x[:real] for b, x in refined.items()}
-        )
-        return {name: loss * weights.sum() for name, loss in losses.items()}
+        assert self.joint is not None and self.adapters is not None
+        real = len(batch.weights) - batch.filling
+        with torch.autocast(batch.weights.device.type, enabled=False):
+            refined = self.adapters(features)
+            if real:
+                found = self.joint.losses(*({b: x[:real] for b, x in of.items()} for of in (features, refined)))
+                losses = {name: loss * batch.weights.sum() for name, loss in found.items()}
+            else:
+                zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+                losses = dict.fromkeys(self.joint.weights, zero)
+        self.adapter_losses = losses
+        return Tokens(refined, refined)
 
 
 def _reads(kind: type[Projection], block: int) -> range:

@@ -48,12 +48,13 @@ def train(
         meter(settings.section, settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
-        for step, stored in enumerate(on_device(batches, accelerator.device, m), start=first):
+        for step, batch in enumerate(on_device(batches, accelerator.device, m), start=first):
             going = [t for t in student_runs if t.first_step <= step and not t.ended]
-            given = load.batches(stored, [t.student for t in going])
-            for student_run, batch in zip(going, given, strict=True):
+            if len(going) > 1:
+                batch = going[0].learner.decoded(batch)  # once for all of them
+            for student_run in going:
                 with ranks.together():
-                    student_run.update(step, per_epoch, batch, accelerator)
+                    student_run.update(batch, per_epoch, accelerator)
             m.advance(seen(step + 1) - seen(step), _note(going))
             ranks.step(f"step {step + 1}")
 
