@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -88,14 +88,6 @@ class ByteRanges(Protocol):
         """Read ranges of bytes into a given array."""
 
 
-class Chunks(NamedTuple):
-    """Where records are stored: numbers of their Zarr shards, offsets in these, lengths in bytes; (n,) int64 each."""
-
-    shards: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-
-
 class ZarrArray:
     """One array of a segment, read by record. It is safe to share between threads.
 
@@ -121,17 +113,20 @@ class ZarrArray:
         self._places = None if form is not None else np.empty((records, 2), np.int64)
         self._lock = threading.Lock()
 
-    def find(self, records: np.ndarray) -> Chunks:
-        """Find where some records are stored. Raises UserError if the index of a Zarr shard is damaged."""
+    def find(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the Zarr shards of some records, their offsets in these, and their lengths in bytes, (n,) int64 each.
+
+        Raises UserError if the index of a Zarr shard is damaged.
+        """
         shards, within = np.divmod(records, self._shard_records)
         if not self._known[shards].all():
             with self._lock:
                 self._read_indices(np.unique(shards[~self._known[shards]]))
         if self._places is None:
-            return Chunks(shards, within * self.record_size, np.full(len(records), self.record_size))
+            return shards, within * self.record_size, np.full(len(records), self.record_size)
         found = self._places[records]
         head = _STRING.size if self.form is None else 0
-        return Chunks(shards, found[:, 0] + head, found[:, 1] - head)
+        return shards, found[:, 0] + head, found[:, 1] - head
 
     @cached_property
     def record_size(self) -> int:
@@ -188,11 +183,11 @@ def read_arrays(groups: Sequence[tuple[ZarrArray, np.ndarray, np.ndarray]], coun
         starts = np.arange(count) * groups[0][0].record_size
     else:
         lengths = np.empty(count, np.int64)
-        for _, chunks, places in found:
-            lengths[places] = chunks.lengths
+        for _, (_, _, own), places in found:
+            lengths[places] = own
         out = empty((int(lengths.sum()),), "uint8")
         starts = np.cumsum(lengths) - lengths
     flat = out.numpy().reshape(-1).view(np.uint8)
-    for array, chunks, places in found:
-        array.store.read_ranges(Ranges(array.files, *chunks, flat, starts[places]))
+    for array, where, places in found:
+        array.store.read_ranges(Ranges(array.files, *where, flat, starts[places]))
     return out if form is not None else Ragged(out, torch.from_numpy(lengths))

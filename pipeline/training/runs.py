@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -27,7 +28,7 @@ from pipeline.training.best import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut, Split, split_images
-from pipeline.training.joint_training import JointTraining, new_joint
+from pipeline.training.joint_training import new_joint
 from pipeline.training.other_views import OtherViews
 from pipeline.training.prepared import Prepared, say_continued
 from pipeline.training.run_directory import (
@@ -83,30 +84,13 @@ class NewStudent:
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
         set_seed(settings.seed)
-        t, loaded = sources[0].cache.manifest.teacher, sources[0].cache.teacher_config(job.config.teacher.weights)
-        width = t.width_of(sources[0].cache.blocks[-1])
-        self.student: Backbone = new_student(job.config.student, t.image_size, job.module, width)
-        origin = TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
-        start_student(self.student, job.config.student, origin)
+        self.student = self._started()
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         check_trackers(settings)
-        joint: JointTraining | None = None
         self.fresh: Refiner | None = None
-        texts = read_matrix(settings.texts) if settings.texts is not None else None
-        branches = []
-        objectives = settings.objectives_of(len(sources))
-        for source, refiner, wanted in zip(sources, refiners, objectives, strict=True):
-            cache = source.cache
-            matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device, texts)
-            if settings.joint:
-                joint, self.fresh = new_joint(cache, job.config.refine, device)
-            weight = settings.kd_weight * source.weight
-            teaching = Teaching(wanted, settings.projector, settings.block_weights, weight, source.name)
-            whole = settings.token_share == 1
-            branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
+        branches = self._branches(refiners, device)
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.token_share < 1:
             self.distiller.drop_patches(settings)
@@ -121,6 +105,31 @@ class NewStudent:
         self.prepared = Prepared(
             self.student, self.distiller, job.config, settings, job.out, len(self.held_out) > 0, accelerator
         )
+
+    def _started(self) -> Backbone:
+        """Build the student, and start it as student.init says, at first from the first teacher."""
+        config, cache = self.job.config, self.sources[0].cache
+        t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
+        student = new_student(config.student, t.image_size, self.job.module, t.width_of(cache.blocks[-1]))
+        start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
+        return student
+
+    def _branches(self, refiners: Sequence[Refiner | None], device: torch.device) -> list[TeacherBranch]:
+        """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training."""
+        settings = self.job.config.distill
+        texts = read_matrix(settings.texts) if settings.texts is not None else None
+        objectives, joint, branches = settings.objectives_of(len(self.sources)), None, []
+        for source, refiner, wanted in zip(self.sources, refiners, objectives, strict=True):
+            cache = source.cache
+            matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
+            targets = Targets(cache, refiner, self.student, device, texts)
+            if settings.joint:
+                joint, self.fresh = new_joint(cache, self.job.config.refine, device)
+            weight = settings.kd_weight * source.weight
+            teaching = Teaching(wanted, settings.projector, settings.block_weights, weight, source.name)
+            whole = settings.token_share == 1
+            branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
+        return branches
 
     @property
     def taught(self) -> list[TeacherLink]:
@@ -191,7 +200,7 @@ def run_jobs(
         m = train(student_runs, load, accelerator, held_out)
     results = {}
     for new, student_run in zip(made, student_runs, strict=True):
-        results[new.job.out] = result = describe(new, student_run, m)
+        results[new.job.out] = result = result_of(new, student_run, m)
         with ranks.together():
             student, trained = student_run.kept_states or new.prepared.states()
         if accelerator.is_main_process:
@@ -212,7 +221,7 @@ def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
         )
 
 
-def describe(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
+def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
     job = new.job
     first, *others = new.taught
