@@ -12,10 +12,10 @@ from pipeline.cache import Cache
 from pipeline.stages.distill import distill, fan_out
 from pipeline.students.new import new_student
 from pipeline.training import runs
-from pipeline.training.checkpoint import read_log
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut
 from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets

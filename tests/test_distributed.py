@@ -19,8 +19,9 @@ from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
-from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_fsdp
+from pipeline.training.run_log import read_log
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -27,9 +27,10 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.finetune import finetune
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch import Batch
-from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.labelled import LabelledLoader, views_of
 from pipeline.training.mixing import Mixing
+from pipeline.training.run_log import read_log
 from singer.errors import UserError
 
 WEIGHTS = "student/model.safetensors"

@@ -17,8 +17,8 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.checkpoint import read_log
 from pipeline.training.other_views import OtherViews
+from pipeline.training.run_log import read_log
 from pipeline.training.runs import NewStudent, StudentSpec
 from singer.backbones import block_outputs
 from singer.errors import UserError

@@ -18,7 +18,7 @@ from pipeline.stages.refine import refine
 from pipeline.storage.json_files import read_json
 from pipeline.training import adapter_fit
 from pipeline.training.adapter_fit import batch_order
-from pipeline.training.checkpoint import read_log
+from pipeline.training.run_log import read_log
 from pipeline.training.stored_refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
 from singer.cleaners import Shape

@@ -21,9 +21,10 @@ from pipeline.stages.export import export
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
-from pipeline.training.checkpoint import Checkpoint, read_log
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distiller import Distiller
 from pipeline.training.run_directory import load_result
+from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets

@@ -15,7 +15,7 @@ from pipeline.reports.html import as_svg
 from pipeline.reports.measurements import Measurement
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
-from pipeline.training.checkpoint import read_log
+from pipeline.training.run_log import read_log
 
 # These colours have a middle lightness, so that they are legible on white and on black.
 COLOURS = ("#3b82f6", "#e8590c", "#2b9a66", "#9d5cf0", "#d6409f", "#0e9aa7", "#a08300", "#e5484d")

@@ -18,7 +18,8 @@ from pipeline.config import RefineConfig
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
-from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.run_log import RunLog
 from singer.adapter_losses import COUPLED, RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
 from singer.cleaners import Adapter

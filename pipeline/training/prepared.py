@@ -12,12 +12,13 @@ from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
 from pipeline.runtime.progress import say
 from pipeline.training.best import Best, State
-from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.compiling import StepModel
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner
 from pipeline.training.parameter_groups import decay_groups
 from pipeline.training.run_directory import CHECKPOINT, LOG
+from pipeline.training.run_log import RunLog
 from pipeline.training.student_run import StudentRun
 from pipeline.training.trackers import Tracking
 

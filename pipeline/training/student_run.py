@@ -19,9 +19,10 @@ from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
 from pipeline.training.best import Best, State
-from pipeline.training.checkpoint import Checkpoint, RunLog
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.compiling import StepModel
 from pipeline.training.learner import Learner
+from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import learning_rate, peak_rate
 from pipeline.training.trackers import Tracking
 from singer.errors import UserError
