@@ -30,6 +30,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
+from pipeline.runtime.buffers import moved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
@@ -109,7 +110,9 @@ class Chain:
                 pixels = cache.pixels(records, new.student.image_size, images)
                 features = teach(pixels) if online else cache.features(records, DEVICE)
                 weights, labels = torch.full((size,), 1 / size).to(DEVICE), torch.full((size,), -1).to(DEVICE)
-                losses = new.distiller(Batch({new.student.image_size: pixels}, [Decoded(features)], weights, labels))
+                losses = new.distiller(
+                    Batch({new.student.image_size: moved(pixels, DEVICE)}, [Decoded(features)], weights, labels)
+                )
                 optimiser.zero_grad(set_to_none=True)
                 torch.stack(list(losses.values())).sum().backward()
                 optimiser.step()
