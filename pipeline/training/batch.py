@@ -26,11 +26,11 @@ class Batch:
     """What one process trains on in one step.
 
     pixels: {size: (n, height, width, 3)}, 0 to 255, at the image size of every student, uint8 unless they are mixed;
-    features: those of each teacher, as they are stored until a step decodes them; weights: (n,), the weight of each record in the mean; labels: (n,) int64,
-    negative where there is none, or (n, classes), shares of classes; filling: how many records at the end only fill up
-    and have weight 0; places: (n, 2, 5), where each view is, and the other one whose patches teach it
-    (distill.overlap), None if each teaches itself: the features of the other views follow as n further records;
-    step: its number in the whole training.
+    features: those of each teacher, as they are stored until a step decodes them; weights: (n,), the weight of each
+    record in the mean; labels: (n,) int64, negative where there is none, or (n, classes), shares of classes; filling:
+    how many records at the end only fill up and have weight 0; places: (n, 2, 5), where each view is, and the other one
+    whose patches teach it (distill.overlap), None if each teaches itself: the features of the other views follow as n
+    further records; step: its number in the whole training.
     """
 
     pixels: dict[ImageSize, Tensor]
