@@ -71,19 +71,17 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     create.create_segments(config, index_images(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)
-    rows = Rows.of(manifest, images)
-    encode = Encoder(manifest, rows, calibration_on(part, extract.device))
     turn = max(1, options.images // manifest.shard_records)
     groups = [range(n, n + turn) for n in range(0, manifest.zarr_shards - turn + 1, turn)]
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
-            read = RowReader(rows, files, manifest.view_form, encode.sizes, "fail")
+            read = RowReader(Rows.of(manifest, images), files, manifest, "fail")
             size = config.cache.views_at_once
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]
-            for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers):
-                extract.features(batch.pixels[manifest.teacher.image_size], manifest.blocks, batch.copies)
+            for batch in prefetch(read, batches, config.cache.workers):
+                extract.features(batch.pixels, manifest.blocks, batch.copies)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
 
@@ -125,7 +123,8 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
                 views: Stored = {VIEWS: torch.from_numpy(found)}
-                write({BLOCK: features[batch % len(features)]}, ViewBatch(rows, {}, found, {}, beside=views))
+                no_pixels = torch.empty(0)
+                write({BLOCK: features[batch % len(features)]}, ViewBatch(rows, no_pixels, found, {}, None, views))
 
     return seconds(store_all)
 

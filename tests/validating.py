@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.manifest import view_form
+from pipeline.cache.append import Addition
+from pipeline.cache.create import new_manifest
+from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.rows import RowReader, Rows
-from pipeline.config import ViewsConfig
+from pipeline.config import load_config
 from pipeline.data import ImageFile, Images, OnError
 from pipeline.runtime.prefetch import prefetch
 
@@ -21,9 +23,13 @@ class Validated:
 
 
 def validate_images(images: Images, workers: int, on_error: OnError) -> Validated:
-    rows = Rows(images, 0, 1, ViewsConfig())
+    teacher = TeacherManifest(
+        name="none", architecture="none", model_args={}, weights="", depth=1, width=1, prefix_tokens=0,
+        class_token=False, grid=(1, 1), image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3, precision="no",
+    )  # fmt: skip
+    manifest = new_manifest(load_config(), Addition((0,), images, 0, 1), teacher)
     with ImageFile(images) as files:
-        read = RowReader(rows, files, view_form(False), {4}, on_error)
+        read = RowReader(Rows.of(manifest, images), files, manifest, on_error)
         seen = list(prefetch(read, np.array_split(np.arange(len(images)), -(-len(images) // 8)), workers))
     found = np.concatenate([s.found for s in seen])
     broken = {images.keys[n]: reason for s in seen for n, reason in s.unreadable.items()}

@@ -90,7 +90,7 @@ def build_segment(
     unknown = [b for b in manifest.blocks if b not in calibration]
     rows = Rows.of(manifest, addition.images, segments)
     with ImageFile(addition.images) as files:
-        read = RowReader(rows, files, manifest.view_form, {extract.teacher.image_size}, config.cache.on_error)
+        read = RowReader(rows, files, manifest, config.cache.on_error, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):

@@ -106,7 +106,7 @@ class Extractor:
             broken |= views.unreadable
             good = views.found["width"] > 0
             if good.any():
-                pixels = views.pixels[self.teacher.image_size][torch.from_numpy(good)]
+                pixels = views.pixels[torch.from_numpy(good)]
                 copies = None if views.copies is None else views.copies[torch.from_numpy(good)]
                 outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks, copies).items()})
                 check_finite(outputs[-1], batch[good], rows.key)

@@ -88,9 +88,8 @@ def fill(
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         writing(segment, encode) as write,
     ):
-        read = RowReader(rows, files, manifest.view_form, encode.sizes, config.cache.on_error)
-        for batch in prefetch(lambda records: encode.load(read, records), batches, config.cache.workers, m):
-            pixels = batch.pixels[manifest.teacher.image_size]
-            write(extract.features(pixels, manifest.blocks, batch.copies), batch)
+        read = RowReader(rows, files, manifest, config.cache.on_error)
+        for batch in prefetch(read, batches, config.cache.workers, m):
+            write(extract.features(batch.pixels, manifest.blocks, batch.copies), batch)
             m.advance(len(batch.records))
     return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

@@ -1,7 +1,7 @@
 """Read the records of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.cache.format import PIXELS, POSITIONS, VIEWS
 from pipeline.cache.index import Index
 from pipeline.cache.manifest import Manifest
+from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, Images, OnError, image_digest, listing_hash, one_line
 from pipeline.data.decoder_warnings import warnings_of
-from pipeline.data.views import View, apply_view, draw_copies, draw_view
+from pipeline.data.views import View, apply_view, draw_copies, draw_positions, draw_view
 from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
@@ -99,38 +101,40 @@ def drawn_as(views: dict[str, Any]) -> ViewsConfig:
 class ViewBatch:
     """The views of some records, as they were read.
 
-    pixels: {size: (n, height, width, 3) uint8}, black where an image cannot be decoded; found: (n,) of dtype
+    pixels: (n, height, width, 3) uint8 for the teacher, black where an image cannot be decoded; found: (n,) of dtype
     Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies: see Rows.copies; beside: what is stored
-    beside the features, once Encoder.load has added it.
+    beside the features.
     """
 
     records: np.ndarray
-    pixels: dict[ImageSize, Tensor]
+    pixels: Tensor
     found: np.ndarray
     unreadable: dict[int, str]
-    copies: Tensor | None = None
-    beside: Stored = field(default_factory=dict)
+    copies: Tensor | None
+    beside: Stored
 
 
 class RowReader:
     """Read records. An image is read, hashed and decoded once for all of its requested views and sizes.
 
-    form: Manifest.view_form; sizes: those of the views, in pixels.
+    beside: whether batches have what is stored beside the features.
     """
 
     def __init__(
-        self, rows: Rows, files: ImageFile, form: np.dtype[np.void], sizes: set[ImageSize], on_error: OnError
+        self, rows: Rows, files: ImageFile, manifest: Manifest, on_error: OnError, *, beside: bool = True
     ) -> None:
-        self.rows, self._files, self._form = rows, files, form
-        self._sizes, self._on_error = sizes, on_error
+        self.rows, self._files, self._manifest = rows, files, manifest
+        self._on_error, self._beside = on_error, beside
 
     def __call__(self, records: np.ndarray) -> ViewBatch:
         """Read some records.
 
         Raises UserError for an image that has changed and, unless on_error is "skip", for an image that is broken.
         """
-        views = {size: np.zeros((len(records), *Size.of(size), 3), np.uint8) for size in self._sizes}
-        found = np.zeros(len(records), self._form)
+        wanted, stored = self._manifest.teacher.image_size, self._manifest.pixels
+        sizes = {wanted, stored.size} if self._beside and stored is not None else {wanted}
+        views = {size: np.zeros((len(records), *Size.of(size), 3), np.uint8) for size in sizes}
+        found = np.zeros(len(records), self._manifest.view_form)
         unreadable: dict[int, str] = {}
         last, picture = -1, None
         for place, record in enumerate(records.tolist()):
@@ -147,8 +151,23 @@ class RowReader:
                 found[place]["color"] = view.color
             for size, pixels in views.items():
                 pixels[place] = apply_view(picture, view, size)
-        pixels_of = {size: torch.from_numpy(pixels) for size, pixels in views.items()}
-        return ViewBatch(records, pixels_of, found, unreadable, self.rows.copies(records))
+        beside = self._stored(records, found, views) if self._beside else {}
+        copies = self.rows.copies(records)
+        return ViewBatch(records, torch.from_numpy(views[wanted]), found, unreadable, copies, beside)
+
+    def _stored(self, records: np.ndarray, found: np.ndarray, views: Mapping[ImageSize, np.ndarray]) -> Stored:
+        """Return what is stored of some records beside their features."""
+        manifest, pixels = self._manifest, self._manifest.pixels
+        stored: Stored = {VIEWS: torch.from_numpy(found.view(np.uint8).reshape(len(records), -1))}
+        if pixels is not None:
+            small = views[pixels.size]
+            stored[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
+        if manifest.sampled:
+            seed, patches, count = manifest.views["seed"], manifest.teacher.patches, manifest.stored_patches
+            numbers = ((self.rows.key(r), self.rows.number(r)) for r in records.tolist())
+            drawn = [draw_positions(seed, key, number, patches, count) for key, number in numbers]
+            stored[POSITIONS] = torch.from_numpy(np.stack(drawn))
+        return stored
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
         """Return image `number` as RGB, or None if it is broken, and its digest."""
