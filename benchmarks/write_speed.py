@@ -28,12 +28,12 @@ from torch import Tensor
 from pipeline.cache import create
 from pipeline.cache.background_writer import writing
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
 from pipeline.cache.rows import RowReader, Rows, ViewBatch
+from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import read_segments
 from pipeline.cache.stored import Stored
 from pipeline.config import load_config
@@ -111,14 +111,10 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
     store = LocalStore(folder)
     create_synthetic(store, manifest)
     (part,) = read_segments(store)
-    encode = Encoder(
-        manifest,
-        Rows.of(manifest, read_images(store, manifest.data.decoding)),
-        calibration_on(part, torch.device("cpu")),
-    )
+    calibration = read_calibration(part)
 
     def store_all() -> None:
-        with writing(part, encode) as write:
+        with writing(part, calibration, str) as write:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
                 found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)

@@ -7,13 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.encode import Encoder
+from pipeline.cache.calibration import Calibration, few_records
+from pipeline.cache.codecs import CODECS, naming_block
+from pipeline.cache.extract import check_finite
+from pipeline.cache.format import FEATURES, POSITIONS
 from pipeline.cache.rows import ViewBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.writer import write_zarr_shard
 from pipeline.runtime.background import BackgroundWorker
 from pipeline.runtime.buffers import empty
+from singer.tokens import take_patches
 
 
 class Gathered:
@@ -77,14 +81,19 @@ class SideStream:
 
 
 @contextmanager
-def writing(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
+def writing(
+    segment: Segment, calibration: Mapping[int, Calibration], key: Callable[[int], str]
+) -> Iterator[Callable[[dict[int, Tensor], ViewBatch], None]]:
     """Give a function to call with the features of every batch, in order.
 
+    calibration: {block: its calibration}, on the device of the features; key: record -> the key of its image.
     All records of a batch are in one Zarr shard. Background workers encode a batch and write a Zarr shard while the
     teacher computes the next batch. At the end of the `with` block, all Zarr shards that got their last record have
-    been written. An error in encoding or writing is raised by one of the next calls, or at the end of the block.
+    been written. An error in encoding or writing is raised by one of the next calls, or at the end of the block, such
+    as UserError naming the image's key for a NaN or Inf.
     """
     manifest = segment.manifest
+    codec, prefix = CODECS[manifest.codec], manifest.teacher.prefix_tokens
     gathered: Gathered | None = None
     side = SideStream()
 
@@ -96,8 +105,20 @@ def writing(segment: Segment, encode: Encoder) -> Iterator[Callable[[dict[int, T
             gathered = Gathered(manifest.arrays(), stop - start)
         gathered.unreadable |= batch.unreadable
         with side.after(computed, features):
-            for name, values in encode(features, batch):
+            for name, values in batch.beside.items():
                 gathered.add(name, values)
+            positions = batch.beside.get(POSITIONS)
+            for block, x in features.items():
+                done = 0
+                for few in few_records(x):
+                    own = slice(done, done := done + len(few))
+                    check_finite({block: few}, batch.records[own], key)
+                    if isinstance(positions, Tensor):
+                        few = take_patches(few, prefix, positions[own])
+                    with naming_block(block):
+                        stored = codec.encode(few, calibration[block])
+                    for part, values in stored.items():
+                        gathered.add(f"{FEATURES}/{block}/{part}", values)
         if batch.records[-1] == stop - 1:
             write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None

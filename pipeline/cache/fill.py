@@ -9,11 +9,11 @@ from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.background_writer import writing
 from pipeline.cache.completion import complete_segment
-from pipeline.cache.encode import Encoder, calibration_on
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
 from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segments_of
 from pipeline.data import ImageFile, Spec, relocate
 from pipeline.runtime.prefetch import prefetch
@@ -74,7 +74,7 @@ def fill(
     rows = Rows.of(manifest, located, takewhile(lambda s: s.name != segment.name, segments))
     rows = rows if digests is None else replace(rows, digests=digests)
     config, accelerator = extract.config, extract.accelerator
-    encode = Encoder(manifest, rows, calibration_on(segment, extract.device))
+    calibration = read_calibration(segment, extract.device)
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.views_at_once
     ranges = [manifest.zarr_shard_range(shard) for shard in own]
@@ -86,7 +86,7 @@ def fill(
     with (
         ImageFile(located) as files,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
-        writing(segment, encode) as write,
+        writing(segment, calibration, rows.key) as write,
     ):
         read = RowReader(rows, files, manifest, config.cache.on_error)
         for batch in prefetch(read, batches, config.cache.workers, m):

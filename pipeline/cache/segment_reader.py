@@ -1,6 +1,7 @@
 """Read the arrays of a segment: some of its records, in any order, in their stored form."""
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
@@ -65,15 +66,15 @@ def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Inde
     return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
 
 
-def read_calibration(segment: Segment) -> dict[int, Calibration]:
-    """Read {block: calibration} of a segment. Raises UserError if its file is damaged."""
+def read_calibration(segment: Segment, device: torch.device | str = "cpu") -> dict[int, Calibration]:
+    """Read {block: calibration} of a segment, on a device. Raises UserError if its file is damaged."""
     file = f"{segment.store.url}/{CALIBRATION}"
     tensors = parse_tensors(segment.store.read(CALIBRATION), file)
     try:
         return {
             block: Calibration.from_tensors(
                 {n.removeprefix(f"{block}."): t for n, t in tensors.items() if n.startswith(f"{block}.")}
-            )
+            ).to(device)
             for block in segment.manifest.blocks
         }
     except KeyError as error:

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.encode import calibration_on
 from pipeline.cache.extract import Extractor, check_finite
 from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
 from pipeline.cache.rows import copies_of
-from pipeline.cache.segment_reader import SegmentReader, read_rows
+from pipeline.cache.segment_reader import SegmentReader, read_calibration, read_rows
 from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
 from pipeline.cache.verify.files import within
@@ -127,7 +126,8 @@ def check_live(
     if not len(records):
         return None
     located = accepted(relocate(index.images, images))
-    codec, calibration, prefix = CODECS[manifest.codec], calibration_on(segment, device), manifest.teacher.prefix_tokens
+    codec, prefix = CODECS[manifest.codec], manifest.teacher.prefix_tokens
+    calibration = read_calibration(segment, device)
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
     cosines = []
     with ImageFile(located) as files, meter("live check", len(records), "records") as m:
