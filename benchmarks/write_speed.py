@@ -32,7 +32,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows, ViewBatch
+from pipeline.cache.rows import RowReader, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import read_segments
 from pipeline.cache.stored import Stored
@@ -76,7 +76,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
-            read = RowReader(Rows.of(manifest, images), files, manifest, "fail")
+            read = RowReader(files, manifest, "fail")
             size = config.cache.views_at_once
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]

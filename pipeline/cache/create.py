@@ -13,7 +13,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import fidelity
-from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
@@ -88,9 +88,8 @@ def build_segment(
         calibration |= read_calibration(segment)
         measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
-    rows = Rows.of(manifest, addition.images, segments)
     with ImageFile(addition.images) as files:
-        read = RowReader(rows, files, manifest, config.cache.on_error, beside=False)
+        read = RowReader(files, manifest, config.cache.on_error, segments, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):

@@ -96,9 +96,8 @@ class Extractor:
         """
         if not blocks:
             return {}
-        rows, settings = read.rows, self.config.cache
-        count = min(_CALIBRATION_RECORDS, len(rows))
-        records = np.linspace(0, len(rows) - 1, count).round().astype(np.int64)
+        settings, count = self.config.cache, min(_CALIBRATION_RECORDS, len(read))
+        records = np.linspace(0, len(read) - 1, count).round().astype(np.int64)
         batches = np.array_split(records, -(-count // settings.views_at_once))
         outputs: list[dict[int, Tensor]] = []
         broken: dict[int, str] = {}
@@ -109,10 +108,10 @@ class Extractor:
                 pixels = views.pixels[torch.from_numpy(good)]
                 copies = None if views.copies is None else views.copies[torch.from_numpy(good)]
                 outputs.append({b: x.cpu() for b, x in self.features(pixels, blocks, copies).items()})
-                check_finite(outputs[-1], batch[good], rows.key)
+                check_finite(outputs[-1], batch[good], read.key)
         if not outputs:
             first, why = next(iter(broken.items()))
-            key = rows.images.keys[first]
+            key = read.images.keys[first]
             raise UserError(f"none of {count} sampled images can be decoded; the first is {key!r}: {why}")
         return {b: torch.cat([o[b] for o in outputs]) for b in blocks}
 

@@ -12,7 +12,7 @@ from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, Rows
+from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segments_of
 from pipeline.data import ImageFile, Spec, relocate
@@ -71,9 +71,9 @@ def fill(
     manifest = segment.manifest
     listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
     located = relocate(listed, images)
-    rows = Rows.of(manifest, located, takewhile(lambda s: s.name != segment.name, segments))
-    rows = rows if digests is None else replace(rows, digests=digests)
-    config, accelerator = extract.config, extract.accelerator
+    config, accelerator, files = extract.config, extract.accelerator, ImageFile(located)
+    earlier = takewhile(lambda s: s.name != segment.name, segments)
+    read = RowReader(files, manifest, config.cache.on_error, earlier, digests)
     calibration = read_calibration(segment, extract.device)
     own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.views_at_once
@@ -84,11 +84,10 @@ def fill(
         say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
-        ImageFile(located) as files,
+        files,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
-        writing(segment, calibration, rows.key) as write,
+        writing(segment, calibration, read.key) as write,
     ):
-        read = RowReader(rows, files, manifest, config.cache.on_error)
         for batch in prefetch(read, batches, config.cache.workers, m):
             write(extract.features(batch.pixels, manifest.blocks, batch.copies), batch)
             m.advance(len(batch.records))
