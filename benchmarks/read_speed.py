@@ -123,30 +123,31 @@ def write_synthetic(folder: Path, manifest: Manifest) -> None:
         stored.append(CODECS[manifest.codec].encode(x, calibration))
     for shard in range(manifest.zarr_shards):
         start, stop = manifest.zarr_shard_range(shard)
-        values = {
+        values: Stored = {
             f"{FEATURES}/{BLOCK}/{name}": first_rows([s[name] for s in stored], stop - start) for name in stored[0]
         }
         if manifest.pixels is not None:
-            values[PIXELS] = np.full((stop - start, *Size.of(manifest.pixels.size), 3), shard % 256, np.uint8)
+            form = stop - start, *Size.of(manifest.pixels.size), 3
+            values[PIXELS] = torch.full(form, shard % 256, dtype=torch.uint8)
         values[VIEWS] = synthetic_views(manifest, start, stop)
         write_zarr_shard(store, manifest, shard, values, {})
     (part,) = read_segments(store)
     complete_segment(part)
 
 
-def synthetic_views(manifest: Manifest, start: int, stop: int) -> np.ndarray:
+def synthetic_views(manifest: Manifest, start: int, stop: int) -> Tensor:
     """Return the stored views of some records: each is a whole image of 16 x 16 pixels."""
     found = np.zeros(stop - start, manifest.view_form)
     found["digest"], found["width"], found["height"] = np.arange(start, stop), 16, 16
     found["box"] = 0, 0, 1, 1
-    return found.view(np.uint8).reshape(len(found), -1)
+    return torch.from_numpy(found.view(np.uint8).reshape(len(found), -1))
 
 
-def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> np.ndarray | Ragged:
+def first_rows(parts: Sequence[Tensor | Ragged], count: int) -> Tensor | Ragged:
     """Return the first rows of parts that are joined."""
     ragged = [p for p in parts if isinstance(p, Ragged)]
     if not ragged:
-        return torch.cat([p for p in parts if isinstance(p, Tensor)])[:count].numpy()
+        return torch.cat([p for p in parts if isinstance(p, Tensor)])[:count]
     whole = Ragged.cat(ragged)
     lengths = whole.lengths[:count]
     return Ragged(whole.data[: int(lengths.sum())], lengths)

@@ -35,7 +35,6 @@ from pipeline.cache.index import read_images
 from pipeline.cache.rows import RowReader, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import read_segments
-from pipeline.cache.stored import Stored
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.runtime.devices import make_accelerator
@@ -117,10 +116,9 @@ def from_memory(codec: str, width: int, features: Sequence[Tensor], folder: Path
         with writing(part, calibration, str) as write:
             for batch in range(shards * len(features)):
                 rows = np.arange(batch * BATCH, (batch + 1) * BATCH)
-                found = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
-                views: Stored = {VIEWS: torch.from_numpy(found)}
-                no_pixels = torch.empty(0)
-                write({BLOCK: features[batch % len(features)]}, ViewBatch(rows, no_pixels, found, {}, None, views))
+                views = synthetic_views(manifest, int(rows[0]), int(rows[-1]) + 1)
+                read = ViewBatch(rows, torch.empty(0), views.numpy(), {}, None, {VIEWS: views})
+                write({BLOCK: features[batch % len(features)]}, read)
 
     return seconds(store_all)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, POSITIONS
 from pipeline.cache.rows import ViewBatch
 from pipeline.cache.segments import Segment
-from pipeline.cache.stored import Fixed, Ragged
+from pipeline.cache.stored import Fixed, Ragged, Stored
 from pipeline.cache.writer import write_zarr_shard
 from pipeline.runtime.background import BackgroundWorker
 from pipeline.runtime.buffers import empty
@@ -43,11 +42,11 @@ class Gathered:
         # To pinned memory, a copy is only started; see SideStream.
         self._fixed[name][start : self._filled[name]].copy_(values, non_blocking=True)
 
-    def whole(self) -> dict[str, np.ndarray | Ragged]:
+    def whole(self) -> Stored:
         """Return {array: its values}, once all records have been added."""
         ragged = {name: Ragged.cat(strings) for name, strings in self._ragged.items()}
         assert {*self._filled.values(), *(len(r.lengths) for r in ragged.values())} == {self._records}
-        return {name: values.numpy() for name, values in self._fixed.items()} | ragged
+        return {**self._fixed, **ragged}
 
 
 class SideStream:

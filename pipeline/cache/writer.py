@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
 from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, MANIFEST, TAIL, journal_file, zarr_shard_file
 from pipeline.cache.index import image_bytes
 from pipeline.cache.manifest import Manifest
-from pipeline.cache.stored import Ragged
+from pipeline.cache.stored import Ragged, Stored
 from pipeline.cache.zarr_shards import array_metadata, pack_zarr_shard
 from pipeline.data import Images
 from pipeline.storage import Store
@@ -72,7 +71,7 @@ def write_zarr_shard(
     store: Store,
     manifest: Manifest,
     shard: int,
-    values: Mapping[str, np.ndarray | Ragged],
+    values: Stored,
     unreadable: Mapping[int, str],
 ) -> None:
     """Store one whole Zarr shard and journal it.

@@ -55,7 +55,7 @@ def array_metadata(arrays: dict[str, Fixed | None], records: int, shard_records:
     return {name: buffer.to_bytes() for name, buffer in sorted(contents.items())}
 
 
-def pack_zarr_shard(values: np.ndarray | Ragged, shard_records: int) -> list[bytes | memoryview]:
+def pack_zarr_shard(values: Tensor | Ragged, shard_records: int) -> list[bytes | memoryview]:
     """Return the bytes of a Zarr shard with these records, in pieces: payload, index, checksum of the index."""
     payload: list[bytes | memoryview]
     if isinstance(values, Ragged):
@@ -67,9 +67,9 @@ def pack_zarr_shard(values: np.ndarray | Ragged, shard_records: int) -> list[byt
             payload += [_STRING.pack(1, length), strings[start : start + length]]
         sizes = values.lengths.numpy() + _STRING.size
     else:
-        values = np.ascontiguousarray(values)
-        payload = [values.reshape(-1).view(np.uint8).data]
-        sizes = np.full(len(values), values[0].nbytes)
+        records = np.ascontiguousarray(values.numpy())
+        payload = [records.reshape(-1).view(np.uint8).data]
+        sizes = np.full(len(records), records[0].nbytes)
     index = np.full((shard_records, 2), _MISSING, dtype="<u8")
     index[: len(sizes), 0] = np.cumsum(sizes) - sizes
     index[: len(sizes), 1] = sizes

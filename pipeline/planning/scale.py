@@ -10,7 +10,6 @@ from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
-from pipeline.cache.stored import Ragged
 from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
 from pipeline.models.backbone import Backbone
@@ -139,7 +138,6 @@ class Scale:
         size = 0.0
         for few in few_records(x):
             for values in CODECS[codec].encode(few, self._calibration[block]).values():
-                on_host = values.to("cpu") if isinstance(values, Ragged) else values.cpu().numpy()
-                pieces = pack_zarr_shard(on_host, len(few))
+                pieces = pack_zarr_shard(values.to("cpu"), len(few))
                 size += sum(map(len, pieces)) - _END_OF_SHARD
         return size / len(x)
