@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
 from typing import TypeVar
 
 from pipeline.runtime.progress import Meter
@@ -24,24 +26,19 @@ def prefetch(
     The meter counts the time spent on waiting. An exception in `load` is raised in place of its batch.
     """
     ahead: deque[Future[Batch]] = deque()
+    left = iter(items)
     most = 2 * workers if most is None else most
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
         try:
-            for item in items:
-                ahead.append(pool.submit(load, item))
-                if len(ahead) > most:
-                    yield _take(ahead, meter)
-            while ahead:
-                yield _take(ahead, meter)
+            while True:
+                ahead.extend(pool.submit(load, item) for item in islice(left, most + 1 - len(ahead)))
+                if not ahead:
+                    return
+                current().beat()
+                with nullcontext() if meter is None else meter.waiting():
+                    ahead[0].exception()  # waits, and raises nothing yet
+                # No name holds the batch, so that its memory is free as soon as the caller has done with it.
+                yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()
-
-
-def _take(ahead: deque[Future[Batch]], meter: Meter | None) -> Batch:
-    current().beat()
-    future = ahead.popleft()
-    if meter is None:
-        return future.result()
-    with meter.waiting():
-        return future.result()
