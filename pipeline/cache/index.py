@@ -1,9 +1,9 @@
 """Read and write the index of a cache, which says which image and which view each record is."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,20 @@ def read_images(store: Store, decoding: Decoding) -> Images:
     """
     with _reading(store, IMAGES) as (columns, about):
         listing = json.loads(about["listing"])
-        skipped = tuple(Skipped(**entry) for entry in listing["skipped"])
-        classes = tuple(map(str, listing.get("classes", ())))
-        return replace(_images(columns, listing["shards"], decoding), skipped=skipped, classes=classes)
+        files = Keys(columns["image.file_bytes"], columns["image.file_end"]) if "image.file_end" in columns else None
+        return Images(
+            paths=tuple(map(Path, listing["shards"])),
+            container_sizes=tuple(columns["shard.size"].tolist()),
+            keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
+            labels=columns["image.label"],
+            container=columns["image.shard"],
+            offset=columns["image.offset"],
+            size=columns["image.size"],
+            skipped=tuple(Skipped(**entry) for entry in listing["skipped"]),
+            decoding=decoding,
+            files=files,
+            classes=tuple(map(str, listing.get("classes", ()))),
+        )
 
 
 def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
@@ -112,21 +123,6 @@ def read_records(store: Store, images: Images, manifest: Manifest) -> Index:
             raise ValueError(f"its columns are not those of {len(images)} images")
         color = columns.get("record.color")
         return Index(images, columns["image.digest"], image, view, columns["record.box"], columns["record.flip"], color)
-
-
-def _images(columns: Mapping[str, np.ndarray], shards: Sequence[str], decoding: Decoding) -> Images:
-    files = Keys(columns["image.file_bytes"], columns["image.file_end"]) if "image.file_end" in columns else None
-    return Images(
-        paths=tuple(map(Path, shards)),
-        container_sizes=tuple(columns["shard.size"].tolist()),
-        keys=Keys(columns["image.key_bytes"], columns["image.key_end"]),
-        labels=columns["image.label"],
-        container=columns["image.shard"],
-        offset=columns["image.offset"],
-        size=columns["image.size"],
-        decoding=decoding,
-        files=files,
-    )
 
 
 def save_columns(columns: Mapping[str, np.ndarray], about: dict[str, str] | None = None) -> bytes:
