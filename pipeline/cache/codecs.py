@@ -122,22 +122,28 @@ class Quantised:
     def encode(self, x: Tensor, calibration: Calibration) -> Stored:
         """Quantise x (n, N, d). Raises UserError if an outlier or a scale is beyond float16."""
         assert x.shape[1] <= 2**16, "positions are uint16"
-        standard = _standardise(x, calibration)
+        # Each token is standardised by its own mean and std, in memory that the codes may overwrite.
+        standard, prefix = torch.empty(x.shape, device=x.device), calibration.prefix
+        torch.sub(x[:, :prefix], calibration.prefix_mean, out=standard[:, :prefix]).div_(calibration.prefix_std)
+        torch.sub(x[:, prefix:], calibration.mean, out=standard[:, prefix:]).div_(calibration.std)
         if self.bits == 8:
             signed, scale = _uniform(standard)
             packed = signed.view(torch.uint8)
         else:
             codes, scale = lloyd_max(rotate(standard, calibration.rotation), LEVELS[self.bits])
             packed = pack(codes, self.bits)
-        if not self.outliers:
-            return {"codes": _with_scale(packed, _narrow(scale, torch.float16, x))}
-        # The norms of prefix tokens differ from those of patches, so the threshold does not apply to them. A prefix
-        # token is an outlier only if its scale is beyond float16.
-        far = ~scale.to(torch.float16).isfinite()
-        far[:, calibration.prefix :] |= ~clean_mask(patch_norms(x, calibration.prefix), calibration.threshold)
-        scale = scale.masked_fill_(far, 0).to(torch.float16)
-        codes = _with_scale(packed.masked_fill_(far.unsqueeze(-1), 0), scale)
-        return {"codes": codes, "outliers": _pack_outliers(x, far)}
+        apart: Stored = {}
+        if self.outliers:
+            # The norms of prefix tokens differ from those of patches, so the threshold does not apply to them. A prefix
+            # token is an outlier only if its scale is beyond float16.
+            far = ~scale.to(torch.float16).isfinite()
+            far[:, prefix:] |= ~clean_mask(patch_norms(x, prefix), calibration.threshold)
+            scale = scale.masked_fill_(far, 0).to(torch.float16)
+            packed.masked_fill_(far.unsqueeze(-1), 0)
+            apart["outliers"] = _pack_outliers(x, far)
+        else:
+            scale = _narrow(scale, torch.float16, x)
+        return {"codes": torch.cat([packed, scale.unsqueeze(-1).view(torch.uint8)], -1), **apart}
 
     def decode(self, stored: Mapping[str, Tensor | Ragged], calibration: Calibration) -> Tensor:
         """Return features (n, N, d) float32."""
@@ -230,18 +236,6 @@ def _uniform(standard: Tensor) -> tuple[Tensor, Tensor]:
     # The scale is rounded up to a float16 above zero, so that the largest value of a token stays within 127 steps.
     scale = (standard.abs().amax(-1) / 127 * (1 + 2**-10)).clamp_min(2**-14).to(torch.float16).float()
     return standard.div_(scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8), scale
-
-
-def _standardise(x: Tensor, calibration: Calibration) -> Tensor:
-    """Subtract the mean and divide by the std of each token; return (n, N, d) float32."""
-    standard, prefix = torch.empty(x.shape, device=x.device), calibration.prefix
-    torch.sub(x[:, :prefix], calibration.prefix_mean, out=standard[:, :prefix]).div_(calibration.prefix_std)
-    torch.sub(x[:, prefix:], calibration.mean, out=standard[:, prefix:]).div_(calibration.std)
-    return standard
-
-
-def _with_scale(packed: Tensor, scale: Tensor) -> Tensor:
-    return torch.cat([packed, scale.unsqueeze(-1).view(torch.uint8)], -1)
 
 
 def _pack_outliers(x: Tensor, far: Tensor) -> Ragged:
