@@ -34,7 +34,8 @@ def features(extract: Extractor, views: Tensor, keys: Sequence[str], number: int
     """Return {block: patches (n, rows, columns, d)} of views (n, SIZE, SIZE, 3) uint8, the `number`th of each image."""
     parts = []
     for start in range(0, len(views), BATCH):
-        copies = copies_of(0, ((key, number) for key in keys[start : start + BATCH]), extract.copying)
+        views_of = ((key, number) for key in keys[start : start + BATCH])
+        copies = copies_of(0, views_of, extract.copying) if extract.copying else None
         parts.append(extract.features(views[start : start + BATCH], BLOCKS, copies))
     prefix = extract.teacher.prefix_tokens
     return {b: torch.cat([p[b][:, prefix:] for p in parts]).unflatten(1, (GRID, GRID)) for b in BLOCKS}

@@ -78,12 +78,11 @@ def clip_norms(patches: Tensor, threshold: Tensor | float) -> Tensor:
     return clipped
 
 
-def expected_patches(patches: Tensor, threshold: Tensor | float, grid: tuple[int, int] | None) -> Tensor:
-    """Estimate each patch (B, n, d) from clean ones: x̃ if the grid is whole, else the mean of the clean patches.
+def expected_patches(patches: Tensor, clean: Tensor, threshold: Tensor | float, grid: tuple[int, int] | None) -> Tensor:
+    """Estimate each patch (B, n, d) from the clean ones (B, n): x̃ if the grid is whole, else their mean in the image.
 
     In an image without a clean patch, the estimate is the patch itself, scaled down to the threshold.
     """
-    clean = clean_mask(patches.norm(dim=-1), threshold)
     near = neighbour_mean(patches, clean, grid) if grid is not None else clean_mean(patches, clean).expand_as(patches)
     return torch.where(clean.any(1)[:, None, None], near, clip_norms(patches, threshold))
 

@@ -80,7 +80,8 @@ class Neighbour(Clip):
     def patches(self, patches: Tensor) -> Tensor:
         """Replace artifacts among patch tokens (B, patches, d) by the mean of clean neighbours."""
         clean = clean_mask(patches.norm(dim=-1), self.threshold)
-        return torch.where(clean.unsqueeze(-1), patches, expected_patches(patches, self.threshold, self.shape.grid))
+        expected = expected_patches(patches, clean, self.threshold, self.shape.grid)
+        return torch.where(clean.unsqueeze(-1), patches, expected)
 
 
 class Projector(Neighbour):

@@ -54,6 +54,7 @@ class FitContext:
         image without a clean token, it is the token scaled down to the threshold.
         """
         patches = self.patches
-        expected = expected_patches(patches, self.scale.threshold, self.grid)
-        excess = (patches - expected)[~self.clean].double()
+        clean = self.clean
+        expected = expected_patches(patches, clean, self.scale.threshold, self.grid)
+        excess = (patches - expected)[~clean].double()
         return excess.T @ excess / max(1, len(excess))

@@ -181,7 +181,7 @@ def messages() -> Iterator[None]:
 
 def targets_of(targets: Targets, encoded: Encoded) -> dict[int, torch.Tensor]:
     """Return normalised targets {block: (B, N, d)} of stored records, as a step makes them."""
-    decoded = targets.decoded(encoded)
+    decoded = targets.decode(encoded)
     return targets.target_tokens(targets.refine(decoded.blocks).normalised, decoded.positions)
 
 

@@ -1,7 +1,7 @@
 """Encode the teacher's features and write whole Zarr shards, while the teacher computes the next features."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -55,23 +55,17 @@ class SideStream:
     On one stream with the teacher, every value that encoding reads back would wait for that pass to end.
     """
 
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
-    @staticmethod
-    def computed(features: Mapping[int, Tensor]) -> "torch.cuda.Event | None":
+    def computed(self) -> torch.cuda.Event:
         """Return the event after which features are there; to be called in the thread that computes them."""
-        device = next(iter(features.values())).device
-        return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
 
     @contextmanager
-    def after(self, computed: "torch.cuda.Event | None", features: Mapping[int, Tensor]) -> Iterator[None]:
-        """Run a block on the stream once the features are computed, and wait for its end, as copies need."""
-        if computed is None:
-            yield
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(next(iter(features.values())).device)
+    def after(self, computed: torch.cuda.Event) -> Iterator[None]:
+        """Run a block on the stream once features are computed, and wait for its end, as copies need."""
         self._stream.wait_event(computed)
         with torch.cuda.stream(self._stream):
             yield
@@ -94,16 +88,17 @@ def writing(
     manifest = segment.manifest
     codec, prefix = CODECS[manifest.codec], manifest.teacher.prefix_tokens
     gathered: Gathered | None = None
-    side = SideStream()
+    device = next(iter(calibration.values())).mean.device
+    side = SideStream(device) if device.type == "cuda" else None
 
-    def add(features: dict[int, Tensor], batch: ViewBatch, computed: "torch.cuda.Event | None") -> None:
+    def add(features: dict[int, Tensor], batch: ViewBatch, computed: "torch.cuda.Event | None" = None) -> None:
         nonlocal gathered
         shard = int(batch.records[0]) // manifest.shard_records
         start, stop = manifest.zarr_shard_range(shard)
         if gathered is None:
             gathered = Gathered(manifest.arrays(), stop - start)
         gathered.unreadable |= batch.unreadable
-        with side.after(computed, features):
+        with nullcontext() if side is None or computed is None else side.after(computed):
             for name, values in batch.beside.items():
                 gathered.add(name, values)
             positions = batch.beside.get(POSITIONS)
@@ -122,5 +117,5 @@ def writing(
             write(segment.store, manifest, shard, gathered.whole(), gathered.unreadable)
             gathered = None
 
-    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as encoded:
-        yield lambda features, batch: encoded(features, batch, side.computed(features))
+    with BackgroundWorker(write_zarr_shard, "write") as write, BackgroundWorker(add, "encode") as encode:
+        yield encode if side is None else lambda features, batch: encode(features, batch, side.computed())

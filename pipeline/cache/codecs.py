@@ -147,7 +147,8 @@ class Quantised:
 
     def decode(self, stored: Mapping[str, Tensor | Ragged], calibration: Calibration) -> Tensor:
         """Return features (n, N, d) float32."""
-        stored_codes, d = _tensor(stored["codes"]), len(calibration.mean)
+        stored_codes, d = stored["codes"], len(calibration.mean)
+        assert isinstance(stored_codes, Tensor)
         packed = stored_codes[..., :-2]
         # The scales are copied because a view as float16 needs even strides.
         scale = stored_codes[..., -2:].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
@@ -201,8 +202,10 @@ class Decoder:
         for calibration in self.calibration.values():
             load_tables(calibration.mean.device)
 
-    def __call__(self, encoded: Encoded) -> Decoded:
-        """Decode records that are on the device."""
+    def __call__(self, encoded: Encoded | Decoded) -> Decoded:
+        """Decode records that are on the device; return decoded ones as they are."""
+        if isinstance(encoded, Decoded):
+            return encoded
         blocks = {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
         return Decoded(blocks, encoded.positions)
 

@@ -18,9 +18,9 @@ from pipeline.cache.index import Index, join
 from pipeline.cache.pixels import resize, stored_views, views_of
 from pipeline.cache.segment_reader import SegmentReader, read_calibration
 from pipeline.cache.segments import Segment, read_segments
-from pipeline.cache.stored import Encoded, Ragged, Stored
+from pipeline.cache.stored import Encoded, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
-from pipeline.cache.zarr_shards import read_arrays
+from pipeline.cache.zarr_shards import ZarrArray, read_arrays
 from pipeline.config import LocalCopy, TeacherConfig
 from pipeline.data import ImageFile
 from pipeline.outputs.resuming import CONFIG
@@ -46,8 +46,8 @@ class _Span:
         return next(iter(self.blocks.values()))
 
 
-_Group = tuple[int, np.ndarray, np.ndarray]
-"""The number of a span, records within it, and their places among all requested records."""
+_Group = tuple[_Span, np.ndarray, np.ndarray]
+"""A span, records within it, and their places among all requested records."""
 
 
 class Cache:
@@ -160,17 +160,18 @@ class Cache:
 
     def read(self, records: Sequence[int] | np.ndarray) -> Encoded:
         """Read some records in their stored form, on the CPU and in the given order."""
-        groups = self._groups(records)
-        blocks: dict[int, Stored] = {
-            block: {
-                part: self._read(groups, f"{FEATURES}/{block}/{part}", [s.blocks[block] for s in self._spans])
-                for part in self.manifest.layout(block)
+        groups, blocks = self._groups(records), dict[int, Stored]()
+        for block in self.blocks:
+            held = [(s := span.blocks[block], s.stored(rows), places) for span, rows, places in groups]
+            names = {part: f"{FEATURES}/{block}/{part}" for part in self.manifest.layout(block)}
+            blocks[block] = {
+                part: read_arrays([(self._array(s, name), rows, places) for s, rows, places in held], len(records))
+                for part, name in names.items()
             }
-            for block in self.blocks
-        }
         if not self.manifest.sampled:
             return Encoded(blocks)
-        positions = self._read(groups, POSITIONS, [s.main for s in self._spans])
+        mains = [(self._array(s := span.main, POSITIONS), s.stored(rows), places) for span, rows, places in groups]
+        positions = read_arrays(mains, len(records))
         assert isinstance(positions, Tensor)
         return Encoded(blocks, positions)
 
@@ -185,7 +186,7 @@ class Cache:
             views = out.numpy()
             # Views are read segment by segment because segments may store them at different sizes or as other kinds.
             for span, rows, places in self._groups(records):
-                segment = self._spans[span].pixels
+                segment = span.pixels
                 assert segment is not None
                 stored = stored_views(self._readers[segment.name].read(PIXELS, segment.stored(rows)))
                 for row, view in zip(places.tolist(), stored, strict=True):
@@ -286,12 +287,10 @@ class Cache:
         cuts = [*np.searchsorted(chosen[order], self._starts).tolist(), len(order)]
         groups = [
             (span, chosen[order[a:b]] - start, order[a:b])
-            for span, (start, a, b) in enumerate(zip(self._starts.tolist(), cuts, cuts[1:], strict=False))
+            for span, start, a, b in zip(self._spans, self._starts.tolist(), cuts[:-1], cuts[1:], strict=True)
         ]
         return [group for group in groups if len(group[1])] or groups[:1]
 
-    def _read(self, groups: list[_Group], array: str, segments: list[Segment]) -> Tensor | Ragged:
-        """Read some records of an array. segments: for every span, the segment that holds the array."""
-        arrays = [self._readers[segment.name].array(array) for segment in segments]
-        count = sum(len(records) for _, records, _ in groups)
-        return read_arrays([(arrays[s], segments[s].stored(records), places) for s, records, places in groups], count)
+    def _array(self, segment: Segment, name: str) -> ZarrArray:
+        """Return an array of a segment by its name."""
+        return self._readers[segment.name].array(name)

@@ -16,7 +16,7 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
-from pipeline.data import ImageFile, OnError, image_digest, listing_hash, one_line
+from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash, one_line
 from pipeline.data.decoder_warnings import warnings_of
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
 from singer.copies import Copying
@@ -24,13 +24,11 @@ from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 
 
-def copies_of(seed: int, views: Iterable[tuple[str, int]], copying: Copying | None) -> Tensor | None:
-    """Return the copies of some views, (n, count, 3) int16; None if there are none.
+def copies_of(seed: int, views: Iterable[tuple[str, int]], copying: Copying) -> Tensor:
+    """Return the copies of some views, (n, count, 3) int16.
 
     seed: views.seed; views: (key of the image, number of the view).
     """
-    if copying is None:
-        return None
     return torch.from_numpy(np.stack([draw_copies(seed, key, number, copying) for key, number in views]))
 
 
@@ -44,8 +42,8 @@ class ViewBatch:
     """The views of some records, as they were read.
 
     pixels: (n, height, width, 3) uint8 for the teacher, black where an image cannot be decoded; found: (n,) of dtype
-    Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies: see copies_of; beside: what is stored
-    beside the features.
+    Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies: see copies_of, None without them; beside:
+    what is stored beside the features.
     """
 
     records: np.ndarray
@@ -125,7 +123,10 @@ class RowReader:
             for size, pixels in views.items():
                 pixels[place] = apply_view(picture, view, size)
         beside = self._stored(records, found, views) if self._beside else {}
-        copies = copies_of(self._drawing.seed, map(self._named, records.tolist()), self._manifest.teacher.copying)
+        copying = self._manifest.teacher.copying
+        copies = None
+        if copying is not None:
+            copies = copies_of(self._drawing.seed, map(self._named, records.tolist()), copying)
         return ViewBatch(records, torch.from_numpy(views[wanted]), found, unreadable, copies, beside)
 
     def _named(self, record: int) -> tuple[str, int]:
@@ -153,7 +154,7 @@ class RowReader:
             raise UserError(f"image {self.images.keys[number]!r} has changed since it was cached ({where})")
         try:
             with warnings_of(where):
-                return self._files.decode(data), digest
+                return decode_rgb(data, self.images.decoding, self.images.max_pixels), digest
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(

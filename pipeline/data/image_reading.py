@@ -38,11 +38,7 @@ class ImageFile:
         """Return image `number` as RGB. Raises UserError that names key and container if it cannot be decoded."""
         data, where = self.encoded(number)
         with named_errors(where):
-            return self.decode(data)
-
-    def decode(self, data: bytes) -> Image.Image:
-        """Decode the bytes of an image as RGB. Raises whatever a decoder raises."""
-        return decode_rgb(data, self.images.decoding, self.images.max_pixels)
+            return decode_rgb(data, self.images.decoding, self.images.max_pixels)
 
     def dimensions(self, number: int) -> tuple[int, int]:
         """Return (width, height) of image `number` as `read` gives it, from its header where that says enough."""

@@ -54,7 +54,6 @@ class Teacher:
         if self._copying is None:
             return self._pass(images)
         copies = copies_of(0, (("", number) for number in range(len(pixels))), self._copying)
-        assert copies is not None
         grids = {block: self.backbone.layout[block][1] for block in self.blocks}
         return self._copying.average(self._pass, images, copies, self.backbone.prefix, grids)
 

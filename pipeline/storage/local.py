@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +39,19 @@ class LocalStore:
     def read_ranges(self, ranges: Ranges) -> None:
         """Fill ranges.out. Raises UserError if a file is missing or too short."""
         names, which, offsets, lengths, out, places = ranges
-        needed = np.unique(which).tolist()
+        needed, files = np.unique(which).tolist(), np.zeros(len(names), np.int64)
         for start in range(0, len(needed), self._pool.group):
+            # So few files that all of them may be open.
             group = needed[start : start + self._pool.group]
-            if len(group) < len(needed):
-                own = (which >= group[0]) & (which <= group[-1])
-                self._read_group(group, Ranges(names, which[own], offsets[own], lengths[own], out, places[own]))
-            else:
-                self._read_group(group, ranges)
+            own = slice(None) if len(group) == len(needed) else (which >= group[0]) & (which <= group[-1])
+            numbers = which[own]
+            path = partial(self._path, names, numbers)
+            try:
+                with Opened([self._file(names[n]) for n in group]) as opened:
+                    files[group] = opened
+                    read_scattered(files[numbers], offsets[own], lengths[own], out, places[own], path)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise missing(error.filename) from None
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Write a file durably, all or nothing."""
@@ -115,16 +121,9 @@ class LocalStore:
                     with suppress(FileNotFoundError):  # renamed meanwhile by a writer
                         yield entry.path[start:], entry.stat().st_size
 
-    def _read_group(self, group: list[int], ranges: Ranges) -> None:
-        """Read ranges of a group of objects that is small enough for all to be open."""
-        names, which, offsets, lengths, out, places = ranges
-        try:
-            with Opened([self._file(names[n]) for n in group]) as numbers:
-                files = np.zeros(len(names), np.int64)
-                files[group] = numbers
-                read_scattered(files[which], offsets, lengths, out, places, lambda i: self.path / names[which[i]])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise missing(error.filename) from None
+    def _path(self, names: Sequence[str], numbers: np.ndarray, row: int) -> Path:
+        """Return the path of the file of a range, for messages."""
+        return self.path / names[int(numbers[row])]
 
     def _file(self, name: str) -> OpenFile:
         return self._files.get(name) or self._files.setdefault(name, OpenFile(self.path / name, self._pool))

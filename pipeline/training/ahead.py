@@ -23,8 +23,7 @@ def on_device(
     """
     move = partial(moved, device=device)
     if device.type != "cuda":
-        for batch in batches:
-            yield batch.map(move)
+        yield from batches if device.type == "cpu" else (batch.map(move) for batch in batches)
         return
     copies, steps = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     started: deque[torch.cuda.Event] = deque()

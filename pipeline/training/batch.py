@@ -54,9 +54,6 @@ class Batch:
 
     def split(self, parts: int) -> Iterator["Batch"]:
         """Split a batch with decoded features into `parts` parts, or fewer if there are not enough records."""
-        if parts == 1:
-            yield self
-            return
         assert all(isinstance(of_teacher, Decoded) for of_teacher in self.features)
         count = len(self.weights)
         size, real = part_size(count, parts), count - self.filling
@@ -133,10 +130,12 @@ class BatchLoader:
         features = prefetch(self.features, again, workers, meter, most)
         with closing(images), closing(features):
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                labels = self.labels[torch.from_numpy(self._stored(indices.records))].long()
+                own, places = self._stored(indices.records), None
+                labels = self.labels[torch.from_numpy(own)].long()
                 filling = int((indices.weights == 0).sum())
                 weights = torch.from_numpy(indices.weights)
-                places = None if self.others is None else self.others.places(*np.split(self._read(indices), 2))
+                if self.others is not None:
+                    places = self.others.places(own, self.others.choose(own, indices.epoch))
                 yield Batch(pixels, encoded, weights, labels, filling, places, indices.step)
 
     def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
@@ -146,12 +145,15 @@ class BatchLoader:
         }
 
     def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
-        """Read the stored features of several batches in one piece: for each batch, one entry for each cache."""
-        read = [self._read(share) for share in shares]
+        """Read the stored features of several batches in one piece: for each batch, one entry for each cache.
+
+        Those of other views, if there are any, follow those of its own.
+        """
+        read = [self._stored(share.records) for share in shares]
+        if self.others is not None:
+            read = [
+                np.concatenate([own, self.others.choose(own, share.epoch)])
+                for own, share in zip(read, shares, strict=True)
+            ]
         records, counts = np.concatenate(read), [len(one) for one in read]
         return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]
-
-    def _read(self, share: BatchIndices) -> np.ndarray:
-        """Return the records whose features are read for a batch: its own, and then those of their other views."""
-        own = self._stored(share.records)
-        return own if self.others is None else np.concatenate([own, self.others.choose(own, share.epoch)])

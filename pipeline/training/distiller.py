@@ -72,7 +72,7 @@ class Distiller(Learner):
     def decoded(self, batch: Batch) -> Batch:
         """Return a batch with the features of each teacher decoded, if they are in their stored form."""
         pairs = zip(self.branches, batch.features, strict=True)
-        return replace(batch, features=[branch.targets.decoded(features) for branch, features in pairs])
+        return replace(batch, features=[branch.targets.decode(features) for branch, features in pairs])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""

@@ -111,9 +111,9 @@ class StudentRun:
         """Compute the gradients of a batch, in parts if distill.accumulate asks for it; return its losses."""
         self.optimiser.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        parts = [batch]
         if self.settings.accumulate > 1:
-            batch = self.learner.decoded(batch)
-        parts = list(batch.split(self.settings.accumulate))
+            parts = list(self.learner.decoded(batch).split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses = model(part)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.stored import Decoded, Encoded
 from pipeline.models.backbone import Backbone
 from singer.errors import UserError
 from singer.objectives import Objective, ObjectiveContext, Tokens
@@ -43,10 +42,6 @@ class Targets:
     def width(self, block: int) -> int:
         """Return the width of the targets of a teacher's block, in channels."""
         return self.cache.manifest.teacher.width_of(block)
-
-    def decoded(self, features: Encoded | Decoded) -> Decoded:
-        """Decode features that are on the device in their stored form; return others as they are."""
-        return features if isinstance(features, Decoded) else self.decode(features)
 
     def objective_context(
         self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool = True

@@ -127,7 +127,7 @@ class TeacherBranch:
         outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all. In joint
         training, `adapter_losses` are then those of this batch.
         """
-        decoded, targets = self.targets.decoded(features), self.targets
+        decoded, targets = self.targets.decode(features), self.targets
         student = self.tokens(outputs, decoded.positions, kept)
         refined = targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
         normalised = {b: refined.normalised[b] for b in self.normalised_blocks}

@@ -59,16 +59,12 @@ class Mixture(nn.Module):
                 parts = objective(student.cleaned, targets.cleaned, labels)
             else:
                 parts = objective(student.normalised, targets.normalised, labels)
-            factors = self._factors(self.weights[name], parts)
-            losses |= {f"{name}.{part}": factors[part] * loss for part, loss in parts.items()}
+            # The factors of the parts add up to the objective's weight.
+            blocks = bool(self.block_weights) and all(part in self.block_weights for part in parts)
+            own = {part: self.block_weights[part] if blocks else 1.0 for part in parts}
+            unit = self.weights[name] / sum(own.values())
+            losses |= {f"{name}.{part}": own[part] * unit * loss for part, loss in parts.items()}
         return losses
-
-    def _factors(self, weight: float, parts: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the factor of each part; they add up to the objective's weight."""
-        if self.block_weights and all(part in self.block_weights for part in parts):
-            total = sum(self.block_weights[part] for part in parts)
-            return {part: weight * self.block_weights[part] / total for part in parts}
-        return dict.fromkeys(parts, weight / len(parts))
 
     def _each(self) -> list[Objective]:
         return [self._get(name) for name in self.objectives]

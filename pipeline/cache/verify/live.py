@@ -135,7 +135,7 @@ def check_live(
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.views_at_once)):
             views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
             numbers = [(index.key(r), int(index.view[r])) for r in own.tolist()]
-            copies = copies_of(manifest.views["seed"], numbers, extract.copying)
+            copies = copies_of(manifest.views["seed"], numbers, extract.copying) if extract.copying else None
             features = extract.features(views, manifest.blocks, copies)
             check_finite(features, own, index.key)
             positions = reader.read(POSITIONS, batch) if manifest.sampled else None
