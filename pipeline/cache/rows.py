@@ -131,7 +131,8 @@ class RowReader:
 
     def _named(self, record: int) -> tuple[str, int]:
         """Return the key of the record's image and the number of its view."""
-        return self.key(record), self._manifest.views["first"] + record % self._views
+        image, view = divmod(record, self._views)
+        return self.images.keys[image], self._manifest.views["first"] + view
 
     def _stored(self, records: np.ndarray, found: np.ndarray, views: Mapping[ImageSize, np.ndarray]) -> Stored:
         """Return what is stored of some records beside their features."""
