@@ -98,7 +98,9 @@ class Fixture:
         )
         index = SimpleNamespace(images=SimpleNamespace(labels=np.empty(0, np.int32)))
         manifest = SimpleNamespace(teacher=teacher, sampled=False)
-        cache = SimpleNamespace(manifest=manifest, index=index, decoder=lambda device: None)  # nothing is stored
+        cache = SimpleNamespace(
+            manifest=manifest, index=index, decoder=lambda device: lambda features: features
+        )  # decoded
         targets = Targets(cast(Any, cache), None, student, torch.device("cpu"))
         config = RefineConfig(
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
