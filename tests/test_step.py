@@ -18,12 +18,12 @@ from pipeline.config import load_config
 from pipeline.data.sampler import BatchIndices
 from pipeline.runtime import devices
 from pipeline.runtime.buffers import moved
+from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
 from pipeline.students.new import new_student
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images
-from pipeline.training.compiling import StepModel
 from pipeline.training.distiller import Distiller
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
@@ -154,12 +154,12 @@ def test_a_compiler_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: p
     linear, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     for required in (False, True):
         torch._dynamo.reset()
-        model = StepModel(linear, True, "--set distill.compile=false" if required else None)
+        model = Compilable(linear, required or "auto", True, "distill.compile")
         if required:
-            with pytest.raises(UserError, match="does not work here .*; train without it: --set distill.compile=false"):
-                model.step(lambda m: m(x))
+            with pytest.raises(UserError, match="does not work here .*; do without it: --set distill.compile=false"):
+                model.run(lambda m: m(x))
         else:
-            assert all(torch.equal(model.step(lambda m: m(x)), linear(x)) for _ in range(2))
+            assert all(torch.equal(model.run(lambda m: m(x)), linear(x)) for _ in range(2))
     said = capfd.readouterr().err
     assert said.count("note: torch.compile does not work here") == 1 and "there is no compiler" in said
 

@@ -1,4 +1,4 @@
-"""The batch size of a teacher: as a cache was made with it, or found on a GPU (cache.batch_size auto)."""
+"""The batch size of a teacher: as a cache was begun with it, or found on a GPU (cache.batch_size auto)."""
 
 import time
 from collections.abc import Callable
@@ -19,14 +19,16 @@ _MEMORY = 0.5
 _SECONDS, _RUNS = 0.3, 2
 
 
-def with_known_batch_size(config: Config, store: Store) -> Config:
-    """Return the configuration with the batch size by which a segment was computed.
+def as_begun(config: Config, store: Store) -> Config:
+    """Return the configuration with what a segment was computed with: its batch size, and whether it was compiled.
 
-    Another batch size would change the last bits of the features.
+    Otherwise the last bits of the features would change.
     """
     try:
-        size = yaml.safe_load(store.read(CONFIG))["cache"]["batch_size"]
-        known = CacheConfig.model_validate({**config.cache.model_dump(), "batch_size": size})
+        cache = yaml.safe_load(store.read(CONFIG))["cache"]
+        # Older versions did not compile.
+        begun = {"batch_size": cache["batch_size"], "compile": cache.get("compile", False)}
+        known = CacheConfig.model_validate({**config.cache.model_dump(), **begun})
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return config
     return config.model_copy(update={"cache": known})

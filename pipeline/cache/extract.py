@@ -1,6 +1,8 @@
 """Compute the teacher's features: views of records -> features of its blocks."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.runtime.buffers import empty, moved
+from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs, depth, resolve_blocks
@@ -53,6 +56,19 @@ class Extractor:
         if config.teacher.offload == "auto" and accelerator.num_processes > 1:
             raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
         place_model(backbone.model, self.device, config.teacher.offload)
+        self._model = self._compilable()
+
+    def configured(self, config: Config) -> "Extractor":
+        """Return the same teacher, where it is, with other settings of the cache."""
+        other = copy(self)
+        other.config = config
+        other._model = other._compilable()
+        return other
+
+    def _compilable(self) -> Compilable[Callable[..., dict[int, Tensor]]]:
+        plain = partial(block_outputs, self.backbone.model)
+        able = self.device.type == "cuda" and self.config.teacher.offload == "none"
+        return Compilable(plain, self.config.cache.compile, able, "cache.compile")
 
     @property
     def device(self) -> torch.device:
@@ -73,8 +89,12 @@ class Extractor:
         """
 
         def outputs(images: Tensor) -> dict[int, Tensor]:
+            images = images.to(self.backbone.dtype)
+            if len(images) > 1:
+                # One graph for every number of views: the last batch of a Zarr shard is smaller than the others.
+                torch._dynamo.mark_dynamic(images, 0)
             with self.accelerator.autocast():
-                found = block_outputs(self.backbone.model, images.to(self.backbone.dtype), blocks)
+                found = self._model.run(lambda model: model(images, blocks))
             return {block: x.to(self.device, torch.float32) for block, x in found.items()}
 
         images = normalise(moved(pixels, self.device), self.teacher.mean, self.teacher.std)

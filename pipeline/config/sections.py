@@ -138,6 +138,9 @@ class CacheConfig(Section):
         "autocast of the teacher's forward pass; auto: bf16 on GPUs that compute in it, else no (float32)",
         by_machine=True,
     )
+    compile: bool | Literal["auto"] = key(
+        "auto", "torch.compile the teacher; auto: on GPUs, where it works and teacher.offload is none"
+    )
     shard_mb: Positive = key(128, "target size of a Zarr shard of one block, MB")
     workers: Positive = key(2, "threads that decode images", "speed")
 

@@ -17,8 +17,9 @@ class Pilot:
     """A small cache, made by the real stage; place: where it is; work: a local folder for everything else."""
 
     def __init__(self, config: Config, sample: Sample, place: Place, work: Path) -> None:
-        # The sample's tars hold KEY.jpg, whatever is in a key.
-        config = config.model_copy(update={"cache": config.cache.model_copy(update={"image_key": ".jpg"})})
+        # The sample's tars hold KEY.jpg, whatever is in a key. Each of the short runs would compile the teacher anew.
+        own = {"image_key": ".jpg", "compile": False}
+        config = config.model_copy(update={"cache": config.cache.model_copy(update=own)})
         self.config, self.place, self.work, self._sample = config, place, work, sample
         # The number of records that calibration needs.
         count = min(len(sample.images), -(-_CALIBRATION_RECORDS // config.views.count))

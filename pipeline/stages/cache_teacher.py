@@ -13,7 +13,7 @@ from typing import cast
 from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.append import Addition
-from pipeline.cache.batch_size import with_batch_size, with_known_batch_size
+from pipeline.cache.batch_size import as_begun, with_batch_size
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.create import STAGE, create_segments, new_manifest
 from pipeline.cache.extract import Extractor
@@ -125,7 +125,7 @@ def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ra
     """
     if config.cache.batch_size != "auto":
         return config
-    known = config if begun is None else with_known_batch_size(config, begun)
+    known = config if begun is None else as_begun(config, begun)
     if known.cache.batch_size != "auto":
         return known
     main = extract.accelerator.is_main_process

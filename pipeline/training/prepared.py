@@ -10,10 +10,10 @@ from pipeline.config import Config, TrainingConfig
 from pipeline.data.sampler import steps_per_epoch
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
+from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import say
 from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.compiling import StepModel
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner
 from pipeline.training.parameter_groups import decay_groups
@@ -81,18 +81,17 @@ class Prepared:
         checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
         first = checkpoint.restore() if mode == "resume" else 0
         optimiser = accelerator.prepare_optimizer(optimiser)
-        compiles = accelerator.device.type == "cuda" and not split if settings.compile == "auto" else settings.compile
+        able = accelerator.device.type == "cuda" and not split
+        step = Compilable(model, settings.compile, able, f"{settings.section}.compile")
         log = RunLog(out / LOG, first, accelerator.is_main_process)
         tracking = (
             Tracking(settings.trackers, out, self.config.model_dump(mode="json"))
             if accelerator.is_main_process
             else None
         )
-        off = f"--set {settings.section}.compile=false" if settings.compile is True else None
         return StudentRun(
-            settings, self.student, StepModel(model, compiles, off), optimiser, checkpoint, log, tracking, first,
-            self.ema, self.learner, best,
-        )  # fmt: skip
+            settings, self.student, step, optimiser, checkpoint, log, tracking, first, self.ema, self.learner, best
+        )
 
     def states(self) -> tuple[State, State]:
         """Return the states of the student (its moving average, if there is one) and of what is trained with it."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
 from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.compiling import StepModel
 from pipeline.training.learner import Learner
 from pipeline.training.run_log import RunLog
 from pipeline.training.schedule import learning_rate, peak_rate
@@ -39,7 +39,7 @@ class StudentRun:
         self,
         settings: TrainingConfig,
         student: Backbone,
-        model: StepModel,
+        model: Compilable[nn.Module],
         optimiser: torch.optim.Optimizer,
         checkpoint: Checkpoint,
         log: RunLog,
@@ -69,7 +69,7 @@ class StudentRun:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, step, per_epoch, self.peak) * group.get("lr_scale", 1.0)
         batch = self.learner.begin_step(batch, per_epoch)
-        for name, loss in self.model.step(partial(self._gradients, batch, accelerator)).items():
+        for name, loss in self.model.run(partial(self._gradients, batch, accelerator)).items():
             self._sums[name] = self._sums.get(name, 0) + loss
         if self.settings.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.plain.parameters(), self.settings.clip_grad)

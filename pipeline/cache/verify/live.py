@@ -74,13 +74,16 @@ def _as_set(config: Config, teachers: list[TeacherManifest]) -> list[TeacherMani
 
 
 def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
-    """Load a teacher at the image size, dtype and precision of a teacher in the cache."""
+    """Load a teacher at the image size, dtype and precision of a teacher in the cache.
+
+    It is not compiled: compiling takes longer than the passes over a sample.
+    """
     config = config.model_copy(
         update={
             "teacher": config.teacher.model_copy(
                 update={"name": name, "image_size": known.image_size, "dtype": known.dtype, "copies": known.copies}
             ),
-            "cache": config.cache.model_copy(update={"precision": known.precision}),
+            "cache": config.cache.model_copy(update={"precision": known.precision, "compile": False}),
         }
     )
     backbone = load_teacher(config.teacher)

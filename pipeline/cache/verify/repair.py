@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import copy
 
 import numpy as np
 
-from pipeline.cache.batch_size import with_known_batch_size
+from pipeline.cache.batch_size import as_begun
 from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill
@@ -68,8 +67,6 @@ def compute_again(
 ) -> None:
     """Compute some Zarr shards again and update the report."""
     manifest, store = segment.manifest, segment.store
-    own = copy(extract)
-    own.config = with_known_batch_size(extract.config, store)
     digests = None
     with suppress(UserError):  # the digests are not known if the segment was never completed or its index is damaged
         digests = segment.digests() if segment.completion is not None else None
@@ -84,7 +81,7 @@ def compute_again(
     store.remove(COMPLETE)
     for shard in wanted:
         store.remove(journal_file(shard))
-    fill(segment, wanted, own, segments, images, digests)
+    fill(segment, wanted, extract.configured(as_begun(extract.config, store)), segments, images, digests)
 
     report.missing, report.damaged, sizes = [], [], store.sizes()
     for shard in wanted:
