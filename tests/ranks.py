@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,9 +29,17 @@ class Fate:
     signal: signal.Signals | None
 
 
-def launch(count: int, *args: object, environment: Mapping[str, str] | None = None) -> tuple[dict[str, object], str]:
-    """`singer ARGS --json`; the JSON object that it prints, and what it says besides."""
-    codes, said, told = start(count, *args, environment=environment)
+def launch(
+    count: int,
+    *args: object,
+    environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+) -> tuple[dict[str, object], str]:
+    """`singer ARGS --json`; the JSON object that it prints, and what it says besides.
+
+    before: a function of a module that each process calls first.
+    """
+    codes, said, told = start(count, *args, environment=environment, before=before)
     assert codes == [0] * count, told
     assert said.count("\n") == 1, "only the first process speaks"
     value = json.loads(said)
@@ -40,7 +48,11 @@ def launch(count: int, *args: object, environment: Mapping[str, str] | None = No
 
 
 def start(
-    count: int, *args: object, environment: Mapping[str, str] | None = None, fate: Fate | None = None
+    count: int,
+    *args: object,
+    environment: Mapping[str, str] | None = None,
+    fate: Fate | None = None,
+    before: Callable[[], None] | None = None,
 ) -> tuple[list[int | None], str, str]:
     """`singer ARGS --json`; the exit codes, and what is said on stdout and stderr.
 
@@ -58,7 +70,8 @@ def start(
         for file in itertools.chain.from_iterable(files):
             file.touch()
         ranks = [
-            forked(_run, words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n], fate) for n in range(count)
+            forked(_run, words, place | {"RANK": str(n), "LOCAL_RANK": str(n)}, *files[n], fate, before)
+            for n in range(count)
         ]
         for rank in ranks:
             rank.start()
@@ -74,13 +87,22 @@ def start(
     return [rank.exitcode for rank in ranks], said, told
 
 
-def _run(words: list[str], environment: dict[str, str], out: Path, err: Path, fate: Fate | None) -> None:
+def _run(
+    words: list[str],
+    environment: dict[str, str],
+    out: Path,
+    err: Path,
+    fate: Fate | None,
+    before: Callable[[], None] | None,
+) -> None:
     os.environ |= environment
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY), number)
     sys.argv = words
     if fate is not None and environment["RANK"] == str(fate.rank):
         _await(fate)
+    if before is not None:
+        before()
     try:
         cli.main()
     except SystemExit as stop:

@@ -1,5 +1,6 @@
 """A compiled teacher makes the cache that it makes as it is, by one graph, and does without where it has to."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tree_bytes, world_config
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from pipeline.cache import extract as extracting
@@ -18,29 +20,36 @@ from pipeline.stages.verify import verify
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 
+Outputs = Callable[[Tensor, Sequence[int]], dict[int, Tensor]]
 DIFFERING = ("provenance.json", "config.yaml")
 
 
 def test_one_graph_for_a_whole_cache(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches have 7, 6 and 2 views. A repair compiles too, as the cache was made; a live check does not."""
     graphs: list[torch.fx.GraphModule] = []
+    passes: list[Tensor] = []
 
     def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    def compiled(plain: Outputs) -> Outputs:
+        run = compiler(plain)
+        return lambda images, blocks: passes.append(images) or run(images, blocks)
+
+    compiler = partial(torch.compile, backend=count)
+    monkeypatch.setattr(torch, "compile", compiled)
     torch._dynamo.reset()
     place = tmp_path / "cache"
     cache_teacher(world_config(world, "cache.compile=true"), str(world / "train" / "*.tar"), place)
-    assert len(graphs) == 1
+    assert len(graphs) == 1 and len(passes) == 30
     assert tree_bytes(place, *DIFFERING) == tree_bytes(world / "cache", *DIFFERING)
 
     assert verify(world_config(world, "cache.compile=true"), place, live=True, sample=4).whole
-    assert len(graphs) == 1
+    assert len(passes) == 30
     next((place / "features" / "3").rglob("c/*/*/*")).unlink()
     assert verify(world_config(world), place, repair=True, sample=4).whole
-    assert len(graphs) == 2
+    assert len(passes) == 45
     assert tree_bytes(place, *DIFFERING) == tree_bytes(world / "cache", *DIFFERING)
 
 

@@ -5,7 +5,10 @@ import os
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,11 +16,18 @@ import torch
 from conftest import seeded, tree_bytes, world_config
 from ranks import launch
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, background_writer, create
+from pipeline.cache.extract import Extractor
+from pipeline.cache.manifest import Manifest
 from pipeline.data import ImageFile
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.data.views import normalise
+from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.shared_counters import shared_counters
+from pipeline.runtime.watched_rank import WatchedRank
+from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
+from pipeline.storage import Store
 from pipeline.students.new import new_student
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_fsdp
@@ -70,6 +80,49 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
         for key, weight in one.items():
             # Adam divides rounding differences by tiny second moments; weights agree to a fraction of a step.
             torch.testing.assert_close(two[key], weight, atol=3e-5, rtol=1e-3)
+
+
+def _second_is_slow(notes: Path) -> None:
+    """Write ten Zarr shards; the second process computes nothing until the first finds no more of them to take."""
+    rank, free = os.environ["RANK"], notes / "free"
+    features, write, wait = Extractor.features, background_writer.write_zarr_shard, WatchedRank.wait
+
+    def slow_features(self: Extractor, *args: Any) -> dict[int, torch.Tensor]:
+        while rank == "1" and not free.exists():
+            time.sleep(0.01)
+        return features(self, *args)
+
+    def noted_write(store: Store, manifest: Manifest, shard: int, *args: Any) -> None:
+        with (notes / rank).open("a") as file:
+            print(shard, file=file)
+        write(store, manifest, shard, *args)
+
+    def noted_wait(self: WatchedRank) -> None:
+        if rank == "0" and (notes / rank).exists():
+            free.touch()
+        wait(self)
+
+    create._MAX_SHARD_RECORDS = 10
+    Extractor.features = slow_features  # type: ignore[method-assign]
+    background_writer.write_zarr_shard = noted_write
+    WatchedRank.wait = noted_wait  # type: ignore[method-assign]
+
+
+def test_a_slow_process_takes_fewer_zarr_shards(
+    world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that it works on and the next, of ten; the bytes are those of one process, and so is the total."""
+    monkeypatch.setattr(create, "_MAX_SHARD_RECORDS", 10)
+    shards, notes = str(world / "train" / "*.tar"), tmp_path / "notes"
+    cache_teacher(world_config(world), shards, tmp_path / "one")
+    notes.mkdir()
+    options = ["--images", shards, "--out", tmp_path / "two", "--config", config_file]
+    made, _ = launch(2, "cache-teacher", *options, before=partial(_second_is_slow, notes))
+    ignored = ("provenance.json", "config.yaml")
+    assert tree_bytes(tmp_path / "two", *ignored) == tree_bytes(tmp_path / "one", *ignored)
+    taken = [[int(n) for n in file.read_text().split()] for rank in "01" if (file := notes / rank).exists()]
+    assert sorted(n for numbers in taken for n in numbers) == list(range(10)) and len(taken[0]) >= 8
+    assert made["records"] == 100
 
 
 @pytest.mark.slow
@@ -191,3 +244,10 @@ def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pyt
         distill(config, world / "cache", tmp_path / "run")
     assert not (tmp_path / "run").exists()
     check_fsdp("fp16")
+
+
+def test_one_process_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch has no processes."""
+    monkeypatch.delattr(torch.distributed, "TCPStore")
+    with shared_counters(make_accelerator("no")) as add:
+        assert [add("a", 2), add("b", 1), add("a", 3)] == [2, 1, 5]

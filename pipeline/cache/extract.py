@@ -94,7 +94,7 @@ class Extractor:
                 # One graph for every number of views: the last batch of a Zarr shard is smaller than the others.
                 torch._dynamo.mark_dynamic(images, 0)
             with self.accelerator.autocast():
-                found = self._model.run(lambda model: model(images, blocks))
+                found = self._model.run(lambda model: model(images, tuple(blocks)))
             return {block: x.to(self.device, torch.float32) for block, x in found.items()}
 
         images = normalise(moved(pixels, self.device), self.teacher.mean, self.teacher.std)

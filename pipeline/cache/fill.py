@@ -1,6 +1,6 @@
 """Fill the segments of a cache: images -> teacher -> encoded features -> Zarr shards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -12,6 +12,7 @@ from pipeline.cache.completion import complete_segment
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
+from pipeline.cache.manifest import Manifest
 from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segments_of
@@ -19,6 +20,7 @@ from pipeline.data import ImageFile, Spec, relocate
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from pipeline.runtime.ranks import current
+from pipeline.runtime.shared_counters import shared_counters
 from pipeline.storage import Store
 
 
@@ -60,7 +62,7 @@ def fill(
     images: Spec | None = None,
     digests: np.ndarray | None = None,
 ) -> int:
-    """Compute and write this process's share of the pending Zarr shards.
+    """Compute and write the pending Zarr shards, of which each process takes the next one when it is free.
 
     Return the number of records that all processes compute. segments: all segments of the cache; images: where the
     images are now, if they have moved; digests: those of the images, if they were read before. Raises UserError if
@@ -75,20 +77,35 @@ def fill(
     earlier = takewhile(lambda s: s.name != segment.name, segments)
     read = RowReader(files, manifest, config.cache.on_error, earlier, digests)
     calibration = read_calibration(segment, extract.device)
-    own = pending[accelerator.process_index :: accelerator.num_processes]
     size = config.cache.views_at_once
-    ranges = [manifest.zarr_shard_range(shard) for shard in own]
-    batches = (np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size))
-    total = sum(stop - start for start, stop in ranges)
+    total = sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))
+    # What is read ahead is taken from the others: one Zarr shard, or up to half of an even share.
+    shards = max(1, len(pending) // accelerator.num_processes // 2)
+    ahead = min(2 * config.cache.workers, -(-manifest.shard_records // size) * shards)
     if accelerator.is_main_process and 0 < len(pending) < manifest.zarr_shards:
         say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
+        shared_counters(accelerator) as add,
         files,
         meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
         writing(segment, calibration, read.key) as write,
     ):
-        for batch in prefetch(read, batches, config.cache.workers, m):
+        batches = _batches(manifest, pending, size, add)
+        for batch in prefetch(read, batches, config.cache.workers, m, ahead):
             write(extract.features(batch.pixels, manifest.blocks, batch.copies), batch)
-            m.advance(len(batch.records))
-    return sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))
+            m.advance(add("records", len(batch.records)) - m.done)
+    return total
+
+
+def _batches(
+    manifest: Manifest, pending: Sequence[int], size: int, add: Callable[[str, int], int]
+) -> Iterator[np.ndarray]:
+    """Yield the records of batches, which are in one Zarr shard each; a Zarr shard is taken with its first batch.
+
+    size: the most records of a batch; add: see shared_counters.
+    """
+    while (taken := add("taken", 1)) <= len(pending):
+        start, stop = manifest.zarr_shard_range(pending[taken - 1])
+        for first in range(start, stop, size):
+            yield np.arange(first, min(first + size, stop))

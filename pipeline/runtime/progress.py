@@ -18,7 +18,7 @@ class Meter:
 
     def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done = self._first = done
+        self.done = self._first = done
         self._start = self._shown = time.perf_counter()
         self._quiet = quiet
         self._bar: tuple[Progress, TaskID] | None = None
@@ -44,7 +44,7 @@ class Meter:
     @property
     def rate(self) -> float:
         """Return items per second since the start of this run."""
-        return (self._done - self._first) / max(self.seconds, 1e-9)
+        return (self.done - self._first) / max(self.seconds, 1e-9)
 
     @property
     def wait_percent(self) -> float:
@@ -53,18 +53,18 @@ class Meter:
 
     def advance(self, count: int, note: str = "") -> None:
         """Count items that are finished, and show it. note: text after the figures."""
-        self._done += count
-        current().step(f"{self._what} {self._done} of {self._total} {self._unit}")
+        self.done += count
+        current().step(f"{self._what} {self.done} of {self._total} {self._unit}")
         if self._quiet:
             return
         text = f"{self.rate:.0f} {self._unit}/s, data wait {self.wait_percent:.0f} %" + (note and f", {note}")
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=self._done, text=text)
+            progress.update(task, completed=self.done, text=text)
         if time.perf_counter() - self._shown > _PLAIN_SECONDS:
             self._shown = time.perf_counter()
-            left = (self._total - self._done) / max(self.rate, 1e-9)
-            line = f"{self._what}: {self._done}/{self._total}, {text}, {left:.0f} s left"
+            left = (self._total - self.done) / max(self.rate, 1e-9)
+            line = f"{self._what}: {self.done}/{self._total}, {text}, {left:.0f} s left"
             # If the console has a live line, this one goes only to the log file.
             logger.info("%s", line, extra={"on_bar": self._bar is not None})
 
