@@ -26,7 +26,8 @@ def shared_counters(accelerator: Accelerator) -> Iterator[Callable[[str, int], i
 
         yield add
         return
-    from torch.distributed import TCPStore  # one process does without, as some builds of torch have to
+    # One process does without, as some builds of torch have to.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     ranks, first = current(), accelerator.is_main_process
     store = TCPStore(master(), 0, is_master=True, wait_for_workers=False) if first else None
