@@ -33,6 +33,6 @@ def shared_counters(accelerator: Accelerator) -> Iterator[Callable[[str, int], i
     store = TCPStore(master(), 0, is_master=True, wait_for_workers=False) if first else None
     with ranks.together():
         (port,) = broadcast_object_list([store.port if store is not None else None])
-    store = store or TCPStore(master(), port, is_master=False, wait_for_workers=False)
+        store = store or TCPStore(master(), port, is_master=False, wait_for_workers=False)
     yield store.add
     ranks.wait()  # the first process holds the counters
