@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.cache.rows import RowReader
 from pipeline.config import Config
-from pipeline.data.views import normalise
+from pipeline.data.views import channel_moments, standardise
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.runtime.buffers import empty, moved
 from pipeline.runtime.compiling import Compilable
@@ -56,6 +56,7 @@ class Extractor:
         if config.teacher.offload == "auto" and accelerator.num_processes > 1:
             raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
         place_model(backbone.model, self.device, config.teacher.offload)
+        self._moments = channel_moments(backbone.mean, backbone.std, self.device)
         self._model = self._compilable()
 
     def configured(self, config: Config) -> "Extractor":
@@ -97,7 +98,7 @@ class Extractor:
                 found = self._model.run(lambda model: model(images, tuple(blocks)))
             return {block: x.to(self.device, torch.float32) for block, x in found.items()}
 
-        images = normalise(moved(pixels, self.device), self.teacher.mean, self.teacher.std)
+        images = standardise(moved(pixels, self.device), self._moments)
         if self.copying is None:
             return outputs(images)
         assert copies is not None

@@ -94,7 +94,7 @@ def _random_box(
 
 
 def _float32(*values: float) -> tuple[float, float, float, float]:
-    a, b, c, d = (float(np.float32(v)) for v in values)
+    a, b, c, d = np.array(values, np.float32).tolist()
     return a, b, c, d
 
 
