@@ -16,9 +16,10 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
-from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash, one_line
+from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash
 from pipeline.data.decoder_warnings import warnings_of
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
+from pipeline.runtime.failures import one_line
 from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
@@ -159,8 +160,8 @@ class RowReader:
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(
-                    f"{where} cannot be decoded: {one_line(error)}; repair it, or go on without it: "
+                    f"{where} cannot be decoded: {one_line(error, None)}; repair it, or go on without it: "
                     "--resume --on-error skip (--append --on-error skip, if it was being appended)"
                 ) from None
-            unreadable[number] = one_line(error)
+            unreadable[number] = one_line(error, None)
             return None, digest

@@ -1,6 +1,6 @@
 """Images: where they come from, and each of them by its number."""
 
-from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors, one_line
+from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors
 from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
 from pipeline.data.image_reading import ImageFile, files_of, readable
 from pipeline.data.images import (
@@ -38,7 +38,6 @@ __all__ = [
     "listing_hash",
     "named_errors",
     "numbered_as",
-    "one_line",
     "readable",
     "relocate",
     "require_labels",

@@ -13,6 +13,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import warn, warnings_of
 from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, ISO_MEDIA, format_of, is_heif
+from pipeline.runtime.failures import one_line
 from singer.errors import UserError
 
 Decoding = Literal["upright", "stored"]
@@ -148,7 +149,7 @@ def _orientation(image: Image.Image) -> int:
         found = image.getexif().get(Base.Orientation, 1)
         return int(found) if found in _TURNS else 1
     except Exception as error:  # Pillow raises many kinds of errors on broken EXIF
-        warn("exif", f"its EXIF is broken, so it is not turned: {one_line(error)}")
+        warn("exif", f"its EXIF is broken, so it is not turned: {one_line(error, None)}")
         return 1
 
 
@@ -159,7 +160,7 @@ def named_errors(where: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # decoders raise many kinds of errors on broken data
-            raise UserError(f"{where} cannot be decoded: {one_line(error)}") from None
+            raise UserError(f"{where} cannot be decoded: {one_line(error, None)}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -205,8 +206,3 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
         )
     grey: np.ndarray = (values >> (bits - 8)).astype(np.uint8)
     return ~grey if white_is_zero else grey
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line, or its class if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__

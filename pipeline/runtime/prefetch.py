@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -32,7 +31,7 @@ def prefetch(
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
         try:
             while True:
-                ahead.extend(map(partial(pool.submit, load), islice(left, most + 1 - len(ahead))))
+                ahead += [pool.submit(load, item) for item in islice(left, most + 1 - len(ahead))]
                 if not ahead:
                     return
                 current().beat()
