@@ -2,11 +2,12 @@
 
 The minimum is that of scikit-learn's LogisticRegression: the summed cross-entropy + |W|² / 2C, without a penalty on
 biases. It is found by L-BFGS (Nocedal 1980) in coordinates in which the curvature is nearly the identity: the Hessian
-of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992).
+of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992). The fits of several C go in step:
+each pass over the features serves all that have not converged.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 _LOGITS = 1 << 24
 _MEMORY = 10
 # The fit has converged when another step would lower the loss by less than this share of it.
-_GAIN = 1e-5
+GAIN = 1e-5
 _HALVINGS = 12
 
 
@@ -79,48 +80,71 @@ class LogisticProblem:
         squares, vectors = torch.linalg.eigh(sum_of_products(x))
         self._squares, self._vectors = squares.clamp_min(0).float(), vectors.float()
 
-    def fit(self, strength: float, start: Logistic | None = None, most: int = 300) -> Logistic:
-        """Minimise the loss for an inverse penalty C = `strength`. start: a solution nearby; most: passes."""
-        share = (1 / self._classes) * (1 - 1 / self._classes)
-        scale = (share * self._squares + 1 / strength).rsqrt()
-        ones = (share * len(self._x)) ** -0.5
-        d = self._x.shape[1]
+    def fit(
+        self, strengths: Sequence[float], start: Logistic | None = None, gain: float = GAIN, most: int = 300
+    ) -> list[Logistic]:
+        """Minimise the loss for each inverse penalty C of `strengths`, all on the same passes over the features.
 
-        def original(z: Tensor) -> tuple[Tensor, Tensor]:
-            """Return weight (K, d) and bias (K,) at coordinates z (K, d + 1)."""
-            return (z[:, :d] * scale) @ self._vectors.T, z[:, d] * ones
+        start: a solution nearby; gain: a fit has converged when another step would lower its loss by less than this
+        share; most: passes.
+        """
+        places = [_Coordinates(self._squares, self._vectors, len(self._x), self._classes, c) for c in strengths]
+        zero = torch.zeros(self._classes, self._x.shape[1] + 1, device=self._x.device)
+        searches = [minimise(zero if start is None else place.inside(start), gain, most) for place in places]
+        asked = {number: next(search) for number, search in enumerate(searches)}
+        found = dict[int, Logistic]()
+        while asked:
+            heads = {number: places[number].outside(z) for number, z in asked.items()}
+            for number, sums in zip(heads, self._pass(list(heads.values())), strict=True):
+                try:
+                    asked[number] = searches[number].send(places[number].penalised(heads[number][0], *sums))
+                except StopIteration as end:
+                    z, passes, converged = end.value
+                    found[number] = Logistic(*places[number].outside(z), passes, converged)
+                    del asked[number]
+        return [found[number] for number in range(len(strengths))]
 
-        def loss(z: Tensor) -> tuple[float, Tensor]:
-            """Return the loss at coordinates z, and its gradient."""
-            weight, bias = original(z)
-            value, by_weight, by_bias = self._pass(weight, bias)
-            value += float(weight.double().square().sum()) / (2 * strength)
-            by_weight += weight / strength
-            return value, torch.cat([(by_weight @ self._vectors) * scale, (by_bias * ones).unsqueeze(1)], 1)
-
-        z = torch.zeros(self._classes, d + 1, device=self._x.device)
-        if start is not None:
-            z = torch.cat([(start.weight @ self._vectors) / scale, (start.bias / ones).unsqueeze(1)], 1)
-        z, passes, converged = minimise(loss, z, most)
-        return Logistic(*original(z), passes, converged)
-
-    def _pass(self, weight: Tensor, bias: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Return the summed cross-entropy, and its gradients by weight and bias."""
-        value = torch.zeros((), dtype=torch.float64, device=weight.device)
+    def _pass(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor, Tensor]]:
+        """Return the summed cross-entropy of each head (weight, bias), and its gradients by weight and bias."""
+        weight, bias = (torch.cat(parts) for parts in zip(*heads, strict=True))
+        values = torch.zeros(len(heads), dtype=torch.float64, device=weight.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, _LOGITS // max(self._classes, weight.shape[1]))
+        rows = max(1, _LOGITS // max(weight.shape))
         for x, labels in zip(self._x.split(rows), self._labels.split(rows), strict=True):
-            logits = torch.addmm(bias, x, weight.T)
-            logits -= logits.amax(1, keepdim=True)
-            own = logits.gather(1, labels.unsqueeze(1))
-            # The memory of the logits becomes that of the gradient.
-            sums = logits.exp_().sum(1, keepdim=True)
-            value += (sums.log() - own).sum(dtype=torch.float64)
-            error = logits.div_(sums)
-            error.scatter_add_(1, labels.unsqueeze(1), torch.full_like(own, -1))
+            logs = torch.addmm(bias, x, weight.T).view(len(x), len(heads), -1).log_softmax(2)
+            own = labels[:, None, None].expand(-1, len(heads), 1)
+            values -= logs.gather(2, own).sum((0, 2), dtype=torch.float64)
+            # The memory of the logarithms becomes that of the gradient.
+            error = logs.exp_().scatter_add_(2, own, logs.new_full((1, 1, 1), -1.0).expand(own.shape)).flatten(1)
             by_weight.addmm_(error.T, x)
             by_bias += error.sum(0)
-        return float(value), by_weight, by_bias
+        return list(zip(values.tolist(), by_weight.chunk(len(heads)), by_bias.chunk(len(heads)), strict=True))
+
+
+class _Coordinates:
+    """The coordinates z (K, d + 1) of a head for one inverse penalty C, in which the curvature is nearly the identity.
+
+    squares, vectors: eigenvalues (d,) and eigenvectors (d, d) of XᵀX, where X has `count` rows.
+    """
+
+    def __init__(self, squares: Tensor, vectors: Tensor, count: int, classes: int, strength: float) -> None:
+        share = (1 / classes) * (1 - 1 / classes)
+        self._vectors, self._strength = vectors, strength
+        self._scale, self._ones = (share * squares + 1 / strength).rsqrt(), (share * count) ** -0.5
+
+    def outside(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the head, weight (K, d) and bias (K,), at coordinates z."""
+        return (z[:, :-1] * self._scale) @ self._vectors.T, z[:, -1] * self._ones
+
+    def inside(self, head: Logistic) -> Tensor:
+        """Return the coordinates of a head."""
+        return torch.cat([(head.weight @ self._vectors) / self._scale, (head.bias / self._ones).unsqueeze(1)], 1)
+
+    def penalised(self, weight: Tensor, value: float, by_weight: Tensor, by_bias: Tensor) -> tuple[float, Tensor]:
+        """Return the loss with its penalty, and its gradient by z, of a cross-entropy and its gradients."""
+        value += float(weight.double().square().sum()) / (2 * self._strength)
+        by_weight = by_weight + weight / self._strength
+        return value, torch.cat([(by_weight @ self._vectors) * self._scale, (by_bias * self._ones).unsqueeze(1)], 1)
 
 
 def sum_of_products(x: Tensor | Streamed) -> Tensor:
@@ -131,29 +155,30 @@ def sum_of_products(x: Tensor | Streamed) -> Tensor:
     return total
 
 
-def minimise(loss: Callable[[Tensor], tuple[float, Tensor]], z: Tensor, most: int) -> tuple[Tensor, int, bool]:
+def minimise(z: Tensor, gain: float, most: int) -> Generator[Tensor, tuple[float, Tensor], tuple[Tensor, int, bool]]:
     """Minimise a convex function by L-BFGS with backtracking; return the place, the evaluations and if it converged.
 
-    loss: returns a value and a gradient of z's shape. The first direction is the negative gradient.
+    Yields the places at which it needs the function's value and gradient, and is sent them; so the caller decides what
+    is evaluated together. gain, most: as at LogisticProblem.fit. The first direction is the negative gradient.
     """
-    value, gradient = loss(z)
+    value, gradient = yield z
     passes, history = 1, deque[tuple[Tensor, Tensor, float]](maxlen=_MEMORY)
     while passes < most:
         direction = -_newton(gradient, history)
         slope = float((gradient.double() * direction).sum())
-        if -slope / 2 <= _GAIN * max(abs(value), 1e-12):
+        if -slope / 2 <= gain * max(abs(value), 1e-12):
             return z, passes, True
         step = 1.0
         for _ in range(_HALVINGS):
             there = z + step * direction
-            found, slopes = loss(there)
+            found, slopes = yield there
             passes += 1
             if found <= value + 1e-4 * step * slope:
                 break
             # The minimum of the parabola through both values and the slope.
             step *= min(0.5, max(0.1, -slope * step / (2 * (found - value - slope * step))))
         else:  # no step is better within the precision of the numbers
-            return z, passes, -slope / 2 <= 100 * _GAIN * abs(value)
+            return z, passes, -slope / 2 <= 100 * GAIN * abs(value)
         moved, change = there - z, slopes - gradient
         curvature = float((moved.double() * change).sum())
         if curvature > 0:

@@ -1,6 +1,7 @@
 """Training-free probes of frozen features, and the figures of probes."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,10 +11,10 @@ from singer.errors import UserError
 
 # The normal distribution has 95 % of its mass within this many standard deviations.
 _Z95 = 1.959964
-# So many rows are compared with all others at once.
-_CHUNK = 256
-# So many similarities are held at once.
-_SIMILARITIES = 1 << 28
+# Of so many rows each, two sets are compared at once.
+_QUERIES, _GALLERY = 1 << 10, 1 << 14
+# So many similarities are sorted at once, or one row of them if that is more.
+_SIMILARITIES = 1 << 24
 
 
 def knn_scores(
@@ -23,45 +24,42 @@ def knn_scores(
     classes: int,
     neighbours: int,
     temperature: float,
-    most: int | None = None,
-) -> Tensor:
-    """Compute class scores (m, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
+    device: torch.device | None = None,
+) -> Iterator[Tensor]:
+    """Yield class scores (B, classes) by weighted k-NN on cosine similarity (Wu et al. 2018; DINO's protocol).
 
     train (n, d) with labels (n,); test (m, d). A neighbour of similarity s votes exp((s - 1) / temperature). Classes
-    without a vote have the score -inf. most: how many rows of train are compared at once, on the device of test;
-    default: all. The neighbours are exact in any case.
+    without a vote have the score -inf. The neighbours are exact; one block of either set at a time is on the device,
+    by default that of train.
     """
-    test, count = F.normalize(test, dim=1), min(neighbours, len(train))
-    most = min(most or len(train), len(train))
-    chunks = test.split(max(1, min(1024, _SIMILARITIES // most)))
-    best: list[tuple[Tensor, Tensor] | None] = [None] * len(chunks)
-    for part, own in zip(train.split(most), labels.split(most), strict=True):
-        part, own = F.normalize(part.to(test.device), dim=1), own.to(test.device)
+    device = train.device if device is None else device
+    chunks = test.split(_QUERIES)
+    # The similarities and labels of the nearest so far.
+    best = [
+        (torch.empty(len(chunk), 0, device=device), torch.empty(len(chunk), 0, dtype=labels.dtype, device=device))
+        for chunk in chunks
+    ]
+    for part, own in zip(train.split(_GALLERY), labels.split(_GALLERY), strict=True):
+        part, own = F.normalize(part.to(device), dim=1), own.to(device)
         for number, chunk in enumerate(chunks):
-            similarity, nearest = (chunk @ part.T).topk(min(count, len(part)), dim=1)
-            label, known = own[nearest], best[number]
-            if known is not None:
-                both = torch.cat([known[0], similarity], 1)
-                similarity, order = both.topk(min(count, both.shape[1]), dim=1)
-                label = torch.cat([known[1], label], 1).gather(1, order)
-            best[number] = similarity, label
-    scores = []
-    for similarity, label in filter(None, best):
+            similarity, nearest = (F.normalize(chunk.to(device), dim=1) @ part.T).topk(min(neighbours, len(part)))
+            both = torch.cat([best[number][0], similarity], 1)
+            similarity, order = both.topk(min(neighbours, both.shape[1]))
+            best[number] = similarity, torch.cat([best[number][1], own[nearest]], 1).gather(1, order)
+    for similarity, label in best:
         votes = similarity.new_zeros(len(similarity), classes)
         votes.scatter_add_(1, label, ((similarity - 1) / temperature).exp())
         voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, label, True)
-        scores.append(votes.masked_fill(~voted, -torch.inf))
-    return torch.cat(scores)
+        yield votes.masked_fill(~voted, -torch.inf)
 
 
-def topk_percent(scores: Tensor, labels: Tensor, k: int) -> float:
-    """Return the share (%) of rows of scores (m, classes) that have their label among the k highest scores.
+def topk_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return which rows (m,) of scores (m, classes) have their label among the k highest scores.
 
     A score of -inf is none: such a class is never among them.
     """
     values, best = scores.topk(min(k, scores.shape[1]), dim=1)
-    right = (best == labels[:, None]) & (values > -torch.inf)
-    return 100.0 * float(right.any(1).float().mean())
+    return ((best == labels[:, None]) & (values > -torch.inf)).any(1)
 
 
 def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -101,25 +99,27 @@ def shot_groups(counts: Tensor, thresholds: tuple[int, int]) -> dict[str, Tensor
     return {"many": counts > high, "medium": (counts >= low) & (counts <= high), "few": counts < low}
 
 
-def retrieval_figures(x: Tensor, labels: Tensor) -> dict[str, float]:
+def retrieval_figures(x: Tensor, labels: Tensor, device: torch.device | None = None) -> dict[str, float]:
     """Measure in percent how well each row of x (n, d) finds others of its label (n,) by cosine similarity.
 
     map: the mean over queries of average precision, taken over the full ranking; recall1, recall5: the share of queries
     with one of its label among the nearest 1 and 5. The query itself is not a candidate. A row that is alone with its
-    label is not a query. Raises UserError if there are no queries.
+    label is not a query. A block of x at a time is on the device, by default that of x, with some rows of
+    similarities. Raises UserError if there are no queries.
     """
-    if len(labels.unique()) == len(labels):
+    count, labels = len(x), labels.to(x.device if device is None else device)
+    if len(labels.unique()) == count:
         raise UserError("no label occurs twice")
-    x = F.normalize(x, dim=1)
+    ranks = torch.arange(1, count, device=labels.device)
     precisions, firsts = [], []
-    for rows in torch.arange(len(x)).split(_CHUNK):
-        similarity = x[rows] @ x.T
+    for rows in torch.arange(count).split(max(1, min(_QUERIES, _SIMILARITIES // count))):
+        queries = F.normalize(x[rows].to(labels.device), dim=1)
+        similarity = torch.cat([queries @ F.normalize(g.to(labels.device), dim=1).T for g in x.split(_GALLERY)], 1)
         similarity[torch.arange(len(rows)), rows] = -torch.inf  # the query itself comes last, and is cut off
         order = similarity.argsort(dim=1, descending=True, stable=True)[:, :-1]
         hits = labels[order] == labels[rows, None]
         hits = hits[hits.any(1)]
-        ranks = torch.arange(1, len(x), dtype=torch.float64)
-        precisions.append(((hits.cumsum(1) / ranks) * hits).sum(1) / hits.sum(1))
+        precisions.append((hits * (hits.cumsum(1) / ranks.double())).sum(1) / hits.sum(1))
         firsts.append(hits.int().argmax(1))
     precision, first = torch.cat(precisions), torch.cat(firsts)
     return {

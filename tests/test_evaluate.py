@@ -18,7 +18,7 @@ import cli
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view, normalise
-from pipeline.evaluation.classification import Classification, linear_scores
+from pipeline.evaluation.classification import Classification, accuracy, linear_scores
 from pipeline.evaluation.classification import probe as probe_classification
 from pipeline.evaluation.context import EvaluationContext, tokens
 from pipeline.evaluation.domain_shift import DomainShift
@@ -31,7 +31,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError
-from singer.metrics import knn_scores, retrieval_figures, topk_percent, wilson_percent
+from singer.metrics import knn_scores, retrieval_figures, wilson_percent
 
 CPU = torch.device("cpu")
 KINDS = ("block", "norm")
@@ -50,15 +50,16 @@ def blobs(noise: float, classes: int = 5, seed: int = 0) -> tuple[torch.Tensor, 
 def test_perfect_features_and_chance() -> None:
     settings = load_config().evaluate
     (x, y), (test_x, test_y) = blobs(0.01), blobs(0.01, seed=1)
-    assert topk_percent(linear_scores(x, y, test_x, 5, settings), test_y, 1) == 100
-    assert topk_percent(knn_scores(x, y, test_x, 5, 20, 0.07), test_y, 1) == 100
+    assert accuracy(linear_scores(x, y, test_x, 5, settings), test_y)["top1"] == 100
+    assert accuracy(knn_scores(x, y, test_x, 5, 20, 0.07), test_y)["top1"] == 100
     # Taught the next label, they say the next label.
     taught = (y + 1) % 5
-    for scores in (linear_scores(x, taught, test_x, 5, settings), knn_scores(x, taught, test_x, 5, 20, 0.07)):
-        assert topk_percent(scores, test_y, 1) == 0 and topk_percent(scores, (test_y + 1) % 5, 1) == 100
+    for blocks in (linear_scores(x, taught, test_x, 5, settings), knn_scores(x, taught, test_x, 5, 20, 0.07)):
+        scores = list(blocks)
+        assert accuracy(scores, test_y)["top1"] == 0 and accuracy(scores, (test_y + 1) % 5)["top1"] == 100
     # 20 %, with a standard deviation of 2.
     noise_x, noise_y = torch.randn(400, 8), torch.randint(0, 5, (400,))
-    assert topk_percent(linear_scores(noise_x, noise_y, torch.randn(400, 8), 5, settings), noise_y, 1) < 32
+    assert accuracy(linear_scores(noise_x, noise_y, torch.randn(400, 8), 5, settings), noise_y)["top1"] < 32
 
 
 def test_two_classes_and_classes_without_images() -> None:
@@ -66,18 +67,18 @@ def test_two_classes_and_classes_without_images() -> None:
     # One cluster a class: of two, some draws cannot be parted by a line.
     x, y = make_classification(200, 6, n_clusters_per_class=1, random_state=seeded(0), class_sep=4.0)
     x, y = torch.from_numpy(x.astype("f4")), torch.from_numpy(3 * y.astype("i8"))  # labels 0 and 3 of 4
-    scores = linear_scores(x, y, x, 4, settings)
-    assert scores.shape == (200, 4) and topk_percent(scores, y, 1) > 90
+    (scores,) = linear_scores(x, y, x, 4, settings)
+    assert scores.shape == (200, 4) and accuracy([scores], y)["top1"] > 90
     assert torch.isinf(scores[:, 1:3]).all()
     two = torch.tensor([0, 1])
     with pytest.raises(
         UserError, match=r"--train has 2 images: .*or one strength: --set 'evaluate\.strengths=\[0\.01\]'"
     ):
-        linear_scores(x[:2], two, x, 2, settings)
+        list(linear_scores(x[:2], two, x, 2, settings))
     one = settings.model_copy(update={"strengths": (0.01,)})
-    assert linear_scores(x[:2], two, x, 2, one).isfinite().all()
+    assert all(block.isfinite().all() for block in linear_scores(x[:2], two, x, 2, one))
     with pytest.raises(UserError, match="one class only"):
-        linear_scores(x, torch.zeros(200, dtype=torch.int64), x, 1, settings.model_copy(update={"strengths": (1.0,)}))
+        list(linear_scores(x, torch.zeros(200, dtype=torch.int64), x, 1, one))
 
 
 def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path: Path) -> None:
@@ -240,13 +241,13 @@ def test_linear_probe_is_logistic_regression() -> None:
 
     def scores(*sets: str) -> torch.Tensor:
         settings = load_config(sets=list(sets)).evaluate
-        return linear_scores(features_[train], labels[train], features_[test], 5, settings)
+        return torch.cat(list(linear_scores(features_[train], labels[train], features_[test], 5, settings)))
 
-    accuracy = 100 * plain.score(x[test], y[test])
-    assert 40 < accuracy < 95
+    expected = 100 * plain.score(x[test], y[test])
+    assert 40 < expected < 95
     same = scores("evaluate.strengths=[1.0]").argmax(1).numpy() == plain.predict(x[test])
     assert same.mean() > 0.995
-    assert topk_percent(scores(), labels[test], 1) == pytest.approx(accuracy, abs=3)
+    assert accuracy([scores()], labels[test])["top1"] == pytest.approx(expected, abs=3)
 
 
 def test_intervals_and_shots(world: Path) -> None:
@@ -365,7 +366,7 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
         views = [apply_view(image, crop_view(1.0, image.size), 32) for image in map(files.read, range(40))]
         logits = teacher.model(normalise(torch.from_numpy(np.stack(views)), teacher.mean, teacher.std))
     labels = torch.from_numpy(images.labels)
-    assert found.top1 == topk_percent(logits, labels, 1) and found.top5 == 100
+    assert found.top1 == accuracy([logits], labels)["top1"] and found.top5 == 100
     assert (found.top1_low, found.top1_high) == wilson_percent(round(found.top1 * 0.4), 40)
     assert found.written is not None
     stored = json.loads(found.written.read_text())
@@ -376,7 +377,7 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
     found = evaluate(mapped, world / "teacher", None, str(world / "test" / "*.tar"), "head")
     assert isinstance(found, OwnHead) and found.classes == 3
     right = torch.tensor([[2, 1, 2, 0][label] for label in labels])  # of 0, 2 and 4
-    assert found.top1 == topk_percent(logits[:, [0, 2, 4]], right, 1)
+    assert found.top1 == accuracy([logits[:, [0, 2, 4]]], right)["top1"]
 
 
 def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.config import load_config
 from pipeline.evaluation import classification, feature_rows, global_features
-from pipeline.evaluation.classification import linear_scores
+from pipeline.evaluation.classification import accuracy, linear_scores
 from pipeline.evaluation.feature_store import StoredFeatures
 from pipeline.runtime import machine
 from pipeline.stages.evaluate import evaluate
-from singer import logistic
+from singer import logistic, metrics
 from singer.errors import UserError
-from singer.metrics import knn_scores, topk_percent
+from singer.metrics import knn_scores, retrieval_figures
 
 CPU = torch.device("cpu")
 
@@ -54,16 +54,16 @@ def samples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_streamed_regression_is_the_one_in_memory(no_room: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     (x, y), (test_x, test_y) = samples(1500, 1), samples(1000, 2)
     settings = load_config().evaluate
-    streamed = linear_scores(x, y, test_x, 7, settings)
+    streamed = torch.cat(list(linear_scores(x, y, test_x, 7, settings)))
     assert no_room
     monkeypatch.undo()
-    whole = linear_scores(x, y, test_x, 7, settings)
+    (whole,) = linear_scores(x, y, test_x, 7, settings)
     torch.testing.assert_close(streamed, whole, atol=1e-3, rtol=1e-3)
     one = settings.model_copy(update={"strengths": (0.1,)})
     std, mean = torch.std_mean(x, 0, correction=0)
     theirs = LogisticRegression(C=0.1, max_iter=2000, tol=1e-8).fit(((x - mean) / std).numpy(), y.numpy())
     expected = 100 * theirs.score(((test_x - mean) / std).numpy(), test_y.numpy())
-    assert abs(topk_percent(linear_scores(x, y, test_x, 7, one), test_y, 1) - expected) <= 0.3
+    assert abs(accuracy(linear_scores(x, y, test_x, 7, one), test_y)["top1"] - expected) <= 0.3
 
 
 @pytest.mark.parametrize("size", [1, 7, 300])
@@ -74,11 +74,44 @@ def test_moments_of_blocks(size: int) -> None:
     np.testing.assert_allclose(std, x.numpy().astype(np.float64).std(0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("most", [1, 7, 64, 1499, 5000])
-def test_neighbours_in_blocks_are_exact(most: int) -> None:
+@pytest.mark.parametrize(("queries", "gallery"), [(1, 300), (7, 1), (50, 19), (5, 64), (64, 299)])
+def test_blocks_change_no_neighbour_and_no_rank(queries: int, gallery: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (x, y), (test_x, _) = samples(300, 3), samples(50, 4)
-    expected = knn_scores(x, y, test_x, 7, 20, 0.07)
-    torch.testing.assert_close(knn_scores(x, y, test_x, 7, 20, 0.07, most), expected, atol=1e-5, rtol=1e-4)
+    (expected,) = knn_scores(x, y, test_x, 7, 20, 0.07)
+    ranked = retrieval_figures(test_x, y[:50])
+    monkeypatch.setattr(metrics, "_QUERIES", queries)
+    monkeypatch.setattr(metrics, "_GALLERY", gallery)
+    blocks = list(knn_scores(x, y, test_x, 7, 20, 0.07))
+    assert {len(block) for block in blocks[:-1]} <= {queries}
+    torch.testing.assert_close(torch.cat(blocks), expected, atol=1e-5, rtol=1e-4)
+    assert retrieval_figures(test_x, y[:50]) == pytest.approx(ranked, abs=1e-6)
+    monkeypatch.setattr(metrics, "_SIMILARITIES", 60)  # one query at a time
+    assert retrieval_figures(test_x, y[:50]) == pytest.approx(ranked, abs=1e-6)
+
+
+def test_fits_of_several_strengths_share_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of each strength alone, and the slowest decides how often features are read."""
+    x, y = samples(600, 6)
+    x, strengths = (x - x.mean(0)) / x.std(0), (1.0, 0.01, 0.1)
+    alone = [logistic.LogisticProblem(x, y, 7).fit([c])[0] for c in strengths]
+    problem, read = logistic.LogisticProblem(x, y, 7), list[int]()
+    one_pass = problem._pass
+    monkeypatch.setattr(problem, "_pass", lambda heads: read.append(len(heads)) or one_pass(heads))  # type: ignore[func-returns-value]
+    together = problem.fit(strengths)
+    assert len(read) == max(fit.passes for fit in together) and sum(read) == sum(fit.passes for fit in together)
+    for one, other in zip(alone, together, strict=True):
+        assert one.converged and other.converged
+        torch.testing.assert_close(one.weight, other.weight, atol=2e-3, rtol=2e-2)
+
+
+def test_fits_without_an_end_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those among which the penalty is chosen, too."""
+    (x, y), fit = samples(200, 7), logistic.LogisticProblem.fit
+    monkeypatch.setattr(logistic.LogisticProblem, "fit", lambda *args, **more: fit(*args, **more, most=2))
+    list(linear_scores(x, y, x, 7, load_config().evaluate))
+    told = capsys.readouterr()
+    notes = [line for line in (told.out + told.err).splitlines() if "has not converged in 2 passes" in line]
+    assert len(notes) == 4 and sum("of 160 images, to choose" in note for note in notes) == 3
 
 
 def test_rows_in_a_file(no_room: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +233,7 @@ def test_blocks_of_a_pass_are_bounded_by_the_width_too(monkeypatch: pytest.Monke
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(seeded(0)))
     problem = logistic.LogisticProblem(x.as_subclass(Watched), (x[:, 0] > 0).long(), 2)
     read.clear()
-    problem.fit(1.0)
+    problem.fit([1.0])
     assert set(read) == {4}
 
 

@@ -14,7 +14,7 @@ from singer.artifacts import BlockScale, norm_summary, robust_threshold
 from singer.cleaners import Adapter, Clip, Shape
 from singer.errors import UserError
 from singer.matching import match_blocks
-from singer.metrics import knn_scores, topk_percent
+from singer.metrics import knn_scores, topk_hits
 from singer.normalisers import Standardize
 from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.refiner import Refiner
@@ -220,28 +220,28 @@ def test_knn_against_scikit_learn() -> None:
         return np.exp((1 - distances) / 0.1)
 
     reference = KNeighborsClassifier(7, weights=votes, metric="cosine", algorithm="brute").fit(train, labels)
-    scores = knn_scores(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), 4, 7, 0.1)
+    (scores,) = knn_scores(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), 4, 7, 0.1)
     assert scores.argmax(1).tolist() == reference.predict(test).tolist()
 
 
 def test_knn_does_not_overflow() -> None:
     train, labels = torch.eye(3), torch.tensor([0, 1, 2])
-    scores = knn_scores(train, labels, torch.eye(3), 3, 3, temperature=1e-3)
+    (scores,) = knn_scores(train, labels, torch.eye(3), 3, 3, temperature=1e-3)
     assert scores.isfinite().all() and scores.argmax(1).tolist() == [0, 1, 2]
 
 
 def test_a_class_without_a_vote_is_in_no_top5() -> None:
     """Three neighbours of two classes: the other four are not guessed, although five would fit."""
     train = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.9, 0.0], [0.0, 1.0]])
-    scores = knn_scores(train, torch.tensor([4, 4, 5, 0]), torch.tensor([[1.0, 0.0]] * 6), 6, 3, 0.07)
-    assert [topk_percent(scores[:1], torch.tensor([label]), 5) for label in range(6)] == [0, 0, 0, 0, 100, 100]
+    (scores,) = knn_scores(train, torch.tensor([4, 4, 5, 0]), torch.tensor([[1.0, 0.0]] * 6), 6, 3, 0.07)
+    assert [topk_hits(scores[:1], torch.tensor([label]), 5).item() for label in range(6)] == [False] * 4 + [True] * 2
 
 
-def test_topk_percent() -> None:
+def test_topk_hits() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     labels = torch.tensor([2, 0])
-    assert topk_percent(scores, labels, 1) == 50.0
-    assert topk_percent(scores, labels, 2) == 100.0
+    assert topk_hits(scores, labels, 1).tolist() == [False, True]
+    assert topk_hits(scores, labels, 2).all()
 
 
 def test_tail_has_no_front() -> None:

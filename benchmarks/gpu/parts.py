@@ -239,10 +239,10 @@ def probes(bench: Bench) -> Iterator[Figure]:
     centres = torch.randn(classes, width, generator=generator)
     x = centres[labels] + 2 * torch.randn(n, width, generator=generator)
     a, y, b = (t.to(bench.device) for t in (x, labels, x[: n // 10]))
-    rate = bench.rate(lambda: knn_scores(a, y, b, classes, 20, 0.07), seconds=1.0)
+    rate = bench.rate(lambda: list(knn_scores(a, y, b, classes, 20, 0.07)), seconds=1.0)
     yield Figure(f"k-NN of {n // 10} in {n}", 1 / rate, "s")
     start = perf_counter()
-    fitted = LogisticProblem(a, y, classes).fit(0.1)
+    (fitted,) = LogisticProblem(a, y, classes).fit([0.1])
     yield Figure(f"linear probe of {n}, one penalty, {fitted.passes} passes", perf_counter() - start, "s")
 
 

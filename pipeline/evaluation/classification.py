@@ -4,7 +4,7 @@ The shards hold NAME.cls beside NAME.jpg. The test shards select nothing: the li
 split of the training shards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,13 @@ from pipeline.evaluation.global_features import pooled
 from pipeline.runtime.progress import say
 from singer.errors import UserError
 from singer.logistic import Logistic, LogisticProblem, Streamed
-from singer.metrics import knn_scores, shot_groups, topk_percent, wilson_percent
+from singer.metrics import knn_scores, shot_groups, topk_hits, wilson_percent
 
 _FIT_SHARE = 0.8
-# So many rows of features are read at once where a whole set has no room.
+# The fits among which the penalty is chosen have converged when another step would lower the loss by less than this
+# share of it. They agree with closer fits within the noise of the held-out accuracy.
+_GAIN_OF_CHOICE = 1e-4
+# So many rows of features are read at once.
 _BLOCK = 1 << 14
 
 # {"cls": {"top1": .., "top5": .., "top1_low": .., "top1_high": ..}, "mean_patch": {..}}, in percent. low and high bound
@@ -67,10 +70,8 @@ def probe(context: EvaluationContext) -> Classification:
         for name, x in train.items():
             scores = linear_scores(x, train_labels, test[name], classes, settings, context.device)
             linear[name] = accuracy(scores, test_labels, groups)
-            # The features that vote are normalised, which takes them twice.
-            most = None if fits(2 * x.numel(), context.device) else _BLOCK
-            b, k, temperature = test[name].to(context.device), settings.neighbours, settings.temperature
-            scores = knn_scores(x, train_labels, b, classes, k, temperature, most).cpu()
+            k, temperature = settings.neighbours, settings.temperature
+            scores = knn_scores(x, train_labels, test[name], classes, k, temperature, context.device)
             knn[name] = accuracy(scores, test_labels, groups)
         return {"linear": linear, "knn": knn}
 
@@ -123,20 +124,19 @@ def linear_scores(
     classes: int,
     settings: EvaluateConfig,
     device: torch.device | None = None,
-) -> Tensor:
-    """Return the class scores (m, classes) of a logistic regression on standardised features, on the CPU.
+) -> Iterator[Tensor]:
+    """Yield the class scores (B, classes) of a logistic regression on standardised features, in blocks on the CPU.
 
     train: features (n, d) with labels (n,); test: features (m, d). The penalty is the one of settings.strengths that
     is best on a held-out fifth of the training images. The regression then learns from all training images. device:
     where it learns; default: where the features are. A fit that has not converged is told.
     """
     probe, known, (mean, std) = fit_linear(train, labels, settings, device)
-    device = train.device if device is None else device
-    # A class that no training image has gets the lowest score.
-    scores = torch.full((len(test), classes), -torch.inf)
-    for rows in torch.arange(len(test)).split(_BLOCK):
-        scores[rows[:, None], known] = probe.scores((test[rows].to(device) - mean) / std).cpu()
-    return scores
+    for block in test.split(_BLOCK):
+        # A class that no training image has gets the lowest score.
+        scores = torch.full((len(block), classes), -torch.inf)
+        scores[:, known] = probe.scores((block.to(mean.device) - mean) / std).cpu()
+        yield scores
 
 
 def fit_linear(
@@ -149,25 +149,28 @@ def fit_linear(
     require_classes(labels.numpy())
     known, numbers = labels.unique(return_inverse=True)
     device = train.device if device is None else device
-    chosen: Logistic | None = None
-    strength = settings.strengths[0]
+    strength, start = settings.strengths[0], None
     if len(settings.strengths) > 1:
         fit, held_out = (torch.from_numpy(rows) for rows in _split(labels.numpy(), settings))
         x, scale = _standardised(train, fit, device)
-        problem = LogisticProblem(x, numbers[fit].to(device), len(known))
-        tested, _ = _standardised(train, held_out, device, scale)
-        right, fitted = dict.fromkeys(settings.strengths, -1.0), dict[float, Logistic]()
-        for c in sorted(settings.strengths):  # each fit starts from the one with the next stronger penalty
-            fitted[c] = chosen = problem.fit(c, chosen)
-            right[c] = _accuracy(chosen, tested, numbers[held_out].to(device))
-        strength = max(settings.strengths, key=lambda c: right[c])
-        chosen = fitted[strength]
-        del problem, x, tested
+        fitted = LogisticProblem(x, numbers[fit].to(device), len(known)).fit(settings.strengths, gain=_GAIN_OF_CHOICE)
+        _tell(fitted, f"of {len(x)} images, to choose among evaluate.strengths")
+        x, _ = _standardised(train, held_out, device, scale)
+        right = [_accuracy(probe, x, numbers[held_out].to(device)) for probe in fitted]
+        best = right.index(max(right))
+        strength, start = settings.strengths[best], fitted[best]
+        del x
     x, scale = _standardised(train, torch.arange(len(train)), device)
-    probe = LogisticProblem(x, numbers.to(device), len(known)).fit(strength, chosen)
-    if not probe.converged:
-        say(f"note: the linear probe of {len(x)} images has not converged in {probe.passes} passes")
+    (probe,) = LogisticProblem(x, numbers.to(device), len(known)).fit([strength], start)
+    _tell([probe], f"of {len(x)} images")
     return probe, known, scale
+
+
+def _tell(probes: Iterable[Logistic], which: str) -> None:
+    """Say which fits have not converged."""
+    for probe in probes:
+        if not probe.converged:
+            say(f"note: the linear probe {which} has not converged in {probe.passes} passes")
 
 
 def _accuracy(probe: Logistic, x: Tensor | Streamed, labels: Tensor) -> float:
@@ -224,13 +227,22 @@ def _shots(train: Tensor, test: Tensor, classes: int, settings: EvaluateConfig) 
     return groups if len(groups) > 1 else {}
 
 
-def accuracy(scores: Tensor, labels: Tensor, groups: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Return the figures (%) of scores (m, classes) against labels (m,), as described at Accuracies.
+def accuracy(scores: Iterable[Tensor], labels: Tensor, groups: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Return the figures (%) of scores against labels (m,), as described at Accuracies.
 
-    groups: {name: mask (m,)}; each group adds a figure top1_NAME.
+    scores: blocks (B, classes) in the order of the labels, of which one at a time is held; groups: {name: mask (m,)};
+    each group adds a figure top1_NAME.
     """
-    figures = {f"top{k}": topk_percent(scores, labels, k) for k in (1, 5)}
-    figures["top1_low"], figures["top1_high"] = wilson_percent(int((scores.argmax(1) == labels).sum()), len(labels))
-    for name, rows in (groups or {}).items():
-        figures[f"top1_{name}"] = topk_percent(scores[rows], labels[rows], 1)
-    return figures
+    hits, done = {k: torch.zeros(len(labels), dtype=torch.bool) for k in (1, 5)}, 0
+    for block in scores:
+        rows = slice(done, done + len(block))
+        for k, hit in hits.items():
+            hit[rows] = topk_hits(block, labels[rows].to(block.device), k).cpu()
+        done += len(block)
+    figures = {f"top{k}": _percent(hit) for k, hit in hits.items()}
+    figures["top1_low"], figures["top1_high"] = wilson_percent(int(hits[1].sum()), len(labels))
+    return figures | {f"top1_{name}": _percent(hits[1][rows]) for name, rows in (groups or {}).items()}
+
+
+def _percent(hits: Tensor) -> float:
+    return 100.0 * float(hits.float().mean())

@@ -50,7 +50,7 @@ def probe(context: EvaluationContext) -> DomainShift:
         for name, x in train.items():
             classes = int(train_labels.max()) + 1
             scores = linear_scores(x, train_labels, test[name], classes, settings, context.device)
-            figures[name] = accuracy(scores[:, rivals], right)
+            figures[name] = accuracy((block[:, rivals] for block in scores), right)
         return {"linear": figures}
 
     first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})

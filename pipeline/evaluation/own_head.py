@@ -42,7 +42,7 @@ def probe(context: EvaluationContext) -> OwnHead:
 
     with torch.no_grad():
         batches = inputs(context.backbone, context.test, context.settings, context.device, view)
-        logits = torch.cat([context.backbone.model(x).float().cpu() for x in batches])
+        figures = accuracy((context.backbone.model(x).float()[:, rivals] for x in batches), right)
     return OwnHead(
         model=context.model,
         train_images=0,
@@ -50,7 +50,7 @@ def probe(context: EvaluationContext) -> OwnHead:
         seconds=context.seconds,
         written=context.file,
         classes=len(rivals),
-        **accuracy(logits[:, rivals], right),
+        **figures,
     )
 
 

@@ -37,7 +37,10 @@ def probe(context: EvaluationContext) -> Retrieval:
     counts = labels.unique(return_counts=True)[1]
     found = pooled(context, context.test)
     first, normed = first_and_normed(
-        {kind: {name: retrieval_figures(x, labels) for name, x in named.items()} for kind, named in found.items()}
+        {
+            kind: {name: retrieval_figures(x, labels, context.device) for name, x in named.items()}
+            for kind, named in found.items()
+        }
     )
     return Retrieval(
         model=context.model,
