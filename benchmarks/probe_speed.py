@@ -13,6 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
@@ -97,7 +98,7 @@ def first_close(name: str, fit: Callable[[int], Outcome], right: float) -> float
     first: float | None = None
     before: Outcome | None = None
     for most in _ITERATIONS:
-        seconds, found = row(f"{name}, at most {most}", lambda most=most: fit(most))
+        seconds, found = row(f"{name}, at most {most}", partial(fit, most))
         close = abs(found[1] - right) <= _CLOSE
         first = (first or seconds) if close else None
         if found[0] < most or (close and before is not None and abs(before[1] - found[1]) <= _CLOSE / 3):
