@@ -5,26 +5,37 @@ RefinementBatch and a block. A new form is a function and a line in the registry
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from singer.artifacts import BlockScale, clean_mask, patch_norms
+from singer.artifacts import BlockScale, clean_mask, expected_patches, patch_norms
 from singer.errors import UserError
 from singer.suffix import TeacherSuffix
 
 
 @dataclass(frozen=True)
 class RefinementBatch:
-    """Features of some records before and after refining, {block: (B, N, d)}, and what reads them."""
+    """Features of some records before and after refining, {block: (B, N, d)}, and what reads them.
+
+    suffix: None if the teacher has none; grids: {block: (rows, columns) of its patches, None if only some are stored},
+    which L_expect needs.
+    """
 
     original: Mapping[int, Tensor]
     refined: Mapping[int, Tensor]
-    suffix: TeacherSuffix
+    suffix: TeacherSuffix | None
     scales: Mapping[int, BlockScale]
     prefix: int
+    grids: Mapping[int, tuple[int, int] | None] = field(default_factory=dict)
+
+    @property
+    def reader(self) -> TeacherSuffix:
+        """Return the suffix, which must be there."""
+        assert self.suffix is not None
+        return self.suffix
 
     def clean(self, block: int) -> Tensor:
         """Return True (B, patches) where the ORIGINAL token is not an artifact."""
@@ -33,8 +44,8 @@ class RefinementBatch:
     def next_block_outputs(self, block: int) -> tuple[Tensor, Tensor]:
         """Return outputs (B, N, d) of the next block for refined and original tokens; for the last, the tokens."""
         with torch.no_grad():
-            original = self.suffix.next_output(self.original[block], block)
-        return self.suffix.next_output(self.refined[block], block), original
+            original = self.reader.next_output(self.original[block], block)
+        return self.reader.next_output(self.refined[block], block), original
 
 
 OutlierForm = Callable[[Tensor, BlockScale, float], Tensor]
@@ -95,7 +106,7 @@ def official_info(batch: RefinementBatch, block: int) -> Tensor:
     For the last block, compare the cosine Gram of its refined patches with that of the last intermediate block's
     refined patches. Raises UserError if there is no intermediate block.
     """
-    if not batch.suffix.is_last(block):
+    if not batch.reader.is_last(block):
         return F.mse_loss(*batch.next_block_outputs(block))
     others = [b for b in batch.refined if b != block]
     if not others:
@@ -131,19 +142,41 @@ def keep_loss(refined: Tensor, original: Tensor, clean: Tensor) -> Tensor:
     return variation(refined - original) / variation(original).clamp_min(1e-12)
 
 
+def expect_loss(batch: RefinementBatch, block: int) -> Tensor:
+    """Compute how far refined artifacts are from the mean of their clean neighbours; 1 is as far as clean tokens are.
+
+    Not in the paper, whose L_outlier sees norms alone: an artifact that is only made shorter keeps its direction.
+    """
+    original, refined = (x[block][:, batch.prefix :] for x in (batch.original, batch.refined))
+    clean = batch.clean(block)
+    expected = expected_patches(original, clean, batch.scales[block].threshold, batch.grids[block])
+
+    def distance(tokens: Tensor, which: Tensor) -> Tensor:
+        """Return the mean squared distance of some tokens from what is expected at their places."""
+        return ((tokens - expected).square().sum(-1) * which).sum() / which.sum().clamp_min(1)
+
+    return distance(refined, ~clean) / distance(original, clean).clamp_min(1e-12)
+
+
 def adapter_losses(
-    batch: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, keep: bool
+    batch: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, *more: str
 ) -> dict[str, dict[int, Tensor]]:
-    """Return {"outlier": {block: loss}, "info": ..., "keep": ...}, with "keep" only if `keep` is true."""
+    """Return {"outlier": {block: loss}, "info": ...}, and "keep" and "expect" if they are named in `more`.
+
+    Without a suffix, there is no "info".
+    """
     prefix = batch.prefix
     losses = {
         "outlier": {
             b: OUTLIER_FORMS[outlier_form](patch_norms(batch.refined[b], prefix), batch.scales[b], quantile)
             for b in blocks
         },
-        "info": {b: INFO_FORMS[info_form](batch, b) for b in blocks},
     }
-    if keep:
+    if batch.suffix is not None:
+        losses["info"] = {b: INFO_FORMS[info_form](batch, b) for b in blocks}
+    if "expect" in more:
+        losses["expect"] = {b: expect_loss(batch, b) for b in blocks}
+    if "keep" in more:
         losses["keep"] = {
             b: keep_loss(batch.refined[b][:, prefix:], batch.original[b][:, prefix:], batch.clean(b)) for b in blocks
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from singer.artifacts import clean_mask, clip_norms, expected_patches
+from singer.artifacts import BlockScale, clean_mask, clip_norms, expected_patches
 from singer.curvature import curvature
 from singer.fit_context import FitContext
 
@@ -32,6 +32,8 @@ class Cleaner(nn.Module):
     """`none`: features stay as they are. The other cleaners derive from this class and override `patches`."""
 
     trained = False
+    # True if it cannot be fitted without the teacher's suffix.
+    needs_suffix = False
     # True if `fit` reads tokens and not only the scale.
     needs_tokens = False
 
@@ -117,6 +119,7 @@ class Adapter(Cleaner):
     """`adapter`: patch tokens become x + (x·down)·up (SiNGER). down (d, r), up (r, d)."""
 
     trained = True
+    needs_suffix = True
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
@@ -124,10 +127,11 @@ class Adapter(Cleaner):
         self.up = nn.Parameter(torch.zeros(shape.rank, shape.width))
 
     @torch.no_grad()
-    def start(self, directions: Tensor, doubled: bool = False) -> None:
+    def start(self, directions: Tensor, scale: BlockScale, doubled: bool = False) -> None:
         """Start in the span of directions V (d, r), as the identity: down = V, up = 0.
 
-        doubled: up = Vᵀ as in the paper, which doubles the component in that span, so that norms rise at first.
+        scale: of the block's original tokens; doubled: up = Vᵀ as in the paper, which doubles the component in that
+        span, so that norms rise at first.
         """
         self.down.copy_(directions)
         self.up.copy_(directions.T) if doubled else self.up.zero_()
@@ -137,7 +141,38 @@ class Adapter(Cleaner):
         return patches + (patches @ self.down) @ self.up
 
 
+class GatedAdapter(Adapter):
+    """`gated-adapter`: artifacts become x + ((x - t)·down)·up, t the mean of their clean neighbours; the rest stays.
+
+    The adapter of SiNGER behind a gate: a token moves only if its norm is above the threshold, and by what it has
+    beyond the expected token t. In the span of `down`, where artifacts have their energy, an artifact becomes t; in
+    all other directions it keeps what it has. Artifacts that are still above the threshold are scaled down to it.
+    """
+
+    needs_suffix = False
+    threshold: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        self.register_buffer("threshold", torch.tensor(float("inf")))
+
+    @torch.no_grad()
+    def start(self, directions: Tensor, scale: BlockScale, doubled: bool = False) -> None:
+        """Start as the projection on t in the span of directions V (d, r): down = V, up = -Vᵀ."""
+        self.threshold.fill_(scale.threshold)
+        self.down.copy_(directions)
+        self.up.copy_(-directions.T)
+
+    def patches(self, patches: Tensor) -> Tensor:
+        """Move artifacts among patch tokens (B, patches, d)."""
+        clean = clean_mask(patches.norm(dim=-1), self.threshold)
+        excess = patches - expected_patches(patches, clean, self.threshold, self.shape.grid)
+        moved = clip_norms(patches + (excess @ self.down) @ self.up, self.threshold)
+        return torch.where(clean.unsqueeze(-1), patches, moved)
+
+
 CLEANERS: dict[str, type[Cleaner]] = {
+    "gated-adapter": GatedAdapter,
     "adapter": Adapter,
     "projector": Projector,
     "neighbour": Neighbour,

@@ -60,16 +60,23 @@ def artifact_aware(context: FitContext, rank: int) -> Tensor:
 
     They are the top of A v = λ (C + εI) v, orthonormalised in order.
     """
-    cost = curvature(context, "final-norm")
+    energy, cost = context.artifact_energy(), curvature(context, "final-norm")
     d = len(cost)
     floor = _FLOOR * cost.diagonal().mean()
     lower = torch.linalg.cholesky(cost + floor * torch.eye(d, dtype=cost.dtype, device=cost.device))
-    half = torch.linalg.solve_triangular(lower, context.artifact_energy(), upper=False)
+    half = torch.linalg.solve_triangular(lower, energy, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
     _, vectors = torch.linalg.eigh(whitened)  # ascending
     solved = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, : _checked(rank, d)], upper=True)
     directions: Tensor = torch.linalg.qr(solved).Q.float().contiguous()
     return directions
+
+
+def artifact(context: FitContext, rank: int) -> Tensor:
+    """Return the directions with most artifact energy: the top eigenvectors of A. No suffix is needed."""
+    _, vectors = torch.linalg.eigh(context.artifact_energy())  # ascending
+    most: Tensor = vectors.flip(1)[:, : _checked(rank, len(vectors))].float().contiguous()
+    return most
 
 
 def random(context: FitContext, rank: int) -> Tensor:
@@ -84,6 +91,7 @@ BASES: dict[str, Basis] = {
     "weights": null_space,
     "weights-official": null_space_official,
     "curvature": least_curvature,
+    "artifact": artifact,
     "artifact-aware": artifact_aware,
     "random": random,
 }

@@ -1,12 +1,14 @@
 """The forms of L_outlier and L_info against closed forms in NumPy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import WIDTH, make_vit
 from torch import Tensor
 
-from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS, RefinementBatch, adapter_losses
+from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS, RefinementBatch, adapter_losses, expect_loss
 from singer.artifacts import BlockScale
 from singer.errors import UserError
 from singer.suffix import TeacherSuffix, suffix_state
@@ -19,7 +21,8 @@ def make_batch() -> RefinementBatch:
     suffix = TeacherSuffix(vit.architecture, vit.model_args, 2, suffix_state(vit.model.state_dict(), 2))
     original = {b: torch.randn(3, 17, WIDTH) for b in (2, 3)}
     refined = {b: x + 0.3 * torch.randn_like(x) for b, x in original.items()}
-    return RefinementBatch(original, refined, suffix, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1)
+    grids: dict[int, tuple[int, int] | None] = dict.fromkeys((2, 3), (4, 4))
+    return RefinementBatch(original, refined, suffix, dict.fromkeys((2, 3), BlockScale(5.0, 6.0)), 1, grids)
 
 
 def gram(tokens: Tensor) -> np.ndarray:
@@ -50,7 +53,7 @@ def test_equal_norms_are_no_outliers() -> None:
 def test_paper_info_is_the_gram_behind_the_next_block() -> None:
     batch = make_batch()
     with torch.no_grad():
-        next_block_outputs = [gram(batch.suffix.block(3)(x[2])[:, 1:]) for x in (batch.refined, batch.original)]
+        next_block_outputs = [gram(batch.reader.block(3)(x[2])[:, 1:]) for x in (batch.refined, batch.original)]
     expected = np.square(next_block_outputs[0] - next_block_outputs[1]).mean()
     assert INFO_FORMS["paper"](batch, 2).item() == pytest.approx(expected, rel=1e-3)
     last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.original[3][:, 1:])).mean()
@@ -60,7 +63,7 @@ def test_paper_info_is_the_gram_behind_the_next_block() -> None:
 def test_official_info() -> None:
     batch = make_batch()
     with torch.no_grad():
-        a, b = (batch.suffix.block(3)(x[2]).numpy() for x in (batch.refined, batch.original))
+        a, b = (batch.reader.block(3)(x[2]).numpy() for x in (batch.refined, batch.original))
     assert INFO_FORMS["official"](batch, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
     last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.refined[2][:, 1:])).mean()
     assert INFO_FORMS["official"](batch, 3).item() == pytest.approx(last, rel=1e-3)
@@ -83,6 +86,23 @@ def test_clean_info_leaves_artifacts_out() -> None:
 
 
 def test_parts_are_named_by_loss_and_block() -> None:
-    losses = adapter_losses(make_batch(), [2, 3], "robust", "clean", 0.9, keep=True)
-    assert {n: [*of] for n, of in losses.items()} == {n: [2, 3] for n in ("outlier", "info", "keep")}
-    assert "keep" not in adapter_losses(make_batch(), [2], "paper", "paper", 0.9, keep=False)
+    losses = adapter_losses(make_batch(), [2, 3], "robust", "clean", 0.9, "keep", "expect")
+    assert {n: [*of] for n, of in losses.items()} == {n: [2, 3] for n in ("outlier", "info", "expect", "keep")}
+    assert [*adapter_losses(make_batch(), [2], "paper", "paper", 0.9)] == ["outlier", "info"]
+    assert [*adapter_losses(replace(make_batch(), suffix=None), [2], "robust", "clean", 0.9)] == ["outlier"]
+
+
+def test_expect_by_hand() -> None:
+    """The squared distance of artifacts from the mean of clean neighbours, over that of clean tokens."""
+    batch = make_batch()
+    batch.original[3][:, 6] *= 20
+    x, y = (of[3][:, 1:].double().numpy().reshape(3, 4, 4, -1) for of in (batch.original, batch.refined))
+    clean = np.linalg.norm(x, axis=-1) <= 6
+    assert not clean[:, 1, 1].any() and clean.mean() > 0.5
+    away: dict[bool, list[float]] = {True: [], False: []}
+    for image, row, column in np.ndindex(3, 4, 4):
+        near = image, slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
+        expected = x[near][clean[near]].mean(0)
+        is_clean = bool(clean[image, row, column])
+        away[is_clean].append(np.square((x if is_clean else y)[image, row, column] - expected).sum())
+    assert expect_loss(batch, 3).item() == pytest.approx(np.mean(away[False]) / np.mean(away[True]), rel=1e-4)

@@ -108,7 +108,7 @@ def test_adapter_starts_as_identity_and_spares_prefix_tokens() -> None:
     adapter = Adapter(Shape(8, 1, (2, 2), rank=3))
     x = torch.randn(2, 5, 8)
     directions = torch.linalg.qr(torch.randn(8, 3)).Q
-    adapter.start(directions)
+    adapter.start(directions, BlockScale(1.0, 2.0))
     torch.testing.assert_close(adapter(x), x)
     with torch.no_grad():
         adapter.up.copy_(-directions.T)

@@ -167,7 +167,7 @@ def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
         assert limit == 0.05  # the registry's
         directions = BASES["weights-official"](context, rank)
         adapter = Adapter(Shape(x.shape[-1], 1, None, rank))
-        adapter.start(directions, doubled=True)
+        adapter.start(directions, NO_SCALE, doubled=True)
         assert torch.equal(adapter.up, adapter.down.T)
 
 

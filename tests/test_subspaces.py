@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singer.artifacts import BlockScale, neighbour_mean
-from singer.cleaners import CLEANERS, Neighbour, Projector, Shape
+from singer.cleaners import CLEANERS, GatedAdapter, Neighbour, Projector, Shape
 from singer.curvature import READERS, curvature
 from singer.diagnostics import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.errors import UserError
 from singer.fit_context import FitContext
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
 from singer.refiner import Refiner
-from singer.subspaces import BASES, artifact_aware, best_rank, mlp_product
+from singer.subspaces import BASES, artifact, artifact_aware, best_rank, mlp_product
 from singer.suffix import TeacherSuffix, suffix_state
 
 ARCHITECTURES = {
@@ -171,6 +171,33 @@ def test_closed_forms_touch_artifacts_alone(cleaner: str) -> None:
     torch.testing.assert_close(cleaned[:, 1:][context.clean], context.patches[context.clean])
     assert torch.equal(cleaned[:, :1], context.tokens[:, :1])
     assert float(cleaned[:, 1:].norm(dim=-1).max()) <= context.scale.threshold * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("basis", ["artifact", "random"])
+def test_gated_adapters_touch_artifacts_alone(basis: str) -> None:
+    """At the start, an artifact is what is expected there in the adapter's directions, and itself in all others.
+
+    In random directions it stays so long that it is clipped.
+    """
+    context = make_context()
+    layer, scale = GatedAdapter(Shape(WIDTH, 1, (4, 4), rank=3)), context.scale
+    v = BASES[basis](context, 3)
+    layer.start(v, scale)
+    cleaned, x = layer(context.tokens)[:, 1:], context.patches
+    assert torch.equal(cleaned[context.clean], x[context.clean])
+    own, found = (of[:, 5].detach().double().numpy() for of in (x, cleaned))
+    expected = neighbour_mean(x, context.clean, (4, 4))[:, 5].double().numpy()
+    inside = v.double().numpy() @ v.double().numpy().T
+    wanted = expected @ inside + own @ (np.eye(WIDTH) - inside)
+    length = np.linalg.norm(wanted, axis=1, keepdims=True)
+    assert bool((length < scale.threshold).all()) == (basis == "artifact")
+    np.testing.assert_allclose(found, wanted * np.minimum(1, scale.threshold / length), atol=1e-4)
+
+
+def test_most_artifact_energy() -> None:
+    context = make_context()
+    vectors = np.linalg.eigh(context.artifact_energy().numpy()).eigenvectors
+    assert abs(float(artifact(context, 2)[:, 0] @ torch.from_numpy(vectors[:, -1]).float())) > 0.999
 
 
 def test_projector_is_the_minimum_it_claims() -> None:

@@ -93,7 +93,7 @@ def test_grid() -> None:
     assert len(plan.runs) == 8 and first.label == "refiner-none_lr-0.001"
     assert (first.config.student.dim, first.config.distill.lr, first.refiner) == (96, 0.001, None)
     assert (last.config.distill.lr, last.config.distill.seed) == (0.01, 1)
-    assert last.refiner == "neighbour-standardize" and [*plan.refiners] == ["neighbour-standardize"]
+    assert last.refiner == "gated-adapter-standardize" and [*plan.refiners] == ["gated-adapter-standardize"]
     assert last.changes == {"refiner": "fit", "distill.lr": 0.01, "distill.seed": 1}
 
 
@@ -173,7 +173,7 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "runs", "refiners"),
-    [("tinyimagenet-methods", 69, 13), ("tinyimagenet-ablations", 13, 11), ("field", 87, 1), ("field-teachers", 24, 2)],
+    [("tinyimagenet-methods", 72, 14), ("tinyimagenet-ablations", 13, 11), ("field", 87, 1), ("field-teachers", 24, 2)],
 )
 def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
     plan = read_plan(find_sweep(name))

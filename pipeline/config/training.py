@@ -13,7 +13,8 @@ from singer.errors import UserError
 # What the paper and its authors' code do where they differ from this project. Keys that the user gives win over these.
 _PAPER = {
     "cleaner": "adapter", "normaliser": "none", "rank": 64, "start": "doubled", "quantile": 0.97,
-    "outlier_weight": 0.01, "info_weight": 1.0, "keep_weight": 0.0, "weight_decay": 1e-4,
+    "outlier_weight": 0.01, "info_weight": 1.0, "keep_weight": 0.0, "expect_weight": 0.0, "lr": 1e-2,
+    "weight_decay": 1e-4,
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "singer": {},
@@ -34,7 +35,7 @@ class RefineConfig(Section):
     variant: Literal["singer", "paper", "official"] = key(
         "singer", "sets the keys below as this project, the paper or its authors' code has them", only=_TRAINED
     )
-    cleaner: str = key("neighbour", "how artifacts are removed: a name among singer/cleaners.py", only=_TRAINED)
+    cleaner: str = key("gated-adapter", "how artifacts are removed: a name among singer/cleaners.py", only=_TRAINED)
     normaliser: str = key(
         "standardize", "how cleaned targets are scaled: a name among singer/normalisers.py", only=_TRAINED
     )
@@ -43,7 +44,9 @@ class RefineConfig(Section):
         "adapter: its rank; auto: where artifact energy removed is farthest above drift, for each block",
         only=_TRAINED,
     )
-    basis: str = key("weights", "the subspace in which adapters start: a name among singer/subspaces.py", only=_TRAINED)
+    basis: str = key(
+        "artifact", "the subspace in which adapters start: a name among singer/subspaces.py", only=_TRAINED
+    )
     start: Literal["identity", "doubled"] = key(
         "identity", "adapter: up = 0 (identity), or the paper's up = down transposed (doubled)", only=_TRAINED
     )
@@ -57,6 +60,7 @@ class RefineConfig(Section):
     outlier_weight: NotNegative = key(1.0, "weight of L_outlier", only=_TRAINED)
     info_weight: NotNegative = key(1.0, "weight of L_info", only=_TRAINED)
     keep_weight: NotNegative = key(1.0, "weight of L_keep", only=_TRAINED)
+    expect_weight: NotNegative = key(1.0, "weight of L_expect", only=_TRAINED)
     steps: Positive = key(2000, "largest number of steps; the fit ends earlier when it has converged", only=_TRAINED)
     tolerance: NotNegative = key(
         0.02,
@@ -64,7 +68,7 @@ class RefineConfig(Section):
         only=_TRAINED,
     )
     batch_size: Positive = key(32, "records in a step", only=_TRAINED)
-    lr: Above = key(1e-2, "learning rate", only=_TRAINED)
+    lr: Above = key(1e-3, "learning rate", only=_TRAINED)
     weight_decay: NotNegative = key(0.0, "weight decay of the adapters", only=_TRAINED)
     holdout: Below = key(0.05, "share of the records that is kept for the figures")
     statistics_records: Positive = key(4096, "records from which thresholds and statistics come")

@@ -102,7 +102,7 @@ def _fit(fit: RefinerFit, out: Path, processes: Ranks) -> None:
     for group in together[processes.rank :: processes.world]:
         part = Cache(cache.place, None, group, settings.copies, cache.id)
         fit_adapters(
-            part, fit.refiner, fit.adapter_suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
+            part, fit.refiner, fit.suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
         )
     processes.wait()
     if processes.rank == 0:

@@ -101,7 +101,7 @@ class ReduceOnPlateau:
 def fit_adapters(
     cache: Cache,
     refiner: Refiner,
-    suffix: TeacherSuffix,
+    suffix: TeacherSuffix | None,
     starts: Mapping[int, Tensor],
     scales: dict[int, BlockScale],
     records: np.ndarray,
@@ -122,7 +122,7 @@ def fit_adapters(
     for block in group:
         adapter = refiner.cleaner(block)
         assert isinstance(adapter, Adapter)
-        adapter.start(starts[block].to(device), settings.start == "doubled")
+        adapter.start(starts[block].to(device), scales[block], settings.start == "doubled")
     optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     plateau = ReduceOnPlateau(settings.tolerance)
     checkpoint = Checkpoint(
@@ -132,16 +132,21 @@ def fit_adapters(
     )
     first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
-    weights = {"outlier": settings.outlier_weight, "info": settings.info_weight, "keep": settings.keep_weight}
+    weights = {
+        "outlier": settings.outlier_weight,
+        "info": settings.info_weight,
+        "keep": settings.keep_weight,
+        "expect": settings.expect_weight,
+    }
+    more = [name for name in ("keep", "expect") if weights[name]]
+    grids = {b: refiner.cleaner(b).shape.grid for b in group}
     order = batch_order(records, settings, settings.steps if plateau.over else first)
     with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
             features = cache.decode(encoded, device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
-            batch = RefinementBatch(features, refined, suffix, scales, cache.manifest.teacher.prefix_tokens)
-            losses = adapter_losses(
-                batch, group, settings.outlier_form, settings.info_form, settings.quantile, settings.keep_weight > 0
-            )
+            batch = RefinementBatch(features, refined, suffix, scales, cache.manifest.teacher.prefix_tokens, grids)
+            losses = adapter_losses(batch, group, settings.outlier_form, settings.info_form, settings.quantile, *more)
             terms = [weights[name] * loss for name, by_block in losses.items() for loss in by_block.values()]
             total = torch.stack(terms).sum() / len(group)
             optimiser.zero_grad(set_to_none=True)
@@ -175,11 +180,15 @@ def load_fitted(refiner: Refiner, group: tuple[int, ...], out: Path) -> None:
 
 
 def batch_order(records: np.ndarray, settings: RefineConfig, first: int = 0) -> Iterator[np.ndarray]:
-    """Yield batches of records from step `first` to `steps`, epoch after epoch; the order depends only on the seed."""
-    per_epoch = len(records) // settings.batch_size
+    """Yield batches of records from step `first` to `steps`, epoch after epoch; the order depends only on the seed.
+
+    Fewer records than a batch has are one batch.
+    """
+    size = min(settings.batch_size, len(records))
+    per_epoch = len(records) // size
     shuffled = records
     for step in range(first, settings.steps):
         epoch, within = divmod(step, per_epoch)
         if within == 0 or step == first:
             shuffled = np.random.default_rng([settings.seed, 1, epoch]).permutation(records)
-        yield shuffled[within * settings.batch_size : (within + 1) * settings.batch_size]
+        yield shuffled[within * size : (within + 1) * size]

@@ -43,7 +43,7 @@ class JointTraining:
         s = self.settings
         found = adapter_losses(
             RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
-            list(refined), s.outlier_form, s.info_form, s.quantile, s.keep_weight > 0,
+            list(refined), s.outlier_form, s.info_form, s.quantile, *(["keep"] if s.keep_weight else []),
         )  # fmt: skip
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
@@ -55,5 +55,6 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
     for block, start in fit.starts.items():
         adapter = fit.refiner.cleaner(block)
         assert isinstance(adapter, Adapter)
-        adapter.start(start, settings.start == "doubled")
-    return JointTraining(fit.adapter_suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
+        adapter.start(start, fit.scales[block], settings.start == "doubled")
+    assert fit.suffix is not None
+    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner

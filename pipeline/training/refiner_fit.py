@@ -27,7 +27,8 @@ class RefinerFit:
         self.statistics = evenly_spaced(records, settings.statistics_records)
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
         trained = CLEANERS[settings.cleaner].trained
-        self.suffix = cache.suffix().to(device) if trained or cache.has_suffix else None
+        needed = CLEANERS[settings.cleaner].needs_suffix or cache.has_suffix
+        self.suffix = cache.suffix().to(device) if needed else None
         self.starts, self.adapter_ranks = {}, dict.fromkeys(cache.blocks, 1)
         if trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
@@ -38,12 +39,6 @@ class RefinerFit:
             self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
             self.adapter_ranks = {b: start.shape[1] for b, start in self.starts.items()}
         self.refiner = empty_refiner(cache, settings, self.adapter_ranks).to(device)
-
-    @property
-    def adapter_suffix(self) -> TeacherSuffix:
-        """Return the suffix with which the losses of adapters read; it is there if adapters are trained."""
-        assert self.suffix is not None
-        return self.suffix
 
     def fit_closed_forms(self) -> None:
         """Fit everything that has a closed form, once the adapters are there: cleaners, then normalisers after them."""

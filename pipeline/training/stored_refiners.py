@@ -127,10 +127,6 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
     held_out = max(1, round(settings.holdout * len(cache)))
     if len(cache) == held_out:
         raise UserError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
-    if CLEANERS[settings.cleaner].trained and len(cache) - held_out < settings.batch_size:
-        raise UserError(
-            f"{len(cache)} records are too few for refine.batch_size {settings.batch_size}; make it smaller"
-        )
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
