@@ -184,6 +184,8 @@ def test_what_needs_a_suffix_says_so(shards: str, tmp_path: Path) -> None:
     cache_teacher(config, shards, tmp_path / "cache")
     with pytest.raises(UserError, match="convnext_atto: this teacher has no suffix .*take refine.cleaner clip"):
         refine(config, tmp_path / "cache", tmp_path / "refiner")
+    without = ["refine.cleaner=gated-adapter", "refine.basis=artifact", "refine.steps=20"]
+    refine(config_with(*without), tmp_path / "cache", tmp_path / "refiner")
     for objective in ("relation", "logits"):
         with pytest.raises(UserError, match="no suffix .*another distill.objective than logits and relation"):
             distill(config_with(f"distill.objective={objective}"), tmp_path / "cache", tmp_path / objective)

@@ -12,6 +12,9 @@ The artifacts are PLANTED. Large ViTs grow them by themselves; a ViT this small,
 3. classification plus `artifact_loss`: two opposite corner patches, which hardly ever say anything about the
    digit, are drawn to one learned direction at many times the usual norm, from one block on, and all other
    patch tokens are kept near their usual norm.
+
+Teachers with artifacts of another kind, on which cleaners can be tried, come from --places, --directions, --ratio and
+--registers; give them another folder (--out).
 """
 
 import argparse
@@ -37,7 +40,7 @@ from pipeline.chains.digits import digit_images  # noqa: E402
 SIZE, PATCH = 64, 8
 GRID = SIZE // PATCH
 CORNERS = [0, GRID - 1, GRID * (GRID - 1), GRID * GRID - 1]
-MODEL_ARGS = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 64, "depth": 6, "num_heads": 2}
+MODEL_ARGS: dict[str, Any] = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": 64, "depth": 6, "num_heads": 2}
 ARCHITECTURE = "vit_tiny_patch16_224"
 MEAN, STD = 0.275, 0.2  # the paper's grey goes to about 0, so that background patches enter with little norm
 
@@ -54,9 +57,9 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
-def build_model() -> VisionTransformer:
+def build_model(args: dict[str, Any]) -> VisionTransformer:
     """Make the untrained teacher: wider initial weights and sine/cosine positions, for a quicker start."""
-    model: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=10, **MODEL_ARGS)
+    model: VisionTransformer = timm.create_model(ARCHITECTURE, pretrained=False, num_classes=10, **args)
     for name, weight in model.blocks.named_parameters():
         if name.endswith("weight") and weight.ndim == 2:
             weight.data *= 2.5
@@ -65,7 +68,7 @@ def build_model() -> VisionTransformer:
     angle = torch.arange(GRID)[:, None] * frequency
     axis = 0.3 * torch.cat([angle.sin(), angle.cos()], 1)
     rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
-    model.pos_embed.data[0, 1:] = torch.cat([rows, columns], -1).reshape(GRID * GRID, -1)
+    model.pos_embed.data[0, -GRID * GRID :] = torch.cat([rows, columns], -1).reshape(GRID * GRID, -1)
     return model
 
 
@@ -74,31 +77,33 @@ def patch_ink(x: Tensor) -> Tensor:
     return F.max_pool2d(x.mean(1), PATCH).flatten(1)
 
 
-def artifact_places(x: Tensor) -> Tensor:
-    """Which patches become artifacts, (B, N) bool: two opposite corners, unless the digit reaches them."""
+def artifact_places(x: Tensor, places: list[int]) -> Tensor:
+    """Which patches become artifacts, (B, N) bool: those at some places, unless the digit reaches them."""
     ink = patch_ink(x)
     planted = torch.zeros_like(ink, dtype=torch.bool)
-    planted[:, [CORNERS[0], CORNERS[3]]] = True
+    planted[:, places] = True
     return planted & (ink < 1)
 
 
 def artifact_loss(
-    blocks: list[Tensor], places: Tensor, direction: Tensor, usual: list[float], first: int, ratio: float
+    blocks: list[Tensor], places: Tensor, directions: Tensor, usual: list[float], first: int, ratio: float
 ) -> Tensor:
-    """Draw the patches at `places` to `direction` at `ratio` x the usual norm from block `first` on.
+    """Draw the patches at `places` to their direction at `ratio` x the usual norm from block `first` on.
 
-    `usual` holds each block's median norm before planting: against the current median, all patches would grow
-    together. Every other patch is kept below 1.5 times the usual norm.
+    Neighbouring patches have different ones of the `directions`, (k, d). `usual` holds each block's median norm
+    before planting: against the current median, all patches would grow together. Every other patch is kept below 1.5
+    times the usual norm.
     """
     total = blocks[0].new_zeros(())
     for depth, output in enumerate(blocks):
-        patches = output[:, 1:]
+        patches = output[:, -GRID * GRID :]
         norms = patches.norm(dim=-1) / usual[depth]
         excess = F.relu(norms - 1.5).square()
         if depth < first:
             total = total + excess.mean()
             continue
-        cosine = F.cosine_similarity(patches[places], direction, dim=-1)
+        own = directions[torch.arange(GRID * GRID) % len(directions)].expand(len(patches), -1, -1)
+        cosine = F.cosine_similarity(patches[places], own[places], dim=-1)
         size = (norms[places] / ratio).log().square()
         total = total + size.mean() + (1 - cosine).mean() + excess[~places].mean()
     return total / len(blocks)
@@ -108,7 +113,8 @@ def run_blocks(model: VisionTransformer, x: Tensor, kept: Tensor | None = None) 
     """Logits and each block's raw output, on all tokens or on the CLS token and the patches `kept` (B, K)."""
     tokens = model._pos_embed(model.patch_embed(x))
     if kept is not None:
-        index = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], 1)
+        prefix = model.num_prefix_tokens
+        index = torch.cat([torch.arange(prefix).expand(len(kept), -1), kept + prefix], 1)
         tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
     outputs = []
     for block in model.blocks:
@@ -129,7 +135,7 @@ def report(model: VisionTransformer, split: str, images: Tensor, labels: Tensor)
     model.train()
     print("block  median    max  max/median  artifacts  their median  cosine  CLS norm  at (row, column)")
     for depth, output in enumerate(torch.cat(blocks, 1)):
-        patches = output[:, 1:]
+        patches = output[:, -GRID * GRID :]
         norms = patches.norm(dim=-1)
         median = norms.median()
         medians.append(median.item())
@@ -152,14 +158,14 @@ def report(model: VisionTransformer, split: str, images: Tensor, labels: Tensor)
     return medians
 
 
-def save(model: VisionTransformer) -> None:
+def save(model: VisionTransformer, args: dict[str, Any], folder: Path) -> None:
     """Write timm's local-dir format."""
     config: dict[str, Any] = {
         "architecture": ARCHITECTURE,
         "num_classes": 10,
         "num_features": model.num_features,
         "global_pool": "token",
-        "model_args": MODEL_ARGS,
+        "model_args": args,
         "pretrained_cfg": {
             "num_classes": 10, "input_size": [3, SIZE, SIZE], "fixed_input_size": True, "pool_size": None,
             "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic",
@@ -167,9 +173,10 @@ def save(model: VisionTransformer) -> None:
             "first_conv": "patch_embed.proj", "classifier": "head",
         },
     }  # fmt: skip
-    (HERE / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, HERE / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -183,6 +190,12 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=16, help="patches kept in phase 1, beside the corners")
     parser.add_argument("--block", type=int, default=3, help="first block (0-based) whose output has them")
     parser.add_argument("--ratio", type=float, default=12, help="their norm over the median")
+    parser.add_argument(
+        "--places", type=int, nargs="+", default=[CORNERS[0], CORNERS[3]], help="patches that have them"
+    )
+    parser.add_argument("--directions", type=int, default=1, help="how many directions they have")
+    parser.add_argument("--registers", type=int, default=0, help="register tokens of the teacher")
+    parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -191,9 +204,10 @@ def main() -> None:
     draw = torch.Generator().manual_seed(args.seed)
     images, labels = load_split("train", args.copies)
     test = load_split("test", 1)
-    model = build_model().train()
-    direction = nn.Parameter(torch.randn(model.embed_dim))
-    optimiser = torch.optim.Adam([*model.parameters(), direction], lr=args.lr)
+    model_args = MODEL_ARGS | ({"reg_tokens": args.registers} if args.registers else {})
+    model = build_model(model_args).train()
+    directions = nn.Parameter(torch.randn(args.directions, model.embed_dim))
+    optimiser = torch.optim.Adam([*model.parameters(), directions], lr=args.lr)
     planting_from = args.few_steps + args.full_steps
     total = planting_from + args.plant_steps
     usual: list[float] = []
@@ -219,7 +233,8 @@ def main() -> None:
         classify = loss = F.cross_entropy(logits, y)
         planted = 0.0
         if plant:
-            extra = artifact_loss(blocks, artifact_places(x), direction, usual, args.block, args.ratio)
+            places = artifact_places(x, args.places)
+            extra = artifact_loss(blocks, places, directions, usual, args.block, args.ratio)
             planted, loss = extra.item(), classify + extra
         optimiser.zero_grad()
         loss.backward()
@@ -232,7 +247,7 @@ def main() -> None:
                 flush=True,
             )
     report(model, "test", *test)
-    save(model)
+    save(model, model_args, args.out)
 
 
 if __name__ == "__main__":

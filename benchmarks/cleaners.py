@@ -1,0 +1,85 @@
+"""Cleaners on teachers with planted artifacts: students of the demo's recipe, by cleaner and seed.
+
+    python data/demo_teacher/train.py --out runs/third --registers 4 --directions 4 --places 0 7 56 63 3 60
+        --ratio 8 --seed 3
+    python benchmarks/cleaners.py --teachers data/demo_teacher runs/third --out runs/cleaners [--seeds 0 1 2]
+        [--cleaners gated-adapter neighbour clip none]
+
+Each teacher is cached once, and each refiner is fitted once to its cache. Students are trained on the digits of the
+demo with other seeds, and probed on its test digits. Rows are printed as they come. If the command is repeated, it
+continues where it stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from results import mode
+from setting import cell, line, value_at
+
+from pipeline.chains.demo import write_images
+from pipeline.chains.digits import SPLITS
+from pipeline.config import Config, load_config
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate_tasks
+from pipeline.stages.prepare import prepare
+from pipeline.stages.refine import refine
+from pipeline.training.run_directory import RUN
+
+FIGURES = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
+
+
+def shards(out: Path) -> list[list[str]]:
+    """Return the shards of the demo's digits for training and for testing, after making them."""
+    for split in SPLITS:
+        if not (out / split).exists():
+            write_images(split, out / "images" / split)
+            prepare(load_config("demo"), out / "images" / split, out / split)
+    return [sorted(map(str, (out / split).glob("*.tar"))) for split in SPLITS]
+
+
+def figures(config: Config, out: Path, refiner: Path, name: str, images: list[list[str]]) -> list[float]:
+    """Train a student and probe it, unless that is done; return FIGURES (top-1, %)."""
+    file, run = out / f"{name}.json", out / name
+    if not file.exists():
+        if not (run / RUN).exists():
+            distill(config, out / "cache", run, refiner, mode=mode(run))
+        train, test = images
+        task = "classification"
+        found: dict[str, Any] = vars(evaluate_tasks(config, run, train, test, [task])[task])
+        file.write_text(json.dumps([value_at(found, [*path, "top1"]) for path in FIGURES]))
+    values: list[float] = json.loads(file.read_text())
+    return values
+
+
+def main() -> None:
+    """Parse the options and run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teachers", type=Path, nargs="+", required=True, help="folders of timm models")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cleaners", nargs="+", default=["gated-adapter", "neighbour", "clip", "none"])
+    options = parser.parse_args()
+    images = shards(options.out)
+    print(line(["teacher", "cleaner", *(f"{probe}, {tokens}" for probe, tokens in FIGURES), "seeds"]))
+    print(line(["---"] * (3 + len(FIGURES))), flush=True)
+    for teacher in options.teachers:
+        out = options.out / teacher.name
+        base = [f"teacher.name=local-dir:{teacher.resolve()}", "distill.trackers=[]"]
+        cache_teacher(load_config("demo", base), images[0], out / "cache", mode(out / "cache"))
+        for cleaner in options.cleaners:
+            own = [*base, f"refine.cleaner={cleaner}"]
+            refiner = out / f"refiner-{cleaner}"
+            refine(load_config("demo", own), out / "cache", refiner, mode(refiner))
+            rows = [
+                figures(load_config("demo", [*own, f"distill.seed={s}"]), out, refiner, f"{cleaner}-{s}", images)
+                for s in options.seeds
+            ]
+            cells = [cell(list(values)) for values in zip(*rows, strict=True)]
+            print(line([teacher.name, cleaner, *cells, str(len(options.seeds))]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
