@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import warn, warnings_of
-from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, ISO_MEDIA, format_of, is_heif
+from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, format_of, is_heif
 from pipeline.runtime.failures import one_line
 from singer.errors import UserError
 
@@ -88,7 +88,7 @@ def decode(data: bytes, where: str, formats: Sequence[str], max_pixels: int = MA
 
 def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     """Open an image of some formats and sane size, without decoding it. Its content decides what it is."""
-    if data[4:8] == ISO_MEDIA and "HEIF" in formats and is_heif(data):
+    if "HEIF" in formats and is_heif(data):
         _register_heif()
         tried = ["HEIF"]
     else:

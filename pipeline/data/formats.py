@@ -43,8 +43,6 @@ _MAGIC = {
     b"MM\0+": "TIFF",
     b"GIF8": "GIF",
 }
-# The second word of a file of the ISO base media format.
-ISO_MEDIA = b"ftyp"
 # So many bytes tell the format.
 START_BYTES = 32
 _AVIF_BRANDS = {b"avif", b"avis"}
@@ -70,7 +68,7 @@ def format_of(start: bytes) -> str | None:
 
 def _brands(data: bytes) -> set[bytes]:
     """Return the brands of a file of the ISO base media format, which HEIF and AVIF are."""
-    if data[4:8] != ISO_MEDIA:
+    if data[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(data[:4], "big"), 256)
     return {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
