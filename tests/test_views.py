@@ -238,6 +238,15 @@ def test_normalise() -> None:
     np.testing.assert_allclose(x[0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalising_does_not_write_to_its_input(dtype: torch.dtype) -> None:
+    """Also where the pixels lie in memory as the images do."""
+    pixels = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(dtype).permute(0, 2, 3, 1)
+    before = pixels.clone()
+    normalise(pixels, (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))
+    assert torch.equal(pixels, before)
+
+
 @given(NAME, NUMBER, st.integers(1, 300), st.data())
 def test_positions(key: str, number: int, patches: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, patches))

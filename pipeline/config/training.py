@@ -41,14 +41,16 @@ class RefineConfig(Section):
     )
     rank: Positive | Literal["auto"] = key(
         16,
-        "adapter: its rank; auto: where artifact energy removed is farthest above drift, for each block",
+        "adapters: their rank; auto: where artifact energy removed is farthest above drift, for each block",
         only=_TRAINED,
     )
     basis: str = key(
         "artifact", "the subspace in which adapters start: a name among singer/subspaces.py", only=_TRAINED
     )
     start: Literal["identity", "doubled"] = key(
-        "identity", "adapter: up = 0 (identity), or the paper's up = down transposed (doubled)", only=_TRAINED
+        "identity",
+        "adapter: up = 0 (identity), or the paper's up = down transposed (doubled); gated-adapter starts in one way",
+        only=_TRAINED,
     )
     softness: NotNegative = key(
         1.0, "projector: cost of a change that the final norm sees; 0 gives the neighbours' mean"
