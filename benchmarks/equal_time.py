@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from results import PROBES, mode
-from setting import DEVICE, Teacher, chain_parser, value_at
+from setting import DEVICE, Teacher, chain_parser, optimiser_of, value_at
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded
@@ -44,10 +44,13 @@ from pipeline.training.runs import NewStudent, StudentSpec
 RECIPE = "tinyimagenet-ti-to-w96"
 JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",
-    "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1",
+    "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
 ]  # fmt: skip
 # As the authors train, and with those of our levers that need no cache.
-JOINTS = {"joint": [], "joint with our start and rate": ["student.init=auto", "distill.lr=auto"]}
+JOINTS = {
+    "joint": [],
+    "joint with our start, optimiser and rate": ["student.init=auto", "distill.optimizer=muon", "distill.lr=auto"],
+}
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
 # Of a student that is judged on training images.
@@ -122,7 +125,10 @@ class Chain:
             "ours, whole": (ours, False, 1.0),
             "ours, share": (ours, False, config.distill.token_share),
         }
-        optimisers = {id(new): torch.optim.AdamW(new.distiller.parameters(), lr=1e-5) for new in (ours, joint)}
+        optimisers = {
+            id(ours): optimiser_of(ours.distiller, config),
+            id(joint): optimiser_of(joint.distiller, self.config(*JOINT)),
+        }
         times: dict[str, list[float]] = {name: [] for name in kinds}
         for turn in range(rounds + 1):
             for name, (new, online, share) in kinds.items():

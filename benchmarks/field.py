@@ -30,7 +30,7 @@ from kept_figures import Figures
 from results import COLUMNS, PROBES, mode, write_between
 from results import Chain as Results
 from safetensors.torch import save_file
-from setting import DEVICE, cell, chain_parser, line, value_at
+from setting import DEVICE, cell, chain_parser, line, optimiser_of, value_at
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded
@@ -234,7 +234,7 @@ class Steps:
         # Only the blocks that are compared would have to be stored.
         pairs = zip(self.sources, self.new.distiller.branches, strict=True)
         self.bytes = sum(Cache(s.cache.place, blocks=[*b.links]).record_bytes for s, b in pairs)
-        self.optimiser = torch.optim.AdamW(self.new.distiller.parameters(), lr=1e-5)
+        self.optimiser = optimiser_of(self.new.distiller, config)
         self.files = ImageFile(relocate(self.sources[0].cache.index.images, None))
 
     def run(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded, Encoded
@@ -24,6 +24,7 @@ from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch
 from pipeline.training.distiller import Distiller
+from pipeline.training.optimisers import new_optimiser
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
@@ -122,6 +123,14 @@ class Teacher:
         return {b: x.float() for b, x in outputs.items()}
 
 
+def optimiser_of(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return the optimiser of the recipe for a student and what is trained with it, at a low constant rate."""
+    optimiser = new_optimiser(model, config.distill, DEVICE)
+    for group in optimiser.param_groups:
+        group["lr"] = 1e-5
+    return optimiser
+
+
 class Student:
     """A student of the recipe, with its optimiser but without a schedule."""
 
@@ -135,7 +144,7 @@ class Student:
         matching = match_blocks(cache.blocks, described.depth, depth(self.backbone.model))
         head = TeacherBranch(self.backbone, matching, self.targets, Teaching(config.distill.objectives))
         self.model = Distiller(self.backbone, [head]).to(DEVICE)
-        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.optimiser = optimiser_of(self.model, config)
 
     def update(self, pixels: Tensor, features: dict[int, Tensor], weights: Tensor | None = None) -> None:
         """Do one step.

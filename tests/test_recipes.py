@@ -47,6 +47,7 @@ PAPER: dict[str, Any] = {
     "refine.info_weight": 1.0,
     "refine.keep_weight": 0.0,
     # AdamW, 512, cosine to 1e-4 of the rate, no clipping, no average
+    "distill.optimizer": "adamw",
     "distill.batch_size": 512,
     "distill.lr": 1e-3,
     # a student that begins from random weights
@@ -115,13 +116,13 @@ def test_only_the_papers_recipes_are_called_so() -> None:
 
 @pytest.mark.parametrize("paper", STUDENTS)
 def test_this_projects_own_way(paper: str) -> None:
-    """The same teacher, views, blocks, student and schedule; the default refiner, frozen, and the teacher's weights."""
+    """The same teacher, views, blocks, student and schedule; the default refiner, frozen, start and optimiser."""
     own, theirs, default = load_config(OWN[paper]), load_config(paper), Config()
     assert (own.teacher, own.views) == (theirs.teacher, theirs.views)
     assert own.student == theirs.student.model_copy(update={"init": "auto"})
     assert own.cache.blocks == theirs.cache.blocks
     assert own.refine == default.refine and not own.distill.joint
-    assert own.distill == theirs.distill.model_copy(update={"joint": False})
+    assert own.distill == theirs.distill.model_copy(update={"joint": False, "optimizer": default.distill.optimizer})
     assert "own way" in header(OWN[paper])
 
 

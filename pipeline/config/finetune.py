@@ -15,6 +15,9 @@ class FinetuneConfig(TrainingConfig):
     section: ClassVar[str] = "finetune"
 
     epochs: Positive = key(50, "passes over the images")
+    optimizer: Literal["muon", "adamw"] = key(
+        "adamw", "adamw: AdamW for all weights; muon: orthogonal updates of matrices, those of NAdamW for the rest"
+    )
     lr: Above = key(5e-4, "peak learning rate, of the head; the last block has layer_decay times it")
     weight_decay: NotNegative = key(0.05, "weight decay; norms, biases, tokens and positions do not decay")
     layer_decay: Fraction = key(

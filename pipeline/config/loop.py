@@ -19,6 +19,9 @@ class TrainingConfig(Section):
 
     epochs: Positive = key(100, "passes over the data", shared=True)
     batch_size: Positive = key(256, "records in a step, over all processes", shared=True)
+    optimizer: Literal["muon", "adamw"] = key(
+        "muon", "muon: orthogonal updates of matrices, those of NAdamW for the rest; adamw: AdamW for all weights"
+    )
     lr: Above | Literal["auto"] = key(
         "auto", "peak learning rate; auto: 4e-3 for students up to 96 wide, 4e-3 · 96 / width for wider ones"
     )

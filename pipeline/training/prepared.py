@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
@@ -16,7 +15,7 @@ from pipeline.training.best import Best, State
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.optimisers import new_optimiser
 from pipeline.training.run_directory import CHECKPOINT, LOG
 from pipeline.training.run_log import RunLog
 from pipeline.training.student_run import StudentRun
@@ -66,10 +65,7 @@ class Prepared:
                 apply_fsdp(average, accelerator)
             if accelerator.is_main_process:
                 say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        # One kernel for all weights, where there is one; on CPUs the default stays.
-        fused = accelerator.device.type == "cuda" or None
-        groups = decay_groups(self.learner, settings.weight_decay, settings.layer_decay)
-        optimiser = torch.optim.AdamW(groups, fused=fused)
+        optimiser = new_optimiser(self.learner, settings, accelerator.device)
         best = Best(settings, self.states) if self.holds_out else None
         parts = {
             "model": WholeModel(self.learner),
