@@ -101,6 +101,8 @@ def look(
             check_teacher(config)
         if stage in ("distill", "run"):
             check_start(config)
+        if stage == "distill" and config.distill.share_run is not None:
+            check_finished(config.distill.share_run)
         if stage in ("distill", "plan", "run"):
             _check_source("student.name", config.student.name)
     for path in refiners:
@@ -234,6 +236,8 @@ def check_chain(
             raise UserError(f"--{option} {most:g} must be above 0")
     specs = [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
     look("run", config, out, mode, images=[specs])
+    if config.distill.share_run is not None:
+        raise UserError("distill.share_run: no run was trained from the cache that this makes; use singer distill")
     if config.student.name == "vit" and config.student.dim is None:
         raise UserError("give --student NAME: a timm model, or vit with student.dim, student.depth and student.heads")
     given: dict[str, Any] = {

@@ -1,15 +1,27 @@
 """Which images are trained on: scores against NumPy, and the share that they choose."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
-from conftest import seeded, world_config
+import yaml
+from conftest import run_singer, seeded, world_config
 
 from pipeline.cache import Cache
+from pipeline.config import Config, dump_config, load_config
+from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.refine import refine
+from pipeline.training.cached_teachers import open_images
 from pipeline.training.held_out import split_images
 from pipeline.training.image_scores import image_scores, prototype_distance
+from pipeline.training.stored_refiners import load_refiner
+from pipeline.training.student_loss import StudentLoss
 from singer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -63,3 +75,111 @@ def test_el2n_needs_a_head(world: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Cache, "suffix", lambda _: suffix)
     with pytest.raises(UserError, match=r"distill\.share_by el2n needs .* a head on it; take prototypes"):
         image_scores(cache, "el2n", 0)
+
+
+def pairs_config(world: Path, *sets: str) -> Config:
+    views = ("views.count=2", "views.kind=random-resized-crop")
+    return world_config(world, *views, "refine.cleaner=neighbour", "distill.epochs=1", "distill.batch_size=4", *sets)
+
+
+@pytest.fixture(scope="module")
+def pairs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of two views of each of ten images, its refiner, and a run on three of the images; tests only read it."""
+    root = tmp_path_factory.mktemp("pairs")
+    config = pairs_config(world, "distill.share=0.3")
+    cache_teacher(config, str(sorted((world / "test").glob("*.tar"))[-1]), root / "cache")
+    refine(config, root / "cache", root / "refiner")
+    distill(config, root / "cache", root / "run", root / "refiner")
+    return root
+
+
+@torch.no_grad()
+def test_loss_of_a_student(pairs: Path) -> None:
+    """By hand from the stored weights, of the first view of one image at a time."""
+    cache, run = Cache(pairs / "cache"), pairs / "run"
+    refiner = load_refiner(pairs / "refiner", cache)
+    student = timm.create_model(f"local-dir:{run / 'student'}", pretrained=True).eval()
+    heads = safetensors.torch.load_file(run / "projectors.safetensors")
+    matching = {int(b): s for b, s in json.loads((run / "run.json").read_text())["matching"].items()}
+    mean, std = (torch.tensor(student.pretrained_cfg[name]) for name in ("mean", "std"))
+    expected = []
+    with open_images(cache) as files:
+        for image in range(10):
+            record = int(np.flatnonzero(cache.index.image == image)[0])
+            pixels = ((cache.pixels([record], 32, files) / 255 - mean) / std).permute(0, 3, 1, 2)
+            errors = []
+            for b, x in cache.features([record], CPU).items():
+                ((patches, cls),) = student.forward_intermediates(
+                    pixels, [matching[b]], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+                )
+                projected = torch.cat([cls, patches], 1) @ heads[f"{b}.weight"].T + heads[f"{b}.bias"]
+                errors.append((projected - refiner.normaliser(b)(refiner.clean(x, b))).square().mean())
+            expected.append(float(torch.stack(errors).mean()))
+    found = StudentLoss(run, cache, CPU).of_images(None, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert len({*found}) == 10
+
+
+def test_the_loss_chooses_the_share(
+    world: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All views of the hardest or easiest images, for a student with other blocks and without a refiner, too."""
+    cache = Cache(pairs / "cache", blocks=[3])
+    order = np.argsort(StudentLoss(pairs / "run", cache, CPU).of_images(None, 1))
+    sets = ["distill.share=0.3", "distill.share_by=loss", f"distill.share_run={pairs / 'run'}"]
+    for keep, wanted in (("hard", order[-3:]), ("easy", order[:3])):
+        config = pairs_config(world, *sets, f"distill.share_keep={keep}", "distill.blocks=[3]")
+        records, _ = split_images(cache, config.distill)
+        assert records is not None and len(records) == 6 and {*cache.index.image[records]} == {*wanted.tolist()}
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    command = ["distill", "--config", file, "--cache", pairs / "cache", "--out", tmp_path / "out"]
+    assert run_singer(monkeypatch, *command) == 0
+    assert "which was trained on 30 % of them" in capfd.readouterr().err
+    assert json.loads((tmp_path / "out/run.json").read_text())["steps"] == 2
+    assert run_singer(monkeypatch, *command, "--resume") == 0
+    # A run is another one, too, if it was trained anew at the same place.
+    inputs = tmp_path / "out/inputs.json"
+    inputs.write_text(json.dumps(json.loads(inputs.read_text()) | {"distill.share_run": "another"}))
+    assert run_singer(monkeypatch, *command, "--resume") == 2
+    assert "was started with another distill.share_run" in capfd.readouterr().err
+    assert run_singer(monkeypatch, *command, "--resume", "--set", "distill.share_run=nowhere") == 2
+    assert "nowhere does not exist" in capfd.readouterr().err
+
+
+TUNED = ("classes", "images", "steps", "loss", "seconds", "images_per_second", "data_wait_percent")
+OTHER = {"cache": "x", "adapters": None, "matching": {}, "teacher": None, "refiner": None}
+# What is changed in a file of the run, and what is then said.
+REFUSED: dict[str, tuple[str, str, object, str]] = {
+    "other cache": ("run.json", "cache", "0" * 64, "learned from cache 000000000000, but .*cache is"),
+    "several caches": ("run.json", "others", [OTHER], "learned from several caches"),
+    "fine-tuned": ("run.json", "finetuned", dict.fromkeys(TUNED, 1) | {"sources": []}, "was fine-tuned with labels"),
+    "no refiner": ("run.json", "refiner", {"cleaner": "clip", "normaliser": "none"}, "the refiner that .* is not at"),
+    "other blocks": ("run.json", "matching", {"3": 2}, "projectors.safetensors does not fit the cache: it has other"),
+    "joint": ("config.yaml", "distill.joint", True, "trained its targets too"),
+    "objective": ("config.yaml", "distill.objective", {"mse": 1, "queue": 1}, "objective queue of .* has no loss of"),
+    "own module": ("config.yaml", "student.name", "mine:make", "is a module of your own"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_runs_that_score_no_images(pairs: Path, tmp_path: Path, what: str) -> None:
+    name, key, value, message = REFUSED[what]
+    run = tmp_path / "run"
+    shutil.copytree(pairs / "run", run)
+    tree = yaml.safe_load((run / name).read_text())
+    *section, last = key.split(".")
+    (tree[section[0]] if section else tree)[last] = value
+    (run / name).write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=rf"^distill\.share_run: .*{message}"):
+        StudentLoss(run, Cache(pairs / "cache"), CPU)
+    (run / "run.json").unlink()
+    with pytest.raises(UserError, match=r"is not a finished run: it has no run\.json"):
+        StudentLoss(run, Cache(pairs / "cache"), CPU)
+
+
+def test_the_loss_and_its_run_belong_together() -> None:
+    with pytest.raises(UserError, match=r"distill\.share_by: loss is that of a trained student; give its run"):
+        load_config(None, ["distill.share=0.5", "distill.share_by=loss"])
+    with pytest.raises(UserError, match=r"distill\.share_run: el2n needs no run"):
+        load_config(None, ["distill.share=0.5", "distill.share_by=el2n", "distill.share_run=x"])

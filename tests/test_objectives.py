@@ -309,6 +309,22 @@ def test_frozen_parts_are_nobodys_parameters() -> None:
         assert all(p.requires_grad for p in made.parameters()), name
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_depends_on_the_batch_says_so(name: str) -> None:
+    """Outside of training, losses of other objectives are the same for a record alone."""
+    objective, target, labels = OBJECTIVES[name](make_context()), draw(), torch.tensor([1, 0, 4])
+    student = {2: student_attention(6)} if objective.own_attention else draw()
+    objective(student, target, labels)  # fills a queue, and sets what is measured
+    objective.eval()
+    found = objective(student, target, labels)
+    alone = [
+        objective(*({b: x[n : n + 1] for b, x in of.items()} for of in (student, target)), labels[n : n + 1])
+        for n in range(3)
+    ]
+    same = [torch.allclose(torch.cat([one[part] for one in alone]), x, rtol=1e-4) for part, x in found.items()]
+    assert all(same) != objective.batchwise
+
+
 def test_mixture() -> None:
     context, student, target = make_context(), draw(), draw()
     parts: dict[str, Objective] = {n: OBJECTIVES[n](context) for n in ("mse", "relation")}

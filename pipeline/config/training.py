@@ -162,14 +162,20 @@ class DistillConfig(TrainingConfig):
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
     share: Fraction = key(1.0, "share of the images that are trained on", shared=True)
-    share_by: Literal["random", "el2n", "prototypes"] = key(
+    share_by: Literal["random", "el2n", "prototypes", "loss"] = key(
         "random",
-        "what chooses these images: chance; how unsure the teacher's head is (el2n); or the distance of its CLS from "
-        "the nearest of at most 100 k-means centres",
+        "what chooses these images: chance; how unsure the teacher's head is (el2n); the distance of its CLS from the "
+        "nearest of at most 100 k-means centres (prototypes); or the loss of the student of share_run (loss)",
+        shared=True,
+    )
+    share_run: Path | None = key(
+        None,
+        "loss: a finished run of distill from the same cache, by whose loss images are scored; best one that was "
+        "trained on few of them",
         shared=True,
     )
     share_keep: Literal["hard", "easy"] = key(
-        "hard", "el2n, prototypes: whether the images with the highest or the lowest scores are kept", shared=True
+        "hard", "el2n, prototypes, loss: whether the images with the highest or the lowest scores are kept", shared=True
     )
     overlap: bool = key(
         False,
@@ -205,6 +211,10 @@ class DistillConfig(TrainingConfig):
             raise UserError(f"share_by: {self.share_by} chooses a share; give one (--set distill.share=0.5)")
         if self.share_by == "random" and self.share_keep != "hard":
             raise UserError("share_keep: easy is about scores; give one (--set distill.share_by=el2n, or prototypes)")
+        if self.share_by == "loss" and self.share_run is None:
+            raise UserError("share_by: loss is that of a trained student; give its run (--set distill.share_run=RUN)")
+        if self.share_by != "loss" and self.share_run is not None:
+            raise UserError(f"share_run: {self.share_by} needs no run; set distill.share_by=loss, or leave it out")
         if self.overlap and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
         LocalCopy.of(self.local_copy, self.local_copy_gb)

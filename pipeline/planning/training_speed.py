@@ -40,7 +40,7 @@ def train_on(
     Return the rates, as in Speeds, and the targets. on_disk: whether the pilot is on the future cache's disk, so that
     its reading can be measured; seconds: the time of each measurement.
     """
-    own = {"trackers": (), "local_copy": None, "local_copy_gb": None, "teacher": None}
+    own = {"trackers": (), "local_copy": None, "local_copy_gb": None, "teacher": None, "share_by": "random"}
     config = pilot.config
     config = config.model_copy(
         update={

@@ -1,7 +1,7 @@
 """The runs that a report is about, and the places of their caches and refiners."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config, keys, load_config, section_of
 from pipeline.outputs.provenance import INPUTS, PROVENANCE, file_hash, read_versions
 from pipeline.outputs.resuming import CONFIG
-from pipeline.storage import Place, is_remote
+from pipeline.storage import Place
 from pipeline.storage.json_files import read_as, read_json
-from pipeline.training.run_directory import ADAPTERS, DistillResult, load_result
-from pipeline.training.stored_refiners import MANIFEST, REFINER, read_refiner
+from pipeline.training.run_directory import ADAPTERS, DistillResult, load_result, load_run_config, nearby
+from pipeline.training.stored_refiners import find_refiner, read_refiner
 from singer.errors import UserError
 
 
@@ -103,44 +103,33 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str, refiners: Sequence[Path]) -> Trained:
-    result = load_result(folder)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not a finished run: it has no {CONFIG}")
-    config = load_config(folder / CONFIG)
+    result, config = load_result(folder), load_run_config(folder)
     source = None
     digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
     if config.distill.joint:
         source = RefinerSource("joint adapters", folder, True, file_hash(folder / ADAPTERS))
     elif digest is not None:
-        source = _find_refiner(folder, result, digest, refiners)
+        source = _refiner_source(folder, result, digest, refiners)
         if (source.folder / CONFIG).is_file():
             config = config.model_copy(update={"refine": load_config(source.folder / CONFIG).refine})
     return Trained(name, folder, result, config, source, read_versions(folder))
 
 
-def _find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> RefinerSource:
-    for place in [*given, *_nearby(run, filter(None, [result.adapters]))]:
-        folder = Path(place)
-        if (
-            not ((folder / MANIFEST).is_file() and (folder / REFINER).is_file())
-            or file_hash(folder / REFINER) != digest
-        ):
-            continue
-        manifest = read_refiner(folder)
-        kind = (manifest.cleaner, manifest.normaliser)
-        # Two refiners in closed form may have the same tensors.
-        if result.refiner is None or kind == (result.refiner.cleaner, result.refiner.normaliser):
-            return RefinerSource(
-                " + ".join(part for part in kind if part != "none") or "none", folder, False, digest, kind[0] != "none"
-            )
-    raise UserError(
-        f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --refiner"
-    )
+def _refiner_source(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> RefinerSource:
+    folder = find_refiner(run, result, digest, given)
+    if folder is None:
+        raise UserError(
+            f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --refiner"
+        )
+    manifest = read_refiner(folder)
+    kind = (manifest.cleaner, manifest.normaliser)
+    title = " + ".join(part for part in kind if part != "none") or "none"
+    return RefinerSource(title, folder, False, digest, kind[0] != "none")
 
 
 def _search(run: Trained) -> Cache:
     recorded = [*filter(None, [run.result.cache_place, _cache_option(run.folder)]), "cache"]
-    for place in _nearby(run.folder, recorded):
+    for place in nearby(run.folder, recorded):
         try:
             cache = _open(place, run)
         except (UserError, OSError):
@@ -167,16 +156,3 @@ def _cache_option(run: Path) -> str | None:
         if word.startswith("--cache="):
             return word.removeprefix("--cache=")
     return None
-
-
-def _nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
-    """Yield the recorded places, and the same names near the run, because folders often move together."""
-    above = run.resolve().parent
-    for place in recorded:
-        if is_remote(place):
-            yield place
-            continue
-        yield Path(place)
-        for folder in (above, above.parent):
-            for last in (1, 2):
-                yield folder.joinpath(*Path(place).parts[-last:])

@@ -87,9 +87,10 @@ def fan_out(
     for job, sources in zip(jobs, taught, strict=True):
         check_job(job, sources)
         read = [*as_places(caches), *(s.refiner for s in sources if s.refiner), *sources[0].cache.index.images.paths]
+        read += [settings.share_run] if settings.share_run is not None else []
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
-            check_inputs(job.out, input_hashes(sources))
+            check_inputs(job.out, input_hashes(sources, settings.share_run))
             if (job.out / RUN).exists():
                 results[job.out] = load_result(job.out)
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
@@ -97,7 +98,7 @@ def fan_out(
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
-        split = split_images(taught[0][0].cache, settings) if len(results) < len(jobs) else None
+        split = split_images(taught[0][0].cache, settings, images) if len(results) < len(jobs) else None
         made = [
             NewStudent(job, sources, accelerator, split)
             for job, sources in zip(jobs, taught, strict=True)

@@ -9,15 +9,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
-from pipeline.outputs.resuming import CONFIG
 from pipeline.reports.model_card import ModelCard, caveats, write_card
 from pipeline.runtime.progress import say
 from pipeline.storage import write_atomic
 from pipeline.students.export_formats import FORMATS, LastBlock, Student, compare
-from pipeline.training.run_directory import DistillResult, load_result
+from pipeline.training.run_directory import DistillResult, load_result, load_run_config
 from singer.errors import UserError
 
 STAGE = "export"
@@ -45,7 +44,7 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
     if to not in FORMATS:
         raise UserError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
     trained = load_result(run)
-    recipe = _recipe(run).model_copy(update={"export": config.export})
+    recipe = load_run_config(run).model_copy(update={"export": config.export})
     check_output(out, mode, STAGE, recipe, [run])
     backbone = load_saved(trained.student, function=config.student.name)
     student = Student(
@@ -68,13 +67,6 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
             # The card comes last: an export without one was interrupted.
             write_atomic(out / CARD, text.encode())
     return _result(out, to, student, trained, difference)
-
-
-def _recipe(run: Path) -> Config:
-    """Return the configuration of a finished run, or raise UserError if there is none."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
-    return load_config(run / CONFIG)
 
 
 def _result(out: Path, to: str, student: Student, trained: DistillResult, difference: float) -> ExportResult:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 
-from pipeline.config import Config, load_config
+from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, readable
 from pipeline.evaluation import own_head
 from pipeline.evaluation.classification import check
@@ -27,7 +27,6 @@ from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
-from pipeline.outputs.resuming import CONFIG
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.progress import say
@@ -50,6 +49,7 @@ from pipeline.training.run_directory import (
     DistillResult,
     Finetuned,
     load_result,
+    load_run_config,
     write_result,
 )
 from pipeline.training.trackers import check_trackers
@@ -115,10 +115,8 @@ def finetune(
 
 def _recipe(run: Path, config: Config) -> Config:
     """Return the configuration of the run, with the sections of this stage."""
-    if not (run / CONFIG).is_file():
-        raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
     own = {name: getattr(config, name) for name in ("finetune", "evaluate", "cache", "data")}
-    return load_config(run / CONFIG).model_copy(update=own)
+    return load_run_config(run).model_copy(update=own)
 
 
 def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Images | None]:

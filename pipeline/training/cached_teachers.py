@@ -14,6 +14,7 @@ from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, Spec, accepted, relocate
 from pipeline.outputs.provenance import file_hash
 from pipeline.storage import Place
+from pipeline.training.run_directory import RUN, load_result
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
@@ -103,13 +104,17 @@ def check_records(caches: Sequence[Cache]) -> None:
             )
 
 
-def input_hashes(sources: Sequence[CachedTeacher]) -> dict[str, str | None]:
+def input_hashes(sources: Sequence[CachedTeacher], share_run: Path | None) -> dict[str, str | None]:
     """Return what identifies the inputs of a run.
 
     {"cache": its id, "adapters": hash of the refiner's file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}.
-    The kind is needed because refiners of different kinds may hold the same tensors.
+    The kind is needed because refiners of different kinds may hold the same tensors. share_run: that of the section
+    distill. Raises UserError if it is not finished.
     """
     hashes: dict[str, str | None] = {}
+    if share_run is not None:
+        load_result(share_run)
+        hashes["distill.share_run"] = file_hash(share_run / RUN)
     for number, source in enumerate(sources, start=1):
         hashes[numbered("cache", number)] = source.cache.id
         refiner = source.refiner

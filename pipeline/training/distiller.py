@@ -76,20 +76,8 @@ class Distiller(Learner):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return named scalar losses; their sum is minimised."""
-        outputs = block_outputs(self.student, self.images(batch), self.blocks)
-        kept = self.dropout.kept if self.dropout is not None else None
-        pairs = [
-            branch.compare(outputs, features, batch, kept)
-            for branch, features in zip(self.branches, batch.features, strict=True)
-        ]
-        several = len(pairs) > 1
-        # Half precision loses small differences of large products, such as those in Gram matrices.
-        with torch.autocast(batch.weights.device.type, enabled=False):
-            means = self.agreed([targets for _, targets in pairs]) if several else {}
-            found = [
-                branch.objective(student, targets, batch.labels, means)
-                for branch, (student, targets) in zip(self.branches, pairs, strict=True)
-            ]
+        found = self.record_losses(batch)
+        several = len(found) > 1
         shares = teacher_shares(found, self.drop) if self.drop and self.training and several else None
         losses: dict[str, Tensor] = {}
         for n, (branch, parts) in enumerate(zip(self.branches, found, strict=True)):
@@ -98,6 +86,22 @@ class Distiller(Learner):
             summed = {name: (loss * weights).sum() * branch.weight for name, loss in parts.items()}
             losses |= {f"{prefix}{name}": loss for name, loss in (summed | branch.adapter_losses).items()}
         return losses
+
+    def record_losses(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Return what each teacher's objective says of each record, {part: losses (B,)}."""
+        outputs = block_outputs(self.student, self.images(batch), self.blocks)
+        kept = self.dropout.kept if self.dropout is not None else None
+        pairs = [
+            branch.compare(outputs, features, batch, kept)
+            for branch, features in zip(self.branches, batch.features, strict=True)
+        ]
+        # Half precision loses small differences of large products, such as those in Gram matrices.
+        with torch.autocast(batch.weights.device.type, enabled=False):
+            means = self.agreed([targets for _, targets in pairs]) if len(pairs) > 1 else {}
+            return [
+                branch.objective(student, targets, batch.labels, means)
+                for branch, (student, targets) in zip(self.branches, pairs, strict=True)
+            ]
 
     def agreed(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
         """Return {objective: the mean of the teachers' opinions, by their weights}. targets: those of each teacher.

@@ -1,7 +1,8 @@
 """Measure students on images that they are not trained on, after every epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,11 +12,13 @@ from accelerate.utils import broadcast
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import first_views
 from pipeline.config import DistillConfig, TrainingConfig
+from pipeline.data import Spec
 from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.ranks import current
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import Loader
 from pipeline.training.image_scores import check_scores, image_scores
+from pipeline.training.student_loss import StudentLoss
 from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
 
@@ -25,11 +28,12 @@ _MOST_RECORDS = 2048
 Split = tuple[np.ndarray | None, np.ndarray]
 
 
-def split_images(cache: Cache, settings: DistillConfig) -> Split:
+def split_images(cache: Cache, settings: DistillConfig, moved: Spec | None = None) -> Split:
     """Return the records to train on, None for all, and at most 2,048 others to measure on.
 
     Images are drawn, with all their views: distill.holdout of all to measure on, and of the others distill.share to
-    train on, by chance or by distill.share_by. Raises UserError if there is nothing left to train on.
+    train on, by chance or by distill.share_by. moved: where the cached images are, if they moved. Raises UserError if
+    there is nothing left to train on, or the images cannot be scored.
     """
     if not settings.holdout and settings.share == 1:
         return None, np.arange(0)
@@ -41,7 +45,7 @@ def split_images(cache: Cache, settings: DistillConfig) -> Split:
     kept = max(1, round(settings.share * (len(images) - held)))
     others = images[held:]
     if settings.share < 1 and settings.share_by != "random":
-        scores = _scores(cache, settings)[np.searchsorted(np.unique(image), others)]
+        scores = _scores(cache, settings, moved)[np.searchsorted(np.unique(image), others)]
         # Equal scores keep the random order.
         others = others[np.argsort(-scores if settings.share_keep == "hard" else scores, kind="stable")]
     trained = np.isin(image, others[:kept])
@@ -60,18 +64,26 @@ def held_out_images(count: int, settings: TrainingConfig) -> tuple[np.ndarray, n
     return np.sort(drawn[held:]), np.sort(drawn[:held][:_MOST_RECORDS])
 
 
-def _scores(cache: Cache, settings: DistillConfig) -> np.ndarray:
+def _scores(cache: Cache, settings: DistillConfig, moved: Spec | None) -> np.ndarray:
     """Return the score of every image, which the first process computes: others might round it in another way."""
-    check_scores(cache, settings.share_by)
     state = PartialState()
+    score = _score(cache, settings, moved, state.device)
     if state.num_processes == 1:
-        return image_scores(cache, settings.share_by, settings.seed)
-    count = len(first_views(cache))
-    scores = image_scores(cache, settings.share_by, settings.seed) if state.is_main_process else np.zeros(count)
+        return score()
+    scores = score() if state.is_main_process else np.zeros(len(first_views(cache)))
     current().wait()
     with current().together():
         of_first: np.ndarray = broadcast(torch.from_numpy(scores).to(state.device)).cpu().numpy()
     return of_first
+
+
+def _score(cache: Cache, settings: DistillConfig, moved: Spec | None, device: torch.device) -> Callable[[], np.ndarray]:
+    """Return what computes the score of every image. Raises UserError if the cache or the run lacks what it needs."""
+    if settings.share_by == "loss":
+        assert settings.share_run is not None
+        return partial(StudentLoss(settings.share_run, cache, device).of_images, moved, settings.workers)
+    check_scores(cache, settings.share_by)
+    return partial(image_scores, cache, settings.share_by, settings.seed)
 
 
 class HeldOut:

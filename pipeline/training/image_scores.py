@@ -1,6 +1,7 @@
 """Score the images of a cache by the teacher's features, so that the share that is trained on can be chosen.
 
-Nothing needs labels or a student, and only the first view of every image is read. A high score is a hard image.
+Nothing needs labels or a student (student_loss has the score of a student), and only the first view of every image is
+read. A high score is a hard image.
 """
 
 from collections.abc import Callable, Iterator

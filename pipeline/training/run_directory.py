@@ -1,10 +1,13 @@
 """Describe a run directory: its files, and what the student learned from which teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from pipeline.config import Config, load_config
+from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
+from pipeline.storage import Place, is_remote
 from pipeline.storage.json_files import read_as, write_json
 from singer.errors import UserError
 from singer.sizes import ImageSize
@@ -118,6 +121,26 @@ class DistillResult:
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)
+
+
+def load_run_config(run: Path) -> Config:
+    """Read the configuration of a finished run. Raises UserError if there is none at `run`."""
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
+    return load_config(run / CONFIG)
+
+
+def nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
+    """Yield the recorded places, and the same names near the run, because folders often move together."""
+    above = run.resolve().parent
+    for place in recorded:
+        if is_remote(place):
+            yield place
+            continue
+        yield Path(place)
+        for folder in (above, above.parent):
+            for last in (1, 2):
+                yield folder.joinpath(*Path(place).parts[-last:])
 
 
 def write_result(result: DistillResult) -> None:

@@ -176,7 +176,7 @@ def run_jobs(
     Call it after all checks, once the run directories are claimed (claimed_output).
     """
     for new in made if accelerator.is_main_process else ():
-        write_json(new.job.out / INPUTS, input_hashes(new.sources))
+        write_json(new.job.out / INPUTS, input_hashes(new.sources, new.job.config.distill.share_run))
         for line in new.matched():
             say(line)
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]

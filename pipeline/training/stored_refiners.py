@@ -11,9 +11,11 @@ from pydantic import Field
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
 from pipeline.config import LocalCopy, RefineConfig
+from pipeline.outputs.provenance import file_hash
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
+from pipeline.training.run_directory import DistillResult, RefinerNote, nearby
 from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
@@ -116,6 +118,25 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
 def read_refiner(path: Path) -> RefinerManifest:
     """Read the manifest of a refiner. Raises UserError if there is no finished refiner at `path`."""
     return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
+
+
+def find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path] = ()) -> Path | None:
+    """Return the folder of the refiner that a run learned from, None if it is not found.
+
+    It is looked for among `given`, at its recorded place and near the run. digest: the hash of its file.
+    """
+    for place in [*given, *nearby(run, filter(None, [result.adapters]))]:
+        folder = Path(place)
+        if (
+            not ((folder / MANIFEST).is_file() and (folder / REFINER).is_file())
+            or file_hash(folder / REFINER) != digest
+        ):
+            continue
+        manifest = read_refiner(folder)
+        # Two refiners in closed form may have the same tensors.
+        if result.refiner in (None, RefinerNote(manifest.cleaner, manifest.normaliser)):
+            return folder
+    return None
 
 
 def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -49,10 +49,12 @@ class Objective(nn.Module):
     the teacher can read both. An objective with own_attention compares the student's own queries, keys and values,
     which are not projected, with targets in the teacher's units. Parameters of an objective are trained with the
     student. It draws all random numbers from torch's global generator, as dropout does. A tokenwise objective is a mean
-    over losses of single tokens, each of which is 0 without a gradient where the student's token equals the target.
+    over losses of single tokens, each of which is 0 without a gradient where the student's token equals the target. The
+    losses of a batchwise objective depend on chance or on the other records of the batch, outside of training, too.
     """
 
     tokenwise = False
+    batchwise = False
     in_teacher_units = False
     own_attention = False
 

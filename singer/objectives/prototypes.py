@@ -19,6 +19,7 @@ class Prototypes(LastBlock):
     are drawn at random. Then each moves to the mean of the tokens that are nearest to it.
     """
 
+    batchwise = True
     count = 1024
     momentum = 0.99
     student_temperature = 0.1

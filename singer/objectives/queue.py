@@ -17,6 +17,7 @@ class Queue(LastBlock):
     Of the last matched block. It needs no projector that is right in scale: all tokens are L2-normalised.
     """
 
+    batchwise = True
     temperature = 0.07
     size = 8192
 

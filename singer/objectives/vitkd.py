@@ -31,6 +31,7 @@ class VitKd(Objective):
     paper. The authors of SiNGER generate at every block, which is `generate_all`.
     """
 
+    batchwise = True
     mask_ratio = 0.5
 
     def __init__(self, context: ObjectiveContext, generate_all: bool = False) -> None:
