@@ -76,6 +76,11 @@ def test_a_file_appears_whole_or_not_at_all(
     with pytest.raises(OSError, match="No space"):
         embed(config, world / "teacher", world / "test", tmp_path / "a.npy", overwrite=True)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {"a.npy": b"before"}
+    # A page of a mapped file that finds no place would kill the process.
+    monkeypatch.setattr("os.posix_fallocate", broken)
+    with pytest.raises(UserError, match=f"which {tmp_path} does not have .No space .*; give --out on a disk"):
+        embed(config, world / "teacher", world / "test", tmp_path / "b.npy")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.npy"]
 
 
 def test_the_advice_for_a_broken_image_works(

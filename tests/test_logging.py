@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -217,3 +218,15 @@ def test_a_full_disk_stops_the_log_and_not_the_work(tmp_path: Path, capfd: pytes
     with log_file(Path("/dev/full")):
         say("goes on")
     assert capfd.readouterr().err == "goes on\n"
+
+
+def test_a_thread_that_a_full_disk_ends_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def writes() -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("a")
+
+    with on_console():
+        thread = threading.Thread(target=writes)
+        thread.start()
+        thread.join()
+    assert capfd.readouterr().err == "warning: a thread of a library has ended: No space left on device\n"

@@ -39,7 +39,9 @@ from pipeline.storage import (
     locks,
     open_store,
     remote,
+    whole_file,
 )
+from pipeline.training.run_log import RunLog
 from singer.errors import UserError
 
 _SERVER = """
@@ -372,6 +374,19 @@ def test_full_disk_names_the_file(tmp_path: Path) -> None:
         store.write("a", b"x" * 900, b"y" * 900)
     assert caught.value.filename == str(tmp_path / "a") and caught.value.strerror == "File too large"
     assert list(tmp_path.iterdir()) == [tmp_path / "a"] and store.read("a") == b"old"
+
+
+def test_full_disk_names_the_file_of_others(tmp_path: Path) -> None:
+    """What a library or a plain file object writes names no file."""
+    log = RunLog(tmp_path / "log.jsonl", 0, True)
+    log._path = full = Path("/dev/full")
+    with pytest.raises(OSError, match="No space") as caught:
+        log.write(step=1)
+    assert caught.value.filename == str(full)
+    with pytest.raises(OSError, match="No space") as caught, whole_file(tmp_path / "a"), full.open("w") as file:
+        file.write("a")
+        file.flush()
+    assert caught.value.filename == str(tmp_path / "a")
 
 
 # The lock of an object store.

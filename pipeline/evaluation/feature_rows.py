@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from pipeline.runtime.machine import memory_bytes
+from pipeline.storage import naming
 from singer.errors import UserError
 
 # The share of the machine's memory that one array of features may take, and of a GPU's free memory.
@@ -35,6 +37,18 @@ def empty_rows(shape: tuple[int, ...]) -> Tensor:
     with tempfile.TemporaryFile() as file:
         reserve(file.fileno(), 4 * size, tempfile.gettempdir(), "set TMPDIR to a folder with more room")
         return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def mapped_file(file: Path, shape: tuple[int, ...], remedy: str) -> np.memmap:
+    """Return a new .npy file of float32, mapped, to be filled.
+
+    Raises UserError, with the remedy, if the disk is too small.
+    """
+    with naming(file):
+        made = open_memmap(file, "w+", np.float32, shape)
+    with file.open("r+b") as opened:
+        reserve(opened.fileno(), file.stat().st_size, file.parent, remedy)
+    return made
 
 
 def reserve(file: int, size: int, place: Path | str, remedy: str) -> None:

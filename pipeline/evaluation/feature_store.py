@@ -14,7 +14,7 @@ from numpy.lib.format import open_memmap
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, listing_hash
 from pipeline.evaluation.context import Features
-from pipeline.evaluation.feature_rows import reserve
+from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.storage.file_locks import exclusive
 from pipeline.storage.json_files import read_as, write_json
@@ -67,15 +67,11 @@ class StoredFeatures:
     @staticmethod
     def _open(file: Path, shape: tuple[int, int]) -> np.memmap:
         if not file.is_file():
-            made = open_memmap(file, "w+", np.float32, shape)
             try:
-                with file.open("r+b") as opened:
-                    size = file.stat().st_size
-                    reserve(opened.fileno(), size, file.parent, "give another folder, with more room")
-            except UserError:
-                file.unlink()
+                return mapped_file(file, shape, "give another folder, with more room")
+            except (UserError, OSError):
+                file.unlink(missing_ok=True)
                 raise
-            return made
         try:
             found = open_memmap(file, "r+")
             if found.shape != shape or found.dtype != np.float32:

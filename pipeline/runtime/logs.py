@@ -9,9 +9,11 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -104,17 +106,28 @@ def on_console() -> Iterator[None]:
         root.removeHandler(before)
     root.addHandler(_screen)
     logging.captureWarnings(True)
+    hook = threading.excepthook
+    threading.excepthook = partial(_thread_ended, hook)
     try:
         yield
     finally:
         root.removeHandler(_screen)
         root.setLevel(level)
         _screen = before
+        threading.excepthook = hook
         if before is None:
             logging.captureWarnings(False)
             logger.setLevel(logging.INFO)
         else:
             root.addHandler(before)
+
+
+def _thread_ended(hook: Callable[[threading.ExceptHookArgs], object], ended: threading.ExceptHookArgs) -> None:
+    """Say in one line that the disk or the network ended a thread of a library, such as the writer of TensorBoard."""
+    if isinstance(ended.exc_value, OSError):
+        logger.warning("a thread of a library has ended: %s", ended.exc_value.strerror or ended.exc_value)
+    else:
+        hook(ended)
 
 
 def be_verbose() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 
 from pipeline.checks import check_embedding, check_model
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, readable
 from pipeline.evaluation.context import kinds_of
+from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
@@ -111,7 +111,7 @@ def names_file(out: Path) -> Path:
 @contextmanager
 def write_npy(path: Path, count: int, shape: tuple[int, ...], about: dict[str, object]) -> Iterator[Write]:
     """Write the vectors alone, (count, *shape) float32; only the pages in work are in memory."""
-    vectors = open_memmap(path, "w+", np.float32, (count, *shape))
+    vectors = mapped_file(path, (count, *shape), "give --out on a disk with more room")
     done = 0
 
     def write(names: Sequence[str], rows: np.ndarray) -> None:

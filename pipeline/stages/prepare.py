@@ -31,6 +31,7 @@ from pipeline.data.sources import kind_of
 from pipeline.data.sources.tables import TABLE
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.runtime.progress import meter, say
+from pipeline.storage import naming
 from pipeline.storage.json_files import write_json
 from singer.errors import UserError
 
@@ -132,7 +133,7 @@ def pack(config: Config, listing: Listing, pattern: str) -> tuple[int, list[Path
 
     # mtime is fixed, so that the same images give the same bytes.
     writer = webdataset.ShardWriter(pattern, maxcount=settings.shard_images, mtime=0, verbose=0)
-    with writer, meter("prepare", len(entries), "images") as m:
+    with naming(Path(pattern).parent), writer, meter("prepare", len(entries), "images") as m:
         for number in order.tolist():
             try:
                 sample = read_sample(entries[number], listing.convert, config.data.max_pixels)

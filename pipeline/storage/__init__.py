@@ -5,7 +5,7 @@ Objects are written whole and appear all at once; they are read whole or by byte
 
 from pathlib import Path
 
-from pipeline.storage.atomic import whole_file, write_atomic
+from pipeline.storage.atomic import naming, whole_file, write_atomic
 from pipeline.storage.base import LOCK, Place, Ranges, Store, is_remote
 from pipeline.storage.local import LocalStore
 from pipeline.storage.local_copy import CopyRoom, ReadThrough
@@ -24,6 +24,7 @@ __all__ = [
     "RemoteStore",
     "Store",
     "is_remote",
+    "naming",
     "open_store",
     "whole_file",
     "write_atomic",

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".singer-tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What the system says of a descriptor of a file; connections fail with other numbers.
+_DISK = (*FULL, errno.EFBIG, errno.EIO)
 
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
@@ -28,10 +32,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path; what the block writes there becomes the file, durably, if the block ends without error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        _put(temporary, path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            _put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,14 +52,23 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def write_durably(file: int, path: Path, *parts: bytes | memoryview) -> None:
-    """Write to a descriptor and sync. Raises OSError that names `path`: the system's own names no file."""
-    try:
+    """Write to a descriptor and sync. Raises OSError that names `path`."""
+    with naming(path):
         for part in parts:
             view = memoryview(part)
             while len(view):
                 view = view[os.write(file, view) :]
         os.fsync(file)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise an error of the disk again with this path if it names no file, as that of a full disk."""
+    try:
+        yield
     except OSError as error:
+        if error.errno not in _DISK or error.filename is not None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.storage import write_atomic
+from pipeline.storage import naming, write_atomic
 from singer.errors import UserError
 
 
@@ -24,7 +24,7 @@ class RunLog:
     def write(self, **values: object) -> None:
         """Append a line, on the main process only."""
         if self._main:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
 
 

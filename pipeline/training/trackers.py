@@ -8,6 +8,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from pipeline.config import TrainingConfig
+from pipeline.storage import naming
 from singer.errors import UserError
 
 FOLDER = "tensorboard"
@@ -21,31 +22,38 @@ class Tracking:
     """
 
     def __init__(self, names: Sequence[str], out: Path, config: Mapping[str, Any]) -> None:
-        self._trackers: list[GeneralTracker] = []
-        for name in names:
-            tracker = LOGGER_TYPE_TO_CLASS[name]
-            if name == "wandb":
-                # Each student has a W&B run of its own, also if one process trains several students. The files of W&B
-                # are in the run directory.
-                own = {"name": out.name, "dir": str(out), "config": dict(config), "reinit": "create_new"}
-                made = tracker(PROJECT, **own)
-            elif tracker.requires_logging_directory:
-                made = tracker(FOLDER, logging_dir=str(out))
-            else:
-                made = tracker(out.name)
-            if hasattr(made, "start"):
-                made.start()
-            self._trackers.append(made)
+        self._out = out
+        with naming(out):
+            self._trackers = [_started(name, out, config) for name in names]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Log the figures of a step."""
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
+        with naming(self._out):
+            for tracker in self._trackers:
+                tracker.log(values, step=step)
 
     def close(self) -> None:
         """Finish all trackers."""
-        for tracker in self._trackers:
-            tracker.finish()
+        with naming(self._out):
+            for tracker in self._trackers:
+                tracker.finish()
+
+
+def _started(name: str, out: Path, config: Mapping[str, Any]) -> GeneralTracker:
+    """Return a tracker that has been started."""
+    tracker = LOGGER_TYPE_TO_CLASS[name]
+    if name == "wandb":
+        # Each student has a W&B run of its own, also if one process trains several students. The files of W&B are in
+        # the run directory.
+        own = {"name": out.name, "dir": str(out), "config": dict(config), "reinit": "create_new"}
+        made = tracker(PROJECT, **own)
+    elif tracker.requires_logging_directory:
+        made = tracker(FOLDER, logging_dir=str(out))
+    else:
+        made = tracker(out.name)
+    if hasattr(made, "start"):
+        made.start()
+    return made
 
 
 def check_trackers(settings: TrainingConfig) -> None:
