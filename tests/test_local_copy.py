@@ -1,5 +1,6 @@
 """Local copies with a limit: what was unused for longest goes, what is in use stays, and no process exceeds it."""
 
+import errno
 import hashlib
 import os
 import threading
@@ -111,6 +112,21 @@ def test_what_is_in_use_stays_and_the_rest_is_read_from_its_source(
     (folder / SEGMENT / digest(source, "a")).unlink()
     assert read(one, "a") == [content(source, "a")[50:]]
     assert read(one, "a") == [content(source, "a")[50:]] and source.whole == 2
+
+
+def test_a_full_disk_has_no_room(
+    source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+
+    def full(file: int, path: Path, *_: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(local_copy, "write_durably", full)
+    one = reader(source, folder, 10 * SIZE)
+    assert read(one, "ab") == [content(source, name)[50:] for name in "ab"]
+    assert source.whole == 1 and source.parts == 1 and not copies(source, folder)
+    assert caplog.text.count("do not fit the disk, which is full") == 1
 
 
 def test_a_removed_copy_is_closed(source: Source, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.runtime.logs import warn_once
-from pipeline.storage.atomic import TEMPORARY, is_at, write_durably
+from pipeline.storage.atomic import FULL, TEMPORARY, is_at, write_durably
 from pipeline.storage.base import Ranges, Store
 from pipeline.storage.file_locks import flock
 from pipeline.storage.local import LocalStore
@@ -147,7 +147,15 @@ class ReadThrough:
         """Return whether there is a copy, and make one if there is room. A copy that is used gets a new time."""
         copy = self._local.path / self._checksums[name]
         while not copy.is_file():
-            if time.monotonic() < self._full_until or not self._fetch(name, copy):
+            if time.monotonic() < self._full_until:
+                return False
+            try:
+                if not self._fetch(name, copy):
+                    return False
+            except OSError as error:
+                if self._room is None or error.errno not in FULL:
+                    raise
+                self._give_up(self._room, "do not fit the disk, which is full")
                 return False
         now = time.monotonic()
         if now - self._renewed.get(copy.name, -IN_USE_SECONDS) >= IN_USE_SECONDS / 10:
@@ -204,13 +212,17 @@ class ReadThrough:
     def _has_room(self, file: int, name: str) -> bool:
         if self._room is None or self._room.take(file, self._sizes[name]):
             return True
+        self._give_up(self._room, "are in use")
+        return False
+
+    def _give_up(self, room: CopyRoom, why: str) -> None:
+        """Copy nothing for a while, and say why."""
         self._full_until = time.monotonic() + IN_USE_SECONDS / 10
         warn_once(
-            "copies",
-            f"the {self._room.most / 1e9:.3g} GB of local copies in {self._room.folder} (local_copy_gb) are in use; "
-            f"what has no room there is read from {self.url}, record by record",
+            f"copies {why}",
+            f"the {room.most / 1e9:.3g} GB of local copies in {room.folder} (local_copy_gb) {why}; what has no room "
+            f"there is read from {self.url}, record by record",
         )
-        return False
 
 
 def _some(ranges: Ranges, which: np.ndarray) -> Ranges:
