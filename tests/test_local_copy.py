@@ -114,6 +114,17 @@ def test_what_is_in_use_stays_and_the_rest_is_read_from_its_source(
     assert read(one, "a") == [content(source, "a")[50:]] and source.whole == 2
 
 
+def test_a_limit_below_one_object_is_told(source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Smaller objects are copied nevertheless."""
+    folder, sums = tmp_path / "copy", {name: digest(source, name) for name in "ab"}
+    one = ReadThrough(source, folder / SEGMENT, sums, CopyRoom(folder, 150), {"a": 200, "b": SIZE})
+    for _ in range(2):
+        assert read(one, "ab") == [content(source, name)[50:] for name in "ab"]
+    assert copies(source, folder) == "b" and source.whole == 1 and source.parts == 2
+    assert caplog.text.count("takes more than the 1.5e-07 GB of local_copy_gb") == 1
+    assert "set local_copy_gb to 0.001 or more" in caplog.text and "are in use" not in caplog.text
+
+
 def test_a_full_disk_has_no_room(
     source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

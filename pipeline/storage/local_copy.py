@@ -147,7 +147,7 @@ class ReadThrough:
         """Return whether there is a copy, and make one if there is room. A copy that is used gets a new time."""
         copy = self._local.path / self._checksums[name]
         while not copy.is_file():
-            if time.monotonic() < self._full_until:
+            if time.monotonic() < self._full_until or self._too_large(name):
                 return False
             try:
                 if not self._fetch(name, copy):
@@ -208,6 +208,19 @@ class ReadThrough:
                 raise
         finally:
             os.close(file)
+
+    def _too_large(self, name: str) -> bool:
+        """Return whether an object takes more than all copies may."""
+        if self._room is None or self._sizes[name] <= self._room.most:
+            return False
+        # Whole megabytes, rounded up, so that the largest object fits what is advised.
+        least = -(-max(self._sizes.values()) // 10**6) / 1000
+        warn_once(
+            "copies that are too large",
+            f"one Zarr shard of {self.url} takes more than the {self._room.most / 1e9:.3g} GB of local_copy_gb; such "
+            f"shards are not copied, but read from there, record by record; set local_copy_gb to {least:g} or more",
+        )
+        return True
 
     def _has_room(self, file: int, name: str) -> bool:
         if self._room is None or self._room.take(file, self._sizes[name]):
