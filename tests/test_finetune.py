@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import run_singer, seeded, tree_bytes, world_config
+from conftest import config_with, run_singer, seeded, tree_bytes, world_config
 from ranks import launch
 from sklearn.linear_model import LogisticRegression
 from timm.data.mixup import mixup_target
@@ -25,6 +25,7 @@ from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.finetune import finetune
+from pipeline.stages.prepare import prepare
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint
@@ -196,11 +197,18 @@ def test_it_resumes_exactly(
     other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"mixup": 0.5})})
     with pytest.raises(UserError, match="was started with finetune.mixup 0.8, not 0.5"):
         finetune(other, run, shards(world), part, mode="resume")
+    probed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"strengths": (2.0,)})})
+    with pytest.raises(UserError, match=r"was started with evaluate.strengths \[1.0\], not \[2.0\]"):
+        finetune(probed, run, shards(world), part, mode="resume")
     with pytest.raises(UserError, match="continue it with --resume, replace it with --overwrite"):
         finetune(config, run, shards(world), part)
     with pytest.raises(UserError, match="repeat its finetune command with --resume"):
         evaluate(config, part, None, shards(world), "head")
-    resumed = finetune(config, run, shards(world), part, mode="resume")
+    # The head's linear probe reads no other key of this section.
+    later = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"neighbours": 3, "tokens": "norm"})}
+    )
+    resumed = finetune(later, run, shards(world), part, mode="resume")
     assert resumed.finetuned.kept_epoch == whole.finetuned.kept_epoch
     one, two = (tree_bytes(tmp_path / name, "run.json", "provenance.json", "log.jsonl") for name in ("whole", "part"))
     assert one == two
@@ -333,14 +341,32 @@ def test_what_is_wrong_with_the_test_is_found_before_training(world: Path, run: 
     shutil.copytree(world / "train", train, ignore=shutil.ignore_patterns("classes.json"))
     shutil.copytree(world / "test", test)
     (test / "classes.json").write_text(json.dumps([f"class{n}" for n in range(9)]))
+    few = tmp_path / "few"
+    shutil.copytree(world / "images" / "train", tmp_path / "images", ignore=shutil.ignore_patterns("class3"))
+    prepare(config_with(f"prepare.classes={world / 'train' / 'classes.json'}"), tmp_path / "images", few)
+    size = ["evaluate.image_size=30"], "not a multiple of the patch size"
     given = [
-        (str(test / "*.tar"), [], "--test has 9 classes, but --train has"),
-        (shards(world), ["evaluate.class_map=map.json"], r"evaluate\.class_map: the classes of finetune are those"),
-        (shards(world), ["evaluate.image_size=30"], "not a multiple of the patch size"),
+        (train, str(test / "*.tar"), [], "--test has 9 classes, but --train has"),
+        (
+            train,
+            shards(world),
+            ["evaluate.class_map=map.json"],
+            r"evaluate\.class_map: the classes of finetune are those",
+        ),
+        (train, shards(world), *size),
+        # The head has a class for each name. Without names, it has those of the labels.
+        (few, shards(world), *size),
+        (
+            shutil.copytree(few, tmp_path / "nameless"),
+            shards(world),
+            [],
+            "--test has label 3, but --train has only 0 to 2",
+        ),
     ]
-    for images, sets, message in given:
+    (tmp_path / "nameless" / "classes.json").unlink()
+    for images, tested, sets, message in given:
         with pytest.raises(UserError, match=message):
-            finetune(world_config(world, *SETS, *sets), run, str(train / "*.tar"), out, images)
+            finetune(world_config(world, *SETS, *sets), run, str(images / "*.tar"), out, tested)
     assert not out.exists()
 
 

@@ -90,11 +90,15 @@ def probe(context: EvaluationContext) -> Classification:
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     """Raise UserError if images have no labels, if there is one class only, or if --train lacks a label of --test."""
+    check_labels(train, test, int(train.labels.max()) + 1)
+
+
+def check_labels(train: Images, test: Images, classes: int) -> None:
+    """Raise UserError as `check` does, for a classifier of so many classes."""
     require_labels(train, "--train")
     require_labels(test, "--test")
     check_classes(train, test)
     require_classes(train.labels)
-    classes = int(train.labels.max()) + 1
     if int(test.labels.max()) >= classes:
         raise UserError(f"--test has label {int(test.labels.max())}, but --train has only 0 to {classes - 1}")
 

@@ -63,6 +63,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         assert sections is not None
         if stage == "distill" and config.distill.joint:
             sections = (*sections, "refine")
+        if stage == "finetune" and config.finetune.head == "probe":
+            sections = (*sections, "evaluate.strengths", "evaluate.seed")
         change = config_change(store, config, sections)
         if change is not None:
             raise UserError(

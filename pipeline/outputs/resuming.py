@@ -9,13 +9,13 @@ from pipeline.storage.base import Store
 from singer.errors import UserError
 
 CONFIG = "config.yaml"
-# The sections of the configuration that each stage's result depends on; None: the stage does not resume.
+# The sections, or keys, of the configuration that each stage's result depends on; None: the stage does not resume.
 RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
     "prepare": None,
     "cache-teacher": ("teacher", "views", "cache"),
     "refine": ("refine",),
     "distill": ("student", "distill"),
-    "finetune": ("finetune", "evaluate"),
+    "finetune": ("finetune",),
     "inspect": None,
     "export": None,
     "demo": None,
@@ -25,13 +25,18 @@ RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
 
 
 def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:
-    """Describe a change in these sections since the run in `store` began: "distill.lr 0.1, not 0.2".
+    """Describe a change in these sections or keys since the run in `store` began: "distill.lr 0.1, not 0.2".
 
     Returns None if nothing that affects the result has changed. Raises UserError if its configuration is damaged.
     """
     try:
         before = yaml.safe_load(store.read(CONFIG))
-        pairs = [(s, k, before[s].get(k, v), v) for s in sections for k, v in config.model_dump(mode="json")[s].items()]
+        pairs = [
+            (s, k, before[s].get(k, v), v)
+            for s, _, only in (name.partition(".") for name in sections)
+            for k, v in config.model_dump(mode="json")[s].items()
+            if only in ("", k)
+        ]
     except FileNotFoundError:
         return None  # the run died before it wrote anything
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast, set_seed
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, readable
 from pipeline.evaluation import own_head
-from pipeline.evaluation.classification import check
+from pipeline.evaluation.classification import check_labels
 from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.own_head import OwnHead
@@ -88,7 +88,7 @@ def finetune(
     check_fsdp(config.finetune.precision)
     check_trackers(config.finetune)
     images, tested = _images(config, train, test)
-    check(images, tested or images, config.evaluate)
+    check_labels(images, tested or images, classes_of(images))
     if tested is not None:
         _check_test(config, trained, images, tested)
     read = [run, *images.paths, *(tested.paths if tested is not None else ())]
