@@ -418,8 +418,8 @@ def embed(
     from pipeline.checks import check_embedding, check_model, look
     from pipeline.config import load_config
 
+    check_embedding(out, features, overwrite, tokens)
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
-    check_embedding(out, features, overwrite)
     check_model(model, weights)
     look("embed", images=[images])
     from pipeline.stages.embed import embed as run
@@ -457,10 +457,11 @@ def rank_students(
     as_json: JsonOption = False,
 ) -> None:
     """Rank untrained students of a size by how near their relations are to the teacher's; nothing is trained."""
-    from pipeline.checks import look
+    from pipeline.checks import check_ranked, look
     from pipeline.config import load_config
 
     tree = load_config(config, sets or ())
+    check_ranked(sets or (), parameters is not None, student or ())
     look("rank-students", tree, caches=[cache], images=[images])
     from pipeline.stages.rank_students import rank_students as run
 

@@ -258,8 +258,28 @@ def check_chain(
     return given
 
 
-def check_embedding(out: Path, features: str | None, overwrite: bool) -> None:
-    """Raise UserError if singer embed cannot write such features to `out`."""
+def check_ranked(sets: Iterable[str], plain: bool, names: Sequence[str]) -> None:
+    """Raise UserError if --set gives students a shape that none of singer rank-students has.
+
+    plain: whether plain ViTs of a budget are tried; names: the models that are, too.
+    """
+    unread = {"student.name": "name models with --student"}
+    if "vit" not in names:
+        unread |= dict.fromkeys(("student.dim", "student.depth", "student.heads"), "it is for --student vit")
+        if not plain:
+            unread["student.mlp_ratio"] = "it is for --student vit and for --parameters"
+    for key in (item.partition("=")[0] for item in sets):
+        if key in unread:
+            raise UserError(f"--set {key} changes nothing here: {unread[key]}; leave it out")
+
+
+def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: str | None = None) -> None:
+    """Raise UserError if singer embed cannot write such features to `out`. tokens: those of the option, if it is given.
+
+    A configuration may have both kinds of tokens, for other commands; then the first is embedded.
+    """
+    if tokens not in (None, "block", "norm"):
+        raise UserError(f"--tokens {tokens}: a file holds vectors of one kind; take block or norm")
     files, kinds = registered("pipeline.stages.embed", "FORMATS"), registered("pipeline.stages.embed", "FEATURES")
     if features is not None and features not in kinds:
         raise UserError(f"--features: no features {features!r}; known: {', '.join(kinds)}")

@@ -169,6 +169,20 @@ TABLE = [
     ("cache info {r}/run", r"run is not a feature cache: it has no manifest.json"),
     ("cache verify {r}/cache --shards {r}/test/*.tar --repair --config {r}/config.yaml", r"--images does not give"),
     ("cache plan --shards {r}/train/*.tar --codec int9 --config {r}/config.yaml", r"no codec 'int9'; known: float16"),
+    ("embed {r}/run {r}/test/*.tar --out {o}.npy --tokens both", r"--tokens both: a file holds .*; take block or norm"),
+    ("report {r}/run --out {o}.html --student run", r"--student run: .* no run has one of that name; leave it out"),
+    (
+        "rank-students {r}/cache --parameters 1000000 --set student.dim=96",
+        r"--set student.dim changes nothing here: it is for --student vit; leave it out",
+    ),
+    (
+        "rank-students {r}/cache --student test_vit --set student.name=vit",
+        r"student.name changes nothing here: name models with --student; leave it out",
+    ),
+    (
+        "rank-students {r}/cache --student test_vit --set student.mlp_ratio=2",
+        r"student.mlp_ratio changes nothing here: it is for --student vit and for --parameters; leave it out",
+    ),
     ("demo --out {r}/run", r"run exists; replace it with --overwrite, or give another --out"),
 ]
 

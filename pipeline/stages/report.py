@@ -15,7 +15,7 @@ from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
 from pipeline.reports.measure import measure
 from pipeline.reports.report_page import render_page
-from pipeline.reports.runs import find_cache, read_runs
+from pipeline.reports.runs import Trained, find_cache, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
 from pipeline.reports.seeds import group_runs
 from pipeline.reports.tables import ReportRow
@@ -24,6 +24,7 @@ from pipeline.storage.json_files import read_json
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import find_runs
 from singer.errors import UserError
+from singer.names import OWN
 
 RECORDS = 256
 
@@ -68,6 +69,7 @@ def report(
     """
     check_page(out, overwrite)
     trained = read_runs(find_runs(runs), refiners)
+    _check_functions(students, trained)
     opened = find_cache(trained, cache)
     figures = {run: read_figures(run.folder) for run in trained}
     teacher = read_figures(teacher_probes) if teacher_probes is not None else {}
@@ -98,6 +100,17 @@ def report(
         mean_max_over_median={look.title: look.mean_max_over_median for look in measured.looks}
         | {row.group.name: row.norm.mean for row in rows},
     )
+
+
+def _check_functions(functions: Sequence[str], runs: Sequence[Trained]) -> None:
+    """Raise UserError for a function that makes the student of none of the runs."""
+    made = {run.config.student.name for run in runs}
+    for name in functions:
+        if name not in made and not any(own.startswith(OWN) for own in made):
+            raise UserError(
+                f"--student {name}: it names the function, package.module:function, of a student of your own, and no "
+                "run has one of that name; leave it out"
+            )
 
 
 def _sweep_ranking(runs: Sequence[Path]) -> str | None:
