@@ -103,6 +103,9 @@ def look(
             check_start(config)
         if stage == "distill" and config.distill.share_run is not None:
             check_finished(config.distill.share_run)
+        blocks = config.refine.blocks or config.cache.blocks
+        if stage in ("run", "demo") and blocks is not None and config.distill.blocks is None:
+            config.distill.weights_of(blocks)
         if stage in ("distill", "plan", "run"):
             _check_source("student.name", config.student.name)
     for path in refiners:

@@ -1,5 +1,6 @@
 """How a student is taught by one or several teachers: its own attention, fused blocks, a common verdict, dropping."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,14 +8,16 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, make_batch, world_config
+from conftest import WIDTH, make_batch, run_singer, world_config
 from test_objectives import make_context
 
 from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
+from pipeline.config import load_config
 from pipeline.data.views import normalise
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
+from pipeline.sweeps.run import sweep
 from pipeline.training.batch import Batch
 from pipeline.training.distiller import Distiller, teacher_shares
 from pipeline.training.targets import Targets
@@ -168,8 +171,6 @@ def test_each_teacher_has_its_own_objective(world: Path, tmp_path: Path) -> None
     caches = [world / "cache", world / "cache"]
     result = distill(world_config(world, objective, *more), caches, tmp_path / "run")
     assert result.matching == {2: 1, 3: 2} and [link.matching for link in result.others] == [{2: 1}]
-    with pytest.raises(UserError, match=r"distill\.objective: 2 given for 1 --cache"):
-        distill(world_config(world, objective), world / "cache", tmp_path / "other")
     with pytest.raises(UserError, match="unknown 'nothing'"):
         distill(world_config(world, "distill.objective=[mse, nothing]"), caches, tmp_path / "other")
 
@@ -177,7 +178,28 @@ def test_each_teacher_has_its_own_objective(world: Path, tmp_path: Path) -> None
 def test_a_weight_for_each_block(world: Path) -> None:
     student = new_student(world_config(world).student, 32)
     targets = Targets(Cache(world / "cache"), None, student, CPU)
-    branch = TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}, block_weights=(0.1, 1)))
+    weights = load_config(sets=["distill.block_weights=[0.1,1]"]).distill.weights_of((2, 3))
+    branch = TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}, block_weights=weights))
     assert branch.objective.block_weights == {"2": 0.1, "3": 1}
-    with pytest.raises(UserError, match=r"distill\.block_weights: 1 weights for 2 blocks; give one for each of 2, 3"):
-        TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}, block_weights=(1,)))
+
+
+def test_weights_of_other_blocks_are_refused_before_a_model_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong, out = "distill.block_weights=[1]", tmp_path / "out"
+    message = r"distill\.block_weights: 1 weights for 2 blocks; give one for each of {}"
+    monkeypatch.setattr("pipeline.training.runs.new_student", None)
+    with pytest.raises(UserError, match=message.format("2, 3")):
+        distill(world_config(world, wrong), world / "cache", out)
+    with pytest.raises(UserError, match=r"distill\.objective: 2 given for 1 --cache"):
+        distill(world_config(world, "distill.objective=[mse, mse]"), world / "cache", out)
+    # The configuration alone shows it, if it names the blocks.
+    with pytest.raises(UserError, match=message.format("8, 11")):
+        load_config(sets=[wrong, "distill.blocks=[11,8]"])
+    words = ["run", world / "images" / "train", "--out", out, "--student", "test_vit", "--set", "cache.blocks=[-2,-1]"]
+    assert run_singer(monkeypatch, *words, "--set", wrong) == 2
+    assert re.search(message.format("-2, -1"), capfd.readouterr().err)
+    (tmp_path / "s.yaml").write_text("base: {distill: {block_weights: [1]}}\nruns: [{name: one}]")
+    with pytest.raises(UserError, match=f"run one: {message.format('2, 3')}"):
+        sweep(tmp_path / "s.yaml", world / "cache", out)
+    assert not out.exists()

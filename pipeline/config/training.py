@@ -1,5 +1,6 @@
 """The sections of the configuration that say how refiners are fitted and students are trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -217,6 +218,9 @@ class DistillConfig(TrainingConfig):
             raise UserError(f"share_run: {self.share_by} needs no run; set distill.share_by=loss, or leave it out")
         if self.overlap and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
+        for blocks in filter(None, self.blocks_by_teacher or ()):
+            if wrong := self._unweighted(blocks):
+                raise UserError(wrong)
         LocalCopy.of(self.local_copy, self.local_copy_gb)
         return self
 
@@ -252,6 +256,21 @@ class DistillConfig(TrainingConfig):
         if self.blocks is None or not all(isinstance(b, int) for b in self.blocks):
             return cast("tuple[tuple[int, ...] | None, ...] | None", self.blocks)
         return (cast("tuple[int, ...]", self.blocks),)
+
+    def weights_of(self, blocks: Sequence[int]) -> dict[int, float] | None:
+        """Return {block: weight} of a teacher, None if all weigh the same. Raises UserError if the numbers differ."""
+        if self.block_weights is None:
+            return None
+        if wrong := self._unweighted(blocks):
+            raise UserError(f"distill.{wrong}")
+        return dict(zip(sorted(blocks), self.block_weights, strict=True))
+
+    def _unweighted(self, blocks: Sequence[int]) -> str:
+        """Return what is wrong with block_weights for these blocks of a teacher; "" if nothing is."""
+        weights, known = self.block_weights, ", ".join(map(str, sorted(blocks)))
+        if weights is None or len(weights) == len(blocks):
+            return ""
+        return f"block_weights: {len(weights)} weights for {len(blocks)} blocks; give one for each of {known}"
 
 
 def _weighted(objective: str | dict[str, float]) -> dict[str, float]:

@@ -34,6 +34,8 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     """
     backbone = load_teacher(config.teacher)
     blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))
+    if config.refine.blocks is None and config.distill.blocks is None:
+        config.distill.weights_of(blocks)
     images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
     with ImageFile(images) as files:
         sample = Sample(config, images, files, backbone.image_size)

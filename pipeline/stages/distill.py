@@ -145,6 +145,9 @@ def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None
 
 def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:
     """Raise UserError if the job's settings do not fit these teachers."""
+    job.config.distill.objectives_of(len(sources))
+    for source in sources:
+        job.config.distill.weights_of(source.cache.blocks)
     if job.config.distill.joint and any(s.refiner is not None for s in sources):
         raise UserError("distill.joint trains its own adapters; leave out --refiner or distill.joint")
     if job.config.distill.joint and len(sources) > 1:

@@ -99,6 +99,7 @@ def sweep(
     check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
+        _check_block_weights(plan, opened)
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = SweepContext(places, out, as_list(images) or None, as_list(train), as_list(test), sys.argv)
@@ -182,6 +183,18 @@ def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
         for teacher, key in named.items():
             if teacher is not None:
                 Cache(place, teacher, option=f"{key}: {{}} in {file.name}")
+
+
+def _check_block_weights(plan: Plan, caches: Sequence[Cache]) -> None:
+    """Raise UserError if a run has another number of weights than blocks of a cache; blocks that it names fit."""
+    for run in plan.runs:
+        settings, refined = run.config.distill, run.config.refine.blocks if run.refiner is not None else None
+        if settings.blocks is None and settings.teacher is None:
+            for cache in caches:
+                try:
+                    settings.weights_of(refined or cache.blocks)
+                except UserError as error:
+                    raise UserError(f"run {run.name}: {error}") from None
 
 
 def _refuse(what: str, out: Path, change: str | None) -> None:

@@ -126,7 +126,8 @@ class NewStudent:
             if settings.joint:
                 joint, self.fresh = new_joint(cache, self.job.config.refine, device)
             weight = settings.kd_weight * source.weight
-            teaching = Teaching(wanted, settings.projector, settings.block_weights, weight, source.name)
+            weights = settings.weights_of(cache.blocks)
+            teaching = Teaching(wanted, settings.projector, weights, weight, source.name)
             whole = settings.token_share == 1
             branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
         return branches

@@ -50,7 +50,7 @@ class StudentLoss:
             self.student.model.requires_grad_(True)
             texts = read_matrix(settings.texts) if settings.texts is not None else None
             targets = Targets(self.cache, _refiner(run, result, self.cache), self.student, device, texts)
-            teaching = Teaching(settings.objectives, settings.projector, settings.block_weights)
+            teaching = Teaching(settings.objectives, settings.projector, settings.weights_of(self.cache.blocks))
             branch = TeacherBranch(self.student, result.matching, targets, teaching)
             self.learner = Distiller(self.student, [branch]).to(device).eval()
             _load_trained(self.learner, run / PROJECTORS_FILE)

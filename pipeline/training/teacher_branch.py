@@ -24,13 +24,14 @@ from singer.tokens import select_tokens
 class Teaching:
     """How a student is taught by one teacher.
 
-    objectives: {name: weight}; projector: a name among singer.projectors; block_weights: of the teacher's blocks, in
-    their order, None for equal ones; weight: of the sum of the objectives; name: of the teacher, among several.
+    objectives: {name: weight}; projector: a name among singer.projectors; block_weights: {the
+    teacher's block: weight}, None for equal ones; weight: of the sum of the objectives; name: of the teacher, among
+    several.
     """
 
     objectives: Mapping[str, float]
     projector: str = "linear"
-    block_weights: Sequence[float] | None = None
+    block_weights: Mapping[int, float] | None = None
     weight: float = 1.0
     name: str = ""
 
@@ -58,7 +59,7 @@ class TeacherBranch:
         objectives = teaching.objectives
         context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
         made = {o: OBJECTIVES[o](context) for o in objectives}
-        self.objective = Mixture(made, objectives, block_weights(sorted(matching), teaching.block_weights))
+        self.objective = Mixture(made, objectives, teaching.block_weights)
 
         kind = PROJECTORS[teaching.projector]
 
@@ -191,18 +192,6 @@ class TeacherBranch:
 def _reads(kind: type[Projection], block: int) -> range:
     """Return the student's blocks that a projector of this kind reads for a matched block."""
     return range(block + 1) if kind.reads_all else range(block, block + 1)
-
-
-def block_weights(blocks: Sequence[int], weights: Sequence[float] | None) -> dict[int, float] | None:
-    """Return {block: weight}. Raises UserError unless there is a weight for each block."""
-    if weights is None:
-        return None
-    if len(weights) != len(blocks):
-        known = ", ".join(map(str, blocks))
-        raise UserError(
-            f"distill.block_weights: {len(weights)} weights for {len(blocks)} blocks; give one for each of {known}"
-        )
-    return dict(zip(blocks, weights, strict=True))
 
 
 def attention_of(student: Backbone, number: int) -> Any:
