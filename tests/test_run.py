@@ -304,6 +304,11 @@ def test_the_advice_of_a_failure_works(
     assert run_singer(monkeypatch, *words, "--on-error", "skip", "--resume", "--hours", 1e-9) == 2
     said = capfd.readouterr().err
     assert "done before" not in said and "more than --hours 1e-09; give --hours" in said
+    # The plan has failed; a command that was printed before works nevertheless, and gives the same shards.
+    shards = tree_bytes(tmp_path / "out" / "shards", "provenance.json")
+    (again,) = [line.partition("alone: ")[2] for line in said.splitlines() if "alone: " in line]
+    assert run_singer(monkeypatch, *shlex.split(again)[1:]) == 0, capfd.readouterr().err
+    assert tree_bytes(tmp_path / "out" / "shards", "provenance.json") == shards
     assert run_singer(monkeypatch, *words, "--on-error", "skip", "--resume", "--disk-gb", 1e-9) == 2
     assert "are allowed" in capfd.readouterr().err  # and no word about other hours
 

@@ -19,6 +19,7 @@ from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import local_folder
 from pipeline.outputs.folder import Mode
+from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
@@ -118,7 +119,8 @@ def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
     packs = has_to_be_packed(photos)
     title = "packing the images into shards" if packs else "taking the shards as they are"
     given = [photos] if isinstance(photos, str | Path) else photos
-    again = command("prepare", *given, "--config", out / PLANNED, "--out", folder, "--overwrite")
+    # The folder's own configuration has the size of the shards; that of the plan is not written yet.
+    again = command("prepare", *given, "--config", folder / CONFIG, "--out", folder, "--overwrite")
     return Stage(SHARDS, title, again if packs else None, pack, together=False)
 
 
