@@ -81,12 +81,15 @@ def test_three_views_of_an_image_differ(views: Cache) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uint8", "jpeg"])
-def test_students_need_no_images(world: Path, tmp_path: Path, kind: str) -> None:
+def test_students_need_no_images(world: Path, tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """A student whose input is larger than the stored views is told so."""
+    size, notes = (32, 0) if kind == "uint8" else (64, 1)
     shards = tmp_path / "shards"
     shards.mkdir()
     for shard in (world / "train").glob("*.tar"):
         (shards / shard.name).write_bytes(shard.read_bytes())
-    config = world_config(world, *RANDOM_VIEWS, f"views.pixels={kind}", "views.pixel_size=48", "distill.epochs=1")
+    config = world_config(world, *RANDOM_VIEWS, f"views.pixels={kind}", "views.pixel_size=48", "distill.epochs=1",
+                          f"student.image_size={size}")  # fmt: skip
     cache_teacher(config, str(shards / "*.tar"), tmp_path / "c")
     cache = Cache(tmp_path / "c")
     with ImageFile(cache.index.images) as files:
@@ -97,6 +100,7 @@ def test_students_need_no_images(world: Path, tmp_path: Path, kind: str) -> None
     assert np.abs(stored - exact).mean() <= (0 if kind == "uint8" else 6)
     assert cache.pixels([3, 1], 32).shape == (2, 32, 32, 3)
     assert distill(config, tmp_path / "c", tmp_path / "run").steps == 19
+    assert capfd.readouterr().err.count("are enlarged to the student's 64; to show it more") == notes
 
 
 def test_sampled_tokens(world: Path, tmp_path: Path) -> None:

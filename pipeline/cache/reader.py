@@ -158,6 +158,13 @@ class Cache:
         """Return whether the views themselves are stored, so that students need no images."""
         return all(span.pixels is not None for span in self._spans)
 
+    def smaller_views(self, size: ImageSize) -> Size | None:
+        """Return the size of stored views that `pixels` would enlarge to this size; None if it enlarges none."""
+        manifests = [span.pixels.manifest.pixels for span in self._spans if span.pixels is not None]
+        stored = [Size.of(pixels.size) for pixels in manifests if pixels is not None]
+        wanted = Size.of(size)
+        return next((one for one in stored if one.height < wanted.height or one.width < wanted.width), None)
+
     def read(self, records: Sequence[int] | np.ndarray) -> Encoded:
         """Read some records in their stored form, on the CPU and in the given order."""
         groups, blocks = self._groups(records), dict[int, Stored]()

@@ -50,6 +50,7 @@ from pipeline.training.trainer import train
 from singer.backbones import depth
 from singer.matching import match_blocks
 from singer.refiner import Refiner
+from singer.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,12 @@ def run_jobs(
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
             say(f"note: nothing trains the student after block {supervised}; probes read its last block, {last}")
+        cache, size = new.sources[0].cache, new.student.image_size
+        if (small := cache.smaller_views(size)) is not None:
+            say(
+                f"note: the views of {small} pixels in {cache.place} are enlarged to the student's {Size.of(size)}; to "
+                "show it more, cache again with views.pixels=none or a larger views.pixel_size"
+            )
     ranks = current()
     ranks.wait()
     with ranks.together():
