@@ -1,9 +1,16 @@
 """Sources of images: what names them, and folders, lists and tables beside shards."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
+import shutil
+import subprocess
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +70,10 @@ def test_braces_are_those_of_shells() -> None:
         assert list(braces(text)) == expected
     with pytest.raises(UserError, match="more than 1000000 files"):
         list(braces("{0..99999999}"))
+    assert list(braces("{a{b,c}}")) == ["{ab}", "{ac}"]
+    for nested in ("a{b,{c,d}}.tar", "{{a,b},c}", "x{a{1..2}b{3..4},c}", "{a{b{c,d},e}}"):
+        with pytest.raises(UserError, match=r"has choices in braces within others, .*; give several patterns"):
+            list(braces(nested))
 
 
 def test_a_name_that_exists_is_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +130,10 @@ def test_what_is_wrong_is_quoted(given: str, message: str, tmp_path: Path, monke
 
 
 def test_an_unpacked_shard_stands_for_the_compressed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.tar.gz", "a.tar", "b.tgz", "b.tar", "c.tar.xz", "notes.gz"):
+    for name in ("a.tar.gz", "a.tar", "b.tgz", "b.tar", "c.tar.xz", "d.tlz", "d.tar", "e.tar.lz4", "notes.gz"):
         write(tmp_path / name, b"")
     monkeypatch.chdir(tmp_path)
-    assert names(str(tmp_path)) == ["a.tar", "b.tar", "c.tar.xz"]
+    assert names(str(tmp_path)) == ["a.tar", "b.tar", "c.tar.xz", "d.tar", "e.tar.lz4"]
 
 
 def test_twice_is_seen_through_links(tmp_path: Path) -> None:
@@ -462,16 +473,32 @@ def test_minus_one_is_no_label(tmp_path: Path) -> None:
     assert index_images(str(path)).labels.tolist() == [-1]
 
 
-@pytest.mark.parametrize(("mode", "command"), [("gz", "gunzip -k"), ("bz2", "bunzip2 -k"), ("xz", "unxz -k")])
-def test_compressed_tars_say_how_to_unpack(mode: str, command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "command", "compress"),
+    [
+        ("t.tar.gz", "gunzip", gzip.compress),
+        ("t.tar.bz2", "bunzip2", bz2.compress),
+        ("t.txz", "unxz", lzma.compress),
+        ("t.TLZ", "unlzma", partial(lzma.compress, format=lzma.FORMAT_ALONE)),
+        ("t.tar.lz4", "lz4 -d", None),
+        ("t.tar", "gunzip", gzip.compress),
+    ],
+)
+def test_compressed_tars_say_how_to_unpack(
+    name: str, command: str, compress: Callable[[bytes], bytes] | None, tmp_path: Path
+) -> None:
+    """By a command that works as it is printed."""
+    plain = write_tar(tmp_path / "plain.tar", {"a.png": png()}).read_bytes()
     (tmp_path / "a b").mkdir()
-    path = tmp_path / "a b" / f"t.tar.{mode}"
-    with tarfile.open(path, f"w:{mode}") as tar:  # type: ignore[call-overload]
-        info = tarfile.TarInfo("a.png")
-        info.size = len(png())
-        tar.addfile(info, io.BytesIO(png()))
-    with pytest.raises(UserError, match=rf"is compressed, but .*; unpack it: {command} '.*/a b/t\.tar\.{mode}'"):
+    path = tmp_path / "a b" / name
+    path.write_bytes(b"\x04\x22\x4d\x18" if compress is None else compress(plain))
+    with pytest.raises(UserError, match=rf"is compressed, but .*; unpack it: {command} < '.*{name}' > '.*'") as error:
         index_images(str(path.parent))
+    if compress is not None and shutil.which(command):
+        how = str(error.value).partition("unpack it: ")[2].partition(";")[0]
+        subprocess.run(how, shell=True, check=True)
+        (unpacked,) = [file for file in path.parent.iterdir() if file != path]
+        assert unpacked.suffix == ".tar" and unpacked.read_bytes() == plain
 
 
 def test_order_is_a_pure_function_of_names(tmp_path: Path) -> None:

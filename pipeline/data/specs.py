@@ -15,11 +15,14 @@ from pipeline.storage.downloads import download
 from singer.errors import UserError
 
 Spec = str | Path | Sequence[str | Path]
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_TARS = (".tar", ".tgz", *_COMPRESSED)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".lzma", ".lz", ".z")
+# Each of these is short for .tar and one of those.
+_SHORT = (".tgz", ".tzst", ".tbz", ".tbz2", ".txz", ".tlz", ".taz")
+_TARS = (".tar", *_SHORT, *_COMPRESSED)
 # What people take for images, too. Anything else with an unknown suffix may be a shard.
 _NO_SOURCES = {".json": "one JSON object a line in a file .jsonl is read", ".zip": "unpack it, and give the folder"}
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_NESTED = re.compile(r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)+\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
 _LETTERS = re.compile(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])")
 _MOST = 1_000_000
@@ -104,8 +107,10 @@ def _existing(text: str) -> tuple[str, str]:
 def braces(text: str) -> Iterator[str]:
     """Expand `{a,b}` and `{01..12}` as shells do, from left to right; other braces stay.
 
-    Raises UserError for more than a million names.
+    Raises UserError for more than a million names, and for choices within choices.
     """
+    if any("," in _BRACES.sub("", found[0][1:-1]) for found in _NESTED.finditer(text)):
+        raise UserError(f"{text!r} has choices in braces within others, which are not expanded; give several patterns")
     for found in _BRACES.finditer(text):
         content = found[1]
         numbers = _RANGE.fullmatch(content)
@@ -183,8 +188,8 @@ def _shards(files: Sequence[str]) -> list[str]:
     tars = []
     for name in files:
         suffix = suffix_of(name)
-        unpacked = f"{name[: -len(suffix)]}{'.tar' if suffix == '.tgz' else ''}"
-        if suffix == ".tar" or ((suffix == ".tgz" or suffix_of(unpacked) == ".tar") and unpacked not in names):
+        unpacked = f"{name[: -len(suffix)]}{'.tar' if suffix in _SHORT else ''}"
+        if suffix == ".tar" or (suffix_of(unpacked) == ".tar" and unpacked not in names):
             tars.append(name)
     return tars
 
@@ -196,7 +201,8 @@ def _an_image(path: Path) -> str | None:
 
 def _look_deeper(path: Path, given: str) -> None:
     """Raise UserError that names the shards or tables in sub-folders, if there are any."""
-    found = next((name for name in names_below(path) if suffix_of(name) in (".tar", *TABLES)), None)
+    names = (name for name in names_below(path) if suffix_of(name) in (*_TARS, *TABLES))
+    found = next((name for name in names if suffix_of(name) in TABLES or _shards([name])), None)
     if found is not None:
         raise UserError(
             f"{given!r} holds no images, and its sub-folders hold shards or tables, such as {printable(found)}; give "

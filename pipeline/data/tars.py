@@ -16,7 +16,12 @@ LABEL_EXTENSION = "cls"
 # Masks and depth maps are beside images, and are none.
 MAPS = ("seg.png", "depth.png")
 _LABEL_BYTES = 32
-_COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"BZh": "bunzip2 -k", b"\xfd7zXZ\0": "unxz -k"}
+# {how a compressed file begins: what unpacks it}. LZMA begins with its properties and the size of its dictionary, and a
+# tar whose first member is called "]" with zeros after it.
+_COMPRESSED = {
+    rb"\x1f\x8b": "gunzip", rb"\x28\xb5\x2f\xfd": "zstd -d", rb"BZh": "bunzip2", rb"\xfd7zXZ\0": "unxz",
+    rb"\x04\x22\x4d\x18": "lz4 -d", rb"\]\0\0(?!\0\0)": "unlzma", rb"LZIP": "lzip -d", rb"\x1f\x9d": "uncompress",
+}  # fmt: skip
 # Key and extensions, split as in the webdataset library; importing it would load torch into every reader of tars.
 _SAMPLE = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 # Names are unsafe that are empty, absolute, not UTF-8 (tarfile turns that into surrogates), or have `..`, a backslash
@@ -130,9 +135,10 @@ def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[
     try:
         with path.open("rb", buffering=0) as file:
             start = os.pread(file.fileno(), 6, 0)
-            command = next((_COMPRESSED[magic] for magic in _COMPRESSED if start.startswith(magic)), None)
+            command = next((command for magic, command in _COMPRESSED.items() if re.match(magic, start)), None)
             if command is not None:
-                how = f"{command} {shlex.quote(str(path))}"
+                # Given a name, it would refuse a suffix that it does not know, such as .tar.
+                how = f"{command} < {shlex.quote(str(path))} > {shlex.quote(str(_unpacked(path)))}"
                 raise Defect(f"is compressed, but images are read by their place; unpack it: {how}")
             for member in members_of(file.fileno()):
                 samples.add(member, file.fileno())
@@ -140,6 +146,12 @@ def read_samples(path: Path, *also: str, image_key: str | None = None) -> tuple[
         samples.damaged()
         return samples, str(error) if isinstance(error, Defect) else f"cannot be read: {error.strerror}"
     return samples, None
+
+
+def _unpacked(path: Path) -> Path:
+    """Return the name that a compressed tar gets when it is unpacked, which is another one than its own."""
+    stem = path.with_suffix(".unpacked") if path.suffix.lower() == ".tar" else path.with_suffix("")
+    return stem if stem.suffix.lower() == ".tar" else Path(f"{stem}.tar")
 
 
 def kind_of_name(name: str) -> str:
