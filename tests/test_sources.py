@@ -193,12 +193,14 @@ def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
         ("l.csv", "path,label\ncat/a.png,1.0\ncat/b.jpg,x\n", [0, 1]),
         ("l.jsonl", '{"file_name": "cat/a.png", "labels": 3.0}\n{"path": "cat/b.jpg", "label": NaN}', [3, -1]),
         ("l.txt", "~/cat/a.png 1\nfile://HOME/cat/b.jpg 2\n", [1, 2]),
+        ("l.txt", "# path label\ncat/a.png 1\n # cat/b.jpg 3\n#\tcat/b.jpg\n./#b.png 2\n", [1, 2]),
     ],
 )
 def test_lists_as_programs_write_them(
     name: str, text: str, labels: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos(tmp_path)
+    write(tmp_path / "#b.png", encoded(2))
     monkeypatch.setenv("HOME", str(tmp_path))
     text = text.replace("HOME", str(tmp_path))
     assert index_images(str(write(tmp_path / name, text))).labels.tolist() == labels

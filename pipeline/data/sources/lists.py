@@ -22,8 +22,10 @@ Pair = tuple[str, str | float | None]
 
 
 def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
-    """Read lines `PATH`, `PATH LABEL`, or the two with a tab between; a path may have blanks."""
+    """Read lines `PATH`, `PATH LABEL`, or the two with a tab between; a path may have blanks. `#` begins a comment."""
     for line in map(str.strip, file):
+        if line.startswith("#"):
+            continue
         if "\t" in line:
             name, _, label = line.partition("\t")
             yield name.strip(), label
