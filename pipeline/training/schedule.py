@@ -8,9 +8,9 @@ from pipeline.config import DistillConfig, TrainingConfig
 def peak_rate(settings: TrainingConfig, width: int) -> float:
     """Return the key lr, or its rule for a student `width` channels wide.
 
-    At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (docs/log.md). Other widths were not measured:
-    the rate of Adam falls as 1 / width (Tensor Programs V, arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3
-    for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B.
+    At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (AdamW), and 8e-3 was no better (Muon; see
+    docs/results.md). Other widths were not measured: the rate of Adam falls as 1 / width (Tensor Programs V,
+    arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3 for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B.
     """
     return 4e-3 * min(1.0, 96 / width) if settings.lr == "auto" else settings.lr
 
