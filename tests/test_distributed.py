@@ -53,6 +53,10 @@ def torchrun(processes: int, *args: object) -> dict[str, object]:
     return value
 
 
+# Muon rounds updates to bfloat16, which would hide differences between processes.
+ADAMW = "distill.optimizer=adamw"
+
+
 def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
     options = ["--config", config_file]
     made, _ = launch(2, "cache-teacher", "--images", world / "train" / "*.tar", "--out", tmp_path / "cache", *options)
@@ -67,8 +71,7 @@ def test_chain_on_two_processes(world: Path, config_file: Path, tmp_path: Path) 
 
     # Logits read one of the two blocks, and with projectors of their own. 100 records in batches of 15: the last batch
     # of an epoch is smaller and does not divide by two.
-    # AdamW, because Muon rounds updates to bfloat16, which would hide differences.
-    sets = ["distill.objective={mse: 1, logits: 0.5}", "distill.batch_size=15", "distill.optimizer=adamw"]
+    sets = ["distill.objective={mse: 1, logits: 0.5}", "distill.batch_size=15", ADAMW]
     runs = {n: tmp_path / f"run{n}" for n in (1, 2)}
     distill(world_config(world, *sets), world / "cache", runs[1], world / "adapters")
     train = ["distill", "--cache", tmp_path / "cache", "--refiner", world / "adapters", *options]
@@ -133,17 +136,23 @@ def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "sets"),
+    ("environment", "sets", "rounding"),
     [
-        pytest.param({}, [], id="ddp"),
+        pytest.param({}, [ADAMW], 1, id="ddp"),
         pytest.param(
             {"ACCELERATE_USE_FSDP": "true"},
-            ["distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
+            [ADAMW, "distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
+            1,
             id="fsdp",
         ),
         pytest.param(
-            {"ACCELERATE_USE_FSDP": "true"}, ["distill.objective={mse: 1, minilm: 1}"], id="fsdp and own attention"
+            {"ACCELERATE_USE_FSDP": "true"},
+            [ADAMW, "distill.objective={mse: 1, minilm: 1}"],
+            1,
+            id="fsdp and own attention",
         ),
+        # Muon rounds updates to bfloat16, and in another order where weights are split.
+        pytest.param({"ACCELERATE_USE_FSDP": "true"}, [], 50, id="fsdp and muon"),
     ],
 )
 @pytest.mark.slow
@@ -154,6 +163,7 @@ def test_resume_on_more_processes(
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str],
     sets: list[str],
+    rounding: float,
 ) -> None:
     """Begun by one process and interrupted in mid-epoch, ended by two, which hold all weights or, with FSDP in
 
@@ -186,13 +196,13 @@ def test_resume_on_more_processes(
         kept, weights = (int(number.replace(",", "")) for number in shards.groups())
         assert 0.45 < kept / weights < 0.55
     one, two = ([line["loss"] for line in read_log(run / "log.jsonl")] for run in (whole, part))
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=rounding * 1e-5, atol=0)
     files = ["student/model.safetensors", "projectors.safetensors"]
     for name in [*files, "adapters.safetensors"] if config.distill.joint else files:
         expected, found = (safetensors.torch.load_file(run / name) for run in (whole, part))
         assert found.keys() == expected.keys()
         for key, weight in expected.items():
-            torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(found[key], weight, atol=rounding * 1e-4, rtol=rounding * 1e-3)
 
 
 @pytest.mark.slow
