@@ -45,6 +45,7 @@ RECIPE = "tinyimagenet-ti-to-w96"
 JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
+    "distill.projector=linear",
 ]  # fmt: skip
 # As the authors train, and with those of our levers that need no cache.
 JOINTS = {
