@@ -49,7 +49,7 @@ SETS = [
 def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distilled student; tests only read it."""
     out = tmp_path_factory.mktemp("distilled") / "run"
-    distill(world_config(world, "distill.epochs=1"), world / "cache", out)
+    distill(world_config(world, "distill.epochs=1", "distill.optimizer=adamw"), world / "cache", out)
     return out
 
 
@@ -68,12 +68,12 @@ def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
     made = finetune(config, run, train, out, test)
     lines = [line for line in read_log(out / "log.jsonl") if "held_out_top1" in line]
     assert len(lines) == 6 and lines[-1]["loss"] < 0.85 * lines[0]["loss"]
-    assert lines[-1]["held_out_top1"] > 45 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
+    assert lines[-1]["held_out_top1"] > 60 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
     assert (made.finetuned.classes, made.finetuned.images, made.finetuned.steps) == (4, 80, 24)
     before, after = (safetensors.torch.load_file(place / WEIGHTS) for place in (run, out))
     assert set(after) - set(before) == {"head.weight", "head.bias"}
     assert not [name for name, x in before.items() if torch.equal(after[name], x)]
-    assert made.test is not None and made.test.top1 > 45 and made.test.learned_from_test == "no"
+    assert made.test is not None and made.test.top1 > 60 and made.test.learned_from_test == "no"
     again = evaluate(config, out, None, test, "head")
     assert isinstance(again, OwnHead) and again.top1 == made.test.top1
     assert len(list(out.glob("evaluate-*.json"))) == 1
