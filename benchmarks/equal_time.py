@@ -50,8 +50,10 @@ JOINT = [
 # As the authors train, and with those of our levers that need no cache.
 JOINTS = {
     "joint": [],
-    "joint with our start, optimiser and rate": ["student.init=auto", "distill.optimizer=muon", "distill.lr=auto"],
-}
+    "joint with our start, head, optimiser and rate": [
+        "student.init=auto", "distill.projector=ladder", "distill.optimizer=muon", "distill.lr=auto",
+    ],
+}  # fmt: skip
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
 # Of a student that is judged on training images.

@@ -142,7 +142,9 @@ class Student:
         refiner = load_refiner(adapters, cache) if adapters is not None else None
         self.targets = Targets(cache, refiner, self.backbone, DEVICE)
         matching = match_blocks(cache.blocks, described.depth, depth(self.backbone.model))
-        head = TeacherBranch(self.backbone, matching, self.targets, Teaching(config.distill.objectives))
+        head = TeacherBranch(
+            self.backbone, matching, self.targets, Teaching(config.distill.objectives, config.distill.projector)
+        )
         self.model = Distiller(self.backbone, [head]).to(DEVICE)
         self.optimiser = optimiser_of(self.model, config)
 
