@@ -1,12 +1,14 @@
 """What a part of the images is worth: quality against share and against stored bytes, at equal steps.
 
     python benchmarks/share_curve.py --teacher FILE --data FOLDER --out runs/share [--share 0.05 0.1 0.25 0.5]
-        [--by random el2n-hard el2n-easy prototypes-hard prototypes-easy] [--epochs 16] [--set KEY=VALUE ...]
+        [--by random el2n-hard el2n-easy prototypes-hard prototypes-easy loss-hard loss-easy] [--epochs 16]
+        [--set KEY=VALUE ...]
 
 The student of the recipe tinyimagenet-ti-to-w96 takes the steps of --epochs epochs of all images, so that it sees fewer
 images more often. A way of --by is distill.share_by and, after a dash, distill.share_keep. GB are what the features of
-the share take, with the codec of --set; a choice by scores also needs the last block of all others. The refiner is
-fitted to all images. Only training shards are used: all but the last train the student and its probes, the last tests
+the share take, with the codec of --set; a choice by scores also needs the last block of all others. A choice by loss
+takes that of the student of the smallest random share, which has seen few of the images. The refiner is fitted to all
+images. Only training shards are used: all but the last train the student and its probes, the last tests
 them. FILE and FOLDER are those of benchmarks/results.py. Rows are printed as they come. If the command is repeated, it
 continues where it stopped.
 """
@@ -24,7 +26,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
 from pipeline.training.run_directory import RUN
 
-WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy"]
+WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy", "loss-hard", "loss-easy"]
 
 
 def share_sets(share: float, way: str, records: int, whole: DistillConfig) -> list[str]:
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     options = parser.parse_args()
+    if any(way.startswith("loss") for way in options.by) and options.by[0] != "random":
+        parser.error("a choice by loss needs the students of --by random, which comes first")
     options.out.mkdir(parents=True, exist_ok=True)
     chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
     shards, folder, refiner = chain.images("tinyimagenet50-train"), options.out / "cache", options.out / "refiner"
@@ -60,7 +64,11 @@ def main() -> None:
     for share, way in [(1.0, ""), *((share, way) for share in sorted(options.share) for way in options.by)]:
         sets = share_sets(share, way, len(cache), whole)
         names = {seed: f"run-{share:g}-{way or 'all'}-{options.epochs}-{seed}" for seed in options.seeds}
-        configs = {name: chain.config(*sets, f"distill.seed={seed}") for seed, name in names.items()}
+        configs = {}
+        for seed, name in names.items():
+            scorer = options.out / f"run-{min(options.share):g}-random-{options.epochs}-{seed}"
+            by_loss = [f"distill.share_run={scorer}"] if way.startswith("loss") else []
+            configs[name] = chain.config(*sets, *by_loss, f"distill.seed={seed}")
         found = [chain.judged(name, config, folder, refiner) for name, config in configs.items()]
         steps = json.loads((options.out / names[options.seeds[0]] / RUN).read_text())["steps"]
         size = f"{share * len(cache) * cache.record_bytes / 1e9:.3g}"
