@@ -152,3 +152,21 @@ def freeze_unused(model: nn.Module, last_block: int | None, image_size: ImageSiz
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
     model.train(training)
+
+
+def freeze_others(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze the parameters that are not named, each by its name or the parts with which it begins (blocks.11).
+
+    Those that are frozen stay so. Raises UserError if a name stands for none that would be trained.
+    """
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in names:
+        if not any(_begins(own, name) for own in wanted):
+            parts = dict.fromkeys(".".join(own.split(".")[: 1 + own.startswith("blocks.")]) for own in wanted)
+            raise UserError(f"distill.trained: no weights {name!r} would be trained; there are {', '.join(parts)}")
+    for own, parameter in wanted.items():
+        parameter.requires_grad_(any(_begins(own, name) for name in names))
+
+
+def _begins(own: str, name: str) -> bool:
+    return f"{own}.".startswith(f"{name}.")

@@ -17,6 +17,7 @@ from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import load_saved
+from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
@@ -159,6 +160,44 @@ def test_a_copy_of_the_teacher_learns_from_half_of_its_patches(world: Path, tmp_
     distill(config, world / "cache", tmp_path / "run")
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert found[0] > 5 * sum(losses.values()) and fmean(found[-7:]) < 0.9 * fmean(found[:7])
+
+
+def test_a_copy_of_the_teacher_gets_registers_and_is_a_teacher(world: Path, tmp_path: Path) -> None:
+    """Only the weights that are named are trained; the student's folder is a teacher's name."""
+    sets = [
+        "student.dim=24",
+        "student.depth=4",
+        "student.init=teacher",
+        "student.registers=3",
+        "distill.projector=none",
+    ]
+    named = ["reg_token", "pos_embed", "blocks.3"]
+    config = world_config(world, *sets, f"distill.trained={json.dumps(named)}", "distill.optimizer=adamw")
+    student = new_student(config.student, 32)
+    start_student(student, config.student, _weights(world))
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    distill(config, world / "cache", tmp_path / "run")
+    copy = load_saved(tmp_path / "run" / "student")
+    assert (copy.prefix, copy.model_args["reg_tokens"]) == (4, 3)
+    after = copy.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    begun = {name: any(f"{name}.".startswith(f"{part}.") for part in named) for name in after}
+    assert {"reg_token", "pos_embed"} < {name for name in after if begun[name]} == moved
+    again = world_config(world, f"teacher.name=local-dir:{tmp_path / 'run' / 'student'}", "cache.blocks=[3]")
+    cache_teacher(again, str(world / "test" / "*.tar"), tmp_path / "cache")
+    assert Cache(tmp_path / "cache").manifest.teacher.prefix_tokens == 4
+
+
+def test_parts_that_cannot_be_trained_and_registers_that_do_not_exist(world: Path, tmp_path: Path) -> None:
+    for name in ("blocks.9", "block", "norm"):  # the norm comes after the last block that is compared
+        config = world_config(world, f"distill.trained=[{name}]")
+        with pytest.raises(UserError, match=rf"no weights '{name}' would be trained; there are cls_token, .*blocks\.2"):
+            distill(config, world / "cache", tmp_path / "run")
+    for name, wrong in (("resnet18", "not for resnet18"), ("vit_tiny_patch16_24", "timm has no model")):
+        with pytest.raises(UserError, match=wrong):
+            new_student(StudentConfig(name=name, registers=2), 32)
+    eva = new_student(StudentConfig(name="vit_small_patch16_dinov3", registers=2), 32)
+    assert eva.prefix == 3
 
 
 def test_what_is_missing_is_said_before_torch_is_imported() -> None:

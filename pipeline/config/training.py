@@ -111,6 +111,9 @@ class StudentConfig(Section):
     patch_size: InputSize | None = key(
         None, "a patch in pixels, one number or [height, width]; default: the model's", shape=True
     )
+    registers: Annotated[int, Field(ge=0)] | None = key(
+        None, "number of register tokens of a Vision Transformer of timm; default: the model's", shape=True
+    )
     image_size: InputSize | None = key(
         None, "input in pixels, one number or [height, width]; default: the teacher's in the cache"
     )
@@ -158,6 +161,11 @@ class DistillConfig(TrainingConfig):
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
+    trained: tuple[str, ...] | None = key(
+        None,
+        "which weights of the student are trained, by their names or the beginnings of these, such as [reg_token, "
+        "blocks.11]; default: all",
+    )
     token_share: Fraction = key(
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )

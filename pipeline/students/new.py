@@ -1,5 +1,6 @@
 """Build new students: models of timm, transformers or one's own, or plain Vision Transformers with given dimensions."""
 
+import inspect
 from typing import Any
 
 from pipeline.config import StudentConfig
@@ -7,6 +8,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line
 from pipeline.models.loading import check_known, create_model
 from pipeline.models.names import HF, is_function
+from pipeline.models.outlines import outline_of
 from pipeline.models.own import Own, describe_own
 from singer import student_exits
 from singer.errors import UserError
@@ -44,6 +46,8 @@ def new_student(
         keys = "student.dim, depth, heads and mlp_ratio"
         raise UserError(f"{keys} are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
+    if config.registers is not None:
+        args[_registers(config.name)] = config.registers
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
@@ -69,6 +73,18 @@ def _exit(config: StudentConfig, base: str, width: int | None) -> dict[str, Any]
     if config.exit_width is None and width is None:
         raise UserError(f"student.exit {config.exit} needs student.exit_width here")
     return {"base": base, "exit": config.exit, "exit_width": config.exit_width or width}
+
+
+def _registers(name: str) -> str:
+    """Return the argument by which a model of timm takes a number of register tokens. Raises UserError for others."""
+    base = PLAIN_VIT if name == "vit" else name
+    if not is_function(base) and not base.startswith(HF):
+        check_known(base, f"student.name: timm has no model {base!r}")
+        known = inspect.signature(type(outline_of(base, {})).__init__).parameters
+        for argument in ("reg_tokens", "num_reg_tokens"):
+            if argument in known:
+                return argument
+    raise UserError(f"student.registers is for Vision Transformers of timm, and not for {name}; leave it out")
 
 
 def _trainable(student: Backbone) -> Backbone:

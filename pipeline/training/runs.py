@@ -47,7 +47,7 @@ from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
-from singer.backbones import depth
+from singer.backbones import depth, freeze_others
 from singer.matching import match_blocks
 from singer.refiner import Refiner
 from singer.sizes import Size
@@ -93,6 +93,8 @@ class NewStudent:
         self.fresh: Refiner | None = None
         branches = self._branches(refiners, device)
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
+        if settings.trained is not None:
+            freeze_others(self.student.model, settings.trained)
         if settings.token_share < 1:
             self.distiller.drop_patches(settings)
         self.others = None
