@@ -28,6 +28,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "siglip2-so400m-to-s": ("VisionTransformer", _VIT, _VIT),
     "eva02-l-to-ti": ("Eva", _VIT, _VIT),
     "radio-l-to-s": ("VisionTransformer", _VIT, _VIT),
+    "dinov2-b-registers": ("VisionTransformer", _VIT, _VIT),
     "convnext-dinov3-to-mobilenet": ("ConvNeXt", _STAGES, "mobilenetv4_conv_small_050"),
 }
 
@@ -51,14 +52,18 @@ def test_models_of_a_recipe_fit_it(name: str) -> None:
     for model, size in ((teacher, config.teacher.image_size), (student, config.student.image_size)):
         assert size is not None and size % (patch_size(model) or 32) == 0
     assert config.cache.blocks is not None
-    assert list(config.cache.blocks) == resolve_blocks(None if gives_tokens(teacher) else [-2, -1], depth(teacher))
+    usual = None if gives_tokens(teacher) else [-2, -1]
+    if config.student.registers:  # the recipe makes a clean copy of its teacher, by its last block
+        usual = [-1]
+    assert list(config.cache.blocks) == resolve_blocks(usual, depth(teacher))
     assert has_cls(teacher) == has_cls(student)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_one_step_of_a_recipe(name: str, shards: str, tmp_path: Path) -> None:
     config, (kind, teacher_args, student_args) = load_config(name), RECIPES[name]
-    size = 4 * (14 if "patch14" in config.teacher.name else 16)
+    # Copies are shifted by a patch at least, and by a seventh of the side at most.
+    size = (4 if config.teacher.copies == 1 else 7) * (14 if "patch14" in config.teacher.name else 16)
     student, args = (student_args, {}) if isinstance(student_args, str) else (config.student.name, student_args)
     architecture = config.teacher.name.partition(".")[0]
     torch.manual_seed(seeded(0))
@@ -79,6 +84,7 @@ def test_one_step_of_a_recipe(name: str, shards: str, tmp_path: Path) -> None:
         "distill.batch_size=8",
         "distill.epochs=1",
         "distill.warmup_epochs=0",
+        *(["distill.trained=[reg_token,pos_embed,patch_embed,blocks.3]"] if config.distill.trained else []),
     ]
     config = load_config(name, [*sets, "distill.workers=1", "distill.trackers=[]"])
     cache_teacher(config, shards, tmp_path / "cache")

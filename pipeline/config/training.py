@@ -112,7 +112,7 @@ class StudentConfig(Section):
         None, "a patch in pixels, one number or [height, width]; default: the model's", shape=True
     )
     registers: Annotated[int, Field(ge=0)] | None = key(
-        None, "number of register tokens of a Vision Transformer of timm; default: the model's", shape=True
+        None, "number of register tokens of a Vision Transformer of timm; default: the model's"
     )
     image_size: InputSize | None = key(
         None, "input in pixels, one number or [height, width]; default: the teacher's in the cache"
