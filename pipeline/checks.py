@@ -101,6 +101,8 @@ def look(
             check_teacher(config)
         if stage in ("distill", "run"):
             check_start(config)
+            if config.distill.texts is not None and not config.distill.texts.exists():
+                raise UserError(f"distill.texts: {config.distill.texts} does not exist")
         if stage == "distill" and config.distill.share_run is not None:
             check_finished(config.distill.share_run)
         blocks = config.refine.blocks or config.cache.blocks

@@ -204,6 +204,7 @@ def test_what_is_missing_is_said_before_torch_is_imported() -> None:
     for given, message in (
         ("student.init=nothing", "no file or folder nothing; known besides: auto, teacher, random"),
         ("teacher.weights=nothing", "weights nothing: no such file"),
+        ("distill.texts=nothing.npy", "distill.texts: nothing.npy does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             look("distill", load_config(sets=["student.init=teacher", given]))
