@@ -8,11 +8,12 @@ from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from parts import Bench, Figure
 from setting import Teacher
 
 from pipeline.cache.stored import Decoded
-from pipeline.config import Config
+from pipeline.config import Config, DistillConfig
 from pipeline.data.sampler import batch_index_lists, prefetch_depth
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
@@ -21,6 +22,8 @@ from pipeline.stages.refine import refine
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
+from pipeline.training.learner import Learner
+from pipeline.training.optimisers import new_optimiser
 from pipeline.training.runs import NewStudent, StudentSpec
 
 _STUDENTS = {"vit_small_patch16_224": 256, "resnet50": 256, "vit_tiny_patch16_224": 256}
@@ -99,10 +102,22 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
             yield Figure(f"{name}: from the cache, images decoded", done / took, "images/s")
             yield Figure(f"{name}: data wait", 100 * meter.waited / took, "%")
             if count == 1:
+                yield from optimisers(bench, name, runs[0].learner, settings)
                 update_one = partial(runs[0].update, accelerator=accelerator, per_epoch=1000)
                 teach = Teacher(config, cache)
                 yield from online(bench, name, teach, decoded, student, update_one)
     yield from bench.memory()
+
+
+def optimisers(bench: Bench, name: str, learner: Learner, settings: DistillConfig) -> Iterator[Figure]:
+    """Time the steps of both optimisers alone, on gradients that exist."""
+    for parameter in learner.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+    for kind in ("muon", "adamw"):
+        optimiser = new_optimiser(learner, settings.model_copy(update={"optimizer": kind}), bench.device)
+        yield Figure(f"{name}: {kind} alone, a step", 1000 / bench.rate(optimiser.step, 1), "ms")
+    learner.zero_grad()
 
 
 def online(
