@@ -34,7 +34,11 @@ from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 _HEAD, _WIDTHS, _RATIOS, _DEPTHS = 32, range(64, 1025, 32), (4, 3, 2), range(2, 25)
 # How far a candidate may be from the budget, in shares of it; most candidates that are tried.
 _WITHIN, _MOST = 0.1, 12
-CAUTION = "nothing was trained: compare a few of the first with a short sweep before you choose"
+# The figure is that of benchmarks/student_ranking.py (docs/results.md, Untrained students).
+CAUTION = (
+    "nothing was trained, and this order said nothing of twelve students that were (rank correlation 0.03); compare a "
+    "few with a short sweep before you choose"
+)
 
 
 @dataclass(frozen=True)
