@@ -62,7 +62,9 @@ def test_learning_rate(config: Config) -> None:
     middle = (20 + 199) / 2
     assert learning_rate(settings, round(middle), 20, 1.0) == pytest.approx(0.505, abs=0.01)
     widths = (48, 96, 384)
-    assert [peak_rate(settings.model_copy(update={"lr": "auto"}), w) for w in widths] == [4e-3, 4e-3, 1e-3]
+    for optimizer, rates in (("adamw", [4e-3, 4e-3, 1e-3]), ("muon", [4e-3, 4e-3, 2e-3])):
+        auto = settings.model_copy(update={"lr": "auto", "optimizer": optimizer})
+        assert [peak_rate(auto, width) for width in widths] == rates
     assert peak_rate(settings.model_copy(update={"lr": 0.5}), 384) == 0.5
 
 

@@ -23,7 +23,9 @@ class TrainingConfig(Section):
         "muon", "muon: orthogonal updates of matrices, those of NAdamW for the rest; adamw: AdamW for all weights"
     )
     lr: Above | Literal["auto"] = key(
-        "auto", "peak learning rate; auto: 4e-3 for students up to 96 wide, 4e-3 · 96 / width for wider ones"
+        "auto",
+        "peak learning rate; auto: 4e-3 for students up to 96 wide, for wider ones 4e-3 · 96 / width (adamw), or times "
+        "the root of 96 / width (muon)",
     )
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")

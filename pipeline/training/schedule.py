@@ -9,10 +9,13 @@ def peak_rate(settings: TrainingConfig, width: int) -> float:
     """Return the key lr, or its rule for a student `width` channels wide.
 
     At 96 channels 4e-3 was better than 2e-3, and that better than 1e-3 (AdamW), and 8e-3 was no better (Muon; see
-    docs/results.md). Other widths were not measured: the rate of Adam falls as 1 / width (Tensor Programs V,
-    arXiv:2203.03466), which gives the usual ones of ViTs, 2e-3 for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B.
+    docs/results.md). For wider students, the rate of Adam falls as 1 / width (Tensor Programs V, arXiv:2203.03466),
+    which gives the usual ones of ViTs: 2e-3 for ViT-Ti, 1e-3 for ViT-S and 5e-4 for ViT-B. The largest singular value
+    of an update whose numbers have a given size grows as the width if its rows point one way, as Adam's may, and as the
+    root of the width if they are orthogonal, as Muon's are: so the rate of Muon falls as the root.
     """
-    return 4e-3 * min(1.0, 96 / width) if settings.lr == "auto" else settings.lr
+    power = 0.5 if settings.optimizer == "muon" else 1.0
+    return 4e-3 * min(1.0, (96 / width) ** power) if settings.lr == "auto" else settings.lr
 
 
 def learning_rate(settings: TrainingConfig, step: int, per_epoch: int, peak: float) -> float:
