@@ -70,6 +70,7 @@ def test_recipes_cover_the_paper() -> None:
         (["distil.lr=1"], "unknown key 'distil'; did you mean 'distill'?"),
         (["refine.rank=0"], "refine.rank: input should be greater than or equal to 1, got 0"),
         (["distill.lr=fast"], "distill.lr"),
+        (["distill.trained=[]"], "distill.trained: tuple should have at least 1 item"),
         (["rank=3"], "give section.key"),
         (["refine.rank"], "--set takes section.key=value"),
         (["refine.rank=[1"], "is not a YAML value"),

@@ -193,7 +193,11 @@ def test_parts_that_cannot_be_trained_and_registers_that_do_not_exist(world: Pat
         config = world_config(world, f"distill.trained=[{name}]")
         with pytest.raises(UserError, match=rf"no weights '{name}' would be trained; there are cls_token, .*blocks\.2"):
             distill(config, world / "cache", tmp_path / "run")
-    for name, wrong in (("resnet18", "not for resnet18"), ("vit_tiny_patch16_24", "timm has no model")):
+    for name, wrong in (
+        ("resnet18", "not for resnet18"),
+        ("vit_tiny_patch16_24", "timm has no model"),
+        (f"local-dir:{tmp_path}", "model folder"),
+    ):
         with pytest.raises(UserError, match=wrong):
             new_student(StudentConfig(name=name, registers=2), 32)
     eva = new_student(StudentConfig(name="vit_small_patch16_dinov3", registers=2), 32)
