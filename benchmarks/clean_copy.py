@@ -10,12 +10,14 @@ learnt on the two shards and tested on the fifth, and CamVid. If the command is 
 
 from pathlib import Path
 
+from equal_time import JUDGED
 from results import PROBES, mode
 from setting import chain_parser, line, value_at
 
 from pipeline.config import load_config
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_model
+from pipeline.models.names import CONFIG
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
@@ -23,7 +25,6 @@ from pipeline.stages.refine import refine
 from pipeline.training.run_directory import RUN, STUDENT
 
 RECIPE, NAME, SIZE, LAST = "dinov2-b-registers", "vit_tiny_patch16_224", 128, 11
-FIGURES = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def row(model: Path, out: Path, train: list[str], test: list[str], camvid: tuple[list[str], list[str]]) -> list[str]:
@@ -37,7 +38,7 @@ def row(model: Path, out: Path, train: list[str], test: list[str], camvid: tuple
     learnt, tested = camvid
     dense = vars(evaluate_tasks(probes, f"local-dir:{model}", learnt, tested, ["segmentation"])["segmentation"])
     artifacts, ratio = (value_at(norms, [name]) for name in ("artifact_percent", "max_over_median"))
-    figures = [ratio, *(value_at(found, [*path, "top1"]) for path in FIGURES), dense["miou"]]
+    figures = [ratio, *(value_at(found, [*path, "top1"]) for path in JUDGED), dense["miou"]]
     return [f"{artifacts:.2f}", *(f"{figure:.1f}" for figure in figures)]
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     shards = sorted(map(str, options.data.glob("tinyimagenet50-train-*.tar")))
     train, test = shards[:2], shards[-1:]
     learnt, tested = (sorted(map(str, options.data.glob(f"camvid-{split}-*.tar"))) for split in ("train", "test"))
-    if not teacher.exists():
+    if not (teacher / CONFIG).exists():
         loaded = load_model(NAME, options.teacher, SIZE)
         save_backbone(loaded, loaded.model.state_dict(), teacher)
     config = load_config(RECIPE, [
@@ -63,7 +64,7 @@ def main() -> None:
     ])  # fmt: skip
     cache_teacher(config, train, out / "cache", mode(out / "cache"))
     refine(config, out / "cache", out / "refiner", mode(out / "refiner"))
-    probes = [f"{probe}, {tokens}" for probe, tokens in FIGURES]
+    probes = [f"{probe}, {tokens}" for probe, tokens in JUDGED]
     print(line(["model", "artifacts, %", "largest / median norm", *probes, "CamVid mIoU"]))
     print(line(["---"] * (4 + len(probes))), flush=True)
     for name, refiner in (("teacher", None), ("averages", None), ("cleaned", out / "refiner")):

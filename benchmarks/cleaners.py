@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from equal_time import JUDGED
 from results import mode
 from setting import cell, line, value_at
 
@@ -28,8 +29,6 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.training.run_directory import RUN
 
-FIGURES = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
-
 
 def shards(out: Path) -> list[list[str]]:
     """Return the shards of the demo's digits for training and for testing, after making them."""
@@ -41,7 +40,7 @@ def shards(out: Path) -> list[list[str]]:
 
 
 def figures(config: Config, out: Path, refiner: Path, name: str, images: list[list[str]]) -> list[float]:
-    """Train a student and probe it, unless that is done; return FIGURES (top-1, %)."""
+    """Train a student and probe it, unless that is done; return JUDGED (top-1, %)."""
     file, run = out / f"{name}.json", out / name
     if not file.exists():
         if not (run / RUN).exists():
@@ -49,7 +48,7 @@ def figures(config: Config, out: Path, refiner: Path, name: str, images: list[li
         train, test = images
         task = "classification"
         found: dict[str, Any] = vars(evaluate_tasks(config, run, train, test, [task])[task])
-        file.write_text(json.dumps([value_at(found, [*path, "top1"]) for path in FIGURES]))
+        file.write_text(json.dumps([value_at(found, [*path, "top1"]) for path in JUDGED]))
     values: list[float] = json.loads(file.read_text())
     return values
 
@@ -63,8 +62,8 @@ def main() -> None:
     parser.add_argument("--cleaners", nargs="+", default=["gated-adapter", "neighbour", "clip", "none"])
     options = parser.parse_args()
     images = shards(options.out)
-    print(line(["teacher", "cleaner", *(f"{probe}, {tokens}" for probe, tokens in FIGURES), "seeds"]))
-    print(line(["---"] * (3 + len(FIGURES))), flush=True)
+    print(line(["teacher", "cleaner", *(f"{probe}, {tokens}" for probe, tokens in JUDGED), "seeds"]))
+    print(line(["---"] * (3 + len(JUDGED))), flush=True)
     for teacher in options.teachers:
         out = options.out / teacher.name
         base = [f"teacher.name=local-dir:{teacher.resolve()}", "distill.trackers=[]"]
