@@ -165,7 +165,7 @@ REGISTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("stop_after", "sets"), [(3, []), (9, []), (9, REGISTERS)])
+@pytest.mark.parametrize(("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS)])
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]
 ) -> None:

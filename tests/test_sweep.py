@@ -173,7 +173,7 @@ def test_mistakes_in_the_file(tree: Any, message: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "runs", "refiners"),
-    [("tinyimagenet-methods", 72, 14), ("tinyimagenet-ablations", 13, 11), ("field", 93, 1), ("field-teachers", 24, 2)],
+    [("tinyimagenet-methods", 72, 14), ("tinyimagenet-ablations", 13, 11), ("field", 99, 2), ("field-teachers", 24, 2)],
 )
 def test_bundled_sweeps(name: str, runs: int, refiners: int) -> None:
     plan = read_plan(find_sweep(name))

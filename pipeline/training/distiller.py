@@ -11,11 +11,12 @@ from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import TeacherBranch
+from pipeline.training.teacher_branch import Taught, TeacherBranch
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.objectives import Tokens
 from singer.patch_dropout import PatchDropout, install
+from singer.patch_masks import PatchMasks
 
 
 class Distiller(Learner):
@@ -43,6 +44,8 @@ class Distiller(Learner):
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None
         self._shares: DistillConfig | None = None
+        self.masks: PatchMasks | None = None
+        self.mask_weight = 0.0
 
     def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Set the share of the patches that the student sees in this step."""
@@ -69,6 +72,17 @@ class Distiller(Learner):
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
         self.dropout, self._shares = install(self.student), shares
 
+    def hide_patches(self, share: float, weight: float) -> None:
+        """Let the student see each batch a second time, with a share of its patches hidden, and learn what is there.
+
+        weight: of these losses (distill.mask_weight). Raises UserError if this is not possible.
+        """
+        for branch in self.branches:
+            branch.check_tokenwise("mask_share=0", "the student would have to learn others, too")
+        device = next(self.student.parameters()).device
+        # The loss is a mean over all tokens, and only the hidden ones have any.
+        self.masks, self.mask_weight = PatchMasks(self.student, share).to(device), weight / share
+
     def decoded(self, batch: Batch) -> Batch:
         """Return a batch with the features of each teacher decoded, if they are in their stored form."""
         pairs = zip(self.branches, batch.features, strict=True)
@@ -89,11 +103,28 @@ class Distiller(Learner):
 
     def record_losses(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Return what each teacher's objective says of each record, {part: losses (B,)}."""
-        outputs = block_outputs(self.student, self.images(batch), self.blocks)
+        images = self.images(batch)
+        taught = [
+            branch.taught(features, batch) for branch, features in zip(self.branches, batch.features, strict=True)
+        ]
+        found = self._compared(images, taught, batch)
+        if self.masks is None or not self.training:
+            return found
+        self.masks.active = True
+        hidden = self._compared(images, taught, batch, self.masks)
+        self.masks.active = False
+        masked = [{f"masked.{name}": self.mask_weight * loss for name, loss in parts.items()} for parts in hidden]
+        return [seen | unseen for seen, unseen in zip(found, masked, strict=True)]
+
+    def _compared(
+        self, images: Tensor, taught: Sequence[Taught], batch: Batch, masks: PatchMasks | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Show the student its images and return what each teacher's objective says, of hidden patches if there are."""
+        outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
+        hidden = masks.hidden if masks is not None else None
         pairs = [
-            branch.compare(outputs, features, batch, kept)
-            for branch, features in zip(self.branches, batch.features, strict=True)
+            branch.compare(outputs, own, batch, kept, hidden) for branch, own in zip(self.branches, taught, strict=True)
         ]
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):

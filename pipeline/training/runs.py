@@ -93,6 +93,8 @@ class NewStudent:
         self.fresh: Refiner | None = None
         branches = self._branches(refiners, device)
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
+        if settings.mask_share:
+            self.distiller.hide_patches(settings.mask_share, settings.mask_weight)
         if settings.trained is not None:
             freeze_others(self.student.model, settings.trained)
         if settings.token_share < 1:
@@ -100,7 +102,7 @@ class NewStudent:
         self.others = None
         if settings.overlap:
             for branch in branches:
-                branch.check_overlap()
+                branch.check_tokenwise("overlap=false", "the two views have other ones")
             self.others = OtherViews(sources[0].cache, settings.seed)
         self.records, self.held_out = split or split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)

@@ -14,6 +14,7 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
+from singer.patch_masks import only_hidden
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.student_exits import has_exit
@@ -34,6 +35,14 @@ class Teaching:
     block_weights: Mapping[int, float] | None = None
     weight: float = 1.0
     name: str = ""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher teaches in a batch: its refined tokens, and which patches they are, (B, k), None for all."""
+
+    refined: Tokens
+    positions: Tensor | None
 
 
 class TeacherBranch:
@@ -120,23 +129,36 @@ class TeacherBranch:
         """Return {teacher block: student block} of all that is compared."""
         return dict(sorted((self.attention_inputs | self.matching).items()))
 
+    def taught(self, features: Encoded | Decoded, batch: Batch) -> Taught:
+        """Return the targets of a batch. In joint training, `adapter_losses` are then those of this batch."""
+        decoded = self.targets.decode(features)
+        refined = self.targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
+        return Taught(refined, decoded.positions)
+
     def compare(
-        self, outputs: Mapping[int, Tensor], features: Encoded | Decoded, batch: Batch, kept: Tensor | None = None
+        self,
+        outputs: Mapping[int, Tensor],
+        taught: Taught,
+        batch: Batch,
+        kept: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tokens, Tokens]:
         """Bring the student's outputs and the teacher's features to one form; return both.
 
-        outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all. In joint
-        training, `adapter_losses` are then those of this batch.
+        outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all; hidden:
+        (B, patches), those that are compared, None for all tokens.
         """
-        decoded, targets = self.targets.decode(features), self.targets
-        student = self.tokens(outputs, decoded.positions, kept)
-        refined = targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
+        targets, refined = self.targets, taught.refined
+        student = self.tokens(outputs, taught.positions, kept)
         normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
         if batch.places is None:
             cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
-            wanted = Tokens(*(targets.target_tokens(x, decoded.positions, kept) for x in (normalised, cleaned)))
+            wanted = Tokens(*(targets.target_tokens(x, taught.positions, kept) for x in (normalised, cleaned)))
         else:
             wanted = Tokens(targets.overlap_tokens(normalised, student.normalised, batch.places, kept))
+        if hidden is not None:
+            own = hidden if kept is None else hidden.gather(1, kept)
+            wanted = Tokens({b: only_hidden(x, student.normalised[b], own) for b, x in wanted.normalised.items()})
         if not self.objective.training:
             self.errors = {b: squares(x, student.normalised[b]) for b, x in wanted.normalised.items()}
         return student, wanted
@@ -159,15 +181,18 @@ class TeacherBranch:
         found = (normalised, cleaned, attention)
         return Tokens(*(self.targets.student_tokens(x, grids, positions) for x in found))
 
-    def check_overlap(self) -> None:
-        """Raise UserError if patches of other views cannot teach: see distill.overlap."""
-        self.targets.check_whole("overlap=false", "the two views have other ones")
+    def check_tokenwise(self, off: str, why: str) -> None:
+        """Raise UserError if some patches of an image cannot be left out of the loss.
+
+        off, why: as for Targets.check_whole.
+        """
+        self.targets.check_whole(off, why)
         for name, objective in self.objective.objectives.items():
             if not getattr(objective, "tokenwise", False):
                 known = ", ".join(n for n, o in OBJECTIVES.items() if o.tokenwise)
                 raise UserError(
-                    f"distill.overlap: objective {name} does not compare token by token, so that no patch can be left "
-                    f"out of it; take one of {known}, or set distill.overlap=false"
+                    f"distill.{off.partition('=')[0]}: objective {name} does not compare token by token, so that no "
+                    f"patch can be left out of it; take one of {known}, or set distill.{off}"
                 )
 
     def _adapted(self, features: Mapping[int, Tensor], batch: Batch) -> Tokens:

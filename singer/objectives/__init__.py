@@ -13,6 +13,7 @@ from singer.objectives.meal_discriminator import MealDiscriminator
 from singer.objectives.minilm import MiniLm, TinyMim
 from singer.objectives.mixture import Mixture
 from singer.objectives.mse import Mse
+from singer.objectives.proteus import Proteus
 from singer.objectives.prototypes import Prototypes
 from singer.objectives.queue import Queue
 from singer.objectives.relation import Relation
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "meal-discriminator": MealDiscriminator,
     "minilm": MiniLm,
     "prototypes": Prototypes,
+    "proteus": Proteus,
     "queue": Queue,
     "relation": Relation,
     "smooth-l1": SmoothL1,
