@@ -141,7 +141,7 @@ class Chain:
     @cached_property
     def base(self) -> "Steps":
         """Return the steps of the method that the others are compared with."""
-        return Steps(self, METHODS[BASE])
+        return Steps(self.config(METHODS[BASE]), *self.inputs(METHODS[BASE]))
 
     def cost(self, name: str) -> dict[str, float]:
         """Return {"ratio": of the processor time of an image to that of mse, "ms": of a step, "bytes", "records"}."""
@@ -149,7 +149,7 @@ class Chain:
 
     def measured_cost(self, method: Method) -> dict[str, float]:
         """Measure `cost`."""
-        steps = Steps(self, method)
+        steps = Steps(self.config(method), *self.inputs(method))
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(6):
             for kind, measured in zip((steps, self.base), times, strict=True):
@@ -222,12 +222,11 @@ class Chain:
 
 
 class Steps:
-    """Steps of a method on a few batches, with the reading of images and features, whose time is measured."""
+    """Steps of a training on a few batches, with the reading of images and features, whose time is measured."""
 
-    def __init__(self, chain: Chain, method: Method, batches: int = 4) -> None:
-        config, (caches, refiners) = chain.config(method), chain.inputs(method)
+    def __init__(self, config: Config, caches: list[Path], refiners: list[Path] | None, batches: int = 4) -> None:
         self.sources = open_teachers(config.distill, caches, refiners)
-        self.new = NewStudent(StudentSpec(config, chain.out / "unused", refiners), self.sources, Accelerator(cpu=True))
+        self.new = NewStudent(StudentSpec(config, Path("unused"), refiners), self.sources, Accelerator(cpu=True))
         self.records = np.arange(len(self.sources[0].cache)) if self.new.records is None else self.new.records
         self.size = min(config.distill.batch_size, len(self.records))
         self.images = batches * self.size
