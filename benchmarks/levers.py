@@ -66,7 +66,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
 _STORED = ("teacher.", "cache.", "views.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Levers:
     """The chain with one change at a time."""
 
