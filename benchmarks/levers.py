@@ -53,6 +53,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "exit lift": ("student.exit=lift",),
     "exit wide": ("student.exit=wide",),
     "exit wide, head linear": ("student.exit=wide", "distill.projector=linear"),
+    "exit wide, head mlp": ("student.exit=wide", "distill.projector=mlp"),
+    "exit wide of 384 channels, head mlp": ("student.exit=wide", "student.exit_width=384", "distill.projector=mlp"),
     "4 registers": ("student.registers=4",),
     "block 11 alone": ("distill.blocks=[11]",),
     "int4": ("cache.codec=int4",),
