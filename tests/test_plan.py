@@ -1,6 +1,7 @@
 """Planning a cache: its figures are those of the cache that is then made."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from conftest import world_config
 
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
+from pipeline.planning.advice import advice
 from pipeline.planning.plan import PlanResult, plan
+from pipeline.planning.scale import PlanOption
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
@@ -94,6 +97,31 @@ def test_without_a_disk_nothing_is_said_to_fit(world: Path, config: Config, tmp_
     assert free_bytes(tmp_path) > 0
     assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.1)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("passes", "most", "expected"),
+    [
+        (100, {"float16": 9, "int8": 18, "int1": 100}, "5 random crops of each image in float16: a student makes 100 "),
+        (100, {"float16": 1, "int8": 3, "int4": 6, "int1": 40}, "5 random crops of each image in int4: "),
+        (100, {"float16": 0, "int4": 1, "int1": 3}, "3 random crops of each image in int1: .* more views do not fit"),
+        (
+            40,
+            {"float16": 0, "int8": 1, "int1": 9},
+            "the centre view of each image in int8: .* 40 passes .* from 48 on$",
+        ),
+        (40, {"float16": 0, "int1": 0}, "nothing fits: one view of each image in int1 is larger than the free disk"),
+        (10, {"bfloat16": 1}, "the centre view of each image in bfloat16"),
+        (10, {"float16": None}, None),
+    ],
+)
+def test_the_advice_takes_few_bits_before_few_views(
+    passes: int, most: dict[str, int | None], expected: str | None
+) -> None:
+    options = [PlanOption(codec, 1.0, 0.0, 1, 1, None, views, None) for codec, views in most.items()]
+    half = [dataclasses.replace(o, token_share=0.5, max_views=99) for o in options if o.max_views is not None]
+    found = advice(passes, [*options, *half])
+    assert (found is None) == (expected is None) and (expected is None or re.match(expected, found or ""))
 
 
 def test_mistakes(world: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.chains.split import has_to_be_packed, ranges, shards_of, split
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import ImageFile, list_images, resolve
 from pipeline.outputs.folder import Mode
-from pipeline.planning.choice import Chooser, Costs
+from pipeline.planning.choice import CROPS_FROM, Chooser, Costs
 from pipeline.runtime import logs
 from pipeline.runtime.launch import launcher
 from singer.errors import UserError
@@ -71,6 +71,15 @@ def test_the_time_is_kept(hours: float) -> None:
     choice = chooser(hours=hours).choose()
     assert 0.5 * hours <= choice.hours <= hours
     assert choice.sets["distill.epochs"] >= 1 and any("time" in reason for reason in choice.reasons)
+
+
+def test_crops_are_stored_if_there_is_time_for_passes_over_them() -> None:
+    sets = [chooser(hours=hours).choose().sets for hours in (0.4, 2.0, 8.0, 20.0)]
+    seen = [(choice["views.count"], choice["views.count"] * choice["distill.epochs"]) for choice in sets]
+    assert all(views == 1 or passes >= CROPS_FROM for views, passes in seen)
+    assert seen[0][0] == 1 and seen[0][1] < CROPS_FROM and seen[-1] == (5, 100)
+    # Passes that were asked for are not a matter of time.
+    assert chooser("distill.epochs=3", hours=8.0).choose().sets["views.count"] == 5
 
 
 def test_what_is_given_is_kept() -> None:

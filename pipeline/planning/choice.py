@@ -17,8 +17,10 @@ VIEWS = (5, 3, 2, 1)
 PASSES, _WARMUP = 100, 0.05
 # The shares of the free disk that the cache may fill if no size is given, and of the time that is planned.
 _DISK, _TIME = 0.5, 0.9
-# Fewer views are stored if caching takes more than this share of the time, or if fewer epochs than this are left.
-_CACHING, _EPOCHS = 0.5, 4
+# Fewer views are stored if caching takes more than this share of the time.
+_CACHING = 0.5
+# Passes over the images from which on crops teach a student more than the centre view (docs/results.md).
+CROPS_FROM = 48
 # Small data sets get smaller batches, so that an epoch has so many steps.
 _STEPS, _LEAST_BATCH = 16, 8
 _MOST_WORKERS = 16
@@ -187,11 +189,11 @@ class Chooser:
         return next((n for n in fitting if self._quick(n)), fitting[-1])
 
     def _quick(self, views: int) -> bool:
-        """Return whether the time is enough for these views and some epochs."""
+        """Return whether the time is enough for these views, and for so many passes that they pay."""
         if self.hours is None:
             return True
-        enough = min(_EPOCHS, PASSES // views)
-        return self._caching_hours(views) <= _CACHING * _TIME * self.hours and self._epochs(views) >= enough
+        pay = self._given("distill", "epochs") or views == 1 or views * self._epochs(views) >= CROPS_FROM
+        return pay and self._caching_hours(views) <= _CACHING * _TIME * self.hours
 
     def _epochs(self, views: int) -> int:
         """Return how many epochs fit, which may be none."""

@@ -15,6 +15,7 @@ from pipeline.cache.calibration import calibrate
 from pipeline.cache.codecs import CODECS
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
+from pipeline.planning.advice import advice
 from pipeline.planning.costs import (
     Rate,
     StudentCost,
@@ -79,7 +80,7 @@ class PlanResult:
     words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to measure
     the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free space
     where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the most
-    tokens, then with the smallest error.
+    tokens, then with the smallest error; advice: which views and codec to store, in words.
     """
 
     images: int
@@ -106,6 +107,7 @@ class PlanResult:
     chosen: PlanOption
     best_fit: PlanOption | None
     options: list[PlanOption]
+    advice: str | None
 
 
 def plan(config: Config, images: Spec, out: Place | None = None, seconds: float = 20.0) -> PlanResult:
@@ -162,6 +164,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         chosen=chosen,
         best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
         options=options,
+        advice=advice(config.distill.epochs * config.views.count, options),
     )
 
 
