@@ -19,7 +19,7 @@ class PatchMasks(nn.Module):
     """Put a mask token in the place of a share of the patches, before positions are added to them.
 
     It acts on the patch embedding of a model of timm, and only while it is `active`; `hidden` (B, N) then says which
-    patches the last batch hid. The token is no part of the model.
+    patches of the last batch it hid, one in `rarity`. The token is no part of the model.
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:
@@ -34,6 +34,7 @@ class PatchMasks(nn.Module):
         self.share, self.active = share, False
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(body_width(model)), std=_STD))
         self.hidden: Tensor | None = None
+        self.rarity = 1.0
         embed.register_forward_hook(self._hide)
 
     def _hide(self, embed: nn.Module, images: Any, patches: Tensor) -> Tensor:
@@ -42,6 +43,7 @@ class PatchMasks(nn.Module):
             return patches
         places = patches.shape[:-1].numel() // len(patches)
         count = max(1, round(self.share * places))
+        self.rarity = places / count
         drawn = torch.rand(len(patches), places, device=patches.device).topk(count, dim=1).indices
         self.hidden = torch.zeros(len(patches), places, dtype=torch.bool, device=patches.device).scatter(1, drawn, True)
         return torch.where(self.hidden.view(*patches.shape[:-1], 1), self.mask_token.to(patches.dtype), patches)

@@ -39,7 +39,7 @@ def test_a_token_takes_the_place_of_a_share_of_the_patches(dynamic: bool) -> Non
     assert {*model.state_dict()} == names and torch.equal(model.patch_embed(images), whole)
     masks.active = True
     patches = model.patch_embed(images).reshape(3, 16, 24)
-    assert masks.hidden is not None and masks.hidden.sum(1).tolist() == [5, 5, 5]
+    assert masks.hidden is not None and masks.hidden.sum(1).tolist() == [5, 5, 5] and masks.rarity == 16 / 5
     assert not torch.equal(masks.hidden[0], masks.hidden[1])
     assert torch.equal(patches[masks.hidden], masks.mask_token.expand(15, -1))
     assert torch.equal(patches[~masks.hidden], whole.reshape(3, 16, 24)[~masks.hidden])

@@ -80,8 +80,7 @@ class Distiller(Learner):
         for branch in self.branches:
             branch.check_tokenwise("mask_share=0", "the student would have to learn others, too")
         device = next(self.student.parameters()).device
-        # The loss is a mean over all tokens, and only the hidden ones have any.
-        self.masks, self.mask_weight = PatchMasks(self.student, share).to(device), weight / share
+        self.masks, self.mask_weight = PatchMasks(self.student, share).to(device), weight
 
     def decoded(self, batch: Batch) -> Batch:
         """Return a batch with the features of each teacher decoded, if they are in their stored form."""
@@ -113,7 +112,9 @@ class Distiller(Learner):
         self.masks.active = True
         hidden = self._compared(images, taught, batch, self.masks)
         self.masks.active = False
-        masked = [{f"masked.{name}": self.mask_weight * loss for name, loss in parts.items()} for parts in hidden]
+        # These losses are means over all tokens, and only the hidden ones have any.
+        weight = self.mask_weight * self.masks.rarity
+        masked = [{f"masked.{name}": weight * loss for name, loss in parts.items()} for parts in hidden]
         return [seen | unseen for seen, unseen in zip(found, masked, strict=True)]
 
     def _compared(
