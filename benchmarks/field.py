@@ -33,15 +33,16 @@ from safetensors.torch import save_file
 from setting import DEVICE, cell, chain_parser, line, optimiser_of, value_at
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.stored import Decoded
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
+from pipeline.data.sampler import BatchIndices
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
-from pipeline.training.batch import Batch
+from pipeline.training.ahead import on_device
+from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
@@ -232,21 +233,21 @@ class Steps:
         self.images = batches * self.size
         # Only the blocks that are compared would have to be stored.
         pairs = zip(self.sources, self.new.distiller.branches, strict=True)
-        self.bytes = sum(Cache(s.cache.place, blocks=[*b.links]).record_bytes for s, b in pairs)
+        views = 1 if self.new.others is None else 2
+        self.bytes = views * sum(Cache(s.cache.place, blocks=[*b.links]).record_bytes for s, b in pairs)
         self.optimiser = optimiser_of(self.new.distiller, config)
-        self.files = ImageFile(relocate(self.sources[0].cache.index.images, None))
+        opened = [source.cache for source in self.sources]
+        files = ImageFile(relocate(opened[0].index.images, None))
+        self.load = BatchLoader(opened, files, [self.new.student.image_size], others=self.new.others)
 
     def run(self) -> None:
         """Do the steps."""
-        student = self.new.student
+        weights, indices = np.full(self.size, 1 / self.size, np.float32), []
         for start in range(0, self.images, self.size):
             records = np.take(self.records, np.arange(start, start + self.size), mode="wrap")
-            cache = self.sources[0].cache
-            pixels = {student.image_size: cache.pixels(records, student.image_size, self.files).to(DEVICE)}
-            features = [Decoded(s.cache.features(records, DEVICE)) for s in self.sources]
-            labels = torch.from_numpy(cache.index.images.labels[cache.index.image[records]]).long().to(DEVICE)
-            weights = torch.full((self.size,), 1 / self.size).to(DEVICE)
-            losses = self.new.distiller(Batch(pixels, features, weights, labels))
+            indices.append([BatchIndices(records, weights)])
+        for batch in on_device(self.load(indices, 1), DEVICE):
+            losses = self.new.distiller(batch)
             self.optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             self.optimiser.step()

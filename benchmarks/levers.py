@@ -77,9 +77,10 @@ class Levers:
     kept: Figures
 
     def config(self, sets: tuple[str, ...], *more: str) -> Config:
-        """Return the recipe with a change; an epoch is a pass over all views."""
-        views = self.chain.config(*sets).views.count
-        return self.chain.config(f"distill.epochs={self.passes // views}", *sets, *more)
+        """Return the recipe with a change; an epoch is a pass over all views, and the warm-up is as long in steps."""
+        views, warmup = self.chain.config(*sets).views.count, self.chain.config().distill.warmup_epochs
+        equal = [f"distill.epochs={self.passes // views}", f"distill.warmup_epochs={warmup / views}"]
+        return self.chain.config(*equal, *sets, *more)
 
     @lru_cache  # noqa: B019 - there is one chain
     def inputs(self, sets: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
@@ -120,7 +121,7 @@ class Levers:
 
     def trained(self, name: str, seed: int) -> list[float]:
         """Train a student, or the rest of it, and probe it."""
-        sets, run = LEVERS[name], f"run-{_slug([name])}-{seed}"
+        sets, run = LEVERS[name], f"run-{self.passes}-{_slug([name])}-{seed}"
         config, (caches, refiners) = self.config(sets, f"distill.seed={seed}"), self.inputs(sets)
         if not (self.chain.out / run / RUN).exists():
             distill(config, caches, self.chain.out / run, refiners, mode=mode(self.chain.out / run))
@@ -182,6 +183,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and do nothing")
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
     options = parser.parse_args()
+    views = [int(s.partition("=")[2]) for name in options.levers for s in LEVERS[name] if s.startswith("views.count=")]
+    if any(options.passes % count for count in views):
+        parser.error(
+            f"--passes {options.passes} is no multiple of {max(views)} views; give such a number, or other --levers"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     setting = {"passes": options.passes, "shards": options.shards}
     kept = Figures(options.figures or options.out / "figures.jsonl", setting)

@@ -46,7 +46,9 @@ def row(chain: Chain, views: int | None, passes: int, seed: int, shards: list[st
     kind = "centre" if views is None else str(views)
     name = f"{kind}-{passes}-{seed}"
     cache, refiner = folder_of(chain, views), chain.out / f"refiner-{kind}"
-    config = chain.config(f"distill.epochs={passes // (views or 1)}", f"distill.seed={seed}")
+    warmup = chain.config().distill.warmup_epochs / (views or 1)
+    epochs = [f"distill.epochs={passes // (views or 1)}", f"distill.warmup_epochs={warmup}"]
+    config = chain.config(*epochs, f"distill.seed={seed}")
     if not (chain.out / f"{name}.json").exists():
         fill(chain, views, shards[:-1])
         refine(config, cache, refiner, mode(refiner))
