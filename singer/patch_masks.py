@@ -28,8 +28,8 @@ class PatchMasks(nn.Module):
         embed: Any = getattr(model, "patch_embed", None)
         if not gives_tokens(model) or not isinstance(embed, nn.Module):
             raise UserError(
-                f"distill.mask_share: a {type(model).__name__} has no patches that can be hidden; set it to 0, or take "
-                "a student such as vit"
+                f"distill.mask_share: singer cannot hide patches of a {type(model).__name__}; set it to 0, or take a "
+                "student such as vit"
             )
         self.share, self.active = share, False
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(body_width(model)), std=_STD))

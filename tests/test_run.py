@@ -78,8 +78,10 @@ def test_crops_are_stored_if_there_is_time_for_passes_over_them() -> None:
     seen = [(choice["views.count"], choice["views.count"] * choice["distill.epochs"]) for choice in sets]
     assert all(views == 1 or passes >= CROPS_FROM for views, passes in seen)
     assert seen[0][0] == 1 and seen[0][1] < CROPS_FROM and seen[-1] == (5, 100)
-    # Passes that were asked for are not a matter of time.
-    assert chooser("distill.epochs=3", hours=8.0).choose().sets["views.count"] == 5
+    for epochs, views, hours in ((3, 1, None), (3, 1, 8.0), (10, 5, None), (10, 5, 20.0), (30, 1, 5.0)):
+        choice = chooser(f"distill.epochs={epochs}", hours=hours).choose()
+        assert choice.sets["views.count"] == views and choice.sets["distill.epochs"] == epochs
+        assert any("crops pay" in reason for reason in choice.reasons) == (views == 1)
 
 
 def test_what_is_given_is_kept() -> None:

@@ -169,13 +169,15 @@ class DistillConfig(TrainingConfig):
     token_share: Fraction = key(
         1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
     )
+    whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
     mask_share: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0,
         "share of its patches that a mask token hides from the student when it sees each batch a second time, to learn "
         "the teacher's tokens at these places (Proteus); 0: no second time",
     )
-    mask_weight: Above = key(1.0, "mask_share: weight of the mean loss of the hidden patches")
-    whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
+    mask_weight: Above = key(
+        1.0, "mask_share: weight of the loss of hidden patches beside that of what the student sees"
+    )
     share: Fraction = key(1.0, "share of the images that are trained on", shared=True)
     share_by: Literal["random", "el2n", "prototypes", "loss"] = key(
         "random",
@@ -232,8 +234,6 @@ class DistillConfig(TrainingConfig):
             raise UserError(f"share_run: {self.share_by} needs no run; set distill.share_by=loss, or leave it out")
         if self.overlap and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
-        if not self.mask_share and self.mask_weight != 1:
-            raise UserError("mask_weight: nothing is hidden; give a share (--set distill.mask_share=0.4)")
         for blocks in filter(None, self.blocks_by_teacher or ()):
             if wrong := self._unweighted(blocks):
                 raise UserError(wrong)

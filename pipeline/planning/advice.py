@@ -20,8 +20,14 @@ def advice(passes: int, options: Sequence[PlanOption]) -> str | None:
     wanted = VIEWS if passes >= CROPS_FROM else (1,)
     views = next((n for n in wanted if n <= most[codecs[-1]]), 0)
     if not views:
-        return f"nothing fits: one view of each image in {codecs[-1]} is larger than the free disk"
+        return (
+            f"one view of each image in {codecs[-1]} is larger than the free disk; take fewer images or blocks, or "
+            "cache.token_share=0.5"
+        )
     codec = next(codec for codec in codecs if most[codec] >= views)
     kind = "the centre view" if views == 1 else f"{views} random crops"
-    why = f"a student makes {passes} passes over the images, and crops pay from {CROPS_FROM} on"
+    epochs = max(1, passes // views)
+    why = (
+        f"a student makes {passes} passes over the images (distill.epochs={epochs}), and crops pay from {CROPS_FROM} on"
+    )
     return f"{kind} of each image in {codec}: {why}" + ("; more views do not fit" if views < wanted[0] else "")

@@ -190,10 +190,12 @@ class Chooser:
 
     def _quick(self, views: int) -> bool:
         """Return whether the time is enough for these views, and for so many passes that they pay."""
+        epochs = self._epochs(views)
+        pay = self._views_given or views == 1 or views * epochs >= CROPS_FROM
         if self.hours is None:
-            return True
-        pay = self._given("distill", "epochs") or views == 1 or views * self._epochs(views) >= CROPS_FROM
-        return pay and self._caching_hours(views) <= _CACHING * _TIME * self.hours
+            return pay
+        training = self._caching_hours(views) + self._training_hours(views, epochs) + self._probing_hours
+        return pay and self._caching_hours(views) <= _CACHING * _TIME * self.hours and training <= self.hours
 
     def _epochs(self, views: int) -> int:
         """Return how many epochs fit, which may be none."""
@@ -224,7 +226,11 @@ class Chooser:
 
     def _reasons(self, views: int, epochs: int, codec: str, batch: int) -> list[str]:
         limit = "all that the time allows" if epochs < PASSES // views else f"{epochs * views} passes over the images"
-        crops = "random crops, as in the paper" if views == VIEWS[0] else "more do not fit the disk or the time"
+        crops = "random crops, as in the paper"
+        if views < VIEWS[0]:
+            crops = (
+                f"more do not fit the disk or the time, or give fewer than the {CROPS_FROM} passes from which crops pay"
+            )
         exact = "exact, and it" if codec == LADDER[0] else "the most exact one that"
         costs = self.costs
         return [

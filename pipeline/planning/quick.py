@@ -21,6 +21,7 @@ from pipeline.planning.scale import Scale
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs, depth, resolve_blocks
+from singer.patch_masks import PatchMasks
 from singer.sizes import Size
 
 # Each model is measured for so many seconds at most, on this share of the images, in batches of at most this size.
@@ -61,16 +62,21 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
 
 
 def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
-    """Return the views a second that a student does with its backward pass."""
+    """Return the views a second that a student does with its backward pass; it sees them twice if patches are hidden.
+
+    Raises UserError if they cannot be.
+    """
     model, half = student.model.to(device).train(), AUTOCAST.get(config.distill.precision)
     inputs = torch.zeros(len(records) + 1, 3, *Size.of(student.image_size), device=device)
     last = depth(model) - 1
+    masks = PatchMasks(model, config.distill.mask_share) if config.distill.mask_share else None
 
     def step(some: Sequence[Record]) -> None:
-        # One image more, because batch norm needs two.
-        with torch.autocast(device.type, half, half is not None):
-            tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]
-        tokens.float().square().mean().backward()
+        for _ in range(1 if masks is None else 2):
+            # One image more, because batch norm needs two.
+            with torch.autocast(device.type, half, half is not None):
+                tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]
+            tokens.float().square().mean().backward()
 
     return _rate(step, records, device, _MOST_BATCH)
 
