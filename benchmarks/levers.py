@@ -65,6 +65,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "8 crops": (*CROPS, "views.count=8"),
     "2 crops that teach each other": (*CROPS, "views.count=2", "distill.overlap=true"),
 }
+TOKENS = {"cls": "CLS", "mean_patch": "mean patch"}
 _STORED = ("teacher.", "cache.", "views.")
 
 
@@ -139,7 +140,7 @@ class Levers:
 
     def table(self, seeds: list[int]) -> str:
         """Return the table of what is done, the best first by the mean of the four probes of images."""
-        probes = [f"{probe.replace('knn', 'k-NN')}, {tokens.replace('_', ' ')}" for probe, tokens in JUDGED]
+        probes = [f"{probe.replace('knn', 'k-NN')}, {TOKENS[tokens]}" for probe, tokens in JUDGED]
         head = ["change", *probes, "CamVid mIoU", "cost of a step", "kB a record", "seeds"]
         rows = []
         for name in LEVERS:
