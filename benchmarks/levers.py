@@ -12,6 +12,7 @@ benchmarks/field.py: if the command is repeated, it continues where it stopped. 
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from field import Steps
 from kept_figures import Figures
 from results import PROBES, mode, write_between
 from setting import cell, chain_parser, line
+from views import CROPS
 
 from pipeline.config import Config, load_config
 from pipeline.stages.cache_teacher import cache_teacher
@@ -29,7 +31,6 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
 from pipeline.training.run_directory import RUN
 
-CROPS = ("views.kind=random-resized-crop", "views.scale=[0.3,1]", "views.flip=0.5")
 BASE = "the recipe"
 # {lever: what it changes}. A new one is a line here.
 LEVERS: dict[str, tuple[str, ...]] = {
@@ -47,7 +48,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "AdamW": ("distill.optimizer=adamw",),
     "all patches": ("distill.token_share=1",),
     "a quarter of the patches": ("distill.token_share=0.25",),
-    "40 % hidden patches": ("distill.mask_share=0.4",),
+    "40 % masked patches": ("distill.mask_share=0.4",),
     "head linear": ("distill.projector=linear",),
     "head mlp": ("distill.projector=mlp",),
     "exit lift": ("student.exit=lift",),
@@ -112,7 +113,7 @@ class Levers:
             own, base = steps.seconds(), self.base.seconds()
             if turn:  # the first round warms up
                 ratios.append(own / base)
-        return {"ratio": sorted(ratios)[len(ratios) // 2], "bytes": steps.steps.bytes}
+        return {"ratio": statistics.median(ratios), "bytes": steps.steps.bytes}
 
     def figures(self, name: str, seed: int) -> list[float]:
         """Return JUDGED and CamVid's mIoU (%) of a lever and a seed, after training the student."""

@@ -192,6 +192,30 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
         assert 0 < shown.float().mean() < 1
 
 
+def test_masked_patches_are_taught_by_the_overlap(world: Path, place: Path, tmp_path: Path) -> None:
+    """By hand, in the second pass: patches that are masked, half of them all, and that the other view shows."""
+    config = overlap_config(world, "student.patch_size=4", "distill.mask_share=0.5")
+    sources = open_teachers(config.distill, place, None)
+    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, make_accelerator("no"))
+    cache, others, learner = sources[0].cache, new.others, new.distiller.train()
+    assert others is not None and learner.masks is not None
+    records = np.arange(0, 12, 2)
+    load = BatchLoader([cache], None, [32], others=others)
+    (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
+    torch.manual_seed(seeded(6))
+    losses = learner(batch)
+    torch.manual_seed(seeded(6))
+    learner.masks.active = True
+    outputs = block_outputs(new.student.model, learner.images(batch), learner.blocks)
+    both = cache.features(np.concatenate([records, others.choose(records, 2)]), torch.device("cpu"))
+    assert batch.places is not None and learner.masks.masked is not None
+    for block, x in learner.branches[0].tokens(outputs, None).normalised.items():
+        patches, shown = resample_overlap(both[block].chunk(2)[1][:, 1:], (4, 4), batch.places, (8, 8))
+        squares = (x[:, 1:] - patches).square().sum(-1) * shown * learner.masks.masked
+        expected = 2 * squares.sum(1) / (x.shape[1] * x.shape[2])
+        assert losses[f"masked.mse.{block}"].item() == pytest.approx(expected.mean().item() / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if kind.tokenwise])
 def test_tokens_that_equal_their_targets_have_neither_loss_nor_gradient(name: str) -> None:
     generator = torch.Generator().manual_seed(seeded(5))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import WIDTH, make_batch, run_singer, world_config
+from conftest import WIDTH, make_batch, run_singer, seeded, world_config
 from test_objectives import make_context
 
 from pipeline.cache import Cache
@@ -203,3 +203,24 @@ def test_weights_of_other_blocks_are_refused_before_a_model_is_loaded(
     with pytest.raises(UserError, match=f"run one: {message.format('2, 3')}"):
         sweep(tmp_path / "s.yaml", world / "cache", out)
     assert not out.exists()
+
+
+def test_several_teachers_teach_the_same_masked_patches(world: Path) -> None:
+    """By hand: one second pass, its masked patches against each teacher's tokens, by the teachers' weights."""
+    model, batch = two_branches(world, "mse")
+    model.mask_patches(0.5, 3.0)
+    assert model.masks is not None
+    torch.manual_seed(seeded(7))
+    losses = model(batch)
+    torch.manual_seed(seeded(7))
+    model.masks.active = True
+    outputs = block_outputs(model.student, model.images(batch), model.blocks)
+    masked = model.masks.masked
+    assert masked is not None and masked.sum(1).tolist() == [masked.shape[1] // 2] * 2
+    for branch, features, weight in zip(model.branches, batch.features, (1.5, 0.5), strict=True):
+        assert isinstance(features, Decoded)
+        wanted = branch.targets.target_tokens(features.blocks, None)
+        for block, x in branch.tokens(outputs, None).normalised.items():
+            errors = (x - wanted[block]).square().mean(-1)[:, 1:] * masked
+            expected = weight * 3.0 * 2 * (errors.sum(1) / x.shape[1] * batch.weights).sum().item() / 2
+            assert losses[f"{branch.name}.masked.mse.{block}"].item() == pytest.approx(expected, rel=1e-4)

@@ -176,7 +176,7 @@ class DistillConfig(TrainingConfig):
         "the teacher's tokens at these places (Proteus); 0: no second time",
     )
     mask_weight: Above = key(
-        1.0, "mask_share: weight of the loss of hidden patches beside that of what the student sees"
+        1.0, "mask_share: weight of the loss of masked patches beside that of what the student sees"
     )
     share: Fraction = key(1.0, "share of the images that are trained on", shared=True)
     share_by: Literal["random", "el2n", "prototypes", "loss"] = key(

@@ -19,7 +19,7 @@ PASSES, _WARMUP = 100, 0.05
 _DISK, _TIME = 0.5, 0.9
 # Fewer views are stored if caching takes more than this share of the time.
 _CACHING = 0.5
-# Passes over the images from which on crops teach a student more than the centre view (docs/results.md).
+# Passes over the images from which on crops teach a student more than the centre view (docs/results.md, with AdamW).
 CROPS_FROM = 48
 # Small data sets get smaller batches, so that an epoch has so many steps.
 _STEPS, _LEAST_BATCH = 16, 8
@@ -194,8 +194,9 @@ class Chooser:
         pay = self._views_given or views == 1 or views * epochs >= CROPS_FROM
         if self.hours is None:
             return pay
-        training = self._caching_hours(views) + self._training_hours(views, epochs) + self._probing_hours
-        return pay and self._caching_hours(views) <= _CACHING * _TIME * self.hours and training <= self.hours
+        caching = self._caching_hours(views)
+        hours = caching + self._training_hours(views, epochs) + self._probing_hours
+        return pay and caching <= _CACHING * _TIME * self.hours and hours <= self.hours
 
     def _epochs(self, views: int) -> int:
         """Return how many epochs fit, which may be none."""

@@ -62,17 +62,20 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
 
 
 def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
-    """Return the views a second that a student does with its backward pass; it sees them twice if patches are hidden.
+    """Return the views a second that a student does with its backward pass; it sees them twice if patches are masked.
 
     Raises UserError if they cannot be.
     """
     model, half = student.model.to(device).train(), AUTOCAST.get(config.distill.precision)
     inputs = torch.zeros(len(records) + 1, 3, *Size.of(student.image_size), device=device)
     last = depth(model) - 1
-    masks = PatchMasks(model, config.distill.mask_share) if config.distill.mask_share else None
+    passes = 1
+    if config.distill.mask_share:
+        PatchMasks(model, config.distill.mask_share)  # looks whether the model has patches that can be masked
+        passes = 2
 
     def step(some: Sequence[Record]) -> None:
-        for _ in range(1 if masks is None else 2):
+        for _ in range(passes):
             # One image more, because batch norm needs two.
             with torch.autocast(device.type, half, half is not None):
                 tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]

@@ -11,7 +11,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import Taught, TeacherBranch
+from pipeline.training.teacher_branch import BatchTargets, TeacherBranch
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.objectives import Tokens
@@ -72,8 +72,8 @@ class Distiller(Learner):
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
         self.dropout, self._shares = install(self.student), shares
 
-    def hide_patches(self, share: float, weight: float) -> None:
-        """Let the student see each batch a second time, with a share of its patches hidden, and learn what is there.
+    def mask_patches(self, share: float, weight: float) -> None:
+        """Let the student see each batch a second time, with a share of its patches masked, and learn what is there.
 
         weight: of these losses (distill.mask_weight). Raises UserError if this is not possible.
         """
@@ -103,29 +103,28 @@ class Distiller(Learner):
     def record_losses(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Return what each teacher's objective says of each record, {part: losses (B,)}."""
         images = self.images(batch)
-        taught = [
-            branch.taught(features, batch) for branch, features in zip(self.branches, batch.features, strict=True)
-        ]
-        found = self._compared(images, taught, batch)
+        targets = [branch.targets_of(x, batch) for branch, x in zip(self.branches, batch.features, strict=True)]
+        found = self._compared(images, targets, batch)
         if self.masks is None or not self.training:
             return found
         self.masks.active = True
-        hidden = self._compared(images, taught, batch, self.masks)
+        again = self._compared(images, targets, batch, self.masks)
         self.masks.active = False
-        # These losses are means over all tokens, and only the hidden ones have any.
+        # These losses are means over all tokens, and only the masked ones have any.
         weight = self.mask_weight * self.masks.rarity
-        masked = [{f"masked.{name}": weight * loss for name, loss in parts.items()} for parts in hidden]
+        masked = [{f"masked.{name}": weight * loss for name, loss in parts.items()} for parts in again]
         return [seen | unseen for seen, unseen in zip(found, masked, strict=True)]
 
     def _compared(
-        self, images: Tensor, taught: Sequence[Taught], batch: Batch, masks: PatchMasks | None = None
+        self, images: Tensor, targets: Sequence[BatchTargets], batch: Batch, masks: PatchMasks | None = None
     ) -> list[dict[str, Tensor]]:
-        """Show the student its images and return what each teacher's objective says, of hidden patches if there are."""
+        """Show the student its images and return what each teacher's objective says, of masked patches if there are."""
         outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
-        hidden = masks.hidden if masks is not None else None
+        masked = masks.masked if masks is not None else None
         pairs = [
-            branch.compare(outputs, own, batch, kept, hidden) for branch, own in zip(self.branches, taught, strict=True)
+            branch.compare(outputs, own, batch, kept, masked)
+            for branch, own in zip(self.branches, targets, strict=True)
         ]
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):

@@ -94,7 +94,7 @@ class NewStudent:
         branches = self._branches(refiners, device)
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.mask_share:
-            self.distiller.hide_patches(settings.mask_share, settings.mask_weight)
+            self.distiller.mask_patches(settings.mask_share, settings.mask_weight)
         if settings.trained is not None:
             freeze_others(self.student.model, settings.trained)
         if settings.token_share < 1:

@@ -107,7 +107,7 @@ def _refiner(run: Path, result: DistillResult, cache: Cache) -> Refiner | None:
 
 def _load_trained(learner: Distiller, file: Path) -> None:
     """Load what was trained with a student. Raises UserError if the file has other tensors."""
-    # No loss of single images is one of hidden patches.
+    # No loss of single images is one of masked patches.
     stored = {name: x for name, x in read_tensors(file).items() if not name.startswith("masks.")}
     names = {n: n.removeprefix("projectors.") for n in learner.state_dict() if not n.startswith("student.")}
     try:

@@ -14,7 +14,7 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
-from singer.patch_masks import only_hidden
+from singer.patch_masks import only_masked
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.student_exits import has_exit
@@ -38,8 +38,8 @@ class Teaching:
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What a teacher teaches in a batch: its refined tokens, and which patches they are, (B, k), None for all."""
+class BatchTargets:
+    """A teacher's refined tokens of a batch, and which patches they are, (B, k), None for all."""
 
     refined: Tokens
     positions: Tensor | None
@@ -129,36 +129,36 @@ class TeacherBranch:
         """Return {teacher block: student block} of all that is compared."""
         return dict(sorted((self.attention_inputs | self.matching).items()))
 
-    def taught(self, features: Encoded | Decoded, batch: Batch) -> Taught:
+    def targets_of(self, features: Encoded | Decoded, batch: Batch) -> BatchTargets:
         """Return the targets of a batch. In joint training, `adapter_losses` are then those of this batch."""
         decoded = self.targets.decode(features)
         refined = self.targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
-        return Taught(refined, decoded.positions)
+        return BatchTargets(refined, decoded.positions)
 
     def compare(
         self,
         outputs: Mapping[int, Tensor],
-        taught: Taught,
+        of_batch: BatchTargets,
         batch: Batch,
         kept: Tensor | None = None,
-        hidden: Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> tuple[Tokens, Tokens]:
         """Bring the student's outputs and the teacher's features to one form; return both.
 
-        outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all; hidden:
+        outputs: {student block: (B, N, d)}; kept: (B, k), the only patches that the student saw, None for all; masked:
         (B, patches), those that are compared, None for all tokens.
         """
-        targets, refined = self.targets, taught.refined
-        student = self.tokens(outputs, taught.positions, kept)
+        targets, refined, positions = self.targets, of_batch.refined, of_batch.positions
+        student = self.tokens(outputs, positions, kept)
         normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
         if batch.places is None:
             cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
-            wanted = Tokens(*(targets.target_tokens(x, taught.positions, kept) for x in (normalised, cleaned)))
+            wanted = Tokens(*(targets.target_tokens(x, positions, kept) for x in (normalised, cleaned)))
         else:
             wanted = Tokens(targets.overlap_tokens(normalised, student.normalised, batch.places, kept))
-        if hidden is not None:
-            own = hidden if kept is None else hidden.gather(1, kept)
-            wanted = Tokens({b: only_hidden(x, student.normalised[b], own) for b, x in wanted.normalised.items()})
+        if masked is not None:
+            own = masked if kept is None else masked.gather(1, kept)
+            wanted = Tokens({b: only_masked(x, student.normalised[b], own) for b, x in wanted.normalised.items()})
         if not self.objective.training:
             self.errors = {b: squares(x, student.normalised[b]) for b, x in wanted.normalised.items()}
         return student, wanted

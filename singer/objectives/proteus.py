@@ -8,7 +8,7 @@ from singer.objectives.base import LastBlock
 class Proteus(LastBlock):
     """Mean squared errors of CLS, and of all tokens, of the last block, with equal weights.
 
-    The paper's third loss, of hidden patches, comes with distill.mask_share and has this weight, too. Its heads are
+    The paper's third loss, of masked patches, comes with distill.mask_share and has this weight, too. Its heads are
     LayerNorm and a linear layer, one for each loss, after the student's final norm; here they are distill.projector.
     """
 
