@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
-from pipeline.outputs.folder import Mode, check_output
+from pipeline.outputs.folder import Mode, chain_has_begun, check_output
 from pipeline.outputs.provenance import PROVENANCE
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
@@ -48,7 +48,7 @@ STARTS = ("auto", "teacher", "random")
 MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
-STEPS, GIVEN, PLAN = "steps.json", "given", "plan"
+STEPS, GIVEN = "steps.json", "given"
 # The file without which there is no finished refiner.
 _REFINER = "refiner.json"
 
@@ -254,8 +254,7 @@ def check_chain(
     done = read_json(out, STEPS, "chain") if mode == "resume" and (out / STEPS).exists() else {}
     before = done.get(GIVEN, given)
     for name, value in given.items():
-        # Until the plan is made, its limits and the teacher can be changed.
-        if before.get(name) != value and (name == "photos" or PLAN in done):
+        if before.get(name) != value and (name == "photos" or chain_has_begun(out)):
             raise UserError(
                 f"{out} cannot be continued: it was started with {name} {before.get(name)}, not {value}; repeat its "
                 "command or use --overwrite"

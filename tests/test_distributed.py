@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
-from conftest import seeded, tree_bytes, world_config
+from conftest import draw_images, seeded, tree_bytes, world_config
 from ranks import launch
 
 from pipeline.cache import Cache, background_writer, create
 from pipeline.cache.extract import Extractor
 from pipeline.cache.manifest import Manifest
+from pipeline.config import dump_config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.data.views import normalise
@@ -133,6 +135,17 @@ def test_a_slow_process_takes_fewer_zarr_shards(
 def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path) -> None:
     options = ["--images", world / "train" / "*.tar", "--out", tmp_path / "cache", "--config", config_file]
     assert torchrun(2, "cache-teacher", *options)["id"] == Cache(world / "cache").id
+
+
+@pytest.mark.slow
+def test_from_photos_on_two_processes(world: Path, tmp_path: Path) -> None:
+    """All processes rehearse, cache, refine and distil; the first packs, plans, reports and exports."""
+    draw_images(tmp_path / "photos", 2, 12)
+    file, out = tmp_path / "toy.yaml", tmp_path / "out"
+    file.write_text(dump_config(world_config(world, "refine.cleaner=neighbour", "distill.epochs=1", "views.count=1")))
+    made, _ = launch(2, "run", tmp_path / "photos", "--out", out, "--config", file)
+    assert made["epochs"] == 1 and not (out / "rehearsal").exists()
+    assert timm.create_model(f"local-dir:{out / 'timm'}", pretrained=True).embed_dim == 12
 
 
 def _steady_adam() -> None:

@@ -185,7 +185,7 @@ def test_a_folder_becomes_a_student(whole: tuple[Path, str]) -> None:
     assert {"shards", "cache", "refiner", "student", "probes", "timm", "report.html", "config.yaml"} <= {
         f.name for f in out.iterdir()
     }
-    assert "forecast: about" in said and "codec float16" in said and "9/9 exporting" in said
+    assert "forecast: about" in said and "codec float16" in said and "10/10 exporting" in said
     model = timm.create_model(f"local-dir:{out / 'timm'}", pretrained=True)
     assert model.embed_dim == 12
     assert "linear" in (out / "report.html").read_text()
@@ -218,7 +218,7 @@ def test_a_finished_chain_is_refused_and_resumes_at_once(
     assert "exists; continue it with --resume, replace it with --overwrite" in capfd.readouterr().err
     before = {file: file.stat().st_mtime_ns for file in (root / "out").rglob("*.safetensors")}
     said = _run(world, root, root / "out", "--resume")
-    assert sum("done before" in line for line in said) == 9
+    assert sum("done before" in line for line in said) == 10
     assert before == {file: file.stat().st_mtime_ns for file in (root / "out").rglob("*.safetensors")}
     assert run_singer(monkeypatch, "run", root / "photos", "--out", root / "out", "--resume", "--hours", 3,
                       "--config", root / "toy.yaml") == 2  # fmt: skip
@@ -322,6 +322,56 @@ def test_the_advice_of_a_failure_works(
     assert tree_bytes(tmp_path / "out" / "shards", "provenance.json") == shards
     assert run_singer(monkeypatch, *words, "--on-error", "skip", "--resume", "--disk-gb", 1e-9) == 2
     assert "are allowed" in capfd.readouterr().err  # and no word about other hours
+
+
+@pytest.mark.parametrize(
+    ("sets", "remedy", "message"),
+    [
+        (
+            ["distill.objective=gram", "distill.mask_share=0.4"],
+            "distill.mask_share=0",
+            "distill.mask_share: objective gram does not compare token by token",
+        ),
+        (
+            ["distill.objective=vitkd", "cache.token_share=0.5"],
+            "cache.token_share=1",
+            "objective vitkd needs all patches of an image",
+        ),
+        (["distill.objective=labels"], "distill.objective=mse", "objective labels needs a cache of labelled images"),
+        (
+            ["distill.projector=none"],
+            "distill.projector=linear",
+            "projector none compares tokens as they are, and the student has 12 channels",
+        ),
+    ],
+)
+def test_what_the_training_refuses_is_said_before_the_cache_is_made(
+    sets: list[str],
+    remedy: str,
+    message: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    draw_images(tmp_path / "photos", 1, 5)
+    out, file = tmp_path / "out", tmp_path / "toy.yaml"
+    file.write_text(dump_config(world_config(world, *SMALL)))
+    given = [word for key in sets for word in ("--set", key)]
+    words = ["run", tmp_path / "photos" / "class0", "--out", out, "--config", file]
+    assert run_singer(monkeypatch, *words, *given) == 2
+    said = capfd.readouterr().err
+    assert message in said, said
+    assert not (out / "cache").exists() and not (out / "rehearsal").exists()
+    # The remedy works as printed, and the images are not packed again.
+    assert said.strip().endswith("; then go on with --resume")
+    resumed = [*words, *given, "--set", remedy, "--resume", "--hours", 1]
+    assert run_singer(monkeypatch, *resumed) == 0, capfd.readouterr().err
+    assert capfd.readouterr().err.count("done before") == 1
+    assert dump_config(load_config(out / "config.yaml")) == dump_config(load_config(file, [*sets, remedy]))
+    # Once it has begun to cache, its settings are fixed.
+    assert run_singer(monkeypatch, *resumed[:-1], 2) == 2
+    assert "was started with hours 1.0, not 2.0" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.chains.steps import Steps
 from pipeline.config import Config
+from pipeline.outputs.folder import CACHE
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -17,7 +18,7 @@ from pipeline.stages.report import report
 
 # The configuration with all choices of a chain, which the commands that repeat a stage read.
 PLANNED = "planned.yaml"
-SHARDS, CACHE, REFINER, PROBES, PAGE = "shards", "cache", "refiner", "probes", "report.html"
+SHARDS, REFINER, PROBES, PAGE = "shards", "refiner", "probes", "report.html"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a folder of images to a student, a report and a model for timm: `singer run PHOTOS --out DIR`.
 
-The chain packs the images into shards, plans, caches, refines, distils, probes on held-out images if there are labels,
-reports and exports. Each stage is the ordinary one, in a folder of its own below DIR.
+The chain packs the images into shards, plans, rehearses, caches, refines, distils, probes on held-out images if there
+are labels, reports and exports. Each stage is the ordinary one, in a folder of its own below DIR.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
+from pipeline.chains.rehearsal import REHEARSAL, rehearse
 from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
-from pipeline.checks import GIVEN, PLAN, check_chain
+from pipeline.checks import GIVEN, check_chain
 from pipeline.config import Config, dump_config, load_config
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import local_folder
-from pipeline.outputs.folder import Mode
+from pipeline.outputs.folder import Mode, chain_has_begun
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Choice, Chooser
 from pipeline.planning.quick import measure_costs
@@ -29,9 +30,9 @@ from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 
 STAGE = "run"
-STUDENT, TIMM = "student", "timm"
+PLAN, STUDENT, TIMM = "plan", "student", "timm"
 # With labels; without them there are fewer.
-_STAGES = 9
+_STAGES = 10
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def run(
         if name != "vit" and local_folder(name) is None:
             check_known(name, f"{section}.name: timm has no model {name!r}")
     with chain(STAGE, config, out, mode, _STAGES) as steps:
+        if not chain_has_begun(out):
+            steps.forget(PLAN, REHEARSAL)  # they may have been made from other settings
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
@@ -90,7 +93,7 @@ def run(
         learning = Learning(
             planned, out, parts.train, parts.probe, parts.test, {STUDENT: True}, "Student of one teacher"
         )
-        stages = [*learning.stages(steps), _export(learning, steps)]
+        stages = [_rehearsal(learning, steps), *learning.stages(steps), _export(learning, steps)]
         steps.total = 2 + len(stages)
         results = {stage.name: stage.follow(steps) for stage in stages}
         if steps.main and parts.why:
@@ -148,6 +151,11 @@ def _chosen(config: Config, choice: Choice) -> Config:
     if size is not None and student in (None, size) and config.evaluate.image_size is None:
         sets["evaluate.image_size"] = size
     return load_config(config.model_dump(mode="json"), options=sets)
+
+
+def _rehearsal(learning: Learning, steps: Steps) -> Stage:
+    work = partial(rehearse, learning.config, learning.train, learning.out / REHEARSAL, steps.accelerator)
+    return Stage(REHEARSAL, "rehearsing: building the student on a few images", None, work, together=True)
 
 
 def _export(learning: Learning, steps: Steps) -> Stage:

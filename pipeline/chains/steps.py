@@ -41,6 +41,11 @@ class Steps:
         """Return the mode of stages that cannot resume: what a killed chain has left in `folder` is replaced."""
         return "overwrite" if self._mode == "resume" and folder.exists() else "new"
 
+    def forget(self, *names: str) -> None:
+        """Do these steps again if they were done."""
+        for name in names:
+            self._done.pop(name, None)
+
     def note(self, name: str, value: Any) -> None:
         """Store a value among the results of the steps."""
         if self.main:

@@ -17,6 +17,8 @@ from singer.errors import UserError
 
 # These outputs are for others to load or publish, so they hold no log.
 _LOGLESS = ("export",)
+# The cache in the folder of a chain.
+CACHE = "cache"
 Mode = Literal["new", "resume", "overwrite", "append"]
 
 
@@ -61,6 +63,8 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         raise UserError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
         assert sections is not None
+        if stage == "run" and not chain_has_begun(Path(place)):
+            sections = ("prepare",)
         if stage == "distill" and config.distill.joint:
             sections = (*sections, "refine")
         if stage == "finetune" and config.finetune.head == "probe":
@@ -70,6 +74,11 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
             raise UserError(
                 f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
             )
+
+
+def chain_has_begun(out: Path) -> bool:
+    """Return whether `singer run` has begun to cache in `out`; until then, all but the images may change."""
+    return (out / CACHE).exists()
 
 
 @contextmanager
@@ -84,7 +93,8 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
         if mode != "append":
-            write_provenance(store, stage, config, seed)
+            anew = mode == "resume" and stage == "run" and not chain_has_begun(Path(place))
+            write_provenance(store, stage, config, seed, anew)
         with nullcontext() if stage in _LOGLESS else stage_log(place, config):
             try:
                 yield

@@ -20,9 +20,9 @@ INPUTS = "inputs.json"
 _INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner", "images": "set of images"}
 
 
-def write_provenance(store: Store, stage: str, config: Config, seed: int | None) -> None:
-    """Write the resolved configuration and its provenance, unless they are there already."""
-    if not {CONFIG, PROVENANCE} <= set(store.sizes()):
+def write_provenance(store: Store, stage: str, config: Config, seed: int | None, anew: bool = False) -> None:
+    """Write the resolved configuration and its provenance, unless they are there already; anew: then, too."""
+    if anew or not {CONFIG, PROVENANCE} <= set(store.sizes()):
         text = dump_config(config).encode()
         value = {"stage": stage, "command": command_line(), "seed": seed, "versions": versions()}
         value["config_sha256"] = hashlib.sha256(text).hexdigest()
