@@ -337,6 +337,11 @@ def test_the_advice_of_a_failure_works(
             "cache.token_share=1",
             "objective vitkd needs all patches of an image",
         ),
+        (
+            ["refine.cleaner=adapter", "refine.info_form=official", "cache.blocks=[3]"],
+            "cache.blocks=[2,3]",
+            "needs an intermediate block",
+        ),
         (["distill.objective=labels"], "distill.objective=mse", "objective labels needs a cache of labelled images"),
         (
             ["distill.projector=none"],
