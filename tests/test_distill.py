@@ -596,5 +596,5 @@ def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
     assert found[-1]["held_out_loss"] < found[0]["held_out_loss"]
     explained = [line["explained_variance"] for line in found]
     assert [*explained[0]] == ["2", "3"] and all(explained[-1][b] > explained[0][b] for b in explained[0])
-    with pytest.raises(UserError, match="has 100 images, of which 100 would be held out"):
+    with pytest.raises(UserError, match="distill.holdout: all 100 images would be held out"):
         split_images(cache, config.distill.model_copy(update={"holdout": 0.999}))

@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import re
 import shlex
 import shutil
+import tarfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import draw_images, run_singer, tree_bytes, world_config
 from rich.console import Console
 
+from pipeline.chains.rehearsal import rehearse
 from pipeline.chains.run import RunResult, run
 from pipeline.chains.split import has_to_be_packed, ranges, shards_of, split
 from pipeline.config import Config, dump_config, load_config
@@ -23,6 +26,7 @@ from pipeline.data import ImageFile, list_images, resolve
 from pipeline.outputs.folder import Mode
 from pipeline.planning.choice import CROPS_FROM, Chooser, Costs
 from pipeline.runtime import logs
+from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.launch import launcher
 from singer.errors import UserError
 
@@ -275,6 +279,13 @@ def test_shards_are_taken_as_they_are(world: Path, tmp_path: Path) -> None:
     assert result.images == 90 and not (tmp_path / "out" / "shards").exists()
 
 
+def test_joint_training_needs_no_refiner(world: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "photos", 1, 6)
+    out = tmp_path / "out"
+    run(world_config(world, *SMALL, "distill.joint=true"), tmp_path / "photos", out)
+    assert (out / "student" / "adapters.safetensors").exists() and not (out / "refiner").exists()
+
+
 def test_lists_and_tables_are_packed_and_divided(world: Path, tmp_path: Path) -> None:
     """The same images, however they are named, become shards of which some are held out; tars stay as they are."""
     draw_images(tmp_path / "a", 2, 10)
@@ -325,58 +336,58 @@ def test_the_advice_of_a_failure_works(
 
 
 @pytest.mark.parametrize(
-    ("sets", "remedy", "message"),
+    ("sets", "message"),
     [
-        (
-            ["distill.objective=gram", "distill.mask_share=0.4"],
-            "distill.mask_share=0",
-            "distill.mask_share: objective gram does not compare token by token",
-        ),
-        (
-            ["distill.objective=vitkd", "cache.token_share=0.5"],
-            "cache.token_share=1",
-            "objective vitkd needs all patches of an image",
-        ),
-        (
-            ["refine.cleaner=adapter", "refine.info_form=official", "cache.blocks=[3]"],
-            "cache.blocks=[2,3]",
-            "needs an intermediate block",
-        ),
-        (["distill.objective=labels"], "distill.objective=mse", "objective labels needs a cache of labelled images"),
-        (
-            ["distill.projector=none"],
-            "distill.projector=linear",
-            "projector none compares tokens as they are, and the student has 12 channels",
-        ),
+        ("distill.objective=vitkd cache.token_share=0.5", "objective vitkd needs all patches of an image"),
+        ("refine.cleaner=adapter refine.info_form=official cache.blocks=[3]", "needs an intermediate block"),
+        ("distill.share=0.5 distill.share_by=el2n cache.blocks=[1,2]", "distill.share_by el2n"),
+        ("distill.holdout=0.999", "distill.holdout: all 5 images would be held out"),
+        ("distill.objective=labels", "objective labels needs a cache of labelled images"),
+        ("distill.projector=none", "projector none compares tokens as they are, and the student has 12 channels"),
     ],
 )
-def test_what_the_training_refuses_is_said_before_the_cache_is_made(
-    sets: list[str],
-    remedy: str,
-    message: str,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+def test_what_a_late_stage_refuses_is_said_before_the_cache_is_made(
+    sets: str, message: str, world: Path, tmp_path: Path
+) -> None:
+    draw_images(tmp_path / "photos", 1, 5)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(world_config(world, *SMALL, *sets.split()), tmp_path / "photos" / "class0", out)
+    assert not (out / "cache").exists() and not (out / "rehearsal").exists()
+
+
+def test_until_the_cache_is_begun_other_settings_are_taken(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     draw_images(tmp_path / "photos", 1, 5)
     out, file = tmp_path / "out", tmp_path / "toy.yaml"
-    file.write_text(dump_config(world_config(world, *SMALL)))
-    given = [word for key in sets for word in ("--set", key)]
-    words = ["run", tmp_path / "photos" / "class0", "--out", out, "--config", file]
-    assert run_singer(monkeypatch, *words, *given) == 2
-    said = capfd.readouterr().err
-    assert message in said, said
-    assert not (out / "cache").exists() and not (out / "rehearsal").exists()
+    file.write_text(dump_config(world_config(world, *SMALL, "distill.objective=gram", "distill.mask_share=0.4")))
+    words = ["run", tmp_path / "photos", "--out", out, "--config", file]
+    assert run_singer(monkeypatch, *words) == 2
+    assert "or set distill.mask_share=0; then go on with --resume" in capfd.readouterr().err
     # The remedy works as printed, and the images are not packed again.
-    assert said.strip().endswith("; then go on with --resume")
-    resumed = [*words, *given, "--set", remedy, "--resume", "--hours", 1]
-    assert run_singer(monkeypatch, *resumed) == 0, capfd.readouterr().err
+    resumed = [*words, "--set", "distill.mask_share=0", "--resume", "--hours"]
+    assert run_singer(monkeypatch, *resumed, 1) == 0, capfd.readouterr().err
     assert capfd.readouterr().err.count("done before") == 1
-    assert dump_config(load_config(out / "config.yaml")) == dump_config(load_config(file, [*sets, remedy]))
+    assert dump_config(load_config(out / "config.yaml")) == dump_config(load_config(file, ["distill.mask_share=0"]))
     # Once it has begun to cache, its settings are fixed.
-    assert run_singer(monkeypatch, *resumed[:-1], 2) == 2
+    assert run_singer(monkeypatch, *resumed, 2) == 2
     assert "was started with hours 1.0, not 2.0" in capfd.readouterr().err
+
+
+def test_the_only_label_is_rehearsed(world: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "photos", 1, 40)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for n, image in enumerate(sorted((tmp_path / "photos").rglob("*.*"))):
+            tar.add(image, f"{n}{image.suffix}")
+        tar.add(_label(tmp_path / "label"), "1.cls")
+    config = world_config(world, *SMALL, "distill.objective=labels", f"cache.image_key={image.suffix}")
+    rehearse(config, [str(tmp_path / "0.tar")], 40, tmp_path / "rehearsal", make_accelerator("no"))
+
+
+def _label(file: Path) -> Path:
+    file.write_text("1")
+    return file
 
 
 @pytest.mark.parametrize(

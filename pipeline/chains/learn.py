@@ -55,7 +55,7 @@ class Learning:
     """The stages of a chain that has its shards.
 
     out: its folder; train: shards that are cached; probe, test: shards of the probes, none without labels; students:
-    {folder: whether it learns from refined features}; title, note: of the page.
+    {folder: whether it learns from refined features, for which a refiner is fitted}; title, note: of the page.
     """
 
     config: Config
@@ -75,7 +75,8 @@ class Learning:
     def stages(self, steps: Steps) -> Iterator[Stage]:
         """Yield the stages in their order."""
         yield self._cache(steps)
-        yield self._refiner(steps)
+        if any(self.students.values()):
+            yield self._refiner(steps)
         for name, refined in self.students.items():
             yield self._student(steps, name, refined)
         if self.test:
@@ -108,9 +109,13 @@ class Learning:
     def _student(self, steps: Steps, name: str, refined: bool) -> Stage:
         cache, out, refiner = self.out / CACHE, self.out / name, self.out / REFINER if refined else None
         given = ["--refiner", refiner] if refiner else []
+        if self.config.distill.joint:
+            kind = "and its adapters (joint training)"
+        else:
+            kind = "from refined features (SiNGER)" if refined else "from raw features (FitNet)"
         return Stage(
             name,
-            "distilling a student from " + ("refined features (SiNGER)" if refined else "raw features (FitNet)"),
+            f"distilling a student {kind}",
             command("distill", *self.planned, "--cache", cache, *given, "--out", out, "--overwrite"),
             lambda: distill(self.config, cache, out, refiner, mode=steps.resumed),
             together=True,

@@ -90,10 +90,9 @@ def run(
             partial(_plan, config, shards["shards"], out, steps, given),
         )
         planned, parts = load_config(out / PLANNED), Split(**plan["split"])
-        learning = Learning(
-            planned, out, parts.train, parts.probe, parts.test, {STUDENT: True}, "Student of one teacher"
-        )
-        stages = [_rehearsal(learning, steps), *learning.stages(steps), _export(learning, steps)]
+        students = {STUDENT: not planned.distill.joint}
+        learning = Learning(planned, out, parts.train, parts.probe, parts.test, students, "Student of one teacher")
+        stages = [_rehearsal(learning, parts.images, steps), *learning.stages(steps), _export(learning, steps)]
         steps.total = 2 + len(stages)
         results = {stage.name: stage.follow(steps) for stage in stages}
         if steps.main and parts.why:
@@ -153,8 +152,9 @@ def _chosen(config: Config, choice: Choice) -> Config:
     return load_config(config.model_dump(mode="json"), options=sets)
 
 
-def _rehearsal(learning: Learning, steps: Steps) -> Stage:
-    work = partial(rehearse, learning.config, learning.train, learning.out / REHEARSAL, steps.accelerator)
+def _rehearsal(learning: Learning, images: int, steps: Steps) -> Stage:
+    folder = learning.out / REHEARSAL
+    work = partial(rehearse, learning.config, learning.train, images, folder, steps.accelerator)
     return Stage(REHEARSAL, "rehearsing: building the student on a few images", None, work, together=True)
 
 

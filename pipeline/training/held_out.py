@@ -39,10 +39,7 @@ def split_images(cache: Cache, settings: DistillConfig, moved: Spec | None = Non
         return None, np.arange(0)
     image = cache.index.image
     images = np.random.default_rng([settings.seed, 1]).permutation(np.unique(image))
-    held = max(1, round(settings.holdout * len(images))) if settings.holdout else 0
-    if held >= len(images):
-        raise UserError(f"distill.holdout: {cache.place} has {len(images)} images, of which {held} would be held out")
-    kept = max(1, round(settings.share * (len(images) - held)))
+    held, kept = image_counts(len(images), settings)
     others = images[held:]
     if settings.share < 1 and settings.share_by != "random":
         scores = _scores(cache, settings, moved)[np.searchsorted(np.unique(image), others)]
@@ -52,16 +49,30 @@ def split_images(cache: Cache, settings: DistillConfig, moved: Spec | None = Non
     return np.flatnonzero(trained), np.flatnonzero(np.isin(image, images[:held]))[:_MOST_RECORDS]
 
 
+def image_counts(images: int, settings: DistillConfig) -> tuple[int, int]:
+    """Return how many of so many images are held out, and how many are trained on.
+
+    Raises UserError if there is nothing left to train on.
+    """
+    held = _held(images, settings)
+    return held, max(1, round(settings.share * (images - held)))
+
+
 def held_out_images(count: int, settings: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of the images to train on, ascending, and of at most 2,048 others to measure on.
 
     Raises UserError if there is nothing left to train on.
     """
-    held = max(1, round(settings.holdout * count)) if settings.holdout else 0
-    if held >= count:
-        raise UserError(f"{settings.section}.holdout: all {count} images would be held out")
+    held = _held(count, settings)
     drawn = np.random.default_rng([settings.seed, 1]).permutation(count)
     return np.sort(drawn[held:]), np.sort(drawn[:held][:_MOST_RECORDS])
+
+
+def _held(images: int, settings: TrainingConfig) -> int:
+    held = max(1, round(settings.holdout * images)) if settings.holdout else 0
+    if held >= images:
+        raise UserError(f"{settings.section}.holdout: all {images} images would be held out")
+    return held
 
 
 def _scores(cache: Cache, settings: DistillConfig, moved: Spec | None) -> np.ndarray:
