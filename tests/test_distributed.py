@@ -137,6 +137,19 @@ def test_under_torchrun(world: Path, config_file: Path, tmp_path: Path) -> None:
     assert torchrun(2, "cache-teacher", *options)["id"] == Cache(world / "cache").id
 
 
+@pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "true"}], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+def test_losses_of_whole_batches_on_two_processes(
+    world: Path, config_file: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    sets = ["distill.objective={mse: 1, queue: 0.1, angle: 1}", "distill.batch_size=20", "distill.epochs=2", ADAMW]
+    distill(world_config(world, *sets), world / "cache", tmp_path / "run1")
+    options = ["--config", config_file, *(part for value in sets for part in ("--set", value))]
+    launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "run2", *options, environment=environment)
+    one, two = ([line["loss"] for line in read_log(tmp_path / f"run{n}" / "log.jsonl")] for n in (1, 2))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_from_photos_on_two_processes(world: Path, tmp_path: Path) -> None:
     """All processes rehearse, cache, refine and distil; the first packs, plans, reports and exports."""

@@ -1,11 +1,13 @@
 """Every objective against a computation in NumPy, or by the teacher itself."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import WIDTH, make_vit
+from forked import forked
 from torch import Tensor
 
 from singer.errors import UserError
@@ -237,6 +239,44 @@ def test_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = objective.state_dict()["patches"].numpy()
     some = [k for k in range(6) if (nearest == k).any()]
     np.testing.assert_allclose(moved[some], expected[some], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["angle", "prototypes", "queue"])
+def test_what_is_learned_from_batches_is_learned_from_the_parts_of_all_processes(name: str, tmp_path: Path) -> None:
+    """Two processes with half a batch each: the losses and the buffers of one process with all of it."""
+    objective = OBJECTIVES[name](make_context())
+    for buffer in objective.buffers():  # prototypes begin by chance
+        buffer.copy_(torch.nn.functional.normalize(torch.randn(buffer.shape), dim=-1) if buffer.dim() == 2 else buffer)
+    torch.save(objective.state_dict(), tmp_path / "start")
+    batches = [(torch.randn(8, 17, WIDTH), torch.randn(8, 17, WIDTH)) for _ in range(3)]
+    torch.save(batches, tmp_path / "batches")
+    ranks = [forked(_half, name, tmp_path, rank) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    losses = [objective({3: a}, {3: b}) for a, b in batches]
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for step, whole in enumerate(losses):
+        for part, values in whole.items():
+            torch.testing.assert_close(torch.cat([found[step][part] for found, _ in halves]), values)
+    for _, state in halves:
+        for key, value in objective.state_dict().items():
+            torch.testing.assert_close(state[key], value)
+
+
+def _half(name: str, folder: Path, rank: int) -> None:
+    """Write the losses and the state after batches of which this process has a half."""
+    file = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
+    objective = OBJECTIVES[name](make_context())
+    objective.load_state_dict(torch.load(folder / "start", weights_only=True))
+    part = slice(4 * rank, 4 * rank + 4)
+    batches = torch.load(folder / "batches", weights_only=True)
+    losses = [objective({3: a[part]}, {3: b[part]}) for a, b in batches]
+    torch.save((losses, objective.state_dict()), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_weighted() -> None:

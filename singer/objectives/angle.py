@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.all_processes import mean_of_all
 from singer.objectives.base import LastBlock, ObjectiveContext
 
 
@@ -39,15 +40,15 @@ class Angle(LastBlock):
     @torch.no_grad()
     def move(self, summaries: Tensor) -> None:
         """Move the mean direction and the dispersion towards those of summaries (B, d); the first batch sets them."""
-        self.update("direction", summaries.mean(0))
-        self.update("dispersion", self.evenly_spaced(summaries))
+        self.update("direction", mean_of_all(summaries.mean(0)))
+        self.update("dispersion", mean_of_all(self.mean_squared_angle(summaries)))
 
     def update(self, name: str, value: Tensor) -> None:
         """Move a running mean towards a value; while it is zero, the value takes its place."""
         old: Tensor = getattr(self, name)
         old.copy_(torch.where(old.any(), self.momentum * old + (1 - self.momentum) * value, value))
 
-    def evenly_spaced(self, summaries: Tensor) -> Tensor:
+    def mean_squared_angle(self, summaries: Tensor) -> Tensor:
         """Return the mean squared angle, a scalar, of summaries (B, d) from the mean direction."""
         return squared_angle(summaries, F.normalize(self.direction, dim=-1)).mean()  # type: ignore[arg-type]
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.all_processes import largest_of_all, of_first, sum_of_all
 from singer.objectives.base import LastBlock, ObjectiveContext
 
 
 class Prototypes(LastBlock):
     """Cross-entropy of the student's assignments to prototypes from the teacher's, on CLS and on patches.
 
-    Of the last matched block; tokens and prototypes are L2-normalised. A batch begins the prototypes: tokens of it that
-    are drawn at random. Then each moves to the mean of the tokens that are nearest to it.
+    Of the last matched block; tokens and prototypes are L2-normalised. A batch begins the prototypes: tokens of it, of
+    the first process's part, that are drawn at random. Then each moves to the mean of all tokens nearest to it.
     """
 
     batchwise = True
@@ -41,7 +42,8 @@ class Prototypes(LastBlock):
                 self.begin(getattr(self, kind), theirs[kind])
             prototypes = getattr(self, kind).clone()  # they move before the backward pass
             scores, wanted = (F.normalize(x, dim=-1) @ prototypes.T for x in (ours[kind], theirs[kind]))
-            assigned = sinkhorn(wanted.flatten(0, 1) / self.teacher_temperature, self.rounds).view_as(wanted)
+            assigned = sinkhorn(wanted.flatten(0, 1) / self.teacher_temperature, self.rounds, self.training)
+            assigned = assigned.view_as(wanted)
             learned = (scores / self.student_temperature).log_softmax(-1)
             losses[kind] = -(assigned * learned).sum(-1).mean(1)
             if self.training:
@@ -59,29 +61,30 @@ class Prototypes(LastBlock):
         flat = F.normalize(tokens.flatten(0, 1), dim=-1)
         order = torch.randperm(self.count, device=flat.device) % len(flat)
         # Whether there are some is not asked of a GPU, which would have to be waited for.
-        prototypes.copy_(
-            torch.where(prototypes.any(), prototypes, flat[torch.randperm(len(flat), device=flat.device)[order]])
-        )
+        drawn = flat[torch.randperm(len(flat), device=flat.device)[order]]
+        prototypes.copy_(of_first(torch.where(prototypes.any(), prototypes, drawn)))
 
     @torch.no_grad()
     def move(self, prototypes: Tensor, tokens: Tensor) -> None:
         """Move each prototype towards the mean of the tokens (B, N, d) that are nearest to it."""
         flat = F.normalize(tokens.flatten(0, 1), dim=-1)
         nearest = F.one_hot((flat @ prototypes.T).argmax(-1), self.count).to(flat.dtype)
-        sums, counts = nearest.T @ flat, nearest.sum(0).unsqueeze(1)
+        sums, counts = sum_of_all(nearest.T @ flat), sum_of_all(nearest.sum(0).unsqueeze(1))
         means = sums / counts.clamp_min(1)
         moved = self.momentum * prototypes + (1 - self.momentum) * means
         prototypes.copy_(F.normalize(torch.where(counts > 0, moved, prototypes), dim=-1))
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, rounds: int) -> Tensor:
+def sinkhorn(scores: Tensor, rounds: int, together: bool = False) -> Tensor:
     """Return assignments (n, K), rows that add up to 1, in which all K columns have nearly the same mass.
 
-    scores: (n, K), divided by the temperature.
+    scores: (n, K), divided by the temperature; together: of the rows of all processes.
     """
-    assigned = (scores - scores.max()).exp()
+    largest = scores.max()
+    assigned = (scores - (largest_of_all(largest) if together else largest)).exp()
     for _ in range(rounds):
-        assigned = assigned / assigned.sum(0).clamp_min(1e-12) / assigned.shape[1]
-        assigned = assigned / assigned.sum(1, keepdim=True).clamp_min(1e-12) / len(assigned)
-    return assigned * len(assigned)
+        mass = assigned.sum(0)
+        assigned = assigned / (sum_of_all(mass) if together else mass).clamp_min(1e-12)
+        assigned = assigned / assigned.sum(1, keepdim=True).clamp_min(1e-12)
+    return assigned

@@ -1,13 +1,14 @@
 """The distillation loss of lightly-train (its method "distillation", version 3): similarities instead of features.
 
 Images are compared with a queue of earlier ones, and patches with the patches of the same image. The queue holds the
-teacher's mean patches; it is filled by training, and empty places do not count.
+teacher's mean patches, of all processes; it is filled by training, and empty places do not count.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.all_processes import rows_of_all
 from singer.objectives.base import LastBlock, ObjectiveContext
 
 
@@ -33,11 +34,12 @@ class Queue(LastBlock):
         patches = self.divergence(ours @ ours.transpose(1, 2), theirs @ theirs.transpose(1, 2)).mean(1)
         image, wanted = (F.normalize(x[:, prefix:].float().mean(1), dim=-1) for x in (student, target))
         # The batch itself is there too, so that the first step has something to compare with.
-        known = torch.cat([wanted, self.queue])  # type: ignore[list-item]
-        empty = torch.arange(len(known), device=known.device) >= len(wanted) + self.filled.clamp(max=self.size)  # type: ignore[operator]
+        batch = rows_of_all(wanted) if self.training else wanted
+        known = torch.cat([batch, self.queue])  # type: ignore[list-item]
+        empty = torch.arange(len(known), device=known.device) >= len(batch) + self.filled.clamp(max=self.size)  # type: ignore[operator]
         images = self.divergence(*((x @ known.T).masked_fill(empty, -torch.inf) for x in (image, wanted)))
         if self.training:
-            self.push(wanted)
+            self.push(batch)
         return {"images": images, "patches": patches}
 
     def divergence(self, ours: Tensor, theirs: Tensor) -> Tensor:
