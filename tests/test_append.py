@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, rows
 from pipeline.config import Config
 from pipeline.models.backbone import save_backbone
 from pipeline.stages.cache_teacher import cache_teacher
@@ -94,6 +94,17 @@ def test_all_at_once_and_a_codec_with_outliers(world: Path, tmp_path: Path) -> N
         exact = {(whole.index.key(r), int(whole.index.view[r])): r for r in range(200)}
         y = whole.features([exact[grown.index.key(r), int(grown.index.view[r])] for r in order.tolist()], CPU)[block]
         assert torch.nn.functional.cosine_similarity(x, y, dim=-1).mean() > 0.97
+
+
+def test_views_of_every_segment_are_replayed(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn again for a new block, also where other views of the same images came first."""
+    first, place = str(world / "train" / "*000000.tar"), tmp_path / "c"
+    for count in (1, 2):
+        config = world_config(world, "cache.blocks=[3]", f"views.count={count}", *RANDOM_VIEWS)
+        make(config, first, place, "new" if count == 1 else "append")
+    monkeypatch.setattr(rows, "draw_view", None)
+    grown = make(world_config(world, "cache.blocks=[2,3]", "views.count=2", *RANDOM_VIEWS), first, place, "append")
+    assert len(grown) == 60 and grown.blocks == (2, 3)
 
 
 def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:

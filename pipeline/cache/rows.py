@@ -59,7 +59,7 @@ class RowReader:
     """Read records. An image is read, hashed and decoded once for all of its requested views and sizes.
 
     Record = image · views + view. files: the listed images; earlier: segments; the first one with the same images says
-    which digests they must still have, and also which views, if it has the same; digests: (images,) uint64, the digests
+    which digests they must still have, and the first one that has the same views, too, which views; digests: (images,) uint64, the digests
     to be used in its place, 0 for an image that was not read before; beside: whether batches have what is stored beside
     the features.
     """
@@ -83,9 +83,11 @@ class RowReader:
             if segment.lacks() is None:
                 index = segment.index()
                 if listing_hash(index.images) == manifest.data.hash:
-                    self._digests = index.digest if digests is None else digests
-                    self._replay = index if segment.manifest.views == manifest.views else None
-                    break
+                    if self._digests is None:
+                        self._digests = index.digest
+                    if segment.manifest.views == manifest.views:
+                        self._replay = index
+                        break
 
     def __len__(self) -> int:
         """Return the number of records."""

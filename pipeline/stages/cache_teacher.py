@@ -121,10 +121,8 @@ def cache_teacher(
 def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ranks: Ranks) -> Config:
     """Return the configuration with a batch size in the place of auto, the same for all processes.
 
-    begun: the cache that is continued, whose batch size is taken.
+    begun: the cache that is continued, as which it then computes.
     """
-    if config.cache.batch_size != "auto":
-        return config
     known = config if begun is None else as_begun(config, begun)
     if known.cache.batch_size != "auto":
         return known
