@@ -7,6 +7,7 @@ import struct
 import sys
 import tarfile
 import zlib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +330,10 @@ def test_masks_with_a_palette_are_indices(world: Path, frames: Path, settings: C
     assert result.class_iou[3] is not None
 
 
-def test_settings_that_cannot_be(world: Path, frames: Path, config: Config, tmp_path: Path) -> None:
+def test_settings_that_cannot_be(
+    world: Path, frames: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("pipeline.stages.evaluate"), "open_model", None)  # they are told before
     shards = frames / "train", frames / "test"
     with pytest.raises(UserError, match=r"needs evaluate\.seg_classes, the number of classes"):
         probe(config, world / "teacher", *shards)

@@ -59,9 +59,9 @@ class RowReader:
     """Read records. An image is read, hashed and decoded once for all of its requested views and sizes.
 
     Record = image · views + view. files: the listed images; earlier: segments; the first one with the same images says
-    which digests they must still have, and the first one that has the same views, too, which views; digests: (images,) uint64, the digests
-    to be used in its place, 0 for an image that was not read before; beside: whether batches have what is stored beside
-    the features.
+    which digests they must still have, and the first one that has the same views, too, which views; digests: (images,)
+    uint64, the digests to be used in its place, 0 for an image that was not read before; beside: whether batches have
+    what is stored beside the features.
     """
 
     def __init__(

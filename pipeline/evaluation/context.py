@@ -59,12 +59,8 @@ class EvaluationContext:
 
     @property
     def train(self) -> Images:
-        """Return the images of --train, or raise UserError if they were not given.
-
-        Only a task that learns reads this property.
-        """
-        if self.learn_from is None:
-            raise UserError("this task learns from images; give --train")
+        """Return the images of --train, for a task that learns."""
+        assert self.learn_from is not None, "Task.check"
         return self.learn_from
 
     @property
@@ -135,12 +131,19 @@ def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
 class Task:
     """A task of `singer evaluate`.
 
-    probe: learns from the model's features and tests what it has learned; check: checks (train, test, settings)
-    before the model is loaded. Both raise UserError for mistakes that the user can fix.
+    probe: tests the model's features; checks: looks at (train, test, settings) before the model is loaded. Both raise
+    UserError for mistakes that the user can fix. learns: whether it needs --train.
     """
 
     probe: Callable[[EvaluationContext], EvaluateResult]
-    check: Callable[[Images, Images, EvaluateConfig], None]
+    checks: Callable[[Any, Images, EvaluateConfig], None]
+    learns: bool = True
+
+    def check(self, train: Images | None, test: Images, settings: EvaluateConfig) -> None:
+        """Raise UserError if the task cannot be done with these images."""
+        if self.learns and train is None:
+            raise UserError("this task learns from images; give --train")
+        self.checks(train, test, settings)
 
 
 def tokens(

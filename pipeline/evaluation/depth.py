@@ -60,23 +60,21 @@ class Depth(EvaluateResult):
 def probe(context: EvaluationContext) -> Depth:
     """Train both heads on --train and return their figures on --test.
 
-    Raises UserError if a depth map is missing or cannot be used, or if no map has a pixel that counts.
+    Raises UserError as `check` does, and if no pixel counts at the resolution of the probe.
     """
     settings, cells = context.settings, label_size(context)
     train_maps, test_maps = index_beside(context.train, MAP), index_beside(context.test, MAP)
-    # All maps are read before the model runs, so that a bad map stops the task at once.
-    pixels = count_pixels(context.test, test_maps, settings)
     labels = torch.from_numpy(
         np.stack([nearest(depth, cells) for depth in read_depths(context.train, train_maps, settings)])
     )
     require_pixels("--train", int(labels.count_nonzero()), settings)
-    require_pixels("--test", pixels, settings)
 
     x = train_tokens(context)
     heads = {kind: fit_heads(tokens, labels, settings, context.device) for kind, tokens in of_every_kind(context, x)}
     sums = {kind: {name: torch.zeros(4, dtype=torch.float64) for name in both} for kind, both in heads.items()}
-    patches = (image for batch in patch_tokens(context, context.test) for image in batch)
+    patches, pixels = (image for batch in patch_tokens(context, context.test) for image in batch), 0
     for image, depth in zip(patches, read_depths(context.test, test_maps, settings), strict=True):
+        pixels += int(np.count_nonzero(depth))
         size, true = (depth.shape[0], depth.shape[1]), torch.from_numpy(depth)
         for kind, both in heads.items():
             tokens = context.kinds[kind](image)
@@ -102,7 +100,10 @@ def probe(context: EvaluationContext) -> Depth:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Read all maps, and raise UserError as `probe` does."""
+    """Read all maps.
+
+    Raises UserError if one is missing or cannot be used, or if no map has a pixel that counts.
+    """
     for what, images in (("--train", train), ("--test", test)):
         require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
 

@@ -57,12 +57,10 @@ class Segmentation(EvaluateResult):
 def probe(context: EvaluationContext) -> Segmentation:
     """Train a linear head on --train and return its figures on --test.
 
-    Raises UserError if a mask is missing or cannot be used, if a label is out of range, or if seg_classes is not set.
+    Raises UserError as `check` does, and if no label is left at the resolution of the probe.
     """
     settings = context.settings
     classes, train_masks, test_masks = find_masks(context.train, context.test, settings)
-    # All masks are read before the model runs, so that a bad mask stops the task at once.
-    require_label("--test", context.test, test_masks, settings)
     cells = label_size(context)
     labels = torch.from_numpy(
         np.stack([nearest(mask, cells) for mask in read_masks(context.train, train_masks, settings)])
@@ -94,10 +92,13 @@ def probe(context: EvaluationContext) -> Segmentation:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Read all masks, and raise UserError as `probe` does."""
+    """Read all masks.
+
+    Raises UserError if one is missing or cannot be used, if a label is out of range, or if seg_classes is not set.
+    """
     _, train_masks, test_masks = find_masks(train, test, settings)
-    require_label("--train", train, train_masks, settings)
     require_label("--test", test, test_masks, settings)
+    require_label("--train", train, train_masks, settings)
 
 
 def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[int, Images, Images]:

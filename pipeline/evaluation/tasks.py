@@ -7,7 +7,7 @@ TASKS: dict[str, Task] = {
     "classification": Task(classification.probe, classification.check),
     "segmentation": Task(segmentation.probe, segmentation.check),
     "depth": Task(depth.probe, depth.check),
-    "retrieval": Task(retrieval.probe, retrieval.check),
+    "retrieval": Task(retrieval.probe, retrieval.check, learns=False),
     "domain-shift": Task(domain_shift.probe, domain_shift.check),
-    "head": Task(own_head.probe, own_head.check),
+    "head": Task(own_head.probe, own_head.check, learns=False),
 }

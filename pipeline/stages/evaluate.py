@@ -88,6 +88,8 @@ def evaluate_tasks(
     images = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
     if config.cache.on_error == "skip":
         images = None if images[0] is None else readable(images[0]), readable(images[1])
+    for task in tasks:
+        TASKS[task].check(*images, config.evaluate)
     backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     learned: Answer | None = None
     if run is not None and (run / RUN).is_file():
