@@ -243,6 +243,8 @@ def check_chain(
     look("run", config, out, mode, images=[specs])
     if config.distill.share_run is not None:
         raise UserError("distill.share_run: no run was trained from the cache that this makes; use singer distill")
+    if config.export.output != "pooled":
+        raise UserError("export.output: this exports whole models; leave it out, and use singer export for tokens")
     if config.student.name == "vit" and config.student.dim is None:
         raise UserError("give --student NAME: a timm model, or vit with student.dim, student.depth and student.heads")
     given: dict[str, Any] = {

@@ -218,7 +218,7 @@ class CudaError(RuntimeError):
             r"2 GiB\); lower the batch size",
         ),
         (MemoryError("Unable to allocate 9 TiB"), 2, r"out of memory \(Unable to allocate 9 TiB\); lower the batch"),
-        (RuntimeError("CUDA out of memory. Tried"), 2, r"out of memory .*bf16, and go on with --resume$"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, r"out of memory .*bf16, and start it again: with --resume, or"),
         (CudaError("CUDA error: all CUDA-capable devices are busy or unavailable"), 2, r"see nvidia-smi"),
         (CudaError("CUDA error: device-side assert triggered"), 1, r"defect of singer"),
         (DefectsFound("1 of 2 runs failed: a (x)"), 1, r"^error: 1 of 2 runs failed: a \(x\)$"),

@@ -12,6 +12,7 @@ from test_docs import fences
 from torch import nn
 
 from pipeline.cache.reader import Cache
+from pipeline.chains.run import run
 from pipeline.config import Config
 from pipeline.models.loading import load_model, load_saved
 from pipeline.models.names import is_function
@@ -78,6 +79,13 @@ def test_the_example_as_teacher_and_student(world: Path, mine: Path) -> None:
         report([mine / "run"], mine / "page.html", cache=mine / "cache")
     made = report([mine / "run"], mine / "page.html", cache=mine / "cache", students=["mymodels:net"], records=8)
     assert made.runs == 1 and "data:image/png;base64," in made.out.read_text()
+
+
+def test_from_photos_to_a_student_of_ones_own(world: Path, mine: Path) -> None:
+    """There is nothing to export to timm, and the report knows the module."""
+    config = mine_with("student.name=mymodels:net", *STUDENT, "views.count=1")
+    made = run(config, world / "images" / "train", mine / "out")
+    assert made.report.exists() and made.timm is None and not (mine / "out" / "timm").exists()
 
 
 def test_the_cache_knows_its_teacher(world: Path, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pipeline.stages.refine import refine
 from pipeline.storage.json_files import read_json
 from pipeline.training import adapter_fit
 from pipeline.training.adapter_fit import batch_order
+from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.run_log import read_log
 from pipeline.training.stored_refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
@@ -299,12 +300,16 @@ def test_a_fit_goes_on_on_its_own_cache_only(
     def dying(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(adapter_fit, "adapter_losses", dying)
-        with pytest.raises(KeyboardInterrupt):
-            refine(config, world / "cache", tmp_path / "a")
+    for owner, name, mode in ((adapter_fit, "adapter_losses", "new"), (RefinerFit, "fit_closed_forms", "resume")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            with pytest.raises(KeyboardInterrupt):
+                # Until an adapter is stored, settings may change.
+                steps = "refine.steps=3" if mode == "new" else "refine.steps=2"
+                refine(world_config(world, steps), world / "cache", tmp_path / "a", mode)  # type: ignore[arg-type]
+    config = world_config(world, "refine.steps=2")
     cache_teacher(config, str(world / "test" / "*.tar"), tmp_path / "other")
-    small = world_config(world, "refine.batch_size=8")
+    small = world_config(world, "refine.steps=2", "refine.batch_size=8")
     with pytest.raises(UserError, match=r"refine\.batch_size 16, not 8"):
         refine(small, tmp_path / "other", tmp_path / "a", "resume")
     with pytest.raises(UserError, match="it was started on another cache; use that or --overwrite"):

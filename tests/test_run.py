@@ -343,6 +343,9 @@ def test_the_advice_of_a_failure_works(
         ("distill.share=0.5 distill.share_by=el2n cache.blocks=[1,2]", "distill.share_by el2n"),
         ("distill.holdout=0.999", "distill.holdout: all 5 images would be held out"),
         ("distill.objective=labels", "objective labels needs a cache of labelled images"),
+        ("refine.cleaner=adapter refine.lr=1e30", "the adapters diverged; lower refine.lr"),
+        ("distill.trackers=[foo]", "distill.trackers: unknown 'foo'"),
+        ("export.output=tokens", "export.output: this exports whole models"),
         ("distill.projector=none", "projector none compares tokens as they are, and the student has 12 channels"),
     ],
 )
@@ -373,6 +376,34 @@ def test_until_the_cache_is_begun_other_settings_are_taken(
     # Once it has begun to cache, its settings are fixed.
     assert run_singer(monkeypatch, *resumed, 2) == 2
     assert "was started with hours 1.0, not 2.0" in capfd.readouterr().err
+
+
+def test_settings_of_a_stage_can_be_changed_until_it_has_begun(world: Path, tmp_path: Path) -> None:
+    """What a late stage refuses costs no cache: the settings, or the stage alone, are changed."""
+    draw_images(tmp_path / "photos", 2, 12)
+    out = tmp_path / "out"
+
+    def chain(*sets: str, mode: Mode = "resume") -> RunResult:
+        return run(world_config(world, *SMALL, *sets), tmp_path / "photos", out, mode)
+
+    with pytest.raises(UserError, match=r"lower distill\.lr .*; then go on with --resume"):
+        chain("distill.lr=1e30", "evaluate.image_size=30", mode="new")
+    cache = tree_bytes(out / "cache")
+    with pytest.raises(UserError, match=r"cache was started with cache\.codec float16, not int8; .*remove .*/cache to"):
+        chain("cache.codec=int8")
+    with pytest.raises(UserError, match=r"image_size 30 is not a multiple .*; then go on with --resume"):
+        chain("evaluate.image_size=30", "evaluate.workers=1")
+    assert load_config(out / "planned.yaml").evaluate.workers == 1
+    assert chain().linear
+    assert tree_bytes(out / "cache") == cache and load_config(out / "planned.yaml").distill.lr != 1e30
+    student = tree_bytes(out / "student" / "student")
+    with pytest.raises(
+        UserError, match=r"student was started with distill\.seed 0, not 5; .*remove (.*) to make it anew"
+    ):
+        chain("distill.seed=5")
+    shutil.rmtree(out / "student")
+    chain("distill.seed=5")
+    assert tree_bytes(out / "cache") == cache and tree_bytes(out / "student" / "student") != student
 
 
 def test_the_only_label_is_rehearsed(world: Path, tmp_path: Path) -> None:

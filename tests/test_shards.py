@@ -526,7 +526,7 @@ def test_broken_images_are_named_or_listed(tmp_path: Path, name: str) -> None:
         validate_images(images, 2, "fail")
     assert str(error.value).startswith(f"image '{key}' in {images.paths[0]} cannot be decoded: ")
     remedies = "--resume --on-error skip (--append --on-error skip, if it was being appended)"
-    assert str(error.value).endswith(f"; repair it, or go on without it: {remedies}")
+    assert str(error.value).endswith(f"; repair it and start anew, or go on without it: {remedies}")
     assert "\n" not in str(error.value) and "0x" not in str(error.value)
     tracemalloc.start()
     found = validate_images(images, 2, "skip")

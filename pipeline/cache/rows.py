@@ -24,6 +24,12 @@ from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 
+# Its listed size is that of the broken file.
+_ADVICE = (
+    "repair it and start anew, or go on without it: "
+    "--resume --on-error skip (--append --on-error skip, if it was being appended)"
+)
+
 
 def copies_of(seed: int, views: Iterable[tuple[str, int]], copying: Copying) -> Tensor:
     """Return the copies of some views, (n, count, 3) int16.
@@ -152,7 +158,13 @@ class RowReader:
 
     def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
         """Return image `number` as RGB, or None if it is broken, and its digest."""
-        data, where = self._files.encoded(number)
+        try:
+            data, where = self._files.encoded(number)
+        except UserError as error:
+            if self._on_error == "fail":
+                raise UserError(f"{error}; {_ADVICE}") from None
+            unreadable[number] = str(error)
+            return None, 0
         digest = image_digest(data)
         if self._digests is not None and self._digests[number] not in (0, digest):
             raise UserError(f"image {self.images.keys[number]!r} has changed since it was cached ({where})")
@@ -161,9 +173,6 @@ class RowReader:
                 return decode_rgb(data, self.images.decoding, self.images.max_pixels), digest
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
-                raise UserError(
-                    f"{where} cannot be decoded: {one_line(error, None)}; repair it, or go on without it: "
-                    "--resume --on-error skip (--append --on-error skip, if it was being appended)"
-                ) from None
+                raise UserError(f"{where} cannot be decoded: {one_line(error, None)}; {_ADVICE}") from None
             unreadable[number] = one_line(error, None)
             return None, digest

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.chains.steps import Steps
 from pipeline.config import Config
+from pipeline.models.names import is_function
 from pipeline.outputs.folder import CACHE
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
@@ -138,14 +139,21 @@ class Learning:
     def _report(self) -> Stage:
         runs, page = [self.out / name for name in self.students], self.out / PAGE
         probes = self.out / PROBES if self.test else None
-        given = ["--teacher-probes", probes] if probes else []
+        own = [name for name in (self.config.student.name,) if is_function(name)]
+        given = [*(["--teacher-probes", probes] if probes else []), *repeated("--student", own)]
         return Stage(
             "report",
             "writing the report",
             command("report", *runs, "--out", page, *given, "--title", self.title, "--overwrite"),
             lambda: (
                 report(
-                    runs, page, teacher_probes=probes, title=self.title, note=self.note, overwrite=page.exists()
+                    runs,
+                    page,
+                    teacher_probes=probes,
+                    students=own,
+                    title=self.title,
+                    note=self.note,
+                    overwrite=page.exists(),
                 ).mean_max_over_median
             ),
             together=False,

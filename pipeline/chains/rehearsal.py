@@ -21,6 +21,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.held_out import image_counts
 from pipeline.training.image_scores import check_scores
 from pipeline.training.runs import NewStudent, StudentSpec
+from singer.errors import UserError
 
 REHEARSAL = "rehearsal"
 _IMAGES = 16
@@ -33,37 +34,47 @@ def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, a
     images: how many there are in all. All processes call it together. It works in `folder`, which is emptied first and
     removed at the end. Raises UserError as the stages cache-teacher, refine and distill do.
     """
+    try:
+        _rehearse(config, shards, images, folder, accelerator)
+    except UserError:
+        _remove(folder, accelerator)
+        raise
+    _remove(folder, accelerator)  # not after a defect, whose log is there
+
+
+def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, accelerator: Accelerator) -> None:
     sets = {
         # The tar holds KEY.jpg, whatever is in a key. For a few images, the teacher is not compiled.
         "cache": {"image_key": ".jpg", "compile": False},
         "refine": {"steps": 1, **_NO_COPY},
-        "distill": {"trackers": (), **_NO_COPY},
+        "distill": _NO_COPY,
     }
     small = config.model_copy(update={name: getattr(config, name).model_copy(update=own) for name, own in sets.items()})
     settings, tar, cache = small.distill, folder / "0.tar", folder / "cache"
     job = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
     # The records of the real cache, as far as their number matters.
     held, kept = (np.arange(count * config.views.count) for count in image_counts(images, settings))
-    try:
-        with watched(accelerator, REHEARSAL):
-            if accelerator.is_main_process:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                _write(config, shards, tar)
-        cache_teacher(small, str(tar), cache)
-        if not settings.joint:
-            refine(small, cache, folder / "refiner")
-        with watched(accelerator, REHEARSAL):  # the cache is there until all have built the student
-            sources = open_teachers(settings, cache, job.refiner)
-            check_shared([job])
-            check_fsdp(settings.precision)
-            check_job(job, sources)
-            if settings.share < 1:
-                check_scores(sources[0].cache, settings.share_by)
-            NewStudent(job, sources, make_accelerator(settings.precision), (kept, held))
-    finally:
+    with watched(accelerator, REHEARSAL):
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            _write(config, shards, tar)
+    cache_teacher(small, str(tar), cache)
+    if not settings.joint:
+        refine(small, cache, folder / "refiner")
+    with watched(accelerator, REHEARSAL):  # the cache is there until all have built the student
+        sources = open_teachers(settings, cache, job.refiner)
+        check_shared([job])
+        check_fsdp(settings.precision)
+        check_job(job, sources)
+        if settings.share < 1:
+            check_scores(sources[0].cache, settings.share_by)
+        NewStudent(job, sources, make_accelerator(settings.precision), (kept, held))
+
+
+def _remove(folder: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(config: Config, shards: Sequence[str], tar: Path) -> None:

@@ -4,12 +4,13 @@ The chain packs the images into shards, plans, rehearses, caches, refines, disti
 are labels, reports and exports. Each stage is the ordinary one, in a folder of its own below DIR.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
+from pipeline.chains.learn import PAGE, PLANNED, REFINER, SHARDS, Learning, Stage, command
 from pipeline.chains.rehearsal import REHEARSAL, rehearse
 from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
@@ -18,10 +19,10 @@ from pipeline.config import Config, dump_config, load_config
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
-from pipeline.models.names import local_folder
+from pipeline.models.names import HF, is_function, local_folder
 from pipeline.outputs.folder import Mode, chain_has_begun
 from pipeline.outputs.resuming import CONFIG
-from pipeline.planning.choice import Choice, Chooser
+from pipeline.planning.choice import Chooser
 from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
@@ -30,7 +31,7 @@ from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 
 STAGE = "run"
-PLAN, STUDENT, TIMM = "plan", "student", "timm"
+PLAN, STUDENT, TIMM, HF_FORMAT = "plan", "student", "timm", "hf"
 # With labels; without them there are fewer.
 _STAGES = 10
 
@@ -39,14 +40,14 @@ _STAGES = 10
 class RunResult:
     """The result of a chain.
 
-    student: the run of singer distill; timm: the folder that timm loads; report: the page to open; images: that were
-    cached; views, codec, epochs: what was chosen; linear: {model: accuracies (%) on held-out images}, none without
-    labels.
+    student: the run of singer distill; timm: the folder that timm loads, None if timm has no such model; report: the
+    page to open; images: that were cached; views, codec, epochs: what was chosen; linear: {model: accuracies (%) on
+    held-out images}, none without labels.
     """
 
     out: Path
     student: Path
-    timm: Path
+    timm: Path | None
     report: Path
     images: int
     views: int
@@ -77,7 +78,10 @@ def run(
             check_known(name, f"{section}.name: timm has no model {name!r}")
     with chain(STAGE, config, out, mode, _STAGES) as steps:
         if not chain_has_begun(out):
-            steps.forget(PLAN, REHEARSAL)  # they may have been made from other settings
+            steps.again_from(PLAN)  # its settings may be others
+        for made in (REFINER, STUDENT):
+            if not (out / made).exists():  # removed, to be made anew
+                steps.again_from(made)
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
@@ -89,10 +93,12 @@ def run(
             "planning: measuring teacher and student",
             partial(_plan, config, shards["shards"], out, steps, given),
         )
-        planned, parts = load_config(out / PLANNED), Split(**plan["split"])
+        parts, planned = Split(**plan["split"]), _chosen(config, plan["choice"]["sets"])
+        if steps.main:
+            write_atomic(out / PLANNED, dump_config(planned).encode())
         students = {STUDENT: not planned.distill.joint}
         learning = Learning(planned, out, parts.train, parts.probe, parts.test, students, "Student of one teacher")
-        stages = [_rehearsal(learning, parts.images, steps), *learning.stages(steps), _export(learning, steps)]
+        stages = [_rehearsal(learning, parts.images, steps), *learning.stages(steps), *_export(learning, steps)]
         steps.total = 2 + len(stages)
         results = {stage.name: stage.follow(steps) for stage in stages}
         if steps.main and parts.why:
@@ -100,7 +106,7 @@ def run(
     return RunResult(
         out=out,
         student=out / STUDENT,
-        timm=out / TIMM,
+        timm=out / TIMM if TIMM in results else None,
         report=out / PAGE,
         images=parts.images,
         views=planned.views.count,
@@ -127,7 +133,7 @@ def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
 
 
 def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any]) -> dict[str, Any]:
-    """Split the shards, choose, and write the configuration with the choice. Return the split and the choice."""
+    """Split the shards and choose. Return the split and the choice."""
     parts = split(config, shards)
     listed = list_images(config, parts.train)
     costs = measure_costs(config, listed, steps.accelerator.device)
@@ -139,13 +145,20 @@ def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dic
         say(f"    {line}")
     held = f"{parts.probed} images are probed, the held-out ones are in {', '.join(parts.test)}"
     say(f"    {held}" if parts.test else f"    nothing is held out, and there are no probes: {parts.why}")
-    write_atomic(out / PLANNED, dump_config(_chosen(config, choice)).encode())
     return {"split": asdict(parts), "choice": asdict(choice)}
 
 
-def _chosen(config: Config, choice: Choice) -> Config:
-    """Return the configuration with what was chosen; probes see teacher and student at the same image size."""
-    sets = dict(choice.sets)
+def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:
+    """Return the configuration with what was chosen and is not given; choice: {key: value}.
+
+    Probes see teacher and student at the same image size.
+    """
+    keys = {key: key.split(".") for key in choice}
+    sets = {
+        key: choice[key]
+        for key, (section, name) in keys.items()
+        if name not in getattr(config, section).model_fields_set
+    }
     size, student = config.teacher.image_size, config.student.image_size
     if size is not None and student in (None, size) and config.evaluate.image_size is None:
         sets["evaluate.image_size"] = size
@@ -158,12 +171,17 @@ def _rehearsal(learning: Learning, images: int, steps: Steps) -> Stage:
     return Stage(REHEARSAL, "rehearsing: building the student on a few images", None, work, together=True)
 
 
-def _export(learning: Learning, steps: Steps) -> Stage:
-    source, out = learning.out / STUDENT, learning.out / TIMM
-    return Stage(
-        TIMM,
-        "exporting the student for timm",
-        command("export", source, "--to", TIMM, *learning.planned, "--out", out, "--overwrite"),
-        lambda: str(export(learning.config, source, out, TIMM, steps.again(out)).export),
+def _export(learning: Learning, steps: Steps) -> Iterator[Stage]:
+    """Yield the stage of the export, if the student is a model of timm or of transformers."""
+    name, source = learning.config.student.name, learning.out / STUDENT
+    if is_function(name):
+        return
+    to = HF_FORMAT if name.startswith(HF) else TIMM
+    out = learning.out / to
+    yield Stage(
+        to,
+        f"exporting the student for {to}",
+        command("export", source, "--to", to, *learning.planned, "--out", out, "--overwrite"),
+        lambda: str(export(learning.config, source, out, to, steps.again(out)).export),
         together=False,
     )

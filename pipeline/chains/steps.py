@@ -41,10 +41,11 @@ class Steps:
         """Return the mode of stages that cannot resume: what a killed chain has left in `folder` is replaced."""
         return "overwrite" if self._mode == "resume" and folder.exists() else "new"
 
-    def forget(self, *names: str) -> None:
-        """Do these steps again if they were done."""
-        for name in names:
-            self._done.pop(name, None)
+    def again_from(self, name: str) -> None:
+        """Do a step that was done, and all that were done after it, again."""
+        done = list(self._done)
+        for later in done[done.index(name) :] if name in done else ():
+            del self._done[later]
 
     def note(self, name: str, value: Any) -> None:
         """Store a value among the results of the steps."""
@@ -93,4 +94,6 @@ def chain(stage: str, config: Config, out: Path, mode: Mode, total: int) -> Iter
         except UserError as error:
             if RESULT_SECTIONS[stage] is None or "--resume" in str(error):
                 raise
-            raise UserError(f"{error}; then go on with --resume") from error
+            # A stage knows nothing of the chain, whose --overwrite would replace all stages.
+            again = " (here: remove that folder)" if "--overwrite" in str(error) else ""
+            raise UserError(f"{error}{again}; then go on with --resume") from error

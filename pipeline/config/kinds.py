@@ -54,6 +54,6 @@ class LocalCopy(NamedTuple):
         """Return what two keys of a section say. Raises UserError for a limit without a folder."""
         if folder is None:
             if gb is not None:
-                raise UserError("local_copy_gb: there is no folder that it limits; give --local-copy FOLDER")
+                raise UserError("local_copy_gb: there is no folder that it limits; set local_copy=FOLDER, too")
             return None
         return cls(folder, gb)

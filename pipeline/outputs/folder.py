@@ -1,8 +1,9 @@
 """Output folders: a stage claims one before work starts, and overwrites none by accident."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from pipeline.outputs.provenance import PROVENANCE, write_provenance
 from pipeline.outputs.resuming import RESULT_SECTIONS, config_change
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.failures import CLAIMED
-from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage import Place, Store, is_remote, open_store
 from pipeline.storage.json_files import read_json
 from singer.errors import UserError
 
@@ -19,6 +20,19 @@ from singer.errors import UserError
 _LOGLESS = ("export",)
 # The cache in the folder of a chain.
 CACHE = "cache"
+# Files of a stage that depend on its settings: until there is one of them, --resume takes other settings, too.
+_BOUND = {
+    "cache-teacher": ("manifest.json",),
+    "refine": ("checkpoint-*.pt", "fitted-*", "refiner.json"),
+    "distill": ("checkpoint.pt", "student/*", "run.json"),
+    "finetune": ("checkpoint.pt", "student/*", "run.json"),
+}
+# {folder of a chain: (its stage, the sections that then cannot change)}.
+_OF_CHAIN = {
+    CACHE: ("cache-teacher", ("teacher", "views", "cache")),
+    "refiner": ("refine", ("refine",)),
+    "student": ("distill", ("student", "distill")),
+}
 Mode = Literal["new", "resume", "overwrite", "append"]
 
 
@@ -63,8 +77,11 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
         raise UserError(f"{place} was written by singer {written}, not by {stage}; give another --out")
     if mode == "resume":
         assert sections is not None
-        if stage == "run" and not chain_has_begun(Path(place)):
-            sections = ("prepare",)
+        if stage == "run":
+            _check_chain(store, config, present)
+            return
+        if not is_bound(stage, present):
+            return
         if stage == "distill" and config.distill.joint:
             sections = (*sections, "refine")
         if stage == "finetune" and config.finetune.head == "probe":
@@ -76,9 +93,31 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
             )
 
 
+def is_bound(stage: str, present: Iterable[str], folder: str = "") -> bool:
+    """Return whether some of the files, below a folder of them, depends on the settings of a stage that wrote them."""
+    files = [name.removeprefix(folder) for name in present if name.startswith(folder)]
+    return stage not in _BOUND or any(fnmatch(name, pattern) for name in files for pattern in _BOUND[stage])
+
+
 def chain_has_begun(out: Path) -> bool:
-    """Return whether `singer run` has begun to cache in `out`; until then, all but the images may change."""
-    return (out / CACHE).exists()
+    """Return whether `singer run` has begun to cache in `out`; until then, it may plan anew."""
+    return (out / CACHE / "manifest.json").exists()
+
+
+def _check_chain(store: Store, config: Config, present: Iterable[str]) -> None:
+    """Raise UserError if a setting on which a stage of a chain has begun has changed."""
+    change = config_change(store, config, ("prepare",))
+    if change is not None:
+        raise UserError(
+            f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
+        )
+    for folder, (stage, sections) in _OF_CHAIN.items():
+        change = config_change(store, config, sections) if is_bound(stage, present, f"{folder}/") else None
+        if change is not None:
+            raise UserError(
+                f"{store.url} cannot be continued: {folder} was started with {change}; repeat its command, or remove "
+                f"{store.url}/{folder} to make it anew"
+            )
 
 
 @contextmanager
@@ -93,8 +132,9 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
         if mode != "append":
-            anew = mode == "resume" and stage == "run" and not chain_has_begun(Path(place))
-            write_provenance(store, stage, config, seed, anew)
+            sections = RESULT_SECTIONS[stage]
+            changed = mode == "resume" and sections is not None and config_change(store, config, sections) is not None
+            write_provenance(store, stage, config, seed, changed)
         with nullcontext() if stage in _LOGLESS else stage_log(place, config):
             try:
                 yield

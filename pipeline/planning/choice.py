@@ -182,9 +182,11 @@ class Chooser:
         fitting = [n for n in counts if self._bytes(n, smallest) <= self._room]
         if not fitting:
             need = self._bytes(counts[-1], smallest) / 1e9
+            more = 1.05 * need
+            remedy = f"give --disk-gb {more:.2g} or more" if 1e9 * more < self.free else f"make room for {more:.2g} GB"
             raise UserError(
                 f"the cache takes {need:.3g} GB even with views.count {counts[-1]} and codec {smallest}, and "
-                f"{self._room / 1e9:.3g} GB are allowed; give --disk-gb {1.05 * need:.2g} or more, or fewer images"
+                f"{self._room / 1e9:.3g} GB are allowed; {remedy}, or give fewer images"
             )
         return next((n for n in fitting if self._quick(n)), fitting[-1])
 

@@ -14,7 +14,8 @@ from singer.errors import UserError
 
 _MEMORY = (
     "lower the batch size (cache., refine., distill. or evaluate.batch_size; distill.accumulate splits it), or set "
-    "the stage's precision to bf16, and go on with --resume"
+    "the stage's precision to bf16, and start it again: with --resume, or with --overwrite if the setting cannot "
+    "change any more"
 )
 # torch uses these words in a RuntimeError if the machine cannot run it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

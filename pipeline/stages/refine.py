@@ -122,7 +122,12 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
     blocks = measure_blocks(cache, fit.refiner, fit.scales, sample, fit.device)
     write_tensors(out / REFINER, fit.refiner.state_dict())
     metrics = {"cache": cache.id, "seconds": seconds, "blocks": blocks, "held_out_records": len(sample)}
-    write_json(out / METRICS, metrics)
+    try:
+        write_json(out / METRICS, metrics)
+    except ValueError:  # JSON has no infinite numbers
+        if not fit.starts:
+            raise
+        raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})") from None
     manifest = RefinerManifest(
         cache=cache.id,
         cleaner=settings.cleaner,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.data import Images, Spec, list_probe_images
+from pipeline.data import Images, Spec, list_probe_images, readable
 from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
-from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.folder import Mode, check_output, claimed_output, is_bound
 from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.resuming import config_change
 from pipeline.runtime.failures import DefectsFound, Failure
@@ -101,6 +101,8 @@ def sweep(
         _check_teachers(plan, places, path)
         _check_block_weights(plan, opened)
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
+    if probed is not None and plan.base.cache.on_error == "skip":
+        probed = readable(probed[0]), readable(probed[1])
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = SweepContext(places, out, as_list(images) or None, as_list(train), as_list(test), sys.argv)
     if mode == "resume":
@@ -160,7 +162,10 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
     out = setting.out
     for name, config in plan.refiners.items():
         for number, folder in enumerate(setting.refiners(name)):
-            change = config_change(open_store(folder), refiner_config(config, number), ["refine"])
+            store = open_store(folder)
+            if not is_bound("refine", store.sizes()):
+                continue
+            change = config_change(store, refiner_config(config, number), ["refine"])
             _refuse(f"refiner {name}", out, change)
     for run in plan.runs:
         folder = out / RUNS / run.name

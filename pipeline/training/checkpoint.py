@@ -60,6 +60,8 @@ class Checkpoint:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
-        except Exception as error:  # a damaged zip, a missing key and a wrong shape differ in type
-            raise UserError(f"{self.path} cannot be resumed from: {str(error).splitlines()[0]}") from None
+        except Exception:  # a damaged zip, a missing key and a wrong shape differ in type
+            raise UserError(
+                f"{self.path} is damaged, or of another version; remove it to train from the start, with --resume"
+            ) from None
         return int(saved["step"])

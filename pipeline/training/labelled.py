@@ -65,7 +65,7 @@ class LabelledLoader:
             try:
                 image = self.files.read(number)
             except UserError as error:
-                advice = "repair it, or leave out all such images with --on-error skip"
+                advice = "repair it, or leave out all such images (--on-error skip), and start anew with --overwrite"
                 raise UserError(f"{error}; {advice}") from error
             if self._views is None:
                 view = crop_view(1.0, image.size, self.size)
