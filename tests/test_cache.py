@@ -15,15 +15,15 @@ import pytest
 import safetensors.torch
 import torch
 import zarr
-from conftest import make_vit, run_singer, seeded, tree_bytes, world_config
+from conftest import draw_images, make_vit, run_singer, seeded, tree_bytes, world_config
 from forked import event, forked
 
-from pipeline.cache import Cache, background_writer
+from pipeline.cache import Cache, background_writer, extract
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
 from pipeline.cache.manifest import Manifest, read_manifest
 from pipeline.config import Config, dump_config, load_config
-from pipeline.data import ImageFile
+from pipeline.data import ImageFile, list_images
 from pipeline.data.views import normalise
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
@@ -295,6 +295,27 @@ def test_wrong_blocks_write_nothing(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="block 7 does not exist: this model has 4 blocks"):
         fill(world_config(world, "cache.blocks=[7]"), world, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_an_image_that_was_repaired_after_it_was_refused_is_left_out(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found in the fill, when the images are listed; its size is that of the broken file."""
+    monkeypatch.setattr(extract, "_CALIBRATION_RECORDS", 2)
+    draw_images(tmp_path / "photos", 1, 9)
+    photos, out = str(tmp_path / "photos"), tmp_path / "c"
+    config, skip = world_config(world, "views.count=1"), world_config(world, "views.count=1", "cache.on_error=skip")
+    order = list_images(config, photos).keys
+    image = tmp_path / "photos" / f"{order[5]}.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:200])
+    with pytest.raises(UserError, match="cannot be decoded: .*repair it and start anew, or go on without it: --res"):
+        cache_teacher(config, photos, out)
+    image.write_bytes(whole)
+    with pytest.raises(UserError, match="has changed since it was listed: .* or go on without it: --resume"):
+        cache_teacher(config, photos, out, "resume")
+    made = cache_teacher(skip, photos, out, "resume")
+    assert (made.records, made.skipped) == (8, 1) and order[5] not in set(Cache(out).index.images.keys)
 
 
 def test_broken_images_are_refused_or_listed(

@@ -2,12 +2,14 @@
 
 import csv
 import fcntl
+import io
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -361,6 +363,25 @@ def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Pat
     with pytest.raises(UserError, match="probes need both --train and --test"):
         run(world, file, tmp_path / "out", train=str(world / "train" / "*.tar"))
     assert not (tmp_path / "out").exists()
+
+
+def test_probe_images_that_are_left_out(world: Path, tmp_path: Path) -> None:
+    """A sweep counts as done what was probed without them."""
+    shard = tmp_path / "test.tar"
+    with tarfile.open(sorted((world / "test").glob("*.tar"))[0]) as source, tarfile.open(shard, "w") as target:
+        for number, member in enumerate(source.getmembers()):
+            data = source.extractfile(member)
+            assert data is not None
+            content = data.read()
+            if number == 0:
+                content = content[: len(content) // 2]
+                member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    file = write(world, tmp_path / "s.yaml", "cache.on_error=skip", "distill.epochs=1", runs=RUNS[2:3])
+    for mode in ("new", "resume"):
+        result = run(world, file, tmp_path / "out", mode, train=str(world / "train" / "*.tar"), test=str(shard))
+        assert (result.done, result.failed) == (1, {})
+    assert len(json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"]) == 1
 
 
 @pytest.mark.parametrize(
