@@ -312,10 +312,12 @@ def test_projectors_belong_to_teacher_blocks(world: Path, config: Config, tmp_pa
 def test_joint_training(world: Path, tmp_path: Path, variant: str) -> None:
     """Adapters and student together, as the paper has it; the adapters leave their start and are kept."""
     sets = ["distill.joint=true", f"refine.variant={variant}", "distill.epochs=3", "distill.lr=3e-3"]
+    if variant == "singer":
+        sets += ["refine.keep_weight=1", "refine.expect_weight=0.5"]
     distill(world_config(world, *sets), world / "cache", tmp_path / "run")
     assert epochs_fall(tmp_path / "run", 3)
     lines = read_log(tmp_path / "run" / "log.jsonl")
-    parts = {"mse.2", "mse.3", "outlier", "info"} | ({"keep"} if variant == "singer" else set())
+    parts = {"mse.2", "mse.3", "outlier", "info"} | ({"keep", "expect"} if variant == "singer" else set())
     assert set(lines[0]["parts"]) == parts
     state = safetensors.torch.load_file(tmp_path / "run" / "adapters.safetensors")
     moved = [float((state[f"cleaners.{b}.down"] - state[f"cleaners.{b}.up"].T).norm()) for b in (2, 3)]

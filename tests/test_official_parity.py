@@ -106,7 +106,7 @@ class Fixture:
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
-        joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1)
+        joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1, {})
         head = TeacherBranch(student, self.matching, targets, Teaching({"mse": 1.0}, weight=s["wk"]), refiner, joint)
         distiller = Distiller(student, [head])
         with torch.no_grad():

@@ -36,10 +36,8 @@ class RefineConfig(Section):
     variant: Literal["singer", "paper", "official"] = key(
         "singer", "sets the keys below as this project, the paper or its authors' code has them", only=_TRAINED
     )
-    cleaner: str = key("gated-adapter", "how artifacts are removed: a name among singer/cleaners.py", only=_TRAINED)
-    normaliser: str = key(
-        "standardize", "how cleaned targets are scaled: a name among singer/normalisers.py", only=_TRAINED
-    )
+    cleaner: str = key("gated-adapter", "how artifacts are removed: a name among singer/cleaners.py")
+    normaliser: str = key("standardize", "how cleaned targets are scaled: a name among singer/normalisers.py")
     rank: Positive | Literal["auto"] = key(
         16,
         "adapters: their rank; auto: where artifact energy removed is farthest above drift, for each block",
@@ -76,7 +74,7 @@ class RefineConfig(Section):
     holdout: Below = key(0.05, "share of the records that is kept for the figures")
     statistics_records: Positive = key(4096, "records from which thresholds and statistics come")
     sample_records: Positive = key(512, "records from which subspaces and curvature come")
-    seed: Seed = key(0, "seed of the split of the records and of the fit", only=_TRAINED)
+    seed: Seed = key(0, "seed of the split of the records and of the fit")
     teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
     blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
     local_copy: Path | None = key(None, "folder to which Zarr shards are copied when they are first read", "place")
@@ -86,6 +84,16 @@ class RefineConfig(Section):
     def copies(self) -> LocalCopy | None:
         """Return where Zarr shards are copied to."""
         return LocalCopy.of(self.local_copy, self.local_copy_gb)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Return {name of a loss of adapters: its weight}, of those that are computed."""
+        more = {"keep": self.keep_weight, "expect": self.expect_weight}
+        return {
+            "outlier": self.outlier_weight,
+            "info": self.info_weight,
+            **{name: weight for name, weight in more.items() if weight},
+        }
 
     @model_validator(mode="after")
     def _check(self) -> "RefineConfig":

@@ -62,7 +62,7 @@ def differences(groups: Sequence[SeedGroup]) -> dict[str, list[Any]]:
 
 def _is_used(key: str, run: Trained) -> bool:
     section, _, name = key.partition(".")
-    if not meta(section_of(Config, section), name).only:
+    if "trained" not in meta(section_of(Config, section), name).only:
         return True
     return run.config.distill.joint or CLEANERS[run.config.refine.cleaner].trained
 

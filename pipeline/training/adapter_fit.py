@@ -132,13 +132,7 @@ def fit_adapters(
     )
     first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
-    weights = {
-        "outlier": settings.outlier_weight,
-        "info": settings.info_weight,
-        "keep": settings.keep_weight,
-        "expect": settings.expect_weight,
-    }
-    more = [name for name in ("keep", "expect") if weights[name]]
+    weights = settings.loss_weights
     grids = {b: refiner.cleaner(b).shape.grid for b in group}
     order = batch_order(records, settings, settings.steps if plateau.over else first)
     with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
@@ -146,7 +140,9 @@ def fit_adapters(
             features = cache.decode(encoded, device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
             batch = RefinementBatch(features, refined, suffix, scales, cache.manifest.teacher.prefix_tokens, grids)
-            losses = adapter_losses(batch, group, settings.outlier_form, settings.info_form, settings.quantile, *more)
+            losses = adapter_losses(
+                batch, group, settings.outlier_form, settings.info_form, settings.quantile, *weights
+            )
             terms = [weights[name] * loss for name, by_block in losses.items() for loss in by_block.values()]
             total = torch.stack(terms).sum() / len(group)
             optimiser.zero_grad(set_to_none=True)

@@ -21,30 +21,29 @@ from singer.suffix import TeacherSuffix
 class JointTraining:
     """What the losses of adapters need when they are trained with the student, as in the paper.
 
-    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens.
+    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens; grids: as in
+    RefinementBatch.
     """
 
     suffix: TeacherSuffix
     scales: dict[int, BlockScale]
     settings: RefineConfig
     prefix: int
+    grids: Mapping[int, tuple[int, int] | None]
 
     @property
     def weights(self) -> dict[str, float]:
         """Return {name of a loss: its weight}."""
-        s = self.settings
-        return {"outlier": s.outlier_weight, "info": s.info_weight} | ({"keep": s.keep_weight} if s.keep_weight else {})
+        return self.settings.loss_weights
 
     def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted L_outlier and L_info (and L_keep), each as a mean over the blocks.
+        """Return the weighted losses of adapters, each as a mean over the blocks.
 
         original, refined: {block: (B, N, d)}.
         """
         s = self.settings
-        found = adapter_losses(
-            RefinementBatch(original, refined, self.suffix, self.scales, self.prefix),
-            list(refined), s.outlier_form, s.info_form, s.quantile, *(["keep"] if s.keep_weight else []),
-        )  # fmt: skip
+        batch = RefinementBatch(original, refined, self.suffix, self.scales, self.prefix, self.grids)
+        found = adapter_losses(batch, list(refined), s.outlier_form, s.info_form, s.quantile, *self.weights)
         return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
 
 
@@ -52,9 +51,12 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
     """Return what the losses of joint training need, and new adapters in their starting subspace."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
     fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
+    grids = {}
     for block, start in fit.starts.items():
         adapter = fit.refiner.cleaner(block)
+        grids[block] = adapter.shape.grid
         assert isinstance(adapter, Adapter)
         adapter.start(start, fit.scales[block], settings.start == "doubled")
     assert fit.suffix is not None
-    return JointTraining(fit.suffix, fit.scales, settings, cache.manifest.teacher.prefix_tokens), fit.refiner
+    prefix = cache.manifest.teacher.prefix_tokens
+    return JointTraining(fit.suffix, fit.scales, settings, prefix, grids), fit.refiner
