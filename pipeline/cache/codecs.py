@@ -77,7 +77,7 @@ class Float:
 class PlainInt8:
     """Standardise all tokens like clean patches; store 1 byte per number and one float16 scale per token.
 
-    Format version 1 called this codec `int8`.
+    It is a control: outliers are not stored beside.
     """
 
     name: str
@@ -184,7 +184,7 @@ CODECS: dict[str, Codec] = {
         Quantised("int3", 3, min_cosine=0.965),
         Quantised("int2", 2, min_cosine=0.88),
         Quantised("int1", 1, min_cosine=0.7),
-        # These controls do not store outliers. Format version 1 called the first one int8.
+        # These controls do not store outliers.
         PlainInt8("int8-plain", min_cosine=0.999),
         Quantised("int4-plain", 4, min_cosine=0.99, outliers=False),
     )

@@ -114,7 +114,7 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
         tokens=first.tokens_of(max(first.blocks)),
         width=first.teacher.width_of(max(first.blocks)),
         codec=first.codec,
-        records=sum({s.manifest.records_key(): s.manifest.records for s in segments}.values()),
+        records=sum({s.manifest.listed_key(): s.manifest.records for s in segments}.values()),
         zarr_shards=sum(s.manifest.zarr_shards for s in segments),
         missing=missing,
         feature_bytes=stored,

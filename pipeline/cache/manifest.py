@@ -188,10 +188,11 @@ class Manifest(_Section):
         """Return the number of records per image."""
         return int(self.views["count"])
 
-    def records_key(self) -> str:
+    def listed_key(self) -> str:
         """Return a text that is equal for segments with the same listed images and the same views.
 
-        Such segments hold other blocks, or features of another teacher, for the same records.
+        Such segments hold other blocks, or features of another teacher, for the same records. Segment.records_key is of
+        what could be read of them.
         """
         return canonical([self.data.hash, self.views])
 

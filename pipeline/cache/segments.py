@@ -142,7 +142,7 @@ class Segment:
 
     @property
     def records_key(self) -> str:
-        """Return a text that is equal for complete segments with the same images and the same views.
+        """Return a text that is equal for complete segments with the same readable images and the same views.
 
         Such segments hold other blocks, or features of another teacher, for the same records.
         """

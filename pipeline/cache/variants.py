@@ -70,7 +70,7 @@ def check_held_once(segments: Sequence[Segment]) -> None:
     for segment in segments:
         teacher = segment.manifest.teacher
         for block in segment.manifest.blocks:
-            earlier = held.setdefault((teacher.digest(), segment.manifest.records_key(), block), segment)
+            earlier = held.setdefault((teacher.digest(), segment.manifest.listed_key(), block), segment)
             if earlier is not segment:
                 raise UserError(
                     f"{earlier.store.url} and {segment.store.url} both hold block {block} of {teacher.variant} for the "

@@ -59,7 +59,10 @@ class TrainingConfig(Section):
     )
     workers: Positive = key(2, "threads that decode images and read features", "speed", shared=True)
     checkpoint_minutes: Above = key(
-        10.0, "largest number of minutes between checkpoints; there is also one after every epoch", "speed"
+        10.0,
+        "minutes from one checkpoint to the next, which is made at a step that is logged, one in 50; there is also one "
+        "after every epoch",
+        "speed",
     )
     read_block: Positive = key(
         1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True

@@ -168,7 +168,9 @@ class DistillConfig(TrainingConfig):
     )
     texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
-    kd_weight: Above = key(1.0, "joint: weight of the objective; the adapters' losses have weights of their own")
+    kd_weight: Above = key(
+        1.0, "weight of the objective; in joint training, the adapters' losses have weights of their own"
+    )
     trained: Annotated[tuple[str, ...], Field(min_length=1)] | None = key(
         None,
         "which weights of the student are trained, by their names or the beginnings of these, such as [reg_token, "

@@ -3,9 +3,9 @@
 Run it with `singer refine --cache CACHE --out REFINER`. The teacher is not needed: its frozen suffix is in the cache.
 
 A refiner is a cleaner and a normaliser. Cleaners in closed form need only a sample of records. Adapters (SiNGER, in its
-two-stage form) start in a subspace that has little effect on the next block, and minimise
-outlier_weight · L_outlier + info_weight · L_info + keep_weight · L_keep; there is no student yet. At the end, the
-normaliser's statistics are computed from refined clean tokens.
+two-stage form) start in a subspace (refine.basis): by default the directions with most artifact energy, in the paper
+those with little effect on the next block. They minimise the weighted sum of L_outlier, L_info, L_keep and L_expect;
+there is no student yet. At the end, the normaliser's statistics are computed from refined clean tokens.
 """
 
 import time

@@ -124,7 +124,8 @@ class HeldOut:
                 if len(student_runs) > 1:
                     batch = student_runs[0].learner.decoded(batch)
                 for n, run in enumerate(student_runs):
-                    found, parts = run.learner.measured(batch)
+                    with current().together():  # split weights are gathered
+                        found, parts = run.learner.measured(batch)
                     current().beat()
                     losses[n] += float(torch.stack(list(found.values())).sum())
                     for name, part in parts.items():

@@ -64,7 +64,8 @@ def train(
                 for number, student_run in enumerate(going):
                     if measured and student_run.best is not None:
                         loss = _of_first(float(str(measured[number]["held_out_loss"])), accelerator)
-                        student_run.best.look((step + 1) // per_epoch, loss)
+                        with ranks.together():
+                            student_run.best.look((step + 1) // per_epoch, loss)
                         if student_run.ended and step + 1 < total and main:
                             say(
                                 f"ended after epoch {student_run.best.last} of {settings.epochs}: the loss on held-out "
