@@ -396,6 +396,8 @@ def test_settings_of_a_stage_can_be_changed_until_it_has_begun(world: Path, tmp_
     assert load_config(out / "planned.yaml").evaluate.workers == 1
     assert chain().linear
     assert tree_bytes(out / "cache") == cache and load_config(out / "planned.yaml").distill.lr != 1e30
+    with pytest.raises(UserError, match=r"has probes by evaluate\.seed 0, not 3; .* singer evaluate .*/student"):
+        chain("evaluate.seed=3")
     student = tree_bytes(out / "student" / "student")
     with pytest.raises(
         UserError, match=r"student was started with distill\.seed 0, not 5; .*remove (.*) to make it anew"

@@ -33,6 +33,8 @@ _OF_CHAIN = {
     "refiner": ("refine", ("refine",)),
     "student": ("distill", ("student", "distill")),
 }
+# {section: (what is made by it, its files in a chain)}.
+_AFTER_TRAINING = {"evaluate": ("probes", ("student/evaluate-*",)), "export": ("exports", ("timm/*", "hf/*"))}
 Mode = Literal["new", "resume", "overwrite", "append"]
 
 
@@ -117,6 +119,14 @@ def _check_chain(store: Store, config: Config, present: Iterable[str]) -> None:
             raise UserError(
                 f"{store.url} cannot be continued: {folder} was started with {change}; repeat its command, or remove "
                 f"{store.url}/{folder} to make it anew"
+            )
+    for section, (made, patterns) in _AFTER_TRAINING.items():
+        begun = any(fnmatch(name, pattern) for name in present for pattern in patterns)
+        change = config_change(store, config, (section,)) if begun else None
+        if change is not None:
+            raise UserError(
+                f"{store.url} has {made} by {change}; repeat its command, or make others with singer {section} "
+                f"{store.url}/student"
             )
 
 
