@@ -96,6 +96,20 @@ def test_all_at_once_and_a_codec_with_outliers(world: Path, tmp_path: Path) -> N
         assert torch.nn.functional.cosine_similarity(x, y, dim=-1).mean() > 0.97
 
 
+def test_every_new_class_gets_a_number_of_its_own(world: Path, config: Config, tmp_path: Path) -> None:
+    for n, name in enumerate(("cat", "zebra", "yak")):
+        draw_images(tmp_path / f"{n}", 1, 3, seed=n)
+        (tmp_path / f"{n}" / "class0").rename(tmp_path / f"{n}" / name)
+        for file in (tmp_path / f"{n}" / name).iterdir():
+            file.rename(file.with_name(f"{n}{file.name}"))
+        grown = make(config, str(tmp_path / f"{n}"), tmp_path / "c", "append" if n else "new")
+    assert grown.index.images.classes == ("cat", "zebra", "yak") and sorted({*grown.index.images.labels.tolist()}) == [
+        0,
+        1,
+        2,
+    ]
+
+
 def test_views_of_every_segment_are_replayed(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn again for a new block, also where other views of the same images came first."""
     first, place = str(world / "train" / "*000000.tar"), tmp_path / "c"

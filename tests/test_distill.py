@@ -15,7 +15,7 @@ from conftest import make_batch, seeded, targets_of, tree_bytes, world_config
 import pipeline.training.batch as stage
 from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
 from pipeline.models.loading import load_saved
@@ -34,6 +34,7 @@ from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.schedule import learning_rate, peak_rate, token_share
 from pipeline.training.stored_refiners import REFINER, load_refiner
+from pipeline.training.student_run import StudentRun
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
@@ -503,8 +504,16 @@ def test_adapters_losses_of_parts_add_up(world: Path) -> None:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
 
-def test_joint_runs_are_continued_as_they_were_begun(world: Path, tmp_path: Path) -> None:
+def test_joint_runs_are_continued_as_they_were_begun(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets = ["distill.joint=true", "refine.variant=official"]
+    # Until there is a checkpoint, settings may change, and those that are stored are those that were used.
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(StudentRun, "update", None)
+        distill(world_config(world, sets[0]), world / "cache", tmp_path / "begun")
+    distill(world_config(world, *sets), world / "cache", tmp_path / "begun", mode="resume")
+    assert load_config(tmp_path / "begun" / "config.yaml").refine.variant == "official"
     distill(world_config(world, *sets), world / "cache", tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(UserError, match=r"started with refine\.variant official, not singer"):

@@ -220,10 +220,12 @@ def test_model_by_name(name: str, world: Path, tmp_path: Path) -> None:
 def test_labels_of_test_must_be_known(world: Path, config: Config, tmp_path: Path) -> None:
     draw_images(tmp_path / "in", 2, 5)
     prepare(config, tmp_path / "in", tmp_path / "two")
-    shards = str(tmp_path / "two" / "*.tar"), str(world / "test" / "*.tar")
-    with pytest.raises(UserError, match=r"classes\.json number classes differently; prepare the second with"):
+    shutil.copytree(world / "test", tmp_path / "test")
+    shards = str(tmp_path / "two" / "*.tar"), str(tmp_path / "test" / "*.tar")
+    with pytest.raises(UserError, match="--test has class 'class3', of which --train has no image"):
         evaluate(config, world / "teacher", *shards)
-    (tmp_path / "two" / "classes.json").unlink()
+    for folder in (tmp_path / "two", tmp_path / "test"):
+        (folder / "classes.json").unlink()
     with pytest.raises(UserError, match="--test has label 3, but --train has only 0 to 1"):
         evaluate(config, world / "teacher", *shards)
 
@@ -378,6 +380,23 @@ def test_own_head(world: Path, tmp_path: Path) -> None:
     assert isinstance(found, OwnHead) and found.classes == 3
     right = torch.tensor([[2, 1, 2, 0][label] for label in labels])  # of 0, 2 and 4
     assert found.top1 == accuracy([logits[:, [0, 2, 4]]], right)["top1"]
+
+
+def test_a_head_that_names_its_classes(world: Path, config: Config, tmp_path: Path) -> None:
+    """Its order may be another one than that of the test images."""
+    vit, test = make_vit(num_classes=4), str(world / "test" / "*.tar")
+    for name in ("plain", "turned"):
+        if name == "turned":
+            for tensor in (vit.model.head.weight, vit.model.head.bias):
+                tensor.data.copy_(tensor.data.flip(0))
+            vit.model.pretrained_cfg["label_names"] = [f"class{n}" for n in (3, 2, 1, 0)]
+        save_backbone(vit, vit.model.state_dict(), tmp_path / name)
+    plain, turned = (evaluate(config, tmp_path / name, None, test, "head") for name in ("plain", "turned"))
+    assert isinstance(plain, OwnHead) and isinstance(turned, OwnHead) and plain.top1 == turned.top1
+    vit.model.pretrained_cfg["label_names"] = ["class0", "class1", "class2", "other"]
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "other")
+    with pytest.raises(UserError, match="--test has class 'class3', which the head of .*other has not; leave it out"):
+        evaluate(config, tmp_path / "other", None, test, "head")
 
 
 def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ def test_what_is_wrong_with_the_test_is_found_before_training(world: Path, run: 
             shutil.copytree(few, tmp_path / "nameless"),
             shards(world),
             [],
-            "--test has label 3, but --train has only 0 to 2",
+            "--test has class 'class3', of which --train has no image",
         ),
     ]
     (tmp_path / "nameless" / "classes.json").unlink()

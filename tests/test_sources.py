@@ -18,7 +18,17 @@ import pytest
 from test_shards import noise, png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
-from pipeline.data import ImageFile, Images, index_beside, index_images, numbered_as, relocate, resolve
+from pipeline.config import load_config
+from pipeline.data import (
+    ImageFile,
+    Images,
+    index_beside,
+    index_images,
+    list_probe_images,
+    numbered_as,
+    relocate,
+    resolve,
+)
 from pipeline.data.specs import braces
 from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
@@ -315,7 +325,7 @@ def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_several_sources_in_one_cache(tmp_path: Path) -> None:
-    """All kinds at once, stored and read again; old listings have no new column."""
+    """All kinds at once, stored and read again."""
     photos(tmp_path / "a")
     photos(tmp_path / "b", "cat/a.png emu/d.png")
     write(tmp_path / "c" / "classes.json", '["emu", "cat"]')
@@ -330,11 +340,27 @@ def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     again = read_images(store, "upright")
     assert content(again) == content(images) and again.classes == images.classes
     alone = index_images(str(tmp_path / "c" / "s.tar"))
-    assert b"file_end" not in image_bytes(alone) and b"classes" not in image_bytes(alone)
-    assert alone.class_names() == ["emu", "cat"]
+    assert b"file_end" not in image_bytes(alone) and alone.class_names() == ["emu", "cat"]
     (tmp_path / "c" / "classes.json").unlink()
-    with pytest.raises(UserError, match=r"s\.tar numbers its classes, and another source names them; .*classes\.json"):
+    with pytest.raises(
+        UserError, match=r"s\.tar has class 1, and no names of classes, which another source has; .*classes\.json"
+    ):
         index_images([str(tmp_path / "a"), str(tmp_path / "c" / "s.tar")])
+
+
+def test_shards_of_several_folders_have_the_classes_of_all(tmp_path: Path) -> None:
+    """Their numbers are those of each folder's classes.json; a test set gets those of its training set."""
+    for folder, names in (("a", '["cat", "dog"]'), ("b", '["aeroplane", "boat"]')):
+        write(tmp_path / folder / "classes.json", names)
+        write_tar(tmp_path / folder / "s.tar", {f"{folder}0.png": encoded(1), f"{folder}0.cls": b"0",
+                                                f"{folder}1.png": encoded(2), f"{folder}1.cls": b"1"})  # fmt: skip
+    both = index_images([str(tmp_path / folder / "s.tar") for folder in "ab"])
+    assert both.class_names() == ["aeroplane", "boat", "cat", "dog"]
+    assert dict(zip(both.keys, both.labels.tolist(), strict=True)) == {"a0": 2, "a1": 3, "b0": 0, "b1": 1}
+    photos(tmp_path / "train", "aardvark/a.png boat/b.png cat/c.png")
+    train, test = list_probe_images(load_config(), str(tmp_path / "train"), str(tmp_path / "b" / "s.tar"))
+    assert [train.class_names().index("boat")] == test.labels.tolist()[1:]  # type: ignore[union-attr]
+    assert test.class_names()[test.labels[0]] == "aeroplane"  # type: ignore[index]
 
 
 def test_classes_are_numbered_as_others(tmp_path: Path) -> None:

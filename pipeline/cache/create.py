@@ -18,7 +18,7 @@ from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
-from pipeline.data import ImageFile, Images, listing_hash, numbered_as
+from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numbered_as
 from pipeline.data.listed import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
@@ -51,7 +51,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     if mode == "append":
         check_growth(segments, new_manifest(config, whole, extract.teacher), out)
         listed = replace(listed, decoding=segments[0].manifest.data.decoding)
-        listed = numbered_as(listed, segments[0].index().images.classes)
+        listed = numbered_as(listed, longest_classes(s.index().images for s in segments))
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
         if not additions:
             say("the cache already holds everything that this run asks for")

@@ -15,7 +15,7 @@ import safetensors.numpy
 from pipeline.cache.format import IMAGES, RECORDS
 from pipeline.cache.manifest import Manifest
 from pipeline.data import Decoding, Images, Keys, Skipped
-from pipeline.data.images import join_files
+from pipeline.data.images import join_files, longest_classes
 from pipeline.data.views import View
 from pipeline.storage import Store
 from singer.errors import UserError
@@ -172,7 +172,7 @@ def join(indices: Iterable[Index]) -> Index:
         size=np.concatenate([i.size for i in images]),
         decoding=decoding,
         files=join_files(images),
-        classes=images[0].classes,
+        classes=longest_classes(images),
     )
     return Index(
         all_images,

@@ -18,6 +18,7 @@ from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash
 from pipeline.data.decoder_warnings import warnings_of
+from pipeline.data.listed import ChangedImage
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
 from pipeline.runtime.failures import one_line
 from singer.copies import Copying
@@ -160,7 +161,7 @@ class RowReader:
         """Return image `number` as RGB, or None if it is broken, and its digest."""
         try:
             data, where = self._files.encoded(number)
-        except UserError as error:
+        except ChangedImage as error:
             if self._on_error == "fail":
                 raise UserError(f"{error}; {_ADVICE}") from None
             unreadable[number] = str(error)

@@ -53,7 +53,7 @@ def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, 
     settings, tar, cache = small.distill, folder / "0.tar", folder / "cache"
     job = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
     # The records of the real cache, as far as their number matters.
-    held, kept = (np.arange(count * config.views.count) for count in image_counts(images, settings))
+    held, kept = (np.broadcast_to(0, count * config.views.count) for count in image_counts(images, settings))
     with watched(accelerator, REHEARSAL):
         if accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -83,4 +83,7 @@ def _write(config: Config, shards: Sequence[str], tar: Path) -> None:
     labelled = np.flatnonzero(listed.labels != NO_LABEL)[:1]
     images = listed.select(np.union1d(np.linspace(0, len(listed) - 1, _IMAGES).astype(int), labelled))
     with ImageFile(images) as files:
+        if config.cache.on_error == "fail":
+            for number in range(len(images)):
+                files.read(number)  # names the image in the user's own file
         Sample(config, images, files, image_size=1).write_tar(tar, range(len(images)))

@@ -15,20 +15,22 @@ from pipeline.chains.rehearsal import REHEARSAL, rehearse
 from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
 from pipeline.checks import GIVEN, check_chain
-from pipeline.config import Config, dump_config, load_config
+from pipeline.config import Config, dump_config, load_config, meta
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import HF, is_function, local_folder
-from pipeline.outputs.folder import Mode, chain_has_begun
+from pipeline.outputs.folder import Mode, bound_sections, chain_has_begun
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
 from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
+from pipeline.runtime.ranks import watched
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
+from singer.errors import UserError
 
 STAGE = "run"
 PLAN, STUDENT, TIMM, HF_FORMAT = "plan", "student", "timm", "hf"
@@ -82,6 +84,8 @@ def run(
         for made in (REFINER, STUDENT):
             if not (out / made).exists():  # removed, to be made anew
                 steps.again_from(made)
+        with watched(steps.accelerator, STAGE):
+            pass  # all have looked before one of them makes something
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
@@ -93,7 +97,7 @@ def run(
             "planning: measuring teacher and student",
             partial(_plan, config, shards["shards"], out, steps, given),
         )
-        parts, planned = Split(**plan["split"]), _chosen(config, plan["choice"]["sets"])
+        parts, planned = Split(**plan["split"]), _planned(config, plan["choice"]["sets"], out)
         if steps.main:
             write_atomic(out / PLANNED, dump_config(planned).encode())
         students = {STUDENT: not planned.distill.joint}
@@ -146,6 +150,29 @@ def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dic
     held = f"{parts.probed} images are probed, the held-out ones are in {', '.join(parts.test)}"
     say(f"    {held}" if parts.test else f"    nothing is held out, and there are no probes: {parts.why}")
     return {"split": asdict(parts), "choice": asdict(choice)}
+
+
+def _planned(config: Config, choice: Mapping[str, Any], out: Path) -> Config:
+    """Return the configuration with what was chosen, and of stages that have begun as these have it.
+
+    Raises UserError if such a stage has another value of a key that is given.
+    """
+    planned = _chosen(config, choice)
+    if not (out / PLANNED).exists():
+        return planned
+    before, sections = load_config(out / PLANNED), {}
+    for name in bound_sections(out, config):
+        there, here, given = (getattr(c, name) for c in (before, planned, config))
+        fixed = {key for key in type(there).model_fields if meta(type(there), key).affects == "result"}
+        for key in fixed & given.model_fields_set:
+            about, value = meta(type(there), key), getattr(given, key)
+            if value != getattr(there, key) and not about.by_machine:
+                raise UserError(
+                    f"{out} was planned with {name}.{key} {getattr(there, key)}, not {value}; leave it out, or start "
+                    "anew with --overwrite"
+                )
+        sections[name] = here.model_copy(update={key: getattr(there, key) for key in fixed})
+    return planned.model_copy(update=sections)
 
 
 def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:

@@ -11,6 +11,7 @@ from pipeline.data.images import (
     content_hash,
     image_digest,
     listing_hash,
+    longest_classes,
     numbered_as,
     require_labels,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "list_images",
     "list_probe_images",
     "listing_hash",
+    "longest_classes",
     "named_errors",
     "numbered_as",
     "readable",

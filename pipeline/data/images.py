@@ -150,14 +150,15 @@ class Images:
         return replace(self, keys=self.keys.select(rows), files=files, **columns)
 
     def class_names(self) -> list[str] | None:
-        """Return the names of the classes, which a file beside shards may give; None if they are not known.
+        """Return the names of the classes, None if they are not known.
 
-        Raises UserError if that file is damaged.
+        Images of caches from before shards had names get those of the file beside their shards. Raises UserError if
+        that file is damaged.
         """
-        file = self.paths[0].with_name(CLASSES)
-        if self.classes or not file.is_file():
+        first = self.paths[0]
+        if self.classes or first.is_dir() or not first.with_name(CLASSES).is_file():
             return list(self.classes) or None
-        return read_classes(file)
+        return read_classes(first.with_name(CLASSES))
 
     def place_hash(self) -> str:
         """Hash shard names, keys, labels and places of all images; the bytes of pixels are not read."""
@@ -186,18 +187,19 @@ def join_classes(several: Sequence[Labelled], paths: Sequence[Path]) -> tuple[np
     A classes.json beside a shard names its classes. Raises UserError if some labelled sources name their classes and
     others do not.
     """
-    if not any(classes for _, classes in several):
+    files = {path.with_name(CLASSES) for path, (_, classes) in zip(paths, several, strict=True) if not classes}
+    beside = {file: tuple(read_classes(file)) for file in files if file.is_file()}
+    if not beside and not any(classes for _, classes in several):
         return np.concatenate([labels for labels, _ in several]), ()
     known: dict[tuple[str, ...], Path] = {}
     parts: list[Labelled] = []
     for (labels, own), path in zip(several, paths, strict=True):
-        beside = path.with_name(CLASSES)
-        classes = own or (tuple(read_classes(beside)) if beside.is_file() else ())
+        classes = own or beside.get(path.with_name(CLASSES), ())
         labelled = bool(np.any(labels != NO_LABEL))
         if labelled and int(labels.max()) >= len(classes):
             raise UserError(
-                f"{path} numbers its classes, and another source names them; write their names, in order, to "
-                f"{beside} as a list in JSON"
+                f"{path} has class {int(labels.max())}, and {len(classes) or 'no'} names of classes, which another "
+                f"source has; write all names, in order, to {path.with_name(CLASSES)} as a list in JSON"
             )
         if labelled:
             known.setdefault(classes, path)
@@ -223,6 +225,11 @@ def numbered_as(images: Images, classes: Sequence[str]) -> Images:
         return images
     after = (*classes, *sorted(set(images.classes) - set(classes)))
     return replace(images, labels=_renumbered(images.labels, images.classes, after), classes=after)
+
+
+def longest_classes(several: Iterable[Images]) -> tuple[str, ...]:
+    """Return the classes of the segments of a cache: each that is appended has those of the earlier ones first."""
+    return max((images.classes for images in several), key=len)
 
 
 def read_classes(file: Path) -> list[str]:

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from singer.errors import UserError
+
 NO_LABEL = -1
+
+
+class ChangedImage(UserError):
+    """An image is not what it was when it was listed."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
-from pipeline.data.images import CLASSES
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.feature_rows import fits, moments
 from pipeline.evaluation.global_features import pooled
@@ -93,28 +92,18 @@ def check_labels(train: Images, test: Images, classes: int) -> None:
     """Raise UserError as `check` does, for a classifier of so many classes."""
     require_labels(train, "--train")
     require_labels(test, "--test")
-    check_classes(train, test)
     require_classes(train.labels)
-    if int(test.labels.max()) >= classes:
-        raise UserError(f"--test has label {int(test.labels.max())}, but --train has only 0 to {classes - 1}")
+    most = int(test.labels.max())
+    if most >= classes:
+        if most < len(test.classes):
+            raise UserError(f"--test has class {test.classes[most]!r}, of which --train has no image")
+        raise UserError(f"--test has label {most}, but --train has only 0 to {classes - 1}")
 
 
 def require_classes(labels: np.ndarray) -> None:
     """Raise UserError if the labels (n,) hold one class only."""
     if len(np.unique(labels)) < 2:
         raise UserError("--train has images of one class only; a classifier needs two")
-
-
-def check_classes(train: Images, test: Images) -> None:
-    """Raise UserError if both sets have a classes.json beside their shards and these files differ."""
-    files = [images.paths[0].with_name(CLASSES) for images in (train, test)]
-    if train.classes or test.classes:  # these were numbered alike
-        return
-    if all(f.is_file() for f in files) and files[0].read_bytes() != files[1].read_bytes():
-        raise UserError(
-            f"{files[0]} and {files[1]} number classes differently; prepare the second with "
-            f"--set prepare.classes={files[0]}"
-        )
 
 
 def linear_scores(

@@ -187,7 +187,7 @@ def inputs(
                     image = files.read(int(number))
                 except UserError as error:
                     advice = (
-                        "repair it, or leave out all such images: --on-error skip (in a sweep, cache.on_error: skip)"
+                        "repair it, or leave out all such images with --on-error skip"
                     )
                     raise UserError(f"{error}; {advice}") from error
                 views.append(apply_view(image, view(image), backbone.image_size))

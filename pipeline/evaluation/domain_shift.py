@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
-from pipeline.evaluation.classification import Accuracies, accuracy, check_classes, linear_scores, require_classes
+from pipeline.evaluation.classification import Accuracies, accuracy, linear_scores, require_classes
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
 from singer.errors import UserError
@@ -67,8 +67,6 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     require_labels(train, "--train")
     require_labels(test, "--test")
     require_classes(train.labels)
-    if settings.class_map is None:
-        check_classes(train, test)
     _check_labels(train, test, class_map(train, test, settings), settings.class_map)
 
 

@@ -13,6 +13,7 @@ from pipeline.data import Images
 from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import fit_linear
 from pipeline.evaluation.context import inputs
+from pipeline.evaluation.feature_rows import empty_rows
 from pipeline.models.backbone import Backbone
 
 
@@ -30,10 +31,15 @@ def probe_weights(
 
     model = student.model.eval()
     with torch.no_grad():
-        batches = inputs(student, images, settings, device, view)
-        read = [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu() for x in batches]
+        read, done = None, 0
+        for x in inputs(student, images, settings, device, view):
+            part = model.forward_head(model.forward_features(x), pre_logits=True).float().cpu()
+            read = empty_rows((len(images), part.shape[1])) if read is None else read
+            read[done : done + len(part)] = part
+            done += len(part)
+    assert read is not None
     labels = torch.from_numpy(images.labels).long()
-    probe, known, (mean, std) = fit_linear(torch.cat(read), labels, settings, device)
+    probe, known, (mean, std) = fit_linear(read, labels, settings, device)
     # The probe reads standardised features, and the head those of the student.
     scaled = probe.weight / std
     offset = probe.bias - scaled @ mean

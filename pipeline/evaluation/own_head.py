@@ -6,6 +6,7 @@ classes compete, as in domain_shift.py.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -73,6 +74,9 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
                 f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
             )
         return mapped
+    by_name = _by_name(context)
+    if by_name:
+        return by_name
     named, most = named_classes(context.test), int(context.test.labels.max())
     if named is not None and named != count:
         found = f"{named} classes"
@@ -84,6 +88,23 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
         f"--task head: --test has {found}, but the head of {context.model} has {count} classes; if the images number "
         "their classes differently, give evaluate.class_map"
     )
+
+
+def _by_name(context: EvaluationContext) -> dict[int, int]:
+    """Return {label: class of the head with the same name}; {} if the names of one are not known, or none is in both.
+
+    Raises UserError if only some of the classes are in both.
+    """
+    ours = getattr(context.backbone.model, "pretrained_cfg", {}).get("label_names") or ()
+    theirs, place = context.test.class_names() or (), {name: number for number, name in enumerate(ours)}
+    labels = [label for label in np.unique(context.test.labels).tolist() if label < len(theirs)]
+    found = {label: place[theirs[label]] for label in labels if theirs[label] in place}
+    lacking = [theirs[label] for label in labels if label not in found]
+    if found and lacking:
+        raise UserError(
+            f"--task head: --test has class {lacking[0]!r}, which the head of {context.model} has not; leave it out"
+        )
+    return found
 
 
 def named_classes(images: Images) -> int | None:

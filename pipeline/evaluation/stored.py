@@ -59,9 +59,10 @@ def _cached_images(taught: TeacherLink) -> np.ndarray | str:
     return cache.index.digest
 
 
-def result_file(
-    place: Path, task: str, images: tuple[Images | None, Images], config: Config, model: str | None = None
-) -> Path:
+ImageSets = tuple[Images | None, Images]
+
+
+def result_file(place: Path, task: str, images: ImageSets, config: Config, model: str | None = None) -> Path:
     """Return the path evaluate-<hash>.json, with one hash for each task, pair of image sets and settings.
 
     A repeated command therefore replaces its own file. model: the identity of a model that shares the folder with
@@ -76,8 +77,11 @@ def result_file(
     return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
 
 
-def store_result(file: Path, result: EvaluateResult, task: str, settings: EvaluateConfig, model: str | None) -> None:
+def store_result(
+    file: Path, result: EvaluateResult, task: str, images: ImageSets, settings: EvaluateConfig, model: str | None
+) -> None:
     """Write the figures of a task. model: what was probed; None if the file is in the folder of the run itself."""
-    about = {"model": model, "written": None, "task": task}
+    place = hashlib.sha256(repr([each.place_hash() if each else None for each in images]).encode()).hexdigest()[:8]
+    about = {"model": model, "written": None, "task": task, "images": place}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {**asdict(result), **about, "config": settings.model_dump(mode="json")})

@@ -27,12 +27,8 @@ _BOUND = {
     "distill": ("checkpoint.pt", "student/*", "run.json"),
     "finetune": ("checkpoint.pt", "student/*", "run.json"),
 }
-# {folder of a chain: (its stage, the sections that then cannot change)}.
-_OF_CHAIN = {
-    CACHE: ("cache-teacher", ("teacher", "views", "cache")),
-    "refiner": ("refine", ("refine",)),
-    "student": ("distill", ("student", "distill")),
-}
+# {folder of a chain: its stage}, each made from those before it.
+_OF_CHAIN = {CACHE: "cache-teacher", "refiner": "refine", "student": "distill"}
 # {section: (what is made by it, its files in a chain)}.
 _AFTER_TRAINING = {"evaluate": ("probes", ("student/evaluate-*",)), "export": ("exports", ("timm/*", "hf/*"))}
 Mode = Literal["new", "resume", "overwrite", "append"]
@@ -84,15 +80,21 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
             return
         if not is_bound(stage, present):
             return
-        if stage == "distill" and config.distill.joint:
-            sections = (*sections, "refine")
-        if stage == "finetune" and config.finetune.head == "probe":
-            sections = (*sections, "evaluate.strengths", "evaluate.seed")
-        change = config_change(store, config, sections)
+        change = config_change(store, config, _sections(stage, config))
         if change is not None:
             raise UserError(
                 f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
             )
+
+
+def _sections(stage: str, config: Config) -> tuple[str, ...]:
+    """Return the sections and keys of the configuration on which what a stage stores depends."""
+    sections = RESULT_SECTIONS[stage] or ()
+    if stage == "distill" and config.distill.joint:
+        return (*sections, "refine")
+    if stage == "finetune" and config.finetune.head == "probe":
+        return (*sections, "evaluate.strengths", "evaluate.seed")
+    return sections
 
 
 def is_bound(stage: str, present: Iterable[str], folder: str = "") -> bool:
@@ -113,12 +115,15 @@ def _check_chain(store: Store, config: Config, present: Iterable[str]) -> None:
         raise UserError(
             f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
         )
-    for folder, (stage, sections) in _OF_CHAIN.items():
-        change = config_change(store, config, sections) if is_bound(stage, present, f"{folder}/") else None
+    stages = {folder: stage for folder, stage in _OF_CHAIN.items() if is_bound(stage, present, f"{folder}/")}
+    if stages and CACHE not in stages:
+        raise UserError(f"{store.url} has lost its cache, from which came {_places(store, stages)}; remove these, too")
+    for number, (folder, stage) in enumerate(stages.items()):
+        change = config_change(store, config, _sections(stage, config))
         if change is not None:
             raise UserError(
-                f"{store.url} cannot be continued: {folder} was started with {change}; repeat its command, or remove "
-                f"{store.url}/{folder} to make it anew"
+                f"{store.url} cannot be continued: {folder} was started with {change}; repeat its command, or, to make "
+                f"it anew with all that comes from it, remove {_places(store, list(stages)[number:])}"
             )
     for section, (made, patterns) in _AFTER_TRAINING.items():
         begun = any(fnmatch(name, pattern) for name in present for pattern in patterns)
@@ -128,6 +133,17 @@ def _check_chain(store: Store, config: Config, present: Iterable[str]) -> None:
                 f"{store.url} has {made} by {change}; repeat its command, or make others with singer {section} "
                 f"{store.url}/student"
             )
+
+
+def bound_sections(out: Path, config: Config) -> set[str]:
+    """Return the sections of the configuration that cannot change any more in the folder of a chain."""
+    present = open_store(out).sizes()
+    stages = [stage for folder, stage in _OF_CHAIN.items() if is_bound(stage, present, f"{folder}/")]
+    return {section for stage in stages for section in _sections(stage, config)}
+
+
+def _places(store: Store, folders: Iterable[str]) -> str:
+    return " and ".join(f"{store.url}/{folder}" for folder in folders)
 
 
 @contextmanager
@@ -142,8 +158,7 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
         if mode != "append":
-            sections = RESULT_SECTIONS[stage]
-            changed = mode == "resume" and sections is not None and config_change(store, config, sections) is not None
+            changed = mode == "resume" and config_change(store, config, _sections(stage, config)) is not None
             write_provenance(store, stage, config, seed, changed)
         with nullcontext() if stage in _LOGLESS else stage_log(place, config):
             try:

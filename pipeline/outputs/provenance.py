@@ -22,13 +22,19 @@ _INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner", "images": "
 
 def write_provenance(store: Store, stage: str, config: Config, seed: int | None, anew: bool = False) -> None:
     """Write the resolved configuration and its provenance, unless they are there already; anew: then, too."""
-    if anew or not {CONFIG, PROVENANCE} <= set(store.sizes()):
+    if anew or not {CONFIG, PROVENANCE} <= set(store.sizes()) or not _fits(store):
         text = dump_config(config).encode()
         value = {"stage": stage, "command": command_line(), "seed": seed, "versions": versions()}
         value["config_sha256"] = hashlib.sha256(text).hexdigest()
         # The provenance goes first: a folder with only a configuration would look as if singer had not written it.
         store.write(PROVENANCE, json_bytes(sealed(value)))
         store.write(CONFIG, text)
+
+
+def _fits(store: Store) -> bool:
+    """Return whether a provenance is of the configuration beside it, and not of one that was to be written next."""
+    written = read_json(store, PROVENANCE, "folder of singer").get("config_sha256")
+    return written in (None, hashlib.sha256(store.read(CONFIG)).hexdigest())
 
 
 def read_versions(folder: Path) -> dict[str, str]:

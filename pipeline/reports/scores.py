@@ -30,6 +30,8 @@ class Probe:
     train_images: int
     test_images: int
     settings: tuple[tuple[str, Any], ...]
+    # A hash of the images: shards may have the same names. Figures of older versions have none.
+    images: str = ""
 
     @property
     def words(self) -> str:
@@ -104,6 +106,7 @@ def read_figures(folder: Path) -> Figures:
                 int(value["train_images"]),
                 int(value["test_images"]),
                 tuple((key, _hashable(settings[key])) for key in _keys_of(task)),
+                str(value.get("images", "")),
             )
         except UserError:
             raise

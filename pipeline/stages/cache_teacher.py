@@ -87,7 +87,7 @@ def cache_teacher(
         listed = list_images(config, images) if main and not continues else None
         extract = Extractor(config, backbone, accelerator)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
-        config = extract.config = _with_batch_size(config, extract, store if mode == "resume" else None, ranks)
+        config = extract.config = _with_batch_size(config, extract, store if continues else None, ranks)
 
         start, done = time.perf_counter(), 0
         claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))

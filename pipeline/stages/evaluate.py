@@ -124,6 +124,6 @@ def evaluate_tasks(
             result.test.extend(test_names)
             if file is not None:
                 # A run's own path is left out, because a run may move. Other models are identified by their name.
-                store_result(file, result, task, config.evaluate, None if own else str(model))
+                store_result(file, result, task, images, config.evaluate, None if own else str(model))
             results[task], started = result, time.perf_counter()
     return results

@@ -246,5 +246,5 @@ def _test(config: Config, result: DistillResult, test: Images) -> OwnHead:
     figures = own_head.probe(EvaluationContext(result.run, student, device, None, test, settings, started, file))
     object.__setattr__(figures, "learned_from_test", learned)
     figures.test.extend(path.name for path in test.paths)
-    store_result(file, figures, _TASK, settings, None)
+    store_result(file, figures, _TASK, (None, test), settings, None)
     return figures

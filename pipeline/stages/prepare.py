@@ -82,7 +82,8 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: 
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        written, skipped = pack(config, listing, f"{partial}/{out.name.replace('%', '_')}-%06d.tar")
+        folder, name = str(partial).replace("%", "%%"), out.name.replace("%", "_")
+        written, skipped = pack(config, listing, f"{folder}/{name}-%06d.tar")
         if not written:
             raise UserError(f"none of the {len(listing.entries)} images of {images} can be read")
         if listing.classes:

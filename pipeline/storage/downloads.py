@@ -58,12 +58,14 @@ def _copy(store: RemoteStore, name: str) -> Path:
     # One of the processes of this machine copies, and the others wait. Where a file system has no flock, each copies.
     with target.with_name(f".{name}.lock").open("w") as lock:
         flock(lock.fileno(), target, wait=True)
-        if not target.is_file():
+        if not target.is_file() or target.stat().st_size != meta["size"]:
             say(f"copying {url} ({meta['size'] / 1e6:.4g} MB) to {target}")
             unfinished = target.with_name(f".{name}.{os.getpid()}{TEMPORARY}")
             try:
                 with _named(url):
                     store.copy(name, unfinished)
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())  # or a power cut may leave the name without the bytes
                 unfinished.rename(target)
             finally:
                 unfinished.unlink(missing_ok=True)

@@ -81,8 +81,10 @@ class RemoteStore:
             raise UserError(f"{url}: {scheme}:// is of no known kind; give a folder, or a URL s3://, gs:// or az://")
         if {"?", "#"} & set(url):
             raise UserError(f"{url}: a URL with ? or # cannot be used; choose another name")
+        # Files to be copied may take longer than what is read here in pieces.
+        client: ClientConfig = {**_CLIENT, "timeout": "24h"} if also else _CLIENT
         try:
-            return cls(url.rstrip("/"), from_url(url, client_options=_CLIENT, retry_config=_RETRY))
+            return cls(url.rstrip("/"), from_url(url, client_options=client, retry_config=_RETRY))
         except (BaseError, ValueError) as error:
             raise UserError(f"{url} cannot be used: {_reason(error)}") from None
 

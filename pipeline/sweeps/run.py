@@ -169,7 +169,7 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
             _refuse(f"refiner {name}", out, change)
     for run in plan.runs:
         folder = out / RUNS / run.name
-        if not (folder / INPUTS).exists():
+        if not (folder / INPUTS).exists() or not is_bound("distill", open_store(folder).sizes()):
             continue
         needs_refiner, joint = run.refiner is not None, run.config.distill.joint
         if (read_json(folder, INPUTS, "run").get("adapters") is not None) != needs_refiner:

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.images import Skipped
 from pipeline.data.importers.folders import check_filled, folder
 from pipeline.data.importers.walk import stem_of
-from pipeline.data.listed import NO_LABEL, SourceListing
+from pipeline.data.listed import NO_LABEL, ChangedImage, SourceListing
 from pipeline.data.names import file_keys
 from pipeline.data.sources.kind import Kind, Options, Samples, file_size
 from singer.errors import UserError
@@ -29,7 +29,7 @@ class FileReader:
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}; if it has moved, give its place with --images") from None
         if now != size or len(data) < min(size, most):
-            raise UserError(f"{where}: the file has changed since it was listed: {size} bytes, now {now}")
+            raise ChangedImage(f"{where}: the file has changed since it was listed: {size} bytes, now {now}")
         return data
 
     def close(self) -> None:

@@ -31,7 +31,12 @@ def _text(file: Iterable[str], path: Path) -> Iterator[Pair]:
             yield name.strip(), label
         elif line:
             name, _, label = line.rpartition(" ")
-            yield (line, None) if not name or (path.parent / line).is_file() else (name.strip(), label)
+            yield (line, None) if not name or _is_file(line, path.parent) else (name.strip(), label)
+
+
+def _is_file(name: str, folder: Path) -> bool:
+    name = name.removeprefix("file://")
+    return (Path(name).expanduser() if name.startswith("~/") else folder / name).is_file()
 
 
 def _separated(separator: str) -> Callable[[Iterable[str], Path], Iterator[Pair]]:

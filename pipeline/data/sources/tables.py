@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.images import Skipped
-from pipeline.data.listed import SourceListing
+from pipeline.data.listed import ChangedImage, SourceListing
 from pipeline.data.names import distinct_names
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered
 from singer.errors import UserError
@@ -142,7 +142,7 @@ class TableReader:
             raise UserError(f"{where}: the table has only {table.starts[-1]} rows; it has changed")
         value = self._group(table, group, file)[offset - int(table.starts[group])].as_py()
         if value is None or len(value) != size:
-            raise UserError(f"{where}: row {offset} has changed since it was listed")
+            raise ChangedImage(f"{where}: row {offset} has changed since it was listed")
         return bytes(value[:most])
 
     def close(self) -> None:
