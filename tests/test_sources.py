@@ -318,6 +318,17 @@ def test_tables_with_faults(tmp_path: Path) -> None:
         index_images(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
 
 
+def test_many_tables_are_open_a_few_at_a_time(tmp_path: Path) -> None:
+    for n in range(80):
+        table(tmp_path / f"{n:02}.parquet", {"image": [encoded(n), encoded(n + 1)]})
+    images = index_images(sorted(map(str, tmp_path.glob("*.parquet"))))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ImageFile(images) as files:
+        for number in (*range(160), 0):
+            assert files.encoded(number)[0] == encoded(number // 2 + number % 2)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 40
+
+
 def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"need pyarrow: pip install 'singer-vit\[parquet\]'"):

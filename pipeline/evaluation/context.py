@@ -186,9 +186,7 @@ def inputs(
                 try:
                     image = files.read(int(number))
                 except UserError as error:
-                    advice = (
-                        "repair it, or leave out all such images with --on-error skip"
-                    )
+                    advice = "repair it, or leave out all such images with --on-error skip"
                     raise UserError(f"{error}; {advice}") from error
                 views.append(apply_view(image, view(image), backbone.image_size))
             return torch.from_numpy(np.stack(views))

@@ -127,7 +127,7 @@ class _Table:
 
 
 class TableReader:
-    """Reads images by the number of their row."""
+    """Reads images by the number of their row; of all readers of a process, few have their file open."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._own = path, threading.Lock(), threading.local()
@@ -137,6 +137,7 @@ class TableReader:
         """Return the bytes of an image, or its first `most`. Raises UserError if they cannot be read."""
         with self._lock:
             table = self._table = self._table or _Table(self._path)
+        self._keep()
         group = int(np.searchsorted(table.starts, offset, side="right")) - 1
         if group + 1 >= len(table.starts):
             raise UserError(f"{where}: the table has only {table.starts[-1]} rows; it has changed")
@@ -148,6 +149,17 @@ class TableReader:
     def close(self) -> None:
         """Close the file; a later read opens it again."""
         self._table, self._own = None, threading.local()
+        with _opened_lock:
+            _opened.pop(self, None)
+
+    def _keep(self) -> None:
+        """Close the file that was read from longest ago, if too many are open."""
+        with _opened_lock:
+            _opened[self] = None
+            _opened.move_to_end(self)
+            oldest = next(iter(_opened)) if len(_opened) > _MOST_OPEN else None
+        if oldest is not None:
+            oldest.close()
 
     def _group(self, table: _Table, group: int, column: str) -> Any:
         kept: OrderedDict[tuple[int, str], Any] = self._own.__dict__.setdefault("groups", OrderedDict())
@@ -156,6 +168,12 @@ class TableReader:
             if len(kept) > _KEPT:
                 kept.popitem(last=False)
         return kept[group, column]
+
+
+# The readers whose files are open, the last that was used at the end.
+_MOST_OPEN = 32
+_opened: OrderedDict[TableReader, None] = OrderedDict()
+_opened_lock = threading.Lock()
 
 
 def _list(path: Path, options: Options) -> SourceListing:
