@@ -17,6 +17,7 @@ from pipeline.data import Images, require_labels
 from pipeline.evaluation.classification import Accuracies, accuracy, linear_scores, require_classes
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import pooled
+from pipeline.runtime.progress import say
 from singer.errors import UserError
 
 
@@ -36,6 +37,12 @@ def probe(context: EvaluationContext) -> DomainShift:
     """Train a linear head on --train and return its accuracies on --test."""
     settings = context.settings
     rivals, right = compete(class_map(context.train, context.test, settings), context.test)
+    seen = len(np.unique(context.test.labels))
+    if settings.class_map is None and seen < len(rivals):
+        say(
+            f"note: --test has images of {seen} of {len(rivals)} classes, and all of them compete; with "
+            "evaluate.class_map only those that it names do"
+        )
 
     train_labels = torch.from_numpy(context.train.labels)
     train_features = pooled(context, context.train)
