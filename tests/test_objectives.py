@@ -241,41 +241,46 @@ def test_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(moved[some], expected[some], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["angle", "prototypes", "queue"])
-def test_what_is_learned_from_batches_is_learned_from_the_parts_of_all_processes(name: str, tmp_path: Path) -> None:
+OF_WHOLE_BATCHES = ("angle", "prototypes", "queue")
+
+
+def test_what_is_learned_from_batches_is_learned_from_the_parts_of_all_processes(tmp_path: Path) -> None:
     """Two processes with half a batch each: the losses and the buffers of one process with all of it."""
-    objective = OBJECTIVES[name](make_context())
-    for buffer in objective.buffers():  # prototypes begin by chance
-        buffer.copy_(torch.nn.functional.normalize(torch.randn(buffer.shape), dim=-1) if buffer.dim() == 2 else buffer)
-    torch.save(objective.state_dict(), tmp_path / "start")
+    objectives = {name: OBJECTIVES[name](make_context()) for name in OF_WHOLE_BATCHES}
+    for buffer in objectives["prototypes"].buffers():  # they begin by chance
+        buffer.copy_(torch.nn.functional.normalize(torch.randn(buffer.shape), dim=-1))
+    torch.save({name: objective.state_dict() for name, objective in objectives.items()}, tmp_path / "start")
     batches = [(torch.randn(8, 17, WIDTH), torch.randn(8, 17, WIDTH)) for _ in range(3)]
     torch.save(batches, tmp_path / "batches")
-    ranks = [forked(_half, name, tmp_path, rank) for rank in (0, 1)]
+    ranks = [forked(_half, tmp_path, rank) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    losses = [objective({3: a}, {3: b}) for a, b in batches]
+    whole = {name: [objective({3: a}, {3: b}) for a, b in batches] for name, objective in objectives.items()}
     for rank in ranks:
         rank.join()
         assert rank.exitcode == 0
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for step, whole in enumerate(losses):
-        for part, values in whole.items():
-            torch.testing.assert_close(torch.cat([found[step][part] for found, _ in halves]), values)
-    for _, state in halves:
-        for key, value in objective.state_dict().items():
-            torch.testing.assert_close(state[key], value)
+    for name, steps in whole.items():
+        for step, losses in enumerate(steps):
+            for part, values in losses.items():
+                torch.testing.assert_close(torch.cat([half[name][0][step][part] for half in halves]), values)
+        for half in halves:
+            for key, value in objectives[name].state_dict().items():
+                torch.testing.assert_close(half[name][1][key], value)
 
 
-def _half(name: str, folder: Path, rank: int) -> None:
-    """Write the losses and the state after batches of which this process has a half."""
+def _half(folder: Path, rank: int) -> None:
+    """Write, for each objective, the losses and the state after batches of which this process has a half."""
     file = torch.distributed.FileStore(str(folder / "store"), 2)
     torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
-    objective = OBJECTIVES[name](make_context())
-    objective.load_state_dict(torch.load(folder / "start", weights_only=True))
-    part = slice(4 * rank, 4 * rank + 4)
-    batches = torch.load(folder / "batches", weights_only=True)
-    losses = [objective({3: a[part]}, {3: b[part]}) for a, b in batches]
-    torch.save((losses, objective.state_dict()), folder / f"{rank}.pt")
+    starts, batches = (torch.load(folder / name, weights_only=True) for name in ("start", "batches"))
+    part, found = slice(4 * rank, 4 * rank + 4), {}
+    for name, start in starts.items():
+        objective = OBJECTIVES[name](make_context())
+        objective.load_state_dict(start)
+        losses = [objective({3: a[part]}, {3: b[part]}) for a, b in batches]
+        found[name] = (losses, objective.state_dict())
+    torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
