@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import config_with, draw_images, make_vit, seeded, tree_bytes, world_config
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -143,7 +143,9 @@ def test_export_gives_what_the_student_gives(
 
     draw_images(tmp_path / "drawn", 1, 1)
     image = Image.open(tmp_path / "drawn" / "class0" / "0.png").resize((40, 40))
-    image.save(out / "image.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying, as telephones do
+    image.transpose(Image.Transpose.ROTATE_90).save(out / "image.png", exif=exif)
     small = torch.from_numpy(np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).copy())
     student = load_saved(run / "student")
     pixels = normalise(small.unsqueeze(0), student.mean, student.std)

@@ -67,7 +67,7 @@ class Student:
         size = '(p["size"], p["size"])' if isinstance(self.backbone.image_size, int) else 'tuple(p["size"][::-1])'
         return f"""with open("{PREPROCESS}") as file:
     p = json.load(file)
-image = Image.open("image.png").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
 image = ImageOps.fit(image, {size}, Image.Resampling[p["interpolation"].upper()])
 pixels = (np.asarray(image) / 255 - p["mean"]) / p["std"]
 images = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # a batch of any size"""
@@ -155,7 +155,8 @@ from transformers import {kind}
 
 with open("preprocessor_config.json") as file:
     p = json.load(file)
-image = ImageOps.fit(Image.open("image.png").convert("RGB"), (p["size"]["width"], p["size"]["height"]), p["resample"])
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+image = ImageOps.fit(image, (p["size"]["width"], p["size"]["height"]), p["resample"])
 pixels = (np.asarray(image) / 255 - p["image_mean"]) / p["image_std"]
 images = torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()
 model = {kind}.from_pretrained(".").eval()  # "." is the path of this folder
@@ -294,11 +295,12 @@ def _read_timm(student: Student, folder: Path) -> Written:
     )
     snippet = f"""import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 {more_imports}
 model = timm.create_model("{LOCAL}.", pretrained=True).eval()  # "." is the path of this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)
+image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+images = transform(image).unsqueeze(0)
 with torch.inference_mode():
     pooled = model(images)
     # Tokens of the last block as they are, before the final norm:
