@@ -36,7 +36,7 @@ def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, a
     """
     try:
         _rehearse(config, shards, images, folder, accelerator)
-    except UserError:
+    except (UserError, OSError):
         _remove(folder, accelerator)
         raise
     _remove(folder, accelerator)  # not after a defect, whose log is there
