@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import config_with, run_singer
+from conftest import config_with, draw_images, run_singer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.config import Config
 from pipeline.data import Keys, index_beside, index_images
 from pipeline.data.importers.walk import printable, walk
 from pipeline.data.names import file_keys
@@ -153,3 +154,12 @@ def test_the_advice_of_a_failure_works(
 
 def test_the_printable_form_is_one_line() -> None:
     assert printable("a\nb\udcff é") == "a\\nb\\udcff é"
+
+
+def test_any_path_can_be_packed_into(config: Config, tmp_path: Path) -> None:
+    """Patterns of names would read a % of the path."""
+    draw_images(tmp_path / "photos", 1, 2)
+    for out in (tmp_path / "50%" / "shards", tmp_path / "100%data"):
+        out.parent.mkdir(exist_ok=True)
+        (shard,) = prepare(config, tmp_path / "photos", out).shards
+        assert shard.parent == out and len(index_images(str(shard))) == 2

@@ -226,6 +226,12 @@ def test_two_evaluations_of_one_run(runs: Path, tmp_path: Path) -> None:
     assert by is knn[1]
 
 
+def test_test_sets_of_the_same_names_are_kept_apart(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "raw", tmp_path / "raw")
+    (tmp_path / "raw" / "evaluate-0.json").write_text(json.dumps({**stored(runs / "raw"), "images": "others"}))
+    assert len(read_figures(tmp_path / "raw")) == len(read_figures(runs / "raw")) + 1
+
+
 def test_sweep_folder(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("clip_seed-0", "raw"):
         shutil.copytree(runs / name, tmp_path / "sweep" / "runs" / name)

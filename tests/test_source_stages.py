@@ -154,6 +154,10 @@ def test_shards_of_a_web_server_are_copied_once(
     assert list(images.keys) == ["0", "1"] and all(downloads in path.parents for path in images.paths)
     assert capfd.readouterr().err.count("copying http://") == 2
     assert resolve(f"{url}/s-1.tar") == [images.paths[1]] and "copying" not in capfd.readouterr().err
+    whole = images.paths[1].read_bytes()
+    images.paths[1].write_bytes(whole[:100])  # as a power cut may leave it
+    assert resolve(f"{url}/s-1.tar") == [images.paths[1]] and images.paths[1].read_bytes() == whole
+    capfd.readouterr()
     write_tar(folder / "s-1.tar", {"other.png": png(), "more.png": png()})
     os.utime(folder / "s-1.tar", (2e9, 2e9))  # it may have the size of the first one, and be made in the same second
     assert list(index_images(f"{url}/s-1.tar").keys) == ["other", "more"]

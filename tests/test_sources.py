@@ -335,6 +335,15 @@ def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.
         index_images(str(write(tmp_path / "a.parquet", b"")))
 
 
+@pytest.mark.parametrize("prefix", ["~/", "file://"])
+def test_lists_take_blanks_in_whole_paths(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "my photos" / "a b.png", encoded(1))
+    place = "my photos/a b.png" if prefix == "~/" else f"{tmp_path}/my photos/a b.png"
+    images = index_images(str(write(tmp_path / "list.txt", f"{prefix}{place}\n")))
+    assert len(images) == 1 and images.labels.tolist() == [-1]
+
+
 def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     """All kinds at once, stored and read again."""
     photos(tmp_path / "a")
