@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
-from pipeline.outputs.folder import Mode, chain_has_begun, check_output
+from pipeline.outputs.bound import chain_has_begun
+from pipeline.outputs.folder import Mode, check_output
 from pipeline.outputs.provenance import PROVENANCE
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store

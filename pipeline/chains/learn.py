@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.chains.steps import Steps
 from pipeline.config import Config
 from pipeline.models.names import is_function
-from pipeline.outputs.folder import CACHE
+from pipeline.outputs.bound import CACHE, REFINER
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -19,7 +19,7 @@ from pipeline.stages.report import report
 
 # The configuration with all choices of a chain, which the commands that repeat a stage read.
 PLANNED = "planned.yaml"
-SHARDS, REFINER, PROBES, PAGE = "shards", "refiner", "probes", "report.html"
+SHARDS, PROBES, PAGE = "shards", "probes", "report.html"
 
 
 @dataclass(frozen=True)

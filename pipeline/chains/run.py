@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.chains.learn import PAGE, PLANNED, REFINER, SHARDS, Learning, Stage, command
+from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, command
 from pipeline.chains.rehearsal import REHEARSAL, rehearse
 from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
@@ -20,7 +20,8 @@ from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import HF, is_function, local_folder
-from pipeline.outputs.folder import Mode, bound_sections, chain_has_begun
+from pipeline.outputs.bound import REFINER, STUDENT, bound_sections, chain_has_begun
+from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
 from pipeline.planning.quick import measure_costs
@@ -33,7 +34,7 @@ from pipeline.storage import write_atomic
 from singer.errors import UserError
 
 STAGE = "run"
-PLAN, STUDENT, TIMM, HF_FORMAT = "plan", "student", "timm", "hf"
+PLAN, TIMM, HF_FORMAT = "plan", "timm", "hf"
 # With labels; without them there are fewer.
 _STAGES = 10
 

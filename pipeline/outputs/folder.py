@@ -1,36 +1,23 @@
 """Output folders: a stage claims one before work starts, and overwrites none by accident."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Config
+from pipeline.outputs.bound import check_chain_settings, is_bound, sections_of
 from pipeline.outputs.provenance import PROVENANCE, write_provenance
 from pipeline.outputs.resuming import RESULT_SECTIONS, config_change
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.failures import CLAIMED
-from pipeline.storage import Place, Store, is_remote, open_store
+from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
 from singer.errors import UserError
 
 # These outputs are for others to load or publish, so they hold no log.
 _LOGLESS = ("export",)
-# The cache in the folder of a chain.
-CACHE = "cache"
-# Files of a stage that depend on its settings: until there is one of them, --resume takes other settings, too.
-_BOUND = {
-    "cache-teacher": ("manifest.json",),
-    "refine": ("checkpoint-*.pt", "fitted-*", "refiner.json"),
-    "distill": ("checkpoint.pt", "student/*", "run.json"),
-    "finetune": ("checkpoint.pt", "student/*", "run.json"),
-}
-# {folder of a chain: its stage}, each made from those before it.
-_OF_CHAIN = {CACHE: "cache-teacher", "refiner": "refine", "student": "distill"}
-# {section: (what is made by it, its files in a chain)}.
-_AFTER_TRAINING = {"evaluate": ("probes", ("student/evaluate-*",)), "export": ("exports", ("timm/*", "hf/*"))}
 Mode = Literal["new", "resume", "overwrite", "append"]
 
 
@@ -76,74 +63,15 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
     if mode == "resume":
         assert sections is not None
         if stage == "run":
-            _check_chain(store, config, present)
+            check_chain_settings(store, config, present)
             return
         if not is_bound(stage, present):
             return
-        change = config_change(store, config, _sections(stage, config))
+        change = config_change(store, config, sections_of(stage, config))
         if change is not None:
             raise UserError(
                 f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
             )
-
-
-def _sections(stage: str, config: Config) -> tuple[str, ...]:
-    """Return the sections and keys of the configuration on which what a stage stores depends."""
-    sections = RESULT_SECTIONS[stage] or ()
-    if stage == "distill" and config.distill.joint:
-        return (*sections, "refine")
-    if stage == "finetune" and config.finetune.head == "probe":
-        return (*sections, "evaluate.strengths", "evaluate.seed")
-    return sections
-
-
-def is_bound(stage: str, present: Iterable[str], folder: str = "") -> bool:
-    """Return whether some of the files, below a folder of them, depends on the settings of a stage that wrote them."""
-    files = [name.removeprefix(folder) for name in present if name.startswith(folder)]
-    return stage not in _BOUND or any(fnmatch(name, pattern) for name in files for pattern in _BOUND[stage])
-
-
-def chain_has_begun(out: Path) -> bool:
-    """Return whether `singer run` has begun to cache in `out`; until then, it may plan anew."""
-    return (out / CACHE / "manifest.json").exists()
-
-
-def _check_chain(store: Store, config: Config, present: Iterable[str]) -> None:
-    """Raise UserError if a setting on which a stage of a chain has begun has changed."""
-    change = config_change(store, config, ("prepare",))
-    if change is not None:
-        raise UserError(
-            f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
-        )
-    stages = {folder: stage for folder, stage in _OF_CHAIN.items() if is_bound(stage, present, f"{folder}/")}
-    if stages and CACHE not in stages:
-        raise UserError(f"{store.url} has lost its cache, from which came {_places(store, stages)}; remove these, too")
-    for number, (folder, stage) in enumerate(stages.items()):
-        change = config_change(store, config, _sections(stage, config))
-        if change is not None:
-            raise UserError(
-                f"{store.url} cannot be continued: {folder} was started with {change}; repeat its command, or, to make "
-                f"it anew with all that comes from it, remove {_places(store, list(stages)[number:])}"
-            )
-    for section, (made, patterns) in _AFTER_TRAINING.items():
-        begun = any(fnmatch(name, pattern) for name in present for pattern in patterns)
-        change = config_change(store, config, (section,)) if begun else None
-        if change is not None:
-            raise UserError(
-                f"{store.url} has {made} by {change}; repeat its command, or make others with singer {section} "
-                f"{store.url}/student"
-            )
-
-
-def bound_sections(out: Path, config: Config) -> set[str]:
-    """Return the sections of the configuration that cannot change any more in the folder of a chain."""
-    present = open_store(out).sizes()
-    stages = [stage for folder, stage in _OF_CHAIN.items() if is_bound(stage, present, f"{folder}/")]
-    return {section for stage in stages for section in _sections(stage, config)}
-
-
-def _places(store: Store, folders: Iterable[str]) -> str:
-    return " and ".join(f"{store.url}/{folder}" for folder in folders)
 
 
 @contextmanager
@@ -158,7 +86,7 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
         if mode != "append":
-            changed = mode == "resume" and config_change(store, config, _sections(stage, config)) is not None
+            changed = mode == "resume" and config_change(store, config, sections_of(stage, config)) is not None
             write_provenance(store, stage, config, seed, changed)
         with nullcontext() if stage in _LOGLESS else stage_log(place, config):
             try:
