@@ -17,7 +17,7 @@ def match_blocks(teacher_blocks: Sequence[int], teacher_depth: int, student_dept
     if len(teacher_blocks) > student_depth:
         raise UserError(
             f"{len(teacher_blocks)} teacher blocks cannot be matched to {student_depth} student blocks: "
-            "cache fewer blocks or take a deeper student"
+            "cache fewer blocks or use a deeper student"
         )
     # This import takes half a second, which only training needs to spend.
     from scipy.optimize import linear_sum_assignment

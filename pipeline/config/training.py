@@ -235,7 +235,7 @@ class DistillConfig(TrainingConfig):
     def _check(self) -> "DistillConfig":
         """Raise UserError if keys do not fit together."""
         if self.share == 1 and self.share_by != "random":
-            raise UserError(f"share_by: {self.share_by} chooses a share; give one (--set distill.share=0.5)")
+            raise UserError(f"share_by: {self.share_by} has no effect with share=1 (give --set distill.share=0.5)")
         if self.share_by == "random" and self.share_keep != "hard":
             raise UserError("share_keep: easy is about scores; give one (--set distill.share_by=el2n, or prototypes)")
         if self.share_by == "loss" and self.share_run is None:

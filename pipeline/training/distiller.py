@@ -147,7 +147,10 @@ class Distiller(Learner):
             ]
             if len({x.shape for _, x in of_name}) > 1:
                 counts = " and ".join(str(x.shape[-1]) for _, x in of_name)
-                raise UserError(f"distill.objective {name}: the teachers' heads have {counts} classes; take others")
+                raise UserError(
+                    f"distill.objective {name}: the teachers' heads have {counts} classes; "
+                    "give teachers whose heads have the same classes"
+                )
             means[name] = sum(w * x for w, x in of_name) / sum(w for w, _ in of_name)
         return means  # type: ignore[return-value]
 

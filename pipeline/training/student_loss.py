@@ -91,7 +91,10 @@ def _check(run: Path, result: DistillResult, config: Config, cache: Cache) -> No
         if OBJECTIVES[name].batchwise:
             raise UserError(f"objective {name} of {run} has no loss of single images; give a run with another one")
     if config.student.name.startswith(OWN) or is_function(config.student.name):
-        raise UserError(f"the student of {run} is a module of your own, and a run chooses no code; give another run")
+        raise UserError(
+            f"the student of {run} is a module of your own, and a run's files may not choose code; "
+            "give the run of a timm student"
+        )
 
 
 def _refiner(run: Path, result: DistillResult, cache: Cache) -> Refiner | None:
