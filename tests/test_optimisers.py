@@ -1,12 +1,17 @@
 """The optimisers of a student, against their definitions."""
 
+import copy
+from functools import partial
+
 import pytest
 import timm
+import timm.optim.muon
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import load_config
 from pipeline.training.optimisers import new_optimiser
+from pipeline.training.parameter_groups import decay_groups
 from tests.conftest import seeded
 
 CPU = torch.device("cpu")
@@ -65,3 +70,42 @@ def test_adamw_of_a_matrix(name: str) -> None:
     torch.testing.assert_close(
         after, (1 - RATE * DECAY) * before - RATE * gradient / (gradient.abs() + 1e-8), atol=1e-6, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "test_efficientnet"])
+def test_muon_is_timms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which updates are orthogonal, the state and four steps, with a weight that has no gradient in one of them."""
+    exact = partial(timm.optim.muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", exact)
+    torch.manual_seed(seeded(6))
+    ours = nn.ModuleDict({"student": timm.create_model(name, num_classes=0), "projector": nn.Linear(3, 24)})
+    theirs = copy.deepcopy(ours)
+    settings = load_config(sets=[f"distill.weight_decay={DECAY}"]).distill
+    groups = decay_groups(theirs, DECAY)
+    for group in groups:
+        group["use_fallback"] = group["weight_decay"] == 0
+    both = new_optimiser(ours, settings, CPU), timm.optim.Muon(groups, nesterov=True, betas=(0.9, 0.999))
+    for optimiser in both:
+        for group in optimiser.param_groups:
+            group["lr"] = RATE
+    before = [p.detach().clone() for p in ours.parameters()]
+    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    for step in range(4):
+        for own, other in pairs:
+            own.grad = torch.randn(own.shape)
+            other.grad = own.grad.clone()
+        if step == 2:
+            pairs[-2][0].grad = pairs[-2][1].grad = None
+        gradients = [own.grad for own, _ in pairs]
+        for optimiser in both:
+            optimiser.step()
+        assert all(own.grad is gradient for (own, _), gradient in zip(pairs, gradients, strict=True))
+    states, expected = (optimiser.state_dict()["state"] for optimiser in both)
+    assert {key: state.keys() for key, state in states.items()} == {
+        key: state.keys() for key, state in expected.items()
+    }
+    assert {key: state["use_muon"] for key, state in states.items()} == {k: s["use_muon"] for k, s in expected.items()}
+    assert 0 < sum(state["use_muon"] for state in states.values()) < len(pairs)
+    for (own, other), first in zip(pairs, before, strict=True):
+        assert not torch.equal(own, first)
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)

@@ -1,10 +1,10 @@
 """The optimiser of a student: Muon for its matrices, or AdamW for all weights."""
 
-import timm.optim
 import torch
 from torch import nn
 
 from pipeline.config import TrainingConfig
+from pipeline.training.muon import Muon
 from pipeline.training.parameter_groups import decay_groups
 
 
@@ -21,7 +21,6 @@ def new_optimiser(model: nn.Module, settings: TrainingConfig, device: torch.devi
             group["use_fallback"] = group["weight_decay"] == 0
         group["weight_decay"] *= settings.weight_decay
     if settings.optimizer == "muon":
-        optimiser: torch.optim.Optimizer = timm.optim.Muon(groups, nesterov=True, betas=(0.9, 0.999))
-        return optimiser
+        return Muon(groups)
     # One kernel for all weights, where there is one; on CPUs the default stays.
     return torch.optim.AdamW(groups, fused=device.type == "cuda" or None)
