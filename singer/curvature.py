@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singer.fit_context import FitContext
-from singer.suffix import TeacherSuffix
+from singer.suffix import TeacherSuffix, has_first_norm
 
 Reader = Callable[[TeacherSuffix, Tensor, int], Tensor]
 _BATCH = 16
@@ -33,6 +33,12 @@ def read_final_norm(suffix: TeacherSuffix, tokens: Tensor, block: int) -> Tensor
 
 
 READERS: dict[str, Reader] = {"branch": read_branch, "next-norm": read_next_norm, "final-norm": read_final_norm}
+
+
+def readers_of(suffix: TeacherSuffix, block: int) -> dict[str, Reader]:
+    """Return the readers of a block; where blocks norm after their branches only, the next one has no norm to read."""
+    normed = suffix.is_last(block) or has_first_norm(suffix.block(block + 1))
+    return {name: read for name, read in READERS.items() if normed or name != "next-norm"}
 
 
 def curvature(context: FitContext, reader: str, draws: int = 1) -> Tensor:

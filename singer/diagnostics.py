@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from singer.adapter_losses import gram_error
 from singer.artifacts import clean_mask, patch_norms
-from singer.curvature import READERS
+from singer.curvature import readers_of
 from singer.fit_context import FitContext
 
 Clean = Callable[[Tensor], Tensor]
@@ -74,11 +74,12 @@ def reader_drift(context: FitContext, clean: Clean) -> dict[str, dict[str, float
     """Measure how much a refiner changes the readers' outputs.
 
     Returns {reader: {"clean_l2", "clean_cosine", "artifact_l2", "artifact_cosine"}}. l2 (%): L2 norm of the change over
-    that of the original output. Clean patch tokens and artifacts are measured apart.
+    that of the original output. Clean patch tokens and artifacts are measured apart. A block without a norm before its
+    first branch has no reader next-norm.
     """
     found: dict[str, dict[str, float]] = {}
     kinds = {"clean": context.clean, "artifact": ~context.clean}
-    for name, read in READERS.items():
+    for name, read in readers_of(context.suffix, context.block).items():
         sums = dict.fromkeys(kinds, (0.0, 0.0, 0.0, 0))
         for start in range(0, len(context.tokens), _BATCH):
             x = context.tokens[start : start + _BATCH]

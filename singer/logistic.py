@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from singer.errors import UserError
+
 # A pass computes so many logits at once.
 _LOGITS = 1 << 24
 _MEMORY = 10
@@ -76,6 +78,8 @@ class LogisticProblem:
     """
 
     def __init__(self, x: Tensor | Streamed, labels: Tensor, classes: int) -> None:
+        if classes < 2:
+            raise UserError(f"a classifier needs two classes or more, not {classes}")
         self._x, self._labels, self._classes = x, labels, classes
         squares, vectors = torch.linalg.eigh(sum_of_products(x))
         self._squares, self._vectors = squares.clamp_min(0).float(), vectors.float()

@@ -214,8 +214,7 @@ def _is_paley(order: int) -> bool:
 def _deviation(variance: Tensor) -> Tensor:
     """Return the deviation of channels (..., d), with a floor: rounding noise must not be scaled to unit variance."""
     deviation = variance.sqrt()
-    floored: Tensor = deviation.clamp_min(1e-2 * float(deviation.mean()) + 1e-12)
-    return floored
+    return torch.maximum(deviation, 1e-2 * deviation.mean(-1, keepdim=True) + 1e-12)
 
 
 NORMALISERS: dict[str, type[Normaliser]] = {

@@ -269,4 +269,16 @@ def first_norm(block: nn.Module) -> nn.Module:
     branches = getattr(block, "attns", None)
     if isinstance(branches, nn.ModuleList):  # parallel branches, each with a norm of its own
         return next(m for n, m in branches[0].named_children() if n == "norm")
-    raise UserError("this teacher's blocks have no norm at their input; take the reader branch or final-norm")
+    raise UserError(
+        "these blocks have no norm at their input (they norm after each branch); use an objective other than relation, "
+        "minilm and tinymim"
+    )
+
+
+def has_first_norm(block: nn.Module) -> bool:
+    """Return whether a block has a norm before its first branch."""
+    try:
+        first_norm(block)
+    except UserError:
+        return False
+    return True

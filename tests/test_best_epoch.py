@@ -51,6 +51,19 @@ class Told:
         monkeypatch.setattr(HeldOut, "measure", told)
 
 
+def test_chance_in_held_out_losses_does_not_depend_on_others(world: Path, tmp_path: Path) -> None:
+    """An objective that draws masks draws the same for a student alone as for one that shares the pass."""
+    config = world_config(world, *SETS, "distill.epochs=2", "distill.objective=vitkd")
+    specs = [StudentSpec(config, tmp_path / name, None) for name in ("first", "second")]
+    fan_out(specs, world / "cache")
+    distill(config, world / "cache", tmp_path / "alone")
+    found = [
+        [line["held_out_loss"] for line in read_log(tmp_path / name / "log.jsonl") if "held_out_loss" in line]
+        for name in ("first", "second", "alone")
+    ]
+    assert found[0] == found[1] == found[2] and len({*found[0]}) == 2
+
+
 @pytest.mark.parametrize("ema", [pytest.param("null", marks=pytest.mark.slow), "0.5"])
 def test_the_best_epoch_is_kept(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: str) -> None:
     told = Told(monkeypatch)

@@ -89,6 +89,11 @@ def test_blocks_change_no_neighbour_and_no_rank(queries: int, gallery: int, monk
     assert retrieval_figures(test_x, y[:50]) == pytest.approx(ranked, abs=1e-6)
 
 
+def test_a_classifier_needs_two_classes() -> None:
+    with pytest.raises(UserError, match="needs two classes or more, not 1"):
+        logistic.LogisticProblem(torch.randn(5, 3), torch.zeros(5, dtype=torch.long), 1)
+
+
 def test_fits_of_several_strengths_share_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of each strength alone, and the slowest decides how often features are read."""
     x, y = samples(600, 6)

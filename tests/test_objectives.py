@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from conftest import WIDTH, make_vit
+from conftest import WIDTH, make_vit, seeded
 from forked import forked
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from singer.objectives.meal import Meal
 from singer.objectives.meal_discriminator import MealDiscriminator
 from singer.objectives.prototypes import Prototypes, sinkhorn
 from singer.objectives.queue import Queue
-from singer.objectives.relation import Relation
+from singer.objectives.relation import Relation, queries_keys_values, split
 from singer.objectives.top_logits import TopLogits
 from singer.objectives.zero_shot import ZeroShot
 from singer.suffix import TeacherSuffix, suffix_state
@@ -133,6 +135,71 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
         ours, theirs = objective.verdict(student).double().numpy(), expected.double().numpy()
         found = objective({3: student}, {3: kept})["kl"]
     np.testing.assert_allclose(found.numpy(), (np.exp(theirs) * (theirs - ours)).sum(-1), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "prefix", "grid", "reason"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, 1, (4, 4), "reads prefix tokens that the student does not have"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, 1, None, "reads all patches, and some are left out"),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, 1, None, "reads all patches, and some are left out"),
+        ("vit_tiny_patch16_224", {}, 0, (4, 4), "needs a student with a class token"),
+        ("vit_tiny_patch16_224", {}, 1, None, None),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "reg_tokens": 4}, 0, (4, 4), None),
+    ],
+)
+def test_logits_need_what_the_head_reads(
+    name: str, args: dict[str, object], prefix: int, grid: tuple[int, int] | None, reason: str | None
+) -> None:
+    given = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 64, "num_classes": 5, **args}
+    model = timm.create_model(name, **given)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    suffix = TeacherSuffix(name, given, 1, suffix_state(model.state_dict(), 1))
+    context = ObjectiveContext((1,), 24, prefix, grid, suffix, model.num_prefix_tokens)
+    if reason is None:
+        Logits(context)
+    else:
+        with pytest.raises(UserError, match=reason):
+            Logits(context)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("beit_base_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
+        ("vit_small_patch16_dinov3_qkvb", {}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_queries_keys_and_values_are_those_of_the_block(
+    name: str, args: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the block itself gives to its attention; rotary positions turn queries and keys, and leave their lengths."""
+    torch.manual_seed(seeded(7))
+    small = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 0}
+    model = timm.create_model(name, **small, **args).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    given: list[Tensor] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        given[:] = [q, k, v]
+        return attend(q, k, v, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    inputs: list[Tensor] = []
+    attention = model.blocks[0].attn
+    attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+        found = split(queries_keys_values(attention, inputs[0]), attention.num_heads)
+    turned = getattr(model, "rope", None) is not None
+    for own, used in zip(found.values(), given, strict=True):
+        x, y = (own.norm(dim=-1), used.norm(dim=-1)) if turned and used is not given[2] else (own, used)
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
 
 def probabilities(objective: Logits, tokens: Tensor) -> np.ndarray:
@@ -315,6 +382,10 @@ def test_acam() -> None:
         cls = (student[2][i, 0] - target[2][i, 0]).square().mean().item() / 17
         expected.append(masked + alike(channels[i]) + alike(patches[i]) + cls)
     np.testing.assert_allclose(objective(student, target)["2"].detach().numpy(), expected, rtol=1e-3)
+    # Blocks of hierarchical teachers differ in width.
+    uneven = Acam(replace(make_context(), widths={2: 12, 3: WIDTH}))
+    student[2], target[2] = student[2][..., :12], target[2][..., :12]
+    assert uneven(student, target)["2"].shape == (3,)
 
 
 def test_labels() -> None:
@@ -472,6 +543,17 @@ def test_angle() -> None:
     kept = {name: x.clone() for name, x in objective.state_dict().items()}
     np.testing.assert_allclose(objective(student, target)["summary"].numpy(), squared(a, b) / dispersion, rtol=1e-3)
     assert all(torch.equal(x, kept[name]) for name, x in objective.state_dict().items())
+
+
+def test_a_lone_summary_has_no_dispersion() -> None:
+    """Its angle from itself would be divided by nothing; later summaries count."""
+    objective, student, target = Angle(make_context()), draw(), draw()
+    one = [{b: x[:1] for b, x in tokens.items()} for tokens in (student, target)]
+    first = objective(*one)["summary"]
+    a, b = (unit(x[3][:, 0].double().numpy()) for x in one)
+    np.testing.assert_allclose(first.numpy(), np.arccos((a * b).sum(-1)) ** 2, rtol=1e-3)
+    assert objective.state_dict()["dispersion"] == 0
+    assert objective(student, target)["summary"].max() < 10 and objective.state_dict()["dispersion"] > 0.1
 
 
 def test_blocks_have_weights() -> None:

@@ -292,6 +292,19 @@ def test_moments_against_numpy() -> None:
     np.testing.assert_allclose(moments.variance, patches.var(0), rtol=1e-5)
 
 
+def test_wide_registers_leave_cls_as_it_is() -> None:
+    """The floor below which a channel is not scaled up is that of each prefix position."""
+    draws = (
+        torch.randn(200, 3, 6, generator=torch.Generator().manual_seed(seeded(1)))
+        * torch.tensor([1, 300, 500])[:, None]
+    )
+    moments = Moments(Shape(6, 3, None))
+    moments.add(draws, draws[:, 0])
+    layer = Standardize(Shape(6, 3, None))
+    layer.fit(moments)
+    torch.testing.assert_close(layer(draws)[:, 0].std(0, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+
+
 def test_a_fit_goes_on_on_its_own_cache_only(
     world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

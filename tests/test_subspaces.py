@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import WIDTH, make_vit, seeded
 from hypothesis import given, settings
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from singer.artifacts import BlockScale, neighbour_mean
 from singer.cleaners import CLEANERS, GatedAdapter, Neighbour, Projector, Shape
-from singer.curvature import READERS, curvature
+from singer.curvature import READERS, curvature, readers_of
 from singer.diagnostics import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.errors import UserError
 from singer.fit_context import FitContext
 from singer.normalisers import NORMALISERS, Moments, PhiS, hadamard
 from singer.refiner import Refiner
 from singer.subspaces import BASES, artifact, artifact_aware, best_rank, mlp_product
-from singer.suffix import TeacherSuffix, suffix_state
+from singer.suffix import TeacherSuffix, find_suffix, suffix_state
 
 ARCHITECTURES = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -315,3 +316,15 @@ def test_drift_and_splice() -> None:
     a, b = (norm(t)[:, 1:][context.clean] for t in (context.tokens, 1.5 * context.tokens + 1))
     expected = 100 * float((b - a).norm() / a.norm())
     assert reader_drift(context, lambda x: 1.5 * x + 1)["next-norm"]["clean_l2"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_blocks_that_norm_after_their_branches_have_no_norm_to_read() -> None:
+    name, args = "vit_relpos_small_patch16_rpn_224", {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
+    model = timm.create_model(name, **args)
+    state = find_suffix(model, name, args, 1, 64)
+    assert state is not None
+    suffix = TeacherSuffix(name, args, 1, state)
+    assert [*readers_of(suffix, 1)] == ["branch", "final-norm"] and [*readers_of(suffix, 2)] == [*READERS]
+    tokens = torch.randn(4, 16, 24)
+    context = FitContext(suffix, 1, tokens, make_context().scale, 0, (4, 4))
+    assert [*reader_drift(context, lambda x: x)] == ["branch", "final-norm"]

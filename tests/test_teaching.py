@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import WIDTH, make_batch, run_singer, seeded, world_config
 from test_objectives import make_context
@@ -15,13 +16,14 @@ from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
 from pipeline.config import load_config
 from pipeline.data.views import normalise
+from pipeline.models.backbone import Backbone
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.sweeps.run import sweep
 from pipeline.training.batch import Batch
 from pipeline.training.distiller import Distiller, teacher_shares
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.teacher_branch import TeacherBranch, Teaching, attention_of
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import Mixture, Tokens
@@ -59,6 +61,12 @@ def test_attention_needs_blocks_with_qkv(world: Path) -> None:
     targets = Targets(Cache(world / "cache"), None, student, CPU)
     with pytest.raises(UserError, match=r"need a student with two blocks or more that have norm1 and attn\.qkv"):
         TeacherBranch(student, {2: 0}, targets, Teaching({"minilm": 1.0}))
+    # These norm after each branch: their attention reads the tokens themselves.
+    small: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "num_classes": 0}
+    name = "vit_relpos_small_patch16_rpn_224"
+    post_norm = Backbone(timm.create_model(name, **small), name, small, 32, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(UserError, match=r"norm1 and attn\.qkv, in this order"):
+        attention_of(post_norm, 1)
 
 
 def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distiller, Batch]:

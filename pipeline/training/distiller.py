@@ -18,6 +18,9 @@ from singer.objectives import Tokens
 from singer.patch_dropout import PatchDropout, install
 from singer.patch_masks import PatchMasks
 
+# The parameters of an attention that make its queries, keys and values.
+_MAKE_ATTENTION = ("qkv.", "q_bias", "k_bias", "v_bias", "q_norm.", "k_norm.")
+
 
 class Distiller(Learner):
     """The module with all that is trained: a student, and what it has for each teacher. It computes the losses.
@@ -39,7 +42,8 @@ class Distiller(Learner):
         for branch in branches:
             for block in branch.attention.values():
                 block.norm1.requires_grad_(True)
-                block.attn.qkv.requires_grad_(True)
+                for name, weight in block.attn.named_parameters():
+                    weight.requires_grad_(name.startswith(_MAKE_ATTENTION))
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None

@@ -114,17 +114,19 @@ class HeldOut:
         starts = range(0, count, size)
         shares = [np.arange(start, min(start + size, count)) for start in starts]
         lists = [[BatchIndices(part, np.full(len(part), 1 / count, np.float32))] for part in shares]
-        losses = [0.0] * len(student_runs)
+        losses, own = [0.0] * len(student_runs), [device] if device.type == "cuda" else []
         sums: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
         with ExitStack() as averages:
             for run in student_runs:
                 run.learner.eval()
                 averages.enter_context(run.averaged())
-            for batch in on_device(self.load(lists, self.settings.workers), device):
+            for number, batch in enumerate(on_device(self.load(lists, self.settings.workers), device)):
                 if len(student_runs) > 1:
                     batch = student_runs[0].learner.decoded(batch)
                 for n, run in enumerate(student_runs):
-                    with current().together():  # split weights are gathered
+                    # Objectives that draw at random draw the same in every epoch, whoever shares the pass.
+                    with torch.random.fork_rng(own), current().together():  # split weights are gathered
+                        torch.manual_seed(number)
                         found, parts = run.learner.measured(batch)
                     current().beat()
                     losses[n] += float(torch.stack(list(found.values())).sum())

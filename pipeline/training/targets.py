@@ -61,6 +61,7 @@ class Targets:
             teacher.prefix_tokens,
             classes,
             self.texts,
+            {block: teacher.width_of(block) for block in blocks},
         )
 
     @torch.no_grad()

@@ -14,10 +14,12 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
+from singer.objectives.relation import queries_keys_values
 from singer.patch_masks import only_masked
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.student_exits import has_exit
+from singer.suffix import has_first_norm
 from singer.tokens import select_tokens
 
 
@@ -176,7 +178,8 @@ class TeacherBranch:
             for projectors in (self.projectors, self.unit_projectors)
         )
         attention = {
-            t: block.attn.qkv(block.norm1(own[self.attention_inputs[t]])) for t, block in self.attention.items()
+            t: queries_keys_values(block.attn, block.norm1(own[self.attention_inputs[t]]))
+            for t, block in self.attention.items()
         }
         found = (normalised, cleaned, attention)
         return Tokens(*(self.targets.student_tokens(x, grids, positions) for x in found))
@@ -222,11 +225,11 @@ def _reads(kind: type[Projection], block: int) -> range:
 def attention_of(student: Backbone, number: int) -> Any:
     """Return a block of the student that makes queries, keys and values together. Raises UserError if it does not."""
     blocks = getattr(student.model, "blocks", ())
-    block = blocks[number] if 0 < number < len(blocks) else None
-    if not (hasattr(getattr(block, "attn", None), "qkv") and hasattr(block, "norm1")):
+    block = blocks[number] if 0 < number < len(blocks) else nn.Identity()
+    if not (hasattr(getattr(block, "attn", None), "qkv") and hasattr(block, "norm1") and has_first_norm(block)):
         raise UserError(
             "distill.objective minilm and tinymim need a student with two blocks or more that have norm1 and attn.qkv, "
-            "such as vit; take relation for others"
+            "in this order, such as vit; use relation for others"
         )
     return block
 

@@ -41,7 +41,7 @@ class Acam(Objective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self.fusions = nn.ModuleDict({str(b): Fusion(context.width, self.masks) for b in context.blocks})
+        self.fusions = nn.ModuleDict({str(b): Fusion(context.width_of(b), self.masks) for b in context.blocks})
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute losses (B,) of one block's tokens (B, N, d); CLS counts as one more patch without a mask."""

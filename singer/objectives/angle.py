@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from singer.all_processes import mean_of_all
 from singer.objectives.base import LastBlock, ObjectiveContext
 
+# The cosine stays so far from 1, where the angle has no slope, and the squared angle above this.
+_EDGE = 1e-6
+_SMALLEST = 2 * _EDGE
+
 
 class Angle(LastBlock):
     """Squared angle between the student's CLS and the teacher's (without CLS, mean patches), over its dispersion.
@@ -31,7 +35,8 @@ class Angle(LastBlock):
         ours, theirs = (self.summary(x.float()) for x in (student, target))
         if self.training:
             self.move(theirs)
-        return {"summary": squared_angle(ours, theirs) / self.dispersion.clone().clamp_min(1e-6)}  # type: ignore[operator]
+        spread: Tensor = self.dispersion.clone()  # type: ignore[operator]
+        return {"summary": squared_angle(ours, theirs) / torch.where(spread > 0, spread, 1.0)}
 
     def summary(self, tokens: Tensor) -> Tensor:
         """Return the directions (B, d) of CLS, or of the mean patch where there is none."""
@@ -41,7 +46,9 @@ class Angle(LastBlock):
     def move(self, summaries: Tensor) -> None:
         """Move the mean direction and the dispersion towards those of summaries (B, d); the first batch sets them."""
         self.update("direction", mean_of_all(summaries.mean(0)))
-        self.update("dispersion", mean_of_all(self.mean_squared_angle(summaries)))
+        spread = mean_of_all(self.mean_squared_angle(summaries))
+        # The angle of a lone first summary from itself says nothing.
+        self.update("dispersion", torch.where(spread > 2 * _SMALLEST, spread, self.dispersion))  # type: ignore[arg-type]
 
     def update(self, name: str, value: Tensor) -> None:
         """Move a running mean towards a value; while it is zero, the value takes its place."""
@@ -55,4 +62,4 @@ class Angle(LastBlock):
 
 def squared_angle(a: Tensor, b: Tensor) -> Tensor:
     """Compute the squared angle (B,), in radians, between unit vectors (B, d); where they are equal, it has a slope."""
-    return (a * b).sum(-1).clamp(-1 + 1e-6, 1 - 1e-6).acos().square()
+    return (a * b).sum(-1).clamp(-1 + _EDGE, 1 - _EDGE).acos().square()

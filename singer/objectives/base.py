@@ -12,10 +12,10 @@ from singer.suffix import TeacherSuffix
 class ObjectiveContext:
     """What student and teacher tokens have in common: matched teacher blocks, width, prefix tokens (0 or CLS), grid.
 
-    width, grid: of the last matched block. grid: (rows, columns) of the patch tokens; None where only some patches of
-    each image are stored. suffix: the frozen suffix of the teacher; teacher_prefix: number of its CLS and register
-    tokens. classes: number of classes of the labels, None without labels; texts: text embeddings, as wide as the
-    teacher's output, if given.
+    width, grid: of the last matched block; widths: of each. grid: (rows, columns) of the patch tokens; None where only
+    some patches of each image are compared. suffix: the frozen suffix of the teacher; teacher_prefix: number of its CLS
+    and register tokens. classes: number of classes of the labels, None without labels; texts: text embeddings, as wide
+    as the teacher's output, if given.
     """
 
     blocks: tuple[int, ...]
@@ -26,6 +26,11 @@ class ObjectiveContext:
     teacher_prefix: int = 1
     classes: int | None = None
     texts: Tensor | None = None
+    widths: Mapping[int, int] = field(default_factory=dict)
+
+    def width_of(self, block: int) -> int:
+        """Return the width of a block's tokens; blocks that are not in `widths` are as wide as the last."""
+        return self.widths.get(block, self.width)
 
 
 @dataclass(frozen=True)

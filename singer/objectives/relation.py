@@ -5,7 +5,9 @@ projected tokens. Any student can learn this way, also one without attention.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from singer.errors import UserError
@@ -62,8 +64,22 @@ class Relation(Objective):
 
     def mixed(self, tokens: Tensor, block: int) -> Tensor:
         """Compute queries, keys and values (B, N, 3 · d) that block + 1 makes of tokens (B, N, d)."""
-        found: Tensor = self.attention(block).qkv(self.suffix.next_norm(tokens, block))  # type: ignore[operator]
-        return found
+        return queries_keys_values(self.attention(block), self.suffix.next_norm(tokens, block))
+
+
+def queries_keys_values(attention: Any, x: Tensor) -> Tensor:
+    """Compute an attention's queries, keys and values (B, N, 3 · width) of its input (B, N, d).
+
+    Biases that are kept apart (BEiT, EVA) and norms of queries and keys belong to it; rotary positions do not.
+    """
+    mixed: Tensor = attention.qkv(x)
+    queries, values = getattr(attention, "q_bias", None), getattr(attention, "v_bias", None)
+    if queries is not None and values is not None:
+        mixed = mixed + torch.cat([queries, torch.zeros_like(queries), values])  # keys have no bias
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    parts = list(mixed.unflatten(-1, (3, attention.num_heads, -1)).unbind(2))
+    parts[:2] = [x if norm is None else norm(x) for x, norm in zip(parts, norms, strict=False)]
+    return torch.stack(parts, 2).flatten(2)
 
 
 def relation_kl(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], kinds: Sequence[tuple[str, str]]) -> Tensor:

@@ -32,11 +32,16 @@ class ZeroShot(Logits):
             raise UserError("distill.objective zero-shot needs the teacher's last block in the cache")
         if texts is None:
             raise UserError("distill.objective zero-shot needs distill.texts, a .npy of text embeddings (texts, width)")
+        if not hasattr(model, "num_features"):
+            raise UserError(
+                "distill.objective zero-shot needs a teacher of timm: vision models of transformers have no projection "
+                "to the space of texts"
+            )
         width = int(getattr(model, "num_classes", 0) or model.num_features)
         if texts.shape[1] != width:
             raise UserError(
                 f"distill.texts: the embeddings have {texts.shape[1]} channels, and the teacher's images {width}; "
-                "take the text model that belongs to the teacher"
+                "use the text model that belongs to the teacher"
             )
 
     def verdict(self, tokens: Tensor) -> Tensor:
