@@ -241,10 +241,10 @@ def _test(config: Config, result: DistillResult, test: Images) -> OwnHead:
     learned, _ = learned_from(result, test)
     if learned == "yes":
         say("note: the student learned from images of --test")
-    settings, file = config.evaluate, result_file(result.run, _TASK, (None, test), config)
-    started = time.perf_counter()
-    figures = own_head.probe(EvaluationContext(result.run, student, device, None, test, settings, started, file))
-    object.__setattr__(figures, "learned_from_test", learned)
-    figures.test.extend(path.name for path in test.paths)
-    store_result(file, figures, _TASK, (None, test), settings, None)
+    file = result_file(result.run, _TASK, (None, test), config)
+    context = EvaluationContext(
+        result.run, student, device, None, test, config.evaluate, time.perf_counter(), file, learned_from_test=learned
+    )
+    figures = own_head.probe(context)
+    store_result(context, figures, _TASK, None)
     return figures
