@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, overload
 
-import torch
-
 from pipeline.checks import check_model
 from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
@@ -21,6 +19,7 @@ from pipeline.evaluation.stored import learned_from, result_file, store_result
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
+from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.training.run_directory import RUN, STUDENT, load_result
 from singer.errors import UserError
@@ -101,7 +100,7 @@ def evaluate_tasks(
             say("note: the student learned from images of --test; are --train and --test swapped?")
         elif learned == "unknown":
             say(f"note: it is unknown whether the student learned from images of --test: {reason}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backbone.model.to(device)
     place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()

@@ -28,7 +28,7 @@ from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator, with_precision
+from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current, watched
 from pipeline.storage.json_files import read_as, write_json
@@ -235,7 +235,7 @@ class Job:
 
 def _test(config: Config, result: DistillResult, test: Images) -> OwnHead:
     """Test the student's head, and store the figures in its folder, as singer evaluate does."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     student = load_saved(result.student, config.evaluate.image_size)
     student.model.to(device)
     learned, _ = learned_from(result, test)
