@@ -39,7 +39,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.held_out import HeldOut, held_out_images
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import Prepared, say_continued
+from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -180,11 +180,11 @@ class Job:
         if main:
             say(f"{len(self.numbers)} images of {self.classes} classes; the head starts as {settings.head}")
         ranks.wait()
-        prepared = Prepared(
-            self.student, self.learner, self.config, settings, self.out, len(self.held_out) > 0, accelerator
-        )
+        holds_out = len(self.held_out) > 0
         with ranks.together():
-            student_run = prepared.run(mode, accelerator)
+            student_run = prepare_run(
+                self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
+            )
         if main:
             say_continued(student_run, self.out, len(self.numbers))
         with ImageFile(self.images) as files:
@@ -194,7 +194,7 @@ class Job:
             )
             m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)
         with ranks.together():
-            state, _ = student_run.kept_states or prepared.states()
+            state, _ = student_run.final_states()
         best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.paths)]))
