@@ -23,7 +23,8 @@ from singer.errors import UserError
 from singer.sizes import Size
 from singer.suffix import find_suffix
 
-_CALIBRATION_RECORDS = 256
+# Codecs are calibrated on so many records.
+CALIBRATION_RECORDS = 256
 
 
 class Extractor:
@@ -117,7 +118,7 @@ class Extractor:
         """
         if not blocks:
             return {}
-        settings, count = self.config.cache, min(_CALIBRATION_RECORDS, len(read))
+        settings, count = self.config.cache, min(CALIBRATION_RECORDS, len(read))
         records = np.linspace(0, len(read) - 1, count).round().astype(np.int64)
         batches = np.array_split(records, -(-count // settings.views_at_once))
         outputs: list[dict[int, Tensor]] = []

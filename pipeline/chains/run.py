@@ -28,7 +28,7 @@ from pipeline.planning.quick import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.ranks import wait_for_all
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 from singer.errors import UserError
@@ -85,8 +85,7 @@ def run(
         for made in (REFINER, STUDENT):
             if not (out / made).exists():  # removed, to be made anew
                 steps.again_from(made)
-        with watched(steps.accelerator, STAGE):
-            pass  # all have looked before one of them makes something
+        wait_for_all(steps.accelerator, STAGE)  # all have looked before one of them makes something
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)

@@ -14,7 +14,7 @@ from pipeline.outputs.resuming import RESULT_SECTIONS
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.ranks import wait_for_all, watched
 from pipeline.storage.json_files import read_json, write_json
 from singer.errors import UserError
 
@@ -87,8 +87,7 @@ def chain(stage: str, config: Config, out: Path, mode: Mode, total: int) -> Iter
     accelerator = make_accelerator("no")
     seed = config.distill.seed
     with claimed_output(out, mode, stage, config, seed) if accelerator.is_main_process else process_log(out):
-        with watched(accelerator, stage):
-            pass  # the folder is claimed before another process reads it
+        wait_for_all(accelerator, stage)  # the folder is claimed before another process reads it
         try:
             yield Steps(out, mode, total, accelerator)
         except UserError as error:

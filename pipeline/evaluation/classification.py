@@ -71,16 +71,7 @@ def probe(context: EvaluationContext) -> Classification:
         return {"linear": linear, "knn": knn}
 
     first, normed = first_and_normed({k: figures(train_features[k], test_features[k]) for k in train_features})
-    return Classification(
-        model=context.model,
-        train_images=len(train_labels),
-        test_images=len(test_labels),
-        seconds=context.seconds,
-        written=context.file,
-        classes=classes,
-        **first,
-        normed=normed,
-    )
+    return context.result(Classification, len(context.train), classes=classes, **first, normed=normed)
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:

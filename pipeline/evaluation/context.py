@@ -23,6 +23,7 @@ from singer.backbones import block_outputs, depth, final_norm
 from singer.errors import UserError
 
 T = TypeVar("T")
+R = TypeVar("R", bound="EvaluateResult")
 Answer = Literal["yes", "no", "unknown"]
 _FEW_CLASSES = 10
 
@@ -39,7 +40,7 @@ class EvaluationContext:
 
     model: the name or path that the user gave; backbone: the model itself, on `device`; learn_from: the images of
     --train, if given; started: time.perf_counter() at the start of the task; file: where the figures will be stored, or
-    None; computed: features that the tasks of one command share.
+    None; computed: features that the tasks of one command share; learned_from_test: as in EvaluateResult.
     """
 
     model: Path | str
@@ -51,6 +52,7 @@ class EvaluationContext:
     started: float
     file: Path | None
     computed: ComputedFeatures = field(default_factory=dict)
+    learned_from_test: Answer | None = None
 
     @cached_property
     def kinds(self) -> dict[str, nn.Module]:
@@ -63,10 +65,19 @@ class EvaluationContext:
         assert self.learn_from is not None, "Task.check"
         return self.learn_from
 
-    @property
-    def seconds(self) -> float:
-        """Return the seconds since the start of the task."""
-        return time.perf_counter() - self.started
+    def result(self, kind: type[R], train_images: int, /, **figures: Any) -> R:
+        """Return the result of a task that has learned from so many images, at its end. figures: fields of its own."""
+        return kind(
+            model=self.model,
+            learned_from_test=self.learned_from_test,
+            train=[path.name for path in self.learn_from.paths] if self.learn_from else [],
+            test=[path.name for path in self.test.paths],
+            train_images=train_images,
+            test_images=len(self.test),
+            seconds=time.perf_counter() - self.started,
+            written=self.file,
+            **figures,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +85,13 @@ class EvaluateResult:
     """The fields that the results of all tasks share; each task adds its figures.
 
     train, test: names of shards; learned_from_test: whether the student was trained on images of --test, or None for
-    a model that is not a run. `evaluate` fills in these three.
+    a model that is not a run.
     """
 
     model: Path | str
-    learned_from_test: Answer | None = field(default=None, init=False)
-    train: list[str] = field(default_factory=list, init=False)
-    test: list[str] = field(default_factory=list, init=False)
+    learned_from_test: Answer | None
+    train: list[str]
+    test: list[str]
     train_images: int
     test_images: int
     seconds: float

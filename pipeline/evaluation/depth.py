@@ -87,16 +87,7 @@ def probe(context: EvaluationContext) -> Depth:
             for kind, both in heads.items()
         }
     )
-    return Depth(
-        model=context.model,
-        train_images=len(context.train),
-        test_images=len(context.test),
-        seconds=context.seconds,
-        written=context.file,
-        pixels=pixels,
-        **first,
-        normed=normed,
-    )
+    return context.result(Depth, len(context.train), pixels=pixels, **first, normed=normed)
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:

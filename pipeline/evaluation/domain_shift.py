@@ -57,16 +57,7 @@ def probe(context: EvaluationContext) -> DomainShift:
         return {"linear": figures}
 
     first, normed = first_and_normed({k: linear(train_features[k], test_features[k]) for k in train_features})
-    return DomainShift(
-        model=context.model,
-        train_images=len(context.train),
-        test_images=len(context.test),
-        seconds=context.seconds,
-        written=context.file,
-        classes=len(rivals),
-        **first,
-        normed=normed,
-    )
+    return context.result(DomainShift, len(context.train), classes=len(rivals), **first, normed=normed)
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:

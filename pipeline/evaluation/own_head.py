@@ -44,15 +44,7 @@ def probe(context: EvaluationContext) -> OwnHead:
     with torch.no_grad():
         batches = inputs(context.backbone, context.test, context.settings, context.device, view)
         figures = accuracy((context.backbone.model(x).float()[:, rivals] for x in batches), right)
-    return OwnHead(
-        model=context.model,
-        train_images=0,
-        test_images=len(context.test),
-        seconds=context.seconds,
-        written=context.file,
-        classes=len(rivals),
-        **figures,
-    )
+    return context.result(OwnHead, 0, classes=len(rivals), **figures)
 
 
 def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:

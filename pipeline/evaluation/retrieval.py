@@ -38,12 +38,9 @@ def probe(context: EvaluationContext) -> Retrieval:
             for kind, named in found.items()
         }
     )
-    return Retrieval(
-        model=context.model,
-        train_images=0,
-        test_images=len(context.test),
-        seconds=context.seconds,
-        written=context.file,
+    return context.result(
+        Retrieval,
+        0,
         queries=int(counts[counts > 1].sum()),
         retrieval=first,
         normed=None if normed is None else {"retrieval": normed},

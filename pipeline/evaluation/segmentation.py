@@ -79,16 +79,7 @@ def probe(context: EvaluationContext) -> Segmentation:
             counts[kind] += count_pixels(head, context.kinds[kind](image), torch.from_numpy(mask), classes)
 
     first, normed = first_and_normed({kind: _figures(counts[kind], lr) for kind, (_, lr) in heads.items()})
-    return Segmentation(
-        model=context.model,
-        train_images=len(context.train),
-        test_images=len(context.test),
-        seconds=context.seconds,
-        written=context.file,
-        classes=classes,
-        **first,
-        normed=normed,
-    )
+    return context.result(Segmentation, len(context.train), classes=classes, **first, normed=normed)
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import evenly_spaced
-from pipeline.config import Config, EvaluateConfig
+from pipeline.config import Config
 from pipeline.data import ImageFile, Images, image_digest
-from pipeline.evaluation.context import Answer, EvaluateResult
+from pipeline.evaluation.context import Answer, EvaluateResult, EvaluationContext
 from pipeline.storage import is_remote
 from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import DistillResult, TeacherLink
@@ -77,11 +77,15 @@ def result_file(place: Path, task: str, images: ImageSets, config: Config, model
     return place / f"evaluate-{hashlib.sha256(repr(what).encode()).hexdigest()[:8]}.json"
 
 
-def store_result(
-    file: Path, result: EvaluateResult, task: str, images: ImageSets, settings: EvaluateConfig, model: str | None
-) -> None:
-    """Write the figures of a task. model: what was probed; None if the file is in the folder of the run itself."""
-    place = hashlib.sha256(repr([each.place_hash() if each else None for each in images]).encode()).hexdigest()[:8]
+def store_result(context: EvaluationContext, result: EvaluateResult, task: str, model: str | None) -> None:
+    """Write the figures of a task to the file of its context, if it has one.
+
+    model: what was probed; None if the file is in the folder of the run itself.
+    """
+    if context.file is None:
+        return
+    places = [each.place_hash() if each else None for each in (context.learn_from, context.test)]
+    place = hashlib.sha256(repr(places).encode()).hexdigest()[:8]
     about = {"model": model, "written": None, "task": task, "images": place}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**asdict(result), **about, "config": settings.model_dump(mode="json")})
+    context.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(context.file, {**asdict(result), **about, "config": context.settings.model_dump(mode="json")})

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline.cache.extract import CALIBRATION_RECORDS
 from pipeline.config import Config
 from pipeline.planning.costs import Rate
 from pipeline.planning.rates import REPEATS
@@ -10,7 +11,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.storage import Place, open_store
 
 MOST_IMAGES = 20_000
-_CALIBRATION_RECORDS = 256
 
 
 class Pilot:
@@ -21,8 +21,7 @@ class Pilot:
         own = {"image_key": ".jpg", "compile": False}
         config = config.model_copy(update={"cache": config.cache.model_copy(update=own)})
         self.config, self.place, self.work, self._sample = config, place, work, sample
-        # The number of records that calibration needs.
-        count = min(len(sample.images), -(-_CALIBRATION_RECORDS // config.views.count))
+        count = min(len(sample.images), -(-CALIBRATION_RECORDS // config.views.count))
         sample.write_tar(work / "0.tar", range(count))
         self.first = cache_teacher(config, str(work / "0.tar"), place)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, naming_block
-from pipeline.cache.format import FEATURES, JOURNAL, POSITIONS, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, FEATURES, FIDELITY, JOURNAL, MANIFEST, POSITIONS, TAIL
 from pipeline.cache.quantization import fidelity
 from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
@@ -23,16 +23,7 @@ from singer.tokens import take_patches
 _USABLE = 0.95
 _END_OF_SHARD = 4
 # The files of a cache that do not grow with its records; all others do.
-_FIXED = (
-    "tail.safetensors",
-    "calibration.safetensors",
-    "fidelity.json",
-    "manifest.json",
-    "complete.json",
-    "zarr.json",
-    CONFIG,
-    PROVENANCE,
-)
+_FIXED = (TAIL, CALIBRATION, FIDELITY, MANIFEST, COMPLETE, "zarr.json", CONFIG, PROVENANCE)
 _INDEX_ENTRY = 16
 
 

@@ -3,12 +3,15 @@
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from pipeline.cache.stored import Decoded
+from pipeline.config import Config
+from pipeline.data import ImageFile
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
@@ -19,7 +22,7 @@ from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
-from pipeline.storage import is_remote
+from pipeline.storage import Place, is_remote
 from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
@@ -30,6 +33,8 @@ from singer.tokens import take_patches
 TRAINING = ("reading", "student images", "student", "cached", "online")
 # Multiples of the golden ratio, without their whole parts, are spread evenly however many there are.
 _GOLDEN = 0.6180339887
+# So many steps take longer than any measurement.
+_ENDLESS = 10**9
 
 
 def train_on(
@@ -40,104 +45,131 @@ def train_on(
     Return the rates, as in Speeds, and the targets. on_disk: whether the pilot is on the future cache's disk, so that
     its reading can be measured; seconds: the time of each measurement.
     """
-    own = {"trackers": (), "local_copy": None, "local_copy_gb": None, "teacher": None, "share_by": "random"}
-    config = pilot.config
-    config = config.model_copy(
-        update={
-            "distill": config.distill.model_copy(update=own),
-            "student": config.student.model_copy(update={"pretrained": False, "init": "random"}),
-            # One step is enough, because adapters are as fast before training as after it.
-            "refine": config.refine.model_copy(
-                update={"steps": 1, "local_copy": None, "local_copy_gb": None, "teacher": None}
-            ),
-        }
-    )
-    settings, refiner, targets = config.distill, None, "raw"
-    if not settings.joint:
-        try:
-            refine(config, pilot.place, pilot.work / "refiner")
-            refiner, targets = pilot.work / "refiner", f"{config.refine.cleaner}, {config.refine.normaliser}"
-        except UserError as error:
-            targets = f"raw: {error}"
+    config = _measured_config(pilot.config)
+    refiner, targets = _refiner(config, pilot)
     run = pilot.work / "run"
     run.mkdir()
     try:
-        sources = open_teachers(settings, pilot.place, refiner)
-        accelerator = make_accelerator(settings.precision)
+        sources = open_teachers(config.distill, pilot.place, refiner)
+        accelerator = make_accelerator(config.distill.precision)
         new = NewStudent(StudentSpec(config, run, refiner), sources, accelerator)
     except UserError as error:
         return dict.fromkeys(TRAINING, not_measured(str(error))), "none"
-    student_run = new.student_run("new", accelerator)
-    student_run.model.plain.train()
-    cache, device, shown = sources[0].cache, accelerator.device, new.student.image_size
-    per_epoch = -(-len(cache) // settings.batch_size)
+    with open_images(sources[0].cache) as files:
+        steps, device = _Steps(new, files, accelerator), accelerator.device
+        rates = {
+            "reading": rate_of(steps.reading(pilot.place), seconds) if on_disk else not_measured("no --out"),
+            "student images": rate_of(steps.decoding(), seconds, device),
+            "student": rate_of(steps.student(), seconds, device),
+            "cached": rate_of(steps.cached(), seconds, device),
+            "online": rate_of(steps.online(sample, teacher), seconds, device),
+        }
+    return rates, targets
 
-    with open_images(cache) as files:
-        load = BatchLoader([cache], files, [shown], others=new.others)
-        ahead = prefetch_depth(settings, load.record_bytes, 1)
 
-        def lists() -> Iterator[list[BatchIndices]]:
-            return batch_index_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**9)
+def _measured_config(config: Config) -> Config:
+    """Return the configuration without what costs time and changes no speed: copies, trackers, fetched weights."""
+    own = {"local_copy": None, "local_copy_gb": None, "teacher": None}
+    sets = {
+        "distill": {**own, "trackers": (), "share_by": "random"},
+        "student": {"pretrained": False, "init": "random"},
+        # One step is enough, because adapters are as fast before training as after it.
+        "refine": {**own, "steps": 1},
+    }
+    return config.model_copy(update={n: getattr(config, n).model_copy(update=changes) for n, changes in sets.items()})
 
-        def shares() -> Iterator[BatchIndices]:
-            return (share for group in lists() for share in group)
 
-        def read_group(group: Sequence[BatchIndices]) -> int:
-            load.features(group)
+def _refiner(config: Config, pilot: Pilot) -> tuple[Path | None, str]:
+    """Fit the configured refiner to the pilot's cache; return its folder and what it makes of the targets, in words.
+
+    Without one, the targets are raw. Joint training needs none.
+    """
+    if config.distill.joint:
+        return None, "raw"
+    try:
+        refine(config, pilot.place, pilot.work / "refiner")
+    except UserError as error:
+        return None, f"raw: {error}"
+    return pilot.work / "refiner", f"{config.refine.cleaner}, {config.refine.normaliser}"
+
+
+class _Steps:
+    """The parts of a student's steps on a cache, each without an end: they yield how many records they have done."""
+
+    def __init__(self, new: NewStudent, files: ImageFile | None, accelerator: Accelerator) -> None:
+        self._distiller, self._size, self._accelerator = new.distiller, new.student.image_size, accelerator
+        self._settings, self._cache = new.job.config.distill, new.sources[0].cache
+        self._run = new.student_run("new", accelerator)
+        self._run.model.plain.train()
+        self._per_epoch = -(-len(self._cache) // self._settings.batch_size)
+        self._load = BatchLoader([self._cache], files, [self._size], others=new.others)
+        self._ahead = prefetch_depth(self._settings, self._load.record_bytes, 1)
+
+    def reading(self, place: Place) -> Generator[int, None, None]:
+        """Read features, as batches need them. place: of the cache."""
+
+        def read(group: Sequence[BatchIndices]) -> int:
+            self._load.features(group)
             return sum(len(share.records) for share in group)
 
-        def read() -> Generator[int, None, None]:
-            done = len(cache)
-            for count in prefetch(read_group, lists(), settings.workers, None, ahead):
-                if done >= len(cache) and not is_remote(pilot.place):
-                    # Once a pass, because records that were read in the last pass would come from memory.
-                    forget_files(Path(pilot.place))
-                    done = 0
-                yield count
-                done += count
+        done = len(self._cache)
+        for count in prefetch(read, self._lists(), self._settings.workers, None, self._ahead):
+            if done >= len(self._cache) and not is_remote(place):
+                # Once a pass, because records that were read in the last pass would come from memory.
+                forget_files(Path(place))
+                done = 0
+            yield count
+            done += count
 
-        def decode() -> Generator[int, None, None]:
-            for share, _ in prefetch(load.pixels, shares(), settings.workers):
-                yield len(share.records)
+    def decoding(self) -> Generator[int, None, None]:
+        """Decode the images for the student."""
+        for share, _ in prefetch(self._load.pixels, self._shares(), self._settings.workers):
+            yield len(share.records)
 
-        def step(batch: Batch, number: int) -> int:
-            # Some steps of a run are cheaper (distill.token_share): these are spread evenly over all of it.
-            place = int(number * _GOLDEN % 1 * settings.epochs * per_epoch)
-            student_run.update(replace(batch, step=place), per_epoch, accelerator)
-            return len(batch.weights)
+    def student(self) -> Generator[int, None, None]:
+        """Train the student on one batch that is on its device."""
+        batch = next(self._batches()).map(partial(moved, device=self._accelerator.device))
+        decoded = self._distiller.decoded(batch)
+        for number in range(_ENDLESS):
+            yield self._step(decoded, number)
 
-        def student() -> Generator[int, None, None]:
-            batch = next(load(lists(), settings.workers, None, ahead)).map(partial(moved, device=device))
-            decoded = new.distiller.decoded(batch)
-            for number in range(10**9):
-                yield step(decoded, number)
+    def cached(self) -> Generator[int, None, None]:
+        """Train the student from the cache."""
+        for number, batch in enumerate(on_device(self._batches(), self._accelerator.device)):
+            yield self._step(batch, number)
 
-        def cached() -> Generator[int, None, None]:
-            loaded = load(lists(), settings.workers, None, ahead)
-            for number, batch in enumerate(on_device(loaded, device)):
-                yield step(batch, number)
+    def online(self, sample: Sample, teacher: Teacher) -> Generator[int, None, None]:
+        """Train the student with the teacher in every step, on the images of the sample."""
+        shown, size, device = self._size, teacher.backbone.image_size, self._accelerator.device
+        (first,) = self._load.features([next(self._shares())])
+        batches = zip(self._shares(), cycle(sample.batches(self._settings.batch_size)), strict=False)
+        loaded = prefetch(
+            lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {shown, size})),
+            batches,
+            self._settings.workers,
+        )
+        for number, (share, views) in enumerate(loaded):
+            features, positions = teacher(views[size]), first[0].positions
+            if positions is not None:
+                # Which patches are compared makes no difference to the time.
+                positions = positions[:1].expand(len(share.records), -1).to(device)
+                features = {b: take_patches(x, teacher.backbone.prefix, positions) for b, x in features.items()}
+            weights = torch.from_numpy(share.weights).to(device)
+            labels = self._load.labels[torch.from_numpy(share.records)].to(device).long()
+            pixels = {shown: moved(views[shown], device)}
+            yield self._step(Batch(pixels, [Decoded(features, positions)], weights, labels), number)
 
-        def online() -> Generator[int, None, None]:
-            size, (first,) = teacher.backbone.image_size, load.features([next(shares())])
-            batches = zip(shares(), cycle(sample.batches(settings.batch_size)), strict=False)
-            loaded = prefetch(
-                lambda pair: (pair[0], sample.views(pair[1][: len(pair[0].records)], {shown, size})),
-                batches,
-                settings.workers,
-            )
-            for number, (share, views) in enumerate(loaded):
-                features, positions = teacher(views[size]), first[0].positions
-                if positions is not None:
-                    # Which patches are compared makes no difference to the time.
-                    positions = positions[:1].expand(len(share.records), -1).to(device)
-                    features = {b: take_patches(x, teacher.backbone.prefix, positions) for b, x in features.items()}
-                weights = torch.from_numpy(share.weights).to(device)
-                labels = load.labels[torch.from_numpy(share.records)].to(device).long()
-                pixels = {shown: moved(views[shown], device)}
-                yield step(Batch(pixels, [Decoded(features, positions)], weights, labels), number)
+    def _step(self, batch: Batch, number: int) -> int:
+        # Some steps of a run are cheaper (distill.token_share): these are spread evenly over all of it.
+        place = int(number * _GOLDEN % 1 * self._settings.epochs * self._per_epoch)
+        self._run.update(replace(batch, step=place), self._per_epoch, self._accelerator)
+        return len(batch.weights)
 
-        reading = not_measured("no --out")
-        if on_disk:
-            reading = rate_of(read(), seconds)
-        steps = {"student images": decode, "student": student, "cached": cached, "online": online}
-        return {"reading": reading, **{n: rate_of(make(), seconds, device) for n, make in steps.items()}}, targets
+    def _lists(self) -> Iterator[list[BatchIndices]]:
+        return batch_index_lists(len(self._cache), self._load.record_bytes, self._settings, 0, 1, 0, _ENDLESS)
+
+    def _shares(self) -> Iterator[BatchIndices]:
+        return chain.from_iterable(self._lists())
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        return self._load(self._lists(), self._settings.workers, None, self._ahead)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
@@ -22,6 +21,7 @@ from pipeline.reports.measurements import (
 )
 from pipeline.reports.runs import RefinerSource, Trained
 from pipeline.reports.seeds import SeedGroup
+from pipeline.runtime.devices import default_device
 from pipeline.training.stored_refiners import read_refiner
 from singer.artifacts import robust_threshold
 from singer.sizes import Size
@@ -57,7 +57,7 @@ def measure(
     groups: best first; files: the images, if the cache does not hold them; functions: those that make students of the
     user's own.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     records = evenly_spaced(np.arange(len(cache)), count)
     firsts = [group.runs[0] for group in groups]
     matched = [b for b in firsts[0].result.matching if b in cache.blocks]

@@ -1,4 +1,4 @@
-"""Set-up of Accelerate, the same for every stage."""
+"""The device of a stage, and its set-up of Accelerate, the same for every stage."""
 
 from datetime import timedelta
 
@@ -11,6 +11,11 @@ from pipeline.config import Config, Precision
 from pipeline.runtime.ranks import limit_seconds
 
 _COLLECTIVE_SECONDS = 1800.0
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU: where a stage of one process works."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolved(precision: Precision) -> Precision:

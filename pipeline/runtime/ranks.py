@@ -94,3 +94,9 @@ def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
             yield ranks
         finally:
             _current = _ALONE
+
+
+def wait_for_all(accelerator: "Accelerator", stage: str) -> None:
+    """Wait, between stages, until all processes have come here. Raises UserError if one does not connect."""
+    with watched(accelerator, stage):
+        pass

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from pipeline.checks import check_embedding, check_model
 from pipeline.config import Config
@@ -23,6 +22,7 @@ from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.devices import default_device
 from pipeline.storage import whole_file
 from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
@@ -80,7 +80,7 @@ def embed(
     found = len(listed) + len(listed.skipped)
     if config.cache.on_error == "skip":
         listed = readable(listed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backbone.model.to(device)
     shape, start, done, name = shape_of(backbone, features), time.perf_counter(), 0, FEATURES[features]
     about: dict[str, object] = {"model": str(model), "features": features, "tokens": tokens, "shape": list(shape)}

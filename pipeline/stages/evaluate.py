@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, overload
 
-import torch
-
 from pipeline.checks import check_model
 from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
@@ -21,6 +19,7 @@ from pipeline.evaluation.stored import learned_from, result_file, store_result
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
+from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.training.run_directory import RUN, STUDENT, load_result
 from singer.errors import UserError
@@ -101,11 +100,10 @@ def evaluate_tasks(
             say("note: the student learned from images of --test; are --train and --test swapped?")
         elif learned == "unknown":
             say(f"note: it is unknown whether the student learned from images of --test: {reason}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     backbone.model.to(device)
     place = out or run
     own = place is not None and run is not None and place.resolve() == run.resolve()
-    train_names, test_names = ([p.name for p in each.paths] if each else [] for each in images)
     computed: ComputedFeatures = {}
     results = {}
     # A folder that is not the run gets a log only if there is a warning or an error.
@@ -114,16 +112,11 @@ def evaluate_tasks(
         for task in dict.fromkeys(tasks):
             named = None if own else f"{model} {weights}"
             file = result_file(place, task, images, config, named) if place is not None else None
-            result = TASKS[task].probe(
-                EvaluationContext(
-                    model, backbone, device, images[0], images[1], config.evaluate, started, file, computed
-                )
+            context = EvaluationContext(
+                model, backbone, device, *images, config.evaluate, started, file, computed, learned
             )
-            object.__setattr__(result, "learned_from_test", learned)
-            result.train.extend(train_names)
-            result.test.extend(test_names)
-            if file is not None:
-                # A run's own path is left out, because a run may move. Other models are identified by their name.
-                store_result(file, result, task, images, config.evaluate, None if own else str(model))
-            results[task], started = result, time.perf_counter()
+            results[task] = TASKS[task].probe(context)
+            # A run's own path is left out, because a run may move. Other models are identified by their name.
+            store_result(context, results[task], task, None if own else str(model))
+            started = time.perf_counter()
     return results

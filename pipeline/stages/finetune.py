@@ -28,7 +28,7 @@ from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator, with_precision
+from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current, watched
 from pipeline.storage.json_files import read_as, write_json
@@ -39,7 +39,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.held_out import HeldOut, held_out_images
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import Prepared, say_continued
+from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -180,11 +180,11 @@ class Job:
         if main:
             say(f"{len(self.numbers)} images of {self.classes} classes; the head starts as {settings.head}")
         ranks.wait()
-        prepared = Prepared(
-            self.student, self.learner, self.config, settings, self.out, len(self.held_out) > 0, accelerator
-        )
+        holds_out = len(self.held_out) > 0
         with ranks.together():
-            student_run = prepared.run(mode, accelerator)
+            student_run = prepare_run(
+                self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
+            )
         if main:
             say_continued(student_run, self.out, len(self.numbers))
         with ImageFile(self.images) as files:
@@ -194,7 +194,7 @@ class Job:
             )
             m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)
         with ranks.together():
-            state, _ = student_run.kept_states or prepared.states()
+            state, _ = student_run.final_states()
         best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.paths)]))
@@ -235,16 +235,16 @@ class Job:
 
 def _test(config: Config, result: DistillResult, test: Images) -> OwnHead:
     """Test the student's head, and store the figures in its folder, as singer evaluate does."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     student = load_saved(result.student, config.evaluate.image_size)
     student.model.to(device)
     learned, _ = learned_from(result, test)
     if learned == "yes":
         say("note: the student learned from images of --test")
-    settings, file = config.evaluate, result_file(result.run, _TASK, (None, test), config)
-    started = time.perf_counter()
-    figures = own_head.probe(EvaluationContext(result.run, student, device, None, test, settings, started, file))
-    object.__setattr__(figures, "learned_from_test", learned)
-    figures.test.extend(path.name for path in test.paths)
-    store_result(file, figures, _TASK, (None, test), settings, None)
+    file = result_file(result.run, _TASK, (None, test), config)
+    context = EvaluationContext(
+        result.run, student, device, None, test, config.evaluate, time.perf_counter(), file, learned_from_test=learned
+    )
+    figures = own_head.probe(context)
+    store_result(context, figures, _TASK, None)
     return figures

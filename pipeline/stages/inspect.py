@@ -26,6 +26,7 @@ from pipeline.config import Config
 from pipeline.data import Spec
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.reports.html import as_data_url, render, without_ticks
+from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.json_files import write_json
@@ -104,7 +105,7 @@ def inspect(
     if out is not None:
         check_output(out, mode, STAGE, config, [cache_path, *filter(None, [refiner])])
     loaded = load_refiner(refiner, cache) if refiner is not None else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if manifest is not None:
         settings = settings.model_copy(update={"seed": manifest.seed, "holdout": manifest.holdout})
     train, held_out = split_records(cache, settings)

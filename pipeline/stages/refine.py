@@ -25,7 +25,7 @@ from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as, read_json, write_json
 from pipeline.storage.tensors import write_tensors
-from pipeline.training.adapter_fit import fit_adapters, groups, load_fitted
+from pipeline.training.adapter_fit import diverged, fit_adapters, groups, load_fitted
 from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.stored_refiners import (
     MANIFEST,
@@ -95,15 +95,11 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
 
 def _fit(fit: RefinerFit, out: Path, processes: Ranks) -> None:
     """Train this process's share of the adapters, and wait until all processes have trained theirs."""
-    cache, settings = fit.cache, fit.settings
-    if not fit.starts:
+    if not fit.trained:
         return
-    together = groups(cache.blocks, settings.info_form)
+    together = groups(fit.cache.blocks, fit.settings.info_form)
     for group in together[processes.rank :: processes.world]:
-        part = Cache(cache.place, None, group, settings.copies, cache.id)
-        fit_adapters(
-            part, fit.refiner, fit.suffix, fit.starts, fit.scales, fit.records, settings, group, out, fit.device
-        )
+        fit_adapters(fit, group, out)
     processes.wait()
     if processes.rank == 0:
         for group in together:
@@ -125,9 +121,9 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
     try:
         write_json(out / METRICS, metrics)
     except ValueError:  # JSON has no infinite numbers
-        if not fit.starts:
+        if not fit.trained:
             raise
-        raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})") from None
+        raise diverged(settings) from None
     manifest = RefinerManifest(
         cache=cache.id,
         cleaner=settings.cleaner,

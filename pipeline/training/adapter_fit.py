@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
@@ -19,13 +18,11 @@ from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.run_log import RunLog
 from singer.adapter_losses import COUPLED, RefinementBatch, adapter_losses
-from singer.artifacts import BlockScale
-from singer.cleaners import Adapter
 from singer.errors import UserError
 from singer.refiner import Refiner
-from singer.suffix import TeacherSuffix
 
 _WINDOW = 50
 _FACTOR = 0.3
@@ -98,31 +95,17 @@ class ReduceOnPlateau:
         self.drops, self.count = int(state["drops"]), int(state["count"])
 
 
-def fit_adapters(
-    cache: Cache,
-    refiner: Refiner,
-    suffix: TeacherSuffix | None,
-    starts: Mapping[int, Tensor],
-    scales: dict[int, BlockScale],
-    records: np.ndarray,
-    settings: RefineConfig,
-    group: tuple[int, ...],
-    out: Path,
-    device: torch.device,
-) -> None:
+def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
     """Fit the adapters of a group of blocks and store them in `out`; an interrupted fit continues.
 
-    cache: opened for only these blocks; starts: {block: (d, rank)}, the directions where the adapters start; records:
-    those to fit to. Raises UserError if the fit diverges.
+    Raises UserError if the fit diverges.
     """
     file = fitted_file(out, group)
     if file.exists():
         return
+    settings, refiner = fit.settings, fit.refiner
+    cache = Cache(fit.cache.place, None, group, settings.copies, fit.cache.id)  # reads only these blocks
     adapters = torch.nn.ModuleDict({str(b): refiner.cleaner(b) for b in group})
-    for block in group:
-        adapter = refiner.cleaner(block)
-        assert isinstance(adapter, Adapter)
-        adapter.start(starts[block].to(device), scales[block], settings.start == "doubled")
     optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     plateau = ReduceOnPlateau(settings.tolerance)
     checkpoint = Checkpoint(
@@ -133,13 +116,14 @@ def fit_adapters(
     first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
     weights = settings.loss_weights
+    prefix = cache.manifest.teacher.prefix_tokens
     grids = {b: refiner.cleaner(b).shape.grid for b in group}
-    order = batch_order(records, settings, settings.steps if plateau.over else first)
+    order = batch_order(fit.records, settings, settings.steps if plateau.over else first)
     with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):
-            features = cache.decode(encoded, device)
+            features = cache.decode(encoded, fit.device)
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
-            batch = RefinementBatch(features, refined, suffix, scales, cache.manifest.teacher.prefix_tokens, grids)
+            batch = RefinementBatch(features, refined, fit.suffix, fit.scales, prefix, grids)
             losses = adapter_losses(
                 batch, group, settings.outlier_form, settings.info_form, settings.quantile, *weights
             )
@@ -152,7 +136,7 @@ def fit_adapters(
             optimiser.step()
             loss = float(total.detach())
             if not np.isfinite(loss):
-                raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+                raise diverged(settings)
             plateau.add(loss)
             m.advance(1, f"loss {loss:.4f}")
             done = step + 1
@@ -164,9 +148,14 @@ def fit_adapters(
             if plateau.over:
                 break
     if not all(torch.isfinite(p).all() for p in adapters.parameters()):
-        raise UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
+        raise diverged(settings)
     write_tensors(file, adapters.state_dict())
     checkpoint.path.unlink(missing_ok=True)
+
+
+def diverged(settings: RefineConfig) -> UserError:
+    """Return the error for adapters whose loss, weights or figures are not finite."""
+    return UserError(f"the adapters diverged; lower refine.lr (it is {settings.lr})")
 
 
 def load_fitted(refiner: Refiner, group: tuple[int, ...], out: Path) -> None:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
+from pipeline.training.fsdp import WholeModel
 
 State = Mapping[str, Tensor]
 
@@ -45,6 +46,15 @@ class Best:
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Restore what state_dict returned."""
         self.epoch, self.last, self.loss, self.states = (state[name] for name in ("epoch", "last", "loss", "states"))
+
+
+def whole_states(student: nn.Module, learner: nn.Module) -> tuple[State, State]:
+    """Return the states of a student, or of its moving average, and of what is trained with it.
+
+    All processes call it together.
+    """
+    own, whole = WholeModel(student).state_dict(), WholeModel(learner).state_dict()
+    return own, {name: x for name, x in whole.items() if not name.startswith("student.")}
 
 
 def _copied(state: State) -> dict[str, Tensor]:

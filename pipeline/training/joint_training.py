@@ -12,7 +12,6 @@ from pipeline.config import RefineConfig
 from pipeline.training.refiner_fit import RefinerFit
 from singer.adapter_losses import RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
-from singer.cleaners import Adapter
 from singer.refiner import Refiner
 from singer.suffix import TeacherSuffix
 
@@ -51,12 +50,7 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
     """Return what the losses of joint training need, and new adapters in their starting subspace."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
     fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
-    grids = {}
-    for block, start in fit.starts.items():
-        adapter = fit.refiner.cleaner(block)
-        grids[block] = adapter.shape.grid
-        assert isinstance(adapter, Adapter)
-        adapter.start(start, fit.scales[block], settings.start == "doubled")
+    grids = {block: fit.refiner.cleaner(block).shape.grid for block in cache.blocks}
     assert fit.suffix is not None
     prefix = cache.manifest.teacher.prefix_tokens
     return JointTraining(fit.suffix, fit.scales, settings, prefix, grids), fit.refiner

@@ -1,5 +1,6 @@
 """Prepare a student for the loop: on its device, with optimiser, moving average, checkpoint, log and trackers."""
 
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,7 +12,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
 from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import say
-from pipeline.training.best import Best, State
+from pipeline.training.best import Best, whole_states
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner
@@ -30,67 +31,47 @@ def say_continued(student_run: StudentRun, out: Path, records: int) -> None:
         say(f"{out} continues from step {step}: {done:.1f} of {settings.epochs} epochs are done")
 
 
-class Prepared:
-    """A student, and the learner that trains it, at `out`; nothing has been written there yet.
+def prepare_run(
+    student: Backbone,
+    learner: Learner,
+    config: Config,
+    settings: TrainingConfig,
+    out: Path,
+    holds_out: bool,
+    mode: Mode,
+    accelerator: Accelerator,
+) -> StudentRun:
+    """Return a student, and the learner that trains it at `out`, ready for its steps.
 
     config: the whole configuration, for trackers; settings: its section that trains; holds_out: whether images are
-    held out.
+    held out; mode: "resume" restores the last checkpoint, if there is one.
     """
-
-    def __init__(
-        self,
-        student: Backbone,
-        learner: Learner,
-        config: Config,
-        settings: TrainingConfig,
-        out: Path,
-        holds_out: bool,
-        accelerator: Accelerator,
-    ) -> None:
-        self.student, self.learner, self.config, self.settings = student, learner, config, settings
-        self.out, self.holds_out = out, holds_out
-        # One foreach operation cannot take both weights that FSDP split and plain buffers.
-        foreach = not uses_fsdp(accelerator)
-        self.ema = ModelEmaV3(student.model, settings.ema, foreach=foreach) if settings.ema is not None else None
-
-    def run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
-        """Return the student ready for its steps; with mode "resume", restore its last checkpoint if it has one."""
-        settings, out = self.settings, self.out
-        split = uses_fsdp(accelerator)
-        model = accelerator.prepare_model(self.learner, evaluation_mode=split)  # evaluation mode means no DDP
-        average = self.ema.module if self.ema is not None else None
-        if split:
-            kept, weights = apply_fsdp(self.learner, accelerator)
-            if average is not None:
-                apply_fsdp(average, accelerator)
-            if accelerator.is_main_process:
-                say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
-        optimiser = new_optimiser(self.learner, settings, accelerator.device)
-        best = Best(settings, self.states) if self.holds_out else None
-        parts = {
-            "model": WholeModel(self.learner),
-            "optimiser": WholeOptimiser(self.learner, optimiser),
-            "scaler": accelerator.scaler,
-            "ema": WholeModel(average) if average is not None else None,
-            "best": best,
-        }
-        checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
-        first = checkpoint.restore() if mode == "resume" else 0
-        optimiser = accelerator.prepare_optimizer(optimiser)
-        able = accelerator.device.type == "cuda" and not split
-        step = Compilable(model, settings.compile, able, f"{settings.section}.compile")
-        log = RunLog(out / LOG, first, accelerator.is_main_process)
-        tracking = (
-            Tracking(settings.trackers, out, self.config.model_dump(mode="json"))
-            if accelerator.is_main_process
-            else None
-        )
-        return StudentRun(
-            settings, self.student, step, optimiser, checkpoint, log, tracking, first, self.ema, self.learner, best
-        )
-
-    def states(self) -> tuple[State, State]:
-        """Return the states of the student (its moving average, if there is one) and of what is trained with it."""
-        student = WholeModel(self.student.model if self.ema is None else self.ema.module).state_dict()
-        whole = WholeModel(self.learner).state_dict()
-        return student, {name: x for name, x in whole.items() if not name.startswith("student.")}
+    split, main = uses_fsdp(accelerator), accelerator.is_main_process
+    # One foreach operation cannot take both weights that FSDP split and plain buffers.
+    ema = ModelEmaV3(student.model, settings.ema, foreach=not split) if settings.ema is not None else None
+    average = ema.module if ema is not None else None
+    model = accelerator.prepare_model(learner, evaluation_mode=split)  # evaluation mode means no DDP
+    if split:
+        kept, weights = apply_fsdp(learner, accelerator)
+        if average is not None:
+            apply_fsdp(average, accelerator)
+        if main:
+            say(f"{out}: each of {accelerator.num_processes} processes keeps about {kept:,} of {weights:,} weights")
+    optimiser = new_optimiser(learner, settings, accelerator.device)
+    read = partial(whole_states, student.model if average is None else average, learner)
+    best = Best(settings, read) if holds_out else None
+    parts = {
+        "model": WholeModel(learner),
+        "optimiser": WholeOptimiser(learner, optimiser),
+        "scaler": accelerator.scaler,
+        "ema": WholeModel(average) if average is not None else None,
+        "best": best,
+    }
+    checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
+    first = checkpoint.restore() if mode == "resume" else 0
+    optimiser = accelerator.prepare_optimizer(optimiser)
+    able = accelerator.device.type == "cuda" and not split
+    step = Compilable(model, settings.compile, able, f"{settings.section}.compile")
+    log = RunLog(out / LOG, first, main)
+    tracking = Tracking(settings.trackers, out, config.model_dump(mode="json")) if main else None
+    return StudentRun(settings, student, step, optimiser, checkpoint, log, tracking, first, ema, learner, best)

@@ -1,4 +1,4 @@
-"""Fit what a refiner has in closed form, and choose where its adapters start."""
+"""Start the adapters of a refiner, and fit what it has in closed form."""
 
 import numpy as np
 import torch
@@ -8,37 +8,42 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import clean_moments, evenly_spaced, gather_context, measure_scales
 from pipeline.config import RefineConfig
 from pipeline.runtime.progress import say
-from pipeline.training.stored_refiners import (
-    empty_refiner,
-)
+from pipeline.training.stored_refiners import empty_refiner
 from singer.adapter_losses import COUPLED
 from singer.artifacts import BlockScale
-from singer.cleaners import CLEANERS
+from singer.cleaners import CLEANERS, Adapter
 from singer.errors import UserError
 from singer.subspaces import BASES, best_rank
 from singer.suffix import TeacherSuffix
 
 
 class RefinerFit:
-    """A refiner that is being fitted, and what is known about the cache's blocks before anything is trained."""
+    """A refiner that is being fitted, and what is known about the cache's blocks before anything is trained.
+
+    trained: whether it has adapters, which are then in their starting subspace; records: those to fit to.
+    """
 
     def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
         self.statistics = evenly_spaced(records, settings.statistics_records)
         self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
-        trained = CLEANERS[settings.cleaner].trained
+        self.trained = CLEANERS[settings.cleaner].trained
         needed = CLEANERS[settings.cleaner].needs_suffix or cache.has_suffix
         self.suffix = cache.suffix().to(device) if needed else None
-        self.starts, self.adapter_ranks = {}, dict.fromkeys(cache.blocks, 1)
-        if trained:
+        starts = {}
+        if self.trained:
             if settings.info_form in COUPLED and len(cache.blocks) < 2:
                 raise UserError(
                     f"refine.info_form {settings.info_form} needs an intermediate block besides the last one; "
                     "cache another block"
                 )
-            self.starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
-            self.adapter_ranks = {b: start.shape[1] for b, start in self.starts.items()}
+            starts = start_directions(cache, self.suffix, self.scales, self.statistics, settings, device)
+        self.adapter_ranks = {b: starts[b].shape[1] if starts else 1 for b in cache.blocks}
         self.refiner = empty_refiner(cache, settings, self.adapter_ranks).to(device)
+        for block, directions in starts.items():
+            adapter = self.refiner.cleaner(block)
+            assert isinstance(adapter, Adapter)
+            adapter.start(directions, self.scales[block], settings.start == "doubled")
 
     def fit_closed_forms(self) -> None:
         """Fit everything that has a closed form, once the adapters are there: cleaners, then normalisers after them."""

@@ -30,7 +30,7 @@ from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut, Split, split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.other_views import OtherViews
-from pipeline.training.prepared import Prepared, say_continued
+from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
@@ -107,9 +107,6 @@ class NewStudent:
         self.records, self.held_out = split or split_images(sources[0].cache, settings)
         self.count = len(sources[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
-        self.prepared = Prepared(
-            self.student, self.distiller, job.config, settings, job.out, len(self.held_out) > 0, accelerator
-        )
 
     def _started(self) -> Backbone:
         """Build the student, and start it as student.init says, at first from the first teacher."""
@@ -168,7 +165,10 @@ class NewStudent:
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
-        return self.prepared.run(mode, accelerator)
+        config, holds_out = self.job.config, len(self.held_out) > 0
+        return prepare_run(
+            self.student, self.distiller, config, config.distill, self.job.out, holds_out, mode, accelerator
+        )
 
 
 def run_jobs(
@@ -214,7 +214,7 @@ def run_jobs(
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = result_of(new, student_run, m)
         with ranks.together():
-            student, trained = student_run.kept_states or new.prepared.states()
+            student, trained = student_run.final_states()
         if accelerator.is_main_process:
             store(new, result, student, trained)
             student_run.checkpoint.path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
-from pipeline.training.best import Best, State
+from pipeline.training.best import Best, State, whole_states
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.learner import Learner
 from pipeline.training.run_log import RunLog
@@ -89,6 +89,14 @@ class StudentRun:
     def kept_states(self) -> tuple[State, State] | None:
         """Return the states of the best epoch: of the student, and of all that was trained; None to keep the last."""
         return self.best.states if self.best is not None else None
+
+    def final_states(self) -> tuple[State, State]:
+        """Return the states that are stored: those of the best epoch, if they are kept, or the last ones.
+
+        All processes call it together.
+        """
+        student = self.student.model if self.ema is None else self.ema.module
+        return self.kept_states or whole_states(student, self.learner)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

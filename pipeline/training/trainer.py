@@ -1,7 +1,8 @@
 """Run the training loop: students share one pass over the data, and each has its own optimiser."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,29 +61,47 @@ def train(
 
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
-                measured = held_out.measure(going, accelerator.device) if held_out is not None and epoch_ends else []
-                for number, student_run in enumerate(going):
-                    if measured and student_run.best is not None:
-                        loss = _of_first(float(str(measured[number]["held_out_loss"])), accelerator)
-                        with ranks.together():
-                            student_run.best.look((step + 1) // per_epoch, loss)
-                        if student_run.ended and step + 1 < total and main:
-                            say(
-                                f"ended after epoch {student_run.best.last} of {settings.epochs}: the loss on held-out "
-                                f"images was lowest after epoch {student_run.best.epoch}"
-                            )
-                    student_run.report(step, per_epoch, m, accelerator, measured[number] if measured else None)
-                    # A checkpoint is only saved here, where all running sums are empty and need not be stored.
-                    if step + 1 < total and (epoch_ends or _agreed(student_run.checkpoint.due, accelerator)):
-                        student_run.finish_report()
-                        with ranks.together(), ranks.slow():
-                            student_run.checkpoint.save(step + 1, write=main)
-                        ranks.wait()  # the first process writes the file
+                figures: Sequence[Mapping[str, Any] | None] = [None] * len(going)
+                if held_out is not None and epoch_ends:
+                    figures = held_out.measure(going, accelerator.device)
+                for student_run, measured in zip(going, figures, strict=True):
+                    _end_interval(student_run, step + 1, per_epoch, m, accelerator, measured)
                 if all(t.ended for t in student_runs):
                     break
         for student_run in student_runs:
             student_run.finish_report()
     return m
+
+
+def _end_interval(
+    student_run: StudentRun,
+    done: int,
+    per_epoch: int,
+    m: Meter,
+    accelerator: Accelerator,
+    measured: Mapping[str, Any] | None,
+) -> None:
+    """Report the interval that ends after `done` steps, and save a checkpoint if one is due; all processes call it.
+
+    measured: after an epoch, the figures of held-out images, if there are any, see HeldOut.measure.
+    """
+    epoch, within = divmod(done, per_epoch)
+    epochs, ranks, main = student_run.settings.epochs, current(), accelerator.is_main_process
+    best = student_run.best
+    if measured is not None and best is not None:
+        loss = _of_first(float(measured["held_out_loss"]), accelerator)
+        with ranks.together():
+            best.look(epoch, loss)
+        if best.ended and epoch < epochs and main:
+            lowest = f"the loss on held-out images was lowest after epoch {best.epoch}"
+            say(f"ended after epoch {best.last} of {epochs}: {lowest}")
+    student_run.report(done - 1, per_epoch, m, accelerator, measured)
+    # A checkpoint is only saved here, where all running sums are empty and need not be stored.
+    if done < epochs * per_epoch and (within == 0 or _agreed(student_run.checkpoint.due, accelerator)):
+        student_run.finish_report()
+        with ranks.together(), ranks.slow():
+            student_run.checkpoint.save(done, write=main)
+        ranks.wait()  # the first process writes the file
 
 
 def _agreed(due: bool, accelerator: Accelerator) -> bool:
