@@ -21,7 +21,7 @@ from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 
 # {key of the configuration: the registry of its values}, by the stages that read it.
 _CACHE = {"cache.codec": ("pipeline.cache.codecs", "CODECS")}
@@ -97,7 +97,7 @@ def look(
             value = getattr(getattr(config, section), name)
             for one in value if isinstance(value, tuple) else (value,):
                 for given in one if isinstance(one, Mapping) else (one,):
-                    _known(key, given, registered(*registry))
+                    require_known(key, given, registered(*registry))
         if stage in ("cache-teacher", "plan", "run", "verify"):
             check_teacher(config)
         if stage in ("distill", "run"):
@@ -123,25 +123,15 @@ def look(
         check_output(out, mode, stage, config, [place for place in read if place is not None])
 
 
-def _known(key: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        said = f"no codec {value!r}" if key == "cache.codec" else f"unknown {value!r}"
-        raise UserError(f"{key}: {said}; known: {', '.join(names)}")
-
-
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise UserError if there is no such task of singer evaluate."""
-    names = registered(*TASKS)
     for task in tasks:
-        if task not in names:
-            raise UserError(f"--task: no task {task!r}; known: {', '.join(names)}")
+        require_known("--task", task, registered(*TASKS))
 
 
 def check_format(name: str) -> None:
     """Raise UserError if there is no such format of singer export."""
-    names = registered(*FORMATS)
-    if name not in names:
-        raise UserError(f"--to: unknown format {name!r}; known: {', '.join(names)}")
+    require_known("--to", name, registered(*FORMATS))
 
 
 def check_teacher(config: Config) -> None:
@@ -288,8 +278,8 @@ def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: st
     if tokens not in (None, "block", "norm"):
         raise UserError(f"--tokens {tokens}: a file holds vectors of one kind; take block or norm")
     files, kinds = registered("pipeline.stages.embed", "FORMATS"), registered("pipeline.stages.embed", "FEATURES")
-    if features is not None and features not in kinds:
-        raise UserError(f"--features: no features {features!r}; known: {', '.join(kinds)}")
+    if features is not None:
+        require_known("--features", features, kinds)
     if out.suffix not in files:
         raise UserError(f"--out {out}: give a file that ends in one of {', '.join(files)}")
     if out.suffix == ".csv" and features == "dense":

@@ -133,7 +133,7 @@ def test_the_advice_takes_few_bits_before_few_views(
 
 
 def test_mistakes(world: Path) -> None:
-    with pytest.raises(UserError, match="no codec 'int7'; known"):
+    with pytest.raises(UserError, match="cache.codec: unknown 'int7'; known"):
         quick(world, world_config(world, "cache.codec=int7"))
     with pytest.raises(UserError, match="block 7 does not exist"):
         quick(world, world_config(world, "cache.blocks=[7]"))

@@ -35,7 +35,7 @@ from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
-from singer.errors import UserError
+from singer.errors import require_known
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ra
 
 def check_codec(codec: str) -> None:
     """Raise UserError if there is no such codec."""
-    if codec not in CODECS:
-        raise UserError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
+    require_known("cache.codec", codec, CODECS)
 
 
 def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:

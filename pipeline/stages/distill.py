@@ -9,7 +9,7 @@ and minimises the weighted sum of the objectives. Several students that share th
 (`fan_out`), each as it would alone.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from pipeline.training.run_directory import (
     load_result,
 )
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
 
 # The keys that must be equal for all students of one pass.
@@ -125,7 +125,8 @@ def check_shared(jobs: Sequence[StudentSpec]) -> None:
         raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for job in jobs:
         settings = job.config.distill
-        _check_names("distill.objective", settings.objectives, OBJECTIVES)
+        for name in settings.objectives:
+            require_known("distill.objective", name, OBJECTIVES)
     for job in others:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
@@ -135,12 +136,6 @@ def check_shared(jobs: Sequence[StudentSpec]) -> None:
                 )
     if len({job.out for job in jobs}) < len(jobs):
         raise UserError("two students of one pass cannot have the same output folder")
-
-
-def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
 
 
 def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:

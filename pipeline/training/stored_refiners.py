@@ -19,7 +19,7 @@ from pipeline.training.run_directory import DistillResult, RefinerNote, nearby
 from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
 from singer.subspaces import BASES
@@ -161,5 +161,4 @@ def check_names(settings: RefineConfig) -> None:
         "info_form": INFO_FORMS,
     }
     for key, names in known.items():
-        if getattr(settings, key) not in names:
-            raise UserError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
+        require_known(f"refine.{key}", getattr(settings, key), names)

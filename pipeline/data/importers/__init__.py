@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.data.importers import folders, lists, maps
 from pipeline.data.importers.listing import Importer, Listing
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 
 LAYOUTS: dict[str, Importer] = {
     "folder": Importer(folders.folder),
@@ -23,8 +23,7 @@ LAYOUTS: dict[str, Importer] = {
 
 def list_layout(name: str, root: Path, split: str | None) -> Listing:
     """List the images of a split. Raises UserError for an unknown layout or split, or for wrong files."""
-    if name not in LAYOUTS:
-        raise UserError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
+    require_known("--layout", name, LAYOUTS)
     splits = LAYOUTS[name].splits
     if not splits and split is not None:
         raise UserError(f"--split {split}: the layout {name} has no splits; leave it out")
