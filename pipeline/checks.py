@@ -1,4 +1,4 @@
-"""What a command can say about its paths and options before it waits for torch and timm: `look`.
+"""What a command can say about its paths and options before it waits for torch and timm: `check_command`.
 
 Every command calls it first, so that such an error takes less than a second. The stages check the same, and more.
 """
@@ -75,7 +75,7 @@ def _names(value: ast.expr | None) -> Iterable[str]:
     return (part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
 
 
-def look(
+def check_command(
     stage: str,
     config: Config | None = None,
     out: Place | None = None,
@@ -231,7 +231,7 @@ def check_chain(
         if most is not None and not most > 0:
             raise UserError(f"--{option} {most:g} must be above 0")
     specs = [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
-    look("run", config, out, mode, images=[specs])
+    check_command("run", config, out, mode, images=[specs])
     if config.distill.share_run is not None:
         raise UserError("distill.share_run: no run was trained from the cache that this makes; use singer distill")
     if config.export.output != "pooled":

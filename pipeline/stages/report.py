@@ -97,7 +97,7 @@ def report(
         best=rows[0].group.name if by is not None else None,
         rank_by=by.key if by is not None else None,
         leaderboard=[tables.flat(row, columns) for row in rows],
-        mean_max_over_median={look.title: look.mean_max_over_median for look in measured.looks}
+        mean_max_over_median={one.title: one.mean_max_over_median for one in measured.measurements}
         | {row.group.name: row.norm.mean for row in rows},
     )
 

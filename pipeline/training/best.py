@@ -29,7 +29,7 @@ class Best:
         """Return whether training is to end."""
         return self._patience is not None and self.last - self.epoch >= self._patience
 
-    def look(self, epoch: int, loss: float) -> None:
+    def record(self, epoch: int, loss: float) -> None:
         """Note the loss after an epoch, and keep the student if it is the lowest."""
         self.last = epoch
         if loss < self.loss:

@@ -65,7 +65,7 @@ def train(
                     if measured and student_run.best is not None:
                         loss = _of_first(float(str(measured[number]["held_out_loss"])), accelerator)
                         with ranks.together():
-                            student_run.best.look((step + 1) // per_epoch, loss)
+                            student_run.best.record((step + 1) // per_epoch, loss)
                         if student_run.ended and step + 1 < total and main:
                             say(
                                 f"ended after epoch {student_run.best.last} of {settings.epochs}: the loss on held-out "
