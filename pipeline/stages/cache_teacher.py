@@ -101,18 +101,18 @@ def cache_teacher(
             create_segments(config, listed, out, mode, extract)
         ranks.wait()
         done += fill_segments(store, extract)
-    parts = segments_of(read_segments(store), extract.teacher)
+    segments = segments_of(read_segments(store), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
-        id=id_of_segments(parts),
+        id=id_of_segments(segments),
         variant=extract.teacher.variant,
-        records=sum({p.records_key: p.records for p in parts}.values()),
-        blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
+        records=sum({s.records_key: s.records for s in segments}.values()),
+        blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
         codec=config.cache.codec,
         bytes=sum(store.sizes().values()),
         left_out={} if listed is None else dict(listed.left_out),
-        skipped=sum({p.records_key: p.completion.skipped for p in parts if p.completion is not None}.values()),
+        skipped=sum({s.records_key: s.completion.skipped for s in segments if s.completion is not None}.values()),
         seconds=seconds,
         images_per_second=done / seconds,
     )
