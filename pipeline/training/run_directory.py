@@ -112,7 +112,7 @@ class DistillResult:
     finetuned: Finetuned | None = None
 
     @property
-    def taught(self) -> list[TeacherLink]:
+    def teacher_links(self) -> list[TeacherLink]:
         """Return what the student learned from each teacher."""
         first = TeacherLink(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
         return [first, *self.others]
