@@ -41,11 +41,11 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.to_device import on_device
 
 # {sweep: the caches of its methods}, {cache: its differences from the recipe}.
 SWEEPS = {"field": ("one",), "field-teachers": ("one", "large")}

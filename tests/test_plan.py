@@ -11,8 +11,8 @@ from conftest import world_config
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.planning.advice import advice
+from pipeline.planning.cache_size import PlanOption
 from pipeline.planning.plan import PlanResult, plan
-from pipeline.planning.scale import PlanOption
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher

@@ -33,7 +33,7 @@ from pipeline.data import (
     resolve,
 )
 from pipeline.data.decoding import to_rgb
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError
 

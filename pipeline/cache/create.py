@@ -19,7 +19,7 @@ from pipeline.cache.segments import Segment, read_segments, segment_name, segmen
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numbered_as
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
 from pipeline.runtime.progress import say

@@ -24,7 +24,7 @@ from pipeline.outputs.bound import REFINER, STUDENT, bound_sections, chain_has_b
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
-from pipeline.planning.quick import measure_costs
+from pipeline.planning.quick_costs import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say

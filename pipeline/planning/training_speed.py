@@ -20,10 +20,10 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import is_remote
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.tokens import take_patches
 

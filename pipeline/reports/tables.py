@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.reports import charts
-from pipeline.reports.measure import Measurements
+from pipeline.reports.measure_page import Measurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup

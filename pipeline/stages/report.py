@@ -13,7 +13,7 @@ from pipeline.checks import check_page
 from pipeline.data import Spec
 from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
-from pipeline.reports.measure import measure
+from pipeline.reports.measure_page import measure
 from pipeline.reports.report_page import render_page
 from pipeline.reports.runs import Trained, find_cache, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score

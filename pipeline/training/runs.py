@@ -24,7 +24,7 @@ from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
-from pipeline.training.best import State
+from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut, Split, split_images

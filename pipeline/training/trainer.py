@@ -10,10 +10,10 @@ from accelerate.utils import broadcast
 from pipeline.data.sampler import batch_index_lists, prefetch_depth, steps_per_epoch
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Loader
 from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
+from pipeline.training.to_device import on_device
 
 _LOG_STEPS = 50
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.data.importers import folders, lists, maps
+from pipeline.data.importers import folders, maps, split_files
 from pipeline.data.importers.listing import Importer, Listing
 from singer.errors import UserError, require_known
 
@@ -13,11 +13,11 @@ LAYOUTS: dict[str, Importer] = {
     "imagenet-v2": Importer(folders.imagenet_v2),
     "ade20k": Importer(maps.ade20k, ("train", "val")),
     "nyud-v2": Importer(maps.nyud_v2, ("train", "test")),
-    "inat2019": Importer(lists.inat2019, ("train", "val")),
-    "fgvc-aircraft": Importer(lists.fgvc_aircraft, ("train", "val", "trainval", "test")),
-    "oxford-pets": Importer(lists.oxford_pets, ("trainval", "test")),
-    "food-101": Importer(lists.food_101, ("train", "test")),
-    "flowers-102": Importer(lists.flowers_102, ("train", "val", "test")),
+    "inat2019": Importer(split_files.inat2019, ("train", "val")),
+    "fgvc-aircraft": Importer(split_files.fgvc_aircraft, ("train", "val", "trainval", "test")),
+    "oxford-pets": Importer(split_files.oxford_pets, ("trainval", "test")),
+    "food-101": Importer(split_files.food_101, ("train", "test")),
+    "flowers-102": Importer(split_files.flowers_102, ("train", "val", "test")),
 }
 
 
