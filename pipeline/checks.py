@@ -14,9 +14,10 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
-from pipeline.outputs.bound import chain_has_begun
+from pipeline.outputs.chain_folder import chain_has_begun
 from pipeline.outputs.folder import Mode, check_output
 from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
@@ -46,12 +47,9 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
 FORMATS = ("pipeline.students.export_formats", "FORMATS")
 STARTS = ("auto", "teacher", "random")
-MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
 STEPS, GIVEN = "steps.json", "given"
-# The file without which there is no finished refiner.
-_REFINER = "refiner.json"
 
 
 @cache
@@ -113,10 +111,10 @@ def check_command(
             _check_source("student.name", config.student.name)
     for path in refiners:
         if path is not None:
-            read_json(path, _REFINER, "finished refiner")
+            read_json(path, REFINER_MANIFEST, "finished refiner")
     for place in caches:
         if not is_remote(place):
-            read_json(open_store(place), MANIFEST, "feature cache")
+            read_json(open_store(place), CACHE_MANIFEST, "feature cache")
     found = [path for spec in images if spec is not None for path in resolve(spec)]
     if out is not None and config is not None:
         read = [*caches, *refiners, *inputs, *found]

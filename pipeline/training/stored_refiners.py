@@ -12,6 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
 from pipeline.config import LocalCopy, RefineConfig
 from pipeline.outputs.provenance import file_hash
+from pipeline.outputs.resuming import REFINER_MANIFEST
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
@@ -27,7 +28,7 @@ from singer.subspaces import BASES
 # The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
-MANIFEST = "refiner.json"
+MANIFEST = REFINER_MANIFEST
 METRICS = "metrics.json"
 
 
