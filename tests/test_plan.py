@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import world_config
+from conftest import shards, world_config
 
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
@@ -19,10 +19,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from singer.errors import UserError
 
 VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 def quick(world: Path, config: Config, **options: Any) -> PlanResult:

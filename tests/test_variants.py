@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tree_bytes, world_config
+from conftest import shards, tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
@@ -34,10 +34,6 @@ from singer.errors import UserError
 CPU = torch.device("cpu")
 ARCHITECTURE = "vit_tiny_patch16_224"
 FITTED = ("refine.cleaner=clip", "distill.epochs=1")
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 @pytest.fixture(scope="module")
