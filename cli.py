@@ -202,7 +202,7 @@ def cache_teacher(
     as_json: JsonOption = False,
 ) -> None:
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
@@ -217,7 +217,7 @@ def cache_teacher(
         "cache.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite, append)
-    look("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
+    check_command("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
     from pipeline.stages.cache_teacher import cache_teacher as run
 
     _report(run(tree, images, out, mode), as_json)
@@ -241,7 +241,7 @@ def refine(
     as_json: JsonOption = False,
 ) -> None:
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
@@ -255,7 +255,7 @@ def refine(
         "refine.local_copy": local_copy,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
-    look("refine", tree, out, mode, caches=[cache])
+    check_command("refine", tree, out, mode, caches=[cache])
     from pipeline.stages.refine import refine as run
 
     _report(run(tree, cache, out, mode), as_json)
@@ -273,12 +273,12 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or ()), output_mode(False, overwrite)
-    look("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
+    check_command("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
     from pipeline.stages.inspect import inspect as run
 
     _report(run(tree, cache, refiner, out, mode, images), as_json)
@@ -305,7 +305,7 @@ def distill(
     as_json: JsonOption = False,
 ) -> None:
     """Train a student on the refined targets (stage 3)."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
@@ -321,7 +321,7 @@ def distill(
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
-    look("distill", tree, out, mode, caches=cache, refiners=refiners or (), images=[images])
+    check_command("distill", tree, out, mode, caches=cache, refiners=refiners or (), images=[images])
     from pipeline.stages.distill import distill as run
 
     _report(run(tree, cache, out, refiners, images, mode), as_json)
@@ -346,7 +346,7 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a distilled student as a classifier, with labels (after stage 3)."""
-    from pipeline.checks import check_finished, look
+    from pipeline.checks import check_command, check_finished
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
@@ -360,7 +360,7 @@ def finetune(
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_finished(run)
-    look("finetune", tree, out, mode, images=[train, test], inputs=[run])
+    check_command("finetune", tree, out, mode, images=[train, test], inputs=[run])
     from pipeline.stages.finetune import finetune as fine_tune
 
     _report(fine_tune(tree, run, train, out, test, mode), as_json)
@@ -381,14 +381,14 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Probe a frozen model: a student, a teacher, or any timm model."""
-    from pipeline.checks import check_model, check_tasks, look
+    from pipeline.checks import check_command, check_model, check_tasks
     from pipeline.config import load_config
 
     options = {"evaluate.tokens": tokens, "cache.on_error": on_error}
     tree, tasks = load_config(config, sets or (), options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
-    look("evaluate", tree, images=[train, test])
+    check_command("evaluate", tree, images=[train, test])
     from pipeline.evaluation.context import without_top5
     from pipeline.stages.evaluate import evaluate_tasks
 
@@ -415,13 +415,13 @@ def embed(
     as_json: JsonOption = False,
 ) -> None:
     """Write names and feature vectors of images to one file."""
-    from pipeline.checks import check_embedding, check_model, look
+    from pipeline.checks import check_command, check_embedding, check_model
     from pipeline.config import load_config
 
     check_embedding(out, features, overwrite, tokens)
     tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
     check_model(model, weights)
-    look("embed", images=[images])
+    check_command("embed", images=[images])
     from pipeline.stages.embed import embed as run
 
     _report(run(tree, model, images, out, features, weights, overwrite), as_json)
@@ -434,9 +434,9 @@ def rank(
     as_json: JsonOption = False,
 ) -> None:
     """Rank cached teachers by how well their features fit the labels of the images; nothing is trained."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
 
-    look("rank", caches=cache)
+    check_command("rank", caches=cache)
     from pipeline.stages.rank import rank as run
 
     _report(run(cache, images), as_json)
@@ -457,12 +457,12 @@ def rank_students(
     as_json: JsonOption = False,
 ) -> None:
     """Rank untrained students of a size by how near their relations are to the teacher's; nothing is trained."""
-    from pipeline.checks import check_ranked, look
+    from pipeline.checks import check_command, check_ranked
     from pipeline.config import load_config
 
     tree = load_config(config, sets or ())
     check_ranked(sets or (), parameters is not None, student or ())
-    look("rank-students", tree, caches=[cache], images=[images])
+    check_command("rank-students", tree, caches=[cache], images=[images])
     from pipeline.stages.rank_students import rank_students as run
 
     _report(run(tree, cache, parameters, student or (), batch, starts, images), as_json)
@@ -482,12 +482,12 @@ def sweep(
     as_json: JsonOption = False,
 ) -> None:
     """Train, probe and rank many students from one cache."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.outputs.folder import output_mode
     from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
-    look("sweep", read_plan(find_sweep(file)).base, out, mode, caches=cache, images=[train, test, images])
+    check_command("sweep", read_plan(find_sweep(file)).base, out, mode, caches=cache, images=[train, test, images])
     from pipeline.sweeps.run import sweep as run
 
     result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers)
@@ -510,12 +510,12 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one HTML page about students of one cache: leaderboard, pictures of their features, curves, costs."""
-    from pipeline.checks import check_page, look
+    from pipeline.checks import check_command, check_page
     from pipeline.training.run_directory import find_runs
 
     check_page(out, overwrite)
     find_runs(runs, quiet=True)
-    look("report", caches=[cache] if cache else (), refiners=refiner or (), images=[images])
+    check_command("report", caches=[cache] if cache else (), refiners=refiner or (), images=[images])
     from pipeline.stages.report import report as run
 
     result = run(
@@ -539,14 +539,14 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the student alone, with a model card, in a format that other tools load."""
-    from pipeline.checks import check_finished, check_format, look
+    from pipeline.checks import check_command, check_finished, check_format
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config, sets or (), {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
     check_finished(run)
-    look("export", tree, out, mode, inputs=[run])
+    check_command("export", tree, out, mode, inputs=[run])
     from pipeline.stages.export import export as write
 
     _report(write(tree, run, out, to, mode), as_json)
@@ -558,9 +558,9 @@ def cache_info(
     as_json: JsonOption = False,
 ) -> None:
     """Print what a cache holds: teachers, data, blocks, codec and its errors, size."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
 
-    look("info", caches=[cache])
+    check_command("info", caches=[cache])
     from pipeline.cache.info import cache_info as run
 
     _report(run(cache), as_json)
@@ -585,7 +585,7 @@ def cache_plan(
 
     It writes a temporary folder to the disk of --out, at most a tenth of what is free there, and removes it.
     """
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
 
     options = {
@@ -597,7 +597,7 @@ def cache_plan(
         "views.count": views,
     }
     tree = load_config(config, sets or (), options)
-    look("plan", tree, images=[images])
+    check_command("plan", tree, images=[images])
     from pipeline.planning.plan import plan as run
     from pipeline.reports.result_text import unmeasured
 
@@ -619,12 +619,12 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum; with --teacher or --weights, compare a sample with new features, too."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
-    look("verify" if live or repair else "info", tree, caches=[cache], images=[images])
+    check_command("verify" if live or repair else "info", tree, caches=[cache], images=[images])
     from pipeline.stages.verify import verify as run
 
     result = run(tree, cache, live=live, images=images, sample=sample, repair=repair)
@@ -656,12 +656,12 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
-    from pipeline.checks import look
+    from pipeline.checks import check_command
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     tree, mode = load_config(config or "demo", sets or ()), output_mode(False, overwrite)
-    look("demo", tree, out, mode)
+    check_command("demo", tree, out, mode)
     from pipeline.chains.demo import demo as run
 
     _report(run(tree, out, mode), as_json)

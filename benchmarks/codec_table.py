@@ -50,7 +50,7 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return 1e3 * statistics.median(times)
 
 
-def fidelity(decoded: Tensor, x: Tensor) -> tuple[float, float]:
+def error_and_cosine(decoded: Tensor, x: Tensor) -> tuple[float, float]:
     """Return the relative error (%) and the mean cosine of tokens (k, d), which are NaN if there are none."""
     return 100 * float((decoded - x).norm() / x.norm()), float(torch.cosine_similarity(decoded, x, dim=-1).mean())
 
@@ -83,9 +83,9 @@ def main() -> None:
             decoded = codec.decode(stored, calibration)
             total, ragged = size(stored)
             patches, truth = decoded[:, prefix:], x[:, prefix:]
-            error, cosine = fidelity(patches[clean], truth[clean])
-            artifact_error, artifact_cosine = fidelity(patches[~clean], truth[~clean])
-            prefix_error, _ = fidelity(decoded[:, :prefix].flatten(0, 1), x[:, :prefix].flatten(0, 1))
+            error, cosine = error_and_cosine(patches[clean], truth[clean])
+            artifact_error, artifact_cosine = error_and_cosine(patches[~clean], truth[~clean])
+            prefix_error, _ = error_and_cosine(decoded[:, :prefix].flatten(0, 1), x[:, :prefix].flatten(0, 1))
             batch = codec.encode(x[:BATCH], calibration)
             encode = milliseconds(partial(codec.encode, x[:BATCH], calibration), device, 5)
             decode = milliseconds(partial(codec.decode, batch, calibration), device)

@@ -41,11 +41,11 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.to_device import on_device
 
 # {sweep: the caches of its methods}, {cache: its differences from the recipe}.
 SWEEPS = {"field": ("one",), "field-teachers": ("one", "large")}
@@ -226,17 +226,17 @@ class Steps:
     """Steps of a training on a few batches, with the reading of images and features, whose time is measured."""
 
     def __init__(self, config: Config, caches: list[Path], refiners: list[Path] | None, batches: int = 4) -> None:
-        self.sources = open_teachers(config.distill, caches, refiners)
-        self.new = NewStudent(StudentSpec(config, Path("unused"), refiners), self.sources, Accelerator(cpu=True))
-        self.records = np.arange(len(self.sources[0].cache)) if self.new.records is None else self.new.records
+        self.teachers = open_teachers(config.distill, caches, refiners)
+        self.new = NewStudent(StudentSpec(config, Path("unused"), refiners), self.teachers, Accelerator(cpu=True))
+        self.records = np.arange(len(self.teachers[0].cache)) if self.new.records is None else self.new.records
         self.size = min(config.distill.batch_size, len(self.records))
         self.images = batches * self.size
         # Only the blocks that are compared would have to be stored.
-        pairs = zip(self.sources, self.new.distiller.branches, strict=True)
+        pairs = zip(self.teachers, self.new.distiller.branches, strict=True)
         views = 1 if self.new.others is None else 2
         self.bytes = views * sum(Cache(s.cache.place, blocks=[*b.links]).record_bytes for s, b in pairs)
         self.optimiser = optimiser_of(self.new.distiller, config)
-        opened = [source.cache for source in self.sources]
+        opened = [teacher.cache for teacher in self.teachers]
         files = ImageFile(relocate(opened[0].index.images, None))
         self.load = BatchLoader(opened, files, [self.new.student.image_size], others=self.new.others)
 

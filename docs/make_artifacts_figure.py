@@ -3,7 +3,7 @@
     make demo
     python docs/make_artifacts_figure.py demo-out docs/artifacts.png
 
-It shows the patch norms that the demo's report shows, of the same images: both come from pipeline.reports.measure.
+It shows the patch norms that the demo's report shows, of the same images: both come from pipeline.reports.measure_page.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.reports.html import without_ticks
-from pipeline.reports.measure import measure
+from pipeline.reports.measure_page import measure
 from pipeline.reports.pictures import MOST_MEDIANS, NORMS, Strip
 from pipeline.reports.runs import find_cache, read_runs
 from pipeline.reports.seeds import group_runs

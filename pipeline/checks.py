@@ -1,4 +1,4 @@
-"""What a command can say about its paths and options before it waits for torch and timm: `look`.
+"""What a command can say about its paths and options before it waits for torch and timm: `check_command`.
 
 Every command calls it first, so that such an error takes less than a second. The stages check the same, and more.
 """
@@ -14,14 +14,15 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
-from pipeline.outputs.bound import chain_has_begun
+from pipeline.outputs.chain_folder import chain_has_begun
 from pipeline.outputs.folder import Mode, check_output
 from pipeline.outputs.provenance import PROVENANCE
+from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 
 # {key of the configuration: the registry of its values}, by the stages that read it.
 _CACHE = {"cache.codec": ("pipeline.cache.codecs", "CODECS")}
@@ -46,12 +47,9 @@ NAMES: dict[str, dict[str, tuple[str, str]]] = {
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
 FORMATS = ("pipeline.students.export_formats", "FORMATS")
 STARTS = ("auto", "teacher", "random")
-MANIFEST = "manifest.json"
 # This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
 # has not ended.
 STEPS, GIVEN = "steps.json", "given"
-# The file without which there is no finished refiner.
-_REFINER = "refiner.json"
 
 
 @cache
@@ -75,7 +73,7 @@ def _names(value: ast.expr | None) -> Iterable[str]:
     return (part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
 
 
-def look(
+def check_command(
     stage: str,
     config: Config | None = None,
     out: Place | None = None,
@@ -97,7 +95,7 @@ def look(
             value = getattr(getattr(config, section), name)
             for one in value if isinstance(value, tuple) else (value,):
                 for given in one if isinstance(one, Mapping) else (one,):
-                    _known(key, given, registered(*registry))
+                    require_known(key, given, registered(*registry))
         if stage in ("cache-teacher", "plan", "run", "verify"):
             check_teacher(config)
         if stage in ("distill", "run"):
@@ -113,35 +111,25 @@ def look(
             _check_source("student.name", config.student.name)
     for path in refiners:
         if path is not None:
-            read_json(path, _REFINER, "finished refiner")
+            read_json(path, REFINER_MANIFEST, "finished refiner")
     for place in caches:
         if not is_remote(place):
-            read_json(open_store(place), MANIFEST, "feature cache")
+            read_json(open_store(place), CACHE_MANIFEST, "feature cache")
     found = [path for spec in images if spec is not None for path in resolve(spec)]
     if out is not None and config is not None:
         read = [*caches, *refiners, *inputs, *found]
         check_output(out, mode, stage, config, [place for place in read if place is not None])
 
 
-def _known(key: str, value: str, names: Sequence[str]) -> None:
-    if value not in names:
-        said = f"no codec {value!r}" if key == "cache.codec" else f"unknown {value!r}"
-        raise UserError(f"{key}: {said}; known: {', '.join(names)}")
-
-
 def check_tasks(tasks: Sequence[str]) -> None:
     """Raise UserError if there is no such task of singer evaluate."""
-    names = registered(*TASKS)
     for task in tasks:
-        if task not in names:
-            raise UserError(f"--task: no task {task!r}; known: {', '.join(names)}")
+        require_known("--task", task, registered(*TASKS))
 
 
 def check_format(name: str) -> None:
     """Raise UserError if there is no such format of singer export."""
-    names = registered(*FORMATS)
-    if name not in names:
-        raise UserError(f"--to: unknown format {name!r}; known: {', '.join(names)}")
+    require_known("--to", name, registered(*FORMATS))
 
 
 def check_teacher(config: Config) -> None:
@@ -241,7 +229,7 @@ def check_chain(
         if most is not None and not most > 0:
             raise UserError(f"--{option} {most:g} must be above 0")
     specs = [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
-    look("run", config, out, mode, images=[specs])
+    check_command("run", config, out, mode, images=[specs])
     if config.distill.share_run is not None:
         raise UserError("distill.share_run: no run was trained from the cache that this makes; use singer distill")
     if config.export.output != "pooled":
@@ -288,8 +276,8 @@ def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: st
     if tokens not in (None, "block", "norm"):
         raise UserError(f"--tokens {tokens}: a file holds vectors of one kind; take block or norm")
     files, kinds = registered("pipeline.stages.embed", "FORMATS"), registered("pipeline.stages.embed", "FEATURES")
-    if features is not None and features not in kinds:
-        raise UserError(f"--features: no features {features!r}; known: {', '.join(kinds)}")
+    if features is not None:
+        require_known("--features", features, kinds)
     if out.suffix not in files:
         raise UserError(f"--out {out}: give a file that ends in one of {', '.join(files)}")
     if out.suffix == ".csv" and features == "dense":

@@ -1,4 +1,4 @@
-"""What an objective of whole batches needs of the parts of a batch that other processes train on.
+"""Collective operations for objectives that compare the records of a whole batch, of which each process has a part.
 
 All processes call these functions at the same place, with tensors of one shape. With one process they return what they
 are given. No gradients pass.

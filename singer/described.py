@@ -192,7 +192,7 @@ class DescribedTokens(DescribedMaps):
 
     def suffix_model(self) -> nn.Module:
         """Return the blocks, the final norm and the pooling, named as in a model of timm."""
-        return _Tail(self.blocks, self.norm, self.description)
+        return _Suffix(self.blocks, self.norm, self.description)
 
     def _shape(self) -> str:
         return f"(B, {self.description.prefix} prefix + {self._patches} patches, d)"
@@ -206,7 +206,7 @@ class DescribedTokens(DescribedMaps):
         return rows * columns
 
 
-class _Tail(nn.Module):
+class _Suffix(nn.Module):
     """What comes after the first block: blocks, final norm and pooling."""
 
     def __init__(self, blocks: nn.ModuleList, norm: nn.Module, description: Description) -> None:

@@ -1,4 +1,6 @@
-"""The one exception for what the user can fix."""
+"""The one exception for what the user can fix, and its message for a name that does not exist."""
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -7,3 +9,10 @@ class UserError(ValueError):
     The commands print it as it is and end with code 2. Any other exception is a defect of this package, except
     OSError: the cause of that is the disk or the network.
     """
+
+
+def require_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Raise UserError if a value is not one of the known names. what: the option, or the key of the configuration."""
+    names = list(known)
+    if value not in names:
+        raise UserError(f"{what}: unknown {value!r}; known: {', '.join(names)}")

@@ -143,6 +143,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def shards(root: Path, split: str = "train") -> str:
+    """What --images takes of a split of the world."""
+    return str(root / split / "*.tar")
+
+
 def world_config(root: Path, *sets: str) -> Config:
     return config_with(f"teacher.name={LOCAL}{root / 'teacher'}", *sets)
 

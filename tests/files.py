@@ -1,4 +1,4 @@
-"""Small image files of every kind, for test_files.py: made here, byte by byte where Pillow cannot write them."""
+"""Small image files of every kind: made here, byte by byte where Pillow cannot write them."""
 
 import io
 import struct
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     near: int = 0
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images, make_vit, seeded, tree_bytes, world_config
+from conftest import draw_images, make_vit, seeded, shards, tree_bytes, world_config
 
 from pipeline.cache import Cache, rows
 from pipeline.config import Config
@@ -18,10 +18,6 @@ from singer.errors import UserError
 
 CPU = torch.device("cpu")
 RANDOM_VIEWS = ("views.kind=random-resized-crop", "views.flip=0.5", "views.color=[0.4,0.4,0.2,0.1]")
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 def make(config: Config, shards: str | list[str], out: Path, mode: str = "new") -> Cache:

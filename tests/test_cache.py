@@ -301,7 +301,7 @@ def test_an_image_that_was_repaired_after_it_was_refused_is_left_out(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is found in the fill, when the images are listed; its size is that of the broken file."""
-    monkeypatch.setattr(extract, "_CALIBRATION_RECORDS", 2)
+    monkeypatch.setattr(extract, "CALIBRATION_RECORDS", 2)
     draw_images(tmp_path / "photos", 1, 9)
     photos, out = str(tmp_path / "photos"), tmp_path / "c"
     config, skip = world_config(world, "views.count=1"), world_config(world, "views.count=1", "cache.on_error=skip")

@@ -64,7 +64,7 @@ def test_chain_with_json(
 # name: (arguments, a part of the message); {w} is the world, {o} a fresh output
 MISTAKES = {
     "no images": ("prepare {w}/none --out {o}", "none does not exist"),
-    "unknown layout": ("prepare {w}/images/train --out {o} --layout coco", "--layout: no layout 'coco'; known: folder"),
+    "unknown layout": ("prepare {w}/images/train --out {o} --layout coco", "--layout: unknown 'coco'; known: folder"),
     "no split": ("prepare {w}/images/train --out {o} --layout ade20k", "the layout ade20k has train, val; give one of"),
     "empty glob": ("cache-teacher --shards {w}/x-*.tar --out {o}", "nothing matches"),
     "missing shard": ("cache-teacher --shards {w}/train/x.tar --out {o}", "x.tar does not exist"),
@@ -79,7 +79,7 @@ MISTAKES = {
     ),
     "unknown codec": (
         "cache-teacher --shards {w}/train/*.tar --out {o} --codec int7",
-        "no codec 'int7'; known",
+        "cache.codec: unknown 'int7'; known",
     ),
     "no weights": ("cache-teacher --shards {w}/train/*.tar --out {o} --weights {w}/w.pth", "w.pth: no such file"),
     "weights do not fit": (
@@ -126,7 +126,7 @@ MISTAKES = {
     ),
     "no such task": (
         "evaluate {w}/teacher --task flow --train {w}/train/*.tar --test {w}/test/*.tar",
-        "--task: no task 'flow'; known: classification, segmentation",
+        "--task: unknown 'flow'; known: classification, segmentation",
     ),
     "no masks": (
         "evaluate {w}/teacher --task segmentation --set evaluate.seg_classes=3 --train {w}/train/*.tar "
@@ -157,7 +157,7 @@ MISTAKES = {
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),
     "report of no run": ("report {w}/cache --out {o}.html", "cache is not a finished run: it has no run.json"),
     "report in no page": ("report {w}/none --out {o}", "a report is one file; give a name that ends in .html"),
-    "unknown format": ("export {w}/none --to onxx --out {o}", "unknown format 'onxx'; known: timm, hf, onnx, torch-"),
+    "unknown format": ("export {w}/none --to onxx --out {o}", "--to: unknown 'onxx'; known: timm, hf, onnx, torch-"),
     "export of no run": ("export {w}/cache --to timm --out {o}", "cache is not a finished run: it has no run.json"),
     "unknown output": ("export {w}/none --to onnx --out {o} --output cls", "export.output: input should be 'pooled'"),
     "info of nothing": ("cache info {w}/none", "none does not exist"),
@@ -177,7 +177,7 @@ MISTAKES = {
         "2 of 4 Zarr shards of {d} are damaged or missing: 1, 3; repair with singer cache",
     ),
     "plan without shards": ("cache plan --shards {w}/x-*.tar", "nothing matches"),
-    "plan with no codec": ("cache plan --shards {w}/train/*.tar --codec int7", "no codec 'int7'; known"),
+    "plan with no codec": ("cache plan --shards {w}/train/*.tar --codec int7", "cache.codec: unknown 'int7'; known"),
     "plan beyond the teacher": ("cache plan --shards {w}/train/*.tar --blocks 2,9", "block 9 does not exist"),
 }
 

@@ -126,3 +126,35 @@ def test_what_config_prints_reads_back(recipe: str | None, tmp_path: Path) -> No
 def test_the_page_is_that_of_the_code() -> None:
     """Write it anew by `singer config --markdown > docs/configuration.md`."""
     assert (Path(__file__).parent.parent / "docs" / "configuration.md").read_text() == as_markdown()
+
+
+# Settings that cannot work together
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["distill.epochs=4", "distill.warmup_epochs=5"], "distill.warmup_epochs: a warm-up of 5 of 4 epochs never"),
+        (["distill.epochs=1", "distill.warmup_epochs=1"], r"never reaches .* \(--set distill\.warmup_epochs=0\.05\)"),
+        (
+            ["distill.batch_size=8", "distill.accumulate=9"],
+            "distill.accumulate: a batch of 8 records cannot have 9 parts",
+        ),
+        (["distill.read_block=64", "distill.shuffle_window=32"], "distill.read_block: 64 neighbouring records are"),
+        (["views.count=2"], r"configuration: views\.count: center views are all alike; .* color$"),
+    ],
+)
+def test_settings_that_cannot_work_together(sets: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_config(sets=sets)
+    assert "\n" not in str(error.value)
+
+
+def test_a_remedy_works_as_printed() -> None:
+    for epochs in (1, 3, 100):
+        with pytest.raises(UserError) as error:
+            load_config(sets=[f"distill.epochs={epochs}", f"distill.warmup_epochs={epochs + 1}"])
+        remedy = str(error.value).split("--set ")[1].split(")")[0]
+        assert load_config(sets=[f"distill.epochs={epochs}", remedy]).distill.warmup_epochs == pytest.approx(
+            0.05 * epochs
+        )

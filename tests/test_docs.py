@@ -611,3 +611,17 @@ def test_errors_in_troubleshooting_are_those_of_the_code() -> None:
         # What is quoted by !r has no quotes in the code.
         pieces = [re.escape(piece) for piece in message.replace("'...'", "...").split("...")]
         assert any(re.search(".*".join(pieces), text, re.DOTALL) for text in known), message
+
+
+def test_tests_of_the_page_of_requests_exist() -> None:
+    text = (ROOT / "docs" / "requests.md").read_text()
+    cited = re.findall(r"`(tests/\w+\.py)`(?: \(([^)]*)\))?", text)
+    assert len(cited) > 15
+    for file, names in cited:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"def {name}(" in source, (file, name)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    for row in rows:
+        assert re.search(r"\| (\*\*Yes\*\*|\*\*No\*\*|\*Partly\*)", row), row
+        assert "**Yes**" not in row or "tests/" in row, row

@@ -168,7 +168,7 @@ TABLE = [
     ("export {r}/run --to tf --out {o}", r"--to.*known|--to"),
     ("cache info {r}/run", r"run is not a feature cache: it has no manifest.json"),
     ("cache verify {r}/cache --shards {r}/test/*.tar --repair --config {r}/config.yaml", r"--images does not give"),
-    ("cache plan --shards {r}/train/*.tar --codec int9 --config {r}/config.yaml", r"no codec 'int9'; known: float16"),
+    ("cache plan --shards {r}/train/*.tar --codec int9 --config {r}/config.yaml", r"unknown 'int9'; known: float16"),
     ("embed {r}/run {r}/test/*.tar --out {o}.npy --tokens both", r"--tokens both: a file holds .*; take block or norm"),
     ("report {r}/run --out {o}.html --student run", r"--student run: .* no run has one of that name; leave it out"),
     (

@@ -432,3 +432,61 @@ def test_the_advice_for_a_broken_image_works(
     assert run_singer(monkeypatch, *words, *line.rpartition(" with ")[2].split(), "--json") == 0
     told = capfd.readouterr()
     assert told.err.count("skipped: image") == 2 and json.loads(told.out.splitlines()[-1])["test_images"] == 8
+
+
+# Whether a student learned from the test images
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    distill(world_config(world, "distill.epochs=1"), world / "cache", run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cache_place": "GONE"}, "its cache cannot be read: "),
+        ({"cache_place": None}, "the run does not say where its cache is"),
+        ({"cache_place": "s3://bucket/cache"}, "its cache s3://bucket/cache is not on this machine"),
+        ({"cache": "0" * 64}, "there is another cache at "),
+        ({}, None),
+    ],
+    ids=["moved", "unsaid", "remote", "another", "there"],
+)
+def test_whether_a_student_knows_the_test_images(
+    world: Path,
+    trained: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: dict[str, str | None],
+    reason: str | None,
+) -> None:
+    """Yes, no or unknown, in a line and in the result; unknown says why."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "student").symlink_to(trained / "student")
+    change = {k: str(tmp_path / "gone") if v == "GONE" else v for k, v in change.items()}
+    (run / "run.json").write_text(json.dumps({**json.loads((trained / "run.json").read_text()), **change}))
+    answers = {}
+    for split in ("train", "test"):
+        result = evaluate(world_config(world), run, None, str(world / split / "*.tar"), "retrieval")
+        assert result.written is not None
+        answers[split] = json.loads(result.written.read_text())["learned_from_test"]
+        assert answers[split] == result.learned_from_test
+    said = capfd.readouterr().err
+    unknown = "note: it is unknown whether the student learned from images of --test: "
+    if reason is None:
+        assert answers == {"train": "yes", "test": "no"} and unknown not in said
+        assert said.count("note: the student learned from images of --test") == 1
+    else:
+        assert answers == {"train": "unknown", "test": "unknown"}
+        assert said.count(unknown + reason) == 2
+
+
+def test_of_a_model_that_is_no_run_nothing_is_asked(world: Path, trained: Path, tmp_path: Path) -> None:
+    result = evaluate(
+        world_config(world), trained / "student", None, str(world / "test" / "*.tar"), "retrieval", tmp_path
+    )
+    assert result.learned_from_test is None

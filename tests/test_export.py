@@ -370,7 +370,7 @@ def test_bad_input_is_one_line(
     (unfinished / "run.json").unlink()
     (bare / "config.yaml").unlink()
     cases = [
-        (run, "onxx", "pooled", "--to: unknown format 'onxx'; known: timm, hf, onnx, torch-export"),
+        (run, "onxx", "pooled", "--to: unknown 'onxx'; known: timm, hf, onnx, torch-export"),
         (unfinished, "timm", "pooled", "is not a finished run: it has no run.json"),
         (bare, "timm", "pooled", "is not a finished run: it has no config.yaml"),
         (world / "cache", "timm", "pooled", "is not a finished run"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import config_with, run_singer, seeded, tree_bytes, world_config
+from conftest import config_with, run_singer, seeded, shards, tree_bytes, world_config
 from ranks import launch
 from sklearn.linear_model import LogisticRegression
 from timm.data.mixup import mixup_target
@@ -51,10 +51,6 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("distilled") / "run"
     distill(world_config(world, "distill.epochs=1", "distill.optimizer=adamw"), world / "cache", out)
     return out
-
-
-def shards(world: Path, split: str = "train") -> str:
-    return str(world / split / "*.tar")
 
 
 def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def replaced(make: Callable[[Path], None], name: str, *lines: str) -> Callable[[
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 BAD: list[tuple[str, str | None, Callable[[Path], None], str]] = [
-    ("nothing", None, imagenet_r, r"--layout: no layout 'nothing'; known: folder, imagenet-1k"),
+    ("nothing", None, imagenet_r, r"--layout: unknown 'nothing'; known: folder, imagenet-1k"),
     ("folder", "train", imagenet_r, r"--split train: the layout folder has no splits; leave it out"),
     ("food-101", None, food_101, r"--split: the layout food-101 has train, test; give one of them, not none"),
     ("food-101", "val", food_101, r"has train, test; give one of them, not val"),

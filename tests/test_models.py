@@ -239,3 +239,8 @@ def test_students_with_feature_maps(name: str, tmp_path: Path) -> None:
 def test_students_that_give_no_feature_maps() -> None:
     with pytest.raises(UserError, match="student.name levit_128s gives no feature maps at 40 pixels"):
         new_student(StudentConfig(name="levit_128s", image_size=40), 32)
+
+
+def test_arguments_that_an_architecture_does_not_take() -> None:
+    with pytest.raises(UserError, match=r"^student.name test_resnet: .*unexpected keyword argument 'patch_size'"):
+        new_student(StudentConfig(name="test_resnet", patch_size=7), 64)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import seeded, tree_bytes, world_config
+from conftest import seeded, shards, tree_bytes, world_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,10 +28,6 @@ from singer.errors import UserError
 
 CPU = torch.device("cpu")
 BROKEN = (3, 4, 17, 29)
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 def write_shards(folder: Path, count: int, each: int, broken: tuple[int, ...] = ()) -> str:

@@ -2,16 +2,27 @@
 
 import copy
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import timm.optim.muon
 import torch
+from conftest import world_config
 from torch import Tensor, nn
 
-from pipeline.config import load_config
+from pipeline.cache.reader import Cache
+from pipeline.config import StudentConfig, load_config
+from pipeline.students.new import new_student
+from pipeline.training.distiller import Distiller
+from pipeline.training.fsdp import WholeOptimiser
+from pipeline.training.joint_training import new_joint
 from pipeline.training.optimisers import new_optimiser
 from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from singer.errors import UserError
 from tests.conftest import seeded
 
 CPU = torch.device("cpu")
@@ -109,3 +120,83 @@ def test_muon_is_timms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for (own, other), first in zip(pairs, before, strict=True):
         assert not torch.equal(own, first)
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+
+
+# Weight decay
+
+
+def grouped(distiller: Distiller) -> tuple[set[str], set[str]]:
+    """Names of what decays, and of what is trained without."""
+    names = {id(p): name for name, p in distiller.named_parameters()}
+    kept: dict[bool, set[str]] = {True: set(), False: set()}
+    for group in decay_groups(distiller, 0.1):
+        assert group["weight_decay"] in (0, 0.1)
+        kept[group["weight_decay"] > 0] |= {names[id(p)] for p in group["params"]}
+    return kept[True], kept[False]
+
+
+@pytest.mark.parametrize(
+    ("student", "spared"),
+    [
+        ("vit_tiny_patch16_224", {"student.pos_embed", "student.cls_token", "student.blocks.0.norm1.weight"}),
+        ("vit_small_patch14_reg4_dinov2", {"student.reg_token", "student.blocks.0.ls1.gamma"}),
+        ("test_convnext", {"student.stages.0.blocks.0.conv_dw.bias"}),
+        ("fastvit_t8", {"student.stages.0.blocks.0.layer_scale.gamma"}),
+    ],
+)
+def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
+    """Matrices of the student, projectors and adapters; no vectors, tokens, positions or scales."""
+    cache = Cache(world / "cache")
+    # The blocks that are matched are the last ones, so that all is trained.
+    backbone = new_student(StudentConfig(name=student, image_size=56 if "14" in student else 64), 64)
+    joint, adapters = new_joint(cache, world_config(world).refine, CPU)
+    blocks = len(backbone.layout)
+    targets = Targets(cache, None, backbone, CPU)
+    head = TeacherBranch(
+        backbone, {2: blocks - 2, 3: blocks - 1}, targets, Teaching({"mse": 1.0, "vitkd": 1.0}), adapters, joint
+    )
+    distiller = Distiller(backbone, [head])
+    decays, others = grouped(distiller)
+    assert decays | others == {name for name, p in distiller.named_parameters() if p.requires_grad}
+    assert not decays & others and spared <= others
+    sizes = {name: p.shape for name, p in distiller.named_parameters()}
+    for name in decays:
+        assert len(sizes[name]) > 1, name
+        assert not name.endswith(("bias", "_token", "pos_embed", "gamma"))
+    assert any("projectors" in name for name in decays) and any("mask_token" in name for name in others)
+    assert {name for name in sizes if name.startswith("adapters.")} <= decays
+
+
+def test_positions_of_a_table_do_not_decay(world: Path) -> None:
+    """What an architecture names, here Swin's table of relative positions."""
+    swin = new_student(StudentConfig(name="swin_tiny_patch4_window7_224", image_size=224), 224)
+    head = TeacherBranch(swin, {2: 2, 3: 3}, Targets(Cache(world / "cache"), None, swin, CPU), Teaching({"mse": 1.0}))
+    decays, others = grouped(Distiller(swin, [head]))
+    assert any(n.endswith("relative_position_bias_table") for n in others)
+    assert not any(n.endswith("relative_position_bias_table") for n in decays)
+
+
+def test_a_run_of_one_group_is_not_continued(world: Path) -> None:
+    """A checkpoint from before decay was grouped: torch would load its moments, and change its decay in silence."""
+    student = new_student(world_config(world).student, 32)
+    head = TeacherBranch(
+        student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, CPU), Teaching({"mse": 1.0})
+    )
+    distiller = Distiller(student, [head])
+    trained = [p for p in distiller.parameters() if p.requires_grad]
+
+    def state(optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return WholeOptimiser(distiller, optimiser).state_dict()
+
+    def new() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(decay_groups(distiller, 0.5), lr=0.1)
+
+    again = new()
+    WholeOptimiser(distiller, again).load_state_dict(state(new()))
+    assert [g["weight_decay"] for g in again.param_groups] == [0, 0.5] and len(again.state) == len(trained)
+    with pytest.raises(UserError, match="it was made by another version of singer; start the run anew"):
+        WholeOptimiser(distiller, new()).load_state_dict(state(torch.optim.AdamW(trained, weight_decay=0.5)))

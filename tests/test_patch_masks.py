@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.cache import Cache
 from pipeline.data import ImageFile, list_images, relocate
 from pipeline.data.sampler import BatchIndices
-from pipeline.planning.quick import measure_costs
+from pipeline.planning.quick_costs import measure_costs
 from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.distill import distill
 from pipeline.storage.tensors import read_tensors

@@ -6,23 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import world_config
+from conftest import shards, world_config
 
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.planning.advice import advice
+from pipeline.planning.cache_size import PlanOption
 from pipeline.planning.plan import PlanResult, plan
-from pipeline.planning.scale import PlanOption
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from singer.errors import UserError
 
 VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 def quick(world: Path, config: Config, **options: Any) -> PlanResult:
@@ -133,7 +129,7 @@ def test_the_advice_takes_few_bits_before_few_views(
 
 
 def test_mistakes(world: Path) -> None:
-    with pytest.raises(UserError, match="no codec 'int7'; known"):
+    with pytest.raises(UserError, match="cache.codec: unknown 'int7'; known"):
         quick(world, world_config(world, "cache.codec=int7"))
     with pytest.raises(UserError, match="block 7 does not exist"):
         quick(world, world_config(world, "cache.blocks=[7]"))

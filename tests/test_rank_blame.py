@@ -1,6 +1,6 @@
 """Which ranks are to blame, from their reports alone: no processes, no clocks."""
 
-from pipeline.runtime.dead_ranks import Judge
+from pipeline.runtime.rank_blame import Judge
 from pipeline.runtime.rank_messages import Status
 
 LIMIT = 10.0

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import seeded, world_config
+from files import saved
 from PIL import Image
 
 import cli
@@ -269,10 +270,8 @@ def packed(folder: Path, good: dict[str, bytes] | None = None, **members: bytes)
 
 
 def png(pixels: np.ndarray, mode: str | None = None) -> bytes:
-    buffer = io.BytesIO()
     image = Image.fromarray(pixels)
-    (image.convert(mode) if mode else image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return saved(image.convert(mode) if mode else image)
 
 
 def grey4() -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import config_with, draw_images, seeded, tree_bytes
+from files import saved
 from hypothesis import given
 from hypothesis import strategies as st
 from mutate import headers, mutations
@@ -33,21 +34,15 @@ from pipeline.data import (
     resolve,
 )
 from pipeline.data.decoding import to_rgb
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError
 
 Members = dict[str, bytes] | list[tuple[str, bytes]]
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def png(size: tuple[int, int] = (4, 4), mode: str = "RGB") -> bytes:
-    return encoded(Image.new(mode, size))
+    return saved(Image.new(mode, size))
 
 
 def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -235,7 +230,7 @@ def test_duplicates_across_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
 @pytest.mark.parametrize("extension", ["jpg", "cls"])
 def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes, extension: str) -> None:
-    (tmp_path / "secret").write_bytes(encoded(noise(), "JPEG"))
+    (tmp_path / "secret").write_bytes(saved(noise(), "JPEG"))
     path = tmp_path / "t.tar"
     with tarfile.open(path, "w") as tar:
         for name, data in (("a.jpg", png()), ("a.cls", b"1"), ("b.png", png())):
@@ -473,9 +468,9 @@ KINDS = {
 
 def test_survey(tmp_path: Path) -> None:
     """All modes and formats, under any extension; each with its digest and size."""
-    pictures = {name: encoded(*make()) for name, make in KINDS.items()}
-    pictures["progressive"] = encoded(noise(), "JPEG", progressive=True)
-    pictures["clear palette"] = encoded(noise().convert("P"), "PNG", transparency=bytes(range(256)))
+    pictures = {name: saved(*make()) for name, make in KINDS.items()}
+    pictures["progressive"] = saved(noise(), "JPEG", progressive=True)
+    pictures["clear palette"] = saved(noise().convert("P"), "PNG", transparency=bytes(range(256)))
     members = {f"{name}.jpg": data for name, data in pictures.items()}
     images = index_images(str(write_tar(tmp_path / "t.tar", members)))
     for workers in (1, 3):
@@ -505,12 +500,12 @@ def broken_images() -> dict[str, bytes]:
     return {
         "text.jpg": b"hello",
         "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-        "icon.png": encoded(large, "ICO"),
-        "cut.jpg": encoded(large, "JPEG")[:-200],
-        "cut-progressive.jpg": encoded(large, "JPEG", progressive=True)[:-2000],
-        "cut.png": encoded(large)[:-200],
-        "cut.webp": encoded(large, "WEBP")[:-200],
-        "flipped.png": encoded(large)[:3000] + b"\0" * 30 + encoded(large)[3030:],
+        "icon.png": saved(large, "ICO"),
+        "cut.jpg": saved(large, "JPEG")[:-200],
+        "cut-progressive.jpg": saved(large, "JPEG", progressive=True)[:-2000],
+        "cut.png": saved(large)[:-200],
+        "cut.webp": saved(large, "WEBP")[:-200],
+        "flipped.png": saved(large)[:3000] + b"\0" * 30 + saved(large)[3030:],
         "many.png": bomb(10_001, 10_000),
         "bomb.png": bomb(1 << 30, 1 << 30),
         "line.png": bomb(200_000_000, 1),
@@ -574,13 +569,13 @@ def fuzzed_tar(path: Path) -> bytes:
     long = "folder-" * 20
     names = ["alpha", "beta", "gamma", "delta", "epsilon", f"{long}zeta", f"{long}eta"]
     pictures = [
-        ("png", encoded(noise(8, 9, 1))),
-        ("jpg", encoded(noise(60, 40, 2), "JPEG")),
-        ("webp", encoded(noise(20, 20, 3), "WEBP")),
-        ("jpeg", encoded(noise(30, 30, 4), "JPEG", progressive=True)),
-        ("png", encoded(noise(16, 16, 5))),
-        ("png", encoded(noise(5, 5, 6))),
-        ("jpg", encoded(noise(9, 30, 7), "JPEG")),
+        ("png", saved(noise(8, 9, 1))),
+        ("jpg", saved(noise(60, 40, 2), "JPEG")),
+        ("webp", saved(noise(20, 20, 3), "WEBP")),
+        ("jpeg", saved(noise(30, 30, 4), "JPEG", progressive=True)),
+        ("png", saved(noise(16, 16, 5))),
+        ("png", saved(noise(5, 5, 6))),
+        ("jpg", saved(noise(9, 30, 7), "JPEG")),
     ]
     parts = []
     for form, chosen in ((tarfile.PAX_FORMAT, slice(0, 6)), (tarfile.GNU_FORMAT, slice(6, 7))):

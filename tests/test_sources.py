@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from files import saved
 from test_shards import noise, png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
@@ -38,9 +38,7 @@ pyarrow = pytest.importorskip("pyarrow")
 
 
 def encoded(seed: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    noise(8, 6, seed).save(buffer, kind)
-    return buffer.getvalue()
+    return saved(noise(8, 6, seed), kind)
 
 
 def write(file: Path, data: bytes | str) -> Path:
@@ -514,11 +512,6 @@ def test_sources_that_number_alike(tmp_path: Path) -> None:
     both = index_images([str(tmp_path / "x" / "s-0.tar"), str(maps)])
     assert list(both.keys)[-1] == "m/000"
     assert content(index_beside(both.select(np.array([2])), "seg.png")) == {"m/000": (-1, b"mask")}
-
-
-def test_minus_one_is_no_label(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.cls": b"-1\n"})
-    assert index_images(str(path)).labels.tolist() == [-1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
-from pipeline.checks import look
+from pipeline.checks import check_command
 from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.models.backbone import Backbone, save_backbone
@@ -211,7 +211,7 @@ def test_what_is_missing_is_said_before_torch_is_imported() -> None:
         ("distill.texts=nothing.npy", "distill.texts: nothing.npy does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            look("distill", load_config(sets=["student.init=teacher", given]))
+            check_command("distill", load_config(sets=["student.init=teacher", given]))
 
 
 def test_mistakes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,6 @@ from pipeline.runtime.buffers import moved
 from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
 from pipeline.students.new import new_student
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.distiller import Distiller
@@ -29,6 +28,7 @@ from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.to_device import on_device
 from singer.errors import UserError
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -1,6 +1,7 @@
 """Stores: one contract for folders and object stores, all or nothing, one writer, and errors of one line."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import http.server
@@ -858,3 +859,72 @@ def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.
     assert ranges(store, "ten", [8, 0, 3], [2, 3, 0]) == [b"89", b"012", b""]
     with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
         ranges(store, "ten", [0, 8], [1, 3])
+
+
+# Reads that are not batched
+
+
+def read_back(store: LocalStore) -> bytes:
+    out = np.zeros(5, np.uint8)
+    offsets, lengths, places = (np.array(n, np.int64) for n in ([8, 0], [2, 3], [0, 2]))
+    store.read_ranges((["ten"], np.zeros(2, np.int64), offsets, lengths, out, places))
+    return out.tobytes()
+
+
+def refused_queue(number: int) -> Callable[[], object]:
+    def refuse() -> object:
+        raise OSError(number, "io_setup")
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EPERM, "io_setup: Operation not permitted)"),
+        (errno.ENOSYS, "io_setup: Function not implemented)"),
+        (errno.EAGAIN, "more are possible with a larger fs.aio-max-nr"),
+    ],
+)
+def test_refused_queues_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, reason: str
+) -> None:
+    store = LocalStore(tmp_path)
+    store.write("ten", b"0123456789")
+    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
+    monkeypatch.setattr(batched_reads, "_local", threading.local())
+    monkeypatch.setattr(batched_reads, "_Queue", refused_queue(number))
+    threads = [threading.Thread(target=read_back, args=[store]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read_back(store) == b"89012"
+    said = capfd.readouterr().err
+    assert said.count("features are read one range after the other, which is slower") == 1 and reason in said
+
+
+def test_refused_reads_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The system has a queue to give, but takes no read of this file."""
+    store, call = LocalStore(tmp_path), batched_reads._call
+    store.write("ten", b"0123456789")
+    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
+    monkeypatch.setattr(batched_reads, "_local", threading.local())
+    with batched_reads._queue() as queue:
+        if queue is None:
+            pytest.skip("this system has no queues")
+    capfd.readouterr()
+    assert read_back(store) == b"89012" and capfd.readouterr().err == ""
+    submit = queue._submit
+
+    def refuse(number: int, *arguments: int) -> int:
+        if number != submit:
+            return call(number, *arguments)
+        ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    monkeypatch.setattr(batched_reads, "_call", refuse)
+    assert read_back(store) == read_back(store) == b"89012"
+    assert capfd.readouterr().err.count("(io_submit: Invalid argument)") == 1

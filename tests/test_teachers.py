@@ -122,7 +122,7 @@ def test_run_and_resume(world: Path, second: Path, tmp_path: Path, monkeypatch: 
     config = world_config(world, "distill.checkpoint_minutes=1e-9", "distill.ema=0.9", "distill.teacher_weights=[1, 3]")
     caches, adapters = [world / "cache", second / "cache"], [world / "adapters", second / "adapters"]
     whole = distill(config, caches, tmp_path / "whole", adapters)
-    first, other = whole.taught
+    first, other = whole.teacher_links
     assert (first.matching, other.matching) == ({2: 1, 3: 2}, {2: 2})
     assert other.refiner is not None and (other.refiner.cleaner, other.adapters) == ("clip", str(adapters[1]))
     assert load_result(whole.run) == whole
@@ -180,7 +180,7 @@ def test_two_teachers_of_one_cache_from_the_command_line(
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == 0
-    first, last = load_result(tmp_path / "run").taught
+    first, last = load_result(tmp_path / "run").teacher_links
     assert (first.matching, last.matching) == ({3: 2}, {1: 1, 2: 2}) and first.refiner is None
     assert last.teacher is not None and last.teacher.weights == other
     assert "teacher block of vit_tiny_patch16_224-2 -> student block" in capsys.readouterr().err
@@ -232,6 +232,6 @@ def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     runs = tmp_path / "sweep" / "runs"
     assert (runs / "raw" / WEIGHTS).read_bytes() == weights[0]
     fitted = [tmp_path / "sweep" / "refiners" / "clip-standardize" / n for n in "12"]
-    assert [t.adapters for t in load_result(runs / "clip").taught] == [str(f) for f in fitted]
+    assert [t.adapters for t in load_result(runs / "clip").teacher_links] == [str(f) for f in fitted]
     with pytest.raises(UserError, match="started with another cache .number 2."):
         sweep(file, caches[:1], tmp_path / "sweep", "resume")

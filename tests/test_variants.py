@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tree_bytes, world_config
+from conftest import shards, tree_bytes, world_config
 
 from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
@@ -34,10 +34,6 @@ from singer.errors import UserError
 CPU = torch.device("cpu")
 ARCHITECTURE = "vit_tiny_patch16_224"
 FITTED = ("refine.cleaner=clip", "distill.epochs=1")
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +152,7 @@ def test_each_command_says_how_to_name_one(world: Path, both: Path, tmp_path: Pa
     assert not out.exists()
     assert refine(world_config(world, *FITTED, f"refine.teacher={first}"), place, out).cache == Cache(place).id
     run = distill(world_config(world, *FITTED, f"distill.teacher=[null, {first}]"), [place, place], tmp_path / "run")
-    assert [taught.cache for taught in run.taught] == [Cache(place).id] * 2
+    assert [link.cache for link in run.teacher_links] == [Cache(place).id] * 2
 
 
 def test_blocks_of_a_variant(world: Path, lighter: Path, tmp_path: Path) -> None:
@@ -246,12 +242,12 @@ def test_two_caches_of_two_variants(world: Path, both: Path, tmp_path: Path) -> 
     first = Cache(world / "cache").manifest.teacher.variant
     adapters = [both / "first", both / "half"]
     run = distill(config, [world / "cache", alone], tmp_path / "run", adapters)
-    assert [t.teacher.variant for t in run.taught if t.teacher is not None] == [first, half]
+    assert [t.teacher.variant for t in run.teacher_links if t.teacher is not None] == [first, half]
     one = distill(config, [both / "cache"] * 2, tmp_path / "one", adapters)
     assert tree_bytes(one.student) == tree_bytes(run.student)
     raw = world_config(world, *FITTED, f"distill.teacher=[{first}, {half}]")
     two = distill(raw, [both / "cache"] * 2, tmp_path / "raw")
-    assert [t.cache for t in two.taught] == [t.cache for t in run.taught]
+    assert [t.cache for t in two.teacher_links] == [t.cache for t in run.teacher_links]
     with pytest.raises(UserError, match=f"fitted to features of {half}, but those of .* are of {first}"):
         distill(config, [world / "cache", alone], tmp_path / "wrong", adapters[::-1])
 

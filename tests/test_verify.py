@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_vit, plant_artifacts, seeded, tree_bytes, world_config
+from conftest import make_vit, plant_artifacts, seeded, shards, tree_bytes, world_config
 
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL
@@ -30,10 +30,6 @@ def small_shards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
         yield
-
-
-def shards(world: Path) -> str:
-    return str(world / "train" / "*.tar")
 
 
 @pytest.fixture(scope="module")

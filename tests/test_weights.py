@@ -2,15 +2,21 @@
 
 import argparse
 import json
+import urllib.error
+from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from conftest import config_with, make_vit, seeded
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import Tensor
 
+from pipeline.config import TeacherConfig
 from pipeline.models.weights import describe_size, read_weights
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
@@ -136,3 +142,84 @@ def test_a_mismatch_names_models_that_fit(tmp_path: Path) -> None:
         UserError, match=r"192 wide and have 12 blocks and patches of 16 pixels, as .*vit_tiny_patch16_224"
     ):
         load_teacher(config.teacher)
+
+
+# Why a model is not there
+
+
+def answered(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind(f"{status} Client Error.\n\nFor url: somewhere", response=response)
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def not_here(cause: Exception) -> Exception:
+    return caused(LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub"), cause)
+
+
+MISSING = "weights of teacher.name vit_tiny_patch16_224 were not fetched: "
+REFUSED = "weights of teacher.name vit_tiny_patch16_224 were not loaded: "
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (not_here(OfflineModeIsEnabled("offline mode is enabled")), MISSING + "no network (OfflineModeIsEnabled: "),
+        (not_here(ConnectionError("Name or service not known")), MISSING + "no network (ConnectionError: Name or "),
+        (not_here(TimeoutError("timed out")), MISSING + "no network (TimeoutError: timed out)"),
+        (urllib.error.URLError("unreachable"), MISSING + "no network (URLError: <urlopen error unreachable>)"),
+        (not_here(answered(503)), MISSING + "the server answered 503: 503 Client Error."),
+        (answered(403, GatedRepoError), MISSING + "the server answered 403 (access is not granted): "),
+        (answered(404), MISSING + "the server answered 404 (no such model or file): "),
+        (urllib.error.HTTPError("u", 404, "Not Found", Message(), None), MISSING + "the server answered 404 (no such"),
+        (FileNotFoundError(2, "No such file or directory", "w.bin"), REFUSED + "[Errno 2] No such file"),
+        (RuntimeError("No pretrained weights exist for it."), REFUSED + "No pretrained weights exist for it."),
+        (
+            RuntimeError("Error(s) in loading state_dict for X:\n\tsize mismatch for head.weight: 1 and 2."),
+            REFUSED + "size mismatch for head.weight: 1 and 2.",
+        ),
+    ],
+)
+def test_the_cause_is_kept(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    create = timm.create_model
+
+    def fails(name: str, pretrained: bool = False, **kwargs: object) -> object:
+        if pretrained:
+            raise error
+        return create(name, **kwargs)
+
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
+    with pytest.raises(UserError) as caught:
+        load_teacher(TeacherConfig(name="vit_tiny_patch16_224"))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; give a local file with --weights FILE (teacher.weights)")
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AttributeError("no 'blocks'"), NameError("x"), TypeError("'NoneType' is not iterable"), OSError(28, "disk full")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("given", [True, False], ids=["file", "fetched"])
+def test_a_defect_is_none_of_the_networks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, given: bool
+) -> None:
+    """Of timm, or a disk that is full: as it is, with its own traceback."""
+    create = timm.create_model
+    safetensors.torch.save_file(create("vit_tiny_patch16_224").state_dict(), tmp_path / "w.safetensors")
+
+    def fails(name: str, pretrained: bool = False, **kwargs: object) -> object:
+        if pretrained:
+            raise error
+        return create(name, **kwargs)
+
+    monkeypatch.setattr("pipeline.models.loading.timm.create_model", fails)
+    weights = tmp_path / "w.safetensors" if given else None
+    with pytest.raises(type(error)) as caught:
+        load_teacher(TeacherConfig(name="vit_tiny_patch16_224", weights=weights))
+    assert caught.value is error

@@ -19,12 +19,12 @@ from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import Meter
 from pipeline.stages.refine import refine
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.learner import Learner
 from pipeline.training.optimisers import new_optimiser
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.to_device import on_device
 
 _STUDENTS = {"vit_small_patch16_224": 256, "resnet50": 256, "vit_tiny_patch16_224": 256}
 

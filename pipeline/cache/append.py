@@ -113,7 +113,7 @@ def _source_names(segment: Segment) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
 
-def check_growth(segments: Sequence[Segment], here: Manifest, place: Place) -> None:
+def check_addition(segments: Sequence[Segment], here: Manifest, place: Place) -> None:
     """Raise UserError if what a run adds does not match what the cache holds."""
     if not segments:
         raise UserError(f"{place} has no {MANIFEST}, so nothing can be added; start it with --resume")

@@ -10,7 +10,7 @@ from pipeline.cache.manifest import Completion
 from pipeline.cache.segment_reader import SegmentReader
 from pipeline.cache.segments import Segment
 from pipeline.data import Skipped, content_hash
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
 

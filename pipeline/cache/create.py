@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.append import Addition, check_growth, plan_additions
+from pipeline.cache.append import Addition, check_addition, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import FIDELITY, MANIFEST
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
-from pipeline.cache.quantization import fidelity
+from pipeline.cache.quantization import quantization_errors
 from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numbered_as
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
 from pipeline.runtime.progress import say
@@ -49,7 +49,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     whole = Addition(blocks, listed, 0, config.views.count)
     additions = [whole]
     if mode == "append":
-        check_growth(segments, new_manifest(config, whole, extract.teacher), out)
+        check_addition(segments, new_manifest(config, whole, extract.teacher), out)
         listed = replace(listed, decoding=segments[0].manifest.data.decoding)
         listed = numbered_as(listed, longest_classes(s.index().images for s in segments))
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
@@ -84,16 +84,16 @@ def build_segment(
     calibration: dict[int, Calibration] = {}
     measured: dict[int, Any] = {}
     for segment in known:
-        fidelities = read_json(segment.store, FIDELITY, "segment of a cache")
+        stored_errors = read_json(segment.store, FIDELITY, "segment of a cache")
         calibration |= read_calibration(segment)
-        measured |= {b: fidelities[str(b)] for b in segment.manifest.blocks}
+        measured |= {b: stored_errors[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
     with ImageFile(addition.images) as files:
         read = RowReader(files, manifest, config.cache.on_error, segments, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):
-                measured[block] = fidelity(CODECS[manifest.codec], x, calibration[block])
+                measured[block] = quantization_errors(CODECS[manifest.codec], x, calibration[block])
     own = {b: calibration[b] for b in manifest.blocks}
     return manifest, small_files(manifest, addition.images, suffix, own, {b: measured[b] for b in manifest.blocks})
 

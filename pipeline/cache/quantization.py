@@ -10,7 +10,7 @@ from pipeline.cache.codecs import Codec
 from singer.artifacts import clean_mask, norm_summary, patch_norms
 
 
-def fidelity(codec: Codec, x: Tensor, calibration: Calibration) -> dict[str, Any]:
+def quantization_errors(codec: Codec, x: Tensor, calibration: Calibration) -> dict[str, Any]:
     """Return the norms of a block's features x (n, N, d), and the errors of `codec` on them as `errors` names them."""
     sums = torch.zeros(3, 4, dtype=torch.float64)
     for few in few_records(x):

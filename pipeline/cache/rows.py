@@ -18,7 +18,7 @@ from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash
 from pipeline.data.decoder_warnings import warnings_of
-from pipeline.data.listed import ChangedImage
+from pipeline.data.source_listing import ChangedImage
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
 from pipeline.runtime.failures import one_line
 from singer.copies import Copying

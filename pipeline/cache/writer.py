@@ -32,17 +32,18 @@ def small_files(
     images: Images,
     suffix: Mapping[str, Tensor] | None,
     calibration: Mapping[int, Calibration],
-    fidelity: Mapping[int, Any],
+    quantization_errors: Mapping[int, Any],
 ) -> dict[str, bytes]:
     """Return {name: content} of all files of a segment that are written before its features, except the manifest.
 
-    suffix: state of the teacher's suffix, None if an earlier segment has it; calibration, fidelity: {block: value}.
+    suffix: state of the teacher's suffix, None if an earlier segment has it; calibration, quantization_errors: {block:
+    value}.
     """
     statistics = {f"{b}.{name}": t for b, c in calibration.items() for name, t in c.tensors().items()}
     files = array_metadata(manifest.arrays(), manifest.records, manifest.shard_records)
     files[IMAGES] = image_bytes(images)
     files[CALIBRATION] = tensor_bytes(statistics)
-    files[FIDELITY] = json_bytes(fidelity)
+    files[FIDELITY] = json_bytes(quantization_errors)
     if suffix is not None:
         files[TAIL] = tensor_bytes(suffix)
     return files

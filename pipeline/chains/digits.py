@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from singer.errors import UserError
+from singer.errors import require_known
 
 SPLITS = ("train", "test")
 TEST_SIZE = 500
@@ -36,8 +36,7 @@ def split_indices(split: str) -> NDArray[np.int64]:
 
     No digit is in both splits, so the teacher has seen no test digit. Raises UserError for an unknown split.
     """
-    if split not in SPLITS:
-        raise UserError(f"split must be one of {SPLITS}, not {split!r}")
+    require_known("split", split, SPLITS)
     return _data()[2][split]
 
 

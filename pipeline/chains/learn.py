@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.chains.steps import Steps
 from pipeline.config import Config
 from pipeline.models.names import is_function
-from pipeline.outputs.bound import CACHE, REFINER
+from pipeline.outputs.chain_folder import CACHE, REFINER
 from pipeline.runtime.progress import say
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from pipeline.config import Config
 from pipeline.data import ImageFile, list_images
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.planning.sample import Sample
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import watched

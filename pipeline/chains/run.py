@@ -20,11 +20,11 @@ from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import HF, is_function, local_folder
-from pipeline.outputs.bound import REFINER, STUDENT, bound_sections, chain_has_begun
+from pipeline.outputs.chain_folder import REFINER, STUDENT, bound_sections, chain_has_begun
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
-from pipeline.planning.quick import measure_costs
+from pipeline.planning.quick_costs import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data import Images, list_images, resolve
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.tables import TABLE
 from pipeline.data.sources.tar import TAR

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoding import Decoding
-from pipeline.data.listed import NO_LABEL, key_hash
+from pipeline.data.source_listing import NO_LABEL, key_hash
 from singer.errors import UserError
 
 CLASSES = "classes.json"

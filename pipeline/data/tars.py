@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
 from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.tar_members import Defect, Member, members_of
 
 LABEL_EXTENSION = "cls"

@@ -16,7 +16,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.feature_rows import fits, moments
-from pipeline.evaluation.global_features import pooled
+from pipeline.evaluation.global_features import global_features
 from pipeline.runtime.progress import say
 from singer.errors import UserError
 from singer.logistic import Logistic, LogisticProblem, Streamed
@@ -51,8 +51,8 @@ class Classification(EvaluateResult):
 def probe(context: EvaluationContext) -> Classification:
     """Return the accuracies of a linear and of a k-NN classifier on frozen features."""
     settings = context.settings
-    train_features = pooled(context, context.train)
-    test_features = pooled(context, context.test)
+    train_features = global_features(context, context.train)
+    test_features = global_features(context, context.test)
     train_labels, test_labels = (torch.from_numpy(images.labels) for images in (context.train, context.test))
     classes = int(train_labels.max()) + 1
     if len(train_labels) < settings.neighbours:

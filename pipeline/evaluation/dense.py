@@ -144,7 +144,7 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PixelLesson:
+class HeadSpec:
     """What a head learns, and how.
 
     name: "seg" or "depth", the prefix of the keys in the section evaluate; outputs: the number of maps; loss: compares
@@ -163,30 +163,28 @@ class PixelLesson:
     spread: float = 0.0
 
 
-def fit_head(x: Tensor, labels: Tensor, lesson: PixelLesson, device: torch.device) -> tuple[LinearHead, float]:
+def fit_head(x: Tensor, labels: Tensor, spec: HeadSpec, device: torch.device) -> tuple[LinearHead, float]:
     """Return a trained head and its learning rate.
 
     x: (n, patches, d); labels: (n, H, W), of the shape of the grid. The learning rate is the one with the best score on
     a held-out fifth of the images. The head is then trained on all images. Raises UserError if there are several rates
     but one image.
     """
-    lr = lesson.lrs[0]
-    if len(lesson.lrs) > 1:
+    lr = spec.lrs[0]
+    if len(spec.lrs) > 1:
         if len(x) < 2:
-            raise UserError(
-                f"--train has one image only; give more, or one learning rate in evaluate.{lesson.name}_lrs"
-            )
-        split = train_test_split(np.arange(len(x)), train_size=_FIT_SHARE, random_state=lesson.seed)
+            raise UserError(f"--train has one image only; give more, or one learning rate in evaluate.{spec.name}_lrs")
+        split = train_test_split(np.arange(len(x)), train_size=_FIT_SHARE, random_state=spec.seed)
         fit, held_out = map(torch.from_numpy, split)
-        heads = _train_heads(x, labels, fit, lesson, lesson.lrs, device)
-        scores = [lesson.score(head, ((x[i].to(device), labels[i]) for i in held_out.tolist())) for head in heads]
-        lr = lesson.lrs[int(np.argmax(scores))]
-    (head,) = _train_heads(x, labels, torch.arange(len(x)), lesson, (lr,), device)
+        heads = _train_heads(x, labels, fit, spec, spec.lrs, device)
+        scores = [spec.score(head, ((x[i].to(device), labels[i]) for i in held_out.tolist())) for head in heads]
+        lr = spec.lrs[int(np.argmax(scores))]
+    (head,) = _train_heads(x, labels, torch.arange(len(x)), spec, (lr,), device)
     return head, lr
 
 
 def _train_heads(
-    x: Tensor, labels: Tensor, chosen: Tensor, lesson: PixelLesson, lrs: Sequence[float], device: torch.device
+    x: Tensor, labels: Tensor, chosen: Tensor, spec: HeadSpec, lrs: Sequence[float], device: torch.device
 ) -> list[LinearHead]:
     """Return a head for every learning rate, trained by AdamW with cosine decay on the chosen images.
 
@@ -195,25 +193,25 @@ def _train_heads(
     found = moments(x[rows].flatten(0, 1) for rows in chosen.split(_BATCH))
     mean, std = (value.float().to(device) for value in found)
     std = std.clamp(min=1e-6)
-    random = torch.Generator().manual_seed(lesson.seed)
-    start = lesson.spread * torch.randn(lesson.outputs, x.shape[2], generator=random)
+    random = torch.Generator().manual_seed(spec.seed)
+    start = spec.spread * torch.randn(spec.outputs, x.shape[2], generator=random)
     weights = [start.to(device, copy=True).requires_grad_() for _ in lrs]
-    biases = [torch.zeros(lesson.outputs, device=device, requires_grad=True) for _ in lrs]
+    biases = [torch.zeros(spec.outputs, device=device, requires_grad=True) for _ in lrs]
     groups = [{"params": [w, b], "lr": lr} for w, b, lr in zip(weights, biases, lrs, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lesson.passes * -(-len(chosen) // _BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, spec.passes * -(-len(chosen) // _BATCH))
     size = Size(labels.shape[1], labels.shape[2])
     rows = math.isqrt(x.shape[1] * size.height // size.width)
     grid = (rows, x.shape[1] // rows)
-    order = torch.Generator().manual_seed(lesson.seed)
-    with meter(f"{lesson.name} head", lesson.passes, "passes") as m:
-        for _ in range(lesson.passes):
+    order = torch.Generator().manual_seed(spec.seed)
+    with meter(f"{spec.name} head", spec.passes, "passes") as m:
+        for _ in range(spec.passes):
             for rows in chosen[torch.randperm(len(chosen), generator=order)].split(_BATCH):
                 # One layer for all heads is faster. Each head has its own loss, and so its own gradients.
                 together = LinearHead(mean, std, torch.cat(weights), torch.cat(biases), grid)
                 maps, target = together.maps(x[rows].to(device), size), labels[rows].to(device)
                 optimizer.zero_grad()
-                losses = [lesson.loss(own, target) for own in maps.split(lesson.outputs, dim=1)]
+                losses = [spec.loss(own, target) for own in maps.split(spec.outputs, dim=1)]
                 torch.stack(losses).sum().backward()
                 optimizer.step()
                 schedule.step()

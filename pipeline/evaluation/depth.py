@@ -20,8 +20,8 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images, index_beside
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.dense import (
+    HeadSpec,
     LinearHead,
-    PixelLesson,
     fit_head,
     label_size,
     nearest,
@@ -178,7 +178,7 @@ def _fit_head(
         sums = [depth_sums(predicted(head, image, grid), depth) for image, depth in held_out]
         return -depth_figures(torch.stack(sums).sum(0))["rmse"]
 
-    lesson = PixelLesson(
+    spec = HeadSpec(
         "depth",
         outputs,
         lambda maps, target: loss(decode(maps), target),
@@ -188,5 +188,5 @@ def _fit_head(
         settings.seed,
         spread,
     )
-    head, lr = fit_head(x, labels, lesson, device)
+    head, lr = fit_head(x, labels, spec, device)
     return lambda image, size: predicted(head, image, size), lr

@@ -16,7 +16,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.evaluation.classification import Accuracies, accuracy, linear_scores, require_classes
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
-from pipeline.evaluation.global_features import pooled
+from pipeline.evaluation.global_features import global_features
 from pipeline.runtime.progress import say
 from singer.errors import UserError
 
@@ -45,8 +45,8 @@ def probe(context: EvaluationContext) -> DomainShift:
         )
 
     train_labels = torch.from_numpy(context.train.labels)
-    train_features = pooled(context, context.train)
-    test_features = pooled(context, context.test)
+    train_features = global_features(context, context.train)
+    test_features = global_features(context, context.test)
 
     def linear(train: dict[str, torch.Tensor], test: dict[str, torch.Tensor]) -> dict[str, Accuracies]:
         figures = {}

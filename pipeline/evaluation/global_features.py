@@ -20,7 +20,7 @@ from pipeline.runtime.progress import say
 Name = Literal["cls", "mean_patch", "patches"]
 
 
-def pooled(context: EvaluationContext, images: Images) -> Features:
+def global_features(context: EvaluationContext, images: Images) -> Features:
     """Return the global features of the images; the first task that needs them computes them."""
     key = images.paths, images.place_hash()
     if key not in context.computed:

@@ -10,7 +10,7 @@ import torch
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
-from pipeline.evaluation.global_features import pooled
+from pipeline.evaluation.global_features import global_features
 from singer.errors import UserError
 from singer.metrics import retrieval_figures
 
@@ -31,7 +31,7 @@ def probe(context: EvaluationContext) -> Retrieval:
     """Return how well each test image retrieves the others of its class."""
     labels = torch.from_numpy(context.test.labels)
     counts = labels.unique(return_counts=True)[1]
-    found = pooled(context, context.test)
+    found = global_features(context, context.test)
     first, normed = first_and_normed(
         {
             kind: {name: retrieval_figures(x, labels, context.device) for name, x in named.items()}

@@ -19,8 +19,8 @@ from pipeline.data import Images, index_beside
 from pipeline.evaluation import dense
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.dense import (
+    HeadSpec,
     LinearHead,
-    PixelLesson,
     label_size,
     nearest,
     of_every_kind,
@@ -159,8 +159,8 @@ def fit_head(
         counts = torch.stack([count_pixels(head, *pair, classes) for pair in held_out]).sum(0)
         return float(class_iou(counts).nanmean())
 
-    lesson = PixelLesson("seg", classes, loss, score, settings.seg_lrs, settings.seg_passes, settings.seed)
-    return dense.fit_head(x, labels, lesson, device)
+    spec = HeadSpec("seg", classes, loss, score, settings.seg_lrs, settings.seg_passes, settings.seed)
+    return dense.fit_head(x, labels, spec, device)
 
 
 def count_pixels(head: LinearHead, x: Tensor, labels: Tensor, classes: int) -> Tensor:

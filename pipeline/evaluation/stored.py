@@ -31,8 +31,8 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
     if run.finetuned is not None and {str(path) for path in test.paths} & set(run.finetuned.sources):
         return "yes", ""
     reasons = []
-    for taught in run.taught:
-        known = _cached_images(taught)
+    for link in run.teacher_links:
+        known = _cached_images(link)
         if isinstance(known, str):
             reasons.append(known)
             continue
@@ -43,18 +43,18 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
     return "unknown", "; ".join(dict.fromkeys(reasons))
 
 
-def _cached_images(taught: TeacherLink) -> np.ndarray | str:
+def _cached_images(link: TeacherLink) -> np.ndarray | str:
     """Return the digests of the images that a cache holds, or the reason why they are unknown."""
-    place = taught.cache_place
+    place = link.cache_place
     if place is None:
         return "the run does not say where its cache is"
     if is_remote(place):
         return f"its cache {place} is not on this machine"
     try:
-        cache = Cache(place, known=taught.cache)
+        cache = Cache(place, known=link.cache)
     except (UserError, OSError) as error:  # the cache was moved, deleted or damaged
         return f"its cache cannot be read: {error}"
-    if taught.cache not in cache.ids:
+    if link.cache not in cache.ids:
         return f"there is another cache at {place} now"
     return cache.index.digest
 

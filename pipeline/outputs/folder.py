@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config import Config
-from pipeline.outputs.bound import check_chain_settings, is_bound, sections_of
+from pipeline.outputs.chain_folder import check_chain_settings
 from pipeline.outputs.provenance import PROVENANCE, write_provenance
-from pipeline.outputs.resuming import RESULT_SECTIONS, config_change
+from pipeline.outputs.resuming import RESULT_SECTIONS, config_change, is_bound, sections_of
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.failures import CLAIMED
 from pipeline.storage import Place, is_remote, open_store

@@ -1,6 +1,10 @@
-"""What must not change when a run is continued: the keys of the configuration that its result depends on."""
+"""What must not change when a run is continued: the keys of the configuration that its result depends on.
 
-from collections.abc import Sequence
+Until a stage has stored something that depends on them, --resume takes other values, too.
+"""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 
 import yaml
 
@@ -9,6 +13,11 @@ from pipeline.storage.base import Store
 from singer.errors import UserError
 
 CONFIG = "config.yaml"
+# Files that tell how far a stage has come. The rooms above, which write them, have these names from here.
+CACHE_MANIFEST, REFINER_MANIFEST, RUN_RESULT = "manifest.json", "refiner.json", "run.json"
+TRAINING_CHECKPOINT, STUDENT_FOLDER = "checkpoint.pt", "student"
+# How names of files begin that refine stores for each group of blocks, while and after it fits their adapters.
+FIT_CHECKPOINT, FITTED = "checkpoint-", "fitted-"
 # The sections, or keys, of the configuration that each stage's result depends on; None: the stage does not resume.
 RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
     "prepare": None,
@@ -22,6 +31,29 @@ RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
     "run": ("prepare", "teacher", "views", "cache", "refine", "student", "distill", "evaluate", "export"),
     "sweep": (),  # each of its runs is checked by itself, and runs may be added
 }
+# Files of a stage that depend on its settings: until there is one of them, --resume takes other settings, too.
+_BOUND = {
+    "cache-teacher": (CACHE_MANIFEST,),
+    "refine": (f"{FIT_CHECKPOINT}*.pt", f"{FITTED}*", REFINER_MANIFEST),
+    "distill": (TRAINING_CHECKPOINT, f"{STUDENT_FOLDER}/*", RUN_RESULT),
+    "finetune": (TRAINING_CHECKPOINT, f"{STUDENT_FOLDER}/*", RUN_RESULT),
+}
+
+
+def sections_of(stage: str, config: Config) -> tuple[str, ...]:
+    """Return the sections and keys of the configuration on which what a stage stores depends."""
+    sections = RESULT_SECTIONS[stage] or ()
+    if stage == "distill" and config.distill.joint:
+        return (*sections, "refine")
+    if stage == "finetune" and config.finetune.head == "probe":
+        return (*sections, "evaluate.strengths", "evaluate.seed")
+    return sections
+
+
+def is_bound(stage: str, present: Iterable[str], folder: str = "") -> bool:
+    """Return whether some of the files, below a folder of them, depends on the settings of a stage that wrote them."""
+    files = [name.removeprefix(folder) for name in present if name.startswith(folder)]
+    return stage not in _BOUND or any(fnmatch(name, pattern) for name in files for pattern in _BOUND[stage])
 
 
 def config_change(store: Store, config: Config, sections: Sequence[str]) -> str | None:

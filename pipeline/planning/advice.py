@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from pipeline.planning.cache_size import PlanOption
 from pipeline.planning.choice import CROPS_FROM, LADDER, VIEWS
-from pipeline.planning.scale import PlanOption
 
 
 def advice(passes: int, options: Sequence[PlanOption]) -> str | None:

@@ -16,6 +16,7 @@ from pipeline.cache.codecs import CODECS
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
+from pipeline.planning.cache_size import PlanOption, Scale
 from pipeline.planning.costs import (
     Rate,
     StudentCost,
@@ -31,7 +32,6 @@ from pipeline.planning.costs import (
 )
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, Teacher, draw_images, sample_features
-from pipeline.planning.scale import PlanOption, Scale
 from pipeline.planning.scratch import free_bytes, scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
 from pipeline.runtime.devices import make_accelerator, with_precision

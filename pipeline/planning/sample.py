@@ -14,7 +14,7 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.cache.rows import copies_of
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, readable
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.views import apply_view, draw_view, normalise
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.buffers import moved

@@ -23,10 +23,10 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, is_remote
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.tokens import take_patches
 
@@ -98,7 +98,7 @@ class _Steps:
 
     def __init__(self, new: NewStudent, files: ImageFile | None, accelerator: Accelerator) -> None:
         self._distiller, self._size, self._accelerator = new.distiller, new.student.image_size, accelerator
-        self._settings, self._cache = new.job.config.distill, new.sources[0].cache
+        self._settings, self._cache = new.job.config.distill, new.teachers[0].cache
         self._run = new.student_run("new", accelerator)
         self._run.model.plain.train()
         self._per_epoch = -(-len(self._cache) // self._settings.batch_size)

@@ -121,14 +121,17 @@ def fits(curves: Sequence[Curve]) -> str:
     return as_svg(figure, "Losses of the adapters over steps: artifacts above, drift below")
 
 
-def norms(looks: Sequence[Measurement], colours: Mapping[str, str]) -> list[tuple[str, str]]:
+def norms(measurements: Sequence[Measurement], colours: Mapping[str, str]) -> list[tuple[str, str]]:
     """Draw box plots of patch norms by block for every model (the paper's Figure 5); return (title, chart) of each.
 
     Norms are in units of the block's median. All charts have the same axis.
     """
     boxes = {
-        look.title: [box_of((look.norms[b] / look.norms[b].median()).numpy(), str(b)) for b in sorted(look.norms)]
-        for look in looks
+        measurement.title: [
+            box_of((measurement.norms[b] / measurement.norms[b].median()).numpy(), str(b))
+            for b in sorted(measurement.norms)
+        ]
+        for measurement in measurements
     }
     low = min(box["whislo"] for found in boxes.values() for box in found)
     high = max(box["fliers"][0] for found in boxes.values() for box in found)

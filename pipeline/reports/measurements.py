@@ -88,7 +88,7 @@ def norms_of(
     return {block: torch.cat(parts) for block, parts in found.items()}
 
 
-def look_at_features(
+def measure_features(
     cache: Cache, title: str, block: int, sample: Sample, device: torch.device, source: RefinerSource | None = None
 ) -> Measurement:
     """Measure the teacher or, with a source, the refined teacher before its normaliser, in the teacher's units."""
@@ -159,7 +159,7 @@ class Students:
         )
 
     @torch.inference_mode()
-    def look(self, run: Trained, title: str, block: int | None = None) -> Measurement:
+    def measure(self, run: Trained, title: str, block: int | None = None) -> Measurement:
         """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
         student = load_saved(run.result.student, function=self._function(run))
         student.model.to(self._device)

@@ -91,7 +91,7 @@ def write_card(card: ModelCard) -> str:
                 "name": describe_teacher(learned),
                 "refiner": describe_refiner(learned, hashes.get(numbered("adapters", number))),
             }
-            for number, learned in enumerate(card.trained.taught, start=1)
+            for number, learned in enumerate(card.trained.teacher_links, start=1)
         ],
         library="transformers" if card.backbone.architecture.startswith(HF) else "timm",
         depth=depth(model),
@@ -189,13 +189,13 @@ def caveats(backbone: Backbone, trained: DistillResult) -> list[str]:
     found: list[str] = []
     if trained.finetuned is not None:  # the labels reached all that leads to the output
         return found
-    last, supervised = depth(backbone.model) - 1, max(b for t in trained.taught for b in t.matching.values())
+    last, supervised = depth(backbone.model) - 1, max(b for t in trained.teacher_links for b in t.matching.values())
     if supervised < last:
         found.append(
             f"no target reached the blocks after block {supervised} (of 0 to {last}): they are untrained, and so is "
             f"the output of the last one; take the output of block {supervised}"
         )
-    if backbone.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.taught):
+    if backbone.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.teacher_links):
         found.append("the teacher has no CLS token, so the student's CLS token had no target; use the patch tokens")
     if getattr(backbone.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")

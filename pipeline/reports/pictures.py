@@ -53,12 +53,12 @@ class Strip:
     marks: list[Mark]
 
 
-def choose_places(looks: Sequence[Measurement]) -> list[Place]:
+def choose_places(measurements: Sequence[Measurement]) -> list[Place]:
     """Return the place to mark in each image: the patch in its middle that is least similar to its mean patch.
 
     The features are those of the reference, see `pca_strips`. The result is empty if no model has maps.
     """
-    able = _with_grids(looks)
+    able = _with_grids(measurements)
     if not able:
         return []
     _, patches, (rows, columns) = _reference(able)
@@ -78,39 +78,41 @@ def photos(images: np.ndarray, grid: tuple[int, int], places: Sequence[Place] = 
     return Strip("image", "", pictures, [_mark(grid, place) for place in places])
 
 
-def norm_strips(looks: Sequence[Measurement]) -> list[Strip]:
+def norm_strips(measurements: Sequence[Measurement]) -> list[Strip]:
     """Draw patch norms in units of each model's median over all measured images."""
     strips = []
-    for look, patches, grid in _with_grids(looks):
-        maps = patches.norm(dim=-1) / look.norms[look.block].median()
-        strips.append(_coloured(look, maps / MOST_MEDIANS, grid, NORMS, []))
+    for measurement, patches, grid in _with_grids(measurements):
+        maps = patches.norm(dim=-1) / measurement.norms[measurement.block].median()
+        strips.append(_coloured(measurement, maps / MOST_MEDIANS, grid, NORMS, []))
     return strips
 
 
-def cosine_strips(looks: Sequence[Measurement], places: Sequence[Place]) -> list[Strip]:
+def cosine_strips(measurements: Sequence[Measurement], places: Sequence[Place]) -> list[Strip]:
     """Draw the cosine similarity, from 0 to 1, of every patch to the patch at the marked place of its image."""
     strips = []
-    for look, patches, grid in _with_grids(looks):
+    for measurement, patches, grid in _with_grids(measurements):
         marked = torch.tensor([_patch_at(grid, place) for place in places])
-        strips.append(_coloured(look, cosine_to(patches, marked), grid, COSINES, [_mark(grid, p) for p in places]))
+        marks = [_mark(grid, place) for place in places]
+        strips.append(_coloured(measurement, cosine_to(patches, marked), grid, COSINES, marks))
     return strips
 
 
-def pca_strips(looks: Sequence[Measurement]) -> list[Strip]:
+def pca_strips(measurements: Sequence[Measurement]) -> list[Strip]:
     """Draw each model's own principal components as red, green and blue, turned to be most like the reference's.
 
     The reference is the first refined teacher, or else the teacher, or else the first student.
     """
-    able = _with_grids(looks)
+    able = _with_grids(measurements)
     if not able:
         return []
     _, patches, target_grid = _reference(able)
     target = principal_scores(patches)
     strips = []
-    for look, patches, grid in able:
+    for measurement, patches, grid in able:
         scores = turn_towards(principal_scores(patches), grid, target, target_grid)
         pixels = (255 * (0.5 + scores / _SPAN).clamp(0, 1)).round().to(torch.uint8).unflatten(1, grid).numpy()
-        strips.append(Strip(look.title, _size(grid), [_url(Image.fromarray(image), "PNG") for image in pixels], []))
+        urls = [_url(Image.fromarray(image), "PNG") for image in pixels]
+        strips.append(Strip(measurement.title, _size(grid), urls, []))
     return strips
 
 
@@ -119,8 +121,8 @@ def gradient(colours: str) -> str:
     return ", ".join(mpl.colors.to_hex(c) for c in mpl.colormaps[colours](np.linspace(0, 1, _STOPS)))
 
 
-def _with_grids(looks: Sequence[Measurement]) -> list[_Whole]:
-    return [(x, x.patches, x.grid) for x in looks if x.patches is not None and x.grid is not None]
+def _with_grids(measurements: Sequence[Measurement]) -> list[_Whole]:
+    return [(x, x.patches, x.grid) for x in measurements if x.patches is not None and x.grid is not None]
 
 
 def _reference(able: Sequence[_Whole]) -> _Whole:
@@ -128,11 +130,11 @@ def _reference(able: Sequence[_Whole]) -> _Whole:
     return min(able, key=lambda whole: order[whole[0].kind])
 
 
-def _coloured(look: Measurement, maps: Tensor, grid: tuple[int, int], colours: str, marks: list[Mark]) -> Strip:
+def _coloured(measurement: Measurement, maps: Tensor, grid: tuple[int, int], colours: str, marks: list[Mark]) -> Strip:
     """Draw maps (n, P) of values from 0 to 1."""
     pixels = mpl.colormaps[colours](maps.unflatten(1, grid).clamp(0, 1).numpy(), bytes=True)[..., :3]
     pictures = [_url(Image.fromarray(np.ascontiguousarray(image)), "PNG") for image in pixels]
-    return Strip(look.title, _size(grid), pictures, marks)
+    return Strip(measurement.title, _size(grid), pictures, marks)
 
 
 def _patch_at(grid: tuple[int, int], place: Place) -> int:

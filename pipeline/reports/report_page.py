@@ -8,7 +8,7 @@ from pipeline.cache.reader import Cache
 from pipeline.models.names import LOCAL
 from pipeline.reports import GENERATOR, charts, pictures, tables
 from pipeline.reports.html import render
-from pipeline.reports.measure import Measurements
+from pipeline.reports.measure_page import Measurements
 from pipeline.reports.scores import Column, Figures
 from pipeline.reports.seeds import differences
 from pipeline.reports.tables import ReportRow
@@ -45,7 +45,7 @@ def render_page(
     figures = {
         "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
         "losses": charts.losses(groups, LOG),
-        "norms": charts.norms(measured.looks, tints),
+        "norms": charts.norms(measured.measurements, tints),
         "fits": charts.fits(fits) if fits else None,
     }
     return render(
@@ -60,7 +60,7 @@ def render_page(
         teacher=known,
         size=Size.of(known.image_size),
         teacher_name=known.architecture if known.name.startswith(LOCAL) else known.name,
-        teacher_norm=measured.looks[0].mean_max_over_median,
+        teacher_norm=measured.measurements[0].mean_max_over_median,
         reference=reference,
         several=any(mean.std is not None for mean in means),
         intervals=any(mean.interval is not None for mean in means),
@@ -72,7 +72,7 @@ def render_page(
         figures=figures,
         fits=fits,
         measured=measured,
-        block=measured.looks[0].block,
+        block=measured.measurements[0].block,
         gradients={"norms": pictures.gradient(pictures.NORMS), "cosines": pictures.gradient(pictures.COSINES)},
         most=pictures.MOST_MEDIANS,
         recipes={group.name: tables.recipe(group) for group in groups},

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.reports import charts
-from pipeline.reports.measure import Measurements
+from pipeline.reports.measure_page import Measurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
@@ -82,13 +82,13 @@ def cards(
                 "best student", f"{first.scores[by].mean.text(by.form)} %", f"{name}: {', '.join(by.label)}{second}"
             )
         )
-    teachers, *others_seen = measured.looks
-    refined = next((look for look in others_seen if look.kind == "refined"), None)
+    teachers, *others_seen = measured.measurements
+    refined = next((measurement for measurement in others_seen if measurement.kind == "refined"), None)
     before = f"{teachers.above(measured.threshold):.2f}"
     if refined is not None:
         after = f"{refined.above(measured.threshold):.2f}"
         text = "of the teacher's patch tokens, before and after refining"
-        several = sum(look.kind == "refined" for look in others_seen) > 1
+        several = sum(measurement.kind == "refined" for measurement in others_seen) > 1
         text += f" ({refined.title.removeprefix('refined: ')})" if several else ""
         found.append(SummaryCard("artifacts", f"{before} → {after} %", text))
     else:

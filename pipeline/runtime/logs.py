@@ -131,7 +131,7 @@ def _thread_ended(hook: Callable[[threading.ExceptHookArgs], object], ended: thr
 
 
 def be_verbose() -> None:
-    """Also show singer's debug messages, the messages of libraries, and whole tracebacks."""
+    """Show singer's debug messages, the messages of libraries, and whole tracebacks, too."""
     logger.setLevel(logging.DEBUG)
     logging.getLogger().setLevel(logging.INFO)
     if _screen is not None and rank() == 0:

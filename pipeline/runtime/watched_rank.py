@@ -17,7 +17,7 @@ from dataclasses import asdict
 from multiprocessing.connection import wait as ready_of
 from typing import Any, NoReturn
 
-from pipeline.runtime.dead_ranks import Judge
+from pipeline.runtime.rank_blame import Judge
 from pipeline.runtime.rank_messages import MOST_BYTES, Address, Connection, Status, accept, listen, master
 from pipeline.runtime.ranks import Ranks, limit_seconds
 

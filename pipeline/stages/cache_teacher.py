@@ -35,7 +35,7 @@ from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
-from singer.errors import UserError
+from singer.errors import require_known
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def cache_teacher(
             create_segments(config, listed, out, mode, extract)
         ranks.wait()
         done += fill_segments(store, extract)
-    parts = segments_of(read_segments(store), extract.teacher)
+    segments = segments_of(read_segments(store), extract.teacher)
     seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
-        id=id_of_segments(parts),
+        id=id_of_segments(segments),
         variant=extract.teacher.variant,
-        records=sum({p.records_key: p.records for p in parts}.values()),
-        blocks=tuple(sorted({b for p in parts for b in p.manifest.blocks})),
+        records=sum({s.records_key: s.records for s in segments}.values()),
+        blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
         codec=config.cache.codec,
         bytes=sum(store.sizes().values()),
         left_out={} if listed is None else dict(listed.left_out),
-        skipped=sum({p.records_key: p.completion.skipped for p in parts if p.completion is not None}.values()),
+        skipped=sum({s.records_key: s.completion.skipped for s in segments if s.completion is not None}.values()),
         seconds=seconds,
         images_per_second=done / seconds,
     )
@@ -136,8 +136,7 @@ def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ra
 
 def check_codec(codec: str) -> None:
     """Raise UserError if there is no such codec."""
-    if codec not in CODECS:
-        raise UserError(f"cache.codec: no codec {codec!r}; known: {', '.join(CODECS)}")
+    require_known("cache.codec", codec, CODECS)
 
 
 def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:

@@ -9,7 +9,7 @@ and minimises the weighted sum of the objectives. Several students that share th
 (`fan_out`), each as it would alone.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from pipeline.training.run_directory import (
     load_result,
 )
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
 
 # The keys that must be equal for all students of one pass.
@@ -78,30 +78,30 @@ def fan_out(
     jobs = [replace(job, config=with_precision(job.config)) for job in jobs]
     settings = jobs[0].config.distill
     check_fsdp(settings.precision)
-    taught = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
-    first, *others = ([(s.cache.manifest.id(), s.cache.blocks) for s in sources] for sources in taught)
+    teachers_of_jobs = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
+    first, *others = ([(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_jobs)
     for job, other in zip(jobs[1:], others, strict=True):
         if other != first:
             raise UserError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
-    for job, sources in zip(jobs, taught, strict=True):
-        check_job(job, sources)
-        read = [*as_places(caches), *(s.refiner for s in sources if s.refiner), *sources[0].cache.index.images.paths]
+    for job, teachers in zip(jobs, teachers_of_jobs, strict=True):
+        check_job(job, teachers)
+        read = [*as_places(caches), *(t.refiner for t in teachers if t.refiner), *teachers[0].cache.index.images.paths]
         read += [settings.share_run] if settings.share_run is not None else []
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
-            check_inputs(job.out, input_hashes(sources, settings.share_run))
+            check_inputs(job.out, input_hashes(teachers, settings.share_run))
             if (job.out / RUN).exists():
                 results[job.out] = load_result(job.out)
                 (job.out / CHECKPOINT).unlink(missing_ok=True)
-    files = open_images(taught[0][0].cache, images)
+    files = open_images(teachers_of_jobs[0][0].cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
-        split = split_images(taught[0][0].cache, settings, images) if len(results) < len(jobs) else None
+        split = split_images(teachers_of_jobs[0][0].cache, settings, images) if len(results) < len(jobs) else None
         made = [
-            NewStudent(job, sources, accelerator, split)
-            for job, sources in zip(jobs, taught, strict=True)
+            NewStudent(job, teachers, accelerator, split)
+            for job, teachers in zip(jobs, teachers_of_jobs, strict=True)
             if job.out not in results
         ]
         for new in made:
@@ -125,7 +125,8 @@ def check_shared(jobs: Sequence[StudentSpec]) -> None:
         raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for job in jobs:
         settings = job.config.distill
-        _check_names("distill.objective", settings.objectives, OBJECTIVES)
+        for name in settings.objectives:
+            require_known("distill.objective", name, OBJECTIVES)
     for job in others:
         for key in SHARED:
             ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
@@ -137,18 +138,12 @@ def check_shared(jobs: Sequence[StudentSpec]) -> None:
         raise UserError("two students of one pass cannot have the same output folder")
 
 
-def _check_names(key: str, names: Iterable[str], known: Collection[str]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"{key}: unknown {unknown[0]!r}; known: {', '.join(known)}")
-
-
-def check_job(job: StudentSpec, sources: Sequence[CachedTeacher]) -> None:
+def check_job(job: StudentSpec, teachers: Sequence[CachedTeacher]) -> None:
     """Raise UserError if the job's settings do not fit these teachers."""
-    job.config.distill.objectives_of(len(sources))
-    for source in sources:
-        job.config.distill.weights_of(source.cache.blocks)
-    if job.config.distill.joint and any(s.refiner is not None for s in sources):
+    job.config.distill.objectives_of(len(teachers))
+    for teacher in teachers:
+        job.config.distill.weights_of(teacher.cache.blocks)
+    if job.config.distill.joint and any(t.refiner is not None for t in teachers):
         raise UserError("distill.joint trains its own adapters; leave out --refiner or distill.joint")
-    if job.config.distill.joint and len(sources) > 1:
+    if job.config.distill.joint and len(teachers) > 1:
         raise UserError("distill.joint is for one teacher; refine each cache first and give its --refiner")

@@ -22,7 +22,7 @@ from pipeline.reports.model_card import caveats
 from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.training.run_directory import RUN, STUDENT, load_result
-from singer.errors import UserError
+from singer.errors import require_known
 
 
 @overload
@@ -77,9 +77,8 @@ def evaluate_tasks(
     this, all are read once more. Raises UserError for mistakes that the user can fix.
     """
     started = time.perf_counter()
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(f"--task: no task {unknown[0]!r}; known: {', '.join(TASKS)}")
+    for task in tasks:
+        require_known("--task", task, TASKS)
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
     check_model(model, weights)
     check_known_model(model)

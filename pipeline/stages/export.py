@@ -17,7 +17,7 @@ from pipeline.runtime.progress import say
 from pipeline.storage import write_atomic
 from pipeline.students.export_formats import FORMATS, LastBlock, Student, compare
 from pipeline.training.run_directory import DistillResult, load_result, load_run_config
-from singer.errors import UserError
+from singer.errors import require_known
 
 STAGE = "export"
 CARD = "README.md"
@@ -41,8 +41,7 @@ def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") ->
     Only the section export of `config` is used, and student.name for a student of one's own. Raises UserError for
     mistakes that the user can fix, and if the export differs from the student.
     """
-    if to not in FORMATS:
-        raise UserError(f"--to: unknown format {to!r}; known: {', '.join(FORMATS)}")
+    require_known("--to", to, FORMATS)
     trained = load_result(run)
     recipe = load_run_config(run).model_copy(update={"export": config.export})
     check_output(out, mode, STAGE, recipe, [run])

@@ -23,8 +23,8 @@ from pipeline.data.formats import FORMATS, format_of
 from pipeline.data.images import CLASSES
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.folders import check_filled
+from pipeline.data.importers.image_sources import list_sources
 from pipeline.data.importers.listing import KEPT, Convert, Entry, Listing
-from pipeline.data.importers.sources import list_sources
 from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import file_keys
 from pipeline.data.sources import kind_of

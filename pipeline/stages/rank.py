@@ -13,7 +13,7 @@ import torch
 from pipeline.cache.segments import read_segments
 from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
 from pipeline.cache.variants import variants_of
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from singer.errors import UserError

@@ -19,6 +19,7 @@ from pipeline.cache.statistics import evenly_spaced, measure_blocks
 from pipeline.config import Config
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
+from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.ranks import Ranks, watched
@@ -141,8 +142,8 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
 
 def _remove_intermediate_files(out: Path) -> None:
     """Remove the files that only an interrupted fit needs, to be continued."""
-    for pattern in ("fitted-*", "checkpoint-*"):
-        for file in out.glob(pattern):
+    for start in (FITTED, FIT_CHECKPOINT):
+        for file in out.glob(f"{start}*"):
             file.unlink()
 
 

@@ -13,7 +13,7 @@ from pipeline.checks import check_page
 from pipeline.data import Spec
 from pipeline.evaluation.figures import LEADERBOARD, Mean
 from pipeline.reports import charts, tables
-from pipeline.reports.measure import measure
+from pipeline.reports.measure_page import measure
 from pipeline.reports.report_page import render_page
 from pipeline.reports.runs import Trained, find_cache, read_runs
 from pipeline.reports.scores import columns_of, rank, ranking_column, read_figures, score
@@ -97,7 +97,7 @@ def report(
         best=rows[0].group.name if by is not None else None,
         rank_by=by.key if by is not None else None,
         leaderboard=[tables.flat(row, columns) for row in rows],
-        mean_max_over_median={look.title: look.mean_max_over_median for look in measured.looks}
+        mean_max_over_median={one.title: one.mean_max_over_median for one in measured.measurements}
         | {row.group.name: row.norm.mean for row in rows},
     )
 

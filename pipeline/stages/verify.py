@@ -39,16 +39,16 @@ def verify(
     this teacher, or if `repair` lacks the images that it needs.
     """
     store = open_store(place)
-    parts = read_segments(store)
-    check_held_once(parts)
-    extractors = load_extractors(config, parts) if live or repair else iter(())
+    segments = read_segments(store)
+    check_held_once(segments)
+    extractors = load_extractors(config, segments) if live or repair else iter(())
     first = list(islice(extractors, 1))  # so that a wrong teacher is found before hours of reading
     with store.lock() if repair else nullcontext():
-        reports = {part.name: check_segment(part) for part in parts}
-        reports[""].files |= unreachable(store, parts)
+        reports = {segment.name: check_segment(segment) for segment in segments}
+        reports[""].files |= unreachable(store, segments)
         for extract in chain(first, extractors):
-            for part in segments_of(parts, extract.teacher):
+            for segment in segments_of(segments, extract.teacher):
                 if repair:
-                    repair_segment(part, parts, reports[part.name], extract, images)
-                reports[part.name].live = check_live(part, reports[part.name], extract, images, sample)
+                    repair_segment(segment, segments, reports[segment.name], extract, images)
+                reports[segment.name].live = check_live(segment, reports[segment.name], extract, images, sample)
     return VerifyResult(place, all(r.whole for r in reports.values()), list(reports.values()))

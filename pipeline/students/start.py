@@ -11,13 +11,12 @@ from torch import Tensor
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.models.loading import create_model, load_saved
+from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import say
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.selection import misfit, select_weights
 
-# The folder of a student in a run directory (training.run_directory has the same name).
-_STUDENT = "student"
 RANDOM = "or start from random weights: --set student.init=random"
 
 
@@ -90,7 +89,7 @@ def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
 def _other(path: Path, student: Backbone) -> Backbone:
     """Load a run, a timm model folder, or a file with weights of the student's own shape."""
     if path.is_dir():
-        return load_saved(path / _STUDENT if (path / _STUDENT).is_dir() else path)
+        return load_saved(path / STUDENT_FOLDER if (path / STUDENT_FOLDER).is_dir() else path)
     args = {name: value for name, value in student.model_args.items() if name != "img_size"}
     return create_model(student.architecture, student.image_size, args, path, True, "model")
 

@@ -19,10 +19,9 @@ from pipeline.cache.reader import Cache
 from pipeline.data import Images, Spec, list_probe_images, readable
 from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
-from pipeline.outputs.bound import is_bound
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
-from pipeline.outputs.resuming import config_change
+from pipeline.outputs.resuming import config_change, is_bound
 from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED

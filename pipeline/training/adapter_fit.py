@@ -14,6 +14,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
+from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from pipeline.storage.tensors import read_tensors, write_tensors
@@ -38,7 +39,7 @@ def groups(blocks: tuple[int, ...], info_form: str) -> list[tuple[int, ...]]:
 
 def fitted_file(out: Path, group: tuple[int, ...]) -> Path:
     """Return the file of a group's fitted adapters."""
-    return out / f"fitted-{_name(group)}.safetensors"
+    return out / f"{FITTED}{_name(group)}.safetensors"
 
 
 def log_file(out: Path, group: tuple[int, ...]) -> Path:
@@ -109,7 +110,7 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
     optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     plateau = ReduceOnPlateau(settings.tolerance)
     checkpoint = Checkpoint(
-        out / f"checkpoint-{_name(group)}.pt",
+        out / f"{FIT_CHECKPOINT}{_name(group)}.pt",
         {"adapters": adapters, "optimiser": optimiser, "plateau": plateau},
         _SAVE_MINUTES,
     )

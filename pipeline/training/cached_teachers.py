@@ -70,7 +70,7 @@ def open_teachers(
             caches.append(Cache(place, teacher, blocks, settings.copies, known, option))
     check_records(caches)
     return [
-        CachedTeacher(*source) for source in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)
+        CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)
     ]
 
 
@@ -104,7 +104,7 @@ def check_records(caches: Sequence[Cache]) -> None:
             )
 
 
-def input_hashes(sources: Sequence[CachedTeacher], share_run: Path | None) -> dict[str, str | None]:
+def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> dict[str, str | None]:
     """Return what identifies the inputs of a run.
 
     {"cache": its id, "adapters": hash of the refiner's file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}.
@@ -115,11 +115,11 @@ def input_hashes(sources: Sequence[CachedTeacher], share_run: Path | None) -> di
     if share_run is not None:
         load_result(share_run)
         hashes["distill.share_run"] = file_hash(share_run / RUN)
-    for number, source in enumerate(sources, start=1):
-        hashes[numbered("cache", number)] = source.cache.id
-        refiner = source.refiner
+    for number, teacher in enumerate(teachers, start=1):
+        hashes[numbered("cache", number)] = teacher.cache.id
+        refiner = teacher.refiner
         hashes[numbered("adapters", number)] = file_hash(refiner / REFINER) if refiner is not None else None
-        kind = f"{source.note.cleaner}, {source.note.normaliser}" if source.note is not None else None
+        kind = f"{teacher.note.cleaner}, {teacher.note.normaliser}" if teacher.note is not None else None
         hashes[numbered("refiner", number)] = kind
     return hashes
 

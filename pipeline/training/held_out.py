@@ -15,11 +15,11 @@ from pipeline.config import DistillConfig, TrainingConfig
 from pipeline.data import Spec
 from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.ranks import current
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Loader
 from pipeline.training.image_scores import check_scores, image_scores
 from pipeline.training.student_loss import StudentLoss
 from pipeline.training.student_run import StudentRun
+from pipeline.training.to_device import on_device
 from singer.errors import UserError
 
 # More records would say no more, and take time after every epoch.

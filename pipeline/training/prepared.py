@@ -12,7 +12,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
 from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import say
-from pipeline.training.best import Best, whole_states
+from pipeline.training.best_epoch import Best, whole_states
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.outputs.resuming import CONFIG
+from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.json_files import read_as, write_json
@@ -16,12 +16,12 @@ RUNS = "runs"
 
 STAGE = "distill"
 FINETUNE = "finetune"
-STUDENT = "student"
+STUDENT = STUDENT_FOLDER
 PROJECTORS_FILE = "projectors.safetensors"
 # Joint training writes this file.
 ADAPTERS = "adapters.safetensors"
-CHECKPOINT = "checkpoint.pt"
-RUN = "run.json"
+CHECKPOINT = TRAINING_CHECKPOINT
+RUN = RUN_RESULT
 LOG = "log.jsonl"
 
 
@@ -112,7 +112,7 @@ class DistillResult:
     finetuned: Finetuned | None = None
 
     @property
-    def taught(self) -> list[TeacherLink]:
+    def teacher_links(self) -> list[TeacherLink]:
         """Return what the student learned from each teacher."""
         first = TeacherLink(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
         return [first, *self.others]

@@ -24,7 +24,7 @@ from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
-from pipeline.training.best import State
+from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import HeldOut, Split, split_images
@@ -79,11 +79,11 @@ class NewStudent:
     """
 
     def __init__(
-        self, job: StudentSpec, sources: Sequence[CachedTeacher], accelerator: Accelerator, split: Split | None = None
+        self, job: StudentSpec, teachers: Sequence[CachedTeacher], accelerator: Accelerator, split: Split | None = None
     ) -> None:
-        self.job, self.sources = job, sources
+        self.job, self.teachers = job, teachers
         settings, device = job.config.distill, accelerator.device
-        refiners = [load_refiner(s.refiner, s.cache) if s.refiner is not None else None for s in sources]
+        refiners = [load_refiner(t.refiner, t.cache) if t.refiner is not None else None for t in teachers]
         set_seed(settings.seed)
         self.student = self._started()
         synchronise(self.student.model, accelerator)
@@ -103,14 +103,14 @@ class NewStudent:
         if settings.overlap:
             for branch in branches:
                 branch.check_tokenwise("overlap=false", "the two views have other ones")
-            self.others = OtherViews(sources[0].cache, settings.seed)
-        self.records, self.held_out = split or split_images(sources[0].cache, settings)
-        self.count = len(sources[0].cache) if self.records is None else len(self.records)
+            self.others = OtherViews(teachers[0].cache, settings.seed)
+        self.records, self.held_out = split or split_images(teachers[0].cache, settings)
+        self.count = len(teachers[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
 
     def _started(self) -> Backbone:
         """Build the student, and start it as student.init says, at first from the first teacher."""
-        config, cache = self.job.config, self.sources[0].cache
+        config, cache = self.job.config, self.teachers[0].cache
         t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
         student = new_student(config.student, t.image_size, self.job.module, t.width_of(cache.blocks[-1]))
         start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
@@ -120,30 +120,32 @@ class NewStudent:
         """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training."""
         settings = self.job.config.distill
         texts = read_matrix(settings.texts) if settings.texts is not None else None
-        objectives, joint, branches = settings.objectives_of(len(self.sources)), None, []
-        for source, refiner, wanted in zip(self.sources, refiners, objectives, strict=True):
-            cache = source.cache
+        objectives, joint, branches = settings.objectives_of(len(self.teachers)), None, []
+        for teacher, refiner, wanted in zip(self.teachers, refiners, objectives, strict=True):
+            cache = teacher.cache
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
             targets = Targets(cache, refiner, self.student, device, texts)
             if settings.joint:
                 joint, self.fresh = new_joint(cache, self.job.config.refine, device)
-            weight = settings.kd_weight * source.weight
+            weight = settings.kd_weight * teacher.weight
             weights = settings.weights_of(cache.blocks)
-            teaching = Teaching(wanted, settings.projector, weights, weight, source.name)
+            teaching = Teaching(wanted, settings.projector, weights, weight, teacher.name)
             whole = settings.token_share == 1
             branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
         return branches
 
     @property
-    def taught(self) -> list[TeacherLink]:
+    def teacher_links(self) -> list[TeacherLink]:
         """Return what the student learns from each teacher; the matching has only blocks that an objective reads."""
         found = []
-        for source, branch in zip(self.sources, self.distiller.branches, strict=True):
-            t, note = source.cache.manifest.teacher, source.note
-            path = str(source.refiner) if source.refiner is not None else None
-            teacher = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
+        for teacher, branch in zip(self.teachers, self.distiller.branches, strict=True):
+            t, note = teacher.cache.manifest.teacher, teacher.note
+            path = str(teacher.refiner) if teacher.refiner is not None else None
+            described = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
             refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(TeacherLink(source.cache.id, path, branch.links, teacher, refiner, str(source.cache.place)))
+            found.append(
+                TeacherLink(teacher.cache.id, path, branch.links, described, refiner, str(teacher.cache.place))
+            )
         return found
 
     def matched(self) -> list[str]:
@@ -153,13 +155,13 @@ class NewStudent:
             return f"{block} ({width}, {grid[0]} x {grid[1]})"
 
         lines = []
-        for source, branch in zip(self.sources, self.distiller.branches, strict=True):
-            t = source.cache.manifest.teacher
+        for teacher, branch in zip(self.teachers, self.distiller.branches, strict=True):
+            t = teacher.cache.manifest.teacher
             pairs = [
                 f"{place(b, t.width_of(b), t.grid_of(b))} -> {place(s, *branch.layout[s])}"
                 for b, s in branch.links.items()
             ]
-            owner = f"of {source.name} " if len(self.sources) > 1 else ""
+            owner = f"of {teacher.name} " if len(self.teachers) > 1 else ""
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
         return lines
 
@@ -182,13 +184,13 @@ def run_jobs(
     Call it after all checks, once the run directories are claimed (claimed_output).
     """
     for new in made if accelerator.is_main_process else ():
-        write_json(new.job.out / INPUTS, input_hashes(new.sources, new.job.config.distill.share_run))
+        write_json(new.job.out / INPUTS, input_hashes(new.teachers, new.job.config.distill.share_run))
         for line in new.matched():
             say(line)
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
         if supervised < last:
             say(f"note: nothing trains the student after block {supervised}; probes read its last block, {last}")
-        cache, size = new.sources[0].cache, new.student.image_size
+        cache, size = new.teachers[0].cache, new.student.image_size
         if (small := cache.smaller_views(size)) is not None:
             say(
                 f"note: the views of {small} pixels in {cache.place} are enlarged to the student's {Size.of(size)}; to "
@@ -198,7 +200,7 @@ def run_jobs(
     ranks.wait()
     with ranks.together():
         student_runs = [new.student_run(mode, accelerator) for new in made]
-    caches = [source.cache for source in made[0].sources]
+    caches = [teacher.cache for teacher in made[0].teachers]
     for new, student_run in zip(made, student_runs, strict=True):
         if accelerator.is_main_process:
             say_continued(student_run, new.job.out, new.count)
@@ -236,7 +238,7 @@ def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
 def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
     job = new.job
-    first, *others = new.taught
+    first, *others = new.teacher_links
     return DistillResult(
         **vars(first),
         others=others,

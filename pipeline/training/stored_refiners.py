@@ -12,6 +12,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import shape_of
 from pipeline.config import LocalCopy, RefineConfig
 from pipeline.outputs.provenance import file_hash
+from pipeline.outputs.resuming import REFINER_MANIFEST
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
@@ -19,7 +20,7 @@ from pipeline.training.run_directory import DistillResult, RefinerNote, nearby
 from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
 from singer.subspaces import BASES
@@ -27,7 +28,7 @@ from singer.subspaces import BASES
 # The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
-MANIFEST = "refiner.json"
+MANIFEST = REFINER_MANIFEST
 METRICS = "metrics.json"
 
 
@@ -161,5 +162,4 @@ def check_names(settings: RefineConfig) -> None:
         "info_form": INFO_FORMS,
     }
     for key, names in known.items():
-        if getattr(settings, key) not in names:
-            raise UserError(f"refine.{key}: unknown {getattr(settings, key)!r}; known: {', '.join(names)}")
+        require_known(f"refine.{key}", getattr(settings, key), names)

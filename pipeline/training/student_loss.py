@@ -16,7 +16,6 @@ from pipeline.outputs.provenance import INPUTS
 from pipeline.runtime.progress import meter, say
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_matrix, read_tensors
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.distiller import Distiller
@@ -24,6 +23,7 @@ from pipeline.training.run_directory import PROJECTORS_FILE, DistillResult, load
 from pipeline.training.stored_refiners import find_refiner, load_refiner
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 from singer.refiner import Refiner

@@ -19,7 +19,7 @@ from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
-from pipeline.training.best import Best, State, whole_states
+from pipeline.training.best_epoch import Best, State, whole_states
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.learner import Learner
 from pipeline.training.run_log import RunLog

@@ -1,4 +1,4 @@
-"""What a student has for one teacher: how it is taught, and both sides' tokens in one form."""
+"""What a student trains for one teacher, and how both sides' tokens are brought into one form and compared."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class BatchTargets:
 
 
 class TeacherBranch:
-    """What a student has for one teacher: projectors, an objective and, in joint training, adapters.
+    """The projectors, objective and, in joint training, adapters that a student trains for one teacher.
 
     A projector brings tokens to the teacher's width at every matched block. The adapters refine the targets.
     matching: {teacher block: student block}; whole: whether the student always sees all patches.

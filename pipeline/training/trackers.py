@@ -9,7 +9,7 @@ from accelerate.utils import LoggerType
 
 from pipeline.config import TrainingConfig
 from pipeline.storage import naming
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 
 FOLDER = "tensorboard"
 PROJECT = "singer"
@@ -60,7 +60,6 @@ def check_trackers(settings: TrainingConfig) -> None:
     """Raise UserError for a tracker that Accelerate does not know, or that needs a missing package."""
     known, present = sorted(LOGGER_TYPE_TO_CLASS), {str(LoggerType(t)) for t in get_available_trackers()}
     for name in settings.trackers:
-        if name not in known:
-            raise UserError(f"{settings.section}.trackers: unknown {name!r}; known: {', '.join(known)}")
+        require_known(f"{settings.section}.trackers", name, known)
         if name not in present:
             raise UserError(f"{settings.section}.trackers: {name} is not installed; pip install {name}")

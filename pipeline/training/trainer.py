@@ -11,10 +11,10 @@ from accelerate.utils import broadcast
 from pipeline.data.sampler import batch_index_lists, prefetch_depth, steps_per_epoch
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
-from pipeline.training.ahead import on_device
 from pipeline.training.batch import Loader
 from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
+from pipeline.training.to_device import on_device
 
 _LOG_STEPS = 50
 
@@ -91,7 +91,7 @@ def _end_interval(
     if measured is not None and best is not None:
         loss = _of_first(float(measured["held_out_loss"]), accelerator)
         with ranks.together():
-            best.look(epoch, loss)
+            best.record(epoch, loss)
         if best.ended and epoch < epochs and main:
             lowest = f"the loss on held-out images was lowest after epoch {best.epoch}"
             say(f"ended after epoch {best.last} of {epochs}: {lowest}")

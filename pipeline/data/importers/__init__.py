@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pipeline.data.importers import folders, lists, maps
+from pipeline.data.importers import folders, maps, split_files
 from pipeline.data.importers.listing import Importer, Listing
-from singer.errors import UserError
+from singer.errors import UserError, require_known
 
 LAYOUTS: dict[str, Importer] = {
     "folder": Importer(folders.folder),
@@ -13,18 +13,17 @@ LAYOUTS: dict[str, Importer] = {
     "imagenet-v2": Importer(folders.imagenet_v2),
     "ade20k": Importer(maps.ade20k, ("train", "val")),
     "nyud-v2": Importer(maps.nyud_v2, ("train", "test")),
-    "inat2019": Importer(lists.inat2019, ("train", "val")),
-    "fgvc-aircraft": Importer(lists.fgvc_aircraft, ("train", "val", "trainval", "test")),
-    "oxford-pets": Importer(lists.oxford_pets, ("trainval", "test")),
-    "food-101": Importer(lists.food_101, ("train", "test")),
-    "flowers-102": Importer(lists.flowers_102, ("train", "val", "test")),
+    "inat2019": Importer(split_files.inat2019, ("train", "val")),
+    "fgvc-aircraft": Importer(split_files.fgvc_aircraft, ("train", "val", "trainval", "test")),
+    "oxford-pets": Importer(split_files.oxford_pets, ("trainval", "test")),
+    "food-101": Importer(split_files.food_101, ("train", "test")),
+    "flowers-102": Importer(split_files.flowers_102, ("train", "val", "test")),
 }
 
 
 def list_layout(name: str, root: Path, split: str | None) -> Listing:
     """List the images of a split. Raises UserError for an unknown layout or split, or for wrong files."""
-    if name not in LAYOUTS:
-        raise UserError(f"--layout: no layout {name!r}; known: {', '.join(LAYOUTS)}")
+    require_known("--layout", name, LAYOUTS)
     splits = LAYOUTS[name].splits
     if not splits and split is not None:
         raise UserError(f"--split {split}: the layout {name} has no splits; leave it out")

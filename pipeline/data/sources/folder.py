@@ -9,8 +9,8 @@ import numpy as np
 from pipeline.data.images import Skipped
 from pipeline.data.importers.folders import check_filled, folder
 from pipeline.data.importers.walk import stem_of
-from pipeline.data.listed import NO_LABEL, ChangedImage, SourceListing
 from pipeline.data.names import file_keys
+from pipeline.data.source_listing import NO_LABEL, ChangedImage, SourceListing
 from pipeline.data.sources.kind import Kind, Options, Samples, file_size
 from singer.errors import UserError
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.data.images import Keys
-from pipeline.data.listed import NO_LABEL, SourceListing
+from pipeline.data.source_listing import NO_LABEL, SourceListing
 from singer.errors import UserError
 
 # A whole number, perhaps as a float; any number.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.images import Skipped
-from pipeline.data.listed import ChangedImage, SourceListing
 from pipeline.data.names import distinct_names
+from pipeline.data.source_listing import ChangedImage, SourceListing
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered
 from singer.errors import UserError
 

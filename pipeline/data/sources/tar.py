@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.images import Skipped
-from pipeline.data.listed import NO_LABEL, SourceListing, key_hash
+from pipeline.data.source_listing import NO_LABEL, SourceListing, key_hash
 from pipeline.data.sources.kind import Kind, Options
 from pipeline.data.tar_members import Defect
 from pipeline.data.tars import contents, read_samples

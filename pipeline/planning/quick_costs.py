@@ -15,9 +15,9 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
 from pipeline.models.backbone import Backbone
+from pipeline.planning.cache_size import Scale
 from pipeline.planning.choice import LADDER, Costs
 from pipeline.planning.sample import AUTOCAST, Record, Sample, Teacher, draw_images, sample_features
-from pipeline.planning.scale import Scale
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs, depth, resolve_blocks

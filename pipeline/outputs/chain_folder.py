@@ -1,48 +1,25 @@
-"""Which settings a stage, or a chain of stages, is bound to by what it has stored; --resume takes others until then."""
+"""The folders of a chain of stages, and which settings cannot change any more in it, because of what it has stored."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.outputs.resuming import RESULT_SECTIONS, config_change
+from pipeline.outputs.resuming import CACHE_MANIFEST, config_change, is_bound, sections_of
 from pipeline.storage import Store, open_store
 from singer.errors import UserError
 
 # Folders of a chain.
 CACHE, REFINER, STUDENT = "cache", "refiner", "student"
-# Files of a stage that depend on its settings: until there is one of them, --resume takes other settings, too.
-_BOUND = {
-    "cache-teacher": ("manifest.json",),
-    "refine": ("checkpoint-*.pt", "fitted-*", "refiner.json"),
-    "distill": ("checkpoint.pt", "student/*", "run.json"),
-    "finetune": ("checkpoint.pt", "student/*", "run.json"),
-}
 # {folder of a chain: its stage}, each made from those before it.
 _OF_CHAIN = {CACHE: "cache-teacher", REFINER: "refine", STUDENT: "distill"}
 # {section: (what is made by it, its files in a chain)}.
 _AFTER_TRAINING = {"evaluate": ("probes", (f"{STUDENT}/evaluate-*",)), "export": ("exports", ("timm/*", "hf/*"))}
 
 
-def sections_of(stage: str, config: Config) -> tuple[str, ...]:
-    """Return the sections and keys of the configuration on which what a stage stores depends."""
-    sections = RESULT_SECTIONS[stage] or ()
-    if stage == "distill" and config.distill.joint:
-        return (*sections, "refine")
-    if stage == "finetune" and config.finetune.head == "probe":
-        return (*sections, "evaluate.strengths", "evaluate.seed")
-    return sections
-
-
-def is_bound(stage: str, present: Iterable[str], folder: str = "") -> bool:
-    """Return whether some of the files, below a folder of them, depends on the settings of a stage that wrote them."""
-    files = [name.removeprefix(folder) for name in present if name.startswith(folder)]
-    return stage not in _BOUND or any(fnmatch(name, pattern) for name in files for pattern in _BOUND[stage])
-
-
 def chain_has_begun(out: Path) -> bool:
     """Return whether `singer run` has begun to cache in `out`; until then, it may plan anew."""
-    return (out / CACHE / "manifest.json").exists()
+    return (out / CACHE / CACHE_MANIFEST).exists()
 
 
 def check_chain_settings(store: Store, config: Config, present: Iterable[str]) -> None:

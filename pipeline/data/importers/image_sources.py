@@ -7,7 +7,7 @@ from pipeline.data.image_index import list_images
 from pipeline.data.image_reading import ImageFile
 from pipeline.data.importers.folders import beside
 from pipeline.data.importers.listing import Entry, Listing
-from pipeline.data.listed import NO_LABEL
+from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.tar import TAR
 from pipeline.data.specs import Spec, resolve

@@ -13,10 +13,10 @@ State = Mapping[str, Tensor]
 
 
 class Best:
-    """The epoch with the lowest loss on held-out images so far, and the student that it left, if that is kept.
+    """The epoch with the lowest loss on held-out images so far, and a copy of the student after it if keep is "best".
 
-    read: returns the states of the student and of all that is trained with it; all processes call it together. It is a
-    part of the checkpoint.
+    read: returns the states of the student and of all that is trained with it; all processes call it together. An
+    object of this class is stored in the checkpoint of the run.
     """
 
     def __init__(self, settings: TrainingConfig, read: Callable[[], tuple[State, State]]) -> None:
@@ -30,7 +30,7 @@ class Best:
         """Return whether training is to end."""
         return self._patience is not None and self.last - self.epoch >= self._patience
 
-    def look(self, epoch: int, loss: float) -> None:
+    def record(self, epoch: int, loss: float) -> None:
         """Note the loss after an epoch, and keep the student if it is the lowest."""
         self.last = epoch
         if loss < self.loss:

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.format import CALIBRATION, COMPLETE, FEATURES, FIDELITY, JOURNAL, MANIFEST, POSITIONS, TAIL
-from pipeline.cache.quantization import fidelity
+from pipeline.cache.quantization import quantization_errors
 from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
 from pipeline.models.backbone import Backbone
@@ -82,7 +82,7 @@ class Scale:
             error = 0.0
             for block, x in self._features.items():
                 with naming_block(block):
-                    measured = fidelity(CODECS[codec], x, self._calibration[block])
+                    measured = quantization_errors(CODECS[codec], x, self._calibration[block])
                 error = max(error, measured["clean"]["relative_error"])
             return [self.option(codec, share, error) for share in shares]
         except UserError:

@@ -15,7 +15,7 @@ from pipeline.reports.measurements import (
     Sample,
     Students,
     choose_shown,
-    look_at_features,
+    measure_features,
     norms_of,
     sources_of,
 )
@@ -36,12 +36,12 @@ _PHOTO = 224
 class Measurements:
     """The measurements of a page.
 
-    looks: teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's student;
-    threshold: the norm above which a token is an artifact, in the teacher's units; strips: {kind: rows of pictures};
-    more: the number of students without pictures.
+    measurements: of teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's
+    student; threshold: the norm above which a token is an artifact, in the teacher's units; strips: {kind: rows of
+    pictures}; more: the number of students without pictures.
     """
 
-    looks: list[Measurement]
+    measurements: list[Measurement]
     norms: dict[Trained, float]
     threshold: float
     records: int
@@ -66,25 +66,26 @@ def measure(
     threshold = _threshold(firsts, norms[block], block)
     sample = Sample(records, choose_shown(norms[block], threshold, _IMAGES))
     students = Students(cache, files, sample, device, functions)
-    seen = {run: students.look(run, group.name, block) for group in groups for run in group.runs}
-    ratios = {run: look.mean_max_over_median for run, look in seen.items()}
+    measured = {run: students.measure(run, group.name, block) for group in groups for run in group.runs}
+    ratios = {run: measurement.mean_max_over_median for run, measurement in measured.items()}
     pictured = choose_pictured(firsts, ratios)
     sources = [source for source in sources_of(pictured) if source.cleans]
-    looks = [look_at_features(cache, "teacher", block, sample, device)]
+    measurements = [measure_features(cache, "teacher", block, sample, device)]
     for source in sources:
-        looks.append(look_at_features(cache, _source_title(source, sources, pictured), block, sample, device, source))
-    looks += [seen[run] for run in pictured]
+        title = _source_title(source, sources, pictured)
+        measurements.append(measure_features(cache, title, block, sample, device, source))
+    measurements += [measured[run] for run in pictured]
     photo = Size.of(cache.manifest.teacher.image_size).within(_PHOTO)
     images = cache.pixels(records[sample.shown], photo, files).numpy()
     grid = cache.manifest.teacher.grid_of(block)
-    places = pictures.choose_places(looks)
+    places = pictures.choose_places(measurements)
     plain, marked = pictures.photos(images, grid), pictures.photos(images, grid, places)
     strips = {
-        "norms": [plain, *pictures.norm_strips(looks)],
-        "cosines": [marked, *pictures.cosine_strips(looks, places)],
-        "components": [plain, *pictures.pca_strips(looks)],
+        "norms": [plain, *pictures.norm_strips(measurements)],
+        "cosines": [marked, *pictures.cosine_strips(measurements, places)],
+        "components": [plain, *pictures.pca_strips(measurements)],
     }
-    return Measurements(looks, ratios, threshold, len(records), strips, len(groups) - len(pictured))
+    return Measurements(measurements, ratios, threshold, len(records), strips, len(groups) - len(pictured))
 
 
 def choose_pictured(runs: Sequence[Trained], ratios: Mapping[Trained, float]) -> list[Trained]:
