@@ -24,6 +24,8 @@ from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
 from singer.errors import UserError, require_known
 
+# The end of the file of names beside a .npy of vectors.
+ROW_NAMES = ".names.json"
 # {key of the configuration: the registry of its values}, by the stages that read it.
 _CACHE = {"cache.codec": ("pipeline.cache.codecs", "CODECS")}
 _REFINE = {
@@ -286,5 +288,7 @@ def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: st
         raise UserError(f"--out {out} needs pyarrow: pip install 'singer-vit[parquet]', or give a .npy")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} exists; replace it with --overwrite, or give another --out")
+    beside = [out.with_suffix(ROW_NAMES)] if out.suffix == ".npy" else []
+    for file in (out, *beside):
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} exists; replace it with --overwrite, or give another --out")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_images, make_vit, seeded, shards, tree_bytes, world_config
+from PIL import Image
 
 from pipeline.cache import Cache, rows
 from pipeline.config import Config
@@ -182,6 +183,28 @@ def test_changed_and_missing_images_are_named(world: Path, config: Config, tmp_p
     prepare(config, tmp_path / "in", tmp_path / "d")
     with pytest.raises(UserError, match="gives some of the images of .* but not 'class1/2'"):
         make(blocks, str(tmp_path / "d" / "*.tar"), tmp_path / "c", "append")
+
+
+def test_other_images_of_the_same_names_and_sizes_are_not_the_cached_ones(
+    world: Path, config: Config, tmp_path: Path
+) -> None:
+    """Files of one size, as of a camera; with both folders, keys are told apart."""
+    draw = np.random.default_rng(seeded(8))
+    for day in ("day1", "day2"):
+        (tmp_path / day).mkdir()
+        for n in range(4):
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / day / f"{n}.bmp")
+    one, two = str(tmp_path / "day1"), str(tmp_path / "day2")
+    make(config, one, tmp_path / "c")
+    with pytest.raises(UserError, match=r"' has changed since it was cached, or \S+day2 has another one") as told:
+        make(config, two, tmp_path / "c", "append")
+    remedy = str(told.value).partition("told apart: ")[2].replace("--images ", "").split()
+    assert remedy == [one, two]
+    make(config, remedy, tmp_path / "c", "append")
+    assert {*Cache(tmp_path / "c").index.images.keys} == {f"{folder}{n}" for folder in ("", "day2/") for n in range(4)}
+    # A folder that moved holds the same ones.
+    (tmp_path / "day1").rename(tmp_path / "day3")
+    make(world_config(world, "cache.blocks=[1,2,3]"), [str(tmp_path / "day3"), two], tmp_path / "c", "append")
 
 
 def test_interrupted_growth(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

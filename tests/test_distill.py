@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +271,26 @@ def test_mixed_precision_in_one_process_with_full_precision(world: Path, tmp_pat
 def test_diverging_run_stops(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
         distill(world_config(world, "distill.lr=1e30"), world / "cache", tmp_path / "a")
+
+
+def test_the_last_update_may_not_diverge(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loss sees it; a rate that is no number is refused before."""
+    with pytest.raises(UserError, match="distill.lr"):
+        world_config(world, "distill.lr=.inf")
+    step, done = StudentRun.update, 0
+
+    def last_is_lost(self: StudentRun, *args: Any, **more: Any) -> None:
+        nonlocal done
+        step(self, *args, **more)
+        done += 1
+        if done == 7:
+            with torch.no_grad():
+                next(self.student.model.parameters()).fill_(torch.nan)
+
+    monkeypatch.setattr(StudentRun, "update", last_is_lost)
+    with pytest.raises(UserError, match="the weights are not finite after the last step; lower distill.lr"):
+        distill(world_config(world, "distill.epochs=1", "distill.batch_size=15"), world / "cache", tmp_path / "a")
+    assert not (tmp_path / "a" / "student").exists()
 
 
 def test_unknown_objective(world: Path, tmp_path: Path) -> None:

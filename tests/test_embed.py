@@ -62,6 +62,19 @@ def test_dense_features_keep_their_grid(suffix: str, world: Path, config: Config
     np.testing.assert_allclose(vectors.mean((1, 2)), np.load(tmp_path / "mean.npy"), rtol=1e-4, atol=1e-5)
 
 
+def test_no_file_of_others_is_replaced(world: Path, config: Config, tmp_path: Path) -> None:
+    """Neither the list that is read, nor a file with the names of other rows."""
+    listed = tmp_path / "list.csv"
+    listed.write_text("".join(f"{path}\n" for path in sorted((world / "images" / "test").rglob("*.png"))[:3]))
+    before = listed.read_bytes()
+    with pytest.raises(UserError, match="list.csv is what the images are read from; give another --out"):
+        embed(config, world / "teacher", listed, listed, overwrite=True)
+    (tmp_path / "a.names.json").write_text("mine")
+    with pytest.raises(UserError, match="a.names.json exists; replace it with --overwrite"):
+        embed(config, world / "teacher", listed, tmp_path / "a.npy")
+    assert listed.read_bytes() == before and (tmp_path / "a.names.json").read_text() == "mine"
+
+
 def test_a_file_appears_whole_or_not_at_all(
     world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,9 +26,12 @@ from pipeline.data import (
     index_images,
     list_probe_images,
     numbered_as,
+    places_of,
     relocate,
+    require_labels,
     resolve,
 )
+from pipeline.data.images import read_classes
 from pipeline.data.specs import braces
 from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
@@ -386,6 +389,73 @@ def test_classes_are_numbered_as_others(tmp_path: Path) -> None:
     again = numbered_as(images, ["cat", "dog"])
     assert again.classes == ("cat", "dog", "ant")
     assert dict(zip(again.keys, again.labels.tolist(), strict=True)) == {"dog/a": 1, "ant/b": 2}
+
+
+def test_shards_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """Small tars have equal sizes, so that only their number tells that one is missing."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "x.tar", {f"{folder}.png": png()})
+    both = [str(tmp_path / folder / "x.tar") for folder in ("a", "b")]
+    images = index_images(both)
+    assert relocate(images, both).paths == images.paths
+    with pytest.raises(UserError, match="--images gives 1 sources; the cache has 2, some of one name"):
+        relocate(images, both[0])
+
+
+def test_a_list_with_other_paths_names_the_same_files(tmp_path: Path) -> None:
+    photos(tmp_path / "a")
+    listed = sorted((tmp_path / "a").rglob("*.png"))
+    (tmp_path / "list.txt").write_text("".join(f"{path} {n}\n" for n, path in enumerate(listed)))
+    images = index_images(str(tmp_path / "list.txt"))
+    before = content(images)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(
+        UserError, match="of the cache is gone; if it has moved, give the place of its folder, or a list"
+    ):
+        relocate(images, None)
+    (tmp_path / "list.txt").write_text((tmp_path / "list.txt").read_text().replace("/a/", "/b/"))
+    assert content(relocate(images, str(tmp_path / "list.txt"))) == before
+
+
+def test_a_list_reads_the_folder_of_its_images(tmp_path: Path) -> None:
+    """Outputs may be beside the list, and not among the images."""
+    photos(tmp_path / "photos")
+    (tmp_path / "list.txt").write_text("photos/cat/a.png 0\nphotos/dog/c.png 1\n")
+    (tmp_path / "one.txt").write_text("photos/dog/c.png 1\n")
+    write_tar(tmp_path / "x.tar", {"a.png": png()})
+    specs = [str(tmp_path / name) for name in ("list.txt", "one.txt", "photos", "x.tar")]
+    places = [places_of(index_images(spec)) for spec in specs]
+    assert places == [[tmp_path / name] for name in ("photos", "photos/dog", "photos", "x.tar")]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ('{"dog": 1, "cat": 0}', ["cat", "dog"]),
+        ('{"dog": 1, "cat": 2}', None),
+        ('{"0": ["n01", "tench"]}', None),
+        ('[["a"], "b"]', None),
+        ('"ab"', None),
+    ],
+)
+def test_names_of_classes(text: str, classes: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "classes.json").write_text(text)
+    if classes is None:
+        with pytest.raises(UserError, match="holds no list of classes"):
+            read_classes(tmp_path / "classes.json")
+    else:
+        assert read_classes(tmp_path / "classes.json") == classes
+
+
+def test_a_date_is_no_class_number(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a.png": png(), "a.cls": b"0", "b.png": png(), "b.cls": b"20190101"})
+    images = index_images(str(tmp_path / "x.tar"))
+    with pytest.raises(
+        UserError, match="--train: label 20190101 of 'b' is no class number of 2 images; number classes"
+    ):
+        require_labels(images, "--train")
 
 
 def test_moved_folders(tmp_path: Path) -> None:

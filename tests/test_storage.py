@@ -368,6 +368,33 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "run").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "run")
+    for content in (b"one", b"two"):
+        store = LocalStore(tmp_path / "run")
+        with store.lock():
+            store.clear()
+            store.write("file", content)
+        assert (tmp_path / "run").is_symlink() and (tmp_path / "disk" / "run" / "file").read_bytes() == content
+    # The folder has one lock, by whichever name.
+    with (
+        LocalStore(tmp_path / "run").lock(),
+        pytest.raises(UserError, match="is being written by another run"),
+        LocalStore(tmp_path / "disk" / "run").lock(),
+    ):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "run"] and len([*(tmp_path / "disk").iterdir()]) == 1
+
+
+def test_the_current_folder_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock is beside it, not in it, where it would look like an output."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with LocalStore(Path()).lock():
+        assert LocalStore(Path()).sizes() == {} and [p.name for p in tmp_path.iterdir() if p.is_file()] == [".run.lock"]
+
+
 def test_full_disk_names_the_file(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.write("a", b"old")

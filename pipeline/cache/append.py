@@ -3,7 +3,7 @@
 A run asks for all given images, in all configured views, with all configured blocks of the given teacher. What the
 cache holds already is not computed again. New blocks and new teachers get the records of earlier segments. New images
 and new views become new records. Images are identified by their keys; a change of their content is found when they are
-read.
+read, and before if they are at another place.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,12 @@ import numpy as np
 from pipeline.cache.format import MANIFEST
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
-from pipeline.data import Images
+from pipeline.data import ImageFile, Images, image_digest
 from pipeline.storage import Place
 from singer.errors import UserError
+
+# So many images that are at another place than when they were cached are compared with the cached ones.
+_COMPARED = 256
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,7 @@ def plan_additions(
             raise UserError(f"--images gives some of the images of {names} but not {key!r}; give all or none")
         images = listed.select(given)
         assert images.keys == known.keys, "two keys have one hash"
-        for name in ("labels", "size"):
-            changed = np.flatnonzero(getattr(images, name) != getattr(known, name))
-            if len(changed):
-                raise UserError(f"image {known.keys[int(changed[0])]!r} has changed since it was cached")
+        _check_same(images, known, segment.index().digest)
         new[given] = False
         first, count = manifest.views["first"], manifest.views_each
         if missing:
@@ -94,6 +94,32 @@ def plan_additions(
         ends = [s.manifest.views["first"] + s.manifest.views_each for s in segments]
         additions.append(Addition(blocks, listed.select(np.flatnonzero(new)), 0, max(views, *ends)))
     return additions
+
+
+def _check_same(images: Images, known: Images, digests: np.ndarray) -> None:
+    """Raise UserError unless listed images are the known ones of their keys; of those at other places, some are read.
+
+    digests: (n,) uint64 of the known images.
+    """
+    numbers = {path: n for n, path in enumerate({*images.paths, *known.paths})}
+    here, before = (np.array([numbers[p] for p in found.paths])[found.container] for found in (images, known))
+    moved = here != before
+    changed = (images.labels != known.labels) | (images.size != known.size)
+    if moved.any():
+        rows = np.flatnonzero(moved & ~changed)
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)]
+        with ImageFile(images) as files:
+            for n in rows.tolist():
+                changed[n] = digests[n] not in (0, image_digest(files.encoded(n)[0]))
+    if changed.any():
+        n = int(np.argmax(changed))
+        if moved[n]:
+            new, old = images.paths[images.container[n]], known.paths[known.container[n]]
+            raise UserError(
+                f"image {known.keys[n]!r} has changed since it was cached, or {new} has another one of this name; "
+                f"then give both, so that keys are told apart: --images {old} --images {new}"
+            )
+        raise UserError(f"image {known.keys[n]!r} has changed since it was cached")
 
 
 def _left_out(segment: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:

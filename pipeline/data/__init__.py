@@ -2,7 +2,7 @@
 
 from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors
 from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
-from pipeline.data.image_reading import ImageFile, files_of, readable
+from pipeline.data.image_reading import ImageFile, files_of, places_of, readable
 from pipeline.data.images import (
     Images,
     Keys,
@@ -15,7 +15,7 @@ from pipeline.data.images import (
     numbered_as,
     require_labels,
 )
-from pipeline.data.relocation import relocate
+from pipeline.data.relocation import check_images, relocate
 from pipeline.data.specs import Spec, resolve
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Skipped",
     "Spec",
     "accepted",
+    "check_images",
     "content_hash",
     "decode",
     "decode_rgb",
@@ -40,6 +41,7 @@ __all__ = [
     "longest_classes",
     "named_errors",
     "numbered_as",
+    "places_of",
     "readable",
     "relocate",
     "require_labels",

@@ -19,6 +19,8 @@ from singer.errors import UserError
 
 # This many first bytes hold the size of nearly every image.
 _HEADER_BYTES = 1 << 16
+# So many files say which folder holds those of a source.
+_LOOKED_AT = 10_000
 
 
 class ImageFile:
@@ -112,3 +114,20 @@ def files_of(images: Images) -> Iterator[Path]:
     yield from (path for path, one_each in zip(images.paths, named, strict=True) if not one_each)
     if images.files is not None:
         yield from (images.paths[s] / images.files[n] for n, s in enumerate(images.container.tolist()) if named[s])
+
+
+def places_of(images: Images) -> list[Path]:
+    """Return the shards and tables that hold the images, and of folders and lists the folder of the image files.
+
+    A list's own folder may hold anything else. Of very many files, a sample decides.
+    """
+    places = []
+    for number, path in enumerate(images.paths):
+        if not kind_of(path).named or images.files is None:
+            places.append(path)
+            continue
+        rows = np.flatnonzero(images.container == number)
+        folders = {(path / images.files[n]).parent for n in rows[:: 1 + len(rows) // _LOOKED_AT].tolist()}
+        if folders:
+            places.append(Path(os.path.commonpath(folders)))
+    return places

@@ -19,6 +19,8 @@ from singer.errors import UserError
 CLASSES = "classes.json"
 
 _KEYS_AT_ONCE = 1 << 18
+# Heads and scores have a column for each number up to the largest, so a date or an identifier would fill the memory.
+_MANY_CLASSES, _CLASSES_AN_IMAGE = 10_000, 10
 
 
 class Keys(Sequence[str]):
@@ -233,11 +235,16 @@ def longest_classes(several: Iterable[Images]) -> tuple[str, ...]:
 
 
 def read_classes(file: Path) -> list[str]:
-    """Read the names of classes. Raises UserError if the file is damaged."""
+    """Read the names of classes: a list, or numbers by names. Raises UserError if the file is damaged."""
     try:
-        return [str(name) for name in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(f"{file} is damaged: it holds no list of classes") from None
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and sorted(map(str, found.values())) == sorted(map(str, range(len(found)))):
+        found = sorted(found, key=lambda name: int(found[name]))
+    if not isinstance(found, list) or not all(isinstance(name, str | int) for name in found):
+        raise UserError(f"{file} is damaged: it holds no list of classes")
+    return list(map(str, found))
 
 
 def accepted(images: Images) -> Images:
@@ -276,10 +283,16 @@ def image_digest(data: bytes) -> int:
 
 
 def require_labels(images: Images, what: str) -> None:
-    """Raise UserError if an image has no label. what: the data, for the message."""
+    """Raise UserError if an image has no label, or one that is no class number. what: the data, for the message."""
     missing = np.flatnonzero(images.labels == NO_LABEL)
     if len(missing):
         raise UserError(
             f"{what}: {len(missing)} of {len(images)} images have no .cls label, the first is "
             f"{images.keys[int(missing[0])]!r}"
+        )
+    largest = int(np.argmax(images.labels))
+    if int(images.labels[largest]) >= max(_MANY_CLASSES, _CLASSES_AN_IMAGE * len(images)):
+        raise UserError(
+            f"{what}: label {int(images.labels[largest])} of {images.keys[largest]!r} is no class number of "
+            f"{len(images)} images; number classes from 0 on, or give names"
         )

@@ -45,6 +45,10 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
                 raise UserError(f"--out {place} overlaps the input {source}; give another --out")
         if here.exists() and not here.is_dir():
             raise UserError(f"{place} exists and is not a folder; give another --out")
+        if mode == "overwrite" and (here == Path.cwd() or here in Path.cwd().parents):
+            raise UserError(
+                f"--overwrite would remove the current folder; change to another one, or remove {here} first"
+            )
     store = open_store(place)
     present = store.sizes()
     if not present:

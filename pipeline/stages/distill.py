@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config, DistillConfig, keys
-from pipeline.data import Spec
+from pipeline.data import Spec, places_of
 from pipeline.models.own import Own
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
@@ -86,7 +86,11 @@ def fan_out(
     results: dict[Path, DistillResult] = {}
     for job, teachers in zip(jobs, teachers_of_jobs, strict=True):
         check_job(job, teachers)
-        read = [*as_places(caches), *(t.refiner for t in teachers if t.refiner), *teachers[0].cache.index.images.paths]
+        read = [
+            *as_places(caches),
+            *(t.refiner for t in teachers if t.refiner),
+            *places_of(teachers[0].cache.index.images),
+        ]
         read += [settings.share_run] if settings.share_run is not None else []
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.checks import check_embedding, check_model
+from pipeline.checks import ROW_NAMES, check_embedding, check_model
 from pipeline.config import Config
-from pipeline.data import Spec, list_images, readable
+from pipeline.data import Spec, list_images, readable, resolve
 from pipeline.evaluation.context import kinds_of
 from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.evaluation.global_features import Name, feature_batches
@@ -69,6 +69,8 @@ def embed(
     Raises UserError for mistakes that the user can fix.
     """
     check_embedding(out, features, overwrite)
+    if out.resolve() in {path.resolve() for path in resolve(images)}:
+        raise UserError(f"--out {out} is what the images are read from; give another --out")
     check_model(model, weights)
     check_known_model(model)
     listed = list_images(config, images)
@@ -105,7 +107,7 @@ def shape_of(backbone: Backbone, features: str) -> tuple[int, ...]:
 
 def names_file(out: Path) -> Path:
     """Return the file beside FILE.npy that holds the names of its rows: FILE.names.json, a list."""
-    return out.with_suffix(".names.json")
+    return out.with_suffix(ROW_NAMES)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 
 from pipeline.config import Config
-from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, readable
+from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, places_of, readable
 from pipeline.evaluation import own_head
 from pipeline.evaluation.classification import check_labels
 from pipeline.evaluation.context import EvaluationContext
@@ -91,7 +91,7 @@ def finetune(
     check_labels(images, tested or images, classes_of(images))
     if tested is not None:
         _check_test(config, trained, images, tested)
-    read = [run, *images.paths, *(tested.paths if tested is not None else ())]
+    read = [run, *places_of(images), *(places_of(tested) if tested is not None else ())]
     check_output(out, mode, FINETUNE, config, read)
     inputs = _inputs(run, trained, images)
     accelerator = make_accelerator(config.finetune.precision)

@@ -7,7 +7,6 @@ that every shard holds all classes; encoded bytes are kept as they are.
 """
 
 import io
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from pipeline.config import Config
 from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.formats import FORMATS, format_of
-from pipeline.data.images import CLASSES
+from pipeline.data.images import CLASSES, read_classes
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.folders import check_filled
 from pipeline.data.importers.image_sources import list_sources
@@ -155,8 +154,8 @@ def renumbered(listing: Listing, file: Path) -> Listing:
     Labels without names are taken as such numbers. Raises UserError if the other split lacks a class.
     """
     try:
-        classes = [str(name) for name in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError, RecursionError):
+        classes = read_classes(file)
+    except UserError:
         raise UserError(f"prepare.classes: {file} is not a classes.json of singer prepare") from None
     unknown = [name for name in listing.classes if name not in classes]
     if unknown:

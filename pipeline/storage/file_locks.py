@@ -48,7 +48,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     The system frees it however the process ends. Without flock, a lock file takes its place. Raises UserError if
     another run holds the folder.
     """
-    path = folder.parent / f".{folder.name}.lock"
+    place = folder.resolve()
+    path = place.parent / f".{place.name}.lock"
     with path.open("w") as file:
         try:
             has_flock = flock(file.fileno(), path, wait=False)
@@ -90,7 +91,8 @@ class LockFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder.parent / f".{folder.name}.holder"
+        place = folder.resolve()
+        self._folder, self._path = folder, place.parent / f".{place.name}.holder"
         self._own = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
         self._end = threading.Event()
 

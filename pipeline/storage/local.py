@@ -75,10 +75,13 @@ class LocalStore:
         self._files.pop(name, None)
 
     def clear(self, last: str = "") -> None:
-        """Remove the folder. It disappears in one step, so that `last` does not matter."""
+        """Remove the folder. It disappears in one step, so that `last` does not matter. A link to a folder stays."""
         if self.path.exists():
             # It is renamed first: a folder that is half removed might look as if singer had not written it.
-            self.path.rename(self._removed)
+            folder = self.path.resolve()
+            folder.rename(self._removed)
+            if self.path.is_symlink():
+                folder.mkdir()
             shutil.rmtree(self._removed)
         self._files.clear()
 
@@ -103,7 +106,8 @@ class LocalStore:
 
     @property
     def _removed(self) -> Path:
-        return self.path.parent / f".{self.path.name}.removed"
+        folder = self.path.resolve()
+        return folder.parent / f".{folder.name}.removed"
 
     def _everything(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         folders = [str(self.path / prefix)]

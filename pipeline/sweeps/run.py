@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
-from pipeline.data import Images, Spec, list_probe_images, readable
+from pipeline.data import Images, Spec, list_probe_images, places_of, readable
 from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
@@ -96,7 +96,7 @@ def sweep(
     places = as_places(caches)
     opened = [Cache(place) for place in places]
     check_records(opened)
-    check_output(out, mode, STAGE, plan.base, [*places, *opened[0].index.images.paths])
+    check_output(out, mode, STAGE, plan.base, [*places, *places_of(opened[0].index.images)])
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
         _check_block_weights(plan, opened)

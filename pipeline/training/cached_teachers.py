@@ -10,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.cache.reader import Cache
+from pipeline.cache.statistics import evenly_spaced
 from pipeline.config import DistillConfig
-from pipeline.data import ImageFile, Spec, accepted, relocate
+from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
 from pipeline.storage import Place
 from pipeline.training.run_directory import RUN, load_result
@@ -22,6 +23,8 @@ from singer.errors import UserError
 Places = Place | Sequence[Place]
 Refiners = Path | Sequence[Path | None] | None
 Value = TypeVar("Value")
+# So many images that were moved are compared with the cached ones.
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,13 @@ def _names(caches: Sequence[Cache]) -> list[str]:
 def open_images(cache: Cache, images: Spec | None = None) -> AbstractContextManager[ImageFile | None]:
     """Open the cached images where they are now; give None if the cache holds the views.
 
-    Raises UserError like data.relocate.
+    Raises UserError like data.relocate, and if images at another place are not those that were cached, of which a
+    sample is read.
     """
-    return nullcontext() if cache.has_pixels else ImageFile(accepted(relocate(cache.index.images, images)))
+    if cache.has_pixels:
+        return nullcontext()
+    found = accepted(relocate(cache.index.images, images))
+    if images is not None:
+        with ImageFile(found) as files:
+            check_images(files, evenly_spaced(np.arange(len(found)), _COMPARED), cache.index.digest)
+    return ImageFile(found)

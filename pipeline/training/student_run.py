@@ -93,10 +93,14 @@ class StudentRun:
     def final_states(self) -> tuple[State, State]:
         """Return the states that are stored: those of the best epoch, if they are kept, or the last ones.
 
-        All processes call it together.
+        All processes call it together. Raises UserError if they are not finite: no loss sees the last update.
         """
         student = self.student.model if self.ema is None else self.ema.module
-        return self.kept_states or whole_states(student, self.learner)
+        states = self.kept_states or whole_states(student, self.learner)
+        if not all(bool(x.isfinite().all()) for state in states for x in state.values() if x.is_floating_point()):
+            section = self.settings.section
+            raise UserError(f"the weights are not finite after the last step; lower {section}.lr or use precision no")
+        return states
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

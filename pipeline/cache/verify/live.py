@@ -19,7 +19,7 @@ from pipeline.cache.verify.files import within
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
-from pipeline.data import ImageFile, Spec, accepted, image_digest, relocate
+from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.models.names import OWN, is_function
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.progress import meter
@@ -94,17 +94,6 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
 def computable(segment: Segment, report: SegmentReport) -> bool:
     """Return whether Zarr shards can be computed again: the other files that they need are not damaged."""
     return not {within(segment, IMAGES), within(segment, CALIBRATION)} & set(report.files)
-
-
-def check_images(files: ImageFile, numbers: np.ndarray, digests: np.ndarray) -> None:
-    """Raise UserError naming the first of some images that is not the one that was cached.
-
-    digests: (images,) uint64 of the cached images; an image with digest 0 is not checked.
-    """
-    for number in numbers.tolist():
-        data, where = files.encoded(number)
-        if digests[number] not in (0, image_digest(data)):
-            raise UserError(f"{where} is not the one that was cached; give its place with --images")
 
 
 def check_live(

@@ -15,8 +15,8 @@ from pipeline.cache.index import read_images
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.files import metadata, within, zarr_shard_defects, zarr_shard_files
 from pipeline.cache.verify.findings import SegmentReport
-from pipeline.cache.verify.live import check_images, computable
-from pipeline.data import ImageFile, Spec, relocate
+from pipeline.cache.verify.live import computable
+from pipeline.data import ImageFile, Spec, check_images, relocate
 from pipeline.runtime.progress import say
 from pipeline.storage.tensors import tensor_bytes
 from singer.errors import UserError
