@@ -97,6 +97,10 @@ BASES: dict[str, Basis] = {
 }
 
 
+# These run the teacher's blocks; the others read weights or features alone.
+CURVED = ("curvature", "artifact-aware")
+
+
 def best_rank(context: FitContext, basis: str) -> tuple[int, list[tuple[float, float]]]:
     """Find the rank r that removes most artifact energy for the drift it costs. Returns (r, curve).
 

@@ -126,6 +126,33 @@ def test_from_images_to_a_student(family: Family, shards: str, tmp_path: Path) -
     assert all(bool(figures["drift"]) == family.suffix for figures in found.blocks.values())
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_srelpos_small_patch16_224"])
+def test_a_share_of_the_patches_of_a_teacher_with_positions_in_its_blocks(
+    name: str, shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks cannot read a share, so a fit that can do without them does, and another says so."""
+    (family,) = (f for f in FAMILIES if f.name == name)
+    teacher = build(family)
+    save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
+    sets = [f"teacher.name=local-dir:{tmp_path / 'teacher'}", f"teacher.image_size={family.size}"]
+    sets += ["cache.blocks=[-2,-1]", "cache.token_share=0.5", "refine.steps=3"]
+    cache_teacher(config_with(*sets), shards, tmp_path / "cache")
+    assert Cache(tmp_path / "cache").has_suffix
+    refine(config_with(*sets, "refine.cleaner=gated-adapter"), tmp_path / "cache", tmp_path / "refiner")
+    assert "next blocks need all patches" in capfd.readouterr().err
+    for cleaner in ("adapter", "projector"):
+        with pytest.raises(
+            UserError, match=f"refine.cleaner {cleaner}: the teacher's next blocks need all patches, and"
+        ):
+            refine(config_with(*sets, f"refine.cleaner={cleaner}"), tmp_path / "cache", tmp_path / "other")
+    with pytest.raises(UserError, match="use basis weights or artifact, and a number as rank"):
+        refine(
+            config_with(*sets, "refine.cleaner=gated-adapter", "refine.basis=artifact-aware"),
+            tmp_path / "cache",
+            tmp_path / "other",
+        )
+
+
 @pytest.mark.parametrize("family", [p for p in _families(False) if not p.values[0].args])  # type: ignore[attr-defined]
 def test_as_a_student(family: Family, world: Path, tmp_path: Path) -> None:
     sets = [f"student.name={family.name}", f"student.image_size={family.size}", "distill.epochs=1"]
