@@ -740,3 +740,20 @@ def test_prepare_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="overlaps the input"):
         prepare(config, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_label_of_an_image_with_dots_in_its_extension(tmp_path: Path) -> None:
+    """A key ends at its first dot, for the label as for the image; a plain .cls comes first."""
+    shard = write_tar(
+        tmp_path / "x.tar",
+        [
+            *(("a.v2.png", png()), ("a.v2.cls", b"3")),
+            *(("b.v2.png", png()), ("b.v1.cls", b"4")),
+            *(("c.v2.png", png()), ("c.v2.cls", b"5"), ("c.cls", b"6")),
+        ],
+    )
+    images = index_images(str(shard))
+    assert dict(zip(images.keys, images.labels.tolist(), strict=True)) == {"a": 3, "b": NO_LABEL, "c": 6}
+    write_tar(shard, [("a.v2.png", png()), ("a.v2.cls", b"cat")])
+    with pytest.raises(UserError, match="has a label that is not a class number: b'cat'"):
+        index_images(str(shard))

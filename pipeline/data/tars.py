@@ -33,14 +33,15 @@ UNSAFE = re.compile(r"^(?:/|\Z)|(?:^|/)\.\.(?:/|\Z)|[\\\x00-\x1f\x7f-\x9f\ud800-
 class Sample:
     """The members with one key, by extension.
 
-    members: those that matter; images: those that may be the image, also with dots in their extension; label: text of
-    .cls; repeated: extensions that occur twice; other: an extension that is none of these.
+    members: those that matter; images: those that may be the image, also with dots in their extension; labels: texts of
+    .cls, and of names such as .v2.cls, by extension; repeated: extensions that occur twice; other: an extension that is
+    none of these.
     """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     images: dict[str, Member] = field(default_factory=dict)
-    label: bytes | None = None
+    labels: dict[str, bytes] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
     other: str = ""
     defect: str | None = None
@@ -79,7 +80,8 @@ class TarSamples:
                 self.left_out[kind_of_name(member.name)] += 1
             return
         key, extension = parts or (member.name, "")
-        matters = extension in self._wanted or self._is_image(extension)
+        is_label = extension.rpartition(".")[2] == LABEL_EXTENSION
+        matters = extension in self._wanted or is_label or self._is_image(extension)
         if not (matters or member.regular or unsafe):
             return  # a folder with a dot in its name, mostly
         sample = self._sample(key, extension)
@@ -87,10 +89,10 @@ class TarSamples:
             sample.defect = f"has the unsafe name {member.name!r}"
         elif extension in sample.members or extension in sample.images:
             sample.repeated.append(extension)
-        elif extension in self._wanted:
+        elif extension in self._wanted or is_label:
             sample.members[extension] = member
-            if extension == LABEL_EXTENSION and member.regular and member.size <= _LABEL_BYTES:
-                sample.label = os.pread(file, member.size, member.offset)
+            if is_label and member.regular and member.size <= _LABEL_BYTES:
+                sample.labels[extension] = os.pread(file, member.size, member.offset)
         elif matters:
             sample.images[extension] = member
         else:
@@ -163,16 +165,20 @@ def contents(sample: Sample, image_key: str | None = None) -> tuple[int, Member]
     """Return label and image of a sample. Raises Defect if there is no usable image or label."""
     if sample.defect is not None:
         raise Defect(sample.defect)
-    image = sample.images[image_extension(sample, image_key)]
+    extension = image_extension(sample, image_key)
+    image = sample.images[extension]
     if not image.regular:
         raise Defect("has an image that is not a regular file")
     if not image.size:
         raise Defect("has an empty image")
-    if LABEL_EXTENSION not in sample.members:
+    # The image of .v2.png may have its label in .v2.cls: a key ends at its first dot.
+    named = f"{extension.rpartition('.')[0]}.{LABEL_EXTENSION}"
+    label = LABEL_EXTENSION if LABEL_EXTENSION in sample.members else named
+    if label not in sample.members:
         return NO_LABEL, image
-    if sample.label is None:
+    if label not in sample.labels:
         raise Defect("has a label that is not a class number: its .cls is too long, or no regular file")
-    text = sample.label.strip()
+    text = sample.labels[label].strip()
     if text == str(NO_LABEL).encode():
         return NO_LABEL, image
     if not text.isdigit() or int(text) >= 2**31:
