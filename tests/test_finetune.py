@@ -366,6 +366,18 @@ def test_what_is_wrong_with_the_test_is_found_before_training(world: Path, run: 
     assert not out.exists()
 
 
+def test_two_lists_of_one_folder_are_two_sets(world: Path, run: Path, tmp_path: Path) -> None:
+    """The run's cache has no image of world's test folder, of which one list trains and the other tests."""
+    files = sorted((world / "images" / "test").rglob("*.png"))
+    for name, chosen in (("learned.txt", files[::2]), ("tested.txt", files[1::2])):
+        (tmp_path / name).write_text("".join(f"{path} {path.parent.name}\n" for path in chosen))
+    config = world_config(world, *SETS, "finetune.epochs=1", "finetune.warmup_epochs=0")
+    learned, tested = str(tmp_path / "learned.txt"), str(tmp_path / "tested.txt")
+    result = finetune(config, run, learned, tmp_path / "out", tested)
+    assert result.test is not None and result.test.learned_from_test == "no"
+    assert evaluate(config, tmp_path / "out", None, learned, "head").learned_from_test == "yes"
+
+
 def test_a_second_one_knows_what_the_first_has_learned_from(world: Path, run: Path, tmp_path: Path) -> None:
     config, seen = (
         world_config(world, *SETS, "finetune.epochs=1", "finetune.warmup_epochs=0"),

@@ -513,7 +513,7 @@ def test_a_million_files_need_no_million_paths(tmp_path: Path) -> None:
 def test_dots_in_names(tmp_path: Path) -> None:
     a, b = encoded(1), encoded(2)
     one = write_tar(tmp_path / "a.tar", {"a/22.05.png": a, "a/22.05.cls": b"4", "a/23.06.png": b, "a/23.06.cls": b"5"})
-    assert content(index_images(str(one))) == {"a/22": (-1, a), "a/23": (-1, b)}
+    assert content(index_images(str(one))) == {"a/22": (4, a), "a/23": (5, b)}
     assert content(index_images(str(one), image_key=".png")) == {"a/22.05": (4, a), "a/23.06": (5, b)}
     two = write_tar(tmp_path / "b.tar", {"s.input.jpg": a, "s.left.jpg": b, "s.cls": b"3", "s.left.seg.png": b"m"})
     with pytest.raises(UserError, match=r"'s' has several images \(input.jpg, left.jpg\), since a key ends") as e:

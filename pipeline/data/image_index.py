@@ -99,6 +99,7 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
         files=_files(listings),
         classes=classes,
         left_out=left_out,
+        given=tuple(path.resolve() for path in paths),
     )
     return images if len(rows) == len(images) else images.select(rows)
 

@@ -125,7 +125,7 @@ class Images:
     in bytes (of a table: the number of the row); files: the name of each image's file in a folder, or column in a
     table, "" in tars, or None if all are tars; classes: names by label, empty if they are not known; skipped: samples
     that were left out; decoding: how the images are decoded; max_pixels: larger ones are broken; left_out: {kind: how
-    many other files the folders hold}.
+    many other files the folders hold}; given: what was listed, as two lists of one folder differ; empty in a cache.
     """
 
     paths: tuple[Path, ...]
@@ -141,6 +141,7 @@ class Images:
     classes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
     max_pixels: int = MAX_PIXELS
+    given: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

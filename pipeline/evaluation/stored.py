@@ -28,7 +28,7 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
     answer is unknown, the second value is the reason. All caches of a run hold the same images, so that one of them is
     enough.
     """
-    if run.finetuned is not None and {str(path) for path in test.paths} & set(run.finetuned.sources):
+    if run.finetuned is not None and {str(path) for path in test.given} & set(run.finetuned.sources):
         return "yes", ""
     reasons = []
     for link in run.teacher_links:

@@ -197,7 +197,7 @@ class Job:
             state, _ = student_run.final_states()
         best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
-        sources = list(dict.fromkeys([*earlier, *map(str, self.images.paths)]))
+        sources = list(dict.fromkeys([*earlier, *map(str, self.images.given)]))
         finetuned = Finetuned(
             self.classes, len(self.numbers), sources, student_run.steps,
             student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,

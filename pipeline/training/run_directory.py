@@ -69,7 +69,7 @@ class TeacherLink:
 class Finetuned:
     """How a student was fine-tuned with labels, after it was distilled.
 
-    classes: those of its head; images: how many it was trained on; sources: the files and folders that held them; loss,
+    classes: those of its head; images: how many it was trained on; sources: their shards, folders and lists; loss,
     seconds and the like: as in DistillResult, of this training.
     """
 
