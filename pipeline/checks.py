@@ -201,12 +201,22 @@ def check_finished(run: Path) -> None:
     read_json(run, RUN, "finished run")
 
 
+def check_folder(option: str, folder: Path) -> None:
+    """Raise UserError if a file is where an option wants a folder, or one above it."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{option} {folder}: {place} is a file; give another folder")
+            return
+
+
 def check_page(out: Path, overwrite: bool) -> None:
     """Raise UserError if no page may be written to `out`; nothing is changed."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out {out}: a report is one file; give a name that ends in .html")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
+    check_folder("--out", out.parent)
     if not out.exists():
         return
     if not overwrite:
@@ -288,6 +298,7 @@ def check_embedding(out: Path, features: str | None, overwrite: bool, tokens: st
         raise UserError(f"--out {out} needs pyarrow: pip install 'singer-vit[parquet]', or give a .npy")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; give a file")
+    check_folder("--out", out.parent)
     beside = [out.with_suffix(ROW_NAMES)] if out.suffix == ".npy" else []
     for file in (out, *beside):
         if file.exists() and not overwrite:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config import Config, Section, dump_config, keys, load_config, meta, recipes, section_of
 from pipeline.config.reference import as_markdown, as_yaml
+from pipeline.sweeps.file import read_plan
 from singer.errors import UserError
 
 
@@ -158,3 +159,12 @@ def test_a_remedy_works_as_printed() -> None:
         assert load_config(sets=[f"distill.epochs={epochs}", remedy]).distill.warmup_epochs == pytest.approx(
             0.05 * epochs
         )
+
+
+def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
+    """PyYAML would take the last one; a sweep's file is read in the same way."""
+    (tmp_path / "a.yaml").write_text("distill: {epochs: 1}\nstudent:\n  dim: 24\n  depth: 2\n  dim: 48\n")
+    with pytest.raises(UserError, match=r"a.yaml: not YAML \('dim' is there twice, again in line 5\)"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="'dim' is there twice"):
+        read_plan(tmp_path / "a.yaml")

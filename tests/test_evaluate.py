@@ -62,6 +62,13 @@ def test_perfect_features_and_chance() -> None:
     assert accuracy(linear_scores(noise_x, noise_y, torch.randn(400, 8), 5, settings), noise_y)["top1"] < 32
 
 
+def test_a_file_in_the_place_of_a_folder_is_said_before_the_features(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out, sets in ((tmp_path / "file", []), (None, [f"evaluate.features={tmp_path / 'file' / 'deeper'}"])):
+        with pytest.raises(UserError, match="file is a file; give another folder"):
+            evaluate(world_config(world, *sets), world / "teacher", world / "none", world / "none", out=out)
+
+
 def test_two_classes_and_classes_without_images() -> None:
     settings = load_config().evaluate
     # One cluster a class: of two, some draws cannot be parted by a line.

@@ -306,6 +306,7 @@ def test_mistakes(world: Path, runs: Path, tmp_path: Path) -> None:
         (tmp_path / "sweep", page, {}, "sweep is a sweep without a finished run"),
         (runs / "raw", tmp_path / "page", {}, "give a name that ends in .html"),
         (runs / "raw", tmp_path / "folder.html", {}, "is a folder; give a file"),
+        (runs / "raw", tmp_path / "text.html" / "a.html", {}, "text.html is a file; give another folder"),
         (runs / "raw", tmp_path / "text.html", {}, "text.html exists; replace it with --overwrite"),
         (runs / "raw", tmp_path / "text.html", {"overwrite": True}, "was not written by singer report and is left"),
         (runs / "raw", page, {"cache": world / "teacher"}, "teacher is not a feature cache"),

@@ -67,6 +67,23 @@ def recipes() -> list[str]:
     return sorted(p.stem for p in resource("configs").glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader of YAML that refuses a key that is there twice, of which PyYAML takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node. Raises YAMLError for a key that is there twice."""
+        names = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in names[:number] and key.value != "<<":
+                raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {key.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Return the content of a YAML file. Raises yaml.YAMLError if it has none, or a key twice."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def _read(file: str | Path) -> dict[str, Any]:
     """Read the sections of a YAML file or a bundled recipe. Raises UserError if that is not possible."""
     path = Path(file)
@@ -76,7 +93,7 @@ def _read(file: str | Path) -> dict[str, Any]:
             raise UserError(f"--config {file}: no such file, nor a recipe among {', '.join(recipes())}")
         path = bundled
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(tree or {}, dict):

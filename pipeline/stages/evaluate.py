@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, overload
 
-from pipeline.checks import check_model
+from pipeline.checks import check_folder, check_model
 from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
@@ -80,6 +80,9 @@ def evaluate_tasks(
     for task in tasks:
         require_known("--task", task, TASKS)
     run = Path(model) if (Path(model) / STUDENT).is_dir() else None
+    for option, folder in (("--out", out), ("evaluate.features", config.evaluate.features)):
+        if folder is not None:
+            check_folder(option, folder)
     check_model(model, weights)
     check_known_model(model)
     images: tuple[Images | None, Images]

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
+from pipeline.config.load import read_yaml
 from pipeline.evaluation.figures import FIGURES, choose_figure, figures_of
 from singer.errors import UserError
 
@@ -114,7 +115,7 @@ def find_sweep(file: str | Path) -> Path:
 def read_plan(path: Path) -> Plan:
     """Read a sweep's file; raise UserError, in one line, for a mistake in it."""
     try:
-        return make_plan(yaml.safe_load(path.read_text()))
+        return make_plan(read_yaml(path.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     except UserError as error:
