@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, Section, dump_config, keys, load_config, meta, recipes, section_of
+from pipeline.config.load import read_yaml
 from pipeline.config.reference import as_markdown, as_yaml
 from pipeline.sweeps.file import read_plan
 from singer.errors import UserError
@@ -168,3 +169,12 @@ def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
         load_config(tmp_path / "a.yaml")
     with pytest.raises(UserError, match="'dim' is there twice"):
         read_plan(tmp_path / "a.yaml")
+    # Merged maps may say a key again, and a number is not its text.
+    (tmp_path / "a.yaml").write_text("distill: &sub {<<: {epochs: 2, batch_size: 4}, epochs: 1}\nstudent: {dim: 24}\n")
+    assert load_config(tmp_path / "a.yaml").distill.epochs == 1
+    assert read_yaml("base: &base {sub: &sub {<<: {q: 1, x: 2}, x: 1}}\nb: {<<: *sub}\n1: a\n'1': b\n") == {
+        "base": {"sub": {"q": 1, "x": 1}},
+        "b": {"q": 1, "x": 1},
+        1: "a",
+        "1": "b",
+    }

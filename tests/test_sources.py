@@ -28,10 +28,9 @@ from pipeline.data import (
     numbered_as,
     places_of,
     relocate,
-    require_labels,
     resolve,
 )
-from pipeline.data.images import read_classes
+from pipeline.data.images import check_class_numbers, read_classes
 from pipeline.data.specs import braces
 from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
@@ -425,8 +424,13 @@ def test_a_list_reads_the_folder_of_its_images(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("photos/dog/c.png 1\n")
     write_tar(tmp_path / "x.tar", {"a.png": png()})
     specs = [str(tmp_path / name) for name in ("list.txt", "one.txt", "photos", "x.tar")]
-    places = [places_of(index_images(spec)) for spec in specs]
-    assert places == [[tmp_path / name] for name in ("photos", "photos/dog", "photos", "x.tar")]
+    places = [{*places_of(index_images(spec))} for spec in specs]
+    cat, dog = (tmp_path / "photos" / name for name in ("cat", "dog"))
+    assert places == [{cat, dog}, {dog}, {cat, dog}, {tmp_path / "x.tar"}]
+    # Folders that have nothing in common but the root; a name that leads through others.
+    elsewhere = photos(tmp_path / "other" / "deep", "c.png deeper/d.png")
+    (tmp_path / "photos" / "far.txt").write_text("../other/deep/c.png 0\n../other/deep/deeper/d.png 1\ncat/a.png 1\n")
+    assert {*places_of(index_images(str(tmp_path / "photos" / "far.txt")))} == {elsewhere, cat}
 
 
 @pytest.mark.parametrize(
@@ -455,7 +459,7 @@ def test_a_date_is_no_class_number(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="--train: label 20190101 of 'b' is no class number of 2 images; number classes"
     ):
-        require_labels(images, "--train")
+        check_class_numbers(images, "--train")
 
 
 def test_moved_folders(tmp_path: Path) -> None:

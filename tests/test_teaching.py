@@ -69,6 +69,16 @@ def test_attention_needs_blocks_with_qkv(world: Path) -> None:
         attention_of(post_norm, 1)
 
 
+def test_an_attention_below_the_last_block_is_trained_whole(world: Path) -> None:
+    """The projection of a block whose queries are compared stays trained where other losses reach it."""
+    student = new_student(world_config(world, "student.depth=4").student, 32)
+    targets = Targets(Cache(world / "cache"), None, student, CPU)
+    branch = TeacherBranch(student, {2: 1, 3: 3}, targets, Teaching({"minilm": 1.0, "mse": 1.0}))
+    model = Distiller(student, [branch])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {f"student.blocks.2.attn.{name}" for name in ("qkv.weight", "proj.weight", "proj.bias")} <= trained
+
+
 def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distiller, Batch]:
     """A student of two teachers, which have the same head and other features, and a batch."""
     student, cache = new_student(world_config(world).student, 32), Cache(world / "cache")

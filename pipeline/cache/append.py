@@ -116,8 +116,8 @@ def _check_same(images: Images, known: Images, digests: np.ndarray) -> None:
         if moved[n]:
             new, old = images.paths[images.container[n]], known.paths[known.container[n]]
             raise UserError(
-                f"image {known.keys[n]!r} has changed since it was cached, or {new} has another one of this name; "
-                f"then give both, so that keys are told apart: --images {old} --images {new}"
+                f"image {known.keys[n]!r} has changed since it was cached, or {new} has another one of this name than "
+                f"{old}; then give the earlier --images, too, before the new ones, so that keys are told apart"
             )
         raise UserError(f"image {known.keys[n]!r} has changed since it was cached")
 

@@ -70,13 +70,16 @@ def recipes() -> list[str]:
 class _Loader(yaml.SafeLoader):
     """A loader of YAML that refuses a key that is there twice, of which PyYAML takes the last in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of a node. Raises YAMLError for a key that is there twice."""
-        names = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in names[:number] and key.value != "<<":
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping as it is written, before merges. Raises YAMLError for a key that is there twice."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
                 raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {key.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
+            seen.add(name)
+        return node
 
 
 def read_yaml(text: str) -> Any:

@@ -117,17 +117,15 @@ def files_of(images: Images) -> Iterator[Path]:
 
 
 def places_of(images: Images) -> list[Path]:
-    """Return the shards and tables that hold the images, and of folders and lists the folder of the image files.
+    """Return the shards and tables that hold the images, and of folders and lists the folders of the image files.
 
-    A list's own folder may hold anything else. Of very many files, a sample decides.
+    A list's own folder may hold anything else. Of very many files, a sample decides. Folders in others are left out.
     """
-    places = []
+    places = [path for path in images.paths if not kind_of(path).named or images.files is None]
+    folders = set()
     for number, path in enumerate(images.paths):
-        if not kind_of(path).named or images.files is None:
-            places.append(path)
-            continue
-        rows = np.flatnonzero(images.container == number)
-        folders = {(path / images.files[n]).parent for n in rows[:: 1 + len(rows) // _LOOKED_AT].tolist()}
-        if folders:
-            places.append(Path(os.path.commonpath(folders)))
-    return places
+        if kind_of(path).named and images.files is not None:
+            rows = np.flatnonzero(images.container == number)
+            names = (path / images.files[n] for n in rows[:: 1 + len(rows) // _LOOKED_AT].tolist())
+            folders |= {Path(os.path.normpath(name)).parent for name in names}
+    return [*places, *sorted(folder for folder in folders if folders.isdisjoint(folder.parents))]

@@ -20,7 +20,7 @@ CLASSES = "classes.json"
 
 _KEYS_AT_ONCE = 1 << 18
 # Heads and scores have a column for each number up to the largest, so a date or an identifier would fill the memory.
-_MANY_CLASSES, _CLASSES_AN_IMAGE = 10_000, 10
+_MANY_CLASSES, _CLASSES_AN_IMAGE = 100_000, 10
 
 
 class Keys(Sequence[str]):
@@ -284,13 +284,17 @@ def image_digest(data: bytes) -> int:
 
 
 def require_labels(images: Images, what: str) -> None:
-    """Raise UserError if an image has no label, or one that is no class number. what: the data, for the message."""
+    """Raise UserError if an image has no label. what: the data, for the message."""
     missing = np.flatnonzero(images.labels == NO_LABEL)
     if len(missing):
         raise UserError(
             f"{what}: {len(missing)} of {len(images)} images have no .cls label, the first is "
             f"{images.keys[int(missing[0])]!r}"
         )
+
+
+def check_class_numbers(images: Images, what: str) -> None:
+    """Raise UserError if a label is so large that it can be no class number. what: the data, for the message."""
     largest = int(np.argmax(images.labels))
     if int(images.labels[largest]) >= max(_MANY_CLASSES, _CLASSES_AN_IMAGE * len(images)):
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
+from pipeline.data.images import check_class_numbers
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.feature_rows import fits, moments
 from pipeline.evaluation.global_features import global_features
@@ -82,6 +83,7 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
 def check_labels(train: Images, test: Images, classes: int) -> None:
     """Raise UserError as `check` does, for a classifier of so many classes."""
     require_labels(train, "--train")
+    check_class_numbers(train, "--train")
     require_labels(test, "--test")
     require_classes(train.labels)
     most = int(test.labels.max())

@@ -50,6 +50,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     place = folder.resolve()
     path = place.parent / f".{place.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             has_flock = flock(file.fileno(), path, wait=False)

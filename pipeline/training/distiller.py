@@ -43,7 +43,8 @@ class Distiller(Learner):
             for block in branch.attention.values():
                 block.norm1.requires_grad_(True)
                 for name, weight in block.attn.named_parameters():
-                    weight.requires_grad_(name.startswith(_MAKE_ATTENTION))
+                    if name.startswith(_MAKE_ATTENTION):
+                        weight.requires_grad_(True)
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None

@@ -55,7 +55,7 @@ class Muon(timm.optim.Muon):  # type: ignore[misc]  # timm has no types
             return False
         state = self.state[p]
         if "use_muon" not in state:
-            short, long = sorted((len(p), p[0].numel())) if p.ndim > 1 else (0, 0)
+            short, long = sorted((len(p), p.numel() // max(1, len(p)))) if p.ndim > 1 else (0, 0)
             # An axis of one is that of a position embedding or of a depthwise convolution.
             state["use_muon"] = 1 not in p.shape[:2] and short >= 4 and long <= 128 * short
             if state["use_muon"]:

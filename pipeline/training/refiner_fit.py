@@ -73,11 +73,13 @@ def runnable(suffix: TeacherSuffix | None, cache: Cache, settings: RefineConfig)
         for block in cache.blocks:
             shape = (1, cache.manifest.tokens_of(block), cache.manifest.teacher.width_of(block))
             suffix.last_output(torch.zeros(shape, device=device), block)
-    except RuntimeError:
+    except (RuntimeError, AssertionError):
         cleaner = CLEANERS[settings.cleaner]
         why = f"the teacher's next blocks need all patches, and {cache.place} holds some (cache.token_share)"
         if cleaner.needs_suffix or cleaner.needs_tokens:
-            raise UserError(f"refine.cleaner {settings.cleaner}: {why}; use gated-adapter or neighbour") from None
+            raise UserError(
+                f"refine.cleaner {settings.cleaner}: {why}; use gated-adapter or neighbour, and not distill.joint"
+            ) from None
         if cleaner.trained and (settings.rank == "auto" or settings.basis in CURVED):
             raise UserError(
                 f"refine.basis and rank: {why}; use basis weights or artifact, and a number as rank"

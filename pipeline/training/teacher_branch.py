@@ -14,7 +14,7 @@ from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
-from singer.objectives.relation import queries_keys_values
+from singer.objectives.relation import makes_attention, queries_keys_values
 from singer.patch_masks import only_masked
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
@@ -226,7 +226,7 @@ def attention_of(student: Backbone, number: int) -> Any:
     """Return a block of the student that makes queries, keys and values together. Raises UserError if it does not."""
     blocks = getattr(student.model, "blocks", ())
     block = blocks[number] if 0 < number < len(blocks) else nn.Identity()
-    if not (hasattr(getattr(block, "attn", None), "qkv") and hasattr(block, "norm1") and has_first_norm(block)):
+    if not (makes_attention(getattr(block, "attn", None)) and hasattr(block, "norm1") and has_first_norm(block)):
         raise UserError(
             "distill.objective minilm and tinymim need a student with two blocks or more that have norm1 and attn.qkv, "
             "in this order, such as vit; use relation for others"

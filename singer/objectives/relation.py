@@ -35,7 +35,7 @@ class Relation(Objective):
             )
         for block in self.blocks:
             attention = getattr(self.suffix.block(block + 1), "attn", None)
-            if not hasattr(attention, "qkv"):
+            if not makes_attention(attention):
                 raise UserError(f"distill.objective {self.name} needs a teacher that has attn.qkv in its blocks")
             first_norm(self.suffix.block(block + 1))  # raises UserError if there is none
 
@@ -65,6 +65,11 @@ class Relation(Objective):
     def mixed(self, tokens: Tensor, block: int) -> Tensor:
         """Compute queries, keys and values (B, N, 3 · d) that block + 1 makes of tokens (B, N, d)."""
         return queries_keys_values(self.attention(block), self.suffix.next_norm(tokens, block))
+
+
+def makes_attention(attention: Any) -> bool:
+    """Return whether an attention makes queries, keys and values together, in heads."""
+    return callable(getattr(attention, "qkv", None)) and hasattr(attention, "num_heads")
 
 
 def queries_keys_values(attention: Any, x: Tensor) -> Tensor:
