@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_singer, tree_bytes, world_config
+from conftest import run_singer, seeded, tree_bytes, world_config
+from PIL import Image
 from test_shards import png, write_tar
 from test_storage import Server
 
@@ -60,6 +61,21 @@ def test_stages_find_a_folder_that_moved(world: Path, made: Path, tmp_path: Path
     specs = [(train, test), (world / "train", world / "test")]
     alike = [evaluate(config, tmp_path / "run", str(learn), str(probe)) for learn, probe in specs]
     assert alike[0].linear == alike[1].linear and alike[0].train_images == 100
+
+
+def test_other_images_of_the_same_names_and_sizes_train_no_student(world: Path, tmp_path: Path) -> None:
+    """Their features are cached, and their pixels are others'; nothing but their bytes tells them apart."""
+    draw = np.random.default_rng(seeded(9))
+    for folder in ("mine", "others"):
+        (tmp_path / folder).mkdir()
+        for n in range(6):
+            image = Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            image.save(tmp_path / folder / f"{n}.bmp")
+    config = world_config(world, "distill.epochs=1", "distill.batch_size=3")
+    cache_teacher(config, tmp_path / "mine", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"others\S* .*is not the one that was cached; give its place with --images"):
+        distill(config, tmp_path / "cache", tmp_path / "run", images=str(tmp_path / "others"))
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_folder_is_resumed_and_appended_to(world: Path, tmp_path: Path) -> None:
