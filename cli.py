@@ -477,6 +477,7 @@ def sweep(
     test: Annotated[list[str] | None, typer.Option(help="Labelled images that they are tested on.")] = None,
     images: MovedOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one for each GPU.")] = None,
+    on_error: UnreadableOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -487,10 +488,11 @@ def sweep(
     from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
-    check_command("sweep", read_plan(find_sweep(file)).base, out, mode, caches=cache, images=[train, test, images])
+    base = read_plan(find_sweep(file), on_error).base
+    check_command("sweep", base, out, mode, caches=cache, images=[train, test, images])
     from pipeline.sweeps.run import sweep as run
 
-    result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers)
+    result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers, on_error=on_error)
     _report(result, as_json)
     result.check()
 
@@ -577,6 +579,7 @@ def cache_plan(
     views: ViewsOption = None,
     out: Annotated[str | None, typer.Option(help="Where the cache would be; this disk is measured.")] = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long caching is measured; 0: only bytes.")] = 20.0,
+    on_error: UnreadableOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     as_json: JsonOption = False,
@@ -595,6 +598,7 @@ def cache_plan(
         "cache.blocks": None if blocks is None else blocks.split(","),
         "cache.codec": codec,
         "views.count": views,
+        "cache.on_error": on_error,
     }
     tree = load_config(config, sets or (), options)
     check_command("plan", tree, images=[images])

@@ -207,7 +207,7 @@ def test_defective_samples(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as error:
         index_images(str(path))
     assert str(error.value).startswith(f"{path}: sample '{key}' {reason}") and "\n" not in str(error.value)
-    assert str(error.value).endswith("; repair it, or leave it out with --set cache.on_error=skip")
+    assert str(error.value).endswith("; repair it, or leave it out with --on-error skip")
     images = index_images(str(path), "skip")
     left = {"first", "last", *(["good"] if key == "good" else []), *(["x"] if name == "twice" else [])}
     assert set(images.keys) == left and len(images) == len(left)

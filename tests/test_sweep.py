@@ -382,6 +382,15 @@ def test_probe_images_that_are_left_out(world: Path, tmp_path: Path) -> None:
         result = run(world, file, tmp_path / "out", mode, train=str(world / "train" / "*.tar"), test=str(shard))
         assert (result.done, result.failed) == (1, {})
     assert len(json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"]) == 1
+    # What the message tells to add, works for a file that does not say it.
+    plain = write(world, tmp_path / "plain.yaml", "distill.epochs=1", runs=RUNS[2:3])
+    probed = {"train": str(world / "train" / "*.tar"), "test": str(shard)}
+    with pytest.raises(UserError, match="leave it out with --on-error skip"):
+        run(world, plain, tmp_path / "plain", **probed)
+    result = run(world, plain, tmp_path / "plain", **probed, on_error="skip")
+    assert (result.done, result.failed) == (1, {})
+    with pytest.raises(UserError, match=r"plain.yaml: .*cache.on_error"):
+        run(world, plain, tmp_path / "other", **probed, on_error="perhaps")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Defects:
         reason = printable(reason)
         if self.on_error == "fail":
             where = Skipped(printable(path), key, reason)
-            raise UserError(f"{where}; repair it, or leave it out with --set cache.on_error=skip")
+            raise UserError(f"{where}; repair it, or leave it out with --on-error skip")
         self.skipped.append(Skipped(path.name, key, reason))
 
 

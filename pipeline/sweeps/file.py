@@ -112,18 +112,21 @@ def find_sweep(file: str | Path) -> Path:
     raise UserError(f"{file}: no such file, nor a bundled sweep among {known}")
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a sweep's file; raise UserError, in one line, for a mistake in it."""
+def read_plan(path: Path, on_error: str | None = None) -> Plan:
+    """Read a sweep's file; raise UserError, in one line, for a mistake in it.
+
+    on_error: cache.on_error of all its configurations, in the place of the file's.
+    """
     try:
-        return make_plan(read_yaml(path.read_text()))
+        return make_plan(read_yaml(path.read_text()), () if on_error is None else (f"cache.on_error={on_error}",))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def make_plan(tree: Any) -> Plan:
-    """Return the plan of a file's content; raise UserError for a mistake in it."""
+def make_plan(tree: Any, sets: Sequence[str] = ()) -> Plan:
+    """Return the plan of a file's content; raise UserError for a mistake in it. sets: KEY=VALUE, after its base."""
     try:
         file = SweepFile.model_validate(tree or {})
     except ValidationError as error:
@@ -131,12 +134,12 @@ def make_plan(tree: Any) -> Plan:
     if not file.grid and not file.runs:
         raise UserError("it has neither grid nor runs; give one of them, or both")
     base = _base(file.base)
-    drafts = [_draft(entry, point, base) for entry in file.runs or (RunEntry(),) for point in _points(file.grid)]
+    drafts = [_draft(entry, point, base, sets) for entry in file.runs or (RunEntry(),) for point in _points(file.grid)]
     runs, refiners = _named(drafts)
     _check_different(file.runs, runs)
     probes = tuple(dict.fromkeys(file.probes))
     return Plan(
-        load_config(base),
+        load_config(base, sets),
         tuple(runs),
         refiners,
         probes,
@@ -179,7 +182,7 @@ def _points(grid: Mapping[str, list[Value]]) -> Iterable[dict[str, Value]]:
     return (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
 
 
-def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any]) -> _Draft:
+def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any], sets: Sequence[str]) -> _Draft:
     twice = sorted(set(entry.set) & set(point))
     if twice:
         raise UserError(f"{twice[0]} is set by grid and by {entry.name or 'a run'}; leave one out")
@@ -189,7 +192,7 @@ def _draft(entry: RunEntry, point: dict[str, Value], base: str | dict[str, Any])
     refiner = changes.pop(REFINER, "fit")
     if refiner not in ("none", "fit", None):
         raise UserError(f"{REFINER} is none or fit, not {refiner!r}")
-    config = load_config(base, [_setting(key, value) for key, value in changes.items()])
+    config = load_config(base, [*sets, *(_setting(key, value) for key, value in changes.items())])
     resolved = {key: _at(config, key) for key in changes}
     if REFINER in entry.set or REFINER in point:
         resolved[REFINER] = refiner or "none"

@@ -78,12 +78,14 @@ def sweep(
     test: Spec | None = None,
     images: Spec | None = None,
     workers: int | None = None,
+    on_error: str | None = None,
 ) -> SweepResult:
     """Do all runs of a sweep's file, or of a bundled sweep by its name, in the folder `out`.
 
     caches: one cache, or a list for several teachers; train, test: labelled shards for the probes, without which
     students are trained but not compared; images: where the cached images are, if they moved; workers: the number of
-    processes, by default one for each GPU. A single worker is this process itself.
+    processes, by default one for each GPU. A single worker is this process itself; on_error: fail or skip, for images
+    of the probes that cannot be read, in the place of the file's cache.on_error.
 
     Raises UserError, before anything starts, for mistakes that the user can fix. Later failures are in the result.
     """
@@ -92,7 +94,7 @@ def sweep(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("singer sweep starts its own processes; start it without accelerate launch")
     path = find_sweep(file)
-    plan, content = read_plan(path), path.read_bytes()
+    plan, content = read_plan(path, on_error), path.read_bytes()
     places = as_places(caches)
     opened = [Cache(place) for place in places]
     check_records(opened)
