@@ -22,6 +22,7 @@ from pipeline.config import load_config
 from pipeline.data import (
     ImageFile,
     Images,
+    check_class_numbers,
     index_beside,
     index_images,
     list_probe_images,
@@ -30,7 +31,7 @@ from pipeline.data import (
     relocate,
     resolve,
 )
-from pipeline.data.images import check_class_numbers, read_classes
+from pipeline.data.images import read_classes
 from pipeline.data.specs import braces
 from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore

@@ -385,6 +385,11 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     ):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "run"] and len([*(tmp_path / "disk").iterdir()]) == 1
+    # A kill in mid-removal leaves a link to nothing.
+    (tmp_path / "disk" / "run").rename(tmp_path / "disk" / ".run.removed")
+    with LocalStore(tmp_path / "run").lock():
+        LocalStore(tmp_path / "run").write("file", b"three")
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["run"] and (tmp_path / "run").is_symlink()
 
 
 def test_the_current_folder_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

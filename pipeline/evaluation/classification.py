@@ -13,8 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
-from pipeline.data import Images, require_labels
-from pipeline.data.images import check_class_numbers
+from pipeline.data import Images, check_class_numbers, require_labels
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.feature_rows import fits, moments
 from pipeline.evaluation.global_features import global_features

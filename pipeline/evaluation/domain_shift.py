@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.config import EvaluateConfig
-from pipeline.data import Images, require_labels
+from pipeline.data import Images, check_class_numbers, require_labels
 from pipeline.evaluation.classification import Accuracies, accuracy, linear_scores, require_classes
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import global_features
@@ -63,6 +63,7 @@ def probe(context: EvaluationContext) -> DomainShift:
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     """Raise UserError if images have no labels, or if the other set or the class map lacks a label."""
     require_labels(train, "--train")
+    check_class_numbers(train, "--train")
     require_labels(test, "--test")
     require_classes(train.labels)
     _check_labels(train, test, class_map(train, test, settings), settings.class_map)

@@ -133,4 +133,5 @@ def _sample(place: Place, variant: str, images: int) -> _Sample:
 
 
 def _one_hot(labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.one_hot(labels).float()
+    # A column for each class that there is, however large its number.
+    return torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).float()

@@ -99,6 +99,8 @@ class LocalStore:
         with exclusive(self.path):
             # Remove what holders that died have left.
             shutil.rmtree(self._removed, ignore_errors=True)
+            if self.path.is_symlink():
+                self.path.resolve().mkdir(parents=True, exist_ok=True)
             for name, _ in self._everything():
                 if name.endswith(TEMPORARY):
                     self.remove(name)

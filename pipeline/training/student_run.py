@@ -97,7 +97,10 @@ class StudentRun:
         """
         student = self.student.model if self.ema is None else self.ema.module
         states = self.kept_states or whole_states(student, self.learner)
-        if not all(bool(x.isfinite().all()) for state in states for x in state.values() if x.is_floating_point()):
+        # A buffer may be a mask of infinities.
+        buffers = {name for model in (student, self.learner) for name, _ in model.named_buffers()}
+        weights = [x for state in states for name, x in state.items() if name not in buffers and x.is_floating_point()]
+        if not all(bool(x.isfinite().all()) for x in weights):
             section = self.settings.section
             raise UserError(f"the weights are not finite after the last step; lower {section}.lr or use precision no")
         return states
