@@ -262,6 +262,21 @@ def _fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 def first_norm(block: nn.Module) -> nn.Module:
     """Find the norm before a block's first branch. Raises UserError if it has none there (res-post-norm)."""
+    norm = _first_norm(block)
+    if norm is None:
+        raise UserError(
+            "these blocks have no norm at their input (they norm after each branch); use an objective other than "
+            "relation, minilm and tinymim"
+        )
+    return norm
+
+
+def has_first_norm(block: nn.Module) -> bool:
+    """Return whether a block has a norm before its first branch."""
+    return _first_norm(block) is not None
+
+
+def _first_norm(block: nn.Module) -> nn.Module | None:
     for name in ("norm1", "in_norm", "layernorm_before", "layer_norm1"):
         norm = getattr(block, name, None)
         if isinstance(norm, nn.Module) and not isinstance(block, _POST_NORM):
@@ -269,16 +284,4 @@ def first_norm(block: nn.Module) -> nn.Module:
     branches = getattr(block, "attns", None)
     if isinstance(branches, nn.ModuleList):  # parallel branches, each with a norm of its own
         return next(m for n, m in branches[0].named_children() if n == "norm")
-    raise UserError(
-        "these blocks have no norm at their input (they norm after each branch); use an objective other than relation, "
-        "minilm and tinymim"
-    )
-
-
-def has_first_norm(block: nn.Module) -> bool:
-    """Return whether a block has a norm before its first branch."""
-    try:
-        first_norm(block)
-    except UserError:
-        return False
-    return True
+    return None

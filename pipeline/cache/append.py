@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.cache.format import MANIFEST
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
+from pipeline.cache.statistics import evenly_spaced
 from pipeline.data import ImageFile, Images, image_digest
 from pipeline.storage import Place
 from singer.errors import UserError
@@ -106,10 +107,8 @@ def _check_same(images: Images, known: Images, digests: np.ndarray) -> None:
     moved = here != before
     changed = (images.labels != known.labels) | (images.size != known.size)
     if moved.any():
-        rows = np.flatnonzero(moved & ~changed)
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)]
         with ImageFile(images) as files:
-            for n in rows.tolist():
+            for n in evenly_spaced(np.flatnonzero(moved & ~changed), _COMPARED).tolist():
                 changed[n] = digests[n] not in (0, image_digest(files.encoded(n)[0]))
     if changed.any():
         n = int(np.argmax(changed))

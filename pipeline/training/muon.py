@@ -37,7 +37,9 @@ class Muon(timm.optim.Muon):  # type: ignore[misc]  # timm has no types
         for group in self.param_groups:
             alike = defaultdict[Any, dict[Tensor, Tensor]](dict)
             for p in group["params"]:
-                if not group["use_fallback"] and p.grad is not None and self._is_whole_matrix(p):
+                if group["use_fallback"] or p.grad is None or isinstance(p, DTensor):
+                    continue
+                if self.state[p].setdefault("use_muon", _is_matrix(p)):
                     alike[p.shape, p.device, p.dtype][p] = p.grad
             for gradients in alike.values():
                 self._update(gradients, group)
@@ -49,23 +51,10 @@ class Muon(timm.optim.Muon):  # type: ignore[misc]  # timm has no types
         for p, gradient in done.items():
             p.grad = gradient
 
-    def _is_whole_matrix(self, p: Tensor) -> bool:
-        """Return whether a weight is not split, and gets orthogonal updates by timm's rules."""
-        if isinstance(p, DTensor):
-            return False
-        state = self.state[p]
-        if "use_muon" not in state:
-            short, long = sorted((len(p), p.numel() // max(1, len(p)))) if p.ndim > 1 else (0, 0)
-            # An axis of one is that of a position embedding or of a depthwise convolution.
-            state["use_muon"] = 1 not in p.shape[:2] and short >= 4 and long <= 128 * short
-            if state["use_muon"]:
-                state["momentum_buffer"] = torch.zeros_like(p)
-        return bool(state["use_muon"])
-
     def _update(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         """Update weights of one shape (m, ...), as matrices (m, n), by their gradients."""
         weights, steps = list(gradients), list(gradients.values())
-        momenta = [self.state[p]["momentum_buffer"] for p in weights]
+        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
         torch._foreach_lerp_(momenta, steps, 1 - group["momentum"])
         ahead = torch.stack(torch._foreach_lerp(steps, momenta, group["momentum"])).flatten(2)
         dtype = torch.bfloat16 if ahead.is_cuda else torch.float32
@@ -73,3 +62,10 @@ class Muon(timm.optim.Muon):  # type: ignore[misc]  # timm has no types
         rate = group["lr"] * get_lr_scale(turned.shape[1:], group["adjust_lr_fn"])
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(turned.to(steps[0].dtype).reshape(-1, *weights[0].shape)), alpha=-rate)
+
+
+def _is_matrix(p: Tensor) -> bool:
+    """Return whether a weight gets orthogonal updates, by timm's rules."""
+    short, long = sorted((len(p), p.numel() // max(1, len(p)))) if p.ndim > 1 else (0, 0)
+    # An axis of one is that of a position embedding or of a depthwise convolution.
+    return 1 not in p.shape[:2] and short >= 4 and long <= 128 * short
