@@ -1,7 +1,7 @@
 """Each lever alone: one change of the recipe at a time, at equal steps, judged on training images, ranked.
 
     python benchmarks/levers.py --teacher FILE --data FOLDER --out runs/levers [--levers NAME ...] [--seeds 0 1 2]
-        [--passes 16] [--shards 5] [--figures FILE] [--write docs/results.md] [--table]
+        [--passes 16] [--shards 5] [--set KEY=VALUE ...] [--figures FILE] [--write docs/results.md] [--table]
 
 A student of the recipe tinyimagenet-ti-to-w96 with one change (LEVERS) sees each image of all training shards but the
 last `--passes` times. Probes of images are tested on the last training shard; that of CamVid learns from all its
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--passes", type=int, default=16, help="times that a student sees an image")
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, for all levers")
     parser.add_argument("--figures", type=Path, help="file of all figures; default: figures.jsonl in --out")
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and do nothing")
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
@@ -191,9 +192,10 @@ def main() -> None:
             f"--passes {options.passes} is no multiple of {max(views)} views; give such a number, or other --levers"
         )
     options.out.mkdir(parents=True, exist_ok=True)
-    setting = {"passes": options.passes, "shards": options.shards}
+    setting = {"passes": options.passes, "shards": options.shards} | ({"set": options.set} if options.set else {})
     kept = Figures(options.figures or options.out / "figures.jsonl", setting)
-    levers = Levers(Chain(options.teacher, options.data, options.out, options.shards, []), options.passes, kept)
+    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
+    levers = Levers(chain, options.passes, kept)
     if not options.table:
         for seed in options.seeds:
             for name in options.levers:
