@@ -6,6 +6,7 @@ Run it as `singer ...` or `accelerate launch cli.py ...`.
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ class Commands(TyperGroup):
     """A group of commands that takes --verbose before the command and after it, and says how to go on after Ctrl-C."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments after --verbose is moved to the front."""
-        return super().parse_args(ctx, sorted(args, key=lambda word: word != VERBOSE))
+        """Parse the arguments after --verbose is moved to the front, and `~` is expanded where no shell does it."""
+        words = [re.sub("^(--[a-z-]+=)~(?=/|$)", lambda start: start[1] + str(Path.home()), w) for w in args]
+        return super().parse_args(ctx, sorted(words, key=lambda word: word != VERBOSE))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

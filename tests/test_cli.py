@@ -399,3 +399,12 @@ def test_help_names_every_part() -> None:
     assert [c for c in CODECS if c not in cli.CODEC_HELP and not c.endswith("-plain")] == []
     assert [t for t in TASKS if t not in cli.TASK_HELP] == []
     assert FIGURES.keys() == TASKS.keys()
+
+
+def test_home_folders_after_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("distill:\n  epochs: 7\n")
+    assert run_singer(monkeypatch, "config", "--config=~/own.yaml") == 0
+    assert "epochs: 7" in capfd.readouterr().out

@@ -178,3 +178,42 @@ def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
         1: "a",
         "1": "b",
     }
+
+
+@pytest.mark.parametrize("name", ["2024-01-05", "2024", "0123", "1.5", "yes"])
+def test_a_name_that_yaml_reads_otherwise(name: str, tmp_path: Path) -> None:
+    config = load_config(None, [f"student.init={name}", f"evaluate.features={name}", f"distill.teacher={name}"])
+    assert (config.student.init, config.evaluate.features, config.distill.teacher) == (name, Path(name), name)
+    file = tmp_path / "config.yaml"
+    file.write_text(f"student:\n  init: {name}\n")
+    with pytest.raises(UserError, match="got .*; a name is put in quotes"):
+        load_config(file)
+    file.write_text(f"student:\n  init: '{name}'\n")
+    assert load_config(file).student.init == name
+
+
+def test_lists_and_null_of_a_key_that_takes_a_name() -> None:
+    config = load_config({"evaluate": {"features": "x"}}, ["evaluate.features=null", "distill.teacher=[a, null]"])
+    assert config.evaluate.features is None
+    assert config.distill.teacher == ("a", None)
+
+
+def test_home_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config({"evaluate": {"class_map": "~/map"}}, ["evaluate.features=~/f"], {"teacher.weights": "~/w"})
+    assert config.evaluate.class_map == Path("/home/me/map")
+    assert (config.evaluate.features, config.teacher.weights) == (Path("/home/me/f"), Path("/home/me/w"))
+    with pytest.raises(UserError, match="features: there is no such user, or no home folder, got '~nobody-of-this"):
+        load_config(None, ["evaluate.features=~nobody-of-this-name/f"])
+
+
+def test_a_variant_that_is_given_wins_over_the_whole_of_the_files() -> None:
+    whole = load_config().model_dump(mode="json")
+    assert (
+        load_config(whole, options={"refine.variant": "paper"}).refine
+        == load_config(None, ["refine.variant=paper"]).refine
+    )
+    kept = load_config({"refine": {"variant": "paper", "rank": 8, "steps": 5}}, ["refine.variant=paper"])
+    assert (kept.refine.rank, kept.refine.steps) == (8, 5)
+    other = load_config({"refine": {"rank": 8, "steps": 5}}, ["refine.variant=paper", "refine.lr=1e-4"])
+    assert (other.refine.rank, other.refine.steps, other.refine.lr) == (64, 5, 1e-4)

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import make_batch, make_vit, seeded, world_config
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.cache import Cache
@@ -115,6 +117,39 @@ def test_misfits() -> None:
     turning = {"depth": 2, "num_classes": 0, "num_heads": 2}
     pair = [timm.create_model("vit_small_patch16_dinov3", embed_dim=d, **turning) for d in (48, 24)]
     assert "turn in pairs" in str(misfit(*pair))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"registers": 2},
+        {"patch_size": 4, "image_size": 16},
+        {"depth": 2},
+        {"exit": "wide", "exit_width": 48},
+        {"image_size": (32, 48)},
+    ],
+)
+def test_start_from_a_file(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    """Published weights have a head, and may have another depth, patch size or number of registers."""
+    sizes = {"embed_dim": 24, "depth": 4, "num_heads": 2, "reg_tokens": 1, "img_size": 64}
+    source = timm.create_model("vit_tiny_patch16_224", patch_size=8, num_classes=7, **sizes)
+    save_file(source.state_dict(), tmp_path / "own.safetensors")
+    config = StudentConfig(**{"dim": 24, "depth": 4, "heads": 2, "patch_size": 8, "registers": 1} | changes)
+    student = new_student(config, 32)
+    start_student(student, config.model_copy(update={"init": str(tmp_path / "own.safetensors")}), _weights(world))
+    # What the file does not have keeps its value in both.
+    torch.testing.assert_close(dict(student.model.state_dict()), select_weights(source, student.model))
+    name = "blocks.0.mlp.fc2.weight"
+    assert torch.equal(student.model.state_dict()[name], source.state_dict()[name])
+
+
+def test_a_wider_file_is_no_start(world: Path, tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", depth=3, num_heads=2, embed_dim=48, patch_size=8)
+    save_file(source.state_dict(), tmp_path / "wide.safetensors")
+    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8, init=str(tmp_path / "wide.safetensors"))
+    with pytest.raises(UserError, match=r"do not fit .*; they are 48 wide and have 3 blocks and patches of 8 pixels"):
+        start_student(new_student(config, 32), config, _weights(world))
 
 
 def _weights(world: Path, **changes: object) -> TeacherWeights:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -79,6 +80,12 @@ def section_of(config: "Config | type[Config]", name: str) -> type[Section]:
     annotation = (config if isinstance(config, type) else type(config)).model_fields[name].annotation
     assert isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation
+
+
+def takes_text(annotation: Any) -> bool:
+    """Return whether a key takes a name or a path, and no number or truth value."""
+    kinds = {annotation} | {inner for one in get_args(annotation) for inner in (one, *get_args(one))}
+    return bool(kinds & {str, Path}) and not kinds & {int, float, bool}
 
 
 def check_ranges(section: Section, *names: str) -> None:

@@ -37,6 +37,15 @@ def _pixels(value: Any) -> Any:
     return value
 
 
+def _expanded(path: Path) -> Path:
+    """Expand `~`, since no shell does that in section.key=~/folder. Raises an error if there is no such home."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise PydanticCustomError("home", "there is no such user, or no home folder") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 # The side of a square, or height and width.
 InputSize = Annotated[
     Positive | tuple[Positive, Positive], BeforeValidator(_pixels), AfterValidator(lambda size: Size.of(size).written)

@@ -10,9 +10,9 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.fields import Section, keys
+from pipeline.config.fields import Section, keys, section_of, takes_text
 from pipeline.config.sections import Config
-from pipeline.config.training import StudentConfig
+from pipeline.config.training import VARIED, RefineConfig, StudentConfig
 from singer.errors import UserError
 
 # libyaml, where PyYAML was built with it, writes ten times as fast.
@@ -37,10 +37,10 @@ def load_config(
         if not equals or not name:
             raise UserError(f"--set takes section.key=value, not {item!r}")
         try:
-            given[name] = yaml.safe_load(text)
+            given[name] = _value(name, text)
         except yaml.YAMLError:
             raise UserError(f"--set {name}: {text!r} is not a YAML value") from None
-    tree = _without_shape(base, given.get("student.name"))
+    tree = _without_variant(_without_shape(base, given.get("student.name")), given.get("refine.variant"))
     for name, value in given.items():
         _put(tree, name, value)
     try:
@@ -118,6 +118,24 @@ def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
     return {**tree, "student": {key: value for key, value in given.items() if key not in shape}}
 
 
+def _without_variant(tree: dict[str, Any], variant: str | None) -> dict[str, Any]:
+    """Leave out the file's values of what variants set if `variant` is another one than the file's."""
+    given = tree.get("refine", {})
+    if variant is None or not isinstance(given, dict) or given.get("variant", RefineConfig().variant) == variant:
+        return tree
+    return {**tree, "refine": {key: value for key, value in given.items() if key not in VARIED}}
+
+
+def _value(name: str, text: str) -> Any:
+    """Read the YAML value of a key, or its text where that is a name: a folder may be called 2024-01-05."""
+    value = yaml.safe_load(text)
+    section, _, key = name.partition(".")
+    if value is None or isinstance(value, str | list | dict) or section not in Config.model_fields:
+        return value
+    field = section_of(Config, section).model_fields.get(key)
+    return text.strip() if field is not None and takes_text(field.annotation) else value
+
+
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     """Set section.key in a tree. Raises UserError if the name has no section, or the section no keys."""
     section, dot, key = name.partition(".")
@@ -136,7 +154,8 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "value_error":  # a section's own check, which names the key
         return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].lower()}, got {error['input']!r}"
+        quotes = "; a name is put in quotes" if error["type"] in ("string_type", "path_type") else ""
+        return f"{where}: {error['msg'].lower()}, got {error['input']!r}{quotes}"
     section, _, key = where.rpartition(".")
     fields = Config.model_fields
     if section in fields:

@@ -1,6 +1,5 @@
 """The sections of the configuration: one frozen, validated tree. Each key states what it is and what it affects."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +18,7 @@ from pipeline.config.kinds import (
     Rates,
     Seed,
     Share,
+    UserPath,
 )
 from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
 from singer.errors import UserError
@@ -37,7 +37,7 @@ class PrepareConfig(Section):
     layout: str = key("folder", "how the images are stored: a name among pipeline/data/importers/")
     split: str | None = key(None, "which split of a data set that has several")
     shard_images: Positive = key(1000, "images in a shard")
-    classes: Path | None = key(None, "classes.json of another split, to number classes as there")
+    classes: UserPath | None = key(None, "classes.json of another split, to number classes as there")
     on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images", "failures")
     seed: Seed = key(0, "seed of the order of images")
 
@@ -58,7 +58,9 @@ class TeacherConfig(Section):
         "the model: a name in timm, hf-hub:USER/NAME, local-dir:FOLDER, hf:USER/NAME or package.module:function",
         "place",
     )
-    weights: Path | None = key(None, "local .safetensors or .pth file; without it timm fetches the weights", "place")
+    weights: UserPath | None = key(
+        None, "local .safetensors or .pth file; without it timm fetches the weights", "place"
+    )
     averaged: bool = key(True, "take averaged weights (EMA) where a file has both")
     image_size: InputSize | None = key(
         None, "input in pixels, one number or [height, width]; default: the teacher's own"
@@ -164,7 +166,7 @@ class EvaluateConfig(Section):
     )
     batch_size: Positive = key(128, "images in a forward pass", "speed")
     workers: Positive = key(2, "threads that decode images", "speed")
-    features: Path | None = key(
+    features: UserPath | None = key(
         None,
         "folder that keeps the features of images; probes that were interrupted, or are repeated with other settings, "
         "go on from them",
@@ -210,7 +212,7 @@ class EvaluateConfig(Section):
         "details",
         only=("classification",),
     )
-    class_map: Path | None = key(
+    class_map: UserPath | None = key(
         None, 'JSON {"test label": train label}, or a list of train labels', only=("domain-shift", "head")
     )
     seed: Seed = key(0, "seed of splits and heads")

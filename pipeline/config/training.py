@@ -1,13 +1,23 @@
 """The sections of the configuration that say how refiners are fitted and students are trained."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Section, key
-from pipeline.config.kinds import Above, Below, Fraction, InputSize, LocalCopy, NotNegative, Positive, Seed, Share
+from pipeline.config.kinds import (
+    Above,
+    Below,
+    Fraction,
+    InputSize,
+    LocalCopy,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    UserPath,
+)
 from pipeline.config.loop import TrainingConfig
 from singer.errors import UserError
 
@@ -22,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {**_PAPER, "basis": "weights", "outlier_form": "paper", "info_form": "paper"},
     "official": {**_PAPER, "basis": "weights-official", "outlier_form": "official", "info_form": "official"},
 }
+# The keys of which a variant may have values of its own.
+VARIED = frozenset(key for values in VARIANTS.values() for key in values)
 LOCAL_COPY_GB = (
     "what all copies in that folder may take, in GB; those unused for longest are removed first, and none that was "
     "used in the last ten minutes; default: no limit"
@@ -77,7 +89,7 @@ class RefineConfig(Section):
     seed: Seed = key(0, "seed of the split of the records and of the fit")
     teacher: str | None = key(None, "which of a cache's teachers, by its variant; default: the first")
     blocks: tuple[int, ...] | None = key(None, "which of the teacher's blocks; default: all")
-    local_copy: Path | None = key(None, "folder to which Zarr shards are copied when they are first read", "place")
+    local_copy: UserPath | None = key(None, "folder to which Zarr shards are copied when they are first read", "place")
     local_copy_gb: Above | None = key(None, LOCAL_COPY_GB, "speed")
 
     @property
@@ -166,7 +178,7 @@ class DistillConfig(TrainingConfig):
     block_weights: tuple[Above, ...] | None = key(
         None, "weights of the teacher's blocks, in their order, for objectives of blocks; default: equal weights"
     )
-    texts: Path | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
+    texts: UserPath | None = key(None, "zero-shot: .npy of text embeddings, (texts, width of the teacher's output)")
     joint: bool = key(False, "train fresh adapters (section refine) with the student, as the paper does")
     kd_weight: Above = key(
         1.0, "weight of the objective; in joint training, the adapters' losses have weights of their own"
@@ -195,7 +207,7 @@ class DistillConfig(TrainingConfig):
         "nearest of at most 100 k-means centres (prototypes); or the loss of the student of share_run (loss)",
         shared=True,
     )
-    share_run: Path | None = key(
+    share_run: UserPath | None = key(
         None,
         "loss: a finished run of distill from the same cache, by whose loss images are scored; best one that was "
         "trained on few of them",
@@ -226,7 +238,7 @@ class DistillConfig(TrainingConfig):
     teacher_drop: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "with several caches: probability that a teacher does not count for an image, unless its loss is largest"
     )
-    local_copy: Path | None = key(
+    local_copy: UserPath | None = key(
         None, "folder to which Zarr shards are copied when they are first read", "place", shared=True
     )
     local_copy_gb: Above | None = key(None, LOCAL_COPY_GB, "speed", shared=True)

@@ -47,7 +47,7 @@ def new_student(
         raise UserError(f"{keys} are for student.name vit; leave them out for {config.name}")
     args: dict[str, Any] = {**given, "patch_size": config.patch_size, "num_classes": 0}
     if config.registers is not None:
-        args[_registers(config.name)] = config.registers
+        args[registers_argument(config.name)] = config.registers
     if config.drop_path:
         args["drop_path_rate"] = config.drop_path
     name = PLAIN_VIT if config.name == "vit" else config.name
@@ -75,7 +75,7 @@ def _exit(config: StudentConfig, base: str, width: int | None) -> dict[str, Any]
     return {"base": base, "exit": config.exit, "exit_width": config.exit_width or width}
 
 
-def _registers(name: str) -> str:
+def registers_argument(name: str) -> str:
     """Return the argument by which a model of timm takes a number of register tokens. Raises UserError for others."""
     base = PLAIN_VIT if name == "vit" else name
     if not is_function(base) and not base.startswith(HF):

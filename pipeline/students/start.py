@@ -11,12 +11,18 @@ from torch import Tensor
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.models.loading import create_model, load_saved
+from pipeline.models.weights import describe_size, read_weights
 from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import say
+from pipeline.students.new import registers_argument
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
 from singer.selection import misfit, select_weights
+from singer.sizes import Size
 
+# Arguments of a student in which a file may differ from it: its head, input, registers and exit. Depth and patch size
+# are read from the file.
+_OF_THE_FILE = {"num_classes", "img_size", "reg_tokens", "num_reg_tokens", "base", "exit", "exit_width"}
 RANDOM = "or start from random weights: --set student.init=random"
 
 
@@ -87,11 +93,20 @@ def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
 
 
 def _other(path: Path, student: Backbone) -> Backbone:
-    """Load a run, a timm model folder, or a file with weights of the student's own shape."""
+    """Load a run, a timm model folder, or a file with weights of the student's own width."""
     if path.is_dir():
         return load_saved(path / STUDENT_FOLDER if (path / STUDENT_FOLDER).is_dir() else path)
-    args = {name: value for name, value in student.model_args.items() if name != "img_size"}
-    return create_model(student.architecture, student.image_size, args, path, True, "model")
+    architecture, state = student.model_args.get("base", student.architecture), read_weights(path)
+    args = {name: value for name, value in student.model_args.items() if name not in _OF_THE_FILE}
+    size, registers, image_size = describe_size(state), state.get("reg_token"), student.image_size
+    if size is not None:
+        _, args["depth"], patch = size
+        args["patch_size"] = patch
+        # On the student's grid, so that positions are interpolated once.
+        image_size = Size(*(patch * side for side in student.layout[-1][1])).written
+    if registers is not None or "reg_token" in student.model.state_dict():
+        args[registers_argument(architecture)] = 0 if registers is None else registers.shape[1]
+    return create_model(architecture, image_size, args, path, True, "model")
 
 
 def _normalised_as(student: Backbone, source: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:
