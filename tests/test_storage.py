@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import obstore
@@ -390,6 +391,50 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     with LocalStore(tmp_path / "run").lock():
         LocalStore(tmp_path / "run").write("file", b"three")
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["run"] and (tmp_path / "run").is_symlink()
+
+
+def test_a_mount_point_is_emptied_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system renames no mount point; a removal that is interrupted leaves the file that says whose folder it is."""
+    store, removed = LocalStore(tmp_path / "mount"), []
+    for name in ("a", "provenance.json", "shards/b", "z"):
+        store.write(name, b"content")
+    (tmp_path / "mount" / "link").symlink_to(tmp_path)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    def unlink(self: Path) -> None:
+        removed.append(self.name)
+        os.unlink(self)  # noqa: PTH108
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    store.clear(last="provenance.json")
+    assert (tmp_path / "mount").is_dir() and store.sizes() == {}
+    assert removed[-1] == "provenance.json" and sorted(removed) == ["a", "link", "provenance.json", "z"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a volume", "no folder"])
+def test_a_folder_whose_parent_is_closed(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_file = Path.open
+
+    def refuse(self: Path, *args: Any) -> Any:
+        if self == tmp_path / ".out.lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+        return open_file(self, *args)
+
+    if there:
+        (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(UserError if there else PermissionError) as caught,
+        LocalStore(tmp_path / "out").lock(),
+    ):
+        pass
+    if there:
+        assert str(caught.value).endswith(f"give a folder inside it, such as {tmp_path / 'out' / 'run'}")
+        with LocalStore(tmp_path / "out" / "run").lock():  # the remedy works
+            LocalStore(tmp_path / "out" / "run").write("file", b"content")
 
 
 def test_the_current_folder_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from pipeline.runtime.logs import warn_once
 from pipeline.runtime.progress import say
@@ -46,12 +47,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder until the block ends, by flock on `.NAME.lock` beside it.
 
     The system frees it however the process ends. Without flock, a lock file takes its place. Raises UserError if
-    another run holds the folder.
+    another run holds the folder, or only the folder itself can be written to, as a volume of a container.
     """
     place = folder.resolve()
     path = place.parent / f".{place.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with _opened(path, place) as file:
         try:
             has_flock = flock(file.fileno(), path, wait=False)
             # The last holder removes the file, and a lock on a removed file keeps no other run out.
@@ -68,6 +69,19 @@ def exclusive(folder: Path) -> Iterator[None]:
                     yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _opened(path: Path, place: Path) -> TextIO:
+    """Open the lock file beside a folder. Raises UserError if that is not possible, but would be inside it."""
+    try:
+        return path.open("w")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.access(place, os.W_OK):
+            raise
+        raise UserError(
+            f"{place.parent} cannot be written to, and the lock of {place} lies there; give a folder inside it, such "
+            f"as {place / 'run'}"
+        ) from None
 
 
 # The folders whose lock file this process has lost to another run.

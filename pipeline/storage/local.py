@@ -1,5 +1,6 @@
 """The store in a folder."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -75,14 +76,21 @@ class LocalStore:
         self._files.pop(name, None)
 
     def clear(self, last: str = "") -> None:
-        """Remove the folder. It disappears in one step, so that `last` does not matter. A link to a folder stays."""
+        """Remove the folder in one step. A link to it stays, and so does a mount point, of which `last` goes last."""
         if self.path.exists():
             # It is renamed first: a folder that is half removed might look as if singer had not written it.
             folder = self.path.resolve()
-            folder.rename(self._removed)
-            if self.path.is_symlink():
-                folder.mkdir()
-            shutil.rmtree(self._removed)
+            try:
+                folder.rename(self._removed)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.EXDEV):
+                    raise
+                for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == last):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            else:
+                if self.path.is_symlink():
+                    folder.mkdir()
+                shutil.rmtree(self._removed)
         self._files.clear()
 
     def child(self, name: str) -> "LocalStore":
