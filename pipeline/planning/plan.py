@@ -38,9 +38,9 @@ from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.teachers.placement import parameters, weight_bytes
+from pipeline.teachers.placement import weight_bytes
 from pipeline.teachers.teacher import load_teacher
-from singer.backbones import depth, resolve_blocks
+from singer.backbones import count_parameters, depth, resolve_blocks
 
 # The shares of the patch tokens that are tried.
 _SHARES = (1.0, 0.5)
@@ -151,7 +151,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     return PlanResult(
         images=len(listed),
         views=config.views.count,
-        teacher_parameters=parameters(backbone.model),
+        teacher_parameters=count_parameters(backbone.model),
         teacher_bytes=weight_bytes(backbone.model),
         batch_size=config.cache.views_at_once,
         copies=config.teacher.copies,

@@ -21,8 +21,8 @@ from pipeline.planning.sample import Record, Sample, draw_images, open_teacher, 
 from pipeline.runtime.devices import autocast
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
-from singer.backbones import block_outputs, depth, resolve_blocks
-from singer.patch_masks import PatchMasks
+from singer.backbones import block_outputs, count_parameters, depth, resolve_blocks
+from singer.patch_masks import patch_embedding
 from singer.sizes import Size
 
 # Each model is measured for so many seconds at most, on this share of the images, in batches of at most this size.
@@ -49,7 +49,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
         # So many take about two seconds.
         features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
     calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
-    fixed = sum(4 * p.numel() for p in backbone.model.parameters())
+    fixed = 4 * count_parameters(backbone.model)
     scale = Scale(config, backbone, len(listed), features, calibration, {TAIL: fixed}, 1, None)
     stored, patches = (
         _pixel_bytes(config, views),
@@ -72,7 +72,7 @@ def _student_rate(config: Config, student: Backbone, records: Sequence[Record], 
     last = depth(model) - 1
     passes = 1
     if config.distill.mask_share:
-        PatchMasks(model, config.distill.mask_share)  # looks whether the model has patches that can be masked
+        patch_embedding(model)  # looks whether the model has patches that can be masked
         passes = 2
 
     def step(some: Sequence[Record]) -> None:
