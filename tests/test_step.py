@@ -176,12 +176,12 @@ def test_auto_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_waiting_counts_while_the_device_is_idle() -> None:
-    m = Meter("x", 1, "images", True, 0)
-    m.busy = lambda: True
+    busy = True
+    m = Meter("x", 1, "images", True, 0, lambda: busy)
     with m.waiting():
         pass
     assert m.waited == 0
-    m.busy = lambda: False
+    busy = False
     with m.waiting():
         pass
     assert m.waited > 0
