@@ -22,7 +22,7 @@ from pipeline.cache.rows import copies_of
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.teachers.teacher import load_teacher
 from singer.artifacts import norm_summary, patch_norms, robust_threshold
 
@@ -71,7 +71,7 @@ def main() -> None:
     for count in [1, *options.copies]:
         sets = ["teacher.name=vit_tiny_patch16_224", f"teacher.weights={options.teacher}", f"teacher.image_size={SIZE}"]
         config = load_config(sets=[*sets, f"teacher.copies={count}", "cache.precision=no"])
-        extract = Extractor(config, load_teacher(config.teacher), make_accelerator("no"))
+        extract = Extractor(config, load_teacher(config.teacher), this_process().device)
         first, second = (features(extract, view.contiguous(), keys, n) for n, view in enumerate(views))
         for block in BLOCKS:
             a, b = first[block][:, 1:, 1:], second[block][:, :-1, :-1]

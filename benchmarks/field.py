@@ -247,7 +247,7 @@ class Steps:
             records = np.take(self.records, np.arange(start, start + self.size), mode="wrap")
             indices.append([BatchIndices(records, weights)])
         for batch in on_device(self.load(indices, 1), DEVICE):
-            losses = self.new.distiller(batch)
+            losses, _ = self.new.distiller(batch)
             self.optimiser.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             self.optimiser.step()

@@ -158,7 +158,7 @@ class Student:
         seen, labels = {self.backbone.image_size: moved(pixels, DEVICE)}, torch.full((count,), -1, device=DEVICE)
         batch = Batch(seen, [Decoded(features)], given.to(DEVICE), labels)
         with self.autocast():
-            losses = self.model(batch)
+            losses, _ = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self.optimiser.step()

@@ -37,7 +37,7 @@ from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import read_segments
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.teachers.teacher import load_teacher
@@ -65,8 +65,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
     config = load_config(sets=sets)
     backbone = load_teacher(config.teacher)
-    accelerator = make_accelerator(config.cache.precision)
-    extract = Extractor(config, backbone, accelerator)
+    extract = Extractor(config, backbone, this_process().device)
     create.create_segments(config, index_images(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
     manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)

@@ -18,7 +18,7 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class RefinementBatch:
-    """Features of some records before and after refining, {block: (B, N, d)}, and what reads them.
+    """Features of some records before and after refining, {block: (B, N, d)}, and the teacher's suffix.
 
     suffix: None if the teacher has none; grids: {block: (rows, columns) of its patches, None if only some are stored},
     which L_expect needs.
@@ -32,7 +32,7 @@ class RefinementBatch:
     grids: Mapping[int, tuple[int, int] | None] = field(default_factory=dict)
 
     @property
-    def reader(self) -> TeacherSuffix:
+    def known_suffix(self) -> TeacherSuffix:
         """Return the suffix, which must be there."""
         assert self.suffix is not None
         return self.suffix
@@ -44,8 +44,8 @@ class RefinementBatch:
     def next_block_outputs(self, block: int) -> tuple[Tensor, Tensor]:
         """Return outputs (B, N, d) of the next block for refined and original tokens; for the last, the tokens."""
         with torch.no_grad():
-            original = self.reader.next_output(self.original[block], block)
-        return self.reader.next_output(self.refined[block], block), original
+            original = self.known_suffix.next_output(self.original[block], block)
+        return self.known_suffix.next_output(self.refined[block], block), original
 
 
 OutlierForm = Callable[[Tensor, BlockScale, float], Tensor]
@@ -106,7 +106,7 @@ def official_info(batch: RefinementBatch, block: int) -> Tensor:
     For the last block, compare the cosine Gram of its refined patches with that of the last intermediate block's
     refined patches. Raises UserError if there is no intermediate block.
     """
-    if not batch.reader.is_last(block):
+    if not batch.known_suffix.is_last(block):
         return F.mse_loss(*batch.next_block_outputs(block))
     others = [b for b in batch.refined if b != block]
     if not others:
@@ -158,12 +158,38 @@ def expect_loss(batch: RefinementBatch, block: int) -> Tensor:
     return distance(refined, ~clean) / distance(original, clean).clamp_min(1e-12)
 
 
-def adapter_losses(
-    batch: RefinementBatch, blocks: Sequence[int], outlier_form: str, info_form: str, quantile: float, *more: str
-) -> dict[str, dict[int, Tensor]]:
-    """Return {"outlier": {block: loss}, "info": ...}, and "keep" and "expect" if they are named in `more`.
+@dataclass(frozen=True)
+class AdapterLosses:
+    """What adapters minimise. parts: {name: {block: loss}}, not weighted; weights: {name: weight}."""
 
-    Without a suffix, there is no "info".
+    parts: Mapping[str, Mapping[int, Tensor]]
+    weights: Mapping[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        """Return the weighted sum of the losses of a block, as a mean over the blocks."""
+        terms = [self.weights[name] * loss for name, by_block in self.parts.items() for loss in by_block.values()]
+        return torch.stack(terms).sum() / len(self.parts["outlier"])
+
+    @property
+    def weighted(self) -> dict[str, Tensor]:
+        """Return {name: its weighted loss, as a mean over the blocks}; they add up to the total."""
+        means = {name: torch.stack(list(by_block.values())).mean() for name, by_block in self.parts.items()}
+        return {name: weight * means[name] for name, weight in self.weights.items() if name in means}
+
+
+def adapter_losses(
+    batch: RefinementBatch,
+    blocks: Sequence[int],
+    outlier_form: str,
+    info_form: str,
+    quantile: float,
+    weights: Mapping[str, float],
+) -> AdapterLosses:
+    """Compute the losses of some blocks.
+
+    weights: {name: weight} of outlier, info and, if they are wanted, keep and expect. Without a suffix, there is no
+    info.
     """
     prefix = batch.prefix
     losses = {
@@ -174,10 +200,10 @@ def adapter_losses(
     }
     if batch.suffix is not None:
         losses["info"] = {b: INFO_FORMS[info_form](batch, b) for b in blocks}
-    if "expect" in more:
+    if "expect" in weights:
         losses["expect"] = {b: expect_loss(batch, b) for b in blocks}
-    if "keep" in more:
+    if "keep" in weights:
         losses["keep"] = {
             b: keep_loss(batch.refined[b][:, prefix:], batch.original[b][:, prefix:], batch.clean(b)) for b in blocks
         }
-    return losses
+    return AdapterLosses(losses, weights)

@@ -23,6 +23,11 @@ def gives_tokens(model: nn.Module) -> bool:
     return forward is not None and "return_prefix_tokens" in inspect.signature(forward).parameters
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters, wherever they are."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def prefix_tokens(model: nn.Module) -> int:
     """Return the number of tokens before the patches: CLS, if there is one, and registers."""
     return int(getattr(model, "num_prefix_tokens", 0)) if gives_tokens(model) else 0

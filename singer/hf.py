@@ -20,18 +20,22 @@ from singer.sizes import ImageSize, Size
 
 @dataclass(frozen=True)
 class Family:
-    """A model type: its class; the prefix tokens, without registers; whether the first is a class token."""
+    """A model type: its class; the prefix tokens, without registers; whether the first is a class token.
+
+    maps: whether it gives feature maps of stages, which have no patch size and no final norm of tokens.
+    """
 
     model: str
     prefix: int = 1
     class_token: bool = True
+    maps: bool = False
 
 
 FAMILIES = {
     "dinov2": Family("Dinov2Model"),
     "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
     "dinov3_vit": Family("DINOv3ViTModel"),
-    "dinov3_convnext": Family("DINOv3ConvNextModel", 0, False),
+    "dinov3_convnext": Family("DINOv3ConvNextModel", 0, False, maps=True),
     "vit": Family("ViTModel"),
     "deit": Family("DeiTModel", 2),
     "clip_vision_model": Family("CLIPVisionModel"),
@@ -122,15 +126,14 @@ def wrap(
     """Make a model of transformers a backbone. image_size: in pixels; mean, std: of RGB in [0, 1]."""
     family, config = FAMILIES[architecture.removeprefix(HF)], model.config
     names = {name for name, _ in model.named_modules()}
-    maps = architecture == f"{HF}dinov3_convnext"
-    patch: Any = None if maps else config.patch_size  # type: ignore[union-attr]
+    patch: Any = None if family.maps else config.patch_size  # type: ignore[union-attr]
     description = Description(
         blocks=next(name for name in _BLOCKS if name in names),
         image_size=image_size,
         patch_size=None if patch is None else Size.of(patch).written,
         prefix=family.prefix + int(getattr(config, "num_register_tokens", 0) or 0),
         class_token=family.class_token,
-        norm=None if maps else next((name for name in _NORMS if name in names), None),
+        norm=None if family.maps else next((name for name in _NORMS if name in names), None),
         mean=mean,
         std=std,
     )

@@ -15,6 +15,17 @@ from singer.errors import UserError
 _STD = 0.02
 
 
+def patch_embedding(model: nn.Module) -> nn.Module:
+    """Return the module that makes the patches of a model. Raises UserError if these cannot be masked."""
+    embed: Any = getattr(model, "patch_embed", None)
+    if not gives_tokens(model) or not isinstance(embed, nn.Module):
+        raise UserError(
+            f"distill.mask_share: singer cannot mask patches of a {type(model).__name__}; set it to 0, or take a "
+            "student such as vit"
+        )
+    return embed
+
+
 class PatchMasks(nn.Module):
     """Put a mask token in the place of a share of the patches, before positions are added to them.
 
@@ -25,12 +36,7 @@ class PatchMasks(nn.Module):
     def __init__(self, model: nn.Module, share: float) -> None:
         """Watch a model; share: of its patches that are masked. Raises UserError if it has no patch embedding."""
         super().__init__()
-        embed: Any = getattr(model, "patch_embed", None)
-        if not gives_tokens(model) or not isinstance(embed, nn.Module):
-            raise UserError(
-                f"distill.mask_share: singer cannot mask patches of a {type(model).__name__}; set it to 0, or take a "
-                "student such as vit"
-            )
+        embed = patch_embedding(model)
         self.share, self.active = share, False
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(body_width(model)), std=_STD))
         self.masked: Tensor | None = None

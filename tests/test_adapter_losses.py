@@ -53,7 +53,7 @@ def test_equal_norms_are_no_outliers() -> None:
 def test_paper_info_is_the_gram_behind_the_next_block() -> None:
     batch = make_batch()
     with torch.no_grad():
-        next_block_outputs = [gram(batch.reader.block(3)(x[2])[:, 1:]) for x in (batch.refined, batch.original)]
+        next_block_outputs = [gram(batch.known_suffix.block(3)(x[2])[:, 1:]) for x in (batch.refined, batch.original)]
     expected = np.square(next_block_outputs[0] - next_block_outputs[1]).mean()
     assert INFO_FORMS["paper"](batch, 2).item() == pytest.approx(expected, rel=1e-3)
     last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.original[3][:, 1:])).mean()
@@ -63,7 +63,7 @@ def test_paper_info_is_the_gram_behind_the_next_block() -> None:
 def test_official_info() -> None:
     batch = make_batch()
     with torch.no_grad():
-        a, b = (batch.reader.block(3)(x[2]).numpy() for x in (batch.refined, batch.original))
+        a, b = (batch.known_suffix.block(3)(x[2]).numpy() for x in (batch.refined, batch.original))
     assert INFO_FORMS["official"](batch, 2).item() == pytest.approx(np.square(a - b).mean(), rel=1e-4)
     last = np.square(gram(batch.refined[3][:, 1:]) - gram(batch.refined[2][:, 1:])).mean()
     assert INFO_FORMS["official"](batch, 3).item() == pytest.approx(last, rel=1e-3)
@@ -86,10 +86,16 @@ def test_clean_info_leaves_artifacts_out() -> None:
 
 
 def test_parts_are_named_by_loss_and_block() -> None:
-    losses = adapter_losses(make_batch(), [2, 3], "robust", "clean", 0.9, "keep", "expect")
-    assert {n: [*of] for n, of in losses.items()} == {n: [2, 3] for n in ("outlier", "info", "expect", "keep")}
-    assert [*adapter_losses(make_batch(), [2], "paper", "paper", 0.9)] == ["outlier", "info"]
-    assert [*adapter_losses(replace(make_batch(), suffix=None), [2], "robust", "clean", 0.9)] == ["outlier"]
+    weights = {"outlier": 0.5, "info": 2.0}
+    losses = adapter_losses(make_batch(), [2, 3], "robust", "clean", 0.9, {**weights, "keep": 3.0, "expect": 0.1})
+    assert {n: [*of] for n, of in losses.parts.items()} == {n: [2, 3] for n in ("outlier", "info", "expect", "keep")}
+    assert [*adapter_losses(make_batch(), [2], "paper", "paper", 0.9, weights).parts] == ["outlier", "info"]
+    without = adapter_losses(replace(make_batch(), suffix=None), [2], "robust", "clean", 0.9, weights)
+    assert [*without.parts] == [*without.weighted] == ["outlier"]
+    for name, mean in losses.weighted.items():
+        of_name = [loss.item() for loss in losses.parts[name].values()]
+        assert mean.item() == pytest.approx(losses.weights[name] * sum(of_name) / 2)
+    assert losses.total.item() == pytest.approx(sum(mean.item() for mean in losses.weighted.values()))
 
 
 def test_expect_by_hand() -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch._dynamo.exc import TorchDynamoException
 from pipeline.cache import extract as extracting
 from pipeline.cache.extract import Extractor
 from pipeline.runtime.compiling import Compilable
-from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.teachers.teacher import load_teacher
@@ -76,9 +74,9 @@ def test_a_compiler_that_fails(
 def test_auto_is_for_teachers_on_one_gpu(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(extracting, "Compilable", lambda plain, wanted, able, key: asked.append(able))
-    config = world_config(world)
-    extract = Extractor(config, load_teacher(config.teacher), make_accelerator("no"))
-    extract.accelerator = SimpleNamespace(device=torch.device("cuda"))
+    config = world_config(world, "cache.compile=false")
+    extract = Extractor(config, load_teacher(config.teacher), torch.device("cpu"))
+    extract.device = torch.device("cuda")
     for offload in ("none", "auto", "cpu"):
         extract.configured(world_config(world, f"teacher.offload={offload}"))
     assert asked == [False, True, False, False]
@@ -90,3 +88,22 @@ def test_a_cache_is_continued_as_it_was_begun(world: Path, tmp_path: Path) -> No
     cache_teacher(world_config(world), shards, tmp_path / "c")
     with pytest.raises(UserError, match=r"started with cache\.compile auto, not False"):
         cache_teacher(world_config(world, "cache.compile=false"), shards, tmp_path / "c", "resume")
+
+
+def test_a_cache_of_before_compiling_is_continued_without(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration lacks the key, so that --resume takes any value of it."""
+    compiled: list[Outputs] = []
+    monkeypatch.setattr(torch, "compile", lambda plain: compiled.append(plain) or plain)
+    shards, place = str(world / "train" / "*.tar"), tmp_path / "c"
+    cache_teacher(world_config(world), shards, place)
+    config = place / "config.yaml"
+    lines = config.read_text().splitlines()
+    kept = [line for line in lines if line.strip() != "compile: auto"]
+    assert len(kept) < len(lines)
+    config.write_text("\n".join(kept))
+    for name in ("journal/000000.json", "complete.json"):
+        (place / name).unlink()
+    assert cache_teacher(world_config(world, "cache.compile=true"), shards, place, "resume").records == 100
+    assert not compiled

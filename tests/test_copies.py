@@ -23,8 +23,7 @@ from pipeline.data.views import draw_copies, normalise
 from pipeline.models.backbone import Backbone
 from pipeline.planning.choice import LADDER, Chooser, Costs
 from pipeline.planning.plan import plan
-from pipeline.planning.sample import Teacher
-from pipeline.runtime.devices import make_accelerator
+from pipeline.planning.sample import open_teacher
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.teachers.teacher import load_teacher
@@ -236,7 +235,7 @@ def test_maps_of_several_sizes_are_averaged_at_their_own_places(world: Path) -> 
     size = (32, 224)
     model = timm.create_model("test_convnext", pretrained=False).eval()
     maps = Backbone(model, "test_convnext", {}, size, (0.5,) * 3, (0.5,) * 3)
-    extract = Extractor(world_config(world, "teacher.copies=4"), maps, make_accelerator("no"))
+    extract = Extractor(world_config(world, "teacher.copies=4"), maps, CPU)
     assert extract.copying is not None and extract.copying.unit == (32, 32) and extract.copying.most == (0, 1)
     pixels = torch.randint(0, 256, (2, *size, 3), generator=torch.Generator().manual_seed(seeded(6))).byte()
     copies = np.stack([draw_copies(seeded(6), key, 0, extract.copying) for key in "ab"])
@@ -294,9 +293,9 @@ def test_verify_copies_the_views_again(world: Path, wide: Path, monkeypatch: pyt
 def test_a_plan_counts_every_pass(world: Path) -> None:
     config = world_config(world, *WIDE, "teacher.copies=5")
     backbone, counts = load_teacher(config.teacher), list[int]()
-    teacher = Teacher(config, backbone, [2, 3], CPU)
+    teacher = open_teacher(config, backbone, CPU)
     backbone.model.patch_embed.register_forward_hook(lambda _, images, __: counts.append(len(images[0])))
-    found = teacher(torch.zeros(6, 32, 56, 3, dtype=torch.uint8))
+    found = teacher.trial(torch.zeros(6, 32, 56, 3, dtype=torch.uint8))
     assert counts == [6] * 5 and found[3].shape == (6, 1 + 4 * 7, 24)
 
 

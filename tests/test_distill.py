@@ -100,7 +100,7 @@ def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
     )
     shown = [Decoded(cache.features([0, 1], CPU))]
     batch = make_batch(shown, 2)
-    losses = model(batch)
+    losses, _ = model(batch)
     torch.stack(list(losses.values())).sum().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.abs().sum() > 0)) == p.requires_grad or "bias" in name, name
@@ -509,8 +509,8 @@ def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
 def test_parts_without_a_record_add_nothing(world: Path, variant: str) -> None:
     """The last batch of an epoch may leave a process nothing but filling."""
     distiller, batch = make_joint(world, variant)
-    losses = distiller(replace(batch, weights=torch.zeros(8)))
-    assert set(losses) == set(distiller(batch))
+    losses, _ = distiller(replace(batch, weights=torch.zeros(8)))
+    assert set(losses) == set(distiller(batch)[0])
     total = torch.stack(list(losses.values())).sum()
     assert total.item() == 0
     total.backward()
@@ -519,8 +519,8 @@ def test_parts_without_a_record_add_nothing(world: Path, variant: str) -> None:
 
 def test_adapters_losses_of_parts_add_up(world: Path) -> None:
     distiller, batch = make_joint(world, "singer")
-    whole = distiller(batch)
-    parts = [distiller(part) for part in batch.split(2)]
+    whole, _ = distiller(batch)
+    parts = [distiller(part)[0] for part in batch.split(2)]
     for name in ("outlier", "mse.2", "mse.3"):
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
 
@@ -564,18 +564,19 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     model.drop_patches(settings)
     features = Decoded(cache.features([0, 1, 2], CPU))
     batch = make_batch([features], 3)
-    whole = model(batch)
+    whole, _ = model(batch)
     assert model.dropout is not None and model.dropout.kept is None
     model.dropout.share = 0.25
-    part = model(batch)
+    part, errors = model(batch)
     kept = model.dropout.kept
-    assert kept is not None and kept.shape == (3, 4) and part.keys() == whole.keys()
+    assert kept is not None and kept.shape == (3, 4) and part.keys() == whole.keys() and not errors
     found = targets.target_tokens(features.blocks, None, kept)
     for block, tokens in targets.target_tokens(features.blocks, None).items():
         for row in range(3):
             assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
     model.eval()
-    assert model(batch) == whole
+    losses, errors = model(batch)
+    assert losses == whole and errors.keys() == {"2", "3"}
     assert [token_share(settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
     sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
     run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")

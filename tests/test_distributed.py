@@ -24,7 +24,7 @@ from pipeline.config import dump_config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import EpochOrder, batch_indices
 from pipeline.data.views import normalise
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.ranks import current
 from pipeline.runtime.shared_counters import shared_counters
 from pipeline.runtime.watched_rank import WatchedRank
 from pipeline.stages.cache_teacher import cache_teacher
@@ -297,5 +297,5 @@ def test_fp16_in_shards_is_refused(world: Path, tmp_path: Path, monkeypatch: pyt
 def test_one_process_counts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where torch has no processes."""
     monkeypatch.delattr(torch.distributed, "TCPStore")
-    with shared_counters(make_accelerator("no")) as add:
+    with shared_counters(current()) as add:
         assert [add("a", 2), add("b", 1), add("a", 3)] == [2, 1, 5]

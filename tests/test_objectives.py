@@ -232,7 +232,7 @@ def test_zero_shot(args: dict[str, object]) -> None:
     """Embeddings of the teacher's head, or where it has none its pooled tokens, against texts."""
     context, student, target = make_context(**args), draw(), draw()
     objective = ZeroShot(context)
-    assert context.texts is not None
+    assert context.texts is not None and not objective.state_dict()
     texts = context.texts.double().numpy()
     ours, theirs = (objective.output(x[3]).detach().double().numpy() for x in (student, target))
 

@@ -127,7 +127,7 @@ class Fixture:
         # Images as the student normalises them, with mean and std 0.5.
         pixels = 255 * (0.5 + 0.5 * self.tensors["images"].permute(0, 2, 3, 1))
         batch = Batch({self.settings["img"]: pixels}, [Decoded(self.features)], weights, labels)
-        found = distiller(batch)
+        found, _ = distiller(batch)
         kd = torch.stack([found[f"mse.{b}"] for b in self.settings["layers"]]).sum()
         return {"loss_kd": kd, "loss_info": found["info"], "loss_outlier": found["outlier"]}
 

@@ -173,7 +173,7 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
     if new.distiller.dropout is not None:
         new.distiller.dropout.share = share
     torch.manual_seed(seeded(4))
-    losses = new.distiller(batch)
+    losses, _ = new.distiller(batch)
     torch.manual_seed(seeded(4))
     outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
     kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
@@ -203,7 +203,7 @@ def test_masked_patches_are_taught_by_the_overlap(world: Path, place: Path, tmp_
     load = BatchLoader([cache], None, [32], others=others)
     (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
     torch.manual_seed(seeded(6))
-    losses = learner(batch)
+    losses, _ = learner(batch)
     torch.manual_seed(seeded(6))
     learner.masks.active = True
     outputs = block_outputs(new.student.model, learner.images(batch), learner.blocks)

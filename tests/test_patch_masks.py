@@ -81,7 +81,7 @@ def test_losses_are_of_the_teachers_tokens_at_masked_patches(world: Path, tmp_pa
     learner, branch = new.distiller, new.distiller.branches[0]
     assert learner.masks is not None
     torch.manual_seed(seeded(2))
-    losses = learner(batch)
+    losses, _ = learner(batch)
     assert not learner.masks.active  # in the next step, it sees all at first
     torch.manual_seed(seeded(2))
     images, expected = learner.images(batch), {}
@@ -102,14 +102,14 @@ def test_losses_are_of_the_teachers_tokens_at_masked_patches(world: Path, tmp_pa
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)
     learner.eval()
     learner.masks.active = False
-    assert learner(batch).keys() == {name for name in expected if not name.startswith("masked.")}
+    assert learner(batch)[0].keys() == {name for name in expected if not name.startswith("masked.")}
 
 
 def test_proteus_has_three_losses_of_equal_weight(world: Path, tmp_path: Path) -> None:
     """CLS and all tokens of what it sees, and all tokens of what is masked; only the last block counts."""
     sets = ("distill.objective=proteus", "distill.mask_weight=1", "distill.token_share=1")
     new, batch, features = made(world, tmp_path / "run", *sets)
-    losses = new.distiller(batch)
+    losses, _ = new.distiller(batch)
     last = max(features)
     outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
     tokens = new.distiller.branches[0].tokens(outputs, None).normalised

@@ -12,8 +12,8 @@ from pipeline.models.backbone import weight_hash
 from pipeline.models.loading import create_model
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
-from pipeline.teachers.placement import narrow, parameters, place_model, weight_bytes
-from singer.backbones import block_outputs
+from pipeline.teachers.placement import narrow, place_model, weight_bytes
+from singer.backbones import block_outputs, count_parameters
 from singer.errors import UserError
 from singer.suffix import find_suffix
 
@@ -29,7 +29,7 @@ def test_features_are_the_same_wherever_the_blocks_are(name: str, offload: str) 
     model = create_model(name, SIZE, SMALL, None, False, "model")
     model.model.requires_grad_(False).eval()
     images = torch.randn(2, 3, SIZE, SIZE)
-    before, count = block_outputs(model.model, images, [1, 3]), parameters(model.model)
+    before, count = block_outputs(model.model, images, [1, 3]), count_parameters(model.model)
     digest = weight_hash(model.model.state_dict())
     suffix = find_suffix(model.model, name, model.model_args, 1, SIZE)
     place_model(model.model, CPU, offload)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def test_features_are_the_same_wherever_the_blocks_are(name: str, offload: str) 
     assert all(n.startswith("blocks.") for n in away) and bool(away) == (offload != "auto")
     for block, tokens in block_outputs(model.model, images, [1, 3]).items():
         assert torch.equal(tokens, before[block])
-    assert weight_hash(model.model.state_dict()) == digest and parameters(model.model) == count
+    assert weight_hash(model.model.state_dict()) == digest and count_parameters(model.model) == count
     again = find_suffix(model.model, name, model.model_args, 1, SIZE)
     assert suffix is not None and again is not None
     assert suffix.keys() == again.keys() and all(torch.equal(suffix[k], again[k]) for k in suffix)

@@ -26,7 +26,7 @@ from pipeline.data import ImageFile, list_images, resolve
 from pipeline.outputs.folder import Mode
 from pipeline.planning.choice import CROPS_FROM, Chooser, Costs
 from pipeline.runtime import logs
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.runtime.launch import launcher
 from singer.errors import UserError
 
@@ -431,7 +431,7 @@ def test_the_only_label_is_rehearsed(world: Path, tmp_path: Path) -> None:
             tar.add(image, f"{n}{image.suffix}")
         tar.add(_label(tmp_path / "label"), "1.cls")
     config = world_config(world, *SMALL, "distill.objective=labels", f"cache.image_key={image.suffix}")
-    rehearse(config, [str(tmp_path / "0.tar")], 40, tmp_path / "rehearsal", make_accelerator("no"))
+    rehearse(config, [str(tmp_path / "0.tar")], 40, tmp_path / "rehearsal", this_process())
 
 
 def _label(file: Path) -> Path:

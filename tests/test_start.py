@@ -190,7 +190,7 @@ def test_a_copy_of_the_teacher_learns_from_half_of_its_patches(world: Path, tmp_
     with ImageFile(relocate(cache.index.images, None)) as files:
         pixels = cache.pixels(range(8), 32, files)
     features = Decoded(cache.features(range(8), CPU))
-    losses = Distiller(student, [branch]).eval()(make_batch([features], 8, pixels))
+    losses, _ = Distiller(student, [branch]).eval()(make_batch([features], 8, pixels))
     assert all(loss < 1e-5 * features.blocks[int(name[-1])].var() for name, loss in losses.items())
     distill(config, world / "cache", tmp_path / "run")
     found = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

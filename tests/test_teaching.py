@@ -45,7 +45,7 @@ def test_the_students_own_attention_learns(world: Path) -> None:
         torch.full((2,), 0.5),
         torch.zeros(2),
     )
-    found, inner = model(batch), student.model.blocks[2]
+    (found, _), inner = model(batch), student.model.blocks[2]
     tokens = block_outputs(student.model, normalise(batch.pixels[32], student.mean, student.std), [1])[1]
     seen = Tokens(attention={2: inner.attn.qkv(inner.norm1(tokens))})
     wanted = Tokens(cleaned={2: cache.features([0, 1], CPU)[2]})
@@ -96,7 +96,7 @@ def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distil
 def test_teachers_that_agree_teach_the_same(world: Path, objective: str) -> None:
     """The student of two teachers learns their common verdict, weighted, from both."""
     model, batch = two_branches(world, objective)
-    found = model.eval()(batch)
+    found, _ = model.eval()(batch)
     (a, b), suffix = model.branches, Cache(world / "cache").suffix()
     verdicts = [suffix.logits(x.blocks[3], 3).softmax(-1) for x in batch.features]
     common = (0.75 * verdicts[0] + 0.25 * verdicts[1]).detach()
@@ -112,8 +112,9 @@ def test_teachers_that_agree_teach_the_same(world: Path, objective: str) -> None
 def test_shares_are_those_of_each_teacher(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = two_branches(world, "mse", drop=0.5)
     monkeypatch.setattr("pipeline.training.distiller.teacher_shares", lambda *_: torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
-    found = model.train()(batch)
-    plain = model.eval()(batch)
+    found, none = model.train()(batch)
+    plain, errors = model.eval()(batch)
+    assert not none and errors.keys() == {"a.2", "a.3", "b.2", "b.3"}
     assert all(x.item() == 0 for name, x in found.items() if name.startswith("b."))
     for name in (n for n in found if n.startswith("a.")):
         torch.testing.assert_close(found[name], 2 * plain[name])
@@ -229,7 +230,7 @@ def test_several_teachers_teach_the_same_masked_patches(world: Path) -> None:
     model.mask_patches(0.5, 3.0)
     assert model.masks is not None
     torch.manual_seed(seeded(7))
-    losses = model(batch)
+    losses, _ = model(batch)
     torch.manual_seed(seeded(7))
     model.masks.active = True
     outputs = block_outputs(model.student, model.images(batch), model.blocks)

@@ -24,7 +24,7 @@ from pipeline.training.cached_teachers import open_images, open_teachers
 from pipeline.training.learner import Learner
 from pipeline.training.optimisers import new_optimiser
 from pipeline.training.runs import NewStudent, StudentSpec
-from pipeline.training.to_device import on_device
+from pipeline.training.to_device import StartedSteps, on_device
 
 _STUDENTS = {"vit_small_patch16_224": 256, "resnet50": 256, "vit_tiny_patch16_224": 256}
 
@@ -68,7 +68,8 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
         load = BatchLoader([cache], files, [s.image_size for s in students])
         lists = batch_index_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**6)
         ahead = prefetch_depth(settings, load.record_bytes, 1)
-        meter = Meter("steps", 1, "images", True, 0)
+        started = StartedSteps()
+        meter = Meter("steps", 1, "images", True, 0, started.busy)
         with closing(load(lists, settings.workers, meter, ahead)) as batches:
             first = next(batches).map(partial(moved, device=bench.device))
             decoded = runs[0].learner.decoded(first)
@@ -88,7 +89,7 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
             same = bench.rate(partial(update, first), size)
             yield Figure(f"{name}: with decoding", same, "images/s")
             yield Figure(f"{name}: decoding, share of the step", 100 * (1 - same / student), "%")
-            queue = on_device(batches, bench.device, meter)
+            queue = on_device(batches, bench.device, started)
             measure = islice(queue, 6 if bench.small else 24)
             for batch in islice(measure, 4):
                 update(batch)

@@ -6,16 +6,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.cache.manifest import TeacherManifest
-from pipeline.cache.rows import RowReader
+from pipeline.cache.rows import RowReader, copies_of
 from pipeline.config import Config
 from pipeline.data.views import channel_moments, standardise
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.runtime.buffers import empty, moved
 from pipeline.runtime.compiling import Compilable
+from pipeline.runtime.devices import autocast, resolved
 from pipeline.runtime.prefetch import prefetch
 from pipeline.teachers.placement import place_model
 from singer.backbones import block_outputs, depth, resolve_blocks
@@ -30,11 +30,11 @@ CALIBRATION_RECORDS = 256
 class Extractor:
     """A teacher that computes features of blocks, and its description for the manifest.
 
-    It is moved to its device, or to where config.teacher.offload says.
+    The teacher is moved to the device, or to where config.teacher.offload says, and computes in cache.precision.
     """
 
-    def __init__(self, config: Config, backbone: Backbone, accelerator: Accelerator) -> None:
-        self.config, self.backbone, self.accelerator = config, backbone, accelerator
+    def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
+        self._config, self.backbone, self.device = config, backbone, device
         self.teacher = TeacherManifest(
             name=config.teacher.name,
             architecture=backbone.architecture,
@@ -48,14 +48,12 @@ class Extractor:
             image_size=backbone.image_size,
             mean=backbone.mean,
             std=backbone.std,
-            precision=accelerator.mixed_precision,
+            precision=resolved(config.cache.precision),
             dtype=config.teacher.dtype,
             shapes=tuple(backbone.layout) if len(set(backbone.layout)) > 1 else None,
             copies=config.teacher.copies,
         )
         self.copying = self.teacher.copying
-        if config.teacher.offload == "auto" and accelerator.num_processes > 1:
-            raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
         place_model(backbone.model, self.device, config.teacher.offload)
         self._moments = channel_moments(backbone.mean, backbone.std, self.device)
         self._model = self._compilable()
@@ -63,8 +61,9 @@ class Extractor:
     def configured(self, config: Config) -> "Extractor":
         """Return the same teacher, where it is, with other settings of the cache."""
         other = copy(self)
-        other.config = config
-        other._model = other._compilable()
+        other._config = config
+        if config.cache.compile != self.config.cache.compile:
+            other._model = other._compilable()
         return other
 
     def _compilable(self) -> Compilable[Callable[..., dict[int, Tensor]]]:
@@ -73,10 +72,14 @@ class Extractor:
         return Compilable(plain, self.config.cache.compile, able, "cache.compile")
 
     @property
-    def device(self) -> torch.device:
-        """Return the device of the teacher."""
-        device: torch.device = self.accelerator.device
-        return device
+    def config(self) -> Config:
+        """Return the configuration with which it computes; `configured` gives an extractor with another one."""
+        return self._config
+
+    @property
+    def blocks(self) -> list[int]:
+        """Return the teacher's blocks that are cached (cache.blocks), by number."""
+        return resolve_blocks(self.config.cache.blocks, self.teacher.depth)
 
     def suffix_state(self, first_block: int) -> dict[str, Tensor] | None:
         """Return the state of the teacher's suffix from first_block on; None if it has none."""
@@ -95,7 +98,7 @@ class Extractor:
             if len(images) > 1:
                 # One graph for every number of views: the last batch of a Zarr shard is smaller than the others.
                 torch._dynamo.mark_dynamic(images, 0)
-            with self.accelerator.autocast():
+            with autocast(self.device, self.config.cache.precision):
                 found = self._model.run(lambda model: model(images, tuple(blocks)))
             return {block: x.to(self.device, torch.float32) for block, x in found.items()}
 
@@ -106,10 +109,18 @@ class Extractor:
         grids = {block: self.teacher.grid_of(block) for block in blocks}
         return self.copying.average(outputs, images, copies, self.teacher.prefix_tokens, grids)
 
+    def trial(self, pixels: Tensor) -> dict[int, Tensor]:
+        """Compute {block: features (n, N, d) float32} of the cached blocks of views (n, height, width, 3) uint8.
+
+        This is for measurements: if the teacher has copies, they are drawn without the keys of the images.
+        """
+        numbers, copying = range(len(pixels)), self.copying
+        copies = None if copying is None else copies_of(0, [("", number) for number in numbers], copying)
+        return self.features(pixels, self.blocks, copies)
+
     def empty_batch(self, views: int) -> dict[int, Tensor]:
         """Compute the features of so many black views, of the blocks that are cached, to see how long it takes."""
-        pixels = empty((views, *Size.of(self.teacher.image_size), 3), "uint8").zero_()
-        return self.features(pixels, resolve_blocks(self.config.cache.blocks, self.teacher.depth))
+        return self.trial(empty((views, *Size.of(self.teacher.image_size), 3), "uint8").zero_())
 
     def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Return {block: features} of a fixed sample that is spread over all records, on the CPU.

@@ -29,10 +29,10 @@ def fill_segments(store: Store, extract: Extractor, images: Spec | None = None) 
 
     images: where the images of the first segment are now, if they may have moved.
     """
-    done, accelerator, ranks = 0, extract.accelerator, current()
+    done, ranks = 0, current()
     segments = read_segments(store)
     for segment in segments_of(segments, extract.teacher):
-        lacks = segment.lacks() if accelerator.is_main_process else None
+        lacks = segment.lacks() if ranks.is_first else None
         # All processes use the list of the first one: a fast one may finish a Zarr shard before a slow one lists them.
         of_first = None if lacks is None else segment.pending()
         ranks.wait()
@@ -40,13 +40,13 @@ def fill_segments(store: Store, extract: Extractor, images: Spec | None = None) 
             (pending,) = broadcast_object_list([of_first])
         if pending is None:
             continue
-        if accelerator.is_main_process:
+        if ranks.is_first:
             # complete.json has the old checksums, and a Zarr shard that is computed again on another machine may
             # differ in its last bits.
             segment.store.remove(COMPLETE)
         done += fill(segment, pending, extract, segments, None if segment.name else images)
         ranks.wait()
-        if accelerator.is_main_process:
+        if ranks.is_first:
             left_out = complete_segment(segment)
             if left_out:
                 say(f"{left_out} images cannot be decoded and are left out; {segment.store.url}/{SKIPPED} lists them")
@@ -73,22 +73,22 @@ def fill(
     manifest = segment.manifest
     listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
     located = relocate(listed, images)
-    config, accelerator, files = extract.config, extract.accelerator, ImageFile(located)
+    config, ranks, files = extract.config, current(), ImageFile(located)
     earlier = takewhile(lambda s: s.name != segment.name, segments)
     read = RowReader(files, manifest, config.cache.on_error, earlier, digests)
     calibration = read_calibration(segment, extract.device)
     size = config.cache.views_at_once
     total = sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))
     # What is read ahead is taken from the others: one Zarr shard, or up to half of an even share.
-    shards = max(1, len(pending) // accelerator.num_processes // 2)
+    shards = max(1, len(pending) // ranks.world // 2)
     ahead = min(2 * config.cache.workers, -(-manifest.shard_records // size) * shards)
-    if accelerator.is_main_process and 0 < len(pending) < manifest.zarr_shards:
+    if ranks.is_first and 0 < len(pending) < manifest.zarr_shards:
         say(f"{manifest.zarr_shards - len(pending)} of {manifest.zarr_shards} Zarr shards are done already")
 
     with (
-        shared_counters(accelerator) as add,
+        shared_counters(ranks) as add,
         files,
-        meter("cache", total, "images", quiet=not accelerator.is_main_process) as m,
+        meter("cache", total, "images", quiet=not ranks.is_first) as m,
         writing(segment, calibration, read.key) as write,
     ):
         batches = _batches(manifest, pending, size, add)

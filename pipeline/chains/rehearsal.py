@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from pipeline.config import Config
 from pipeline.data import ImageFile, list_images
@@ -28,21 +28,21 @@ _IMAGES = 16
 _NO_COPY = {"local_copy": None, "local_copy_gb": None}
 
 
-def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, accelerator: Accelerator) -> None:
+def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, process: PartialState) -> None:
     """Cache a few images of the shards, refine them, and build the student with all that its training needs.
 
     images: how many there are in all. All processes call it together. It works in `folder`, which is emptied first and
     removed at the end. Raises UserError as the stages cache-teacher, refine and distill do.
     """
     try:
-        _rehearse(config, shards, images, folder, accelerator)
+        _rehearse(config, shards, images, folder, process)
     except (UserError, OSError):
-        _remove(folder, accelerator)
+        _remove(folder, process)
         raise
-    _remove(folder, accelerator)  # not after a defect, whose log is there
+    _remove(folder, process)  # not after a defect, whose log is there
 
 
-def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, accelerator: Accelerator) -> None:
+def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, process: PartialState) -> None:
     sets = {
         # The tar holds KEY.jpg, whatever is in a key. For a few images, the teacher is not compiled.
         "cache": {"image_key": ".jpg", "compile": False},
@@ -54,15 +54,15 @@ def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, 
     job = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
     # The records of the real cache, as far as their number matters.
     held, kept = (np.broadcast_to(0, count * config.views.count) for count in image_counts(images, settings))
-    with watched(accelerator, REHEARSAL):
-        if accelerator.is_main_process:
+    with watched(process, REHEARSAL):
+        if process.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             _write(config, shards, tar)
     cache_teacher(small, str(tar), cache)
     if not settings.joint:
         refine(small, cache, folder / "refiner")
-    with watched(accelerator, REHEARSAL):  # the cache is there until all have built the student
+    with watched(process, REHEARSAL):  # the cache is there until all have built the student
         sources = open_teachers(settings, cache, job.refiner)
         check_shared([job])
         check_fsdp(settings.precision)
@@ -72,8 +72,8 @@ def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, 
         NewStudent(job, sources, make_accelerator(settings.precision), (kept, held))
 
 
-def _remove(folder: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
+def _remove(folder: Path, process: PartialState) -> None:
+    if process.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -85,7 +85,7 @@ def run(
         for made in (REFINER, STUDENT):
             if not (out / made).exists():  # removed, to be made anew
                 steps.again_from(made)
-        wait_for_all(steps.accelerator, STAGE)  # all have looked before one of them makes something
+        wait_for_all(steps.process, STAGE)  # all have looked before one of them makes something
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
@@ -140,9 +140,9 @@ def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dic
     """Split the shards and choose. Return the split and the choice."""
     parts = split(config, shards)
     listed = list_images(config, parts.train)
-    costs = measure_costs(config, listed, steps.accelerator.device)
+    costs = measure_costs(config, listed, steps.process.device)
     disk = None if given["disk-gb"] is None else int(given["disk-gb"] * 1e9)
-    processes = steps.accelerator.num_processes
+    processes = steps.process.num_processes
     chooser = Chooser(config, parts.images, parts.probed, costs, free_bytes(out), processes, given["hours"], disk)
     choice = chooser.choose()
     for line in [*choice.reasons, choice.forecast]:
@@ -194,7 +194,7 @@ def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:
 
 def _rehearsal(learning: Learning, images: int, steps: Steps) -> Stage:
     folder = learning.out / REHEARSAL
-    work = partial(rehearse, learning.config, learning.train, images, folder, steps.accelerator)
+    work = partial(rehearse, learning.config, learning.train, images, folder, steps.process)
     return Stage(REHEARSAL, "rehearsing: building the student on a few images", None, work, together=True)
 
 

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from pipeline.checks import STEPS
 from pipeline.config import Config
 from pipeline.outputs.folder import Mode, claimed_output
 from pipeline.outputs.resuming import RESULT_SECTIONS
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import wait_for_all, watched
 from pipeline.storage.json_files import read_json, write_json
@@ -22,15 +22,15 @@ from singer.errors import UserError
 class Steps:
     """The steps of a chain below the folder `out`. They are numbered up to `total`."""
 
-    def __init__(self, out: Path, mode: Mode, total: int, accelerator: Accelerator) -> None:
-        self.out, self.accelerator, self._mode = out, accelerator, mode
+    def __init__(self, out: Path, mode: Mode, total: int, process: PartialState) -> None:
+        self.out, self.process, self._mode = out, process, mode
         self._number, self.total = 0, total
         self._done: dict[str, Any] = read_json(out, STEPS, "chain") if (out / STEPS).exists() else {}
 
     @property
     def main(self) -> bool:
         """Return whether this is the first process."""
-        return bool(self.accelerator.is_main_process)
+        return bool(self.process.is_main_process)
 
     @property
     def resumed(self) -> Mode:
@@ -55,7 +55,7 @@ class Steps:
     def alone(self, name: str, title: str, work: Callable[[], Any]) -> Any:
         """Do a step on the first process, while the others wait. Return its result, which JSON can hold."""
         if self._begin(name, title):
-            with watched(self.accelerator, name):
+            with watched(self.process, name):
                 if self.main:
                     self._record(name, work())
             self._done = read_json(self.out, STEPS, "chain")
@@ -84,12 +84,12 @@ class Steps:
 @contextmanager
 def chain(stage: str, config: Config, out: Path, mode: Mode, total: int) -> Iterator[Steps]:
     """Claim the folder of a chain, and give its steps. Raises UserError if it may not be written."""
-    accelerator = make_accelerator("no")
+    process = this_process()
     seed = config.distill.seed
-    with claimed_output(out, mode, stage, config, seed) if accelerator.is_main_process else process_log(out):
-        wait_for_all(accelerator, stage)  # the folder is claimed before another process reads it
+    with claimed_output(out, mode, stage, config, seed) if process.is_main_process else process_log(out):
+        wait_for_all(process, stage)  # the folder is claimed before another process reads it
         try:
-            yield Steps(out, mode, total, accelerator)
+            yield Steps(out, mode, total, process)
         except UserError as error:
             if RESULT_SECTIONS[stage] is None or "--resume" in str(error):
                 raise

@@ -31,16 +31,16 @@ from pipeline.planning.costs import (
     verdict,
 )
 from pipeline.planning.pilot import Pilot
-from pipeline.planning.sample import Sample, Teacher, draw_images, sample_features
+from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
 from pipeline.planning.scratch import free_bytes, scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
-from pipeline.runtime.devices import make_accelerator, with_precision
+from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
-from pipeline.teachers.placement import parameters, weight_bytes
+from pipeline.teachers.placement import weight_bytes
 from pipeline.teachers.teacher import load_teacher
-from singer.backbones import depth, resolve_blocks
+from singer.backbones import count_parameters, depth, resolve_blocks
 
 # The shares of the patch tokens that are tried.
 _SHARES = (1.0, 0.5)
@@ -122,7 +122,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     listed = list_images(config, images)
     backbone = load_teacher(config.teacher)
     blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))
-    device = make_accelerator(config.cache.precision).device
+    device = this_process().device
     with ExitStack() as stack:
         place = stack.enter_context(scratch(out)) if out is not None else None
         local = Path(place) if place is not None and not is_remote(place) else None
@@ -131,7 +131,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
         drawn = draw_images(config, listed)
         sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
-        teacher = Teacher(config, backbone, blocks, device)
+        teacher = open_teacher(config, backbone, device)
         config = with_batch_size(config, teacher.empty_batch, device)
         features = sample_features(config, sample, teacher)
         calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
@@ -151,7 +151,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     return PlanResult(
         images=len(listed),
         views=config.views.count,
-        teacher_parameters=parameters(backbone.model),
+        teacher_parameters=count_parameters(backbone.model),
         teacher_bytes=weight_bytes(backbone.model),
         batch_size=config.cache.views_at_once,
         copies=config.teacher.copies,

@@ -17,11 +17,12 @@ from pipeline.data import ImageFile, Images
 from pipeline.models.backbone import Backbone
 from pipeline.planning.cache_size import Scale
 from pipeline.planning.choice import LADDER, Costs
-from pipeline.planning.sample import AUTOCAST, Record, Sample, Teacher, draw_images, sample_features
+from pipeline.planning.sample import Record, Sample, draw_images, open_teacher, sample_features
+from pipeline.runtime.devices import autocast
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
-from singer.backbones import block_outputs, depth, resolve_blocks
-from singer.patch_masks import PatchMasks
+from singer.backbones import block_outputs, count_parameters, depth, resolve_blocks
+from singer.patch_masks import patch_embedding
 from singer.sizes import Size
 
 # Each model is measured for so many seconds at most, on this share of the images, in batches of at most this size.
@@ -40,15 +41,15 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
     with ImageFile(images) as files:
         sample = Sample(config, images, files, backbone.image_size)
-        teacher = Teacher(config, backbone, blocks, device)
+        teacher = open_teacher(config, backbone, device)
         records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
         decode = _rate(lambda some: sample.load(some, backbone.image_size), records, device, _MOST_BATCH)
         views = sample.load(records, backbone.image_size)
-        forward = _rate(lambda some: teacher(views[: len(some)]), records, device, config.cache.views_at_once)
+        forward = _rate(lambda some: teacher.trial(views[: len(some)]), records, device, config.cache.views_at_once)
         # So many take about two seconds.
         features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
     calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
-    fixed = sum(4 * p.numel() for p in backbone.model.parameters())
+    fixed = 4 * count_parameters(backbone.model)
     scale = Scale(config, backbone, len(listed), features, calibration, {TAIL: fixed}, 1, None)
     stored, patches = (
         _pixel_bytes(config, views),
@@ -66,18 +67,18 @@ def _student_rate(config: Config, student: Backbone, records: Sequence[Record], 
 
     Raises UserError if they cannot be.
     """
-    model, half = student.model.to(device).train(), AUTOCAST.get(config.distill.precision)
+    model = student.model.to(device).train()
     inputs = torch.zeros(len(records) + 1, 3, *Size.of(student.image_size), device=device)
     last = depth(model) - 1
     passes = 1
     if config.distill.mask_share:
-        PatchMasks(model, config.distill.mask_share)  # looks whether the model has patches that can be masked
+        patch_embedding(model)  # looks whether the model has patches that can be masked
         passes = 2
 
     def step(some: Sequence[Record]) -> None:
         for _ in range(passes):
             # One image more, because batch norm needs two.
-            with torch.autocast(device.type, half, half is not None):
+            with autocast(device, config.distill.precision):
                 tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]
             tokens.float().square().mean().backward()
 

@@ -10,61 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cache.extract import Extractor, check_finite
 from pipeline.cache.pixels import encode_jpegs
-from pipeline.cache.rows import copies_of
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, readable
 from pipeline.data.source_listing import NO_LABEL
-from pipeline.data.views import apply_view, draw_view, normalise
+from pipeline.data.views import apply_view, draw_view
 from pipeline.models.backbone import Backbone
-from pipeline.runtime.buffers import moved
 from pipeline.runtime.prefetch import prefetch
-from pipeline.teachers.placement import place_model
-from singer.backbones import block_outputs
-from singer.copies import Copying
-from singer.errors import UserError
-from singer.sizes import ImageSize, Size
+from singer.sizes import ImageSize
 
 # At most so many images are drawn. Features are kept of at most so many records and bytes.
 _IMAGES = 1024
 _RECORDS = 32
 _FEATURE_BYTES = 2**30
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Teacher:
-    """The teacher as a function from views to features.
-
-    It takes views (n, height, width, 3) uint8 and returns {block: features (n, N, d) float32} on its device. With
-    teacher.copies, each view takes as many passes; which copies a view has makes no difference to a plan.
-    """
-
-    def __init__(self, config: Config, backbone: Backbone, blocks: Sequence[int], device: torch.device) -> None:
-        self.backbone, self.blocks, self.device = backbone, blocks, device
-        self._half = AUTOCAST.get(config.cache.precision)
-        grids = [grid for _, grid in backbone.layout]  # measured while all of the model is in one place
-        copies = config.teacher.copies
-        self._copying = Copying.of(copies, backbone.image_size, grids) if copies > 1 else None
-        place_model(backbone.model, device, config.teacher.offload)
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> dict[int, Tensor]:
-        """Return the features of the views, as described at the class."""
-        images = normalise(moved(pixels, self.device), self.backbone.mean, self.backbone.std)
-        if self._copying is None:
-            return self._pass(images)
-        copies = copies_of(0, (("", number) for number in range(len(pixels))), self._copying)
-        grids = {block: self.backbone.layout[block][1] for block in self.blocks}
-        return self._copying.average(self._pass, images, copies, self.backbone.prefix, grids)
-
-    def _pass(self, images: Tensor) -> dict[int, Tensor]:
-        with torch.autocast(self.device.type, self._half, self._half is not None):
-            outputs = block_outputs(self.backbone.model, images.to(self.backbone.dtype), self.blocks)
-        return {block: x.to(self.device, torch.float32) for block, x in outputs.items()}
-
-    def empty_batch(self, views: int) -> dict[int, Tensor]:
-        """Compute the features of so many black views, to see how long it takes."""
-        return self(torch.zeros(views, *Size.of(self.backbone.image_size), 3, dtype=torch.uint8))
+def open_teacher(config: Config, backbone: Backbone, device: torch.device) -> Extractor:
+    """Return the teacher that a plan measures. It is not compiled: compiling takes longer than a measurement."""
+    plain = config.cache.model_copy(update={"compile": False})
+    return Extractor(config.model_copy(update={"cache": plain}), backbone, device)
 
 
 Record = tuple[int, int]
@@ -149,27 +114,20 @@ def draw_images(config: Config, listed: Images) -> Images:
     return readable(images, quiet=True)
 
 
-def sample_features(config: Config, sample: Sample, teacher: Teacher, most: int = _RECORDS) -> dict[int, Tensor]:
+def sample_features(config: Config, sample: Sample, teacher: Extractor, most: int = _RECORDS) -> dict[int, Tensor]:
     """Return {block: features (n, N, d)} of at most `most` records, on the teacher's device.
 
     Raises UserError if they are not finite.
     """
-    backbone, size = teacher.backbone, config.cache.views_at_once
+    backbone, blocks, size = teacher.backbone, teacher.blocks, config.cache.views_at_once
     tokens = backbone.prefix + backbone.grid[0] * backbone.grid[1]
-    record_bytes = 4 * len(teacher.blocks) * tokens * backbone.width
+    record_bytes = 4 * len(blocks) * tokens * backbone.width
     count = min(len(sample), most, _RECORDS, max(1, _FEATURE_BYTES // record_bytes))
     (records, *_) = sample.batches(count)
     outputs = []
     for start in range(0, count, size):
         views = sample.load(records[start : start + size], backbone.image_size)
-        outputs.append(teacher(views))
-    features = {b: torch.cat([o[b] for o in outputs]) for b in teacher.blocks}
-    for block, x in features.items():
-        bad = ~torch.isfinite(x).flatten(1).all(1)
-        if bad.any():
-            key = sample.images.keys[records[int(bad.nonzero()[0])][0]]
-            raise UserError(
-                f"block {block} gives NaN or Inf for image {key!r}; run the teacher with cache.precision no and "
-                "teacher.dtype float32"
-            )
+        outputs.append(teacher.trial(views))
+    features = {b: torch.cat([o[b] for o in outputs]) for b in blocks}
+    check_finite(features, np.arange(count), lambda place: sample.images.keys[records[place][0]])
     return features

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, Codec
+from pipeline.cache.extract import Extractor
 from pipeline.data import Images
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import MB, read_images, write_to_disk
 from pipeline.planning.pilot import MOST_IMAGES, Pilot
 from pipeline.planning.rates import REPEATS, rate_beside, rate_of
-from pipeline.planning.sample import Sample, Teacher
+from pipeline.planning.sample import Sample
 from pipeline.planning.training_speed import TRAINING, train_on
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
@@ -62,7 +63,7 @@ def no_speeds(why: str) -> Speeds:
 def measure_speeds(
     listed: Images,
     sample: Sample,
-    teacher: Teacher,
+    teacher: Extractor,
     calibration: Mapping[int, Calibration],
     pilot: Pilot,
     store: Store | None,
@@ -82,19 +83,19 @@ def measure_speeds(
 
     def forward() -> Generator[int, None, None]:
         while True:
-            teacher(pixels)
+            teacher.trial(pixels)
             yield len(pixels)
 
     records, codec = len(listed) * config.views.count, CODECS[config.cache.codec]
-    features = teacher(pixels)
+    features = teacher.trial(pixels)
     say(f"measuring the stages of caching, {part:g} s each")
     caching = {
         "images": read_images(listed, part).scaled(config.views.count),
         "decoding": rate_beside(
-            sample.decoding(len(batch), teacher.backbone.image_size), lambda: teacher(pixels), part
+            sample.decoding(len(batch), teacher.backbone.image_size), lambda: teacher.trial(pixels), part
         ),
         "teacher": rate_of(forward(), part, device),
-        "encoding": rate_beside(encoding(codec, features, calibration), lambda: teacher(pixels), part),
+        "encoding": rate_beside(encoding(codec, features, calibration), lambda: teacher.trial(pixels), part),
     }
     nowhere, written, setup = not_measured("no --out"), 0, None
     if store is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from pipeline.cache.extract import Extractor
 from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data import ImageFile
@@ -17,7 +18,7 @@ from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.rates import rate_of
-from pipeline.planning.sample import Sample, Teacher
+from pipeline.planning.sample import Sample
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.prefetch import prefetch
@@ -38,7 +39,7 @@ _ENDLESS = 10**9
 
 
 def train_on(
-    pilot: Pilot, sample: Sample, teacher: Teacher, seconds: float, on_disk: bool
+    pilot: Pilot, sample: Sample, teacher: Extractor, seconds: float, on_disk: bool
 ) -> tuple[dict[str, Rate], str]:
     """Train the configured student on the pilot's cache and, with the teacher in every step, on its images.
 
@@ -138,7 +139,7 @@ class _Steps:
         for number, batch in enumerate(on_device(self._batches(), self._accelerator.device)):
             yield self._step(batch, number)
 
-    def online(self, sample: Sample, teacher: Teacher) -> Generator[int, None, None]:
+    def online(self, sample: Sample, teacher: Extractor) -> Generator[int, None, None]:
         """Train the student with the teacher in every step, on the images of the sample."""
         shown, size, device = self._size, teacher.backbone.image_size, self._accelerator.device
         (first,) = self._load.features([next(self._shares())])
@@ -149,7 +150,9 @@ class _Steps:
             self._settings.workers,
         )
         for number, (share, views) in enumerate(loaded):
-            features, positions = teacher(views[size]), first[0].positions
+            # Copies of what inference mode gives may take part in a step.
+            features = {b: x.clone() for b, x in teacher.trial(views[size]).items()}
+            positions = first[0].positions
             if positions is not None:
                 # Which patches are compared makes no difference to the time.
                 positions = positions[:1].expand(len(share.records), -1).to(device)

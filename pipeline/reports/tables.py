@@ -21,6 +21,7 @@ from pipeline.runtime.progress import duration
 from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import LOG
 from pipeline.training.stored_refiners import METRICS
+from singer.backbones import count_parameters
 from singer.names import OWN
 from singer.suffix import outline
 
@@ -112,7 +113,7 @@ def parameters(teacher: TeacherManifest) -> int | None:
         return None
     with torch.device("meta"):
         model: nn.Module = outline(teacher.architecture, teacher.model_args)
-    return sum(p.numel() for p in model.parameters())
+    return count_parameters(model)
 
 
 def refiners(groups: Sequence[SeedGroup]) -> list[Refined]:

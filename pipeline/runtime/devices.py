@@ -1,16 +1,18 @@
-"""The device of a stage, and its set-up of Accelerate, the same for every stage."""
+"""The device and the processes of a stage, its autocast, and its set-up of Accelerate, the same for every stage."""
 
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, patch_environment
+from accelerate.utils import parse_flag_from_env, patch_environment
 
 from pipeline.config import Config, Precision
 from pipeline.runtime.ranks import limit_seconds
 
 _COLLECTIVE_SECONDS = 1800.0
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> torch.device:
@@ -36,13 +38,34 @@ def with_precision(config: Config) -> Config:
     return config.model_copy(update=known)
 
 
-def make_accelerator(precision: Precision) -> Accelerator:
-    """Make an Accelerator of this precision, also if the process has used another one before."""
-    AcceleratorState._reset_state()
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the autocast of a precision on a device; a CPU computes in float32 where the precision is fp16."""
+    half = _HALF.get(resolved(precision))
+    return torch.autocast(device.type, half, half is not None and (half, device.type) != (torch.float16, "cpu"))
+
+
+def this_process() -> PartialState:
+    """Return what Accelerate knows of this process: its device, its rank, and the number of processes.
+
+    The first call in a process connects it with the others.
+    """
     # watched_rank.py finds ranks that are dead or hang, and its barriers wait where one rank works alone for long.
     # Between collective operations a rank may compile, or wait for its first batch, for longer than the default's ten
     # minutes.
-    patient = InitProcessGroupKwargs(timeout=timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds())))
-    # pipeline/training/fsdp.py splits students among processes; nothing else is split.
-    with patch_environment(ACCELERATE_USE_FSDP="false"):
-        return Accelerator(mixed_precision=resolved(precision), kwargs_handlers=[patient])
+    patience = timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds()))
+    with _without_fsdp():
+        return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
+
+
+def make_accelerator(precision: Precision) -> Accelerator:
+    """Make an Accelerator that trains in this precision, also if the process has trained in another one before."""
+    this_process()
+    AcceleratorState._reset_state()
+    with _without_fsdp():
+        return Accelerator(mixed_precision=resolved(precision))
+
+
+def _without_fsdp() -> AbstractContextManager[None]:
+    """Hide the request for FSDP from Accelerate: training/fsdp.py splits students among processes, and nothing else."""
+    hidden: AbstractContextManager[None] = patch_environment(ACCELERATE_USE_FSDP="false")
+    return hidden

@@ -16,15 +16,16 @@ _PLAIN_SECONDS = 20.0
 class Meter:
     """Counts items, and shows rate, time left and the share of time spent on waiting for data."""
 
-    def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int) -> None:
-        self._what, self._total, self._unit = what, total, unit
+    def __init__(
+        self, what: str, total: int, unit: str, quiet: bool, done: int, busy: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Start to count. busy: returns whether a device still computes: waiting while it does costs nothing."""
+        self._what, self._total, self._unit, self._busy = what, total, unit, busy
         self.done = self._first = done
         self._start = self._shown = time.perf_counter()
         self._quiet = quiet
         self._bar: tuple[Progress, TaskID] | None = None
         self.waited = 0.0
-        # Returns whether a device still computes: waiting while it does costs nothing.
-        self.busy: Callable[[], bool] = lambda: False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -33,7 +34,7 @@ class Meter:
         try:
             yield
         finally:
-            if not self.busy():
+            if not self._busy():
                 self.waited += time.perf_counter() - start
 
     @property
@@ -70,9 +71,14 @@ class Meter:
 
 
 @contextmanager
-def meter(what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0) -> Iterator[Meter]:
-    """Show a Meter until the block ends. done: items finished by an earlier run; quiet: show nothing."""
-    m = Meter(what, total, unit, quiet, done)
+def meter(
+    what: str, total: int, unit: str, *, quiet: bool = False, done: int = 0, busy: Callable[[], bool] = lambda: False
+) -> Iterator[Meter]:
+    """Show a Meter until the block ends.
+
+    quiet: show nothing; done: items finished by an earlier run; busy: as for Meter.
+    """
+    m = Meter(what, total, unit, quiet, done, busy)
     try:
         with _shown(m, what, total, done, quiet):
             yield m

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from singer.errors import UserError
 
 if TYPE_CHECKING:  # code that only shows progress needs no torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
     from pipeline.runtime.rank_messages import Address
 
@@ -36,6 +36,11 @@ class Ranks:
 
     def __init__(self, stage: str, rank: int, world: int) -> None:
         self.stage, self.rank, self.world = stage, rank, world
+
+    @property
+    def is_first(self) -> bool:
+        """Return whether this is the first rank, which does what is done once."""
+        return self.rank == 0
 
     def beat(self) -> None:
         """Report that the work goes on."""
@@ -70,14 +75,14 @@ def current() -> Ranks:
 
 
 @contextmanager
-def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
+def watched(process: "Accelerator | PartialState", stage: str) -> Iterator[Ranks]:
     """Watch the processes of a stage until all have come to the end of this block.
 
     If one dies or hangs, the others end with exit code 2, and one line names it. Raises UserError if one does not
-    connect. With one process this does nothing.
+    connect. With one process this does nothing. process: this one, see devices.this_process.
     """
     global _current
-    if accelerator.num_processes == 1:
+    if process.num_processes == 1:
         yield _ALONE
         return
     from accelerate.utils import broadcast_object_list
@@ -88,7 +93,7 @@ def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
         port, token = broadcast_object_list([address])[0]
         return port, token
 
-    with WatchedRank(stage, accelerator.process_index, accelerator.num_processes, share) as ranks:
+    with WatchedRank(stage, process.process_index, process.num_processes, share) as ranks:
         _current = ranks
         try:
             yield ranks
@@ -96,7 +101,7 @@ def watched(accelerator: "Accelerator", stage: str) -> Iterator[Ranks]:
             _current = _ALONE
 
 
-def wait_for_all(accelerator: "Accelerator", stage: str) -> None:
+def wait_for_all(process: "PartialState", stage: str) -> None:
     """Wait, between stages, until all processes have come here. Raises UserError if one does not connect."""
-    with watched(accelerator, stage):
+    with watched(process, stage):
         pass

@@ -30,12 +30,12 @@ from pipeline.models.names import local_folder
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator, with_precision
+from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
-from singer.errors import require_known
+from singer.errors import UserError, require_known
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,21 @@ def cache_teacher(
     store = open_store(out)
     has_manifest = mode in ("resume", "append") and MANIFEST in store.sizes()
     backbone = load_teacher(config.teacher, teacher)
-    accelerator = make_accelerator(config.cache.precision)
-    main = accelerator.is_main_process
-    with watched(accelerator, STAGE) as ranks, ExitStack() as claim:
+    process = this_process()
+    if config.teacher.offload == "auto" and process.num_processes > 1:
+        raise UserError("teacher.offload auto takes all GPUs in one process; start one, or take cpu or disk")
+    with watched(process, STAGE) as ranks, ExitStack() as claim:
+        main = ranks.is_first
         # Shards are indexed before the output is claimed, so that broken shards leave no output. A resumed run has
         # their list already.
         continues = has_manifest and mode == "resume"
         listed = list_images(config, images) if main and not continues else None
-        extract = Extractor(config, backbone, accelerator)
+        if continues:
+            config = as_begun(config, store)
+        extract = Extractor(config, backbone, process.device)
         resolve_blocks(config.cache.blocks, extract.teacher.depth)
-        config = extract.config = _with_batch_size(config, extract, store if continues else None, ranks)
+        config = _with_batch_size(extract, ranks)
+        extract = extract.configured(config)
 
         start, done = time.perf_counter(), 0
         claim.enter_context(claimed_output(out, mode, STAGE, config, seed=None) if main else process_log(out))
@@ -118,16 +123,11 @@ def cache_teacher(
     )
 
 
-def _with_batch_size(config: Config, extract: Extractor, begun: Store | None, ranks: Ranks) -> Config:
-    """Return the configuration with a batch size in the place of auto, the same for all processes.
-
-    begun: the cache that is continued, as which it then computes.
-    """
-    known = config if begun is None else as_begun(config, begun)
-    if known.cache.batch_size != "auto":
-        return known
-    main = extract.accelerator.is_main_process
-    found = with_batch_size(config, extract.empty_batch, extract.device) if main else None
+def _with_batch_size(extract: Extractor, ranks: Ranks) -> Config:
+    """Return the extractor's configuration with a batch size in the place of auto, the same for all processes."""
+    if extract.config.cache.batch_size != "auto":
+        return extract.config
+    found = with_batch_size(extract.config, extract.empty_batch, extract.device) if ranks.is_first else None
     ranks.wait()
     with ranks.together():
         (of_first,) = broadcast_object_list([found])

@@ -54,6 +54,7 @@ from pipeline.training.run_directory import (
 )
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
+from singer.backbones import count_parameters
 from singer.errors import UserError
 
 _TASK = "head"
@@ -202,9 +203,9 @@ class Job:
             self.classes, len(self.numbers), sources, student_run.steps,
             student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
         )  # fmt: skip
-        parameters = sum(p.numel() for p in self.student.model.parameters())
-        made = {"run": self.out, "student": self.out / STUDENT, "parameters": parameters, "finetuned": finetuned}
-        result = replace(self.trained, **made)
+        parameters = count_parameters(self.student.model)
+        student = self.out / STUDENT
+        result = replace(self.trained, run=self.out, student=student, parameters=parameters, finetuned=finetuned)
         if main:
             save_backbone(self.student, state, result.student)
             if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read

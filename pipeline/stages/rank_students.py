@@ -24,7 +24,7 @@ from pipeline.runtime.progress import say
 from pipeline.storage import Place
 from pipeline.students.new import new_student
 from pipeline.training.cached_teachers import open_images
-from singer.backbones import block_outputs, depth
+from singer.backbones import block_outputs, count_parameters, depth
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 from singer.tokens import resize_tokens
@@ -106,7 +106,7 @@ def rank_students(
             built = [_built(student, size, config.distill.seed + n) for n in range(starts)]
             scores = [_score(each, pixels, cache, tokens) for each in built]
             means = {key: fmean(s[key] for s in scores) for key in scores[0]}
-            found.append(RankedStudent(name, _count(built[0]), **means))
+            found.append(RankedStudent(name, count_parameters(built[0].model), **means))
             say(f"{name}: {found[-1].diswot:.4g}")
     ranked = sorted(found, key=lambda s: -s.diswot)
     return RankStudentsResult(ranked, teacher.variant, block, len(records), starts)
@@ -154,10 +154,6 @@ def _vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize)
     # Patch embedding, CLS, positions and final norm; then norms, attention and MLP of a block, with their biases.
     embedding = dim * (3 * math.prod(patch) + 1 + 1 + tokens + 2)
     return embedding + blocks * (4 * dim**2 + 9 * dim + 2 * dim * hidden + hidden)
-
-
-def _count(student: Backbone) -> int:
-    return sum(p.numel() for p in student.model.parameters())
 
 
 def _built(settings: StudentConfig, size: ImageSize, seed: int) -> Backbone:

@@ -21,7 +21,7 @@ from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.runtime.ranks import Ranks, watched
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as, read_json, write_json
@@ -79,30 +79,30 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
         return _result(out)
     if known_cache is not None and known_cache not in cache.ids:
         raise UserError(f"{out} cannot be continued: it was started on another cache; use that or --overwrite")
-    accelerator = make_accelerator("no")
+    process = this_process()
     start = time.perf_counter()
-    main = accelerator.is_main_process
-    with watched(accelerator, STAGE) as processes:
-        fit = RefinerFit(cache, settings, split[0], accelerator.device)
+    with watched(process, STAGE) as ranks:
+        main = ranks.is_first
+        fit = RefinerFit(cache, settings, split[0], process.device)
         with claimed_output(out, mode, STAGE, config, settings.seed) if main else process_log(out):
             if main:
                 write_json(out / INPUTS, {"cache": cache.id})
-            processes.wait()
-            _fit(fit, out, processes)
+            ranks.wait()
+            _fit(fit, out, ranks)
             if main:
                 _store(fit, out, split[1], start)
     return _result(out)
 
 
-def _fit(fit: RefinerFit, out: Path, processes: Ranks) -> None:
+def _fit(fit: RefinerFit, out: Path, ranks: Ranks) -> None:
     """Train this process's share of the adapters, and wait until all processes have trained theirs."""
     if not fit.trained:
         return
     together = groups(fit.cache.blocks, fit.settings.info_form)
-    for group in together[processes.rank :: processes.world]:
+    for group in together[ranks.rank :: ranks.world]:
         fit_adapters(fit, group, out)
-    processes.wait()
-    if processes.rank == 0:
+    ranks.wait()
+    if ranks.is_first:
         for group in together:
             load_fitted(fit.refiner, group, out)
 

@@ -21,11 +21,6 @@ from pipeline.config import Dtype, Offload
 from singer.errors import UserError
 
 
-def parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters, wherever they are."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

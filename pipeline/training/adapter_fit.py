@@ -116,7 +116,6 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
     )
     first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
-    weights = settings.loss_weights
     prefix = cache.manifest.teacher.prefix_tokens
     grids = {b: refiner.cleaner(b).shape.grid for b in group}
     order = batch_order(fit.records, settings, settings.steps if plateau.over else first)
@@ -126,10 +125,9 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
             refined = {b: refiner.clean(x, b) for b, x in features.items()}
             batch = RefinementBatch(features, refined, fit.suffix, fit.scales, prefix, grids)
             losses = adapter_losses(
-                batch, group, settings.outlier_form, settings.info_form, settings.quantile, *weights
+                batch, group, settings.outlier_form, settings.info_form, settings.quantile, settings.loss_weights
             )
-            terms = [weights[name] * loss for name, by_block in losses.items() for loss in by_block.values()]
-            total = torch.stack(terms).sum() / len(group)
+            total = losses.total
             optimiser.zero_grad(set_to_none=True)
             total.backward()
             for options in optimiser.param_groups:
@@ -142,7 +140,8 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
             m.advance(1, f"loss {loss:.4f}")
             done = step + 1
             if done % _LOG_EVERY == 0 or plateau.over or done == settings.steps:
-                parts = {f"{n}.{b}": float(v.detach()) for n, by_block in losses.items() for b, v in by_block.items()}
+                named = losses.parts.items()
+                parts = {f"{n}.{b}": float(v.detach()) for n, by_block in named for b, v in by_block.items()}
                 log.write(step=done, loss=loss, lr=settings.lr * plateau.factor, **parts)
                 if checkpoint.due:
                     checkpoint.save(done)

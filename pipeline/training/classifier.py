@@ -20,27 +20,25 @@ class Classifier(Learner):
         super().__init__(student, device)
         self._mixing = mixing
         freeze_unused(self.student, None, student.image_size)
-        self._right: Tensor | None = None
 
     def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Mix the batch; its labels are then shares of classes (B, classes), which add up to 1."""
         return batch if self._mixing is None else self._mixing(batch)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return {ce: the mean cross-entropy}, -sum over classes of share · log softmax(logits)."""
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return {ce: the mean cross-entropy}, -sum over classes of share · log softmax(logits), and sums.
+
+        These are, in eval mode, {top1: (2,)}: how many images are classified rightly, and how many there are.
+        """
         logits = self.student(self.images(batch))
         # Half precision loses small probabilities.
         with torch.autocast(batch.weights.device.type, enabled=False):
             losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
-        if not self.training:
-            self._right = logits.argmax(1) == batch.labels
-        return {"ce": (losses * batch.weights).sum()}
-
-    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the loss, and {top1: (2,)}: how many images are classified rightly, and how many there are."""
-        losses = self(batch)
-        assert self._right is not None
-        return losses, {"top1": torch.stack([self._right.sum(), torch.ones_like(self._right).sum()])}
+        found = {"ce": (losses * batch.weights).sum()}
+        if self.training:
+            return found, {}
+        right = logits.argmax(1) == batch.labels
+        return found, {"top1": torch.stack([right.sum(), torch.ones_like(right).sum()])}
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {held_out_top1: percent}."""

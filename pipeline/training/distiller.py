@@ -1,7 +1,7 @@
 """What stage 3 trains: a student, and its projectors and objective for each teacher."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import BatchTargets, TeacherBranch
+from pipeline.training.teacher_branch import BatchTargets, TeacherBranch, errors
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.objectives import Tokens
@@ -20,6 +20,19 @@ from singer.patch_masks import PatchMasks
 
 # The parameters of an attention that make its queries, keys and values.
 _MAKE_ATTENTION = ("qkv.", "q_bias", "k_bias", "v_bias", "q_norm.", "k_norm.")
+
+
+@dataclass(frozen=True)
+class BranchLosses:
+    """The losses of a batch for one teacher.
+
+    records: {part of its objective: losses (B,)}; adapters: as in BatchTargets; errors: {teacher block: squares} of its
+    normalised targets, in eval mode alone.
+    """
+
+    records: dict[str, Tensor]
+    adapters: Mapping[str, Tensor]
+    errors: Mapping[int, Tensor]
 
 
 class Distiller(Learner):
@@ -58,12 +71,6 @@ class Distiller(Learner):
             self.dropout.share = token_share(self._shares, batch.step, per_epoch)
         return batch
 
-    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the losses, and {teacher block: squares} of its normalised targets; call it in eval mode only."""
-        losses, named = self(batch), len(self.branches) > 1
-        errors = {f"{h.name}.{b}" if named else str(b): x for h in self.branches for b, x in h.errors.items()}
-        return losses, errors
-
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
         return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
@@ -92,45 +99,55 @@ class Distiller(Learner):
         pairs = zip(self.branches, batch.features, strict=True)
         return replace(batch, features=[branch.targets.decode(features) for branch, features in pairs])
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named scalar losses; their sum is minimised."""
-        found = self.record_losses(batch)
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return named scalar losses, whose sum is minimised, and, in eval mode, {teacher block: squares}."""
+        found = self.branch_losses(batch)
         several = len(found) > 1
-        shares = teacher_shares(found, self.drop) if self.drop and self.training and several else None
+        drops = self.drop and self.training and several
+        shares = teacher_shares([own.records for own in found], self.drop) if drops else None
         losses: dict[str, Tensor] = {}
-        for n, (branch, parts) in enumerate(zip(self.branches, found, strict=True)):
+        sums: dict[str, Tensor] = {}
+        for n, (branch, own) in enumerate(zip(self.branches, found, strict=True)):
             prefix = f"{branch.name}." if several else ""
             weights = batch.weights if shares is None else batch.weights * shares[n]
-            summed = {name: (loss * weights).sum() * branch.weight for name, loss in parts.items()}
-            losses |= {f"{prefix}{name}": loss for name, loss in (summed | branch.adapter_losses).items()}
-        return losses
+            summed = {name: (loss * weights).sum() * branch.weight for name, loss in own.records.items()}
+            losses |= {f"{prefix}{name}": loss for name, loss in (summed | dict(own.adapters)).items()}
+            sums |= {f"{prefix}{block}": x for block, x in own.errors.items()}
+        return losses, sums
 
-    def record_losses(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """Return what each teacher's objective says of each record, {part: losses (B,)}."""
+    def branch_losses(self, batch: Batch) -> list[BranchLosses]:
+        """Return the losses for each teacher."""
         images = self.images(batch)
         targets = [branch.targets_of(x, batch) for branch, x in zip(self.branches, batch.features, strict=True)]
-        found = self._compared(images, targets, batch)
-        if self.masks is None or not self.training:
-            return found
-        self.masks.active = True
-        again = self._compared(images, targets, batch, self.masks)
-        self.masks.active = False
-        # These losses are means over all tokens, and only the masked ones have any.
-        weight = self.mask_weight * self.masks.rarity
-        masked = [{f"masked.{name}": weight * loss for name, loss in parts.items()} for parts in again]
-        return [seen | unseen for seen, unseen in zip(found, masked, strict=True)]
+        pairs = self._pairs(images, targets, batch)
+        records = self._compared(pairs, batch)
+        if self.masks is not None and self.training:
+            self.masks.active = True
+            again = self._compared(self._pairs(images, targets, batch, self.masks), batch)
+            self.masks.active = False
+            # These losses are means over all tokens, and only the masked ones have any.
+            weight = self.mask_weight * self.masks.rarity
+            masked = [{f"masked.{name}": weight * loss for name, loss in parts.items()} for parts in again]
+            records = [seen | unseen for seen, unseen in zip(records, masked, strict=True)]
+        return [
+            BranchLosses(of_records, own.adapter_losses, {} if self.training else errors(*pair))
+            for of_records, own, pair in zip(records, targets, pairs, strict=True)
+        ]
 
-    def _compared(
+    def _pairs(
         self, images: Tensor, targets: Sequence[BatchTargets], batch: Batch, masks: PatchMasks | None = None
-    ) -> list[dict[str, Tensor]]:
-        """Show the student its images and return what each teacher's objective says, of masked patches if there are."""
+    ) -> list[tuple[Tokens, Tokens]]:
+        """Show the student its images; return its tokens and the targets, of masked patches if there are masks."""
         outputs = block_outputs(self.student, images, self.blocks)
         kept = self.dropout.kept if self.dropout is not None else None
         masked = masks.masked if masks is not None else None
-        pairs = [
+        return [
             branch.compare(outputs, own, batch, kept, masked)
             for branch, own in zip(self.branches, targets, strict=True)
         ]
+
+    def _compared(self, pairs: Sequence[tuple[Tokens, Tokens]], batch: Batch) -> list[dict[str, Tensor]]:
+        """Return what each teacher's objective says of its pair of tokens, {part: losses (B,)}."""
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):
             means = self.agreed([targets for _, targets in pairs]) if len(pairs) > 1 else {}

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.config import Precision
-from singer.backbones import gives_tokens
+from singer.backbones import count_parameters, gives_tokens
 from singer.errors import UserError
 
 FSDP = "ACCELERATE_USE_FSDP"
@@ -59,7 +59,7 @@ def apply_fsdp(model: nn.Module, accelerator: Accelerator) -> tuple[int, int]:
                 fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     kept = [p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)]
-    return sum(kept), sum(p.numel() for p in model.parameters())
+    return sum(kept), count_parameters(model)
 
 
 class WholeModel:

@@ -127,7 +127,7 @@ class HeldOut:
                     # Objectives that draw at random draw the same in every epoch, whoever shares the pass.
                     with torch.random.fork_rng(own), current().together():  # split weights are gathered
                         torch.manual_seed(number)
-                        found, parts = run.learner.measured(batch)
+                        found, parts = run.learner(batch)
                     current().beat()
                     losses[n] += float(torch.stack(list(found.values())).sum())
                     for name, part in parts.items():

@@ -42,8 +42,8 @@ class JointTraining:
         """
         s = self.settings
         batch = RefinementBatch(original, refined, self.suffix, self.scales, self.prefix, self.grids)
-        found = adapter_losses(batch, list(refined), s.outlier_form, s.info_form, s.quantile, *self.weights)
-        return {name: weight * torch.stack(list(found[name].values())).mean() for name, weight in self.weights.items()}
+        found = adapter_losses(batch, list(refined), s.outlier_form, s.info_form, s.quantile, self.weights)
+        return found.weighted
 
 
 def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:

@@ -12,9 +12,9 @@ from pipeline.training.batch import Batch
 
 
 class Learner(nn.Module):
-    """A student with all that is trained with it. Called with a batch, it returns named scalar losses.
+    """A student with all that is trained with it. Called with a batch, it returns named scalar losses, and sums.
 
-    Their sum is minimised. The student is on `device` when it is trained.
+    The sum of the losses is minimised. The student is on `device` when it is trained.
     """
 
     def __init__(self, student: Backbone, device: torch.device) -> None:
@@ -30,8 +30,8 @@ class Learner(nn.Module):
             self.student.to(memory_format=torch.channels_last)
 
     @abstractmethod
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named scalar losses."""
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return named scalar losses, and {name: tensor}, in eval mode alone: sums that add up over batches."""
 
     def images(self, batch: Batch) -> Tensor:
         """Return the images of a batch, normalised for the student, (B, 3, H, W)."""
@@ -46,9 +46,5 @@ class Learner(nn.Module):
         return batch
 
     @abstractmethod
-    def measured(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the losses, and sums {name: tensor} that add up over batches; call it in eval mode only."""
-
-    @abstractmethod
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
-        """Return the figures of held-out images, from the sums of all batches of them."""
+        """Return the figures of held-out images, from the sums over all batches of them."""

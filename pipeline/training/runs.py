@@ -47,7 +47,7 @@ from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
-from singer.backbones import depth, freeze_others
+from singer.backbones import count_parameters, depth, freeze_others
 from singer.matching import match_blocks
 from singer.refiner import Refiner
 from singer.sizes import Size
@@ -244,7 +244,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
         others=others,
         run=job.out,
         student=job.out / STUDENT,
-        parameters=sum(p.numel() for p in new.student.model.parameters()),
+        parameters=count_parameters(new.student.model),
         steps=student_run.steps,
         loss=student_run.loss,
         seconds=m.seconds,

@@ -131,7 +131,7 @@ class StudentRun:
             parts = list(self.learner.decoded(batch).split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
             with accelerator.no_sync(model) if number < len(parts) else nullcontext():
-                losses = model(part)
+                losses, _ = model(part)
                 current().beat()
                 accelerator.backward(torch.stack(list(losses.values())).sum())
             for name, loss in losses.items():

@@ -41,10 +41,14 @@ class Teaching:
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """A teacher's refined tokens of a batch, and which patches they are, (B, k), None for all."""
+    """A teacher's refined tokens of a batch, and which patches they are, (B, k), None for all.
+
+    adapter_losses: {name: loss} of the adapters that refine them in joint training; else empty.
+    """
 
     refined: Tokens
     positions: Tensor | None
+    adapter_losses: Mapping[str, Tensor]
 
 
 class TeacherBranch:
@@ -93,9 +97,6 @@ class TeacherBranch:
         last = len(self.layout) - 1
         self.attention_inputs = {t: min(matching[t], last - 1) for t in self.objective.attends()}
         self.attention = {t: attention_of(student, s + 1) for t, s in self.attention_inputs.items()}
-        # Of the last batch: losses of adapters in joint training, and {teacher block: squares} outside of training.
-        self.adapter_losses: dict[str, Tensor] = {}
-        self.errors: dict[int, Tensor] = {}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in (self.attention_inputs | self.matching).items()}
 
@@ -132,10 +133,12 @@ class TeacherBranch:
         return dict(sorted((self.attention_inputs | self.matching).items()))
 
     def targets_of(self, features: Encoded | Decoded, batch: Batch) -> BatchTargets:
-        """Return the targets of a batch. In joint training, `adapter_losses` are then those of this batch."""
+        """Return the targets of a batch."""
         decoded = self.targets.decode(features)
-        refined = self.targets.refine(decoded.blocks) if self.joint is None else self._adapted(decoded.blocks, batch)
-        return BatchTargets(refined, decoded.positions)
+        if self.joint is None:
+            return BatchTargets(self.targets.refine(decoded.blocks), decoded.positions, {})
+        refined, losses = self._adapted(decoded.blocks, batch)
+        return BatchTargets(Tokens(refined, refined), decoded.positions, losses)
 
     def compare(
         self,
@@ -161,8 +164,6 @@ class TeacherBranch:
         if masked is not None:
             own = masked if kept is None else masked.gather(1, kept)
             wanted = Tokens({b: only_masked(x, student.normalised[b], own) for b, x in wanted.normalised.items()})
-        if not self.objective.training:
-            self.errors = {b: squares(x, student.normalised[b]) for b, x in wanted.normalised.items()}
         return student, wanted
 
     def tokens(self, outputs: Mapping[int, Tensor], positions: Tensor | None, kept: Tensor | None = None) -> Tokens:
@@ -198,10 +199,10 @@ class TeacherBranch:
                     f"patch can be left out of it; take one of {known}, or set distill.{off}"
                 )
 
-    def _adapted(self, features: Mapping[int, Tensor], batch: Batch) -> Tokens:
-        """Return features cleaned by the adapters that are trained with the student, and keep the adapters' losses.
+    def _adapted(self, features: Mapping[int, Tensor], batch: Batch) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Return features cleaned by the adapters that are trained with the student, and the adapters' losses.
 
-        They are in proportion to the records of this part of the batch, so that parts add up.
+        These are in proportion to the records of this part of the batch, so that parts add up.
         """
         assert self.joint is not None and self.adapters is not None
         real = len(batch.weights) - batch.filling
@@ -213,8 +214,7 @@ class TeacherBranch:
             else:
                 zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
                 losses = dict.fromkeys(self.joint.weights, zero)
-        self.adapter_losses = losses
-        return Tokens(refined, refined)
+        return refined, losses
 
 
 def _reads(kind: type[Projection], block: int) -> range:
@@ -232,6 +232,11 @@ def attention_of(student: Backbone, number: int) -> Any:
             "in this order, such as vit; use relation for others"
         )
     return block
+
+
+def errors(student: Tokens, targets: Tokens) -> dict[int, Tensor]:
+    """Return {block: squares} of normalised targets."""
+    return {block: squares(x, student.normalised[block]) for block, x in targets.normalised.items()}
 
 
 def squares(wanted: Tensor, found: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline.runtime.ranks import current
 from pipeline.training.batch import Loader
 from pipeline.training.held_out import HeldOut
 from pipeline.training.student_run import StudentRun
-from pipeline.training.to_device import on_device
+from pipeline.training.to_device import StartedSteps, on_device
 
 _LOG_STEPS = 50
 
@@ -45,11 +45,12 @@ def train(
         student_run.model.plain.train()
     lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
     ahead = prefetch_depth(settings, load.record_bytes, world)
+    started, images = StartedSteps(), settings.epochs * records
     with (
-        meter(settings.section, settings.epochs * records, "images", quiet=not main, done=seen(first)) as m,
+        meter(settings.section, images, "images", quiet=not main, done=seen(first), busy=started.busy) as m,
         closing(load(lists, settings.workers, m, ahead)) as batches,
     ):
-        for step, batch in enumerate(on_device(batches, accelerator.device, m), start=first):
+        for step, batch in enumerate(on_device(batches, accelerator.device, started), start=first):
             going = [t for t in student_runs if t.first_step <= step and not t.ended]
             if len(going) > 1:
                 batch = going[0].learner.decoded(batch)  # once for all of them

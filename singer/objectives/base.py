@@ -65,13 +65,7 @@ class Objective(nn.Module):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__()
-        # The suffix in it is frozen. In a list, it is not part of this module: neither trained nor stored with it.
-        self._context = [context]
-
-    @property
-    def context(self) -> ObjectiveContext:
-        """Return what student and teacher tokens have in common."""
-        return self._context[0]
+        self.context = context  # not a module: the suffix in it, which is frozen, is neither trained nor stored
 
     def reads(self) -> tuple[int, ...]:
         """Return the blocks at which it compares tokens; the student learns nothing about others from it."""

@@ -19,11 +19,12 @@ class ZeroShot(Logits):
     """
 
     temperature = 0.01
+    texts: Tensor
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         assert context.texts is not None
-        self.texts = [F.normalize(context.texts.float(), dim=-1)]  # in a list, it is neither trained nor stored
+        self.register_buffer("texts", F.normalize(context.texts.float(), dim=-1), persistent=False)
 
     def check(self) -> None:
         """Raise UserError unless the teacher's last block is cached, and its embeddings are as wide as the texts'."""
@@ -47,4 +48,4 @@ class ZeroShot(Logits):
     def verdict(self, tokens: Tensor) -> Tensor:
         """Compute log probabilities (B, texts) for tokens (B, [CLS +] patches, d)."""
         images = F.normalize(self.output(tokens).float(), dim=-1)
-        return torch.log_softmax(images @ self.texts[0].to(images.device).T / self.temperature, dim=-1)
+        return torch.log_softmax(images @ self.texts.T / self.temperature, dim=-1)

@@ -21,7 +21,7 @@ from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.models.names import OWN, is_function
-from pipeline.runtime.devices import make_accelerator
+from pipeline.runtime.devices import this_process
 from pipeline.runtime.progress import meter
 from pipeline.teachers.teacher import load_teacher
 from singer.errors import UserError
@@ -32,8 +32,8 @@ def load_extractors(config: Config, segments: Sequence[Segment]) -> Iterator[Ext
     """Yield the teacher of config.teacher, once for each of its variants in the cache.
 
     If no teacher is named, the cache's first one is taken. teacher.name may name a variant, which is then the only one;
-    teacher.image_size and cache.precision choose among several. Use one extractor before you ask for the next: they
-    share the device's settings. Raises UserError, naming both sides, if the cache holds no features of the teacher.
+    teacher.image_size and cache.precision choose among several. Raises UserError, naming both
+    sides, if the cache holds no features of the teacher.
     """
     given, teachers = config.teacher, [v[0].manifest.teacher for v in variants_of(segments)]
     wanted = given.name if "name" in given.model_fields_set else None
@@ -86,9 +86,7 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
             "cache": config.cache.model_copy(update={"precision": known.precision, "compile": False}),
         }
     )
-    backbone = load_teacher(config.teacher)
-    accelerator = make_accelerator(config.cache.precision)
-    return Extractor(config, backbone, accelerator)
+    return Extractor(config, load_teacher(config.teacher), this_process().device)
 
 
 def computable(segment: Segment, report: SegmentReport) -> bool:
