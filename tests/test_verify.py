@@ -334,7 +334,7 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     (cache / FIRST).unlink()
     damaged = tree_bytes(cache)
     moved = Path(shutil.copytree(world / "train", tmp_path / "moved"))
-    images = read_images(LocalStore(cache), "upright")
+    images = read_images(LocalStore(cache))
     offset, path = int(images.offset[40]), moved / images.paths[int(images.container[40])].name
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])

@@ -71,7 +71,7 @@ def fill(
     if not pending:
         return 0
     manifest = segment.manifest
-    listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
+    listed = replace(read_images(segment.store), max_pixels=extract.config.data.max_pixels)
     located = relocate(listed, images)
     config, accelerator, files = extract.config, extract.accelerator, ImageFile(located)
     earlier = takewhile(lambda s: s.name != segment.name, segments)

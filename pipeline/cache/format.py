@@ -8,7 +8,7 @@ if TYPE_CHECKING:  # codecs need torch
     from pipeline.cache.stored import Fixed
 
 FORMAT = "singer-feature-cache"
-VERSION = 3
+VERSION = 4
 
 MANIFEST = CACHE_MANIFEST
 IMAGES = "images.safetensors"

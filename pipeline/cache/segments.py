@@ -176,7 +176,7 @@ class Segment:
         return index
 
     def _listed(self) -> Images:
-        return read_images(self.store, self.manifest.data.decoding)
+        return read_images(self.store)
 
     def digests(self) -> np.ndarray:
         """Return the digests of a complete segment's listed images, (images,) uint64; 0 if one cannot be decoded."""

@@ -143,5 +143,5 @@ def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
     """Raise UserError, with both values, if the cache was begun with another teacher or other settings."""
     there = read_manifest(store)
     blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
-    whole = Addition(blocks, read_images(store, there.data.decoding), 0, config.views.count)
+    whole = Addition(blocks, read_images(store), 0, config.views.count)
     check_same(there, new_manifest(config, whole, teacher), store.url)

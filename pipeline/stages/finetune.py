@@ -129,7 +129,7 @@ def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Ima
 
 def classes_of(images: Images) -> int:
     """Return how many classes a head for labelled images has."""
-    return max(len(images.class_names() or ()), int(images.labels.max()) + 1)
+    return max(len(images.classes), int(images.labels.max()) + 1)
 
 
 def _check_test(config: Config, trained: DistillResult, images: Images, tested: Images) -> None:
@@ -149,7 +149,7 @@ def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str 
     weights = trained.student / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} is not a finished run: {weights} is missing")
-    return {**before, "student": file_hash(weights), "images": listing_hash(images)}
+    return {**before, "student": file_hash(weights), "image_set": listing_hash(images)}
 
 
 class Job:
@@ -163,7 +163,7 @@ class Job:
         settings, device = config.finetune, accelerator.device
         self.classes = classes_of(images)
         set_seed(settings.seed)
-        self.student = student_with_head(trained.student, settings, self.classes, images.class_names())
+        self.student = student_with_head(trained.student, settings, self.classes, images.classes)
         if config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         synchronise(self.student.model, accelerator)

@@ -91,13 +91,6 @@ def check_records(caches: Sequence[Cache]) -> None:
     """Raise UserError, naming both sides, unless all caches hold the same views of the same images in one order."""
     first, *others = caches
     for other in others:
-        ways = [c.manifest.data.decoding for c in (first, other)]
-        if len(set(ways)) > 1:
-            old = first if ways[0] == "stored" else other
-            raise UserError(
-                f"{first.place} decodes images {ways[0]}, {other.place} {ways[1]} (docs/files.md#orientation); "
-                f"{old.place} is of an earlier version: cache its teacher again"
-            )
         if other.records_key != first.records_key or not _same_views(other, first):
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
             raise UserError(
