@@ -47,8 +47,8 @@ STAGE = "refine"
 class RefineResult:
     """A fitted refiner and its figures on held-out records.
 
-    held_out_records: their number, or None for a refiner that does not store it; blocks: {block: {"before", "after",
-    drift ...}}, where max_over_median is the largest norm of all tokens over the median.
+    held_out_records: their number; blocks: {block: {"before", "after", drift ...}}, where max_over_median is the
+    largest norm of all tokens over the median.
     """
 
     refiner: Path
@@ -56,7 +56,7 @@ class RefineResult:
     cleaner: str
     normaliser: str
     seconds: float
-    held_out_records: int | None
+    held_out_records: int
     blocks: dict[int, dict[str, object]]
 
 
@@ -152,7 +152,7 @@ def _result(out: Path) -> RefineResult:
     metrics = read_json(out, METRICS, "finished refiner")
     try:
         blocks = {int(b): v for b, v in metrics["blocks"].items()}
-        seconds, held_out = metrics["seconds"], metrics.get("held_out_records")
+        seconds, held_out = metrics["seconds"], metrics["held_out_records"]
         return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, seconds, held_out, blocks)
     except (KeyError, AttributeError, ValueError):
         raise UserError(f"{out / METRICS} is damaged") from None

@@ -174,7 +174,7 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
         if not (folder / INPUTS).exists() or not is_bound("distill", open_store(folder).sizes()):
             continue
         needs_refiner, joint = run.refiner is not None, run.config.distill.joint
-        if (read_json(folder, INPUTS, "run").get("adapters") is not None) != needs_refiner:
+        if (read_json(folder, INPUTS, "run").get("refiner") is not None) != needs_refiner:
             _refuse(f"run {run.name}", out, "refiner none, not fit" if needs_refiner else "refiner fit, not none")
         sections = ["student", "distill", *(["refine"] if needs_refiner or joint else [])]
         _refuse(f"run {run.name}", out, config_change(open_store(folder), run.config, sections))

@@ -103,9 +103,9 @@ def check_records(caches: Sequence[Cache]) -> None:
 def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> dict[str, str | None]:
     """Return what identifies the inputs of a run.
 
-    {"cache": its id, "adapters": hash of the refiner's file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}.
-    The kind is needed because refiners of different kinds may hold the same tensors. share_run: that of the section
-    distill. Raises UserError if it is not finished.
+    {"cache": its id, "refiner": hash of the refiner's file, "refiner_kind": its kind, "cache 2": ...,
+    "refiner 2": ...}. The kind is needed because refiners of different kinds may hold the same tensors. share_run: that
+    of the section distill. Raises UserError if it is not finished.
     """
     hashes: dict[str, str | None] = {}
     if share_run is not None:
@@ -114,9 +114,9 @@ def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> d
     for number, teacher in enumerate(teachers, start=1):
         hashes[numbered("cache", number)] = teacher.cache.id
         refiner = teacher.refiner
-        hashes[numbered("adapters", number)] = file_hash(refiner / REFINER) if refiner is not None else None
+        hashes[numbered("refiner", number)] = file_hash(refiner / REFINER) if refiner is not None else None
         kind = f"{teacher.note.cleaner}, {teacher.note.normaliser}" if teacher.note is not None else None
-        hashes[numbered("refiner", number)] = kind
+        hashes[numbered("refiner_kind", number)] = kind
     return hashes
 
 

@@ -36,7 +36,6 @@ from pipeline.training.run_directory import (
     PROJECTORS_FILE,
     STUDENT,
     DistillResult,
-    RefinerNote,
     TeacherLink,
     TeacherNote,
     write_result,
@@ -142,10 +141,8 @@ class NewStudent:
             t, note = teacher.cache.manifest.teacher, teacher.note
             path = str(teacher.refiner) if teacher.refiner is not None else None
             described = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
-            refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(
-                TeacherLink(teacher.cache.id, path, branch.links, described, refiner, str(teacher.cache.place))
-            )
+            cache, kind = teacher.cache, note.kind if note is not None else None
+            found.append(TeacherLink(described, cache.id, str(cache.place), branch.links, path, kind))
         return found
 
     def matched(self) -> list[str]:
@@ -238,12 +235,10 @@ def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
 def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
     job = new.job
-    first, *others = new.teacher_links
     return DistillResult(
-        **vars(first),
-        others=others,
         run=job.out,
         student=job.out / STUDENT,
+        teachers=new.teacher_links,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
         steps=student_run.steps,
         loss=student_run.loss,
