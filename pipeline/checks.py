@@ -17,11 +17,11 @@ from pipeline.models.names import CONFIG, HF, is_function, is_transformers, loca
 from pipeline.outputs.chain_folder import chain_has_begun
 from pipeline.outputs.folder import Mode, check_output
 from pipeline.outputs.provenance import PROVENANCE
-from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST
+from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST, RUN_RESULT, STUDENT_FOLDER
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
-from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
+from pipeline.training.run_directory import FINETUNE, STAGE
 from singer.errors import UserError, require_known
 
 # The end of the file of names beside a .npy of vectors.
@@ -184,7 +184,7 @@ def check_model(model: Path | str, weights: Path | None) -> None:
             raise UserError(f"{model} does not exist")
     elif weights is not None:
         raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
-    elif not (folder / STUDENT).is_dir() and not (folder / CONFIG).is_file():
+    elif not (folder / STUDENT_FOLDER).is_dir() and not (folder / CONFIG).is_file():
         if not (folder / PROVENANCE).is_file():
             raise UserError(f"{model} is not a model: it has no {CONFIG}; give a run, a timm folder or a timm name")
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
@@ -198,7 +198,7 @@ def check_model(model: Path | str, weights: Path | None) -> None:
 
 def check_finished(run: Path) -> None:
     """Raise UserError if there is no finished run of singer distill or finetune."""
-    read_json(run, RUN, "finished run")
+    read_json(run, RUN_RESULT, "finished run")
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import MANIFEST
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.statistics import evenly_spaced
 from pipeline.data import ImageFile, Images, image_digest
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Place
 from singer.errors import UserError
 
@@ -141,7 +141,7 @@ def _source_names(segment: Segment) -> str:
 def check_addition(segments: Sequence[Segment], here: Manifest, place: Place) -> None:
     """Raise UserError if what a run adds does not match what the cache holds."""
     if not segments:
-        raise UserError(f"{place} has no {MANIFEST}, so nothing can be added; start it with --resume")
+        raise UserError(f"{place} has no {CACHE_MANIFEST}, so nothing can be added; start it with --resume")
     there = segments[0].manifest
     for segment in segments:
         if segment.lacks() is not None:

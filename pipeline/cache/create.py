@@ -9,7 +9,7 @@ from pipeline.cache.append import Addition, check_addition, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import Extractor
-from pipeline.cache.format import FIDELITY, MANIFEST
+from pipeline.cache.format import FIDELITY
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import quantization_errors
 from pipeline.cache.rows import RowReader
@@ -21,6 +21,7 @@ from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numb
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.json_files import read_json
@@ -39,7 +40,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     store = open_store(out)
     for skipped in listed.skipped:
         say(f"skipped: {skipped}")
-    segments = read_segments(store) if MANIFEST in store.sizes() else []
+    segments = read_segments(store) if CACHE_MANIFEST in store.sizes() else []
     known = segments_of(segments, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:

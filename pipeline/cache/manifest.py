@@ -8,9 +8,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
+from pipeline.cache.format import FEATURES, FORMAT, PIXELS, POSITIONS, VERSION, VIEWS
 from pipeline.cache.stored import Fixed, Layout
 from pipeline.config import InputSize
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
 from singer.copies import Copying
@@ -226,8 +227,8 @@ def canonical(value: Any) -> str:
 
 def read_manifest(store: Store) -> Manifest:
     """Read the manifest of a store. Raises UserError if the store has no cache of a known version."""
-    value = read_json(store, MANIFEST, "feature cache")
-    file = f"{store.url}/{MANIFEST}"
+    value = read_json(store, CACHE_MANIFEST, "feature cache")
+    file = f"{store.url}/{CACHE_MANIFEST}"
     if value.get("format") != FORMAT:
         raise UserError(f"{file} does not describe a singer feature cache")
     if (version := value.get("version")) != VERSION:

@@ -27,6 +27,7 @@ from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
+from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
@@ -42,10 +43,7 @@ from pipeline.training.mixing import Mixing
 from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
-    CHECKPOINT,
     FINETUNE,
-    RUN,
-    STUDENT,
     DistillResult,
     Finetuned,
     load_result,
@@ -98,7 +96,7 @@ def finetune(
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
         check_inputs(out, inputs)
-        result = load_result(out) if (out / RUN).exists() else None
+        result = load_result(out) if (out / RUN_RESULT).exists() else None
     if result is None:
         job = Job(config, run, trained, images, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
@@ -107,7 +105,7 @@ def finetune(
                 write_json(out / INPUTS, inputs)
             result = job.run(mode)
     if main:
-        (out / CHECKPOINT).unlink(missing_ok=True)
+        (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     assert result.finetuned is not None
     figures = _test(config, result, tested) if tested is not None and main else None
     return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
@@ -175,7 +173,7 @@ class Job:
         """Train the student; the first process stores it. Return the result."""
         settings, accelerator, ranks = self.config.finetune, self.accelerator, current()
         main = accelerator.is_main_process
-        if settings.head == "probe" and not (mode == "resume" and (self.out / CHECKPOINT).exists()):
+        if settings.head == "probe" and not (mode == "resume" and (self.out / TRAINING_CHECKPOINT).exists()):
             self._start_head()
         if main:
             say(f"{len(self.numbers)} images of {self.classes} classes; the head starts as {settings.head}")
@@ -203,7 +201,7 @@ class Job:
             student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
         )  # fmt: skip
         parameters = sum(p.numel() for p in self.student.model.parameters())
-        made = {"run": self.out, "student": self.out / STUDENT, "parameters": parameters, "finetuned": finetuned}
+        made = {"run": self.out, "student": self.out / STUDENT_FOLDER, "parameters": parameters, "finetuned": finetuned}
         result = replace(self.trained, **made)
         if main:
             save_backbone(self.student, state, result.student)

@@ -14,8 +14,9 @@ from pipeline.cache.statistics import evenly_spaced
 from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
-from pipeline.training.run_directory import RUN, load_result
+from pipeline.training.run_directory import load_result
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
@@ -110,7 +111,7 @@ def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> d
     hashes: dict[str, str | None] = {}
     if share_run is not None:
         load_result(share_run)
-        hashes["distill.share_run"] = file_hash(share_run / RUN)
+        hashes["distill.share_run"] = file_hash(share_run / RUN_RESULT)
     for number, teacher in enumerate(teachers, start=1):
         hashes[numbered("cache", number)] = teacher.cache.id
         refiner = teacher.refiner

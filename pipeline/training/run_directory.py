@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
+from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.json_files import read_as, write_json
@@ -16,12 +16,9 @@ RUNS = "runs"
 
 STAGE = "distill"
 FINETUNE = "finetune"
-STUDENT = STUDENT_FOLDER
 PROJECTORS_FILE = "projectors.safetensors"
 # Joint training writes this file.
 ADAPTERS = "adapters.safetensors"
-CHECKPOINT = TRAINING_CHECKPOINT
-RUN = RUN_RESULT
 LOG = "log.jsonl"
 
 
@@ -106,7 +103,7 @@ class DistillResult:
 
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
-    return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)
+    return replace(read_as(run / RUN_RESULT, DistillResult, "finished run"), run=run, student=run / STUDENT_FOLDER)
 
 
 def load_run_config(run: Path) -> Config:
@@ -131,7 +128,7 @@ def nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
 
 def write_result(result: DistillResult) -> None:
     """Write the result of a run: the run is finished then. It has no absolute paths, because a run may be moved."""
-    write_json(result.run / RUN, {**asdict(result), "run": ".", "student": STUDENT})
+    write_json(result.run / RUN_RESULT, {**asdict(result), "run": ".", "student": STUDENT_FOLDER})
 
 
 def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
@@ -144,15 +141,15 @@ def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place} is not a folder; report takes runs of singer distill, or a sweep")
-        if (place / RUN).is_file():
+        if (place / RUN_RESULT).is_file():
             found.append(place)
             continue
         if not (place / RUNS).is_dir():
             raise UserError(
-                f"{place} is not a finished run: it has no {RUN}, nor is it a sweep; finish it with --resume"
+                f"{place} is not a finished run: it has no {RUN_RESULT}, nor is it a sweep; finish it with --resume"
             )
         inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
-        done = [folder for folder in inside if (folder / RUN).is_file()]
+        done = [folder for folder in inside if (folder / RUN_RESULT).is_file()]
         if not done:
             raise UserError(f"{place} is a sweep without a finished run; continue it with singer sweep --resume")
         if len(done) < len(inside) and not quiet:

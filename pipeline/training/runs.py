@@ -16,6 +16,7 @@ from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
+from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
@@ -34,7 +35,6 @@ from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
-    STUDENT,
     DistillResult,
     TeacherLink,
     TeacherNote,
@@ -237,7 +237,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
     job = new.job
     return DistillResult(
         run=job.out,
-        student=job.out / STUDENT,
+        student=job.out / STUDENT_FOLDER,
         teachers=new.teacher_links,
         parameters=sum(p.numel() for p in new.student.model.parameters()),
         steps=student_run.steps,
@@ -252,7 +252,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
 def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
     """Store the student (its moving average, if there is one) and what was trained with it; write the result last."""
     out = new.job.out
-    save_backbone(new.student, student, out / STUDENT)
+    save_backbone(new.student, student, out / STUDENT_FOLDER)
     write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()

@@ -28,7 +28,6 @@ from singer.subspaces import BASES
 # The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
-MANIFEST = REFINER_MANIFEST
 METRICS = "metrics.json"
 
 
@@ -123,7 +122,7 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
 
 def read_refiner(path: Path) -> RefinerManifest:
     """Read the manifest of a refiner. Raises UserError if there is no finished refiner at `path`."""
-    return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
+    return read_as(path / REFINER_MANIFEST, RefinerManifest, "finished refiner")
 
 
 def find_refiner(run: Path, link: TeacherLink, digest: str, given: Sequence[Path] = ()) -> Path | None:
@@ -134,7 +133,7 @@ def find_refiner(run: Path, link: TeacherLink, digest: str, given: Sequence[Path
     for place in [*given, *nearby(run, filter(None, [link.refiner]))]:
         folder = Path(place)
         if (
-            not ((folder / MANIFEST).is_file() and (folder / REFINER).is_file())
+            not ((folder / REFINER_MANIFEST).is_file() and (folder / REFINER).is_file())
             or file_hash(folder / REFINER) != digest
         ):
             continue
