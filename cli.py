@@ -625,12 +625,14 @@ def cache_verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare every file with its checksum; with --teacher or --weights, compare a sample with new features, too."""
-    from pipeline.checks import check_command
+    from pipeline.checks import check_command, check_teacher
     from pipeline.config import load_config
 
     tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
-    check_command("verify" if live or repair else "info", tree, caches=[cache], images=[images])
+    if live or repair:
+        check_teacher(tree)
+    check_command("verify", tree, caches=[cache], images=[images])
     from pipeline.stages.verify import verify as run
 
     result = run(tree, cache, live=live, images=images, sample=sample, repair=repair)

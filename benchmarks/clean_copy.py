@@ -18,11 +18,11 @@ from pipeline.config import load_config
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_model
 from pipeline.models.names import CONFIG
+from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.training.run_directory import RUN, STUDENT
 
 RECIPE, NAME, SIZE, LAST = "dinov2-b-registers", "vit_tiny_patch16_224", 128, 11
 
@@ -70,8 +70,8 @@ def main() -> None:
     for name, refiner in (("teacher", None), ("averages", None), ("cleaned", out / "refiner")):
         model, run = teacher, out / name
         if name != "teacher":
-            model = run / STUDENT
-            if not (run / RUN).exists():
+            model = run / STUDENT_FOLDER
+            if not (run / RUN_RESULT).exists():
                 distill(config, out / "cache", run, refiner, mode=mode(run))
         print(line([name, *row(model.resolve(), out / f"look-{name}", train, test, (learnt, tested))]), flush=True)
 

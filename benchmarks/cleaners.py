@@ -22,12 +22,12 @@ from setting import cell, line, value_at
 from pipeline.chains.demo import write_images
 from pipeline.chains.digits import SPLITS
 from pipeline.config import Config, load_config
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
-from pipeline.training.run_directory import RUN
 
 
 def shards(out: Path) -> list[list[str]]:
@@ -43,7 +43,7 @@ def figures(config: Config, out: Path, refiner: Path, name: str, images: list[li
     """Train a student and probe it, unless that is done; return JUDGED (top-1, %)."""
     file, run = out / f"{name}.json", out / name
     if not file.exists():
-        if not (run / RUN).exists():
+        if not (run / RUN_RESULT).exists():
             distill(config, out / "cache", run, refiner, mode=mode(run))
         train, test = images
         task = "classification"

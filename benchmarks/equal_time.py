@@ -30,6 +30,7 @@ from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.runtime.buffers import moved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -38,7 +39,6 @@ from pipeline.stages.refine import refine
 from pipeline.storage.json_files import write_json
 from pipeline.training.batch import Batch
 from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
 
 RECIPE = "tinyimagenet-ti-to-w96"
@@ -149,7 +149,7 @@ class Chain:
     def row(self, name: str, config: Config, refiner: Path | None) -> list[float]:
         """Train a student and probe it; return linear CLS, mean patch, k-NN CLS (top-1, %) and CamVid mIoU (%)."""
         run = self.out / name
-        if not (run / RUN).exists():
+        if not (run / RUN_RESULT).exists():
             distill(config, self.out / "cache", run, refiner, mode=mode(run))
         figures: dict[str, Any] = {}
         for task, test in TASKS.items():
@@ -169,7 +169,7 @@ class Chain:
         """Train a student and probe it on the last training shard, unless that is done; return JUDGED (top-1, %)."""
         file, run = self.out / f"{name}.json", self.out / name
         if not file.exists():
-            if not (run / RUN).exists():
+            if not (run / RUN_RESULT).exists():
                 distill(config, cache, run, refiner, mode=mode(run))
             *most, last = self.images("tinyimagenet50-train")
             task = "classification"

@@ -36,6 +36,7 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.data.sampler import BatchIndices
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
@@ -43,7 +44,6 @@ from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
-from pipeline.training.run_directory import RUN
 from pipeline.training.runs import NewStudent, StudentSpec
 from pipeline.training.to_device import on_device
 
@@ -167,7 +167,7 @@ class Chain:
         share = cost["records"] / self.cost(BASE)["records"]
         epochs = max(1, round(self.epochs / (cost["ratio"] * share)))
         run = self.out / f"run-{key_of(name, rate, seed)}"
-        if not (run / RUN).exists():
+        if not (run / RUN_RESULT).exists():
             caches, refiners = self.inputs(method)
             sets = [f"distill.lr={rate}", f"distill.epochs={epochs}", f"distill.seed={seed}"]
             distill(self.config(method, *sets), caches, run, refiners, mode=mode(run))
@@ -256,7 +256,7 @@ class Steps:
 def evaluated(run: Path, task: str, train: list[str], test: list[str]) -> dict[str, Any]:
     """Return the figures of a finished run by a task, and its steps."""
     found = evaluate_tasks(load_config(read("field").base, PROBES), run, train, test, [task])[task]
-    steps = json.loads((run / RUN).read_text())["steps"]
+    steps = json.loads((run / RUN_RESULT).read_text())["steps"]
     return {key: value for key, value in vars(found).items() if key in FIGURES} | {"steps": steps}
 
 

@@ -25,11 +25,11 @@ from setting import cell, chain_parser, line
 from views import CROPS
 
 from pipeline.config import Config, load_config
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
-from pipeline.training.run_directory import RUN
 
 BASE = "the recipe"
 # {lever: what it changes}. A new one is a line here.
@@ -125,7 +125,7 @@ class Levers:
         """Train a student, or the rest of it, and probe it."""
         sets, run = LEVERS[name], f"run-{self.passes}-{_slug([name])}-{seed}"
         config, (caches, refiners) = self.config(sets, f"distill.seed={seed}"), self.inputs(sets)
-        if not (self.chain.out / run / RUN).exists():
+        if not (self.chain.out / run / RUN_RESULT).exists():
             distill(config, caches, self.chain.out / run, refiners, mode=mode(self.chain.out / run))
         *most, last = self.chain.images("camvid-train")
         probed = evaluate(

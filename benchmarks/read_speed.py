@@ -68,14 +68,14 @@ def synthetic_manifest(
     teacher = TeacherManifest(
         name="synthetic", architecture="none", model_args={}, weights="0" * 64, depth=1, width=width, prefix_tokens=1,
         class_token=True, grid=(side, side), image_size=pixel_size or 16 * side, mean=(0.5,) * 3, std=(0.5,) * 3,
-        precision="no",
+        precision="no", dtype="float32", shapes=None, copies=1,
     )  # fmt: skip
     forms = [form for form in CODECS[codec].parts(tokens, width).values() if form is not None]
     fitting = shard_bytes // max(int(np.prod(f.shape)) * np.dtype(f.dtype).itemsize for f in forms)
     return Manifest(
         teacher=teacher,
         data=DataManifest(shards=(), images=records, labelled=0, hash=listing_hash(synthetic_images(records))),
-        views={"first": 0, "count": 1, "color": [0, 0, 0, 0]},
+        views={"first": 0, "count": 1, "color": [0, 0, 0, 0], "shape": [1, 1]},
         blocks=(BLOCK,),
         codec=codec,
         stored_patches=side * side,

@@ -23,12 +23,12 @@ from webdataset import TarWriter, WebDataset
 
 from pipeline.config import load_config
 from pipeline.outputs.folder import Mode
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
-from pipeline.training.run_directory import RUN
 
 PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
 # {column: (task, path in its result ...)}
@@ -110,7 +110,7 @@ class Chain:
         method = METHODS[name]
         config = load_config(RECIPE, [f"distill.seed={seed}", f"refine.seed={seed}", *method.sets])
         run, adapters = self.run(name, seed), None
-        if not (run / RUN).exists():
+        if not (run / RUN_RESULT).exists():
             if method.refined:
                 adapters = self.adapters(name, seed)
                 refine(config, self.cache, adapters, mode(adapters))
@@ -154,7 +154,7 @@ class Chain:
 
     def line(self, name: str, seeds: list[int]) -> str | None:
         """Return the method's row over the seeds that are trained and probed, or None if there are none."""
-        runs = [self.run(name, seed) for seed in seeds if (self.run(name, seed) / RUN).exists()]
+        runs = [self.run(name, seed) for seed in seeds if (self.run(name, seed) / RUN_RESULT).exists()]
         figures = [found for run in runs if "classification" in (found := self.figures(run))]
         if not figures:
             return None

@@ -22,9 +22,9 @@ from setting import cell, chain_parser, line
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
 from pipeline.data.sampler import steps_per_epoch
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.refine import refine
-from pipeline.training.run_directory import RUN
 
 WAYS = ["random", "el2n-hard", "el2n-easy", "prototypes-hard", "prototypes-easy", "loss-hard", "loss-easy"]
 
@@ -70,7 +70,7 @@ def main() -> None:
             by_loss = [f"distill.share_run={scorer}"] if way.startswith("loss") else []
             configs[name] = chain.config(*sets, *by_loss, f"distill.seed={seed}")
         found = [chain.judged(name, config, folder, refiner) for name, config in configs.items()]
-        steps = json.loads((options.out / names[options.seeds[0]] / RUN).read_text())["steps"]
+        steps = json.loads((options.out / names[options.seeds[0]] / RUN_RESULT).read_text())["steps"]
         size = f"{share * len(cache) * cache.record_bytes / 1e9:.3g}"
         cells = [cell(values) for values in map(list, zip(*found, strict=True))]
         print(line([f"{share:g}", way or "all", size, str(steps), *cells, str(len(found))]), flush=True)

@@ -20,10 +20,10 @@ from scipy.stats import spearmanr
 from setting import chain_parser, line
 
 from pipeline.cache.reader import Cache
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.distill import distill
 from pipeline.stages.rank_students import plain_students, rank_students
 from pipeline.storage.json_files import write_json
-from pipeline.training.run_directory import RUN
 
 SCORES = ("diswot", "samples", "patches", "gradient", "parameters")
 
@@ -51,7 +51,7 @@ def main() -> None:
     for student in ranked.students:
         shape = shapes[student.student]
         run = options.out / f"run-{shape.dim}-{shape.depth}-{shape.mlp_ratio:g}"
-        if not (run / RUN).exists():
+        if not (run / RUN_RESULT).exists():
             distill(config.model_copy(update={"student": shape}), caches, run, refiners, mode=mode(run))
         figures = kept.get(run.name, partial(evaluated, run, "classification", most, [last]))
         reached.append(figures["linear"]["mean_patch"]["top1"])

@@ -68,7 +68,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
     extract = Extractor(config, backbone, this_process().device)
     create.create_segments(config, index_images(options.shards), scratch, "new", extract)
     (part,) = read_segments(LocalStore(scratch))
-    manifest, images = part.manifest, read_images(part.store, part.manifest.data.decoding)
+    manifest, images = part.manifest, read_images(part.store)
     turn = max(1, options.images // manifest.shard_records)
     groups = [range(n, n + turn) for n in range(0, manifest.zarr_shards - turn + 1, turn)]
 

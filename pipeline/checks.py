@@ -4,6 +4,7 @@ Every command calls it first, so that such an error takes less than a second. Th
 """
 
 import ast
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -14,48 +15,42 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
-from pipeline.outputs.chain_folder import chain_has_begun
+from pipeline.outputs.chain_folder import GIVEN, STEPS, chain_has_begun
 from pipeline.outputs.folder import Mode, check_output
 from pipeline.outputs.provenance import PROVENANCE
-from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST
+from pipeline.outputs.resuming import CACHE_MANIFEST, REFINER_MANIFEST, RUN_RESULT, STUDENT_FOLDER
 from pipeline.reports import GENERATOR
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
-from pipeline.training.run_directory import FINETUNE, RUN, STAGE, STUDENT
+from pipeline.training.run_directory import FINETUNE, STAGE
 from singer.errors import UserError, require_known
 
 # The end of the file of names beside a .npy of vectors.
 ROW_NAMES = ".names.json"
-# {key of the configuration: the registry of its values}, by the stages that read it.
-_CACHE = {"cache.codec": ("pipeline.cache.codecs", "CODECS")}
-_REFINE = {
+# {key of the configuration: the registry of its values}
+NAMES = {
+    "cache.codec": ("pipeline.cache.codecs", "CODECS"),
     "refine.cleaner": ("singer.cleaners", "CLEANERS"),
     "refine.normaliser": ("singer.normalisers", "NORMALISERS"),
     "refine.basis": ("singer.subspaces", "BASES"),
     "refine.outlier_form": ("singer.adapter_losses", "OUTLIER_FORMS"),
     "refine.info_form": ("singer.adapter_losses", "INFO_FORMS"),
-}
-_DISTILL = {
     "distill.objective": ("singer.objectives", "OBJECTIVES"),
     "distill.projector": ("singer.projectors", "PROJECTORS"),
-}
-NAMES: dict[str, dict[str, tuple[str, str]]] = {
-    "cache-teacher": _CACHE,
-    "plan": _CACHE,
-    "refine": _REFINE,
-    "distill": _DISTILL,
-    "run": _CACHE | _REFINE | _DISTILL,
 }
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
 FORMATS = ("pipeline.students.export_formats", "FORMATS")
 STARTS = ("auto", "teacher", "random")
-# This file of a chain's folder has {step: its result}, and under GIVEN what the chain was given. A step that it lacks
-# has not ended.
-STEPS, GIVEN = "steps.json", "given"
+
+
+def registered(module: str, registry: str) -> tuple[str, ...]:
+    """Return the names in a registry, with those that a program has registered, which has then imported the module."""
+    known = sys.modules.get(module)
+    return names_in_source(module, registry) if known is None else tuple(getattr(known, registry))
 
 
 @cache
-def registered(module: str, registry: str) -> tuple[str, ...]:
+def names_in_source(module: str, registry: str) -> tuple[str, ...]:
     """Return the names in a registry, read from the source of its module, whose import would wait for torch."""
     top, *below = module.split(".")
     place = Path(import_module(top).__path__[0], *below)
@@ -92,25 +87,7 @@ def check_command(
     reads. Raises UserError.
     """
     if config is not None:
-        for key, registry in NAMES.get(stage, {}).items():
-            section, _, name = key.partition(".")
-            value = getattr(getattr(config, section), name)
-            for one in value if isinstance(value, tuple) else (value,):
-                for given in one if isinstance(one, Mapping) else (one,):
-                    require_known(key, given, registered(*registry))
-        if stage in ("cache-teacher", "plan", "run", "verify"):
-            check_teacher(config)
-        if stage in ("distill", "run"):
-            check_start(config)
-            if config.distill.texts is not None and not config.distill.texts.exists():
-                raise UserError(f"distill.texts: {config.distill.texts} does not exist")
-        if stage == "distill" and config.distill.share_run is not None:
-            check_finished(config.distill.share_run)
-        blocks = config.refine.blocks or config.cache.blocks
-        if stage in ("run", "demo") and blocks is not None and config.distill.blocks is None:
-            config.distill.weights_of(blocks)
-        if stage in ("distill", "plan", "run"):
-            _check_source("student.name", config.student.name)
+        check_settings(stage, config)
     for path in refiners:
         if path is not None:
             read_json(path, REFINER_MANIFEST, "finished refiner")
@@ -121,6 +98,43 @@ def check_command(
     if out is not None and config is not None:
         read = [*caches, *refiners, *inputs, *found]
         check_output(out, mode, stage, config, [place for place in read if place is not None])
+
+
+def check_settings(command: str, config: Config) -> None:
+    """Raise UserError if a setting that a command reads names something that does not exist."""
+    match command:
+        case "cache-teacher":
+            check_names(config, "cache")
+            check_teacher(config)
+        case "plan":
+            check_names(config, "cache")
+            check_teacher(config)
+            _check_source("student.name", config.student.name)
+        case "refine":
+            check_names(config, "refine")
+        case "distill":
+            check_names(config, "distill")
+            check_student(config)
+            if config.distill.share_run is not None:
+                check_finished(config.distill.share_run)
+        case "run":
+            check_names(config, "cache", "refine", "distill")
+            check_teacher(config)
+            check_student(config)
+            check_block_weights(config)
+        case "demo":
+            check_block_weights(config)
+
+
+def check_names(config: Config, *sections: str) -> None:
+    """Raise UserError if a key in some sections of the configuration has a name that is not in its registry."""
+    for key, registry in NAMES.items():
+        section, _, name = key.partition(".")
+        if section in sections:
+            value = getattr(getattr(config, section), name)
+            for one in value if isinstance(value, tuple) else (value,):
+                for given in one if isinstance(one, Mapping) else (one,):
+                    require_known(key, given, registered(*registry))
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -164,13 +178,23 @@ def _check_source(key: str, name: str) -> None:
             raise UserError(f"{key} {name}: there is no module {module} in this folder or among the packages")
 
 
-def check_start(config: Config) -> None:
-    """Raise UserError if a student is to start from weights that do not exist."""
-    init, weights = config.student.init, config.teacher.weights
+def check_student(config: Config) -> None:
+    """Raise UserError if the student, the weights that it starts from, or its texts do not exist."""
+    init, weights, texts = config.student.init, config.teacher.weights, config.distill.texts
     if init not in STARTS and not Path(init).expanduser().exists():
         raise UserError(f"student.init: no file or folder {init}; known besides: {', '.join(STARTS)}")
     if init == "teacher" and weights is not None and not weights.exists():
         raise UserError(f"weights {weights}: no such file")
+    if texts is not None and not texts.exists():
+        raise UserError(f"distill.texts: {texts} does not exist")
+    _check_source("student.name", config.student.name)
+
+
+def check_block_weights(config: Config) -> None:
+    """Raise UserError if a chain has another number of weights than of blocks that it refines or caches."""
+    blocks = config.refine.blocks or config.cache.blocks
+    if blocks is not None and config.distill.blocks is None:
+        config.distill.weights_of(blocks)
 
 
 def check_model(model: Path | str, weights: Path | None) -> None:
@@ -184,7 +208,7 @@ def check_model(model: Path | str, weights: Path | None) -> None:
             raise UserError(f"{model} does not exist")
     elif weights is not None:
         raise UserError(f"--weights {weights} is for a model given by name; the folder {model} has its own")
-    elif not (folder / STUDENT).is_dir() and not (folder / CONFIG).is_file():
+    elif not (folder / STUDENT_FOLDER).is_dir() and not (folder / CONFIG).is_file():
         if not (folder / PROVENANCE).is_file():
             raise UserError(f"{model} is not a model: it has no {CONFIG}; give a run, a timm folder or a timm name")
         stage = read_json(folder, PROVENANCE, "output of singer").get("stage")
@@ -198,7 +222,7 @@ def check_model(model: Path | str, weights: Path | None) -> None:
 
 def check_finished(run: Path) -> None:
     """Raise UserError if there is no finished run of singer distill or finetune."""
-    read_json(run, RUN, "finished run")
+    read_json(run, RUN_RESULT, "finished run")
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -139,7 +139,7 @@ def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
     )
     # The adapters know their teacher.
     run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
-    assert list(run.matching) == [3] and run.cache == small.id
+    assert (list(run.teachers[0].matching), run.teachers[0].cache) == ([3], small.id)
 
 
 def test_adapters_outlive_growth(world: Path, config: Config, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_adapters_outlive_growth(world: Path, config: Config, tmp_path: Path) ->
     refine(config, tmp_path / "c", tmp_path / "adapters")
     make(world_config(world, "cache.blocks=[1]"), shards(world), tmp_path / "c", "append")
     run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
-    assert list(run.matching) == [2, 3]
+    assert list(run.teachers[0].matching) == [2, 3]
     asked = config.distill.model_copy(update={"blocks": (1, 2)})
     with pytest.raises(UserError, match=r"was fitted to blocks \[2, 3\], not to \[1, 2\]"):
         distill(config.model_copy(update={"distill": asked}), tmp_path / "c", tmp_path / "r2", tmp_path / "adapters")

@@ -253,7 +253,7 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
         bytes: int
         hours: float
         matching: dict[int, int]
-        others: list[str]
+        finetuned: None
         cache_place: str
         numbers: list[int]
         nothing: None
@@ -264,7 +264,7 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
     rows: list[dict[str, object]] = [{"codec": "int8", "fits": True}, {"codec": "float16", "fits": None}]
     parts: list[dict[str, object]] = [{"part": ".", "files": {"a/b": "missing"}, "damaged": []}]
     blocks = {2: {"clean": {"error": 0.12345, "cosine": 1.0}}}
-    result = Result(1_234_567, 0.0015, {8: 2, 11: 3}, [], "/c", list(range(30)), None, rows, parts, blocks)
+    result = Result(1_234_567, 0.0015, {8: 2, 11: 3}, None, "/c", list(range(30)), None, rows, parts, blocks)
     cli._report(result, as_json=False)
     assert capsys.readouterr().out.splitlines() == [
         "bytes: 1.23 MB",

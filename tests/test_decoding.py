@@ -1,12 +1,10 @@
 """How the images of a cache are decoded is part of it; and whatever a decoder says, the image has a name."""
 
-import json
 import struct
 import tarfile
 import threading
 import warnings
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,12 @@ from test_shards import write_tar
 from validating import validate_images
 
 from pipeline.cache import Cache
-from pipeline.cache.index import Index, join
-from pipeline.data import ImageFile, Images, Keys, index_images, list_images
+from pipeline.data import ImageFile, index_images
 from pipeline.data.decoder_warnings import warnings_of, watched_decoders
 from pipeline.data.decoding import MAX_PIXELS, decode_rgb, named_errors, read_size
 from pipeline.planning.plan import plan
 from pipeline.runtime.logs import on_console
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
 from pipeline.stages.verify import verify
@@ -48,86 +44,19 @@ def photos(path: Path, count: int = 8, start: int = 0) -> Path:
     return write_tar(path, {f"{n:03d}.jpg": photo(n) for n in range(start, start + count)})
 
 
-@pytest.fixture
-def earlier(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Caches are made as an earlier version made them: without turning, and without a word of it."""
-
-    def listed(*args: Any) -> Images:
-        return replace(list_images(*args), decoding="stored")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.stages.cache_teacher.list_images", listed)
-        yield patch
-
-
-def test_old_caches_stay_what_they_are(world: Path, tmp_path: Path, earlier: pytest.MonkeyPatch) -> None:
-    config, first = world_config(world, "views.pixels=none"), photos(tmp_path / "a.tar")
-    cache_teacher(config, str(first), tmp_path / "old")
-    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
-    assert set(manifest["data"]) == {"shards", "images", "labelled", "hash"}
-    earlier.undo()
-
-    old = Cache(tmp_path / "old")
-    assert old.index.images.decoding == "stored"
-    with ImageFile(old.index.images) as files:
-        assert files.dimensions(0) == files.read(0).size == (64, 48)
-        seen = old.pixels([0], 32, files)
-    assert verify(config, tmp_path / "old", live=True).whole
-
-    cache_teacher(config, str(first), tmp_path / "new")
-    new = Cache(tmp_path / "new")
-    assert new.index.images.decoding == "upright" and new.id != old.id
-    with ImageFile(new.index.images) as files:
-        assert files.dimensions(0) == files.read(0).size == (48, 64)
-        # The centre of the sensor's picture, turned by a quarter, is the centre of the upright one.
-        turned = np.rot90(seen[0].numpy(), -1).astype(int)
-        assert np.abs(new.pixels([0], 32, files)[0].numpy() - turned).max() <= 8
-    assert verify(config, tmp_path / "new", live=True).whole
-
-    second = photos(tmp_path / "b.tar", start=8)
-    cache_teacher(config, [str(first), str(second)], tmp_path / "old", "append")
-    grown = Cache(tmp_path / "old")
-    assert len(grown) == 16 and grown.index.images.decoding == "stored" and old.id in grown.ids
-    assert "decoding" not in json.loads((tmp_path / "old" / "parts" / "001" / "manifest.json").read_text())["data"]
-    assert verify(config, tmp_path / "old", live=True).whole
-
-    with pytest.raises(UserError, match=r"new decodes images upright, .*old stored .*old is of an earlier version"):
-        distill(config, [tmp_path / "new", tmp_path / "old"], tmp_path / "run")
-
-
-def test_an_unfinished_old_cache_goes_on_as_it_began(
-    world: Path, tmp_path: Path, earlier: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, shard = world_config(world), photos(tmp_path / "a.tar")
-    cache_teacher(config, str(shard), tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            "pipeline.stages.cache_teacher.fill_segments", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        cache_teacher(config, str(shard), tmp_path / "begun")
-    earlier.undo()
-    cache_teacher(config, str(shard), tmp_path / "begun", "resume")
-    assert Cache(tmp_path / "begun").id == Cache(tmp_path / "whole").id
-
-
-def test_old_caches_read_the_old_formats(tmp_path: Path) -> None:
-    images = index_images(str(write_tar(tmp_path / "t.tar", {"a.jpg": tiff(PICTURE, 2), "b.png": photo()})))
-    assert validate_images(images, 1, "fail").unreadable == {}
-    found = validate_images(replace(images, decoding="stored"), 1, "skip")
-    assert list(found.unreadable) == ["a"] and "a new one reads more" in found.unreadable["a"]
-    assert found.found["width"].tolist() == [64]
-
-
-def test_segments_of_two_ways_are_refused() -> None:
-    none, some = np.zeros(0, np.int64), np.zeros((0, 4), np.float32)
-
-    def index(images: Images) -> Index:
-        return Index(images, none.astype(np.uint64), none, none, some, none.astype(bool))
-
-    images = Images((), (), Keys.of(()), none, none, none, none)
-    assert join([index(images), index(images)]).images.decoding == "upright"
-    with pytest.raises(UserError, match="in different ways"):
-        join([index(images), index(replace(images, decoding="stored"))])
+def test_a_cache_is_of_upright_images(world: Path, tmp_path: Path) -> None:
+    """The sensor's pictures of one cache, turned by a quarter, are the upright ones of the other."""
+    config, seen = world_config(world, "views.pixels=none"), {}
+    for orientation in (1, SIDEWAYS):
+        place, turned = tmp_path / f"c{orientation}", {f"{n:03d}.jpg": photo(n, orientation) for n in range(8)}
+        cache_teacher(config, str(write_tar(tmp_path / f"{orientation}.tar", turned)), place)
+        cache = Cache(place)
+        with ImageFile(cache.index.images) as files:
+            assert files.dimensions(0) == files.read(0).size == ((64, 48) if orientation == 1 else (48, 64))
+            # The centre of the sensor's picture, turned by a quarter, is the centre of the upright one.
+            seen[orientation] = cache.pixels([0], 32, files)[0].numpy()
+        assert verify(config, place, live=True).whole
+    assert np.abs(seen[SIDEWAYS] - np.rot90(seen[1], -1).astype(int)).max() <= 8
 
 
 def test_sizes_where_the_tag_is_far_from_the_beginning(tmp_path: Path) -> None:

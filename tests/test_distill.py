@@ -30,7 +30,7 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distiller import Distiller
 from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
-from pipeline.training.run_directory import RefinerNote, load_result
+from pipeline.training.run_directory import RefinerKind, load_result
 from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.schedule import learning_rate, peak_rate, token_share
@@ -109,9 +109,10 @@ def test_every_trainable_parameter_gets_a_gradient(world: Path) -> None:
 def test_run(world: Path, tmp_path: Path) -> None:
     config = world_config(world, "distill.lr=3e-3", "distill.epochs=4")
     result = distill(config, world / "cache", tmp_path / "run", world / "adapters")
-    assert result.matching == {2: 1, 3: 2} and result.steps == 28
-    assert result.teacher is not None and result.teacher.weights == Cache(world / "cache").manifest.teacher.weights
-    assert result.refiner == RefinerNote("adapter", "standardize")
+    (link,) = result.teachers
+    assert link.matching == {2: 1, 3: 2} and result.steps == 28
+    assert link.teacher.weights == Cache(world / "cache").manifest.teacher.weights
+    assert link.refiner == str(world / "adapters") and link.refiner_kind == RefinerKind("adapter", "standardize")
     assert sorted(f for f in tree_bytes(tmp_path / "run")) == [
         "config.yaml",
         "inputs.json",
@@ -220,7 +221,7 @@ def test_resume_tells_refiners_of_one_tensor_apart(world: Path, tmp_path: Path) 
     assert file_hash(tmp_path / "clip" / REFINER) == file_hash(tmp_path / "neighbour" / REFINER)
     config = world_config(world, "distill.epochs=1")
     distill(config, world / "cache", tmp_path / "run", tmp_path / "clip")
-    with pytest.raises(UserError, match="started with another kind of refiner;"):
+    with pytest.raises(UserError, match="started with another refiner_kind;"):
         distill(config, world / "cache", tmp_path / "run", tmp_path / "neighbour", mode="resume")
 
 
@@ -460,7 +461,7 @@ def test_students_with_feature_maps(world: Path, tmp_path: Path, name: str) -> N
     assert epochs_fall(tmp_path / "run", 3)
     again = load_saved(result.student)
     assert not again.has_cls and again.image_size == 32
-    assert result.matching[3] == len(again.layout) - 1
+    assert result.teachers[0].matching[3] == len(again.layout) - 1
 
 
 def test_tensorboard(world: Path, tmp_path: Path) -> None:
@@ -487,9 +488,11 @@ def test_only_what_is_compared_is_trained(world: Path, tmp_path: Path, objective
     """Of two matched blocks these read one: the other has neither projector nor gradient, and is not called matched."""
     config = world_config(world, f"distill.objective={objective}", "distill.epochs=1")
     result = distill(config, world / "cache", tmp_path / "run")
-    assert list(result.matching) == ([2] if objective == "relation" else [3])
+    assert list(result.teachers[0].matching) == ([2] if objective == "relation" else [3])
     stored = safetensors.torch.load_file(tmp_path / "run" / "projectors.safetensors")
-    assert {n.split(".")[-2] for n in stored if "projectors" in n or n[0].isdigit()} == {str(*result.matching)}
+    assert {n.split(".")[-2] for n in stored if "projectors" in n or n[0].isdigit()} == {
+        str(*result.teachers[0].matching)
+    }
 
 
 def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:

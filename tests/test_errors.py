@@ -1,8 +1,11 @@
 """Errors are an API: what users can fix is one line and exit code 2, and only a defect of singer's has a traceback."""
 
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from pipeline.runtime.failures import DefectsFound, failure, is_defect
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export
+from pipeline.storage.json_files import sealed
 from singer.errors import UserError
 
 
@@ -146,6 +150,44 @@ def test_damaged_files_are_one_line(
                 shutil.rmtree(file)
             file.write_bytes(content)
     assert not wrong
+
+
+# {file: how it was before this version}, and the commands that read it.
+EARLIER: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str, str]] = {
+    "cache/manifest.json": (
+        lambda m: sealed({k: v for k, v in m.items() if k != "sha256"} | {"version": 3, "lossless": "none"}),
+        r"cache has cache format version 3, not 4; make it again with cache-teacher --overwrite",
+        f"cache info {{r}}/cache; refine --cache {{r}}/cache --out {{o}} {CONFIG}",
+    ),
+    "adapters/refiner.json": (
+        lambda r: {k: v for k, v in r.items() if k != "variant"},
+        r"adapters/refiner.json lacks variant: it is damaged, or another version of singer wrote it; make it again",
+        f"{TRAINED} --out {{o}} {CONFIG}; inspect {{r}}/cache --refiner {{r}}/adapters --out {{o}} {CONFIG}",
+    ),
+    "run/run.json": (
+        lambda r: {k: v for k, v in r.items() if k != "teachers"} | {"cache": "0", "adapters": None, "matching": {}},
+        r"run/run.json lacks teachers: it is damaged, or another version of singer wrote it; make it again",
+        f"report {{r}}/run --out {{o}}.html; export {{r}}/run --to timm --out {{o}} {CONFIG}; "
+        f"evaluate {{r}}/run {PROBES} --out {{o}} {CONFIG}; {TRAINED} --out {{r}}/run --resume {CONFIG}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_what_an_earlier_version_made_is_one_line(
+    name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, message, commands = EARLIER[name]
+    content = (made / name).read_bytes()
+    (made / name).write_text(json.dumps(before(json.loads(content))))
+    try:
+        for command in commands.split("; "):
+            words = [word.format(r=made, o=tmp_path / "out") for word in command.split()]
+            assert run_singer(monkeypatch, *words) == 2
+            told = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error: ", "Traceback"))]
+            assert len(told) == 1 and re.fullmatch(f"error: .*{message}", told[0]), told
+    finally:
+        (made / name).write_bytes(content)
 
 
 # (command, what it says with the remedy); {w} is a finished world, {o} a fresh output. Beside test_cli's MISTAKES,

@@ -132,7 +132,8 @@ def test_swapped_shards_are_told(world: Path, tmp_path: Path, capfd: pytest.Capt
     assert said(test, train).count(note) == 1
     # Of a cache that is gone nothing can be told.
     value = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**value, "cache_place": str(tmp_path / "gone")}))
+    value["teachers"][0]["cache_place"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(value))
     assert note not in said(test, train)
 
 
@@ -455,19 +456,18 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "reason"),
     [
         ({"cache_place": "GONE"}, "its cache cannot be read: "),
-        ({"cache_place": None}, "the run does not say where its cache is"),
         ({"cache_place": "s3://bucket/cache"}, "its cache s3://bucket/cache is not on this machine"),
         ({"cache": "0" * 64}, "there is another cache at "),
         ({}, None),
     ],
-    ids=["moved", "unsaid", "remote", "another", "there"],
+    ids=["moved", "remote", "another", "there"],
 )
 def test_whether_a_student_knows_the_test_images(
     world: Path,
     trained: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    change: dict[str, str | None],
+    change: dict[str, str],
     reason: str | None,
 ) -> None:
     """Yes, no or unknown, in a line and in the result; unknown says why."""
@@ -475,7 +475,9 @@ def test_whether_a_student_knows_the_test_images(
     run.mkdir()
     (run / "student").symlink_to(trained / "student")
     change = {k: str(tmp_path / "gone") if v == "GONE" else v for k, v in change.items()}
-    (run / "run.json").write_text(json.dumps({**json.loads((trained / "run.json").read_text()), **change}))
+    value = json.loads((trained / "run.json").read_text())
+    value["teachers"][0] |= change
+    (run / "run.json").write_text(json.dumps(value))
     answers = {}
     for split in ("train", "test"):
         result = evaluate(world_config(world), run, None, str(world / split / "*.tar"), "retrieval")

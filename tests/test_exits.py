@@ -63,7 +63,7 @@ def test_projectors_train(world: Path, tmp_path: Path, projector: str) -> None:
     stored = safetensors.torch.load_file(run.run / "projectors.safetensors")
     rungs = {name.split(".")[2] for name in stored if ".patches." in name}
     assert rungs == ({"0", "1", "2"} if projector == "ladder" else set())
-    assert list(run.matching) == [3]
+    assert list(run.teachers[0].matching) == [3]
     if projector == "ladder":
         own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
         config = world_config(world, *sets, "student.name=test_resnet", *own)

@@ -78,12 +78,14 @@ def exports(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
 
 @pytest.fixture
 def changed(run: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the run with other values in its run.json."""
+    """A copy of the run with other values of its teacher in its run.json."""
 
     def change(**values: object) -> Path:
         shutil.copytree(run, tmp_path / "changed")
         file = tmp_path / "changed" / "run.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        about = json.loads(file.read_text())
+        about["teachers"][0] |= values
+        file.write_text(json.dumps(about))
         return tmp_path / "changed"
 
     return change
@@ -254,14 +256,14 @@ def test_student_with_untrained_pooling(
 
 def test_card_tells_where_the_student_comes_from(run: Path, exports: Exports) -> None:
     card = (exports["timm", "pooled"].export / CARD).read_text()
-    about = json.loads((run / "run.json").read_text())
+    (about,) = json.loads((run / "run.json").read_text())["teachers"]
     inputs = json.loads((run / "inputs.json").read_text())
     (probe,) = (json.loads(f.read_text()) for f in run.glob("evaluate-*.json"))
     for text in (
         "ViT of width 12 and depth 3, distilled from vit_tiny_patch16_224\n",
         f"weights `{about['teacher']['weights']}`",
         f"| cache | `{about['cache']}` |",
-        f"| refiner | cleaner adapter, normaliser standardize; SHA-256 `{inputs['adapters']}` |",
+        f"| refiner | cleaner adapter, normaliser standardize; SHA-256 `{inputs['refiner']}` |",
         "| teacher block -> student block | 2 -> 1, 3 -> 2 |",
         "| objective | mse |",
         "| epochs, steps | 1, 7 |",
@@ -287,10 +289,8 @@ def test_card_says_how_the_student_began() -> None:
 
 
 def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Raw targets, blocks after the last target, a pretrained norm, no probes, a teacher without a name."""
-    run = changed(matching={"2": 1}, adapters=None)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("teacher", "refiner")}))
+    """Raw targets, blocks after the last target, a pretrained norm, no probes."""
+    run = changed(matching={"2": 1}, refiner=None, refiner_kind=None)
     for file in run.glob("evaluate-*.json"):
         file.unlink()
     vit = load_saved(run / "student")
@@ -300,7 +300,6 @@ def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsy
     export(settings(), run, tmp_path / "e", "timm")
     card = (tmp_path / "e" / CARD).read_text()
     for text in (
-        "distilled from a teacher that the run does not name",
         "| refiner | none: raw features (FitNet) |",
         "its weights are those of the pretrained model",
         "**Beware:** no target reached the blocks after block 1 (of 0 to 2)",
@@ -311,8 +310,8 @@ def test_card_of_another_run(changed: Callable[..., Path], tmp_path: Path, capsy
 
 
 def test_card_of_a_student_whose_teacher_has_no_cls(run: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
-    teacher = json.loads((run / "run.json").read_text())["teacher"]
-    export(settings(), changed(teacher=teacher | {"class_token": False}), tmp_path / "e", "timm")
+    (about,) = json.loads((run / "run.json").read_text())["teachers"]
+    export(settings(), changed(teacher=about["teacher"] | {"class_token": False}), tmp_path / "e", "timm")
     assert "**Beware:** the teacher has no CLS token" in (tmp_path / "e" / CARD).read_text()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ def test_loss_of_a_student(pairs: Path) -> None:
     refiner = load_refiner(pairs / "refiner", cache)
     student = timm.create_model(f"local-dir:{run / 'student'}", pretrained=True).eval()
     heads = safetensors.torch.load_file(run / "projectors.safetensors")
-    matching = {int(b): s for b, s in json.loads((run / "run.json").read_text())["matching"].items()}
+    matching = {int(b): s for b, s in json.loads((run / "run.json").read_text())["teachers"][0]["matching"].items()}
     mean, std = (torch.tensor(student.pretrained_cfg[name]) for name in ("mean", "std"))
     expected = []
     with open_images(cache) as files:
@@ -148,14 +150,23 @@ def test_the_loss_chooses_the_share(
 
 
 TUNED = ("classes", "images", "steps", "loss", "seconds", "images_per_second", "data_wait_percent")
-OTHER = {"cache": "x", "adapters": None, "matching": {}, "teacher": None, "refiner": None}
 # What is changed in a file of the run, and what is then said.
 REFUSED: dict[str, tuple[str, str, object, str]] = {
-    "other cache": ("run.json", "cache", "0" * 64, "learned from cache 000000000000, but .*cache is"),
-    "several caches": ("run.json", "others", [OTHER], "learned from several caches"),
+    "other cache": ("run.json", "teachers.0.cache", "0" * 64, "learned from cache 000000000000, but .*cache is"),
+    "several caches": ("run.json", "teachers.1", None, "learned from several caches"),
     "fine-tuned": ("run.json", "finetuned", dict.fromkeys(TUNED, 1) | {"sources": []}, "was fine-tuned with labels"),
-    "no refiner": ("run.json", "refiner", {"cleaner": "clip", "normaliser": "none"}, "the refiner that .* is not at"),
-    "other blocks": ("run.json", "matching", {"3": 2}, "projectors.safetensors does not fit the cache: it has other"),
+    "no refiner": (
+        "run.json",
+        "teachers.0.refiner_kind",
+        {"cleaner": "clip", "normaliser": "none"},
+        "the refiner that .* is not at",
+    ),
+    "other blocks": (
+        "run.json",
+        "teachers.0.matching",
+        {"3": 2},
+        "projectors.safetensors does not fit the cache: it has other",
+    ),
     "joint": ("config.yaml", "distill.joint", True, "trained its targets too"),
     "objective": ("config.yaml", "distill.objective", {"mse": 1, "queue": 1}, "objective queue of .* has no loss of"),
     "own module": ("config.yaml", "student.name", "mine:make", "is a module of your own"),
@@ -168,8 +179,11 @@ def test_runs_that_score_no_images(pairs: Path, tmp_path: Path, what: str) -> No
     run = tmp_path / "run"
     shutil.copytree(pairs / "run", run)
     tree = yaml.safe_load((run / name).read_text())
-    *section, last = key.split(".")
-    (tree[section[0]] if section else tree)[last] = value
+    if key == "teachers.1":
+        tree["teachers"] *= 2
+    else:
+        *sections, last = (int(part) if part.isdigit() else part for part in key.split("."))
+        reduce(getitem, sections, tree)[last] = value
     (run / name).write_text(json.dumps(tree))
     with pytest.raises(UserError, match=rf"^distill\.share_run: .*{message}"):
         StudentLoss(run, Cache(pairs / "cache"), CPU)

@@ -321,4 +321,4 @@ def test_modules_of_ones_own() -> None:
 
 def test_settings_of_probes_in_words() -> None:
     settings = (("tokens", "both"), ("image_size", SIZE))
-    assert "at 32x48 px" in Probe("classification", (), (), 1, 1, settings).words
+    assert "at 32x48 px" in Probe("classification", (), (), 1, 1, settings, "x").words

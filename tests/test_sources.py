@@ -358,10 +358,10 @@ def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     assert labels == {"cat/a": 0, "cat/b": 0, "dog/c": 1, "x": 0, "t/000000": -1, "b/cat/a": 0, "emu/d": 2}
     store = LocalStore(tmp_path / "store")
     store.write("images.safetensors", image_bytes(images))
-    again = read_images(store, "upright")
+    again = read_images(store)
     assert content(again) == content(images) and again.classes == images.classes
     alone = index_images(str(tmp_path / "c" / "s.tar"))
-    assert b"file_end" not in image_bytes(alone) and alone.class_names() == ["emu", "cat"]
+    assert b"file_end" not in image_bytes(alone) and alone.classes == ("emu", "cat")
     (tmp_path / "c" / "classes.json").unlink()
     with pytest.raises(
         UserError, match=r"s\.tar has class 1, and no names of classes, which another source has; .*classes\.json"
@@ -376,12 +376,12 @@ def test_shards_of_several_folders_have_the_classes_of_all(tmp_path: Path) -> No
         write_tar(tmp_path / folder / "s.tar", {f"{folder}0.png": encoded(1), f"{folder}0.cls": b"0",
                                                 f"{folder}1.png": encoded(2), f"{folder}1.cls": b"1"})  # fmt: skip
     both = index_images([str(tmp_path / folder / "s.tar") for folder in "ab"])
-    assert both.class_names() == ["aeroplane", "boat", "cat", "dog"]
+    assert both.classes == ("aeroplane", "boat", "cat", "dog")
     assert dict(zip(both.keys, both.labels.tolist(), strict=True)) == {"a0": 2, "a1": 3, "b0": 0, "b1": 1}
     photos(tmp_path / "train", "aardvark/a.png boat/b.png cat/c.png")
     train, test = list_probe_images(load_config(), str(tmp_path / "train"), str(tmp_path / "b" / "s.tar"))
-    assert [train.class_names().index("boat")] == test.labels.tolist()[1:]  # type: ignore[union-attr]
-    assert test.class_names()[test.labels[0]] == "aeroplane"  # type: ignore[index]
+    assert [train.classes.index("boat")] == test.labels.tolist()[1:]
+    assert test.classes[test.labels[0]] == "aeroplane"
 
 
 def test_classes_are_numbered_as_others(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ import cli
 import pipeline
 import singer
 from pipeline import checks
+from pipeline.config import load_config
+from singer.cleaners import CLEANERS
+from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # Rooms, the highest floor first: a room imports from its own and from lower floors, and from no other on its floor.
@@ -306,6 +309,15 @@ def registered_commands() -> Iterator[tuple[str | None, Callable[..., object]]]:
 
 
 def test_names_are_read_from_the_source_as_the_registries_have_them() -> None:
-    registries = {key: at for stage in checks.NAMES.values() for key, at in stage.items()}
-    for module, registry in [*registries.values(), checks.TASKS, checks.FORMATS, ("pipeline.stages.embed", "FORMATS")]:
-        assert checks.registered(module, registry) == tuple(getattr(import_module(module), registry)), registry
+    own = [checks.TASKS, checks.FORMATS, ("pipeline.stages.embed", "FORMATS")]
+    for module, registry in [*checks.NAMES.values(), *own]:
+        assert checks.names_in_source(module, registry) == tuple(getattr(import_module(module), registry)), registry
+
+
+def test_names_that_a_program_registers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` and `embed` check names, too, when they are called in Python."""
+    config = load_config(sets=["refine.cleaner=mine"])
+    with pytest.raises(UserError, match=r"refine\.cleaner: unknown 'mine'"):
+        checks.check_command("run", config)
+    monkeypatch.setitem(CLEANERS, "mine", CLEANERS["clip"])
+    checks.check_command("run", config)

@@ -205,8 +205,8 @@ def test_refiner_is_shared_and_folders_are_whole(world: Path, whole: Path) -> No
     assert [p.name for p in (whole / "refiners").iterdir()] == ["clip-standardize"]
     assert len(set(students(whole).values())) == 4
     for name in ("mse", "cosine"):
-        assert json.loads((whole / "runs" / name / "inputs.json").read_text())["adapters"] is not None
-    assert json.loads((whole / "runs" / "raw0" / "inputs.json").read_text())["adapters"] is None
+        assert json.loads((whole / "runs" / name / "inputs.json").read_text())["refiner"] is not None
+    assert json.loads((whole / "runs" / "raw0" / "inputs.json").read_text())["refiner"] is None
     assert json.loads((whole / "provenance.json").read_text())["stage"] == "sweep"
     assert json.loads((whole / "inputs.json").read_text()) == {"cache": Cache(world / "cache").id}
     states = json.loads((whole / "sweep.json").read_text())["runs"]

@@ -122,9 +122,9 @@ def test_run_and_resume(world: Path, second: Path, tmp_path: Path, monkeypatch: 
     config = world_config(world, "distill.checkpoint_minutes=1e-9", "distill.ema=0.9", "distill.teacher_weights=[1, 3]")
     caches, adapters = [world / "cache", second / "cache"], [world / "adapters", second / "adapters"]
     whole = distill(config, caches, tmp_path / "whole", adapters)
-    first, other = whole.teacher_links
+    first, other = whole.teachers
     assert (first.matching, other.matching) == ({2: 1, 3: 2}, {2: 2})
-    assert other.refiner is not None and (other.refiner.cleaner, other.adapters) == ("clip", str(adapters[1]))
+    assert other.refiner_kind is not None and (other.refiner_kind.cleaner, other.refiner) == ("clip", str(adapters[1]))
     assert load_result(whole.run) == whole
     names = set(read_log(whole.run / "log.jsonl")[0]["parts"])
     assert names == {"vit_tiny_patch16_224-1.mse.2", "vit_tiny_patch16_224-1.mse.3", "vit_tiny_patch16_224-2.mse.2"}
@@ -157,7 +157,7 @@ def test_run_and_resume(world: Path, second: Path, tmp_path: Path, monkeypatch: 
     export(config, part, tmp_path / "export", "timm")
     card = (tmp_path / "export" / "README.md").read_text()
     for path, cache in zip(caches, (first, other), strict=True):
-        assert Cache(path).id in card and cache.teacher is not None and cache.teacher.weights in card
+        assert Cache(path).id in card and cache.teacher.weights in card
     assert card.count("| refiner | cleaner ") == 2 and "| weights of the teachers | 1.0, 3.0 |" in card
 
 
@@ -180,9 +180,9 @@ def test_two_teachers_of_one_cache_from_the_command_line(
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == 0
-    first, last = load_result(tmp_path / "run").teacher_links
+    first, last = load_result(tmp_path / "run").teachers
     assert (first.matching, last.matching) == ({3: 2}, {1: 1, 2: 2}) and first.refiner is None
-    assert last.teacher is not None and last.teacher.weights == other
+    assert last.teacher.weights == other
     assert "teacher block of vit_tiny_patch16_224-2 -> student block" in capsys.readouterr().err
 
 
@@ -232,6 +232,6 @@ def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     runs = tmp_path / "sweep" / "runs"
     assert (runs / "raw" / WEIGHTS).read_bytes() == weights[0]
     fitted = [tmp_path / "sweep" / "refiners" / "clip-standardize" / n for n in "12"]
-    assert [t.adapters for t in load_result(runs / "clip").teacher_links] == [str(f) for f in fitted]
+    assert [t.refiner for t in load_result(runs / "clip").teachers] == [str(f) for f in fitted]
     with pytest.raises(UserError, match="started with another cache .number 2."):
         sweep(file, caches[:1], tmp_path / "sweep", "resume")

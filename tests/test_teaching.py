@@ -189,7 +189,7 @@ def test_each_teacher_has_its_own_objective(world: Path, tmp_path: Path) -> None
     more = ("distill.teacher_drop=0.5", "distill.projector=review", "distill.epochs=1", "distill.warmup_epochs=0")
     caches = [world / "cache", world / "cache"]
     result = distill(world_config(world, objective, *more), caches, tmp_path / "run")
-    assert result.matching == {2: 1, 3: 2} and [link.matching for link in result.others] == [{2: 1}]
+    assert [link.matching for link in result.teachers] == [{2: 1, 3: 2}, {2: 1}]
     with pytest.raises(UserError, match="unknown 'nothing'"):
         distill(world_config(world, "distill.objective=[mse, nothing]"), caches, tmp_path / "other")
 

@@ -106,12 +106,15 @@ def test_a_variant_leaves_the_first_as_it_was(world: Path, lighter: Path, tmp_pa
 
     # What was made of the first goes on with it, and is of no use to the other.
     run = distill(config, place, tmp_path / "run", tmp_path / "adapters")
-    assert run.teacher is not None and (run.cache, run.teacher.variant) == (first.id, first.manifest.teacher.variant)
-    with pytest.raises(UserError, match=f"fitted to features of {run.teacher.variant}, but those of .* are of {name};"):
+    (link,) = run.teachers
+    assert (link.cache, link.teacher.variant) == (first.id, first.manifest.teacher.variant)
+    with pytest.raises(
+        UserError, match=f"fitted to features of {link.teacher.variant}, but those of .* are of {name};"
+    ):
         load_refiner(tmp_path / "adapters", second)
     chosen = variant_config(world, lighter, kind, f"refine.teacher={name}", f"distill.teacher={name}")
     assert refine(chosen, place, tmp_path / "own").cache == second.id
-    assert distill(chosen, place, tmp_path / "raw").cache == second.id
+    assert distill(chosen, place, tmp_path / "raw").teachers[0].cache == second.id
 
 
 @pytest.mark.parametrize("kind", ["precision", "size", "preprocessing"])
@@ -152,7 +155,7 @@ def test_each_command_says_how_to_name_one(world: Path, both: Path, tmp_path: Pa
     assert not out.exists()
     assert refine(world_config(world, *FITTED, f"refine.teacher={first}"), place, out).cache == Cache(place).id
     run = distill(world_config(world, *FITTED, f"distill.teacher=[null, {first}]"), [place, place], tmp_path / "run")
-    assert [link.cache for link in run.teacher_links] == [Cache(place).id] * 2
+    assert [link.cache for link in run.teachers] == [Cache(place).id] * 2
 
 
 def test_blocks_of_a_variant(world: Path, lighter: Path, tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_refiner_belongs_to_one_variant(world: Path, both: Path, tmp_path: Pat
     config = world_config(world, *FITTED)
     for adapters, own, other in ((both / "first", first, half), (both / "half", half, first)):
         run = distill(config, place, tmp_path / own, adapters)
-        assert run.teacher is not None and run.teacher.variant == own
+        assert run.teachers[0].teacher.variant == own
         assert inspect(config, place, adapters).cache == Cache(place, own).id
         wrong = world_config(world, *FITTED, f"refine.teacher={other}", f"distill.teacher={other}")
         message = (
@@ -215,25 +218,6 @@ def test_a_refiner_belongs_to_one_variant(world: Path, both: Path, tmp_path: Pat
     assert not (tmp_path / "wrong").exists()
 
 
-def test_refiners_and_runs_from_before_variants(world: Path, both: Path, tmp_path: Path) -> None:
-    """They name weights only; the id of the cache tells which variant was theirs."""
-    place, config = both / "cache", world_config(world, *FITTED)
-    shutil.copytree(both / "half", tmp_path / "old")
-    told = json.loads((tmp_path / "old" / "refiner.json").read_text())
-    del told["variant"]
-    (tmp_path / "old" / "refiner.json").write_text(json.dumps(told))
-    half = Cache(place, variants(place)[1])
-    run = distill(config, place, tmp_path / "run", tmp_path / "old")
-    assert run.cache == half.id
-    with pytest.raises(UserError, match=f"was fitted to cache {half.id[:12]}, but .* is {Cache(place).id[:12]}"):
-        load_refiner(tmp_path / "old", Cache(place))
-    told = json.loads((run.run / "run.json").read_text())
-    del told["teacher"]["variant"]
-    (run.run / "run.json").write_text(json.dumps(told))
-    assert load_result(run.run).teacher is not None
-    assert find_cache(read_runs([run.run]), place).id == half.id
-
-
 @pytest.mark.slow
 def test_two_caches_of_two_variants(world: Path, both: Path, tmp_path: Path) -> None:
     """Two teachers of one student, whichever caches they are in; refiners in the wrong order are refused."""
@@ -242,12 +226,12 @@ def test_two_caches_of_two_variants(world: Path, both: Path, tmp_path: Path) -> 
     first = Cache(world / "cache").manifest.teacher.variant
     adapters = [both / "first", both / "half"]
     run = distill(config, [world / "cache", alone], tmp_path / "run", adapters)
-    assert [t.teacher.variant for t in run.teacher_links if t.teacher is not None] == [first, half]
+    assert [t.teacher.variant for t in run.teachers] == [first, half]
     one = distill(config, [both / "cache"] * 2, tmp_path / "one", adapters)
     assert tree_bytes(one.student) == tree_bytes(run.student)
     raw = world_config(world, *FITTED, f"distill.teacher=[{first}, {half}]")
     two = distill(raw, [both / "cache"] * 2, tmp_path / "raw")
-    assert [t.cache for t in two.teacher_links] == [t.cache for t in run.teacher_links]
+    assert [t.cache for t in two.teachers] == [t.cache for t in run.teachers]
     with pytest.raises(UserError, match=f"fitted to features of {half}, but those of .* are of {first}"):
         distill(config, [world / "cache", alone], tmp_path / "wrong", adapters[::-1])
 
@@ -274,7 +258,7 @@ def test_a_name_that_became_ambiguous_does_not_stop_what_was_begun(
     add(world, world_config(world, "cache.precision=bf16"), place)
     assert refine(config, place, tmp_path / "adapters", "resume").cache == first
     assert refine(config, place, tmp_path / "adapters", "resume").cache == first
-    assert distill(config, place, tmp_path / "run", mode="resume").cache == first
+    assert distill(config, place, tmp_path / "run", mode="resume").teachers[0].cache == first
     with pytest.raises(UserError, match="has 2 variants of teacher"):
         distill(config, place, tmp_path / "new")
 
@@ -290,8 +274,8 @@ def test_evaluate_and_report_open_the_variant_of_the_run(world: Path, tmp_path: 
     assert [learned_from(run, index_images(test))[0] for run in runs] == ["no", "yes"]
     for run in runs:
         opened = find_cache(read_runs([run.run]), None)
-        assert run.teacher is not None
-        assert (opened.id, opened.manifest.teacher.variant) == (run.cache, run.teacher.variant)
+        (link,) = run.teachers
+        assert (opened.id, opened.manifest.teacher.variant) == (link.cache, link.teacher.variant)
     page = report([runs[1].run], tmp_path / "half.html", records=8).out.read_text()
     assert f"<code>{half}</code>" in page and f"{len(opened)} records of 140 images" in page
     export(config, runs[1].run, tmp_path / "export", "timm")
@@ -348,8 +332,8 @@ def test_sweep_over_variants(world: Path, both: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps({"base": base, "grid": grid, "runs": [{"set": {"refiner": "none"}}, {"name": "clip"}]}))
     result = sweep(file, place, tmp_path / "sweep")
     assert (result.done, result.failed) == (4, {})
-    taught = [load_result(folder).teacher for folder in sorted((tmp_path / "sweep" / "runs").iterdir())]
-    assert sorted(t.variant or "" for t in taught if t is not None) == sorted(variants(place) * 2)
+    taught = [load_result(folder).teachers[0].teacher for folder in sorted((tmp_path / "sweep" / "runs").iterdir())]
+    assert sorted(t.variant for t in taught) == sorted(variants(place) * 2)
     fitted = [read_refiner(folder).variant for folder in (tmp_path / "sweep" / "refiners").iterdir()]
     assert sorted(v or "" for v in fitted) == sorted(variants(place))
     assert sweep(file, place, tmp_path / "sweep", "resume").done == 4

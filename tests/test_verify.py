@@ -11,10 +11,11 @@ import torch
 from conftest import make_vit, plant_artifacts, seeded, shards, tree_bytes, world_config
 
 from pipeline.cache.extract import Extractor
-from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, MANIFEST, RECORDS, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, IMAGES, RECORDS, TAIL
 from pipeline.cache.index import read_images
 from pipeline.config import Config, load_config
 from pipeline.models.backbone import save_backbone
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import SegmentReport, VerifyResult, verify
@@ -88,7 +89,7 @@ def test_every_flipped_byte_is_found_and_named(rich: Path) -> None:
         try:
             assert name in {n for r in check(rich).parts for n in r.files}, (name, at)
         except UserError as error:  # of a manifest without which nothing can be checked
-            assert file.name == MANIFEST and str(file) in str(error), (name, at)
+            assert file.name == CACHE_MANIFEST and str(file) in str(error), (name, at)
         file.write_bytes(data)
     assert check(rich).whole
 
@@ -96,7 +97,7 @@ def test_every_flipped_byte_is_found_and_named(rich: Path) -> None:
 @pytest.mark.parametrize("byte", [b" ", b"\t", b"\r"])
 def test_blanks_count(cache: Path, byte: bytes) -> None:
     """A change that leaves the JSON value as it was."""
-    for name in (MANIFEST, COMPLETE, "provenance.json", "journal/000001.json"):
+    for name in (CACHE_MANIFEST, COMPLETE, "provenance.json", "journal/000001.json"):
         data = (cache / name).read_bytes()
         (cache / name).write_bytes(data[:-1] + byte)
         assert only(check(cache)).files == {name: "damaged"}
@@ -334,7 +335,7 @@ def test_repair_finds_shards_that_have_moved(world: Path, cache: Path, tmp_path:
     (cache / FIRST).unlink()
     damaged = tree_bytes(cache)
     moved = Path(shutil.copytree(world / "train", tmp_path / "moved"))
-    images = read_images(LocalStore(cache), "upright")
+    images = read_images(LocalStore(cache))
     offset, path = int(images.offset[40]), moved / images.paths[int(images.container[40])].name
     data = path.read_bytes()
     path.write_bytes(data[: offset + 60] + bytes([data[offset + 60] ^ 1]) + data[offset + 61 :])

@@ -26,6 +26,7 @@ def validate_images(images: Images, workers: int, on_error: OnError) -> Validate
     teacher = TeacherManifest(
         name="none", architecture="none", model_args={}, weights="", depth=1, width=1, prefix_tokens=0,
         class_token=False, grid=(1, 1), image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3, precision="no",
+        dtype="float32", shapes=None, copies=1,
     )  # fmt: skip
     manifest = new_manifest(load_config(), Addition((0,), images, 0, 1), teacher)
     with ImageFile(images) as files:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import MANIFEST
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.statistics import evenly_spaced
 from pipeline.data import ImageFile, Images, image_digest
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Place
 from singer.errors import UserError
 
@@ -141,7 +141,7 @@ def _source_names(segment: Segment) -> str:
 def check_addition(segments: Sequence[Segment], here: Manifest, place: Place) -> None:
     """Raise UserError if what a run adds does not match what the cache holds."""
     if not segments:
-        raise UserError(f"{place} has no {MANIFEST}, so nothing can be added; start it with --resume")
+        raise UserError(f"{place} has no {CACHE_MANIFEST}, so nothing can be added; start it with --resume")
     there = segments[0].manifest
     for segment in segments:
         if segment.lacks() is not None:
@@ -149,7 +149,7 @@ def check_addition(segments: Sequence[Segment], here: Manifest, place: Place) ->
     same = [s.manifest for s in segments if s.manifest.teacher.identity() == here.teacher.identity()]
 
     def compared(m: Manifest) -> dict[str, Any]:
-        views = {f"views.{k}": v for k, v in {"shape": [1, 1], **m.views}.items() if k not in ("first", "count")}
+        views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
         own = {"codec": m.codec, "stored_patches": m.stored_patches} if m in [*same, here] else {}
         return views | own
 

@@ -26,8 +26,7 @@ def as_begun(config: Config, store: Store) -> Config:
     """
     try:
         cache = yaml.safe_load(store.read(CONFIG))["cache"]
-        # Older versions did not compile.
-        begun = {"batch_size": cache["batch_size"], "compile": cache.get("compile", False)}
+        begun = {name: cache[name] for name in ("batch_size", "compile")}
         known = CacheConfig.model_validate({**config.cache.model_dump(), **begun})
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return config

@@ -36,7 +36,7 @@ def describe_completion(segment: Segment) -> tuple[Completion, dict[str, bytes]]
     files = {n: f for entry in entries.values() for n, f in entry["files"].items()}
     stored = SegmentReader(segment, files).read(VIEWS, np.arange(manifest.records))
     found = stored.numpy().reshape(-1).view(manifest.view_form)  # type: ignore[union-attr]
-    listed = read_images(segment.store, segment.manifest.data.decoding)
+    listed = read_images(segment.store)
     # All views of an image have the same digest and size.
     of_image = found[:: manifest.views_each]
     good = of_image["width"] > 0

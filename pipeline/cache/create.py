@@ -1,7 +1,6 @@
 """Create new segments: their manifests and small files."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from pipeline.cache.append import Addition, check_addition, plan_additions
 from pipeline.cache.calibration import Calibration, calibrate
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import Extractor
-from pipeline.cache.format import FIDELITY, MANIFEST
+from pipeline.cache.format import FIDELITY
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import quantization_errors
 from pipeline.cache.rows import RowReader
@@ -22,6 +21,7 @@ from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numb
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import write_provenance
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from pipeline.storage.json_files import read_json
@@ -40,7 +40,7 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     store = open_store(out)
     for skipped in listed.skipped:
         say(f"skipped: {skipped}")
-    segments = read_segments(store) if MANIFEST in store.sizes() else []
+    segments = read_segments(store) if CACHE_MANIFEST in store.sizes() else []
     known = segments_of(segments, extract.teacher)
     wanted = config.cache.blocks
     if wanted is None and mode == "append" and known:
@@ -50,7 +50,6 @@ def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extr
     additions = [whole]
     if mode == "append":
         check_addition(segments, new_manifest(config, whole, extract.teacher), out)
-        listed = replace(listed, decoding=segments[0].manifest.data.decoding)
         listed = numbered_as(listed, longest_classes(s.index().images for s in segments))
         additions = plan_additions(segments, known, listed, config.views.count, blocks)
         if not additions:
@@ -116,7 +115,6 @@ def new_manifest(config: Config, addition: Addition, teacher: TeacherManifest) -
             images=len(images),
             labelled=int((images.labels != NO_LABEL).sum()),
             hash=listing_hash(images),
-            decoding=images.decoding,
         ),
         views=(addition.drawing or drawing(config.views, teacher.image_size))
         | {"first": addition.first_view, "count": addition.views},
@@ -135,11 +133,7 @@ def new_manifest(config: Config, addition: Addition, teacher: TeacherManifest) -
 
 
 def drawing(views: ViewsConfig, image_size: ImageSize) -> dict[str, Any]:
-    """Return the settings on which the drawn views depend; views of the teacher's shape say which it is.
-
-    Squares do not, as in older caches.
-    """
+    """Return the settings on which the drawn views depend; views of the teacher's shape say which it is."""
     unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
-    shape = Size.of(views.shape or image_size).shape
     found = views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", "shape", *unused})
-    return found if shape == (1, 1) else {**found, "shape": list(shape)}
+    return {**found, "shape": list(Size.of(views.shape or image_size).shape)}

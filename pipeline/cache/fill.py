@@ -71,7 +71,7 @@ def fill(
     if not pending:
         return 0
     manifest = segment.manifest
-    listed = replace(read_images(segment.store, manifest.data.decoding), max_pixels=extract.config.data.max_pixels)
+    listed = replace(read_images(segment.store), max_pixels=extract.config.data.max_pixels)
     located = relocate(listed, images)
     config, ranks, files = extract.config, current(), ImageFile(located)
     earlier = takewhile(lambda s: s.name != segment.name, segments)

@@ -2,15 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.outputs.resuming import CACHE_MANIFEST
-
 if TYPE_CHECKING:  # codecs need torch
     from pipeline.cache.stored import Fixed
 
 FORMAT = "singer-feature-cache"
-VERSION = 3
+VERSION = 4
 
-MANIFEST = CACHE_MANIFEST
 IMAGES = "images.safetensors"
 RECORDS = "records.safetensors"
 COMPLETE = "complete.json"

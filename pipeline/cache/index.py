@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from pipeline.cache.format import IMAGES, RECORDS
 from pipeline.cache.manifest import Manifest
-from pipeline.data import Decoding, Images, Keys, Skipped
+from pipeline.data import Images, Keys, Skipped
 from pipeline.data.images import join_files, longest_classes
 from pipeline.data.views import View
 from pipeline.storage import Store
@@ -81,21 +81,19 @@ def image_bytes(images: Images) -> bytes:
         "image.size": images.size,
         "shard.size": np.array(images.container_sizes, dtype=np.int64),
     }
-    about: dict[str, Any] = {"shards": [str(p) for p in images.paths], "skipped": [vars(s) for s in images.skipped]}
-    # Caches of shards alone have neither: their bytes are as they have always been.
     if images.files is not None:
         columns |= {"image.file_bytes": images.files.text, "image.file_end": images.files.ends}
-    if images.classes:
-        about["classes"] = list(images.classes)
+    about: dict[str, Any] = {
+        "shards": [str(p) for p in images.paths],
+        "skipped": [vars(s) for s in images.skipped],
+        "classes": images.classes,
+    }
     # There is one metadata entry because safetensors writes several entries in no fixed order.
     return save_columns(columns, {"listing": json.dumps(about)})
 
 
-def read_images(store: Store, decoding: Decoding) -> Images:
-    """Read the images that were listed for a segment. Raises UserError if the file is missing or damaged.
-
-    decoding: that of the segment's manifest.
-    """
+def read_images(store: Store) -> Images:
+    """Read the images that were listed for a segment. Raises UserError if the file is missing or damaged."""
     with _reading(store, IMAGES) as (columns, about):
         listing = json.loads(about["listing"])
         files = Keys(columns["image.file_bytes"], columns["image.file_end"]) if "image.file_end" in columns else None
@@ -108,9 +106,8 @@ def read_images(store: Store, decoding: Decoding) -> Images:
             offset=columns["image.offset"],
             size=columns["image.size"],
             skipped=tuple(Skipped(**entry) for entry in listing["skipped"]),
-            decoding=decoding,
             files=files,
-            classes=tuple(map(str, listing.get("classes", ()))),
+            classes=tuple(map(str, listing["classes"])),
         )
 
 
@@ -151,16 +148,13 @@ def _reading(store: Store, name: str) -> Iterator[tuple[dict[str, np.ndarray], d
 
 
 def join(indices: Iterable[Index]) -> Index:
-    """Concatenate the records of several indices. Raises UserError if their images are decoded in different ways."""
+    """Concatenate the records of several indices."""
     indices = list(indices)
     if len(indices) == 1:
         return indices[0]
     first_image = np.cumsum([0, *(len(i.images) for i in indices)])
     first_shard = np.cumsum([0, *(len(i.images.paths) for i in indices)])
     images = [i.images for i in indices]
-    decoding, *others = sorted({i.decoding for i in images})
-    if others:
-        raise UserError(f"the segments decode images in different ways ({decoding}, {others[0]}); make a new cache")
     colors = [np.tile(_NO_CHANGE, (len(i), 1)) if i.color is None else i.color for i in indices]
     all_images = Images(
         paths=tuple(chain.from_iterable(i.paths for i in images)),
@@ -170,7 +164,6 @@ def join(indices: Iterable[Index]) -> Index:
         container=np.concatenate([i.container + s for i, s in zip(images, first_shard, strict=False)]),
         offset=np.concatenate([i.offset for i in images]),
         size=np.concatenate([i.size for i in images]),
-        decoding=decoding,
         files=join_files(images),
         classes=longest_classes(images),
     )

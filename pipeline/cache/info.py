@@ -84,7 +84,7 @@ def cache_info(place: Place) -> CacheInfo:
 
 def _views(manifests: list[Manifest]) -> dict[str, Any]:
     settings = {k: v for k, v in manifests[0].views.items() if k != "first"}
-    return settings | {"count": max(m.views.get("first", 0) + m.views["count"] for m in manifests)}
+    return settings | {"count": max(m.views["first"] + m.views["count"] for m in manifests)}
 
 
 def _teacher_info(segments: list[Segment]) -> TeacherInfo:
@@ -99,9 +99,8 @@ def _teacher_info(segments: list[Segment]) -> TeacherInfo:
             if shard not in pending:
                 stored += sum(f["bytes"] for n, f in entry["files"].items() if n.startswith("features/"))
                 exact += float16_bytes(m) * int(np.subtract(*m.zarr_shard_range(shard)[::-1]))
-        if FIDELITY in m.files:
-            measured = read_json(segment.store, FIDELITY, "segment of a cache")
-            fidelity |= {b: measured.get(str(b)) for b in m.blocks}
+        measured = read_json(segment.store, FIDELITY, "segment of a cache")
+        fidelity |= {b: measured.get(str(b)) for b in m.blocks}
     return TeacherInfo(
         variant=first.teacher.variant,
         name=first.teacher.name,

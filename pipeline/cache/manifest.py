@@ -5,13 +5,13 @@ import json
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.cache.codecs import CODECS
-from pipeline.cache.format import FEATURES, FORMAT, MANIFEST, PIXELS, POSITIONS, VERSION, VIEWS
+from pipeline.cache.format import FEATURES, FORMAT, PIXELS, POSITIONS, VERSION, VIEWS
 from pipeline.cache.stored import Fixed, Layout
 from pipeline.config import InputSize
-from pipeline.data import Decoding
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, json_bytes, read_json, sealed, validated
 from singer.copies import Copying
@@ -43,18 +43,9 @@ class TeacherManifest(_Section):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str
-    dtype: str = "float32"
-    shapes: tuple[tuple[int, tuple[int, int]], ...] | None = None
-    copies: int = 1
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, default: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `dtype`, `shapes` and `copies` where they say nothing: identities are those of older caches."""
-        value: dict[str, Any] = default(self)
-        for name, nothing in (("dtype", "float32"), ("shapes", None), ("copies", 1)):
-            if getattr(self, name) == nothing:
-                del value[name]
-        return value
+    dtype: str
+    shapes: tuple[tuple[int, tuple[int, int]], ...] | None
+    copies: int
 
     @property
     def copying(self) -> Copying | None:
@@ -95,24 +86,12 @@ class TeacherManifest(_Section):
 
 
 class DataManifest(_Section):
-    """The images that the shards list.
-
-    hash: data.listing_hash. decoding: how the images are decoded.
-    """
+    """The images that the shards list. hash: data.listing_hash."""
 
     shards: tuple[str, ...]
     images: int
     labelled: int
     hash: str
-    decoding: Decoding = "stored"
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the way in which all caches of earlier versions were made, so that they keep their ids."""
-        value: dict[str, Any] = serialize(self)
-        if self.decoding == "stored":
-            del value["decoding"]
-        return value
 
 
 class PixelsManifest(_Section):
@@ -131,14 +110,13 @@ class Manifest(_Section):
     """
 
     format: Literal["singer-feature-cache"] = "singer-feature-cache"
-    version: Literal[3] = 3
+    version: Literal[4] = 4
     teacher: TeacherManifest
     data: DataManifest
     views: dict[str, Any]
     blocks: tuple[int, ...]
     codec: str
     stored_patches: int
-    lossless: Literal["none"] = "none"
     pixels: PixelsManifest | None
     records: int
     shard_records: int
@@ -249,18 +227,16 @@ def canonical(value: Any) -> str:
 
 def read_manifest(store: Store) -> Manifest:
     """Read the manifest of a store. Raises UserError if the store has no cache of a known version."""
-    value = read_json(store, MANIFEST, "feature cache")
-    file, again = f"{store.url}/{MANIFEST}", "make it again with cache-teacher --overwrite"
+    value = read_json(store, CACHE_MANIFEST, "feature cache")
+    file = f"{store.url}/{CACHE_MANIFEST}"
     if value.get("format") != FORMAT:
         raise UserError(f"{file} does not describe a singer feature cache")
     if (version := value.get("version")) != VERSION:
         newer = isinstance(version, int) and version > VERSION
-        remedy = "install a newer singer" if newer else again
+        remedy = "install a newer singer" if newer else "make it again with cache-teacher --overwrite"
         raise UserError(f"{store.url} has cache format version {version}, not {VERSION}; {remedy}")
     if not is_sealed(value):
         raise UserError(f"{file} is damaged: it does not match its own checksum")
-    if (lossless := value.get("lossless")) != "none":
-        raise UserError(f"{store.url} is compressed with {lossless}, which is not read any more; {again}")
     del value["sha256"]
     manifest = validated(value, Manifest, file)
     if manifest.codec not in CODECS:

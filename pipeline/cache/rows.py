@@ -171,7 +171,7 @@ class RowReader:
             raise UserError(f"image {self.images.keys[number]!r} has changed since it was cached ({where})")
         try:
             with warnings_of(where):
-                return decode_rgb(data, self.images.decoding, self.images.max_pixels), digest
+                return decode_rgb(data, self.images.max_pixels), digest
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(f"{where} cannot be decoded: {one_line(error, None)}; {_ADVICE}") from None

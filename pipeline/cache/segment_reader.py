@@ -61,7 +61,7 @@ def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Inde
     rows, views = rows[views["width"] > 0], views[views["width"] > 0]
     image, view = np.divmod(rows, manifest.views_each)
     color = views["color"] if "color" in (views.dtype.names or ()) else None
-    images = read_images(segment.store, manifest.data.decoding).select(image)
+    images = read_images(segment.store).select(image)
     first = manifest.views["first"]
     return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
 

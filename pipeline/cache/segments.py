@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import COMPLETE, JOURNAL, MANIFEST, PARTS, journal_file, zarr_shard_file
+from pipeline.cache.format import COMPLETE, JOURNAL, PARTS, journal_file, zarr_shard_file
 from pipeline.cache.index import Index, read_images, read_records
 from pipeline.cache.manifest import Completion, Manifest, TeacherManifest, canonical, read_manifest
 from pipeline.data import Images, content_hash
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, read_json, validated
 from singer.errors import UserError
@@ -65,7 +66,7 @@ class Segment:
         if not whole:
             raise UserError(f"{self.store.url}/{name} is damaged; run singer cache verify --repair")
         if entry.get("cache") != self.manifest.id():
-            raise UserError(f"{self.store.url}/{name} belongs to another cache than {MANIFEST} beside it")
+            raise UserError(f"{self.store.url}/{name} belongs to another cache than {CACHE_MANIFEST} beside it")
         return entry
 
     def lacks(self) -> str | None:
@@ -94,7 +95,7 @@ class Segment:
         del value["sha256"]
         found = validated(value, Completion, file)
         if found.part != self.manifest.id():
-            raise UserError(f"{file} belongs to another cache than {MANIFEST} beside it")
+            raise UserError(f"{file} belongs to another cache than {CACHE_MANIFEST} beside it")
         return found
 
     @property
@@ -176,7 +177,7 @@ class Segment:
         return index
 
     def _listed(self) -> Images:
-        return read_images(self.store, self.manifest.data.decoding)
+        return read_images(self.store)
 
     def digests(self) -> np.ndarray:
         """Return the digests of a complete segment's listed images, (images,) uint64; 0 if one cannot be decoded."""
@@ -200,7 +201,7 @@ def _appended(store: Store) -> Iterator[Segment]:
         name = segment_name(number)
         child = store.child(name)
         try:
-            child.read(MANIFEST)
+            child.read(CACHE_MANIFEST)
         except FileNotFoundError:
             return
         yield Segment(name, child, read_manifest(child))

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, MANIFEST, TAIL, journal_file, zarr_shard_file
+from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, TAIL, journal_file, zarr_shard_file
 from pipeline.cache.index import image_bytes
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.stored import Ragged, Stored
 from pipeline.cache.zarr_shards import array_metadata, pack_zarr_shard
 from pipeline.data import Images
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Store
 from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.storage.tensors import tensor_bytes
@@ -54,7 +55,7 @@ def create_segment(store: Store, manifest: Manifest, files: Mapping[str, bytes])
     for name, content in files.items():
         store.write(name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    store.write(MANIFEST, manifest.model_copy(update={"files": hashes}).to_bytes())
+    store.write(CACHE_MANIFEST, manifest.model_copy(update={"files": hashes}).to_bytes())
 
 
 def check_same(there: Manifest, here: Manifest, place: str) -> None:

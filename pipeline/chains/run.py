@@ -14,13 +14,13 @@ from pipeline.chains.learn import PAGE, PLANNED, SHARDS, Learning, Stage, comman
 from pipeline.chains.rehearsal import REHEARSAL, rehearse
 from pipeline.chains.split import Photos, Split, has_to_be_packed, shards_of, split
 from pipeline.chains.steps import Steps, chain
-from pipeline.checks import GIVEN, check_chain
+from pipeline.checks import check_chain
 from pipeline.config import Config, dump_config, load_config, meta
 from pipeline.data import list_images
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.loading import check_known
 from pipeline.models.names import HF, is_function, local_folder
-from pipeline.outputs.chain_folder import REFINER, STUDENT, bound_sections, chain_has_begun
+from pipeline.outputs.chain_folder import GIVEN, REFINER, STUDENT, bound_sections, chain_has_begun
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser

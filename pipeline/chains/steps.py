@@ -7,8 +7,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from pipeline.checks import STEPS
 from pipeline.config import Config
+from pipeline.outputs.chain_folder import STEPS
 from pipeline.outputs.folder import Mode, claimed_output
 from pipeline.outputs.resuming import RESULT_SECTIONS
 from pipeline.outputs.stage_log import process_log

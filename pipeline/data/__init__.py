@@ -1,6 +1,6 @@
 """Images: where they come from, and each of them by its number."""
 
-from pipeline.data.decoding import Decoding, decode, decode_rgb, named_errors
+from pipeline.data.decoding import decode, decode_rgb, named_errors
 from pipeline.data.image_index import OnError, index_beside, index_images, list_images, list_probe_images
 from pipeline.data.image_reading import ImageFile, files_of, places_of, readable
 from pipeline.data.images import (
@@ -20,7 +20,6 @@ from pipeline.data.relocation import check_images, relocate
 from pipeline.data.specs import Spec, resolve
 
 __all__ = [
-    "Decoding",
     "ImageFile",
     "Images",
     "Keys",

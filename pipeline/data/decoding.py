@@ -3,7 +3,6 @@
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -12,17 +11,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import warn, warnings_of
-from pipeline.data.formats import FORMATS, FORMATS_BEFORE, HEIF_EXTRA, format_of, is_heif
+from pipeline.data.formats import FORMATS, HEIF_EXTRA, format_of, is_heif
 from pipeline.runtime.failures import one_line
 from singer.errors import UserError
 
-Decoding = Literal["upright", "stored"]
-"""How the images of a cache are decoded.
-
-upright: all FORMATS, turned as their EXIF says; stored: as caches of earlier versions were made, not turned, and only
-FORMATS_BEFORE.
-"""
-_FORMATS: dict[Decoding, tuple[str, ...]] = {"upright": tuple(FORMATS), "stored": FORMATS_BEFORE}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,30 +36,28 @@ _EXIF_FIRST = ("JPEG", "MPO")
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def decode_rgb(data: bytes, decoding: Decoding = "upright", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image as RGB, and turn it if `decoding` says so.
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image as RGB, and turn it as its EXIF says.
 
     An image of more than MAX_PIXELS is decoded smaller, if its format can do that. Raises whatever a decoder raises,
     and DecompressionBombError for more than max_pixels.
     """
-    image = _open(data, _FORMATS[decoding], max_pixels)
+    image = _open(data, tuple(FORMATS), max_pixels)
     image.load()
-    turn = _TURNS.get(_orientation(image)) if decoding == "upright" else None
+    turn = _TURNS.get(_orientation(image))
     rgb = to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def read_size(
-    data: bytes, decoding: Decoding = "upright", max_pixels: int = MAX_PIXELS, whole: bool = True
-) -> tuple[int, int]:
+def read_size(data: bytes, max_pixels: int = MAX_PIXELS, whole: bool = True) -> tuple[int, int]:
     """Return the (width, height) that decode_rgb gives.
 
     whole: whether data are all bytes of the image, or the first ones. Raises whatever a decoder raises, and EOFError if
     the size may depend on later bytes.
     """
-    image = _open(data, _FORMATS[decoding], max_pixels)
+    image = _open(data, tuple(FORMATS), max_pixels)
     width, height = image.size
-    if decoding == "stored" or width == height or image.format in _TURNED_BY_PILLOW:
+    if width == height or image.format in _TURNED_BY_PILLOW:
         return width, height
     if image.format == "PNG" and whole:
         if not any(mark in data for mark in _PNG_MARKS):
@@ -97,10 +87,7 @@ def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=tried)
     except UnidentifiedImageError:
         # PIL's own message names an address in memory, which differs in every run.
-        also = "; this cache was begun by an earlier singer, a new one reads more" if formats == FORMATS_BEFORE else ""
-        raise UnidentifiedImageError(
-            f"cannot identify image file as {', '.join(formats)}{also}; {_guess(data)}"
-        ) from None
+        raise UnidentifiedImageError(f"cannot identify image file as {', '.join(formats)}; {_guess(data)}") from None
     pixels = image.width * image.height
     if pixels > max_pixels:
         allowed = f"--set data.max_pixels={pixels} allows them"

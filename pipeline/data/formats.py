@@ -24,11 +24,8 @@ FORMATS: dict[str, Format] = {
     "GIF": Format(("gif",), "the first of an animation"),
     "PPM": Format(("ppm", "pgm", "pbm", "pnm")),
 }
-# Caches of earlier versions were made with these formats and these extensions alone.
-FORMATS_BEFORE = ("JPEG", "PNG", "WEBP")
-_EXTENSIONS_BEFORE = ("jpg", "jpeg", "png", "webp")
 # Where a sample has several images, the first of these is taken.
-IMAGE_EXTENSIONS = tuple(dict.fromkeys((*_EXTENSIONS_BEFORE, *(e for f in FORMATS.values() for e in f.extensions))))
+IMAGE_EXTENSIONS = tuple(extension for about in FORMATS.values() for extension in about.extensions)
 HEIF_EXTRA = "pip install pillow-heif"
 
 # How files of these formats begin. BMP and PPM begin with two letters only, as many a text does.

@@ -114,8 +114,7 @@ def list_probe_images(config: Config, train: Spec, test: Spec) -> tuple[Images, 
     """List the images for a probe. If both name their classes, those of `test` get the numbers that `train` has."""
     learn_from, tested = list_images(config, train), list_images(config, test)
     # A map of classes is in the numbers that the test images have by themselves.
-    classes = learn_from.class_names() if config.evaluate.class_map is None else None
-    return learn_from, numbered_as(tested, classes or ())
+    return learn_from, tested if config.evaluate.class_map is not None else numbered_as(tested, learn_from.classes)
 
 
 def _files(listings: Sequence[SourceListing]) -> Keys | None:

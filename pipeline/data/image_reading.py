@@ -40,17 +40,17 @@ class ImageFile:
         """Return image `number` as RGB. Raises UserError that names key and container if it cannot be decoded."""
         data, where = self.encoded(number)
         with named_errors(where):
-            return decode_rgb(data, self.images.decoding, self.images.max_pixels)
+            return decode_rgb(data, self.images.max_pixels)
 
     def dimensions(self, number: int) -> tuple[int, int]:
         """Return (width, height) of image `number` as `read` gives it, from its header where that says enough."""
         try:
             data, _ = self.encoded(number, _HEADER_BYTES)
-            return read_size(data, self.images.decoding, self.images.max_pixels, whole=False)
+            return read_size(data, self.images.max_pixels, whole=False)
         except Exception:  # the header is longer, or this is not an image
             data, where = self.encoded(number)
             with named_errors(where):
-                return read_size(data, self.images.decoding, self.images.max_pixels)
+                return read_size(data, self.images.max_pixels)
 
     def encoded(self, number: int, most: int | None = None) -> tuple[bytes, str]:
         """Return the bytes of image `number` (the first `most`), and its key and container for messages.

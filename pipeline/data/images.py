@@ -12,7 +12,6 @@ from typing import overload
 import numpy as np
 
 from pipeline.config import MAX_PIXELS
-from pipeline.data.decoding import Decoding
 from pipeline.data.source_listing import NO_LABEL, key_hash
 from singer.errors import UserError
 
@@ -124,8 +123,8 @@ class Images:
     there is none; container: int32, index into paths; offset, size: int64, of the encoded image within its container,
     in bytes (of a table: the number of the row); files: the name of each image's file in a folder, or column in a
     table, "" in tars, or None if all are tars; classes: names by label, empty if they are not known; skipped: samples
-    that were left out; decoding: how the images are decoded; max_pixels: larger ones are broken; left_out: {kind: how
-    many other files the folders hold}; given: what was listed, as two lists of one folder differ; empty in a cache.
+    that were left out; max_pixels: larger ones are broken; left_out: {kind: how many other files the folders hold};
+    given: what was listed, as two lists of one folder differ; empty in a cache.
     """
 
     paths: tuple[Path, ...]
@@ -136,7 +135,6 @@ class Images:
     offset: np.ndarray
     size: np.ndarray
     skipped: tuple[Skipped, ...] = ()
-    decoding: Decoding = "upright"
     files: Keys | None = None
     classes: tuple[str, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -151,17 +149,6 @@ class Images:
         columns = {name: getattr(self, name)[rows] for name in ("labels", "container", "offset", "size")}
         files = None if self.files is None else self.files.select(rows)
         return replace(self, keys=self.keys.select(rows), files=files, **columns)
-
-    def class_names(self) -> list[str] | None:
-        """Return the names of the classes, None if they are not known.
-
-        Images of caches from before shards had names get those of the file beside their shards. Raises UserError if
-        that file is damaged.
-        """
-        first = self.paths[0]
-        if self.classes or first.is_dir() or not first.with_name(CLASSES).is_file():
-            return list(self.classes) or None
-        return read_classes(first.with_name(CLASSES))
 
     def place_hash(self) -> str:
         """Hash shard names, keys, labels and places of all images; the bytes of pixels are not read."""

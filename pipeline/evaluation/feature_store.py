@@ -38,7 +38,6 @@ def identity(backbone: Backbone, images: Images, settings: EvaluateConfig) -> st
         backbone.mean,
         backbone.std,
         settings.crop,
-        images.decoding,
         listing_hash(images),
     ]
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()

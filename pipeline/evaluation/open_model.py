@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.models.backbone import Backbone
 from pipeline.models.loading import check_known, load_model, load_saved
-from pipeline.training.run_directory import STUDENT
+from pipeline.outputs.resuming import STUDENT_FOLDER
 from singer.sizes import ImageSize
 
 
@@ -25,5 +25,5 @@ def open_model(
     check_known_model(model)
     if not Path(model).exists():
         return load_model(str(model), weights, image_size)
-    student = Path(model) / STUDENT
+    student = Path(model) / STUDENT_FOLDER
     return load_saved(student if student.is_dir() else Path(model), image_size, function)

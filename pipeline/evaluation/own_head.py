@@ -88,7 +88,7 @@ def _by_name(context: EvaluationContext) -> dict[int, int]:
     Raises UserError if only some of the classes are in both.
     """
     ours = getattr(context.backbone.model, "pretrained_cfg", {}).get("label_names") or ()
-    theirs, place = context.test.class_names() or (), {name: number for number, name in enumerate(ours)}
+    theirs, place = context.test.classes, {name: number for number, name in enumerate(ours)}
     labels = [label for label in np.unique(context.test.labels).tolist() if label < len(theirs)]
     found = {label: place[theirs[label]] for label in labels if theirs[label] in place}
     lacking = [theirs[label] for label in labels if label not in found]
@@ -100,6 +100,5 @@ def _by_name(context: EvaluationContext) -> dict[int, int]:
 
 
 def named_classes(images: Images) -> int | None:
-    """Return how many classes the classes.json beside the shards names, or None if they are not known."""
-    names = images.class_names()
-    return None if names is None else len(names)
+    """Return how many classes have names, or None if no names are known."""
+    return len(images.classes) or None

@@ -31,7 +31,7 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
     if run.finetuned is not None and {str(path) for path in test.given} & set(run.finetuned.sources):
         return "yes", ""
     reasons = []
-    for link in run.teacher_links:
+    for link in run.teachers:
         known = _cached_images(link)
         if isinstance(known, str):
             reasons.append(known)
@@ -46,8 +46,6 @@ def learned_from(run: DistillResult, test: Images) -> tuple[Answer, str]:
 def _cached_images(link: TeacherLink) -> np.ndarray | str:
     """Return the digests of the images that a cache holds, or the reason why they are unknown."""
     place = link.cache_place
-    if place is None:
-        return "the run does not say where its cache is"
     if is_remote(place):
         return f"its cache {place} is not on this machine"
     try:

@@ -11,6 +11,8 @@ from singer.errors import UserError
 
 # Folders of a chain.
 CACHE, REFINER, STUDENT = "cache", "refiner", "student"
+# This file of it has {step: its result}, and under GIVEN what the chain was given. A step that it lacks has not ended.
+STEPS, GIVEN = "steps.json", "given"
 # {folder of a chain: its stage}, each made from those before it.
 _OF_CHAIN = {CACHE: "cache-teacher", REFINER: "refine", STUDENT: "distill"}
 # {section: (what is made by it, its files in a chain)}.

@@ -16,8 +16,6 @@ from singer.errors import UserError
 PROVENANCE = "provenance.json"
 # This file has the hashes of what a run was started on.
 INPUTS = "inputs.json"
-# The words for the inputs of a run. A refiner's file does not tell its kind.
-_INPUT_WORDS = {"adapters": "refiner", "refiner": "kind of refiner", "images": "set of images"}
 
 
 def write_provenance(store: Store, stage: str, config: Config, seed: int | None, anew: bool = False) -> None:
@@ -34,7 +32,7 @@ def write_provenance(store: Store, stage: str, config: Config, seed: int | None,
 def _fits(store: Store) -> bool:
     """Return whether a provenance is of the configuration beside it, and not of one that was to be written next."""
     written = read_json(store, PROVENANCE, "folder of singer").get("config_sha256")
-    return written in (None, hashlib.sha256(store.read(CONFIG)).hexdigest())
+    return bool(written == hashlib.sha256(store.read(CONFIG)).hexdigest())
 
 
 def read_versions(folder: Path) -> dict[str, str]:
@@ -49,7 +47,7 @@ def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
             kind, _, number = name.partition(" ")
-            what = _INPUT_WORDS.get(kind, kind) + (f" (number {number})" if number else "")
+            what = f"{kind} (number {number})" if number else kind
             raise UserError(f"{path} cannot be continued: it was started with another {what}; use that or --overwrite")
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, naming_block
-from pipeline.cache.format import CALIBRATION, COMPLETE, FEATURES, FIDELITY, JOURNAL, MANIFEST, POSITIONS, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, FEATURES, FIDELITY, JOURNAL, POSITIONS, TAIL
 from pipeline.cache.quantization import quantization_errors
 from pipeline.cache.zarr_shards import pack_zarr_shard
 from pipeline.config import Config
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.provenance import PROVENANCE
-from pipeline.outputs.resuming import CONFIG
+from pipeline.outputs.resuming import CACHE_MANIFEST, CONFIG
 from singer.backbones import depth
 from singer.errors import UserError
 from singer.tokens import take_patches
@@ -23,7 +23,7 @@ from singer.tokens import take_patches
 _USABLE = 0.95
 _END_OF_SHARD = 4
 # The files of a cache that do not grow with its records; all others do.
-_FIXED = (TAIL, CALIBRATION, FIDELITY, MANIFEST, COMPLETE, "zarr.json", CONFIG, PROVENANCE)
+_FIXED = (TAIL, CALIBRATION, FIDELITY, CACHE_MANIFEST, COMPLETE, "zarr.json", CONFIG, PROVENANCE)
 _INDEX_ENTRY = 16
 
 

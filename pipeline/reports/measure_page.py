@@ -60,7 +60,7 @@ def measure(
     device = default_device()
     records = evenly_spaced(np.arange(len(cache)), count)
     firsts = [group.runs[0] for group in groups]
-    matched = [b for b in firsts[0].result.matching if b in cache.blocks]
+    matched = [b for b in firsts[0].link.matching if b in cache.blocks]
     block = max(matched or cache.blocks)
     norms = norms_of(cache, records, device)
     threshold = _threshold(firsts, norms[block], block)

@@ -163,7 +163,7 @@ class Students:
         """Measure a run's student; block: a teacher's block, of which the match is shown, by default the last one."""
         student = load_saved(run.result.student, function=self._function(run))
         student.model.to(self._device)
-        matching = run.result.matching
+        matching = run.link.matching
         own = matching.get(block, max(matching.values())) if block is not None else max(matching.values())
         blocks = range(depth(student.model))
         norms: dict[int, list[Tensor]] = {b: [] for b in blocks}

@@ -89,9 +89,9 @@ def write_card(card: ModelCard) -> str:
             {
                 "learned": learned,
                 "name": describe_teacher(learned),
-                "refiner": describe_refiner(learned, hashes.get(numbered("adapters", number))),
+                "refiner": describe_refiner(learned, hashes.get(numbered("refiner", number))),
             }
-            for number, learned in enumerate(card.trained.teacher_links, start=1)
+            for number, learned in enumerate(card.trained.teachers, start=1)
         ],
         library="transformers" if card.backbone.architecture.startswith(HF) else "timm",
         depth=depth(model),
@@ -128,23 +128,19 @@ def read_tests(run: Path) -> list[HeadFigures]:
 
 def _figures_of(run: Path, task: str) -> list[Path]:
     files = sorted(run.glob("evaluate-*.json"))
-    return [f for f in files if read_json(run, f.name, "result of evaluate").get("task", "classification") == task]
+    return [f for f in files if read_json(run, f.name, "result of evaluate").get("task") == task]
 
 
 def describe_teacher(learned: TeacherLink) -> str:
     """Return the teacher's name, or its architecture if the name is a path on the machine where it was cached."""
-    if learned.teacher is None:
-        return "a teacher that the run does not name (the cache's manifest does)"
     return learned.teacher.architecture if learned.teacher.name.startswith(LOCAL) else learned.teacher.name
 
 
 def describe_refiner(learned: TeacherLink, file_hash: str | None) -> str:
     """Return the refiner's kind and the hash of its file in words, or "none" for raw features."""
-    if learned.adapters is None:
+    if learned.refiner_kind is None:
         return "none: raw features (FitNet)"
-    what = "kind not recorded"
-    if learned.refiner is not None:
-        what = ", ".join(f"{name} {value}" for name, value in asdict(learned.refiner).items())
+    what = ", ".join(f"{name} {value}" for name, value in asdict(learned.refiner_kind).items())
     return f"{what}; SHA-256 `{file_hash}`"
 
 
@@ -189,13 +185,13 @@ def caveats(backbone: Backbone, trained: DistillResult) -> list[str]:
     found: list[str] = []
     if trained.finetuned is not None:  # the labels reached all that leads to the output
         return found
-    last, supervised = depth(backbone.model) - 1, max(b for t in trained.teacher_links for b in t.matching.values())
+    last, supervised = depth(backbone.model) - 1, max(b for t in trained.teachers for b in t.matching.values())
     if supervised < last:
         found.append(
             f"no target reached the blocks after block {supervised} (of 0 to {last}): they are untrained, and so is "
             f"the output of the last one; take the output of block {supervised}"
         )
-    if backbone.has_cls and all(t.teacher is not None and not t.teacher.class_token for t in trained.teacher_links):
+    if backbone.has_cls and not any(t.teacher.class_token for t in trained.teachers):
         found.append("the teacher has no CLS token, so the student's CLS token had no target; use the patch tokens")
     if getattr(backbone.model, "attn_pool", None) is not None:
         found.append("the attention pooling is untrained, and so is the pooled output; use tokens")

@@ -10,7 +10,7 @@ _NUMBERS = {int, float, bool, type(None)}
 # Fields that only the JSON output has.
 _JSON_ONLY = ("cache_place",)
 # Fields that are left out where there is nothing to say.
-_OFTEN_EMPTY = ("others", "finetuned")
+_OFTEN_EMPTY = ("finetuned",)
 # A longer list is cut in the text output; the JSON output has all of it.
 _LIST_LIMIT = 24
 

@@ -1,6 +1,5 @@
 """The runs that a report is about, and the places of their caches and refiners."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, keys, load_config, section_of
-from pipeline.outputs.provenance import INPUTS, PROVENANCE, file_hash, read_versions
+from pipeline.outputs.provenance import INPUTS, file_hash, read_versions
 from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
-from pipeline.storage.json_files import read_as, read_json
-from pipeline.training.run_directory import ADAPTERS, DistillResult, load_result, load_run_config, nearby
+from pipeline.storage.json_files import read_as
+from pipeline.training.run_directory import ADAPTERS, DistillResult, TeacherLink, load_result, load_run_config, nearby
 from pipeline.training.stored_refiners import find_refiner, read_refiner
 from singer.errors import UserError
 
@@ -45,6 +44,11 @@ class Trained:
     config: Config
     source: RefinerSource | None
     versions: dict[str, str]
+
+    @property
+    def link(self) -> TeacherLink:
+        """Return what it learned from the first teacher, which a report is about."""
+        return self.result.teachers[0]
 
     @property
     def sections(self) -> list[str]:
@@ -81,13 +85,13 @@ def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
     first = runs[0]
     cache = _open(given, first) if given is not None else _search(first)
     for run in runs:
-        if run.result.cache in cache.ids:
+        if run.link.cache in cache.ids:
             continue
-        here = f"{run.folder} was trained from cache {run.result.cache[:12]}"
+        here = f"{run.folder} was trained from cache {run.link.cache[:12]}"
         if given is not None and run is first:
             raise UserError(f"{here}, but {given} is {cache.id[:12]}; give its own with --cache")
         raise UserError(
-            f"{here}, {first.folder} from {first.result.cache[:12]}: a report is about one cache; make one for each"
+            f"{here}, {first.folder} from {first.link.cache[:12]}: a report is about one cache; make one for each"
         )
     return cache
 
@@ -105,21 +109,21 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, refiners: Sequence[Path]) -> Trained:
     result, config = load_result(folder), load_run_config(folder)
     source = None
-    digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("adapters")
+    digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("refiner")
     if config.distill.joint:
         source = RefinerSource("joint adapters", folder, True, file_hash(folder / ADAPTERS))
     elif digest is not None:
-        source = _refiner_source(folder, result, digest, refiners)
+        source = _refiner_source(folder, result.teachers[0], digest, refiners)
         if (source.folder / CONFIG).is_file():
             config = config.model_copy(update={"refine": load_config(source.folder / CONFIG).refine})
     return Trained(name, folder, result, config, source, read_versions(folder))
 
 
-def _refiner_source(run: Path, result: DistillResult, digest: str, given: Sequence[Path]) -> RefinerSource:
-    folder = find_refiner(run, result, digest, given)
+def _refiner_source(run: Path, link: TeacherLink, digest: str, given: Sequence[Path]) -> RefinerSource:
+    folder = find_refiner(run, link, digest, given)
     if folder is None:
         raise UserError(
-            f"the refiner that {run} learned from is not at {result.adapters} any more; give its place with --refiner"
+            f"the refiner that {run} learned from is not at {link.refiner} any more; give its place with --refiner"
         )
     manifest = read_refiner(folder)
     kind = (manifest.cleaner, manifest.normaliser)
@@ -128,31 +132,17 @@ def _refiner_source(run: Path, result: DistillResult, digest: str, given: Sequen
 
 
 def _search(run: Trained) -> Cache:
-    recorded = [*filter(None, [run.result.cache_place, _cache_option(run.folder)]), "cache"]
-    for place in nearby(run.folder, recorded):
+    recorded = run.link.cache_place
+    for place in nearby(run.folder, [recorded, "cache"]):
         try:
             cache = _open(place, run)
         except (UserError, OSError):
             continue
-        if run.result.cache in cache.ids:
+        if run.link.cache in cache.ids:
             return cache
-    raise UserError(f"the cache that {run.folder} learned from is not at {recorded[0]}; give its place with --cache")
+    raise UserError(f"the cache that {run.folder} learned from is not at {recorded}; give its place with --cache")
 
 
 def _open(place: Place, run: Trained) -> Cache:
     """Open a cache for the variant of the teacher that the run learned from."""
-    return Cache(place, known=run.result.cache)
-
-
-def _cache_option(run: Path) -> str | None:
-    """Return the --cache of the command that made the run; early versions recorded the cache nowhere else."""
-    try:
-        words = shlex.split(str(read_json(run, PROVENANCE, "folder of singer").get("command", "")))
-    except ValueError:
-        return None
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        if word == "--cache":
-            return following
-        if word.startswith("--cache="):
-            return word.removeprefix("--cache=")
-    return None
+    return Cache(place, known=run.link.cache)

@@ -30,8 +30,8 @@ class Probe:
     train_images: int
     test_images: int
     settings: tuple[tuple[str, Any], ...]
-    # A hash of the images: shards may have the same names. Figures of older versions have none.
-    images: str = ""
+    # A hash of the images: shards may have the same names.
+    images: str
 
     @property
     def words(self) -> str:
@@ -91,10 +91,10 @@ def read_figures(folder: Path) -> Figures:
     models: dict[Probe, object] = {}
     for file in sorted(folder.glob(RESULTS)):
         value = read_json(folder, file.name, "result of evaluate")
-        task = str(value.get("task", "classification"))
-        if task not in FIGURES:
-            continue
         try:
+            task = str(value["task"])
+            if task not in FIGURES:
+                continue
             known = {k: v for k, v in value["config"].items() if k in EvaluateConfig.model_fields}
             settings = validated(known, EvaluateConfig, str(file)).model_dump(mode="json")
             if settings["tokens"] == "both":  # raw tokens have the same place in the result of both and of block
@@ -106,7 +106,7 @@ def read_figures(folder: Path) -> Figures:
                 int(value["train_images"]),
                 int(value["test_images"]),
                 tuple((key, _hashable(settings[key])) for key in _keys_of(task)),
-                str(value.get("images", "")),
+                str(value["images"]),
             )
         except UserError:
             raise

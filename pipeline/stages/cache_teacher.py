@@ -18,7 +18,6 @@ from pipeline.cache.codecs import CODECS
 from pipeline.cache.create import STAGE, create_segments, new_manifest
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill_segments
-from pipeline.cache.format import MANIFEST
 from pipeline.cache.index import read_images
 from pipeline.cache.manifest import TeacherManifest, read_manifest
 from pipeline.cache.segments import read_segments, segments_of
@@ -29,6 +28,7 @@ from pipeline.data import Spec, list_images, resolve
 from pipeline.models.names import local_folder
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.ranks import Ranks, watched
@@ -76,7 +76,7 @@ def cache_teacher(
     inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)
-    has_manifest = mode in ("resume", "append") and MANIFEST in store.sizes()
+    has_manifest = mode in ("resume", "append") and CACHE_MANIFEST in store.sizes()
     backbone = load_teacher(config.teacher, teacher)
     process = this_process()
     if config.teacher.offload == "auto" and process.num_processes > 1:
@@ -143,5 +143,5 @@ def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:
     """Raise UserError, with both values, if the cache was begun with another teacher or other settings."""
     there = read_manifest(store)
     blocks = tuple(resolve_blocks(config.cache.blocks, teacher.depth))
-    whole = Addition(blocks, read_images(store, there.data.decoding), 0, config.views.count)
+    whole = Addition(blocks, read_images(store), 0, config.views.count)
     check_same(there, new_manifest(config, whole, teacher), store.url)

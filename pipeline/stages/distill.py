@@ -19,6 +19,7 @@ from pipeline.data import Spec, places_of
 from pipeline.models.own import Own
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
+from pipeline.outputs.resuming import RUN_RESULT, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.ranks import watched
@@ -34,13 +35,7 @@ from pipeline.training.cached_teachers import (
 )
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.held_out import split_images
-from pipeline.training.run_directory import (
-    CHECKPOINT,
-    RUN,
-    STAGE,
-    DistillResult,
-    load_result,
-)
+from pipeline.training.run_directory import STAGE, DistillResult, load_result
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
 from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
@@ -95,9 +90,9 @@ def fan_out(
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
             check_inputs(job.out, input_hashes(teachers, settings.share_run))
-            if (job.out / RUN).exists():
+            if (job.out / RUN_RESULT).exists():
                 results[job.out] = load_result(job.out)
-                (job.out / CHECKPOINT).unlink(missing_ok=True)
+                (job.out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     files = open_images(teachers_of_jobs[0][0].cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process

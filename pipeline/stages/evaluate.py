@@ -17,11 +17,12 @@ from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.evaluation.stored import learned_from, result_file, store_result
 from pipeline.evaluation.tasks import TASKS
+from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
 from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
-from pipeline.training.run_directory import RUN, STUDENT, load_result
+from pipeline.training.run_directory import load_result
 from singer.errors import require_known
 
 
@@ -79,7 +80,7 @@ def evaluate_tasks(
     started = time.perf_counter()
     for task in tasks:
         require_known("--task", task, TASKS)
-    run = Path(model) if (Path(model) / STUDENT).is_dir() else None
+    run = Path(model) if (Path(model) / STUDENT_FOLDER).is_dir() else None
     for option, folder in (("--out", out), ("evaluate.features", config.evaluate.features)):
         if folder is not None:
             check_folder(option, folder)
@@ -93,7 +94,7 @@ def evaluate_tasks(
         TASKS[task].check(*images, config.evaluate)
     backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
     learned: Answer | None = None
-    if run is not None and (run / RUN).is_file():
+    if run is not None and (run / RUN_RESULT).is_file():
         made = load_result(run)
         for caveat in caveats(backbone, made):
             say(f"note: {caveat}")

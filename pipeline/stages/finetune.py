@@ -27,6 +27,7 @@ from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
+from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
@@ -42,10 +43,7 @@ from pipeline.training.mixing import Mixing
 from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
-    CHECKPOINT,
     FINETUNE,
-    RUN,
-    STUDENT,
     DistillResult,
     Finetuned,
     load_result,
@@ -99,7 +97,7 @@ def finetune(
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
         check_inputs(out, inputs)
-        result = load_result(out) if (out / RUN).exists() else None
+        result = load_result(out) if (out / RUN_RESULT).exists() else None
     if result is None:
         job = Job(config, run, trained, images, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
@@ -108,7 +106,7 @@ def finetune(
                 write_json(out / INPUTS, inputs)
             result = job.run(mode)
     if main:
-        (out / CHECKPOINT).unlink(missing_ok=True)
+        (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     assert result.finetuned is not None
     figures = _test(config, result, tested) if tested is not None and main else None
     return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
@@ -130,7 +128,7 @@ def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Ima
 
 def classes_of(images: Images) -> int:
     """Return how many classes a head for labelled images has."""
-    return max(len(images.class_names() or ()), int(images.labels.max()) + 1)
+    return max(len(images.classes), int(images.labels.max()) + 1)
 
 
 def _check_test(config: Config, trained: DistillResult, images: Images, tested: Images) -> None:
@@ -150,7 +148,7 @@ def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str 
     weights = trained.student / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} is not a finished run: {weights} is missing")
-    return {**before, "student": file_hash(weights), "images": listing_hash(images)}
+    return {**before, "student": file_hash(weights), "image_set": listing_hash(images)}
 
 
 class Job:
@@ -164,7 +162,7 @@ class Job:
         settings, device = config.finetune, accelerator.device
         self.classes = classes_of(images)
         set_seed(settings.seed)
-        self.student = student_with_head(trained.student, settings, self.classes, images.class_names())
+        self.student = student_with_head(trained.student, settings, self.classes, images.classes)
         if config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         synchronise(self.student.model, accelerator)
@@ -176,7 +174,7 @@ class Job:
         """Train the student; the first process stores it. Return the result."""
         settings, accelerator, ranks = self.config.finetune, self.accelerator, current()
         main = accelerator.is_main_process
-        if settings.head == "probe" and not (mode == "resume" and (self.out / CHECKPOINT).exists()):
+        if settings.head == "probe" and not (mode == "resume" and (self.out / TRAINING_CHECKPOINT).exists()):
             self._start_head()
         if main:
             say(f"{len(self.numbers)} images of {self.classes} classes; the head starts as {settings.head}")
@@ -203,8 +201,7 @@ class Job:
             self.classes, len(self.numbers), sources, student_run.steps,
             student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
         )  # fmt: skip
-        parameters = count_parameters(self.student.model)
-        student = self.out / STUDENT
+        parameters, student = count_parameters(self.student.model), self.out / STUDENT_FOLDER
         result = replace(self.trained, run=self.out, student=student, parameters=parameters, finetuned=finetuned)
         if main:
             save_backbone(self.student, state, result.student)

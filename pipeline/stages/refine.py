@@ -19,7 +19,7 @@ from pipeline.cache.statistics import evenly_spaced, measure_blocks
 from pipeline.config import Config
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
-from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED
+from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED, REFINER_MANIFEST
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import this_process
 from pipeline.runtime.ranks import Ranks, watched
@@ -29,7 +29,6 @@ from pipeline.storage.tensors import write_tensors
 from pipeline.training.adapter_fit import diverged, fit_adapters, groups, load_fitted
 from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.stored_refiners import (
-    MANIFEST,
     METRICS,
     OPTION,
     REFINER,
@@ -47,8 +46,8 @@ STAGE = "refine"
 class RefineResult:
     """A fitted refiner and its figures on held-out records.
 
-    held_out_records: their number, or None for a refiner that does not store it; blocks: {block: {"before", "after",
-    drift ...}}, where max_over_median is the largest norm of all tokens over the median.
+    held_out_records: their number; blocks: {block: {"before", "after", drift ...}}, where max_over_median is the
+    largest norm of all tokens over the median.
     """
 
     refiner: Path
@@ -56,7 +55,7 @@ class RefineResult:
     cleaner: str
     normaliser: str
     seconds: float
-    held_out_records: int | None
+    held_out_records: int
     blocks: dict[int, dict[str, object]]
 
 
@@ -73,7 +72,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     cache = Cache(cache_path, settings.teacher, settings.blocks, settings.copies, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
-    if mode == "resume" and (out / MANIFEST).exists():
+    if mode == "resume" and (out / REFINER_MANIFEST).exists():
         load_refiner(out, cache)
         _remove_intermediate_files(out)
         return _result(out)
@@ -136,7 +135,7 @@ def _store(fit: RefinerFit, out: Path, held_out: np.ndarray, start: float) -> No
         holdout=settings.holdout,
         variant=cache.manifest.teacher.variant,
     )
-    write_json(out / MANIFEST, asdict(manifest))
+    write_json(out / REFINER_MANIFEST, asdict(manifest))
     _remove_intermediate_files(out)
 
 
@@ -148,11 +147,11 @@ def _remove_intermediate_files(out: Path) -> None:
 
 
 def _result(out: Path) -> RefineResult:
-    manifest = read_as(out / MANIFEST, RefinerManifest, "finished refiner")
+    manifest = read_as(out / REFINER_MANIFEST, RefinerManifest, "finished refiner")
     metrics = read_json(out, METRICS, "finished refiner")
     try:
         blocks = {int(b): v for b, v in metrics["blocks"].items()}
-        seconds, held_out = metrics["seconds"], metrics.get("held_out_records")
+        seconds, held_out = metrics["seconds"], metrics["held_out_records"]
         return RefineResult(out, manifest.cache, manifest.cleaner, manifest.normaliser, seconds, held_out, blocks)
     except (KeyError, AttributeError, ValueError):
         raise UserError(f"{out / METRICS} is damaged") from None

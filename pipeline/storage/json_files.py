@@ -68,7 +68,11 @@ def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file} is damaged: {place}: {first['msg'].lower()}") from None
+        if first["type"] == "missing":
+            problem = f"lacks {place}: it is damaged, or another version of singer wrote it; make it again"
+        else:
+            problem = f"is damaged: {place}: {first['msg'].lower()}"
+        raise UserError(f"{file} {problem}") from None
 
 
 def read_as(path: Path, kind: type[Value], what: str) -> Value:

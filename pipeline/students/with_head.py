@@ -16,9 +16,7 @@ from pipeline.storage.json_files import read_json
 from singer.errors import UserError
 
 
-def student_with_head(
-    folder: Path, settings: FinetuneConfig, classes: int, names: Sequence[str] | None = None
-) -> Backbone:
+def student_with_head(folder: Path, settings: FinetuneConfig, classes: int, names: Sequence[str] = ()) -> Backbone:
     """Load the student in `folder`, with a new head of zeros; all of it can be trained.
 
     names: of the classes, by label. A head that the student has is replaced. Raises UserError if its architecture has
@@ -33,7 +31,7 @@ def student_with_head(
     args = {"drop_path_rate": settings.drop_path}
     student = create_model(f"{LOCAL}{folder}", settings.image_size, args, None, pretrained=True, what="model")
     student.model.reset_classifier(classes)
-    if names is not None:
+    if names:
         student.model.pretrained_cfg["label_names"] = list(names)
     set_head(student, torch.zeros_like(_linear(student).weight), torch.zeros(classes))
     return replace(student, model_args={**student.model_args, "num_classes": classes})

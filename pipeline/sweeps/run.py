@@ -21,7 +21,7 @@ from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
-from pipeline.outputs.resuming import config_change, is_bound
+from pipeline.outputs.resuming import REFINER_MANIFEST, RUN_RESULT, config_change, is_bound
 from pipeline.runtime.failures import DefectsFound, Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
@@ -33,8 +33,7 @@ from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.tasks import REFINERS, Job, SweepContext, Task, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.worker import Worker
 from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
-from pipeline.training.run_directory import RUN, RUNS
-from pipeline.training.stored_refiners import MANIFEST
+from pipeline.training.run_directory import RUNS
 from singer.errors import UserError
 
 STAGE = "sweep"
@@ -174,7 +173,7 @@ def _check_unchanged(plan: Plan, setting: SweepContext) -> None:
         if not (folder / INPUTS).exists() or not is_bound("distill", open_store(folder).sizes()):
             continue
         needs_refiner, joint = run.refiner is not None, run.config.distill.joint
-        if (read_json(folder, INPUTS, "run").get("adapters") is not None) != needs_refiner:
+        if (read_json(folder, INPUTS, "run").get("refiner") is not None) != needs_refiner:
             _refuse(f"run {run.name}", out, "refiner none, not fit" if needs_refiner else "refiner fit, not none")
         sections = ["student", "distill", *(["refine"] if needs_refiner or joint else [])]
         _refuse(f"run {run.name}", out, config_change(open_store(folder), run.config, sections))
@@ -235,13 +234,13 @@ def _check_probes(plan: Plan, files: dict[str, dict[str, Path]], train: Images, 
 
 def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) -> Iterator[Job]:
     """Yield the jobs that are not done yet, each refiner before the first run that needs it."""
-    finished = {name for name in plan.refiners if all((f / MANIFEST).exists() for f in setting.refiners(name))}
+    finished = {name for name in plan.refiners if all((f / REFINER_MANIFEST).exists() for f in setting.refiners(name))}
     left = []
     for run in plan.runs:
         folder = setting.out / RUNS / run.name
         if is_done(folder, files[run.name]):
             continue
-        needs = None if (folder / RUN).exists() else run.refiner
+        needs = None if (folder / RUN_RESULT).exists() else run.refiner
         probes = tuple(task for task, file in files[run.name].items() if not file.exists())
         left.append(Task(run.name, run.config, needs, probes))
     for members in _passes(left, plan.together):

@@ -10,13 +10,14 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.data import Spec
 from pipeline.outputs.folder import Mode
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.runtime.failures import Failure, failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import fan_out
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
 from pipeline.storage import Place
-from pipeline.training.run_directory import RUN, RUNS
+from pipeline.training.run_directory import RUNS
 from pipeline.training.runs import StudentSpec
 
 REFINERS = "refiners"
@@ -70,7 +71,7 @@ def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
     if job.kind == "refiner":
         (member,) = job.members
         return _failures(member, partial(_fit, setting, member))
-    untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN).exists()]
+    untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN_RESULT).exists()]
     # If students cannot train together, each gets its own pass, so that one student's failure does not stop the others.
     if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
         say("these runs do not train together; they now train one by one")
@@ -115,7 +116,7 @@ def _train(setting: SweepContext, members: Sequence[Task]) -> None:
 
 def _finish(setting: SweepContext, member: Task) -> None:
     run = setting.out / RUNS / member.name
-    if not (run / RUN).exists():
+    if not (run / RUN_RESULT).exists():
         _train(setting, [member])
     if member.probes:
         evaluate_tasks(member.config, run, setting.train, setting.test, member.probes)
@@ -123,7 +124,7 @@ def _finish(setting: SweepContext, member: Task) -> None:
 
 def is_done(run: Path, figures: Mapping[str, Path]) -> bool:
     """Return whether a run is trained and has all figures; figures: {task: file of its figures}."""
-    return (run / RUN).exists() and all(file.exists() for file in figures.values())
+    return (run / RUN_RESULT).exists() and all(file.exists() for file in figures.values())
 
 
 def _mode(out: Path) -> Mode:

@@ -14,8 +14,9 @@ from pipeline.cache.statistics import evenly_spaced
 from pipeline.config import DistillConfig
 from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
-from pipeline.training.run_directory import RUN, load_result
+from pipeline.training.run_directory import load_result
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
@@ -91,13 +92,6 @@ def check_records(caches: Sequence[Cache]) -> None:
     """Raise UserError, naming both sides, unless all caches hold the same views of the same images in one order."""
     first, *others = caches
     for other in others:
-        ways = [c.manifest.data.decoding for c in (first, other)]
-        if len(set(ways)) > 1:
-            old = first if ways[0] == "stored" else other
-            raise UserError(
-                f"{first.place} decodes images {ways[0]}, {other.place} {ways[1]} (docs/files.md#orientation); "
-                f"{old.place} is of an earlier version: cache its teacher again"
-            )
         if other.records_key != first.records_key or not _same_views(other, first):
             ours, theirs = (f"{c.place} ({c.manifest.teacher.architecture}, {len(c)} records)" for c in (first, other))
             raise UserError(
@@ -110,20 +104,20 @@ def check_records(caches: Sequence[Cache]) -> None:
 def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> dict[str, str | None]:
     """Return what identifies the inputs of a run.
 
-    {"cache": its id, "adapters": hash of the refiner's file, "refiner": its kind, "cache 2": ..., "adapters 2": ...}.
-    The kind is needed because refiners of different kinds may hold the same tensors. share_run: that of the section
-    distill. Raises UserError if it is not finished.
+    {"cache": its id, "refiner": hash of the refiner's file, "refiner_kind": its kind, "cache 2": ...,
+    "refiner 2": ...}. The kind is needed because refiners of different kinds may hold the same tensors. share_run: that
+    of the section distill. Raises UserError if it is not finished.
     """
     hashes: dict[str, str | None] = {}
     if share_run is not None:
         load_result(share_run)
-        hashes["distill.share_run"] = file_hash(share_run / RUN)
+        hashes["distill.share_run"] = file_hash(share_run / RUN_RESULT)
     for number, teacher in enumerate(teachers, start=1):
         hashes[numbered("cache", number)] = teacher.cache.id
         refiner = teacher.refiner
-        hashes[numbered("adapters", number)] = file_hash(refiner / REFINER) if refiner is not None else None
+        hashes[numbered("refiner", number)] = file_hash(refiner / REFINER) if refiner is not None else None
         kind = f"{teacher.note.cleaner}, {teacher.note.normaliser}" if teacher.note is not None else None
-        hashes[numbered("refiner", number)] = kind
+        hashes[numbered("refiner_kind", number)] = kind
     return hashes
 
 

@@ -10,6 +10,7 @@ from pipeline.config import Config, TrainingConfig
 from pipeline.data.sampler import steps_per_epoch
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
+from pipeline.outputs.resuming import TRAINING_CHECKPOINT
 from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import say
 from pipeline.training.best_epoch import Best, whole_states
@@ -17,7 +18,7 @@ from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, apply_fsdp, uses_fsdp
 from pipeline.training.learner import Learner
 from pipeline.training.optimisers import new_optimiser
-from pipeline.training.run_directory import CHECKPOINT, LOG
+from pipeline.training.run_directory import LOG
 from pipeline.training.run_log import RunLog
 from pipeline.training.student_run import StudentRun
 from pipeline.training.trackers import Tracking
@@ -67,7 +68,7 @@ def prepare_run(
         "ema": WholeModel(average) if average is not None else None,
         "best": best,
     }
-    checkpoint = Checkpoint(out / CHECKPOINT, parts, settings.checkpoint_minutes)
+    checkpoint = Checkpoint(out / TRAINING_CHECKPOINT, parts, settings.checkpoint_minutes)
     first = checkpoint.restore() if mode == "resume" else 0
     optimiser = accelerator.prepare_optimizer(optimiser)
     able = accelerator.device.type == "cuda" and not split

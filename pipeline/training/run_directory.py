@@ -1,11 +1,11 @@
 """Describe a run directory: its files, and what the student learned from which teacher."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
+from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.json_files import read_as, write_json
@@ -16,12 +16,9 @@ RUNS = "runs"
 
 STAGE = "distill"
 FINETUNE = "finetune"
-STUDENT = STUDENT_FOLDER
 PROJECTORS_FILE = "projectors.safetensors"
 # Joint training writes this file.
 ADAPTERS = "adapters.safetensors"
-CHECKPOINT = TRAINING_CHECKPOINT
-RUN = RUN_RESULT
 LOG = "log.jsonl"
 
 
@@ -29,7 +26,7 @@ LOG = "log.jsonl"
 class TeacherNote:
     """The teacher from which a student learned. weights: SHA-256, as in the cache's manifest.
 
-    variant: one name for its weights, precision, image size and preprocessing; old runs have None.
+    variant: one name for its weights, precision, image size and preprocessing.
     """
 
     name: str
@@ -37,12 +34,12 @@ class TeacherNote:
     weights: str
     image_size: ImageSize
     class_token: bool
-    variant: str | None = None
+    variant: str
 
 
 @dataclass(frozen=True)
-class RefinerNote:
-    """The refiner of the teacher's features. The hash of its file is among the run's inputs."""
+class RefinerKind:
+    """The kind of a refiner. The hash of its file is among the run's inputs."""
 
     cleaner: str
     normaliser: str
@@ -52,17 +49,16 @@ class RefinerNote:
 class TeacherLink:
     """What a student learned from one teacher.
 
-    cache: the id of the cache; adapters: the folder of the refiner, None without one; matching: {teacher block: student
-    block}; refiner: None without a refiner; cache_place: where the cache was. In old runs, teacher, refiner and
-    cache_place are None.
+    cache: the id of the cache; cache_place: where the cache was; matching: {teacher block: student block}; refiner: the
+    folder of the refiner; refiner_kind: what the refiner is. Both are None for raw targets.
     """
 
+    teacher: TeacherNote
     cache: str
-    adapters: str | None
+    cache_place: str
     matching: dict[int, int]
-    teacher: TeacherNote | None
-    refiner: RefinerNote | None
-    cache_place: str | None = None
+    refiner: str | None
+    refiner_kind: RefinerKind | None
 
 
 @dataclass(frozen=True)
@@ -86,41 +82,28 @@ class Finetuned:
 
 @dataclass(frozen=True)
 class DistillResult:
-    """A trained student, and what it learned from its first teacher (see TeacherLink).
+    """A trained student, and what it learned from each of its teachers.
 
-    loss: the mean since the log line before the last; seconds: the duration of training; others: what the student
-    learned from its other teachers; kept_epoch: the epoch after which the student was as it is stored, None for the
-    last; finetuned: how it was fine-tuned, None if it was not.
+    loss: the mean since the log line before the last; seconds: the duration of training; kept_epoch: the epoch after
+    which the student was as it is stored, None for the last; finetuned: how it was fine-tuned, None if it was not.
     """
 
     run: Path
     student: Path
-    cache: str
-    adapters: str | None
-    matching: dict[int, int]
+    teachers: list[TeacherLink]
     parameters: int
     steps: int
     loss: float
     seconds: float
     images_per_second: float
     data_wait_percent: float
-    teacher: TeacherNote | None = None
-    refiner: RefinerNote | None = None
-    cache_place: str | None = None
-    others: list[TeacherLink] = field(default_factory=list)
     kept_epoch: int | None = None
     finetuned: Finetuned | None = None
-
-    @property
-    def teacher_links(self) -> list[TeacherLink]:
-        """Return what the student learned from each teacher."""
-        first = TeacherLink(self.cache, self.adapters, self.matching, self.teacher, self.refiner, self.cache_place)
-        return [first, *self.others]
 
 
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
-    return replace(read_as(run / RUN, DistillResult, "finished run"), run=run, student=run / STUDENT)
+    return replace(read_as(run / RUN_RESULT, DistillResult, "finished run"), run=run, student=run / STUDENT_FOLDER)
 
 
 def load_run_config(run: Path) -> Config:
@@ -145,11 +128,7 @@ def nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:
 
 def write_result(result: DistillResult) -> None:
     """Write the result of a run: the run is finished then. It has no absolute paths, because a run may be moved."""
-    value = {**asdict(result), "run": ".", "student": STUDENT}
-    for name in ("others", "kept_epoch", "finetuned"):
-        if not value[name]:
-            del value[name]
-    write_json(result.run / RUN, value)
+    write_json(result.run / RUN_RESULT, {**asdict(result), "run": ".", "student": STUDENT_FOLDER})
 
 
 def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
@@ -162,15 +141,15 @@ def find_runs(places: Sequence[Path], quiet: bool = False) -> list[Path]:
     for place in places:
         if not place.is_dir():
             raise UserError(f"{place} is not a folder; report takes runs of singer distill, or a sweep")
-        if (place / RUN).is_file():
+        if (place / RUN_RESULT).is_file():
             found.append(place)
             continue
         if not (place / RUNS).is_dir():
             raise UserError(
-                f"{place} is not a finished run: it has no {RUN}, nor is it a sweep; finish it with --resume"
+                f"{place} is not a finished run: it has no {RUN_RESULT}, nor is it a sweep; finish it with --resume"
             )
         inside = sorted(folder for folder in (place / RUNS).iterdir() if folder.is_dir())
-        done = [folder for folder in inside if (folder / RUN).is_file()]
+        done = [folder for folder in inside if (folder / RUN_RESULT).is_file()]
         if not done:
             raise UserError(f"{place} is a sweep without a finished run; continue it with singer sweep --resume")
         if len(done) < len(inside) and not quiet:

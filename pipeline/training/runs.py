@@ -16,6 +16,7 @@ from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
+from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
@@ -34,9 +35,7 @@ from pipeline.training.prepared import prepare_run, say_continued
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
-    STUDENT,
     DistillResult,
-    RefinerNote,
     TeacherLink,
     TeacherNote,
     write_result,
@@ -142,10 +141,8 @@ class NewStudent:
             t, note = teacher.cache.manifest.teacher, teacher.note
             path = str(teacher.refiner) if teacher.refiner is not None else None
             described = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
-            refiner = RefinerNote(note.cleaner, note.normaliser) if note is not None else None
-            found.append(
-                TeacherLink(teacher.cache.id, path, branch.links, described, refiner, str(teacher.cache.place))
-            )
+            cache, kind = teacher.cache, note.kind if note is not None else None
+            found.append(TeacherLink(described, cache.id, str(cache.place), branch.links, path, kind))
         return found
 
     def matched(self) -> list[str]:
@@ -238,12 +235,10 @@ def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
 def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
     job = new.job
-    first, *others = new.teacher_links
     return DistillResult(
-        **vars(first),
-        others=others,
         run=job.out,
-        student=job.out / STUDENT,
+        student=job.out / STUDENT_FOLDER,
+        teachers=new.teacher_links,
         parameters=count_parameters(new.student.model),
         steps=student_run.steps,
         loss=student_run.loss,
@@ -257,7 +252,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
 def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
     """Store the student (its moving average, if there is one) and what was trained with it; write the result last."""
     out = new.job.out
-    save_backbone(new.student, student, out / STUDENT)
+    save_backbone(new.student, student, out / STUDENT_FOLDER)
     write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t
         for name, t in trained.items()

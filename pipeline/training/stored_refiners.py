@@ -16,7 +16,7 @@ from pipeline.outputs.resuming import REFINER_MANIFEST
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
-from pipeline.training.run_directory import DistillResult, RefinerNote, nearby
+from pipeline.training.run_directory import RefinerKind, TeacherLink, nearby
 from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
@@ -28,7 +28,6 @@ from singer.subspaces import BASES
 # The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
 REFINER = "refiner.safetensors"
-MANIFEST = REFINER_MANIFEST
 METRICS = "metrics.json"
 
 
@@ -36,9 +35,9 @@ METRICS = "metrics.json"
 class RefinerManifest:
     """What a stored refiner is, and what it was fitted to.
 
-    cache: the id of the cache; teacher: the hash of the teacher's weights; variant: the teacher's variant, which is
-    None in old refiners, where only the id of the cache identifies it; ranks: {block: rank of its adapter}; scales:
-    {block: its norms}; seed, holdout: they determine the records on which the refiner was not fitted.
+    cache: the id of the cache; teacher: the hash of the teacher's weights; variant: the teacher's variant; ranks:
+    {block: rank of its adapter}; scales: {block: its norms}; seed, holdout: they determine the records on which the
+    refiner was not fitted.
     """
 
     cache: str
@@ -49,7 +48,12 @@ class RefinerManifest:
     teacher: str
     seed: int
     holdout: float
-    variant: str | None = None
+    variant: str
+
+    @property
+    def kind(self) -> RefinerKind:
+        """Return the kind of the refiner, as runs note it."""
+        return RefinerKind(self.cleaner, self.normaliser)
 
 
 def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
@@ -86,7 +90,7 @@ def check_belongs(path: Path, manifest: RefinerManifest, cache: Cache) -> None:
     A cache to which segments were appended since is still the same, because its earlier segments have not changed.
     """
     variant = cache.manifest.teacher.variant
-    if manifest.variant not in (None, variant):
+    if manifest.variant != variant:
         raise UserError(
             f"{path} was fitted to features of {manifest.variant}, but those of {cache.place} are of {variant}; "
             f"fit one to them with singer refine --set refine.teacher={variant}"
@@ -118,24 +122,23 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
 
 def read_refiner(path: Path) -> RefinerManifest:
     """Read the manifest of a refiner. Raises UserError if there is no finished refiner at `path`."""
-    return read_as(path / MANIFEST, RefinerManifest, "finished refiner")
+    return read_as(path / REFINER_MANIFEST, RefinerManifest, "finished refiner")
 
 
-def find_refiner(run: Path, result: DistillResult, digest: str, given: Sequence[Path] = ()) -> Path | None:
-    """Return the folder of the refiner that a run learned from, None if it is not found.
+def find_refiner(run: Path, link: TeacherLink, digest: str, given: Sequence[Path] = ()) -> Path | None:
+    """Return the folder of the refiner that a run learned from with a teacher, None if it is not found.
 
     It is looked for among `given`, at its recorded place and near the run. digest: the hash of its file.
     """
-    for place in [*given, *nearby(run, filter(None, [result.adapters]))]:
+    for place in [*given, *nearby(run, filter(None, [link.refiner]))]:
         folder = Path(place)
         if (
-            not ((folder / MANIFEST).is_file() and (folder / REFINER).is_file())
+            not ((folder / REFINER_MANIFEST).is_file() and (folder / REFINER).is_file())
             or file_hash(folder / REFINER) != digest
         ):
             continue
-        manifest = read_refiner(folder)
         # Two refiners in closed form may have the same tensors.
-        if result.refiner in (None, RefinerNote(manifest.cleaner, manifest.normaliser)):
+        if read_refiner(folder).kind == link.refiner_kind:
             return folder
     return None
 

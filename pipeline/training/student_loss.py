@@ -19,7 +19,7 @@ from pipeline.storage.tensors import read_matrix, read_tensors
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.distiller import Distiller
-from pipeline.training.run_directory import PROJECTORS_FILE, DistillResult, load_result, load_run_config
+from pipeline.training.run_directory import PROJECTORS_FILE, DistillResult, TeacherLink, load_result, load_run_config
 from pipeline.training.stored_refiners import find_refiner, load_refiner
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
@@ -43,15 +43,16 @@ class StudentLoss:
         try:
             result, config = load_result(run), load_run_config(run)
             _check(run, result, config, cache)
+            link = result.teachers[0]
             self.settings = settings = config.distill
-            self.cache = Cache(cache.place, cache.manifest.teacher.variant, sorted(result.matching))
+            self.cache = Cache(cache.place, cache.manifest.teacher.variant, sorted(link.matching))
             self.student = load_saved(result.student)
             # The learner looks which weights have a gradient. None is computed later.
             self.student.model.requires_grad_(True)
             texts = read_matrix(settings.texts) if settings.texts is not None else None
-            targets = Targets(self.cache, _refiner(run, result, self.cache), self.student, device, texts)
+            targets = Targets(self.cache, _refiner(run, link, self.cache), self.student, device, texts)
             teaching = Teaching(settings.objectives, settings.projector, settings.weights_of(self.cache.blocks))
-            branch = TeacherBranch(self.student, result.matching, targets, teaching)
+            branch = TeacherBranch(self.student, link.matching, targets, teaching)
             self.learner = Distiller(self.student, [branch]).to(device).eval()
             _load_trained(self.learner, run / PROJECTORS_FILE)
         except UserError as error:
@@ -81,10 +82,11 @@ def _check(run: Path, result: DistillResult, config: Config, cache: Cache) -> No
     """Raise UserError unless the run says of each image of the cache what its loss is."""
     if result.finetuned is not None:
         raise UserError(f"{run} was fine-tuned with labels; give the run of singer distill before it")
-    if result.others:
+    if len(result.teachers) > 1:
         raise UserError(f"{run} learned from several caches; give one that learned from {cache.place} alone")
-    if result.cache not in cache.ids:
-        raise UserError(f"{run} learned from cache {result.cache[:12]}, but {cache.place} is {cache.id[:12]}")
+    learned_from = result.teachers[0].cache
+    if learned_from not in cache.ids:
+        raise UserError(f"{run} learned from cache {learned_from[:12]}, but {cache.place} is {cache.id[:12]}")
     if config.distill.joint:
         raise UserError(f"{run} trained its targets too (distill.joint); give one with a refiner, or without")
     for name in config.distill.objectives:
@@ -97,14 +99,14 @@ def _check(run: Path, result: DistillResult, config: Config, cache: Cache) -> No
         )
 
 
-def _refiner(run: Path, result: DistillResult, cache: Cache) -> Refiner | None:
+def _refiner(run: Path, link: TeacherLink, cache: Cache) -> Refiner | None:
     """Load the refiner that a run learned from, if any. Raises UserError if it is not found."""
-    digest = read_as(run / INPUTS, dict[str, str | None], "run").get("adapters")
+    digest = read_as(run / INPUTS, dict[str, str | None], "run").get("refiner")
     if digest is None:
         return None
-    folder = find_refiner(run, result, digest)
+    folder = find_refiner(run, link, digest)
     if folder is None:
-        raise UserError(f"the refiner that {run} learned from is not at {result.adapters} any more; put it there")
+        raise UserError(f"the refiner that {run} learned from is not at {link.refiner} any more; put it there")
     return load_refiner(folder, cache)
 
 

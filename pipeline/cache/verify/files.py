@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.cache.completion import describe_completion
-from pipeline.cache.format import COMPLETE, IMAGES, MANIFEST, PARTS, RECORDS, SKIPPED, journal_file, zarr_shard_file
+from pipeline.cache.format import COMPLETE, IMAGES, PARTS, RECORDS, SKIPPED, journal_file, zarr_shard_file
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.verify.findings import UNKNOWN, SegmentReport
 from pipeline.cache.zarr_shards import array_metadata
 from pipeline.outputs.provenance import PROVENANCE
-from pipeline.outputs.resuming import CONFIG
+from pipeline.outputs.resuming import CACHE_MANIFEST, CONFIG
 from pipeline.runtime.progress import meter
 from pipeline.storage import Store
 from pipeline.storage.json_files import is_sealed, json_bytes
@@ -29,9 +29,9 @@ def check_segment(segment: Segment) -> SegmentReport:
     sizes = {n: s for n, s in store.sizes().items() if not n.startswith(f"{PARTS}/")}
     report.checked_files, report.checked_bytes = len(sizes), sum(sizes.values())
     wrong = {name: file_defect(store, sizes, name, sha256) for name, sha256 in manifest.files.items()}
-    wrong[MANIFEST] = sealed_defect(store, sizes, MANIFEST)
+    wrong[CACHE_MANIFEST] = sealed_defect(store, sizes, CACHE_MANIFEST)
     wrong |= provenance_defects(store, sizes)
-    known = {MANIFEST, PROVENANCE, CONFIG, *manifest.files}
+    known = {CACHE_MANIFEST, PROVENANCE, CONFIG, *manifest.files}
     with ThreadPoolExecutor(_READERS) as pool, meter("verify", manifest.zarr_shards, "Zarr shards") as m:
         defects = pool.map(lambda shard: zarr_shard_defects(segment, sizes, shard), range(manifest.zarr_shards))
         for shard, found in enumerate(defects):
@@ -148,5 +148,5 @@ def unreachable(store: Store, segments: Sequence[Segment]) -> dict[str, str]:
             found[name] = UNKNOWN
         elif folder not in reached:
             # Either an appending run died before it wrote the manifest, or the file was lost.
-            found[f"{PARTS}/{len(segments):03d}/{MANIFEST}"] = "missing"
+            found[f"{PARTS}/{len(segments):03d}/{CACHE_MANIFEST}"] = "missing"
     return found

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, MANIFEST, RECORDS, SKIPPED, TAIL
+from pipeline.cache.format import CALIBRATION, COMPLETE, FIDELITY, IMAGES, RECORDS, SKIPPED, TAIL
 from pipeline.outputs.provenance import PROVENANCE
-from pipeline.outputs.resuming import CONFIG
+from pipeline.outputs.resuming import CACHE_MANIFEST, CONFIG
 from pipeline.storage import Place
 from singer.errors import UserError
 
@@ -97,9 +97,9 @@ def _problems(result: VerifyResult) -> Iterator[tuple[str, str]]:
             file = name.rpartition("/")[2]
             if why == UNKNOWN:
                 yield f"{place}/{name} belongs to no segment of the cache", "remove it"
-            elif file == MANIFEST and why == "missing":
+            elif file == CACHE_MANIFEST and why == "missing":
                 yield f"{place}/{name} is missing", "repeat the cache-teacher command with --append"
-            elif file in (MANIFEST, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):
+            elif file in (CACHE_MANIFEST, IMAGES, CALIBRATION, FIDELITY, PROVENANCE, CONFIG):
                 remedy = "this cannot be computed again: restore it from a copy or make the cache anew"
                 yield f"{place}/{name} is {why}", remedy
             elif file in (TAIL, "zarr.json", COMPLETE, RECORDS, SKIPPED):

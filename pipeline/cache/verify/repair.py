@@ -74,7 +74,7 @@ def compute_again(
         numbers = np.unique(
             np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in wanted]) // manifest.views_each
         )
-        with ImageFile(relocate(read_images(store, manifest.data.decoding), images)) as files:
+        with ImageFile(relocate(read_images(store), images)) as files:
             check_images(files, numbers, digests)
     # These files are removed first. If the run dies after this, the segment is incomplete and these Zarr shards are
     # missing, but none is half old and half new.
