@@ -14,6 +14,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pipeline.runtime.failures import report_failure
+from pipeline.runtime.interrupts import report_interrupt
+from pipeline.runtime.logs import be_verbose, on_console
+
 VERBOSE = "--verbose"
 
 
@@ -29,8 +33,6 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            from pipeline.runtime.failures import report_interrupt
-
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             options = [word for option in (command.params if command else ()) for word in option.opts]
             raise typer.Exit(report_interrupt(interrupt, options)) from None
@@ -115,8 +117,6 @@ def every_command(
 ) -> None:
     """Apply the options that every command has."""
     if verbose:
-        from pipeline.runtime.logs import be_verbose
-
         be_verbose()
 
 
@@ -689,16 +689,11 @@ def run_with_messages(command: Callable[[], object]) -> None:
 
     An error that the user can fix is one line on stderr and exit code 2; a defect of the program is exit code 1.
     """
-    from pipeline.runtime.logs import on_console
-
     with on_console():
         try:
             command()
         except Exception as error:
-            # This import is late because `singer --help` needs no torch.
-            from pipeline.runtime.failures import report
-
-            sys.exit(report(error))
+            sys.exit(report_failure(error))
 
 
 def main() -> None:

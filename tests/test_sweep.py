@@ -25,7 +25,8 @@ from pipeline.cache import Cache
 from pipeline.config import Config, DistillConfig, recipes
 from pipeline.evaluation.figures import FIGURES, in_percent
 from pipeline.evaluation.tasks import TASKS
-from pipeline.runtime.failures import DefectsFound, Failure
+from pipeline.runtime.error_kinds import DefectsFound
+from pipeline.runtime.failures import Failure
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import SweepResult, _passes, gpus, sweep

@@ -12,7 +12,7 @@ from pipeline.data import ImageFile, list_images
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.planning.sample import Sample
 from pipeline.runtime.devices import make_accelerator
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.watched_rank import watched
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import check_job, check_shared
 from pipeline.stages.refine import refine

@@ -21,7 +21,7 @@ from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import (
     CachedTeacher,

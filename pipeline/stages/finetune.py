@@ -30,7 +30,8 @@ from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import current, watched
+from pipeline.runtime.ranks import current
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as, write_json
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise

@@ -22,7 +22,8 @@ from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.resuming import config_change, is_bound
-from pipeline.runtime.failures import DefectsFound, Failure
+from pipeline.runtime.error_kinds import DefectsFound
+from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
 from pipeline.storage import Place, open_store, write_atomic
