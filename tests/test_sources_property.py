@@ -16,8 +16,8 @@ from PIL import Image
 from test_shards import write_tar
 
 from pipeline.data import ImageFile, Images, index_images
-from pipeline.data.importers.walk import suffix_of
 from pipeline.data.names import file_keys
+from pipeline.data.walk import suffix_of
 from pipeline.runtime.logs import on_console
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError

@@ -129,6 +129,11 @@ def test_imports_go_down() -> None:
     assert not wrong
 
 
+def test_importers_are_on_top_of_the_readers_of_images() -> None:
+    readers = [file for file in (ROOT / "pipeline" / "data").rglob("*.py") if file.parent.name != "importers"]
+    assert not [file for file in readers if any("importers" in module for module in modules_of(file))]
+
+
 def test_no_module_imports_itself_through_others() -> None:
     """Wherever an import is, also in a function; one that only a type checker follows makes no cycle."""
     files = [ROOT / "cli.py", *(f for room in ("pipeline", "singer") for f in (ROOT / room).rglob("*.py"))]

@@ -29,6 +29,8 @@ FORMATS_BEFORE = ("JPEG", "PNG", "WEBP")
 _EXTENSIONS_BEFORE = ("jpg", "jpeg", "png", "webp")
 # Where a sample has several images, the first of these is taken.
 IMAGE_EXTENSIONS = tuple(dict.fromkeys((*_EXTENSIONS_BEFORE, *(e for f in FORMATS.values() for e in f.extensions))))
+# The suffixes of image files, and the extension that each has in shards.
+KEPT = {f".{extension}": extension for extension in IMAGE_EXTENSIONS} | {".jpeg": "jpg"}
 HEIF_EXTRA = "pip install pillow-heif"
 
 # How files of these formats begin. BMP and PPM begin with two letters only, as many a text does.

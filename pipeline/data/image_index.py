@@ -17,12 +17,12 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.images import Images, Keys, Skipped, join_classes, numbered_as
-from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import distinct_names
 from pipeline.data.source_listing import SourceListing
 from pipeline.data.sources import Options, kind_of
 from pipeline.data.specs import Spec, resolve
 from pipeline.data.tars import UNSAFE
+from pipeline.data.walk import as_text, printable
 from pipeline.runtime.progress import meter, say
 from singer.errors import UserError
 

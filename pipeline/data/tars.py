@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
-from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.tar_members import Defect, Member, members_of
+from pipeline.data.walk import HIDDEN, UNNAMED, suffix_of
 
 LABEL_EXTENSION = "cls"
 # Masks and depth maps are beside images, and are none.
@@ -56,7 +56,7 @@ class TarSamples:
     """Groups the members of a tar, one after the other. The members of a sample need not follow one another.
 
     image_key: see CacheConfig; also: further extensions that matter; left_out: {kind: how many files belong to no
-    sample}, see importers.walk. If a sample would get a second member of one kind, that member begins another sample
+    sample}, see walk. If a sample would get a second member of one kind, that member begins another sample
     with the same key; only a repetition that follows directly is a defect of the first sample.
     """
 
@@ -157,7 +157,7 @@ def _unpacked(path: Path) -> Path:
 
 
 def kind_of_name(name: str) -> str:
-    """Return the kind of a file that belongs to no sample, as importers.walk counts it."""
+    """Return the kind of a file that belongs to no sample, as walk counts it."""
     return HIDDEN if name.startswith(".", name.rfind("/") + 1) else suffix_of(name) or UNNAMED
 
 

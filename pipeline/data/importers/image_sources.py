@@ -3,12 +3,12 @@
 from functools import partial
 
 from pipeline.config import Config
+from pipeline.data.entries import Entry, Listing
 from pipeline.data.image_index import list_images
 from pipeline.data.image_reading import ImageFile
-from pipeline.data.importers.folders import beside
-from pipeline.data.importers.listing import Entry, Listing
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.sources import kind_of
+from pipeline.data.sources.class_folders import beside
 from pipeline.data.sources.tar import TAR
 from pipeline.data.specs import Spec, resolve
 from singer.errors import UserError
