@@ -389,7 +389,7 @@ def evaluate(
     check_tasks(tasks)
     check_model(model, weights)
     check_command("evaluate", tree, images=[train, test])
-    from pipeline.evaluation.context import without_top5
+    from pipeline.reports.result_text import without_top5
     from pipeline.stages.evaluate import evaluate_tasks
 
     results = evaluate_tasks(tree, model, train, test, tasks, out, weights)
