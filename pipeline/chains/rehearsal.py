@@ -18,9 +18,9 @@ from pipeline.stages.distill import check_job, check_shared
 from pipeline.stages.refine import refine
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import image_counts
 from pipeline.training.image_scores import check_scores
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.subset import image_counts
 from singer.errors import UserError
 
 REHEARSAL = "rehearsal"

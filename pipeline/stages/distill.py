@@ -33,7 +33,6 @@ from pipeline.training.cached_teachers import (
     open_teachers,
 )
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import split_images
 from pipeline.training.run_directory import (
     CHECKPOINT,
     RUN,
@@ -42,6 +41,7 @@ from pipeline.training.run_directory import (
     load_result,
 )
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
+from pipeline.training.subset import split_images
 from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
 

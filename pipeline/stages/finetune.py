@@ -37,7 +37,7 @@ from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import HeldOut, held_out_images
+from pipeline.training.held_out import HeldOut
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
 from pipeline.training.prepared import prepare_run, say_continued
@@ -53,6 +53,7 @@ from pipeline.training.run_directory import (
     load_run_config,
     write_result,
 )
+from pipeline.training.subset import held_out_images
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.errors import UserError

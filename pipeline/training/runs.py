@@ -27,7 +27,7 @@ from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.distiller import Distiller
-from pipeline.training.held_out import HeldOut, Split, split_images
+from pipeline.training.held_out import HeldOut
 from pipeline.training.joint_training import new_joint
 from pipeline.training.other_views import OtherViews
 from pipeline.training.prepared import prepare_run, say_continued
@@ -43,6 +43,7 @@ from pipeline.training.run_directory import (
 )
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
+from pipeline.training.subset import Split, split_images
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
