@@ -9,6 +9,7 @@ it: its student has a head.
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,12 +36,12 @@ from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as, write_json
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
+from pipeline.training.best_epoch import State
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import HeldOut
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import prepare_run, say_continued
+from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     CHECKPOINT,
@@ -100,7 +101,9 @@ def finetune(
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
         check_inputs(out, inputs)
-        result = load_result(out) if (out / RUN).exists() else None
+        if (out / RUN).exists():
+            result = load_result(out)
+            (out / CHECKPOINT).unlink(missing_ok=True)
     if result is None:
         job = Job(config, run, trained, images, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
@@ -108,8 +111,6 @@ def finetune(
             if main:
                 write_json(out / INPUTS, inputs)
             result = job.run(mode)
-    if main:
-        (out / CHECKPOINT).unlink(missing_ok=True)
     assert result.finetuned is not None
     figures = _test(config, result, tested) if tested is not None and main else None
     return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
@@ -187,16 +188,12 @@ class Job:
             student_run = prepare_run(
                 self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
             )
-        if main:
-            say_continued(student_run, self.out, len(self.numbers))
         with ImageFile(self.images) as files:
             load, apart = (
                 LabelledLoader(files, numbers, self.student.image_size, drawn)
                 for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
             )
-            m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)
-        with ranks.together():
-            state, _ = student_run.final_states()
+            m = train([student_run], load, apart, accelerator)
         best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.given)]))
@@ -207,14 +204,15 @@ class Job:
         parameters = sum(p.numel() for p in self.student.model.parameters())
         made = {"run": self.out, "student": self.out / STUDENT, "parameters": parameters, "finetuned": finetuned}
         result = replace(self.trained, **made)
-        if main:
-            save_backbone(self.student, state, result.student)
-            if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read
-                shutil.copyfile(self.source / ADAPTERS, self.out / ADAPTERS)
-            write_result(result)
-            if student_run.tracking is not None:
-                student_run.tracking.close()
+        student_run.finish(partial(self._store, result), main)
         return result
+
+    def _store(self, result: DistillResult, student: State, trained: State) -> None:
+        """Store the student; write the result last."""
+        save_backbone(self.student, student, result.student)
+        if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read
+            shutil.copyfile(self.source / ADAPTERS, self.out / ADAPTERS)
+        write_result(result)
 
     def _start_head(self) -> None:
         """Let the head start as a linear probe, which the first process fits: others might round it in another way."""
