@@ -146,8 +146,7 @@ def run(
         "teacher.name": teacher,
         "teacher.weights": weights,
         "student.name": student,
-        "prepare.on_error": on_error,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_chain(tree, photos, out, mode, hours, disk_gb)
@@ -177,7 +176,7 @@ def prepare(
     from pipeline.outputs.folder import output_mode
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
 
-    options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
+    options = {"prepare.layout": layout, "prepare.split": split, "data.on_error": on_error}
     tree = load_config(config, sets or (), options)
     _report(run(tree, images, out, output_mode(False, overwrite)), as_json)
 
@@ -214,7 +213,7 @@ def cache_teacher(
         "views.count": views,
         "cache.codec": codec,
         "cache.precision": precision,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite, append)
     check_command("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
@@ -356,7 +355,7 @@ def finetune(
         "finetune.lr": lr,
         "finetune.precision": precision,
         "finetune.seed": seed,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_finished(run)
@@ -384,7 +383,7 @@ def evaluate(
     from pipeline.checks import check_command, check_model, check_tasks
     from pipeline.config import load_config
 
-    options = {"evaluate.tokens": tokens, "cache.on_error": on_error}
+    options = {"evaluate.tokens": tokens, "data.on_error": on_error}
     tree, tasks = load_config(config, sets or (), options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
@@ -419,7 +418,7 @@ def embed(
     from pipeline.config import load_config
 
     check_embedding(out, features, overwrite, tokens)
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
+    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "data.on_error": on_error})
     check_model(model, weights)
     check_command("embed", images=[images])
     from pipeline.stages.embed import embed as run
@@ -598,7 +597,7 @@ def cache_plan(
         "cache.blocks": None if blocks is None else blocks.split(","),
         "cache.codec": codec,
         "views.count": views,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree = load_config(config, sets or (), options)
     check_command("plan", tree, images=[images])

@@ -45,7 +45,8 @@ def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, a
 def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, accelerator: Accelerator) -> None:
     sets = {
         # The tar holds KEY.jpg, whatever is in a key. For a few images, the teacher is not compiled.
-        "cache": {"image_key": ".jpg", "compile": False},
+        "data": {"image_key": ".jpg"},
+        "cache": {"compile": False},
         "refine": {"steps": 1, **_NO_COPY},
         "distill": _NO_COPY,
     }
@@ -83,7 +84,7 @@ def _write(config: Config, shards: Sequence[str], tar: Path) -> None:
     labelled = np.flatnonzero(listed.labels != NO_LABEL)[:1]
     images = listed.select(np.union1d(np.linspace(0, len(listed) - 1, _IMAGES).astype(int), labelled))
     with ImageFile(images) as files:
-        if config.cache.on_error == "fail":
+        if config.data.on_error == "fail":
             for number in range(len(images)):
                 files.read(number)  # names the image in the user's own file
         Sample(config, images, files, image_size=1).write_tar(tar, range(len(images)))

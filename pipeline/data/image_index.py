@@ -106,7 +106,7 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
 
 def list_images(config: Config, spec: Spec) -> Images:
     """List images as the configuration says; those of a folder in the order in which `singer prepare` packs them."""
-    listed = index_images(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+    listed = index_images(spec, config.data.on_error, config.data.image_key, config.prepare.seed)
     return replace(listed, max_pixels=config.data.max_pixels)
 
 

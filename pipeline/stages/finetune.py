@@ -81,9 +81,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune the student of a finished run with labels, and store it at `out`.
 
-    Only the sections finetune, evaluate, cache and data of `config` are used; the others are those of the run. train:
+    Only the sections finetune, evaluate and data of `config` are used; the others are those of the run. train:
     labelled images; test: others, on which the student is tested once, at the end, as `singer evaluate --task head`
-    does. cache.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
+    does. data.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
     for mistakes that the user can fix.
     """
     trained = load_result(run)
@@ -118,14 +118,14 @@ def finetune(
 
 def _recipe(run: Path, config: Config) -> Config:
     """Return the configuration of the run, with the sections of this stage."""
-    own = {name: getattr(config, name) for name in ("finetune", "evaluate", "cache", "data")}
+    own = {name: getattr(config, name) for name in ("finetune", "evaluate", "data")}
     return load_run_config(run).model_copy(update=own)
 
 
 def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Images | None]:
     """List the images; those of `test` have the numbers of classes that those of `train` have."""
     images, tested = (list_images(config, train), None) if test is None else list_probe_images(config, train, test)
-    if config.cache.on_error == "skip":
+    if config.data.on_error == "skip":
         images, tested = readable(images), None if tested is None else readable(tested)
     return images, tested
 

@@ -138,7 +138,7 @@ def pack(config: Config, listing: Listing, pattern: str) -> tuple[int, list[Path
             try:
                 sample = read_sample(entries[number], listing.convert, config.data.max_pixels)
             except UserError as error:
-                if settings.on_error == "fail":
+                if config.data.on_error == "fail":
                     raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
                 say(f"skipped: {error}")
                 skipped.append(Path(entries[number].file))

@@ -86,7 +86,7 @@ def sweep(
     caches: one cache, or a list for several teachers; train, test: labelled shards for the probes, without which
     students are trained but not compared; images: where the cached images are, if they moved; workers: the number of
     processes, by default one for each GPU. A single worker is this process itself; on_error: fail or skip, for images
-    of the probes that cannot be read, in the place of the file's cache.on_error.
+    of the probes that cannot be read, in the place of the file's data.on_error.
 
     Raises UserError, before anything starts, for mistakes that the user can fix. Later failures are in the result.
     """
@@ -104,7 +104,7 @@ def sweep(
         _check_teachers(plan, places, path)
         _check_block_weights(plan, opened)
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
-    if probed is not None and plan.base.cache.on_error == "skip":
+    if probed is not None and plan.base.data.on_error == "skip":
         probed = readable(probed[0]), readable(probed[1])
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = SweepContext(places, out, as_list(images) or None, as_list(train), as_list(test), sys.argv)

@@ -19,8 +19,7 @@ def list_sources(config: Config, spec: Spec) -> Listing:
     for path in resolve(spec):
         if kind_of(path) is TAR:
             raise UserError(f"{path} is a shard already; give it to the other commands with --images")
-    skips = "skip" if config.prepare.on_error == "skip" else config.cache.on_error
-    images = list_images(config.model_copy(update={"cache": config.cache.model_copy(update={"on_error": skips})}), spec)
+    images = list_images(config, spec)
     files, named = ImageFile(images), [kind_of(path).named for path in images.paths]
     entries = []
     for row, (key, shard, label) in enumerate(
