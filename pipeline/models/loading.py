@@ -13,6 +13,7 @@ import timm
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.models import student_exits as student_exits  # timm then knows students with a wider exit
 from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line, why_not_fetched
 from pipeline.models.hints import nearest_model
@@ -24,7 +25,6 @@ from pipeline.models.own import create_own, saved_own
 from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.json_files import read_json
-from singer import student_exits as student_exits  # timm then knows students with a wider exit
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size, check_multiple
