@@ -93,6 +93,7 @@ def imported(file: Path) -> Iterator[str]:
 def test_singer_is_pure() -> None:
     for file in (ROOT / "singer").rglob("*.py"):
         assert set(imported(file)) <= PURE, file
+        assert not [module for module in modules_of(file) if "._" in module], file  # loaders of weights are there
         calls = [
             n.func.id
             for n in ast.walk(ast.parse(file.read_text()))
