@@ -15,6 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pipeline.runtime.failures import report_failure
+from pipeline.runtime.interrupts import report_interrupt
+from pipeline.runtime.logs import be_verbose, on_console
+
 VERBOSE = "--verbose"
 
 
@@ -31,8 +35,6 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            from pipeline.runtime.failures import report_interrupt
-
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             options = [word for option in (command.params if command else ()) for word in option.opts]
             raise typer.Exit(report_interrupt(interrupt, options)) from None
@@ -117,8 +119,6 @@ def every_command(
 ) -> None:
     """Apply the options that every command has."""
     if verbose:
-        from pipeline.runtime.logs import be_verbose
-
         be_verbose()
 
 
@@ -148,8 +148,7 @@ def run(
         "teacher.name": teacher,
         "teacher.weights": weights,
         "student.name": student,
-        "prepare.on_error": on_error,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_chain(tree, photos, out, mode, hours, disk_gb)
@@ -179,7 +178,7 @@ def prepare(
     from pipeline.outputs.folder import output_mode
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
 
-    options = {"prepare.layout": layout, "prepare.split": split, "prepare.on_error": on_error}
+    options = {"prepare.layout": layout, "prepare.split": split, "data.on_error": on_error}
     tree = load_config(config, sets or (), options)
     _report(run(tree, images, out, output_mode(False, overwrite)), as_json)
 
@@ -216,7 +215,7 @@ def cache_teacher(
         "views.count": views,
         "cache.codec": codec,
         "cache.precision": precision,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite, append)
     check_command("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
@@ -358,7 +357,7 @@ def finetune(
         "finetune.lr": lr,
         "finetune.precision": precision,
         "finetune.seed": seed,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
     check_finished(run)
@@ -386,12 +385,12 @@ def evaluate(
     from pipeline.checks import check_command, check_model, check_tasks
     from pipeline.config import load_config
 
-    options = {"evaluate.tokens": tokens, "cache.on_error": on_error}
+    options = {"evaluate.tokens": tokens, "data.on_error": on_error}
     tree, tasks = load_config(config, sets or (), options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
     check_command("evaluate", tree, images=[train, test])
-    from pipeline.evaluation.context import without_top5
+    from pipeline.reports.result_text import without_top5
     from pipeline.stages.evaluate import evaluate_tasks
 
     results = evaluate_tasks(tree, model, train, test, tasks, out, weights)
@@ -421,7 +420,7 @@ def embed(
     from pipeline.config import load_config
 
     check_embedding(out, features, overwrite, tokens)
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "cache.on_error": on_error})
+    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "data.on_error": on_error})
     check_model(model, weights)
     check_command("embed", images=[images])
     from pipeline.stages.embed import embed as run
@@ -600,7 +599,7 @@ def cache_plan(
         "cache.blocks": None if blocks is None else blocks.split(","),
         "cache.codec": codec,
         "views.count": views,
-        "cache.on_error": on_error,
+        "data.on_error": on_error,
     }
     tree = load_config(config, sets or (), options)
     check_command("plan", tree, images=[images])
@@ -693,16 +692,11 @@ def run_with_messages(command: Callable[[], object]) -> None:
 
     An error that the user can fix is one line on stderr and exit code 2; a defect of the program is exit code 1.
     """
-    from pipeline.runtime.logs import on_console
-
     with on_console():
         try:
             command()
         except Exception as error:
-            # This import is late because `singer --help` needs no torch.
-            from pipeline.runtime.failures import report
-
-            sys.exit(report(error))
+            sys.exit(report_failure(error))
 
 
 def main() -> None:

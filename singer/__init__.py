@@ -1,4 +1,6 @@
-"""The method in pure torch: it touches no file, process or clock.
+"""The method in pure torch: it reads no file or clock, and starts no process.
+
+A few objectives gather what the processes of torch.distributed have, where that is initialised (all_processes.py).
 
 Shapes used throughout: B images, N tokens (prefix tokens first, then patches in row-major order), P prefix
 tokens (CLS and registers), d channels, r adapter rank. Block numbers are 0-based.

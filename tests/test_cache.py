@@ -303,7 +303,7 @@ def test_an_image_that_was_repaired_after_it_was_refused_is_left_out(
     monkeypatch.setattr(extract, "CALIBRATION_RECORDS", 2)
     draw_images(tmp_path / "photos", 1, 9)
     photos, out = str(tmp_path / "photos"), tmp_path / "c"
-    config, skip = world_config(world, "views.count=1"), world_config(world, "views.count=1", "cache.on_error=skip")
+    config, skip = world_config(world, "views.count=1"), world_config(world, "views.count=1", "data.on_error=skip")
     order = list_images(config, photos).keys
     image = tmp_path / "photos" / f"{order[5]}.png"
     whole = image.read_bytes()
@@ -341,7 +341,7 @@ def test_broken_images_are_refused_or_listed(
     result = json.loads(capfd.readouterr().out)
     assert result["skipped"] == len(json.loads((out / "skipped.json").read_text()))
     out = tmp_path / "whole"
-    made = cache_teacher(world_config(world, "cache.on_error=skip"), str(shard), out)
+    made = cache_teacher(world_config(world, "data.on_error=skip"), str(shard), out)
     listed = json.loads((out / "skipped.json").read_text())
     assert broken in [entry["key"] for entry in listed]
     assert made.skipped == len(listed) and made.records == 30 - len(listed)

@@ -69,6 +69,7 @@ def test_recipes_cover_the_paper() -> None:
     ("sets", "message"),
     [
         (["refine.rnak=3"], "unknown key 'refine.rnak'; did you mean 'refine.rank'?"),
+        (["cache.on_error=skip"], "unknown key 'cache.on_error'; did you mean 'data.on_error'?"),
         (["distil.lr=1"], "unknown key 'distil'; did you mean 'distill'?"),
         (["refine.rank=0"], "refine.rank: input should be greater than or equal to 1, got 0"),
         (["distill.lr=fast"], "distill.lr"),

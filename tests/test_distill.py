@@ -28,7 +28,6 @@ from pipeline.students.new import new_student
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.distiller import Distiller
-from pipeline.training.held_out import split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerKind, load_result
 from pipeline.training.run_log import read_log
@@ -36,6 +35,7 @@ from pipeline.training.runs import StudentSpec
 from pipeline.training.schedule import learning_rate, peak_rate, token_share
 from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.student_run import StudentRun
+from pipeline.training.subset import split_images
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs

@@ -13,7 +13,8 @@ from conftest import run_singer, world_config
 
 import cli
 from pipeline.config import dump_config
-from pipeline.runtime.failures import DefectsFound, failure, is_defect
+from pipeline.runtime.error_kinds import DefectsFound, is_defect
+from pipeline.runtime.failures import failure
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export

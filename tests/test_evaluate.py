@@ -20,9 +20,10 @@ from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view, normalise
 from pipeline.evaluation.classification import Classification, accuracy, linear_scores
 from pipeline.evaluation.classification import probe as probe_classification
-from pipeline.evaluation.context import EvaluationContext, tokens
+from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.domain_shift import DomainShift
 from pipeline.evaluation.global_features import features
+from pipeline.evaluation.model_inputs import compute_tokens
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.evaluation.retrieval import Retrieval
 from pipeline.models.backbone import save_backbone
@@ -161,8 +162,8 @@ def test_tasks_of_one_command_share_features(
     alone = {task: asdict(evaluate(config, world / "teacher", *shards, task)) for task in tasks}
     passes = []
     monkeypatch.setattr(
-        "pipeline.evaluation.global_features.tokens",
-        lambda vit, images, *rest: passes.append(images) or tokens(vit, images, *rest),
+        "pipeline.evaluation.global_features.compute_tokens",
+        lambda vit, images, *rest: passes.append(images) or compute_tokens(vit, images, *rest),
     )
     (tmp_path / "config.yaml").write_text(dump_config(config))
     named = [word for task in tasks for word in ("--task", task)]

@@ -125,7 +125,7 @@ def test_a_student_with_an_exit_is_trained_kept_and_exported(world: Path, tmp_pa
         result = export(config, run.run, tmp_path / "timm", "timm")
         written = timm.create_model(f"local-dir:{result.export}", pretrained=True).eval()
         assert torch.equal(written(images), student.model(images))
-    assert "import singer.student_exits" in (result.export / "README.md").read_text()
+    assert "import pipeline.models.student_exits" in (result.export / "README.md").read_text()
     with pytest.raises(
         UserError, match=r"--to hf is not for students with student\.exit; take timm, onnx or torch-export"
     ):

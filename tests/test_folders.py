@@ -11,9 +11,9 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data import Keys, index_beside, index_images
-from pipeline.data.importers.walk import printable, walk
 from pipeline.data.names import file_keys
 from pipeline.data.tars import UNSAFE
+from pipeline.data.walk import printable, walk
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError
 
@@ -59,7 +59,7 @@ def test_links_to_themselves_and_closed_folders(tmp_path: Path, monkeypatch: pyt
     def closed(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pipeline.data.importers.walk.os.scandir", closed)
+    monkeypatch.setattr("pipeline.data.walk.os.scandir", closed)
     with pytest.raises(UserError, match=r"the folder .*/in cannot be read: Permission denied"):
         index_images(str(tmp_path / "in"))
 

@@ -20,10 +20,10 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
 from pipeline.training.cached_teachers import open_images
-from pipeline.training.held_out import split_images
 from pipeline.training.image_scores import image_scores, prototype_distance
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_loss import StudentLoss
+from pipeline.training.subset import split_images
 from singer.errors import UserError
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -256,3 +257,10 @@ def test_variables_that_are_missing_or_too_few(tmp_path: Path) -> None:
     savemat(tmp_path / "in" / "setid.mat", {"other": 1})
     with pytest.raises(UserError, match=r"setid\.mat has no variable 'trnid'"):
         prepare(config, tmp_path / "in", tmp_path / "out")
+
+
+def test_without_scipy_a_matlab_file_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flowers_102(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match=r"setid\.mat cannot be read as a MATLAB file: .*scipy"):
+        LAYOUTS["flowers-102"].entries(tmp_path, "val")

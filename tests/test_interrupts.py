@@ -8,8 +8,8 @@ import pytest
 from conftest import run_singer, world_config
 
 from pipeline.config import dump_config
-from pipeline.runtime import failures
-from pipeline.runtime.failures import command_to_go_on
+from pipeline.runtime import interrupts
+from pipeline.runtime.interrupts import command_to_go_on
 
 # {command: (what is interrupted after the output was claimed, its words)}
 LONG: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -76,7 +76,7 @@ def test_a_program_that_is_not_on_the_path_is_named_whole(tmp_path: Path, monkey
     monkeypatch.setattr("sys.argv", [str(tmp_path / "bin" / "singer"), "demo"])
     monkeypatch.delenv("RANK", raising=False)
     for elsewhere in ("/elsewhere/singer", None):
-        monkeypatch.setattr(failures.shutil, "which", lambda _, found=elsewhere: found)
+        monkeypatch.setattr(interrupts.shutil, "which", lambda _, found=elsewhere: found)
         assert command_to_go_on(False, ()) == f"{tmp_path}/bin/singer demo"
-    monkeypatch.setattr(failures.shutil, "which", lambda _: f"{tmp_path}/bin/singer")
+    monkeypatch.setattr(interrupts.shutil, "which", lambda _: f"{tmp_path}/bin/singer")
     assert command_to_go_on(False, ()) == "singer demo"

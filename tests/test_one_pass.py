@@ -69,7 +69,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_broken_images_are_passed_over(world: Path, tmp_path: Path, small_shards: None) -> None:
     """Records of whole images are numbered without gaps, and are what they are in a cache of whole images alone."""
     spec = write_shards(tmp_path / "in", 4, 10, BROKEN)
-    config = world_config(world, "cache.on_error=skip", "views.count=2", "views.kind=random-resized-crop")
+    config = world_config(world, "data.on_error=skip", "views.count=2", "views.kind=random-resized-crop")
     result = cache_teacher(config, spec, tmp_path / "c")
     good = [n for n in range(40) if n not in BROKEN]
     cache = Cache(tmp_path / "c")
@@ -106,7 +106,7 @@ def test_a_cache_with_broken_images_grows_and_is_repaired(
     world: Path, tmp_path: Path, small_shards: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     spec = write_shards(tmp_path / "in", 4, 10, BROKEN)
-    skip = "cache.on_error=skip"
+    skip = "data.on_error=skip"
     cache_teacher(world_config(world, skip, "cache.blocks=[3]"), spec, tmp_path / "c")
     cache_teacher(world_config(world, skip, "cache.blocks=[2]"), spec, tmp_path / "c", "append")
     whole = tree_bytes(tmp_path / "c")
@@ -128,7 +128,7 @@ def test_a_cache_with_broken_images_grows_and_is_repaired(
 def test_nothing_but_broken_images(world: Path, tmp_path: Path) -> None:
     spec = write_shards(tmp_path / "in", 1, 5, (0, 1, 2, 3, 4))
     with pytest.raises(UserError, match="none of 5 sampled images can be decoded; the first is '00000': "):
-        cache_teacher(world_config(world, "cache.on_error=skip"), spec, tmp_path / "c")
+        cache_teacher(world_config(world, "data.on_error=skip"), spec, tmp_path / "c")
 
 
 def test_the_teacher_begins_before_all_images_are_read(
@@ -290,5 +290,5 @@ def test_a_broken_image_that_is_appended_is_left_out_as_printed(
     rest = [str(tmp_path / "b" / f"{n:04d}.tar") for n in (1, 2)]
     with pytest.raises(UserError, match=r"\(--append --on-error skip, if it was being appended\)"):
         cache_teacher(config, rest, tmp_path / "c", "append")
-    cache_teacher(world_config(world, "cache.on_error=skip"), rest, tmp_path / "c", "append")
+    cache_teacher(world_config(world, "data.on_error=skip"), rest, tmp_path / "c", "append")
     assert len(Cache(tmp_path / "c")) == 29

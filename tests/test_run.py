@@ -430,7 +430,7 @@ def test_the_only_label_is_rehearsed(world: Path, tmp_path: Path) -> None:
         for n, image in enumerate(sorted((tmp_path / "photos").rglob("*.*"))):
             tar.add(image, f"{n}{image.suffix}")
         tar.add(_label(tmp_path / "label"), "1.cls")
-    config = world_config(world, *SMALL, "distill.objective=labels", f"cache.image_key={image.suffix}")
+    config = world_config(world, *SMALL, "distill.objective=labels", f"data.image_key={image.suffix}")
     rehearse(config, [str(tmp_path / "0.tar")], 40, tmp_path / "rehearsal", this_process())
 
 

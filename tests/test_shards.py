@@ -684,7 +684,7 @@ def test_prepare_flat_and_skipping(tmp_path: Path) -> None:
     (tmp_path / "in" / "bad.png").write_bytes(png()[:30])
     with pytest.raises(UserError, match=r"bad\.png cannot be decoded.*--on-error skip"):
         prepare(config_with(), tmp_path / "in", tmp_path / "out")
-    result = prepare(config_with("prepare.on_error=skip"), tmp_path / "in", tmp_path / "out")
+    result = prepare(config_with("data.on_error=skip"), tmp_path / "in", tmp_path / "out")
     assert (result.images, result.classes, [p.name for p in result.skipped]) == (1, [], ["bad.png"])
 
 

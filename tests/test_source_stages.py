@@ -131,8 +131,8 @@ def test_the_advice_in_mid_work_works(
         capfd.readouterr()
         assert run_singer(monkeypatch, *words) == 2
         told = capfd.readouterr().err
-        keys = re.findall(r"(?:--set cache\.\S+?|--on-error \w+)(?=[;,]|$)", told.strip())
-        assert keys == ["--set cache.image_key=a.png", "--set cache.image_key=.png", "--on-error skip"]
+        keys = re.findall(r"(?:--set data\.\S+?|--on-error \w+)(?=[;,]|$)", told.strip())
+        assert keys == ["--set data.image_key=a.png", "--set data.image_key=.png", "--on-error skip"]
         assert run_singer(monkeypatch, *words, *shlex.split(keys[0]), *shlex.split(keys[2])) == 0
 
 

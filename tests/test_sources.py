@@ -288,10 +288,10 @@ def test_tables(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"t\.\w+: sample 't/000000' has no \.seg\.png: tables have no maps"):
         index_beside(images, "seg.png")
     plain = table(tmp_path / f"u.{suffix}", {k: columns[k] for k in ("image", "thumb")})
-    with pytest.raises(UserError, match=r"has 2 columns of images .*; choose one with --set cache.image_key=image"):
+    with pytest.raises(UserError, match=r"has 2 columns of images .*; choose one with --set data.image_key=image"):
         index_images(str(plain))
     assert index_images(str(plain), image_key="thumb").size.tolist() == [1] * 5
-    with pytest.raises(UserError, match=r"cache.image_key: .* has no column 'x' of images"):
+    with pytest.raises(UserError, match=r"data.image_key: .* has no column 'x' of images"):
         index_images(str(plain), image_key="x")
 
 
@@ -523,10 +523,10 @@ def test_dots_in_names(tmp_path: Path) -> None:
     two = write_tar(tmp_path / "b.tar", {"s.input.jpg": a, "s.left.jpg": b, "s.cls": b"3", "s.left.seg.png": b"m"})
     with pytest.raises(UserError, match=r"'s' has several images \(input.jpg, left.jpg\), since a key ends") as e:
         index_images(str(two))
-    assert "--set cache.image_key=input.jpg" in str(e.value) and "--set cache.image_key=.jpg" in str(e.value)
+    assert "--set data.image_key=input.jpg" in str(e.value) and "--set data.image_key=.jpg" in str(e.value)
     assert content(index_images(str(two), image_key="left.jpg")) == {"s": (3, b)}
     assert content(index_images(str(two), "skip", ".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
-    with pytest.raises(UserError, match=r"has no \.right\.jpg \(cache\.image_key\); it has input\.jpg, left\.jpg"):
+    with pytest.raises(UserError, match=r"has no \.right\.jpg \(data\.image_key\); it has input\.jpg, left\.jpg"):
         index_images(str(two), image_key="right.jpg")
     maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
     assert content(index_beside(index_images(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
@@ -557,7 +557,7 @@ def test_members_that_are_no_images(tmp_path: Path, capfd: pytest.CaptureFixture
 
 def test_an_image_may_have_any_extension(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "t.tar", {"s.img": encoded(1), "s.cls": b"3"})
-    with pytest.raises(UserError, match=r"if \.img is the image, say so: --set cache\.image_key=img; repair it"):
+    with pytest.raises(UserError, match=r"if \.img is the image, say so: --set data\.image_key=img; repair it"):
         index_images(str(path))
     assert content(index_images(str(path), image_key="img")) == {"s": (3, encoded(1))}
     assert content(index_images(str(path), image_key=".img")) == {"s": (3, encoded(1))}

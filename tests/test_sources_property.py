@@ -16,8 +16,8 @@ from PIL import Image
 from test_shards import write_tar
 
 from pipeline.data import ImageFile, Images, index_images
-from pipeline.data.importers.walk import suffix_of
 from pipeline.data.names import file_keys
+from pipeline.data.walk import suffix_of
 from pipeline.runtime.logs import on_console
 from pipeline.stages.prepare import prepare
 from singer.errors import UserError
@@ -114,7 +114,7 @@ class Folders(RuleBasedStateMachine):
 
     def _prepared(self, folder: Images, expected: dict[bytes, int]) -> None:
         out = self.place / "out"
-        result = prepare(config_with("prepare.on_error=skip"), self.root, out, "overwrite" if out.exists() else "new")
+        result = prepare(config_with("data.on_error=skip"), self.root, out, "overwrite" if out.exists() else "new")
         packed = index_images(str(out))
         assert labels(packed) == expected and result.left_out == self.left_out
         assert {str(file.relative_to(self.root)) for file in result.skipped} == {*self.broken, *self.empty}

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +73,22 @@ def modules_of(file: Path) -> Iterator[str]:
             yield node.module or ""
 
 
+def imported_modules(file: Path, named: Set[str]) -> Iterator[str]:
+    """Which of the named modules a file imports, wherever in it, except for type checkers alone."""
+    nodes: list[ast.AST] = [ast.parse(file.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+            continue
+        nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in named)
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (below & named) or {str(node.module)} & named
+
+
 def imported(file: Path) -> Iterator[str]:
     return (module.split(".")[0] for module in modules_of(file))
 
@@ -79,6 +96,7 @@ def imported(file: Path) -> Iterator[str]:
 def test_singer_is_pure() -> None:
     for file in (ROOT / "singer").rglob("*.py"):
         assert set(imported(file)) <= PURE, file
+        assert not [module for module in modules_of(file) if "._" in module], file  # loaders of weights are there
         calls = [
             n.func.id
             for n in ast.walk(ast.parse(file.read_text()))
@@ -113,6 +131,19 @@ def test_imports_go_down() -> None:
             if module != "pipeline" and (FLOOR[there] < FLOOR[here] + (here != there) or beside):
                 wrong.append(f"{module} imports {name}")
     assert not wrong
+
+
+def test_importers_are_on_top_of_the_readers_of_images() -> None:
+    readers = [file for file in (ROOT / "pipeline" / "data").rglob("*.py") if file.parent.name != "importers"]
+    assert not [file for file in readers if any("importers" in module for module in modules_of(file))]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Wherever an import is, also in a function; one that only a type checker follows makes no cycle."""
+    files = [ROOT / "cli.py", *(f for room in ("pipeline", "singer") for f in (ROOT / room).rglob("*.py"))]
+    named = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+    graph = {module: {*imported_modules(file, named.keys())} - {module} for module, file in named.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, with the cycle
 
 
 def test_pipeline_does_not_know_the_command_line() -> None:

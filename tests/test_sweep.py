@@ -25,7 +25,8 @@ from pipeline.cache import Cache
 from pipeline.config import Config, DistillConfig, recipes
 from pipeline.evaluation.figures import FIGURES, in_percent
 from pipeline.evaluation.tasks import TASKS
-from pipeline.runtime.failures import DefectsFound, Failure
+from pipeline.runtime.error_kinds import DefectsFound
+from pipeline.runtime.failures import Failure
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import SweepResult, _passes, gpus, sweep
@@ -377,7 +378,7 @@ def test_probe_images_that_are_left_out(world: Path, tmp_path: Path) -> None:
                 content = content[: len(content) // 2]
                 member.size = len(content)
             target.addfile(member, io.BytesIO(content))
-    file = write(world, tmp_path / "s.yaml", "cache.on_error=skip", "distill.epochs=1", runs=RUNS[2:3])
+    file = write(world, tmp_path / "s.yaml", "data.on_error=skip", "distill.epochs=1", runs=RUNS[2:3])
     for mode in ("new", "resume"):
         result = run(world, file, tmp_path / "out", mode, train=str(world / "train" / "*.tar"), test=str(shard))
         assert (result.done, result.failed) == (1, {})
@@ -389,7 +390,7 @@ def test_probe_images_that_are_left_out(world: Path, tmp_path: Path) -> None:
         run(world, plain, tmp_path / "plain", **probed)
     result = run(world, plain, tmp_path / "plain", **probed, on_error="skip")
     assert (result.done, result.failed) == (1, {})
-    with pytest.raises(UserError, match=r"plain.yaml: .*cache.on_error"):
+    with pytest.raises(UserError, match=r"plain.yaml: .*data.on_error"):
         run(world, plain, tmp_path / "other", **probed, on_error="perhaps")
 
 

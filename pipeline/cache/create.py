@@ -88,7 +88,7 @@ def build_segment(
         measured |= {b: stored_errors[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
     with ImageFile(addition.images) as files:
-        read = RowReader(files, manifest, config.cache.on_error, segments, beside=False)
+        read = RowReader(files, manifest, config.data.on_error, segments, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):

@@ -20,7 +20,7 @@ from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_
 from pipeline.data.decoder_warnings import warnings_of
 from pipeline.data.source_listing import ChangedImage
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
-from pipeline.runtime.failures import one_line
+from pipeline.runtime.error_kinds import one_line
 from singer.copies import Copying
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size

@@ -12,15 +12,15 @@ from pipeline.data import ImageFile, list_images
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.planning.sample import Sample
 from pipeline.runtime.devices import make_accelerator
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.watched_rank import watched
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import check_job, check_shared
 from pipeline.stages.refine import refine
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import image_counts
 from pipeline.training.image_scores import check_scores
 from pipeline.training.runs import NewStudent, StudentSpec
+from pipeline.training.subset import image_counts
 from singer.errors import UserError
 
 REHEARSAL = "rehearsal"
@@ -45,7 +45,8 @@ def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, p
 def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, process: PartialState) -> None:
     sets = {
         # The tar holds KEY.jpg, whatever is in a key. For a few images, the teacher is not compiled.
-        "cache": {"image_key": ".jpg", "compile": False},
+        "data": {"image_key": ".jpg"},
+        "cache": {"compile": False},
         "refine": {"steps": 1, **_NO_COPY},
         "distill": _NO_COPY,
     }
@@ -83,7 +84,7 @@ def _write(config: Config, shards: Sequence[str], tar: Path) -> None:
     labelled = np.flatnonzero(listed.labels != NO_LABEL)[:1]
     images = listed.select(np.union1d(np.linspace(0, len(listed) - 1, _IMAGES).astype(int), labelled))
     with ImageFile(images) as files:
-        if config.cache.on_error == "fail":
+        if config.data.on_error == "fail":
             for number in range(len(images)):
                 files.read(number)  # names the image in the user's own file
         Sample(config, images, files, image_size=1).write_tar(tar, range(len(images)))

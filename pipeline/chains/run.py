@@ -28,7 +28,7 @@ from pipeline.planning.quick_costs import measure_costs
 from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import wait_for_all
+from pipeline.runtime.watched_rank import wait_for_all
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
 from singer.errors import UserError

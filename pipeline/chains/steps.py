@@ -14,7 +14,7 @@ from pipeline.outputs.resuming import RESULT_SECTIONS
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import this_process
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import wait_for_all, watched
+from pipeline.runtime.watched_rank import wait_for_all, watched
 from pipeline.storage.json_files import read_json, write_json
 from singer.errors import UserError
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.config.fields import Section, keys, section_of, takes_text
+from pipeline.config.fields import keys, section_of, takes_text
 from pipeline.config.sections import Config
 from pipeline.config.training import VARIED, RefineConfig, StudentConfig
 from singer.errors import UserError
@@ -148,7 +148,10 @@ def _put(tree: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _explain(error: ErrorDetails) -> str:
-    """Describe pydantic's error: the key, what is wrong, and the nearest key if there is no such key."""
+    """Describe pydantic's error: the key, what is wrong, and the nearest key if there is no such key.
+
+    That is the key of this name in another section, if just one has it.
+    """
     # After section and key come places in lists, and names of other types that the value might have.
     where = ".".join(str(part) for n, part in enumerate(error["loc"]) if n < 2 or isinstance(part, int))
     if error["type"] == "value_error":  # a section's own check, which names the key
@@ -157,9 +160,10 @@ def _explain(error: ErrorDetails) -> str:
         quotes = "; a name is put in quotes" if error["type"] in ("string_type", "path_type") else ""
         return f"{where}: {error['msg'].lower()}, got {error['input']!r}{quotes}"
     section, _, key = where.rpartition(".")
-    fields = Config.model_fields
-    if section in fields:
-        default: Section = getattr(Config(), section)
-        fields = type(default).model_fields
-    near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+    elsewhere = [name for name in Config.model_fields if section and key in section_of(Config, name).model_fields]
+    if len(elsewhere) == 1:
+        section, near = elsewhere[0], [key]
+    else:
+        fields = section_of(Config, section).model_fields if section in Config.model_fields else Config.model_fields
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0)
     return f"unknown key {where!r}; did you mean {'.'.join([*filter(None, [section]), *near])!r}?"

@@ -38,13 +38,18 @@ class PrepareConfig(Section):
     split: str | None = key(None, "which split of a data set that has several")
     shard_images: Positive = key(1000, "images in a shard")
     classes: UserPath | None = key(None, "classes.json of another split, to number classes as there")
-    on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images", "failures")
     seed: Seed = key(0, "seed of the order of images")
 
 
 class DataConfig(Section):
-    """What is read of images, by every command that reads them from shards or folders."""
+    """What is read of images, by every command."""
 
+    on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images and shards", "failures")
+    image_key: str | None = key(
+        None,
+        "which field of a sample is the image, such as left.jpg; .jpg: keys end at this, not at the first dot; of a "
+        "table: its column",
+    )
     max_pixels: Positive = key(
         MAX_PIXELS, "larger images are broken ones; above 100 million pixels, JPEG is decoded smaller", "failures"
     )
@@ -123,12 +128,6 @@ class CacheConfig(Section):
     blocks: tuple[int, ...] | None = key(None, "numbers from 0 on; default: the block at 3/4 of the depth and the last")
     codec: str = key("float16", "how features are stored: float16, bfloat16, int8, int4, int3, int2 or int1")
     token_share: Fraction = key(1.0, "share of the patch tokens that is stored, a fixed random set for every record")
-    on_error: Literal["fail", "skip"] = key("fail", "what to do with broken images and shards", "failures")
-    image_key: str | None = key(
-        None,
-        "which field of a sample is the image, such as left.jpg; .jpg: keys end at this, not at the first dot; of a "
-        "table: its column",
-    )
     batch_size: Positive | Literal["auto"] = key(
         _VIEWS_AT_ONCE,
         "views in a forward pass of the teacher; auto: on a GPU the size from which on more are no faster, within half "

@@ -12,7 +12,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import warn, warnings_of
 from pipeline.data.formats import FORMATS, HEIF_EXTRA, format_of, is_heif
-from pipeline.runtime.failures import one_line
+from pipeline.runtime.error_kinds import one_line
 from singer.errors import UserError
 
 _TURNS = {

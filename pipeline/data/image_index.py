@@ -17,12 +17,12 @@ import numpy as np
 
 from pipeline.config import Config
 from pipeline.data.images import Images, Keys, Skipped, join_classes, numbered_as
-from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import distinct_names
 from pipeline.data.source_listing import SourceListing
 from pipeline.data.sources import Options, kind_of
 from pipeline.data.specs import Spec, resolve
 from pipeline.data.tars import UNSAFE
+from pipeline.data.walk import as_text, printable
 from pipeline.runtime.progress import meter, say
 from singer.errors import UserError
 
@@ -106,7 +106,7 @@ def index_images(spec: Spec, on_error: OnError = "fail", image_key: str | None =
 
 def list_images(config: Config, spec: Spec) -> Images:
     """List images as the configuration says; those of a folder in the order in which `singer prepare` packs them."""
-    listed = index_images(spec, config.cache.on_error, config.cache.image_key, config.prepare.seed)
+    listed = index_images(spec, config.data.on_error, config.data.image_key, config.prepare.seed)
     return replace(listed, max_pixels=config.data.max_pixels)
 
 

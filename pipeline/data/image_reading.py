@@ -11,8 +11,8 @@ from PIL import Image
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.decoding import decode_rgb, named_errors, read_size
 from pipeline.data.images import Images
-from pipeline.data.importers.walk import printable
 from pipeline.data.sources import kind_of
+from pipeline.data.walk import printable
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
 from singer.errors import UserError

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.data.importers.listing import KEPT
-from pipeline.data.importers.walk import names_below, printable, suffix_of, walk
+from pipeline.data.formats import KEPT
 from pipeline.data.sources.tables import SUFFIXES as TABLES
+from pipeline.data.walk import names_below, printable, suffix_of, walk
 from pipeline.storage import is_remote
 from pipeline.storage.downloads import download
 from singer.errors import UserError

@@ -7,7 +7,7 @@ single headers, and walks from one header to the next itself.
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -56,69 +56,53 @@ def members_of(file: int) -> Iterator[Member]:
     common: dict[str, str] = {}
     own: dict[str, str] = {}
     extended = False  # the last header belongs to a member that is still to come
-    while True:
-        block = window.read(position)
-        if len(block) < _BLOCK:
-            raise Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
-        plain = _plain_file(block)
-        if plain is not None and not (common or own):
+    while any(block := window.read(position)):
+        plain = None if common or own else _plain_file(block)
+        if plain is not None:
             name, size = plain
             position += _BLOCK
             if position + size > end:
-                raise Defect("ends in the middle of a member")
+                raise _cut_off()
             yield Member(name, True, position, size)
             position += -(-size // _BLOCK) * _BLOCK
             extended = False
             continue
-        if not any(block):
-            break
         broken = Defect(f"is unreadable from byte {position}" if position else "is not an uncompressed tar")
         try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            header = _header(block)
+            extended = header.type in _EXTENDED
+            attributes = {} if extended else common | own
+            position = _data_start(file, position, block, header)
+            size = _data_size(header, attributes)
+            if position + size > end:
+                raise _cut_off()
+            if extended:
+                found = _extension(header.type, os.pread(file, size, position))
+                if header.type == tarfile.XGLTYPE:
+                    common |= found
+                elif own.keys() & found.keys():  # the member of the first header is missing
+                    raise broken
+                else:
+                    own |= found
         except (tarfile.HeaderError, ValueError):
             raise broken from None
-        position += _BLOCK
-        kind, size = header.type, header.size
-        extended = kind in _EXTENDED
-        # An extended header that looks like a file, or the other way round, would hide the member after it.
-        reserved = header.name.startswith("././@") and not extended
-        if reserved or (kind in _GNU_LONG) != (header.name == "././@LongLink"):
-            raise broken
-        more = kind == tarfile.GNUTYPE_SPARSE and block[482]
-        while more:  # a sparse file with many holes: further blocks list them
-            block = os.pread(file, _BLOCK, position)
-            position += _BLOCK
-            more = len(block) == _BLOCK and block[504]
-        attributes = {} if extended else common | own
-        if "linkpath" in attributes and header.isreg():
-            raise broken
-        if "size" in attributes:
-            size = int(attributes["size"])
-        if not (extended or header.isreg() or kind not in tarfile.SUPPORTED_TYPES):
-            size = 0  # links, folders and devices have no data, whatever they claim
-        if size < 0 or (extended and size > _EXTENDED_BYTES):
-            raise broken
-        if position + size > end:
-            raise Defect("ends in the middle of a member")
-        if extended:
-            try:
-                found = _extension(kind, os.pread(file, size, position))
-            except ValueError:
-                raise broken from None
-            if kind == tarfile.XGLTYPE:
-                common |= found
-            elif own.keys() & found.keys():  # the member of the first header is missing
-                raise broken
-            else:
-                own |= found
-        else:
+        if not extended:
             name = attributes.get("GNU.sparse.name", attributes.get("path", header.name))
-            regular = header.isreg() and kind != tarfile.GNUTYPE_SPARSE and "GNU.sparse" not in attributes
+            regular = header.isreg() and header.type != tarfile.GNUTYPE_SPARSE and "GNU.sparse" not in attributes
             yield Member(name.rstrip("/"), regular, position, size)
             own = {}
         position += -(-size // _BLOCK) * _BLOCK
     if extended:
         raise Defect(f"is unreadable from byte {position}")
+    _check_zeros(file, position)
+
+
+def _cut_off() -> Defect:
+    return Defect("ends in the middle of a member")
+
+
+def _check_zeros(file: int, position: int) -> None:
+    """Raise Defect if something other than zeros follows a position."""
     while rest := os.pread(file, 1 << 20, position):
         if any(rest):
             raise Defect(f"holds more than zeros from byte {position} on, after its end-of-archive marker")
@@ -132,11 +116,14 @@ class _Window:
         self._file, self._start, self._data = file, 0, b""
 
     def read(self, position: int) -> bytes:
-        """Return the block at a position; it is shorter at the end of the file."""
+        """Return the block at a position. Raises Defect if the file ends before it, or within it."""
         at = position - self._start
         if at < 0 or at + _BLOCK > len(self._data):
             self._start, self._data, at = position, os.pread(self._file, _WINDOW, position), 0
-        return self._data[at : at + _BLOCK]
+        block = self._data[at : at + _BLOCK]
+        if len(block) < _BLOCK:
+            raise Defect("ends in the middle of a header" if block else "has no end-of-archive marker")
+        return block
 
 
 def _plain_file(block: bytes) -> tuple[str, int] | None:
@@ -148,6 +135,43 @@ def _plain_file(block: bytes) -> tuple[str, int] | None:
     if found is None or sum(block) - sum(block[148:156]) + 256 != int(found["sum"], 8):
         return None
     return found["name"].decode(), int(found["size"], 8)
+
+
+def _header(block: bytes) -> tarfile.TarInfo:
+    """Parse a header. Raises HeaderError or ValueError if it is broken."""
+    header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    # An extended header that looks like a file, or the other way round, would hide the member after it.
+    reserved = header.name.startswith("././@") and header.type not in _EXTENDED
+    if reserved or (header.type in _GNU_LONG) != (header.name == "././@LongLink"):
+        raise ValueError
+    return header
+
+
+def _data_start(file: int, position: int, block: bytes, header: tarfile.TarInfo) -> int:
+    """Return where the data of the header at a position begins: after more blocks, if it is a sparse file's."""
+    position += _BLOCK
+    more = header.type == tarfile.GNUTYPE_SPARSE and block[482]
+    while more:  # a sparse file with many holes: further blocks list them
+        block = os.pread(file, _BLOCK, position)
+        position += _BLOCK
+        more = len(block) == _BLOCK and block[504]
+    return position
+
+
+def _data_size(header: tarfile.TarInfo, attributes: Mapping[str, str]) -> int:
+    """Return the bytes of data after a header.
+
+    attributes: of the member, from the extended headers before it. Raises ValueError if they cannot be right.
+    """
+    extended = header.type in _EXTENDED
+    if "linkpath" in attributes and header.isreg():
+        raise ValueError
+    size = int(attributes.get("size", header.size))
+    if not (extended or header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
+        size = 0  # links, folders and devices have no data, whatever they claim
+    if size < 0 or (extended and size > _EXTENDED_BYTES):
+        raise ValueError
+    return size
 
 
 def _extension(kind: bytes, payload: bytes) -> dict[str, str]:

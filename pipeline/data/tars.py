@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.data.formats import IMAGE_EXTENSIONS
-from pipeline.data.importers.walk import HIDDEN, UNNAMED, suffix_of
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.tar_members import Defect, Member, members_of
+from pipeline.data.walk import HIDDEN, UNNAMED, suffix_of
 
 LABEL_EXTENSION = "cls"
 # Masks and depth maps are beside images, and are none.
@@ -55,8 +55,8 @@ class Sample:
 class TarSamples:
     """Groups the members of a tar, one after the other. The members of a sample need not follow one another.
 
-    image_key: see CacheConfig; also: further extensions that matter; left_out: {kind: how many files belong to no
-    sample}, see importers.walk. If a sample would get a second member of one kind, that member begins another sample
+    image_key: see DataConfig; also: further extensions that matter; left_out: {kind: how many files belong to no
+    sample}, see walk. If a sample would get a second member of one kind, that member begins another sample
     with the same key; only a repetition that follows directly is a defect of the first sample.
     """
 
@@ -157,7 +157,7 @@ def _unpacked(path: Path) -> Path:
 
 
 def kind_of_name(name: str) -> str:
-    """Return the kind of a file that belongs to no sample, as importers.walk counts it."""
+    """Return the kind of a file that belongs to no sample, as walk counts it."""
     return HIDDEN if name.startswith(".", name.rfind("/") + 1) else suffix_of(name) or UNNAMED
 
 
@@ -195,16 +195,16 @@ def image_extension(sample: Sample, image_key: str | None) -> str:
     if image_key is not None:
         wanted = image_key.lower().removeprefix(".")
         if wanted not in found:
-            raise Defect(f"has no .{wanted} (cache.image_key); it has {', '.join(found) or 'no image'}")
+            raise Defect(f"has no .{wanted} (data.image_key); it has {', '.join(found) or 'no image'}")
         return wanted
     ordinary = [extension for extension in IMAGE_EXTENSIONS if extension in found]
     chosen = ordinary or list(found)
     if not chosen:
-        chosen_by = f"--set {shlex.quote(f'cache.image_key={sample.other}')}"
+        chosen_by = f"--set {shlex.quote(f'data.image_key={sample.other}')}"
         also = f"; if .{sample.other} is the image, say so: {chosen_by}" if sample.other else ""
         raise Defect(f"has no image ({', '.join(IMAGE_EXTENSIONS)}){also}")
     if len(chosen) > 1 and not ordinary:
-        field, end = (shlex.quote(f"cache.image_key={key}") for key in (chosen[0], f".{chosen[0].rpartition('.')[2]}"))
+        field, end = (shlex.quote(f"data.image_key={key}") for key in (chosen[0], f".{chosen[0].rpartition('.')[2]}"))
         raise Defect(
             f"has several images ({', '.join(found)}), since a key ends at its first dot; name the image with "
             f"--set {field}, or let keys end at the last dot with --set {end}"

@@ -1,31 +1,24 @@
-"""The input and the result of every task of `singer evaluate`, and the tokens of a frozen model."""
+"""The input and the result of every task of `singer evaluate`, and the kinds of tokens that are probed."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
-from pipeline.data import ImageFile, Images
-from pipeline.data.views import View, apply_view, normalise
+from pipeline.data import Images
 from pipeline.models.backbone import Backbone
-from pipeline.runtime.buffers import moved
-from pipeline.runtime.prefetch import prefetch
-from pipeline.runtime.progress import meter
-from singer.backbones import block_outputs, depth, final_norm
+from singer.backbones import final_norm
 from singer.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R", bound="EvaluateResult")
 Answer = Literal["yes", "no", "unknown"]
-_FEW_CLASSES = 10
 
 
 # {kind of tokens: {"cls": (n, d), "mean_patch": (n, d)}} on the CPU; a model without CLS has only mean_patch.
@@ -98,20 +91,6 @@ class EvaluateResult:
     written: Path | None
 
 
-def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result as it is shown: without top5 if there are few classes.
-
-    Among few classes, almost every class is one of the first five.
-    """
-    if (figures.get("classes") or 0) > _FEW_CLASSES:
-        return dict(figures)
-
-    def part(value: Any) -> Any:
-        return {k: part(v) for k, v in value.items() if k != "top5"} if isinstance(value, dict) else value
-
-    return {name: part(value) for name, value in figures.items() if name != "top5"}
-
-
 def kinds_of(backbone: Backbone, settings: EvaluateConfig) -> dict[str, nn.Module]:
     """Return {kind of tokens: module that makes it from raw tokens}, as evaluate.tokens chooses.
 
@@ -136,72 +115,3 @@ def first_and_normed(figures: Mapping[str, T]) -> tuple[T, T | None]:
     """
     first, *others = figures.values()
     return first, others[0] if others else None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of `singer evaluate`.
-
-    probe: tests the model's features; checks: looks at (train, test, settings) before the model is loaded. Both raise
-    UserError for mistakes that the user can fix. learns: whether it needs --train.
-    """
-
-    probe: Callable[[EvaluationContext], EvaluateResult]
-    checks: Callable[[Any, Images, EvaluateConfig], None]
-    learns: bool = True
-
-    def check(self, train: Images | None, test: Images, settings: EvaluateConfig) -> None:
-        """Raise UserError if the task cannot be done with these images."""
-        if self.learns and train is None:
-            raise UserError("this task learns from images; give --train")
-        self.checks(train, test, settings)
-
-
-def tokens(
-    backbone: Backbone,
-    images: Images,
-    settings: EvaluateConfig,
-    device: torch.device,
-    view: Callable[[Image.Image], View],
-) -> Iterator[Tensor]:
-    """Yield all raw tokens of the last block, batch by batch: (B, P + patches, d), P being the prefix tokens.
-
-    They are on the device and without gradients. view: returns the part of an image that the model sees.
-    """
-    last = depth(backbone.model) - 1
-    for batch in inputs(backbone, images, settings, device, view):
-        with torch.no_grad():
-            x = block_outputs(backbone.model, batch, [last])[last]
-        yield x
-
-
-def inputs(
-    backbone: Backbone,
-    images: Images,
-    settings: EvaluateConfig,
-    device: torch.device,
-    view: Callable[[Image.Image], View],
-) -> Iterator[Tensor]:
-    """Yield the views of the images as the model takes them: normalised (B, 3, H, W) batches on the device.
-
-    Raises UserError, with the remedy, for an image that cannot be read.
-    """
-    batches = [
-        np.arange(i, min(i + settings.batch_size, len(images))) for i in range(0, len(images), settings.batch_size)
-    ]
-    with ImageFile(images) as files, meter("features", len(images), "images") as m:
-
-        def load(numbers: np.ndarray) -> Tensor:
-            views = []
-            for number in numbers:
-                try:
-                    image = files.read(int(number))
-                except UserError as error:
-                    advice = "repair it, or leave out all such images with --on-error skip"
-                    raise UserError(f"{error}; {advice}") from error
-                views.append(apply_view(image, view(image), backbone.image_size))
-            return torch.from_numpy(np.stack(views))
-
-        for pixels in prefetch(load, batches, settings.workers, m):
-            yield normalise(moved(pixels, device), backbone.mean, backbone.std)
-            m.advance(len(pixels))

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data import ImageFile, Images, decode
-from pipeline.data.views import View
-from pipeline.evaluation.context import EvaluationContext, tokens
+from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.feature_rows import empty_rows, moments
+from pipeline.evaluation.model_inputs import compute_tokens
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
@@ -34,11 +34,7 @@ _WEIGHT_DECAY = 1e-2
 
 def patch_tokens(context: EvaluationContext, images: Images) -> Iterator[Tensor]:
     """Yield the raw patch tokens (B, patches, d) of whole frames, batch by batch."""
-
-    def whole(image: Image.Image) -> View:
-        return View((0.0, 0.0, 1.0, 1.0))
-
-    for x in tokens(context.backbone, images, context.settings, context.device, whole):
+    for x in compute_tokens(context.backbone, images, context.settings, context.device, None):
         yield x[:, context.backbone.prefix :].float()
 
 

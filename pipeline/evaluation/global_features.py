@@ -5,15 +5,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images
-from pipeline.data.views import View, crop_view
-from pipeline.evaluation.context import EvaluationContext, Features, kinds_of, tokens
+from pipeline.evaluation.context import EvaluationContext, Features, kinds_of
 from pipeline.evaluation.feature_rows import empty_rows
 from pipeline.evaluation.feature_store import stored_features
+from pipeline.evaluation.model_inputs import compute_tokens
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.progress import say
 
@@ -79,11 +78,7 @@ def feature_batches(
 
     kinds: as kinds_of returns them; names: "cls" and "mean_patch" are (B, d), "patches" (B, N, d) in row-major order.
     """
-
-    def view(image: Image.Image) -> View:
-        return crop_view(settings.crop, image.size, backbone.image_size)
-
-    for raw in tokens(backbone, images, settings, device, view):
+    for raw in compute_tokens(backbone, images, settings, device, settings.crop):
         yield {
             kind: {name: _part(convert(raw), name, backbone.prefix).float().cpu() for name in names}
             for kind, convert in kinds.items()

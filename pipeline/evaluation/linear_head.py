@@ -5,15 +5,13 @@ al., arXiv:2202.10054).
 """
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images
-from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import fit_linear
-from pipeline.evaluation.context import inputs
 from pipeline.evaluation.feature_rows import empty_rows
+from pipeline.evaluation.model_inputs import load_inputs
 from pipeline.models.backbone import Backbone
 
 
@@ -25,14 +23,10 @@ def probe_weights(
     A class that no image has gets no weight and the lowest bias. The student is on the device; afterwards it is in eval
     mode.
     """
-
-    def view(image: Image.Image) -> View:
-        return crop_view(1.0, image.size, student.image_size)
-
     model = student.model.eval()
     with torch.no_grad():
         read, done = None, 0
-        for x in inputs(student, images, settings, device, view):
+        for x in load_inputs(student, images, settings, device, 1.0):
             part = model.forward_head(model.forward_features(x), pre_logits=True).float().cpu()
             read = empty_rows((len(images), part.shape[1])) if read is None else read
             read[done : done + len(part)] = part

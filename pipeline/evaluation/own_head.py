@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
-from pipeline.data.views import View, crop_view
 from pipeline.evaluation.classification import accuracy
-from pipeline.evaluation.context import EvaluateResult, EvaluationContext, inputs
+from pipeline.evaluation.context import EvaluateResult, EvaluationContext
 from pipeline.evaluation.domain_shift import compete, read_class_map
+from pipeline.evaluation.model_inputs import load_inputs
 from singer.errors import UserError
 
 
@@ -37,12 +36,9 @@ def probe(context: EvaluationContext) -> OwnHead:
     """
     check(context.learn_from, context.test, context.settings)
     rivals, right = compete(_class_of_label(context), context.test)
-
-    def view(image: Image.Image) -> View:
-        return crop_view(context.settings.crop, image.size, context.backbone.image_size)
-
     with torch.no_grad():
-        batches = inputs(context.backbone, context.test, context.settings, context.device, view)
+        settings = context.settings
+        batches = load_inputs(context.backbone, context.test, settings, context.device, settings.crop)
         figures = accuracy((context.backbone.model(x).float()[:, rivals] for x in batches), right)
     return context.result(OwnHead, 0, classes=len(rivals), **figures)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
+from torch import Tensor
 
+from pipeline.models import student_exits as student_exits  # timm then knows students with a wider exit
 from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line, why_not_fetched
 from pipeline.models.hints import nearest_model
@@ -23,7 +25,6 @@ from pipeline.models.own import create_own, saved_own
 from pipeline.models.weights import read_weights
 from pipeline.runtime.logs import adopt_libraries
 from pipeline.storage.json_files import read_json
-from singer import student_exits as student_exits  # timm then knows students with a wider exit
 from singer.backbones import gives_tokens, patch_size
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size, check_multiple
@@ -98,23 +99,15 @@ def create_model(
         kwargs["img_size"] = image_size = Size.of(image_size).written
     folder = local_folder(name)
     if folder is not None:
-        config = read_json(folder, CONFIG, "model folder")
-        model_args = config.get("model_args", {})
-        if not isinstance(model_args, dict):
-            raise UserError(f"{folder / 'config.json'} is damaged: model_args is not an object")
-        kwargs = {**model_args, **kwargs}
-        if weights is None and isinstance(saved := Size.of(model_args.get("img_size", 1)).written, tuple):
-            kwargs["img_size"] = saved  # timm would take the grid of its positions for a square; see change_size
+        saved = _saved_args(folder)
+        kwargs = saved | kwargs
+        if weights is None and isinstance(size := Size.of(saved.get("img_size", 1)).written, tuple):
+            kwargs["img_size"] = size  # timm would take the grid of its positions for a square; see change_size
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
     if weights is not None:
         state = read_weights(weights, _tensor_names(name, args), averaged)
-        head = next((state[key] for key in _HEADS if key in state), None)
-        kwargs.setdefault("num_classes", 0 if head is None else head.shape[0])
-        # timm's own loader converts other layouts and interpolates the position embedding. With an empty source, it
-        # takes this state dict, and not the weights of the place that the name stands for.
-        overlay = {"state_dict": state, "source": "", "num_classes": kwargs["num_classes"], "custom_load": False}
-        kwargs["pretrained_cfg_overlay"] = overlay
+        kwargs |= _weights_args(state, kwargs.get("num_classes"))
     model = _build(name, pretrained, kwargs, weights, what)
     kwargs.pop("pretrained_cfg_overlay", None)
     pretrained_cfg = model.pretrained_cfg
@@ -122,12 +115,7 @@ def create_model(
     args = {**getattr(model, "_model_args", {}), **kwargs, "num_classes": model.num_classes}
     if image_size is not None and kwargs.get("img_size", image_size) != image_size:
         change_size(model, image_size, f"{what} {name}")
-    size = Size.of(built_size(model) or image_size or pretrained_cfg["input_size"][1:])
-    if image_size is not None and size.written != image_size:
-        asked = Size.of(image_size)
-        raise UserError(f"{what} {name}: it was built for {size} pixels, and image_size {asked} was asked for")
-    if size.height != size.width:
-        check_rectangle(model, size, f"{what} {name}")
+    size = _input_size(model, image_size, f"{what} {name}")
     if takes_image_size(model):
         args["img_size"] = size.written
     else:
@@ -142,6 +130,38 @@ def create_model(
         mean=tuple(pretrained_cfg["mean"]),
         std=tuple(pretrained_cfg["std"]),
     )
+
+
+def _saved_args(folder: Path) -> dict[str, Any]:
+    """Return the arguments with which the model of a folder was built. Raises UserError if they are damaged."""
+    args = read_json(folder, CONFIG, "model folder").get("model_args", {})
+    if not isinstance(args, dict):
+        raise UserError(f"{folder / CONFIG} is damaged: model_args is not an object")
+    return args
+
+
+def _weights_args(state: Mapping[str, Tensor], classes: int | None) -> dict[str, Any]:
+    """Return the arguments of timm.create_model that load a state dict. classes: None for those of its head, if any.
+
+    timm's own loader converts other layouts and interpolates the position embedding. With an empty source, it takes
+    this state dict, and not the weights of the place that the name stands for.
+    """
+    if classes is None:
+        head = next((state[key] for key in _HEADS if key in state), None)
+        classes = 0 if head is None else head.shape[0]
+    overlay = {"state_dict": state, "source": "", "num_classes": classes, "custom_load": False}
+    return {"num_classes": classes, "pretrained_cfg_overlay": overlay}
+
+
+def _input_size(model: Any, image_size: ImageSize | None, subject: str) -> Size:
+    """Return the size of a model's input. Raises UserError if it is not `image_size`, or cannot be a rectangle."""
+    size = Size.of(built_size(model) or image_size or model.pretrained_cfg["input_size"][1:])
+    if image_size is not None and size.written != image_size:
+        asked = Size.of(image_size)
+        raise UserError(f"{subject}: it was built for {size} pixels, and image_size {asked} was asked for")
+    if size.height != size.width:
+        check_rectangle(model, size, subject)
+    return size
 
 
 def _other_source(

@@ -11,7 +11,7 @@ from pipeline.outputs.chain_folder import check_chain_settings
 from pipeline.outputs.provenance import PROVENANCE, write_provenance
 from pipeline.outputs.resuming import RESULT_SECTIONS, config_change, is_bound, sections_of
 from pipeline.outputs.stage_log import stage_log
-from pipeline.runtime.failures import CLAIMED
+from pipeline.runtime.interrupts import CLAIMED
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.json_files import read_json
 from singer.errors import UserError

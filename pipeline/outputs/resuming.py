@@ -21,14 +21,14 @@ FIT_CHECKPOINT, FITTED = "checkpoint-", "fitted-"
 # The sections, or keys, of the configuration that each stage's result depends on; None: the stage does not resume.
 RESULT_SECTIONS: dict[str, tuple[str, ...] | None] = {
     "prepare": None,
-    "cache-teacher": ("teacher", "views", "cache"),
+    "cache-teacher": ("data", "teacher", "views", "cache"),
     "refine": ("refine",),
     "distill": ("student", "distill"),
     "finetune": ("finetune",),
     "inspect": None,
     "export": None,
     "demo": None,
-    "run": ("prepare", "teacher", "views", "cache", "refine", "student", "distill", "evaluate", "export"),
+    "run": ("prepare", "data", "teacher", "views", "cache", "refine", "student", "distill", "evaluate", "export"),
     "sweep": (),  # each of its runs is checked by itself, and runs may be added
 }
 # Files of a stage that depend on its settings: until there is one of them, --resume takes other settings, too.

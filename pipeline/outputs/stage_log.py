@@ -9,22 +9,21 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config, dump_config
-from pipeline.runtime.failures import setting
-from pipeline.runtime.logs import LOG, log_file, logger, rank_log
+from pipeline.runtime.logs import LOG, log_file, log_header, logger, rank_log
 from pipeline.storage import Place, is_remote, open_store
 from singer.errors import UserError
 
 
 def stage_log(place: Place, config: Config) -> AbstractContextManager[None]:
     """Open the log file of an output, to which a stage adds its messages until the block ends."""
-    header = partial(setting, dump_config(config))
+    header = partial(log_header, dump_config(config))
     return _uploaded_log(str(place), header) if is_remote(place) else log_file(Path(place) / LOG, header)
 
 
 def process_log(place: Place) -> AbstractContextManager[None]:
     """Open the log file of a process other than the first; it appears with the first warning or error."""
     folder = Path(tempfile.gettempdir()) if is_remote(place) else Path(place)
-    return log_file(folder / rank_log(), setting, logging.WARNING)
+    return log_file(folder / rank_log(), log_header, logging.WARNING)
 
 
 @contextmanager

@@ -105,11 +105,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 def draw_images(config: Config, listed: Images) -> Images:
     """Return some of the images, from all over the shards.
 
-    Broken images are left out if cache.on_error is skip. Raises UserError if none can be decoded.
+    Broken images are left out if data.on_error is skip. Raises UserError if none can be decoded.
     """
     chosen = np.sort(np.random.default_rng(0).choice(len(listed), min(len(listed), _IMAGES), replace=False))
     images = listed.select(chosen)
-    if config.cache.on_error == "fail":
+    if config.data.on_error == "fail":
         return images
     return readable(images, quiet=True)
 

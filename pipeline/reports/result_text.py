@@ -1,6 +1,6 @@
 """Results as text for the console: a line for each figure, with units, and tables of rows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pipeline.runtime.progress import duration
@@ -13,6 +13,7 @@ _JSON_ONLY = ("cache_place",)
 _OFTEN_EMPTY = ("finetuned",)
 # A longer list is cut in the text output; the JSON output has all of it.
 _LIST_LIMIT = 24
+_FEW_CLASSES = 10
 
 
 def unmeasured(value: Any) -> Any:
@@ -22,6 +23,20 @@ def unmeasured(value: Any) -> Any:
     if isinstance(value, list):
         return [unmeasured(field) for field in value]
     return "not measured" if value is None else value
+
+
+def without_top5(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result as it is shown: without top5 if there are few classes.
+
+    Among few classes, almost every class is one of the first five.
+    """
+    if (figures.get("classes") or 0) > _FEW_CLASSES:
+        return dict(figures)
+
+    def part(value: Any) -> Any:
+        return {k: part(v) for k, v in value.items() if k != "top5"} if isinstance(value, dict) else value
+
+    return {name: part(value) for name, value in figures.items() if name != "top5"}
 
 
 def as_lines(value: dict[Any, Any]) -> Iterator[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig, keys
-from pipeline.evaluation.context import without_top5
 from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
+from pipeline.reports.result_text import without_top5
 from pipeline.reports.seeds import SeedGroup
 from pipeline.storage.json_files import read_json, validated
 from singer.errors import UserError

@@ -1,1 +1,1 @@
-"""The process and its surroundings: messages, progress, failures, background threads, the machine, other ranks."""
+"""The process and its surroundings: messages, progress, failures, interrupts, threads, the machine, other ranks."""

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.runtime.error_kinds import is_defect
+from pipeline.runtime.machine import machine, versions
+
 LOG = "singer.log"
 logger = logging.getLogger("singer")
 if logger.level == logging.NOTSET:
@@ -199,6 +202,17 @@ class _File(logging.FileHandler):
 _open: list[_File] = []
 
 
+def log_header(config: str | None = None) -> str:
+    """Return the first lines of a command's log. config: the resolved configuration as YAML."""
+    lines = [
+        f"command: {command_line()}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+        f"machine: {machine()}",
+        *([] if config is None else ["configuration:", config.rstrip()]),
+    ]
+    return "\n".join(lines)
+
+
 @contextmanager
 def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.DEBUG) -> Iterator[None]:
     """Add messages to a file until the block ends, and the error that ends it, if one does.
@@ -216,8 +230,6 @@ def log_file(path: Path, header: Callable[[], str] = str, level: int = logging.D
     try:
         yield
     except BaseException as error:
-        from pipeline.runtime.failures import is_defect  # imported late: a command's help needs no torch
-
         if isinstance(error, Exception) and is_defect(error):
             keep_traceback(error)
         if file.stream is not None:
@@ -243,12 +255,10 @@ def keep_traceback(error: BaseException) -> Path:
             known = _open[-1].path
             _open[-1].note(text, logging.ERROR)
         else:
-            from pipeline.runtime.failures import setting
-
             number, name = tempfile.mkstemp(prefix="singer-", suffix=".log")
             os.close(number)
             known = Path(name)
-            file = _File(known, logging.DEBUG, setting)
+            file = _File(known, logging.DEBUG, log_header)
             file.note(text, logging.ERROR)
             file.close()
         vars(error)[_KEPT] = known

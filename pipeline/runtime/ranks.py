@@ -6,14 +6,8 @@ watched_rank.py watches them; rank_blame.py finds the ranks that are to blame.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from singer.errors import UserError
-
-if TYPE_CHECKING:  # code that only shows progress needs no torch
-    from accelerate import Accelerator, PartialState
-
-    from pipeline.runtime.rank_messages import Address
 
 SECONDS = "SINGER_RANK_SECONDS"
 _DEFAULT_SECONDS = 300.0
@@ -75,33 +69,11 @@ def current() -> Ranks:
 
 
 @contextmanager
-def watched(process: "Accelerator | PartialState", stage: str) -> Iterator[Ranks]:
-    """Watch the processes of a stage until all have come to the end of this block.
-
-    If one dies or hangs, the others end with exit code 2, and one line names it. Raises UserError if one does not
-    connect. With one process this does nothing. process: this one, see devices.this_process.
-    """
+def working_as(ranks: Ranks) -> Iterator[None]:
+    """Let current() return these ranks until the block ends."""
     global _current
-    if process.num_processes == 1:
-        yield _ALONE
-        return
-    from accelerate.utils import broadcast_object_list
-
-    from pipeline.runtime.watched_rank import WatchedRank
-
-    def share(address: "Address") -> "Address":
-        port, token = broadcast_object_list([address])[0]
-        return port, token
-
-    with WatchedRank(stage, process.process_index, process.num_processes, share) as ranks:
-        _current = ranks
-        try:
-            yield ranks
-        finally:
-            _current = _ALONE
-
-
-def wait_for_all(process: "PartialState", stage: str) -> None:
-    """Wait, between stages, until all processes have come here. Raises UserError if one does not connect."""
-    with watched(process, stage):
-        pass
+    _current = ranks
+    try:
+        yield
+    finally:
+        _current = _ALONE

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from multiprocessing.connection import wait as ready_of
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.runtime.rank_blame import Judge
 from pipeline.runtime.rank_messages import MOST_BYTES, Address, Connection, Status, accept, listen, master
-from pipeline.runtime.ranks import Ranks, limit_seconds
+from pipeline.runtime.ranks import Ranks, limit_seconds, working_as
+
+if TYPE_CHECKING:  # a process that only watches needs no torch
+    from accelerate import Accelerator, PartialState
 
 # Work that reports no steps (compiling, the first batch, a checkpoint, a closed form) may take this many times as long.
 _SLOW = 12
@@ -233,3 +236,29 @@ class WatchedRank(Ranks):
         for peer in self._peers.values():
             peer.send({"end": True})
         os._exit(2)
+
+
+@contextmanager
+def watched(process: "Accelerator | PartialState", stage: str) -> Iterator[Ranks]:
+    """Watch the processes of a stage until all have come to the end of this block.
+
+    If one dies or hangs, the others end with exit code 2, and one line names it. Raises UserError if one does not
+    connect. With one process this does nothing. process: this one, see devices.this_process.
+    """
+    if process.num_processes == 1:
+        yield Ranks(stage, 0, 1)
+        return
+    from accelerate.utils import broadcast_object_list
+
+    def share(address: Address) -> Address:
+        port, token = broadcast_object_list([address])[0]
+        return port, token
+
+    with WatchedRank(stage, process.process_index, process.num_processes, share) as ranks, working_as(ranks):
+        yield ranks
+
+
+def wait_for_all(process: "PartialState", stage: str) -> None:
+    """Wait, between stages, until all processes have come here. Raises UserError if one does not connect."""
+    with watched(process, stage):
+        pass

@@ -31,7 +31,8 @@ from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import this_process, with_precision
-from pipeline.runtime.ranks import Ranks, watched
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks

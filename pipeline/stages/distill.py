@@ -22,7 +22,7 @@ from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.resuming import RUN_RESULT, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
-from pipeline.runtime.ranks import watched
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import (
     CachedTeacher,
@@ -34,9 +34,9 @@ from pipeline.training.cached_teachers import (
     open_teachers,
 )
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import split_images
 from pipeline.training.run_directory import STAGE, DistillResult, load_result
 from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
+from pipeline.training.subset import split_images
 from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
 

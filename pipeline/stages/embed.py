@@ -38,7 +38,7 @@ class EmbedResult:
     """The result of embedding.
 
     names: the file with the names, None if they are in `out`; features: cls, mean or dense; tokens: block (raw) or
-    norm; shape: of one image's features; left_out: images that cannot be read (with cache.on_error skip).
+    norm; shape: of one image's features; left_out: images that cannot be read (with data.on_error skip).
     """
 
     out: Path
@@ -65,7 +65,7 @@ def embed(
 
     model, weights: as for evaluate; images: shards, folders of images, lists or tables; features: cls, mean or dense,
     by default cls if the model has a class token, else mean. evaluate.tokens chooses raw tokens (block, both) or normed
-    ones (norm). cache.on_error skip leaves out images that cannot be read; for this, all are read twice.
+    ones (norm). data.on_error skip leaves out images that cannot be read; for this, all are read twice.
     Raises UserError for mistakes that the user can fix.
     """
     check_embedding(out, features, overwrite)
@@ -80,7 +80,7 @@ def embed(
         raise UserError(f"--features cls: {model} has no class token; take mean or dense")
     tokens, convert = next(iter(kinds_of(backbone, config.evaluate).items()))
     found = len(listed) + len(listed.skipped)
-    if config.cache.on_error == "skip":
+    if config.data.on_error == "skip":
         listed = readable(listed)
     device = default_device()
     backbone.model.to(device)

@@ -74,7 +74,7 @@ def evaluate_tasks(
     model: a run, of which the student is probed, a folder in timm's layout, or the name of a timm model; train: None
     if no task learns; out: a folder for the figures; by default the run's folder, and for other models none is
     written; weights: a file for a model given by name; by default, timm fetches the weights. Tasks with a label for
-    each image share the model's passes over the images. cache.on_error skip leaves out images that cannot be read; for
+    each image share the model's passes over the images. data.on_error skip leaves out images that cannot be read; for
     this, all are read once more. Raises UserError for mistakes that the user can fix.
     """
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def evaluate_tasks(
     check_known_model(model)
     images: tuple[Images | None, Images]
     images = (None, list_images(config, test)) if train is None else list_probe_images(config, train, test)
-    if config.cache.on_error == "skip":
+    if config.data.on_error == "skip":
         images = None if images[0] is None else readable(images[0]), readable(images[1])
     for task in tasks:
         TASKS[task].check(*images, config.evaluate)

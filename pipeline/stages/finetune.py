@@ -9,6 +9,7 @@ it: its student has a head.
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,16 +32,17 @@ from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECK
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
-from pipeline.runtime.ranks import current, watched
+from pipeline.runtime.ranks import current
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as, write_json
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
+from pipeline.training.best_epoch import State
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.held_out import HeldOut, held_out_images
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import prepare_run, say_continued
+from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     FINETUNE,
@@ -50,6 +52,7 @@ from pipeline.training.run_directory import (
     load_run_config,
     write_result,
 )
+from pipeline.training.subset import held_out_images
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters
@@ -77,9 +80,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune the student of a finished run with labels, and store it at `out`.
 
-    Only the sections finetune, evaluate, cache and data of `config` are used; the others are those of the run. train:
+    Only the sections finetune, evaluate and data of `config` are used; the others are those of the run. train:
     labelled images; test: others, on which the student is tested once, at the end, as `singer evaluate --task head`
-    does. cache.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
+    does. data.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
     for mistakes that the user can fix.
     """
     trained = load_result(run)
@@ -97,7 +100,9 @@ def finetune(
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
         check_inputs(out, inputs)
-        result = load_result(out) if (out / RUN_RESULT).exists() else None
+        if (out / RUN_RESULT).exists():
+            result = load_result(out)
+            (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     if result is None:
         job = Job(config, run, trained, images, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
@@ -105,8 +110,6 @@ def finetune(
             if main:
                 write_json(out / INPUTS, inputs)
             result = job.run(mode)
-    if main:
-        (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     assert result.finetuned is not None
     figures = _test(config, result, tested) if tested is not None and main else None
     return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
@@ -114,14 +117,14 @@ def finetune(
 
 def _recipe(run: Path, config: Config) -> Config:
     """Return the configuration of the run, with the sections of this stage."""
-    own = {name: getattr(config, name) for name in ("finetune", "evaluate", "cache", "data")}
+    own = {name: getattr(config, name) for name in ("finetune", "evaluate", "data")}
     return load_run_config(run).model_copy(update=own)
 
 
 def _images(config: Config, train: Spec, test: Spec | None) -> tuple[Images, Images | None]:
     """List the images; those of `test` have the numbers of classes that those of `train` have."""
     images, tested = (list_images(config, train), None) if test is None else list_probe_images(config, train, test)
-    if config.cache.on_error == "skip":
+    if config.data.on_error == "skip":
         images, tested = readable(images), None if tested is None else readable(tested)
     return images, tested
 
@@ -184,16 +187,12 @@ class Job:
             student_run = prepare_run(
                 self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
             )
-        if main:
-            say_continued(student_run, self.out, len(self.numbers))
         with ImageFile(self.images) as files:
             load, apart = (
                 LabelledLoader(files, numbers, self.student.image_size, drawn)
                 for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
             )
-            m = train([student_run], load, accelerator, HeldOut(apart, settings) if len(apart) else None)
-        with ranks.together():
-            state, _ = student_run.final_states()
+            m = train([student_run], load, apart, accelerator)
         best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.given)]))
@@ -203,14 +202,15 @@ class Job:
         )  # fmt: skip
         parameters, student = count_parameters(self.student.model), self.out / STUDENT_FOLDER
         result = replace(self.trained, run=self.out, student=student, parameters=parameters, finetuned=finetuned)
-        if main:
-            save_backbone(self.student, state, result.student)
-            if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read
-                shutil.copyfile(self.source / ADAPTERS, self.out / ADAPTERS)
-            write_result(result)
-            if student_run.tracking is not None:
-                student_run.tracking.close()
+        student_run.finish(partial(self._store, result), main)
         return result
+
+    def _store(self, result: DistillResult, student: State, trained: State) -> None:
+        """Store the student; write the result last."""
+        save_backbone(self.student, student, result.student)
+        if (self.source / ADAPTERS).exists():  # the refiner of joint training, which reports read
+            shutil.copyfile(self.source / ADAPTERS, self.out / ADAPTERS)
+        write_result(result)
 
     def _start_head(self) -> None:
         """Let the head start as a linear probe, which the first process fits: others might round it in another way."""

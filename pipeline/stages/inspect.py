@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
@@ -25,7 +24,7 @@ from pipeline.cache.statistics import evenly_spaced, gather_context, measure_blo
 from pipeline.config import Config
 from pipeline.data import Spec
 from pipeline.outputs.folder import Mode, check_output, claimed_output
-from pipeline.reports.html import as_data_url, render, without_ticks
+from pipeline.reports.inspect_page import BlockPictures, render_inspect_page
 from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
@@ -67,21 +66,6 @@ class InspectResult:
     page: Path | None
 
 
-@dataclass(frozen=True)
-class _BlockData:
-    """The data of a block for the page.
-
-    norms: (n, patches); where: map (rows, columns) of the percentage of images with an artifact; maps: {title: patch
-    norms (n, rows, columns)}; similar: {title: cosines to the middle patch (n, rows, columns)}.
-    """
-
-    block: int
-    norms: Tensor
-    where: Tensor | None
-    maps: dict[str, Tensor]
-    similar: dict[str, Tensor]
-
-
 def inspect(
     config: Config,
     cache_path: Place,
@@ -117,7 +101,7 @@ def inspect(
     sample = evenly_spaced(held_out, settings.sample_records)
     suffix = cache.suffix().to(device) if cache.has_suffix else None
     loaded = loaded.to(device) if loaded is not None else None
-    metrics, block_data, chosen = {}, [], np.empty(0, np.int64)
+    metrics, pictures, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, loaded, scales, sample, device) if loaded is not None else {}
     for block in cache.blocks:
         say(f"block {block}")
@@ -128,7 +112,7 @@ def inspect(
             metrics[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
         if not len(chosen):
             chosen = _choose(context)
-        block_data.append(_block_data(context, loaded, chosen))
+        pictures.append(_pictures(context, loaded, chosen))
     result = InspectResult(
         cache=cache.id,
         refiner=str(refiner) if refiner is not None else None,
@@ -139,7 +123,8 @@ def inspect(
     if out is not None:
         with claimed_output(out, mode, STAGE, config, settings.seed):
             write_json(out / "inspect.json", {**asdict(result), "page": None})
-            write_atomic(out / "inspect.html", _page(cache, result, block_data, sample[chosen], images).encode())
+            page = render_inspect_page(cache, asdict(result), pictures, _views(cache, sample[chosen], images))
+            write_atomic(out / "inspect.html", page.encode())
     return result
 
 
@@ -177,18 +162,18 @@ def _choose(context: FitContext) -> np.ndarray:
     return np.concatenate([worst, others])
 
 
-def _block_data(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> _BlockData:
+def _pictures(context: FitContext, refiner: Refiner | None, chosen: np.ndarray) -> BlockPictures:
     """Return what the page shows of a block; without a grid, these are only the norms."""
     norms = patch_norms(context.tokens, context.prefix).cpu()
     if context.grid is None:
-        return _BlockData(context.block, norms, None, {}, {})
+        return BlockPictures(context.block, norms, None, {}, {})
     kinds = {"teacher": context.tokens[torch.from_numpy(chosen)]}
     if refiner is not None:
         kinds["refined"] = refiner.clean(kinds["teacher"], context.block)
     rows, columns = context.grid
     marked = (rows // 2) * columns + columns // 2
     patches = {name: x[:, context.prefix :].cpu() for name, x in kinds.items()}
-    return _BlockData(
+    return BlockPictures(
         context.block,
         norms,
         artifact_map(context).cpu(),
@@ -197,70 +182,12 @@ def _block_data(context: FitContext, refiner: Refiner | None, chosen: np.ndarray
     )
 
 
-def _page(
-    cache: Cache,
-    result: InspectResult,
-    block_data: list[_BlockData],
-    records: np.ndarray,
-    images: Spec | None,
-) -> str:
-    views = None
+def _views(cache: Cache, records: np.ndarray, images: Spec | None) -> np.ndarray | None:
+    """Return the views (n, height, width, 3) of records, for pictures; None if the images are not found."""
+    size = Size.of(cache.manifest.teacher.image_size).within(_PIXELS)
     try:
         with open_images(cache, images) as files:
-            views = cache.pixels(records, Size.of(cache.manifest.teacher.image_size).within(_PIXELS), files).numpy()
+            return cache.pixels(records, size, files).numpy()
     except UserError as error:
         say(f"the page has no images: {error}")
-    pictures = {"norms": _draw_norms(block_data)}
-    for part in block_data:
-        if part.maps:
-            pictures[f"maps of block {part.block}"] = _draw_maps(part, views)
-    teacher, place = cache.manifest.teacher, str(cache.place)
-    return render(
-        Path(__file__).with_name("inspect.html.j2"), result=result, teacher=teacher, place=place, pictures=pictures
-    )
-
-
-def _draw_norms(block_data: list[_BlockData]) -> str:
-    """Draw box plots of patch norms by block (the paper's Figure 5), and maps of where artifacts are."""
-    wheres = [part for part in block_data if part.where is not None]
-    figure = Figure(figsize=(3.2 * (1 + len(wheres)), 3.2), layout="constrained")
-    first, *others = np.atleast_1d(figure.subplots(1, 1 + len(wheres)))
-    first.boxplot(
-        [part.norms.flatten().numpy() for part in block_data],
-        tick_labels=[f"block {part.block}" for part in block_data], whis=(1, 99), flierprops={"markersize": 2},
-    )  # fmt: skip
-    first.set_yscale("log")
-    first.set_ylabel("patch norm")
-    for axis, part in zip(others, wheres, strict=True):
-        assert part.where is not None
-        picture = axis.imshow(part.where.numpy(), vmin=0, cmap="magma")
-        axis.set_title(f"artifacts, block {part.block}", fontsize=9)
-        without_ticks(axis)
-        figure.colorbar(picture, ax=axis, shrink=0.7, label="% of images")
-    return as_data_url(figure)
-
-
-def _draw_maps(part: _BlockData, images: np.ndarray | None) -> str:
-    """Draw images above maps of patch norms and of the cosine to the middle patch (the paper's Figure 2)."""
-    median = float(part.norms.median())
-    rows: list[tuple[str, Tensor, dict[str, Any]]] = []
-    for name, maps in part.maps.items():
-        rows.append((f"{name}\nnorm / median", maps / median, {"vmin": 0, "vmax": 5, "cmap": "viridis"}))
-    for name, maps in part.similar.items():
-        rows.append((f"{name}\ncosine", maps, {"vmin": -0.2, "vmax": 1, "cmap": "coolwarm"}))
-    count, (high, wide) = len(rows[0][1]), rows[0][1].shape[1:]
-    figure = Figure(figsize=(1.5 * count, 1.55 * high / wide * (1 + len(rows))), layout="constrained")
-    axes = figure.subplots(1 + len(rows), count, squeeze=False)
-    for column in range(count):
-        if images is not None:
-            axes[0, column].imshow(images[column])
-        for row, (_, maps, style) in enumerate(rows, start=1):
-            axes[row, column].imshow(maps[column].numpy(), **style)
-            if style["cmap"] == "coolwarm":
-                height, width = maps.shape[1:]
-                axes[row, column].plot(width // 2, height // 2, "kx", markersize=5)
-    for row, title in enumerate(["image", *(title for title, _, _ in rows)]):
-        axes[row, 0].set_ylabel(title, fontsize=9)
-    for axis in axes.flat:
-        without_ticks(axis)
-    return as_data_url(figure)
+        return None

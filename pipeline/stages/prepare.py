@@ -18,16 +18,16 @@ from PIL import Image
 from pipeline.config import Config
 from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
-from pipeline.data.formats import FORMATS, format_of
+from pipeline.data.entries import Convert, Entry, Listing
+from pipeline.data.formats import FORMATS, KEPT, format_of
 from pipeline.data.images import CLASSES, read_classes
 from pipeline.data.importers import list_layout
-from pipeline.data.importers.folders import check_filled
 from pipeline.data.importers.image_sources import list_sources
-from pipeline.data.importers.listing import KEPT, Convert, Entry, Listing
-from pipeline.data.importers.walk import as_text, printable
 from pipeline.data.names import file_keys
 from pipeline.data.sources import kind_of
+from pipeline.data.sources.class_folders import check_filled
 from pipeline.data.sources.tables import TABLE
+from pipeline.data.walk import as_text, printable
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.runtime.progress import meter, say
 from pipeline.storage import naming
@@ -45,7 +45,7 @@ class PrepareResult:
     """The shards that were written.
 
     classes: names in the order of their labels; skipped: files that are not readable images; left_out: {kind: how many
-    other files are in the folder}, where a kind is a suffix, or one of the names in importers/walk.py;
+    other files are in the folder}, where a kind is a suffix, or one of the names in data/walk.py;
     shard_images: at most in a shard.
     """
 
@@ -138,7 +138,7 @@ def pack(config: Config, listing: Listing, pattern: str) -> tuple[int, list[Path
             try:
                 sample = read_sample(entries[number], listing.convert, config.data.max_pixels)
             except UserError as error:
-                if settings.on_error == "fail":
+                if config.data.on_error == "fail":
                     raise UserError(f"{error}; remove it, or skip all such images with --on-error skip") from None
                 say(f"skipped: {error}")
                 skipped.append(Path(entries[number].file))

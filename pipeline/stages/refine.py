@@ -22,7 +22,8 @@ from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED, REFINER_MANIFEST
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import this_process
-from pipeline.runtime.ranks import Ranks, watched
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as, read_json, write_json
 from pipeline.storage.tensors import write_tensors

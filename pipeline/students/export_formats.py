@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pipeline.config import ExportConfig
+from pipeline.models import student_exits
 from pipeline.models.backbone import INTERPOLATION, Backbone, save_backbone, timm_config
 from pipeline.models.loading import load_model
 from pipeline.models.names import HF, LOCAL, OWN
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import separate
-from singer import student_exits
 from singer.backbones import block_outputs, depth
 from singer.errors import UserError
 from singer.sizes import Size

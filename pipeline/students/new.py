@@ -4,13 +4,13 @@ import inspect
 from typing import Any
 
 from pipeline.config import StudentConfig
+from pipeline.models import student_exits
 from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line
 from pipeline.models.loading import check_known, create_model
 from pipeline.models.names import HF, is_function
 from pipeline.models.outlines import outline_of
 from pipeline.models.own import Own, describe_own
-from singer import student_exits
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
 

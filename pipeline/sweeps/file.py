@@ -115,10 +115,10 @@ def find_sweep(file: str | Path) -> Path:
 def read_plan(path: Path, on_error: str | None = None) -> Plan:
     """Read a sweep's file; raise UserError, in one line, for a mistake in it.
 
-    on_error: cache.on_error of all its configurations, in the place of the file's.
+    on_error: data.on_error of all its configurations, in the place of the file's.
     """
     try:
-        return make_plan(read_yaml(path.read_text()), () if on_error is None else (f"cache.on_error={on_error}",))
+        return make_plan(read_yaml(path.read_text()), () if on_error is None else (f"data.on_error={on_error}",))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     except UserError as error:

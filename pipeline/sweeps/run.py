@@ -22,7 +22,8 @@ from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.resuming import REFINER_MANIFEST, RUN_RESULT, config_change, is_bound
-from pipeline.runtime.failures import DefectsFound, Failure
+from pipeline.runtime.error_kinds import DefectsFound
+from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import say
 from pipeline.stages.distill import SHARED
 from pipeline.storage import Place, open_store, write_atomic
@@ -84,7 +85,7 @@ def sweep(
     caches: one cache, or a list for several teachers; train, test: labelled shards for the probes, without which
     students are trained but not compared; images: where the cached images are, if they moved; workers: the number of
     processes, by default one for each GPU. A single worker is this process itself; on_error: fail or skip, for images
-    of the probes that cannot be read, in the place of the file's cache.on_error.
+    of the probes that cannot be read, in the place of the file's data.on_error.
 
     Raises UserError, before anything starts, for mistakes that the user can fix. Later failures are in the result.
     """
@@ -102,7 +103,7 @@ def sweep(
         _check_teachers(plan, places, path)
         _check_block_weights(plan, opened)
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
-    if probed is not None and plan.base.cache.on_error == "skip":
+    if probed is not None and plan.base.data.on_error == "skip":
         probed = readable(probed[0]), readable(probed[1])
     inputs = {numbered("cache", number): cache.id for number, cache in enumerate(opened, start=1)}
     setting = SweepContext(places, out, as_list(images) or None, as_list(train), as_list(test), sys.argv)

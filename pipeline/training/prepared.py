@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 
 from pipeline.config import Config, TrainingConfig
-from pipeline.data.sampler import steps_per_epoch
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import TRAINING_CHECKPOINT
@@ -22,14 +21,6 @@ from pipeline.training.run_directory import LOG
 from pipeline.training.run_log import RunLog
 from pipeline.training.student_run import StudentRun
 from pipeline.training.trackers import Tracking
-
-
-def say_continued(student_run: StudentRun, out: Path, records: int) -> None:
-    """Say from where a run continues that was interrupted. records: those that it is trained on."""
-    settings, step = student_run.settings, student_run.first_step
-    if step:
-        done = step / steps_per_epoch(records, settings.batch_size)
-        say(f"{out} continues from step {step}: {done:.1f} of {settings.epochs} epochs are done")
 
 
 def prepare_run(
@@ -75,4 +66,16 @@ def prepare_run(
     step = Compilable(model, settings.compile, able, f"{settings.section}.compile")
     log = RunLog(out / LOG, first, main)
     tracking = Tracking(settings.trackers, out, config.model_dump(mode="json")) if main else None
-    return StudentRun(settings, student, step, optimiser, checkpoint, log, tracking, first, ema, learner, best)
+    return StudentRun(
+        settings=settings,
+        student=student,
+        model=step,
+        optimiser=optimiser,
+        checkpoint=checkpoint,
+        log=log,
+        tracking=tracking,
+        first_step=first,
+        ema=ema,
+        learner=learner,
+        best=best,
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,9 @@ from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
 from pipeline.training.distiller import Distiller
-from pipeline.training.held_out import HeldOut, Split, split_images
 from pipeline.training.joint_training import new_joint
 from pipeline.training.other_views import OtherViews
-from pipeline.training.prepared import prepare_run, say_continued
+from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
@@ -42,6 +42,7 @@ from pipeline.training.run_directory import (
 )
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
+from pipeline.training.subset import Split, split_images
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
@@ -198,27 +199,17 @@ def run_jobs(
     with ranks.together():
         student_runs = [new.student_run(mode, accelerator) for new in made]
     caches = [teacher.cache for teacher in made[0].teachers]
-    for new, student_run in zip(made, student_runs, strict=True):
-        if accelerator.is_main_process:
-            say_continued(student_run, new.job.out, new.count)
     with images as files:
         sizes = [new.student.image_size for new in made]
         load = BatchLoader(caches, files, sizes, made[0].records, made[0].others)
         if accelerator.is_main_process:
             advise_window(made[0].job.config.distill, load)
         apart = BatchLoader(caches, files, sizes, made[0].held_out)
-        held_out = HeldOut(apart, made[0].job.config.distill) if len(apart) else None
-        m = train(student_runs, load, accelerator, held_out)
+        m = train(student_runs, load, apart, accelerator)
     results = {}
     for new, student_run in zip(made, student_runs, strict=True):
         results[new.job.out] = result = result_of(new, student_run, m)
-        with ranks.together():
-            student, trained = student_run.final_states()
-        if accelerator.is_main_process:
-            store(new, result, student, trained)
-            student_run.checkpoint.path.unlink(missing_ok=True)
-            if student_run.tracking is not None:
-                student_run.tracking.close()
+        student_run.finish(partial(store, new, result), accelerator.is_main_process)
     return results
 
 

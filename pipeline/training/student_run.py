@@ -28,6 +28,7 @@ from pipeline.training.trackers import Tracking
 from singer.errors import UserError
 
 
+@dataclass(kw_only=True, eq=False)
 class StudentRun:
     """A student in training: its model (on its device, ready for its steps), optimiser, checkpoint and log.
 
@@ -35,27 +36,23 @@ class StudentRun:
     if any; learner: the model before it was wrapped; best: its best epoch, if images are held out.
     """
 
-    def __init__(
-        self,
-        settings: TrainingConfig,
-        student: Backbone,
-        model: Compilable[nn.Module],
-        optimiser: torch.optim.Optimizer,
-        checkpoint: Checkpoint,
-        log: RunLog,
-        tracking: Tracking | None,
-        first_step: int,
-        ema: ModelEmaV3 | None,
-        learner: Learner,
-        best: Best | None = None,
-    ) -> None:
-        self.settings, self.student, self.model, self.optimiser = settings, student, model, optimiser
-        self.checkpoint, self.log, self.tracking = checkpoint, log, tracking
-        self.first_step, self.ema, self.learner, self.best = first_step, ema, learner, best
-        self.steps = first_step
-        self.peak = peak_rate(settings, student.body_width)
+    settings: TrainingConfig
+    student: Backbone
+    model: Compilable[nn.Module]
+    optimiser: torch.optim.Optimizer
+    checkpoint: Checkpoint
+    log: RunLog
+    tracking: Tracking | None
+    first_step: int
+    ema: ModelEmaV3 | None
+    learner: Learner
+    best: Best | None
+
+    def __post_init__(self) -> None:
+        self.steps = self.first_step
+        self.peak = peak_rate(self.settings, self.student.body_width)
         # A run that had ended before it was interrupted takes no step any more, and keeps what it had logged.
-        self.loss = log.loss
+        self.loss = self.log.loss
         self._sums: dict[str, Tensor] = {}
         self._since = 0
         self._report: Report | None = None
@@ -104,6 +101,19 @@ class StudentRun:
             section = self.settings.section
             raise UserError(f"the weights are not finite after the last step; lower {section}.lr or use precision no")
         return states
+
+    def finish(self, store: Callable[[State, State], None], main: bool) -> None:
+        """Store the final states, see final_states; then remove the checkpoint, and close the trackers.
+
+        All processes call it together; only the first one (main) stores.
+        """
+        with current().together():
+            states = self.final_states()
+        if main:
+            store(*states)
+            self.checkpoint.path.unlink(missing_ok=True)
+            if self.tracking is not None:
+                self.tracking.close()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.cache.stored import Decoded, Encoded
 from pipeline.models.backbone import Backbone
+from pipeline.models.student_exits import has_exit
 from pipeline.training.batch import Batch
 from pipeline.training.joint_training import JointTraining
 from pipeline.training.targets import Targets
@@ -18,7 +19,6 @@ from singer.objectives.relation import makes_attention, queries_keys_values
 from singer.patch_masks import only_masked
 from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
-from singer.student_exits import has_exit
 from singer.suffix import has_first_norm
 from singer.tokens import select_tokens
 

@@ -19,13 +19,11 @@ from pipeline.training.to_device import StartedSteps, on_device
 _LOG_STEPS = 50
 
 
-def train(
-    student_runs: Sequence[StudentRun], load: Loader, accelerator: Accelerator, held_out: HeldOut | None = None
-) -> Meter:
+def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, accelerator: Accelerator) -> Meter:
     """Train students from the earliest of their first steps to the end of the last epoch.
 
-    All of them see the records in the same order. held_out: what they are measured on after every epoch. Return the
-    meter of the pass.
+    All of them see the records in the same order. held_out: the records, if any, that they are measured on after every
+    epoch. Return the meter of the pass.
     """
     settings, records = student_runs[0].settings, len(load)
     per_epoch = steps_per_epoch(records, settings.batch_size)
@@ -41,7 +39,10 @@ def train(
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     ranks = current()
+    measured_on = HeldOut(held_out, settings) if len(held_out) else None
     for student_run in student_runs:
+        if student_run.first_step and main:
+            _say_continued(student_run, per_epoch)
         student_run.model.plain.train()
     lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
     ahead = prefetch_depth(settings, load.record_bytes, world)
@@ -63,8 +64,8 @@ def train(
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
                 figures: Sequence[Mapping[str, Any] | None] = [None] * len(going)
-                if held_out is not None and epoch_ends:
-                    figures = held_out.measure(going, accelerator.device)
+                if measured_on is not None and epoch_ends:
+                    figures = measured_on.measure(going, accelerator.device)
                 for student_run, measured in zip(going, figures, strict=True):
                     _end_interval(student_run, step + 1, per_epoch, m, accelerator, measured)
                 if all(t.ended for t in student_runs):
@@ -72,6 +73,12 @@ def train(
         for student_run in student_runs:
             student_run.finish_report()
     return m
+
+
+def _say_continued(student_run: StudentRun, per_epoch: int) -> None:
+    """Say from where a run continues that was interrupted."""
+    out, step, epochs = student_run.checkpoint.path.parent, student_run.first_step, student_run.settings.epochs
+    say(f"{out} continues from step {step}: {step / per_epoch:.1f} of {epochs} epochs are done")
 
 
 def _end_interval(

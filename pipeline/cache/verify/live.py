@@ -8,7 +8,7 @@ import torch
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.extract import Extractor, check_finite
 from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
-from pipeline.cache.manifest import TeacherManifest
+from pipeline.cache.manifest import Manifest, TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
 from pipeline.cache.rows import copies_of
@@ -94,6 +94,13 @@ def computable(segment: Segment, report: SegmentReport) -> bool:
     return not {within(segment, IMAGES), within(segment, CALIBRATION)} & set(report.files)
 
 
+def _draw(manifest: Manifest, zarr_shards: Sequence[int], most: int) -> np.ndarray:
+    """Draw at most so many records of these Zarr shards, ascending; from the same shards always the same ones."""
+    rng = np.random.default_rng(int(manifest.id()[:8], 16))
+    pool = np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in zarr_shards])
+    return np.sort(rng.choice(pool, min(most, len(pool)), replace=False))
+
+
 def check_live(
     segment: Segment, report: SegmentReport, extract: Extractor, images: Spec | None, sample: int
 ) -> LiveCheck | None:
@@ -107,9 +114,7 @@ def check_live(
     if not whole or not computable(segment, report):
         return None
     device = extract.device
-    rng = np.random.default_rng(int(manifest.id()[:8], 16))
-    pool = np.concatenate([np.arange(*manifest.zarr_shard_range(s)) for s in whole])
-    chosen = np.sort(rng.choice(pool, min(sample, len(pool)), replace=False))
+    chosen = _draw(manifest, whole, sample)
     entries = [segment.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
     reader = SegmentReader(segment, {n: f for entry in entries for n, f in entry["files"].items()})
     records, index = read_rows(reader, chosen)

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from pipeline.data.entries import Listing
 from pipeline.data.importers import folders, maps, split_files
-from pipeline.data.importers.listing import Importer, Listing
+from pipeline.data.importers.listing import Importer
+from pipeline.data.sources.class_folders import list_folder
 from singer.errors import UserError, require_known
 
 LAYOUTS: dict[str, Importer] = {
-    "folder": Importer(folders.folder),
+    "folder": Importer(lambda root, split: list_folder(root)),
     "imagenet-1k": Importer(folders.imagenet_1k, ("train", "val")),
     "imagenet-r": Importer(folders.imagenet_r),
     "imagenet-v2": Importer(folders.imagenet_v2),

@@ -3,12 +3,12 @@
 from functools import partial
 
 from pipeline.config import Config
+from pipeline.data.entries import Entry, Listing
 from pipeline.data.image_index import list_images
 from pipeline.data.image_reading import ImageFile
-from pipeline.data.importers.folders import beside
-from pipeline.data.importers.listing import Entry, Listing
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.sources import kind_of
+from pipeline.data.sources.class_folders import beside
 from pipeline.data.sources.tar import TAR
 from pipeline.data.specs import Spec, resolve
 from singer.errors import UserError
@@ -19,8 +19,7 @@ def list_sources(config: Config, spec: Spec) -> Listing:
     for path in resolve(spec):
         if kind_of(path) is TAR:
             raise UserError(f"{path} is a shard already; give it to the other commands with --images")
-    skips = "skip" if config.prepare.on_error == "skip" else config.cache.on_error
-    images = list_images(config.model_copy(update={"cache": config.cache.model_copy(update={"on_error": skips})}), spec)
+    images = list_images(config, spec)
     files, named = ImageFile(images), [kind_of(path).named for path in images.paths]
     entries = []
     for row, (key, shard, label) in enumerate(

@@ -1,53 +1,16 @@
-"""What every layout lists of a data set: its images with their labels and maps, and the names of classes."""
+"""What layouts of data sets share: how one is declared, and how its files are read."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.formats import IMAGE_EXTENSIONS, START_BYTES, format_of
-from pipeline.data.importers.walk import walk
+from pipeline.data.entries import Listing
+from pipeline.data.formats import KEPT
+from pipeline.data.walk import walk
 from singer.errors import UserError
-
-# The values are the extensions in shards.
-KEPT = {f".{extension}": extension for extension in IMAGE_EXTENSIONS} | {".jpeg": "jpg"}
-
-# The pixels of a map -> those that are stored.
-Convert = Callable[[np.ndarray], np.ndarray]
-
-
-# There may be millions of entries, and a Path takes much more memory than a string.
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An image.
-
-    label: its class number, if it has one; beside: {extension: file} of its mask and depth map; key: its name in
-    shards, by default that of its file; read: returns its bytes and its name in messages, if it is no file of its own.
-    """
-
-    file: str
-    label: int | None = None
-    beside: Mapping[str, str] | None = None
-    key: str | None = None
-    read: Callable[[], tuple[bytes, str]] | None = None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a data set holds.
-
-    classes: names by label, empty if they are not known; convert: {extension: how such maps are changed}; left_out:
-    {kind: how many files of the data set's folders are not images}, see walk.Found; class_root: the folder whose
-    sub-folders are the classes, if these are known from there.
-    """
-
-    entries: list[Entry]
-    classes: list[str]
-    convert: Mapping[str, Convert] = field(default_factory=dict)
-    left_out: Mapping[str, int] = field(default_factory=Counter)
-    class_root: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,15 +30,6 @@ def existing(file: Path, why: str = "this layout needs it") -> Path:
     if not file.is_file():
         raise UserError(f"{file} does not exist; {why}")
     return file
-
-
-def is_image(path: str) -> bool:
-    """Return whether a file begins as an image does."""
-    try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (many files: a Path takes longer)
-            return format_of(file.read(START_BYTES)) is not None
-    except OSError:
-        return False
 
 
 def images_in(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -103,8 +57,6 @@ def read_lines(file: Path) -> list[str]:
 
 def read_mat(file: Path, name: str) -> np.ndarray:
     """Read a variable of a MATLAB file, without dimensions of size one. Raises UserError that names both."""
-    from scipy.io import loadmat  # imported late, as few layouts need it
-
     existing(file)
     try:
         from scipy.io import loadmat  # late, as it takes half a second

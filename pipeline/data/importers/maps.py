@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.importers.listing import Entry, Listing, existing, images_in
+from pipeline.data.entries import Entry, Listing
+from pipeline.data.importers.listing import existing, images_in
 from singer.errors import UserError
 
 

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.data.importers.listing import Entry, Listing, existing, read_lines, read_mat
+from pipeline.data.entries import Entry, Listing
+from pipeline.data.importers.listing import existing, read_lines, read_mat
 from singer.errors import UserError
 
 

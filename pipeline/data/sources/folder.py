@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.images import Skipped
-from pipeline.data.importers.folders import check_filled, folder
-from pipeline.data.importers.walk import stem_of
 from pipeline.data.names import file_keys
 from pipeline.data.source_listing import NO_LABEL, ChangedImage, SourceListing
+from pipeline.data.sources.class_folders import check_filled, list_folder
 from pipeline.data.sources.kind import Kind, Options, Samples, file_size
+from pipeline.data.walk import stem_of
 from singer.errors import UserError
 
 
@@ -37,7 +37,7 @@ class FileReader:
 
 
 def _list(path: Path, options: Options) -> SourceListing:
-    listing = folder(path)
+    listing = list_folder(path)
     check_filled(listing)
     start = len(str(path)) + 1
     names = [entry.file[start:] for entry in listing.entries]

@@ -7,11 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.importers.walk import printable
 from pipeline.data.names import file_keys
 from pipeline.data.source_listing import SourceListing
 from pipeline.data.sources.folder import FOLDER, FileReader, add_files
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered
+from pipeline.data.walk import printable
 from pipeline.storage import is_remote
 from singer.errors import UserError
 

@@ -94,12 +94,12 @@ class _Table:
         found = [field.name for field in self.schema if holds_bytes(field.type)]
         if chosen is not None:
             if chosen not in found:
-                raise UserError(f"cache.image_key: {self.path} has no column {chosen!r} of images; it has {found}")
+                raise UserError(f"data.image_key: {self.path} has no column {chosen!r} of images; it has {found}")
             return chosen
         features = self.features()
         named = [n for n in found if isinstance(features.get(n), dict) and features[n].get("_type") == "Image"] or found
         if len(named) != 1:
-            remedy = f"; choose one with --set cache.image_key={named[0]}" if named else self._without_images()
+            remedy = f"; choose one with --set data.image_key={named[0]}" if named else self._without_images()
             raise UserError(f"{self.path} has {len(named)} columns of images ({', '.join(named) or 'none'}){remedy}")
         return str(named[0])
 
