@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.config.training import STARTS
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
 from pipeline.outputs.chain_folder import GIVEN, STEPS, chain_has_begun
@@ -40,7 +41,6 @@ NAMES = {
 }
 TASKS = ("pipeline.evaluation.tasks", "TASKS")
 FORMATS = ("pipeline.students.export_formats", "FORMATS")
-STARTS = ("auto", "teacher", "random")
 
 
 def registered(module: str, registry: str) -> tuple[str, ...]:
@@ -88,6 +88,8 @@ def check_command(
     """
     if config is not None:
         check_settings(stage, config)
+        if stage == "run" or (stage == "distill" and mode != "resume"):
+            check_start(config)
     for path in refiners:
         if path is not None:
             read_json(path, REFINER_MANIFEST, "finished refiner")
@@ -97,6 +99,8 @@ def check_command(
     found = [path for spec in images if spec is not None for path in resolve(spec)]
     if out is not None and config is not None:
         read = [*caches, *refiners, *inputs, *found]
+        if stage in ("distill", "run"):
+            read += [config.student.starts_from, config.distill.share_run, config.distill.texts, config.teacher.weights]
         check_output(out, mode, stage, config, [place for place in read if place is not None])
 
 
@@ -178,13 +182,18 @@ def _check_source(key: str, name: str) -> None:
             raise UserError(f"{key} {name}: there is no module {module} in this folder or among the packages")
 
 
-def check_student(config: Config) -> None:
-    """Raise UserError if the student, the weights that it starts from, or its texts do not exist."""
-    init, weights, texts = config.student.init, config.teacher.weights, config.distill.texts
-    if init not in STARTS and not Path(init).expanduser().exists():
+def check_start(config: Config) -> None:
+    """Raise UserError if the weights that the student starts from do not exist; a checkpoint needs none."""
+    init, start, weights = config.student.init, config.student.starts_from, config.teacher.weights
+    if start is not None and not start.exists():
         raise UserError(f"student.init: no file or folder {init}; known besides: {', '.join(STARTS)}")
     if init == "teacher" and weights is not None and not weights.exists():
         raise UserError(f"weights {weights}: no such file")
+
+
+def check_student(config: Config) -> None:
+    """Raise UserError if the student or its texts do not exist."""
+    texts = config.distill.texts
     if texts is not None and not texts.exists():
         raise UserError(f"distill.texts: {texts} does not exist")
     _check_source("student.name", config.student.name)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from conftest import make_batch, seeded, targets_of, tree_bytes, world_config
 import pipeline.training.batch as stage
 from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
+from pipeline.checks import check_command
 from pipeline.config import Config, load_config
 from pipeline.data import relocate, sampler
 from pipeline.data.sampler import BatchIndices
@@ -168,6 +170,44 @@ REGISTERS = [
 ]  # fmt: skip
 
 
+def die_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt the next run after it has read so many batches."""
+    calls, pixels = 0, stage.BatchLoader.pixels
+
+    def dying(self: stage.BatchLoader, part: BatchIndices) -> object:
+        nonlocal calls
+        calls += 1
+        if calls > batches:
+            raise KeyboardInterrupt
+        return pixels(self, part)
+
+    monkeypatch.setattr(stage.BatchLoader, "pixels", dying)
+
+
+def test_a_checkpoint_needs_no_weights_to_start_from(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a run end that starts from its own output, which the new one would replace."""
+    begun, out = tmp_path / "begun", tmp_path / "run"
+    distill(world_config(world, "distill.epochs=1"), world / "cache", begun)
+    config = world_config(world, "distill.checkpoint_minutes=1e-9", f"student.init={begun}")
+    with pytest.raises(UserError, match="overlaps the input"):
+        distill(config, world / "cache", begun, mode="overwrite")
+    with pytest.raises(UserError, match="overlaps the input"):
+        check_command("distill", config, begun, "overwrite")
+    distill(config, world / "cache", tmp_path / "whole")
+    die_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, world / "cache", out)
+    monkeypatch.undo()
+    shutil.rmtree(begun)
+    check_command("distill", config, out, "resume")
+    distill(config, world / "cache", out, mode="resume")
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="student.init: no file or folder"):
+        check_command("distill", config, tmp_path / "other")
+
+
 @pytest.mark.parametrize(("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS)])
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]
@@ -175,18 +215,7 @@ def test_resume_is_exact(
     """A run that dies in some step, and goes on from its last checkpoint, ends with the same bytes."""
     config = world_config(world, "distill.checkpoint_minutes=1e-9", *sets)
     distill(config, world / "cache", tmp_path / "whole", world / "adapters")
-
-    calls = 0
-    pixels = stage.BatchLoader.pixels
-
-    def dying(self: stage.BatchLoader, part: BatchIndices) -> object:
-        nonlocal calls
-        calls += 1
-        if calls > stop_after:
-            raise KeyboardInterrupt
-        return pixels(self, part)
-
-    monkeypatch.setattr(stage.BatchLoader, "pixels", dying)
+    die_after(stop_after, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         distill(config, world / "cache", tmp_path / "part", world / "adapters")
     monkeypatch.undo()

@@ -1,6 +1,7 @@
 """The sections of the configuration that say how refiners are fitted and students are trained."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
@@ -120,6 +121,10 @@ class RefineConfig(Section):
         return {**VARIANTS[variant], **given} if isinstance(variant, str) and variant in VARIANTS else given
 
 
+# What student.init may say besides a path.
+STARTS = ("auto", "teacher", "random")
+
+
 class StudentConfig(Section):
     """Any model that can be a teacher, named in the same way, or `vit` with the dimensions given here."""
 
@@ -154,6 +159,11 @@ class StudentConfig(Section):
     exit_width: Positive | None = key(None, "lift, wide: channels of the last block; default: the first teacher's")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "stochastic depth: rate of the last block")
     checkpointing: bool = key(False, "recompute activations in the backward pass, to save memory")
+
+    @property
+    def starts_from(self) -> Path | None:
+        """Return the run, model folder or file that init names, if it names one."""
+        return None if self.init in STARTS else Path(self.init).expanduser()
 
     @model_validator(mode="after")
     def _check(self) -> "StudentConfig":

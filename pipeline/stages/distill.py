@@ -81,12 +81,12 @@ def fan_out(
     results: dict[Path, DistillResult] = {}
     for job, teachers in zip(jobs, teachers_of_jobs, strict=True):
         check_job(job, teachers)
+        own = (job.config.student.starts_from, job.config.teacher.weights, settings.share_run, settings.texts)
         read = [
             *as_places(caches),
-            *(t.refiner for t in teachers if t.refiner),
+            *(place for place in (*own, *(t.refiner for t in teachers)) if place is not None),
             *places_of(teachers[0].cache.index.images),
         ]
-        read += [settings.share_run] if settings.share_run is not None else []
         check_output(job.out, mode, STAGE, job.config, read)
         if mode == "resume" and (job.out / INPUTS).exists():
             check_inputs(job.out, input_hashes(teachers, settings.share_run))
@@ -99,7 +99,7 @@ def fan_out(
     with watched(accelerator, STAGE), ExitStack() as claims:
         split = split_images(teachers_of_jobs[0][0].cache, settings, images) if len(results) < len(jobs) else None
         made = [
-            NewStudent(job, teachers, accelerator, split)
+            NewStudent(job, teachers, accelerator, split, mode)
             for job, teachers in zip(jobs, teachers_of_jobs, strict=True)
             if job.out not in results
         ]

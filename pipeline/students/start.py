@@ -65,7 +65,7 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         return
     if config.pretrained:
         raise UserError(f"student.init {config.init} and student.pretrained name two starts; leave one of them out")
-    if config.init in ("auto", "teacher"):
+    if config.starts_from is None:
         said = f"{teacher.architecture}, the teacher"
         reason = _misfit(teacher, student)
         if reason is not None and config.init == "auto":
@@ -74,7 +74,7 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         source = teacher.load() if reason is None else None
     else:
         said = config.init
-        source = _other(Path(config.init).expanduser(), student)
+        source = _other(config.starts_from, student)
         reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {RANDOM}")

@@ -17,7 +17,7 @@ from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
-from pipeline.outputs.resuming import STUDENT_FOLDER
+from pipeline.outputs.resuming import STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
@@ -75,17 +75,23 @@ class StudentSpec:
 class NewStudent:
     """A student that is built with all it needs. Nothing has been written to its run directory yet.
 
-    split: the images of the pass, if it has several students, which share them.
+    split: the images of the pass, if it has several students, which share them; mode: "resume" takes the weights from
+    the checkpoint, if there is one.
     """
 
     def __init__(
-        self, job: StudentSpec, teachers: Sequence[CachedTeacher], accelerator: Accelerator, split: Split | None = None
+        self,
+        job: StudentSpec,
+        teachers: Sequence[CachedTeacher],
+        accelerator: Accelerator,
+        split: Split | None = None,
+        mode: Mode = "new",
     ) -> None:
         self.job, self.teachers = job, teachers
         settings, device = job.config.distill, accelerator.device
         refiners = [load_refiner(t.refiner, t.cache) if t.refiner is not None else None for t in teachers]
         set_seed(settings.seed)
-        self.student = self._started()
+        self.student = self._started(mode == "resume" and (job.out / TRAINING_CHECKPOINT).exists())
         synchronise(self.student.model, accelerator)
         if job.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
@@ -108,12 +114,18 @@ class NewStudent:
         self.count = len(teachers[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
 
-    def _started(self) -> Backbone:
-        """Build the student, and start it as student.init says, at first from the first teacher."""
+    def _started(self, continues: bool) -> Backbone:
+        """Build the student, and start it as student.init says, at first from the first teacher.
+
+        continues: whether the weights come from a checkpoint, so that those of the start, which may be gone, are not
+        read.
+        """
         config, cache = self.job.config, self.teachers[0].cache
         t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
-        student = new_student(config.student, t.image_size, self.job.module, t.width_of(cache.blocks[-1]))
-        start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
+        wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
+        student = new_student(wanted, t.image_size, self.job.module, t.width_of(cache.blocks[-1]))
+        if not continues:
+            start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
         return student
 
     def _branches(self, refiners: Sequence[Refiner | None], device: torch.device) -> list[TeacherBranch]:
