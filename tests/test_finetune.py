@@ -295,6 +295,20 @@ ERRORS: dict[str, tuple[list[str], str]] = {
 }
 
 
+def test_too_few_images_to_choose_a_probe(world: Path, run: Path, tmp_path: Path) -> None:
+    """This is said before anything is written, so that the remedy works as printed."""
+    for name in ("class0", "class1"):
+        source = next((world / "images" / "train" / name).iterdir())
+        (tmp_path / "two" / name).mkdir(parents=True)
+        shutil.copyfile(source, tmp_path / "two" / name / source.name)
+    sets = ["finetune.epochs=1", "finetune.batch_size=2", "finetune.warmup_epochs=0", "finetune.trackers=[]"]
+    with pytest.raises(UserError, match="has 2 images: .* or one strength: --set 'evaluate.strengths") as caught:
+        finetune(world_config(world, *sets, "evaluate.strengths=[0.01, 1]"), run, tmp_path / "two", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    remedy = str(caught.value).rpartition("--set ")[2].strip("'")
+    assert finetune(world_config(world, *sets, remedy), run, tmp_path / "two", tmp_path / "out").finetuned.images == 2
+
+
 @pytest.mark.parametrize("what", ERRORS)
 def test_settings_that_do_not_fit(world: Path, run: Path, tmp_path: Path, what: str) -> None:
     sets, message = ERRORS[what]

@@ -252,6 +252,23 @@ def test_joint_adapters_are_shown(world: Path, tmp_path: Path) -> None:
     assert "joint adapters" in text and "Losses of the adapters" in text
 
 
+def test_what_a_fine_tuned_student_cost(runs: Path, tmp_path: Path) -> None:
+    """Both trainings count; steps, rate, wait and loss are those of the last."""
+    shutil.copytree(runs / "raw", tmp_path / "tuned")
+    file = tmp_path / "tuned" / "run.json"
+    stored_result = json.loads(file.read_text()) | {"seconds": 60.0}
+    tuned = {"classes": 4, "images": 100, "sources": [], "steps": 1234, "loss": 0.321, "seconds": 30.0}
+    tuned |= {"images_per_second": 987.0, "data_wait_percent": 6.5}
+    file.write_text(json.dumps(stored_result | {"finetuned": tuned}))
+    out = tmp_path / "page.html"
+    result = report([tmp_path / "tuned"], out, records=4)
+    (row,) = result.leaderboard
+    assert row["seconds"] == 90.0
+    page = Page(out.read_text())
+    assert [cell.strip() for cell in page.row("987")][2:] == ["90 s", "1,234", "987", "6.5 %", "0.321"]
+    assert "has the time of both trainings" in out.read_text()
+
+
 def test_sampled_tokens_have_no_maps_of_the_teacher(world: Path, tmp_path: Path) -> None:
     config = world_config(world, "cache.token_share=0.5", "views.pixels=jpeg", "distill.epochs=1")
     cache_teacher(config, str(world / "train" / "*.tar"), tmp_path / "cache")

@@ -179,6 +179,14 @@ def _moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 1e-7 * mean.abs(), std, 1.0).float()
 
 
+def check_choice(labels: np.ndarray, settings: EvaluateConfig) -> None:
+    """Raise UserError if no probe can learn from these labels (n,), before any features are computed."""
+    if len(settings.strengths) > 1:
+        _split(labels, settings)
+    else:
+        require_classes(labels)
+
+
 def _split(y: np.ndarray, settings: EvaluateConfig) -> tuple[np.ndarray, np.ndarray]:
     """Divide images with labels y (n,): numbers of those to learn from, and of a fifth that is held out.
 

@@ -38,9 +38,19 @@ class ReportRow:
     scores: dict[Column, Score]
     norm: Mean
 
+    @property
+    def tuned(self) -> bool:
+        """Return whether its students were fine-tuned."""
+        return self.group.runs[0].result.finetuned is not None
+
     def mean(self, name: str) -> Mean:
-        """Return the mean over the seeds of a field of the runs' results."""
-        return Mean.of([float(getattr(run.result, name)) for run in self.group.runs])
+        """Return the mean over the seeds of a figure of the runs' last training; of seconds, of all their training."""
+        figures = []
+        for result in (run.result for run in self.group.runs):
+            last = result if result.finetuned is None else result.finetuned
+            before = result.seconds if name == "seconds" and last is not result else 0.0
+            figures.append(float(getattr(last, name)) + before)
+        return Mean.of(figures)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast, set_seed
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, places_of, readable
 from pipeline.evaluation import own_head
-from pipeline.evaluation.classification import check_labels
+from pipeline.evaluation.classification import check_choice, check_labels
 from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.own_head import OwnHead
@@ -171,6 +171,8 @@ class Job:
         synchronise(self.student.model, accelerator)
         self.numbers, self.held_out = held_out_images(len(images), settings)
         check_parts(self.student, None, settings, len(self.numbers), accelerator)
+        if settings.head == "probe":
+            check_choice(images.labels[self.numbers], config.evaluate)
         self.learner = Classifier(self.student, device, Mixing(settings, self.classes)).to(device)
 
     def run(self, mode: Mode) -> DistillResult:
