@@ -88,22 +88,3 @@ def test_a_cache_is_continued_as_it_was_begun(world: Path, tmp_path: Path) -> No
     cache_teacher(world_config(world), shards, tmp_path / "c")
     with pytest.raises(UserError, match=r"started with cache\.compile auto, not False"):
         cache_teacher(world_config(world, "cache.compile=false"), shards, tmp_path / "c", "resume")
-
-
-def test_a_cache_of_before_compiling_is_continued_without(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its configuration lacks the key, so that --resume takes any value of it."""
-    compiled: list[Outputs] = []
-    monkeypatch.setattr(torch, "compile", lambda plain: compiled.append(plain) or plain)
-    shards, place = str(world / "train" / "*.tar"), tmp_path / "c"
-    cache_teacher(world_config(world), shards, place)
-    config = place / "config.yaml"
-    lines = config.read_text().splitlines()
-    kept = [line for line in lines if line.strip() != "compile: auto"]
-    assert len(kept) < len(lines)
-    config.write_text("\n".join(kept))
-    for name in ("journal/000000.json", "complete.json"):
-        (place / name).unlink()
-    assert cache_teacher(world_config(world, "cache.compile=true"), shards, place, "resume").records == 100
-    assert not compiled

@@ -169,8 +169,12 @@ def test_hashes(tmp_path: Path) -> None:
 
 
 DEFECTS: dict[str, tuple[Members, str, str]] = {
-    "no image": ({"a.cls": b"3"}, "a", "has no image (jpg, jpeg, png, "),
-    "program": ({"a.pyd": b"cos\nsystem\n", "a.pth": b"", "a.cls": b"1"}, "a", "has no image (jpg, jpeg, png, "),
+    "no image": ({"a.cls": b"3"}, "a", "has no image (jpg, jpeg, jpe, jfif, mpo, png, "),
+    "program": (
+        {"a.pyd": b"cos\nsystem\n", "a.pth": b"", "a.cls": b"1"},
+        "a",
+        "has no image (jpg, jpeg, jpe, jfif, mpo, png, ",
+    ),
     "label -2": ({"a.png": png(), "a.cls": b"-2"}, "a", "has a label that is not a class number: b'-2'"),
     "word for a label": ({"a.png": png(), "a.cls": b"x"}, "a", "has a label that is not a class number: b'x'"),
     "negative label": ({"a.png": png(), "a.cls": b"-3"}, "a", "has a label that is not a class number: b'-3'"),
