@@ -217,4 +217,6 @@ def test_a_variant_that_is_given_wins_over_the_whole_of_the_files() -> None:
     kept = load_config({"refine": {"variant": "paper", "rank": 8, "steps": 5}}, ["refine.variant=paper"])
     assert (kept.refine.rank, kept.refine.steps) == (8, 5)
     other = load_config({"refine": {"rank": 8, "steps": 5}}, ["refine.variant=paper", "refine.lr=1e-4"])
-    assert (other.refine.rank, other.refine.steps, other.refine.lr) == (64, 5, 1e-4)
+    assert (other.refine.rank, other.refine.steps, other.refine.lr) == (8, 5, 1e-4)
+    changed = load_config(whole | {"refine": whole["refine"] | {"rank": 8}}, options={"refine.variant": "paper"})
+    assert changed.refine == load_config(None, ["refine.variant=paper", "refine.rank=8"]).refine

@@ -250,7 +250,7 @@ def test_resume_tells_refiners_of_one_tensor_apart(world: Path, tmp_path: Path) 
     assert file_hash(tmp_path / "clip" / REFINER) == file_hash(tmp_path / "neighbour" / REFINER)
     config = world_config(world, "distill.epochs=1")
     distill(config, world / "cache", tmp_path / "run", tmp_path / "clip")
-    with pytest.raises(UserError, match="started with another refiner_kind;"):
+    with pytest.raises(UserError, match="started with another refiner kind;"):
         distill(config, world / "cache", tmp_path / "run", tmp_path / "neighbour", mode="resume")
 
 

@@ -188,7 +188,7 @@ def test_it_resumes_exactly(
         dying(patch, after)
         finetune(config, run, shards(world), part)
     assert not (part / "run.json").exists()
-    with pytest.raises(UserError, match="was started with another image_set; use that or --overwrite"):
+    with pytest.raises(UserError, match="was started with another image set; use that or --overwrite"):
         finetune(config, run, shards(world, "test"), part, mode="resume")
     other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"mixup": 0.5})})
     with pytest.raises(UserError, match="was started with finetune.mixup 0.8, not 0.5"):

@@ -144,6 +144,15 @@ def test_start_from_a_file(changes: dict[str, Any], world: Path, tmp_path: Path)
     assert torch.equal(student.model.state_dict()[name], source.state_dict()[name])
 
 
+def test_a_file_for_a_student_without_a_list_of_blocks(world: Path, tmp_path: Path) -> None:
+    """Why it cannot start is said before the file's model is built, which needs not have the same arguments."""
+    student = new_student(StudentConfig(name="hiera_tiny_224", image_size=224), 224)
+    save_file(student.model.state_dict(), tmp_path / "own.safetensors")
+    config = StudentConfig(name="hiera_tiny_224", init=str(tmp_path / "own.safetensors"))
+    with pytest.raises(UserError, match="it has no list of transformer blocks; or start from random weights"):
+        start_student(student, config, _weights(world))
+
+
 def test_a_wider_file_is_no_start(world: Path, tmp_path: Path) -> None:
     source = timm.create_model("vit_tiny_patch16_224", depth=3, num_heads=2, embed_dim=48, patch_size=8)
     save_file(source.state_dict(), tmp_path / "wide.safetensors")

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import keys, section_of, takes_text
 from pipeline.config.sections import Config
-from pipeline.config.training import VARIED, RefineConfig, StudentConfig
+from pipeline.config.training import VARIANTS, VARIED, RefineConfig, StudentConfig
 from singer.errors import UserError
 
 # libyaml, where PyYAML was built with it, writes ten times as fast.
@@ -119,11 +119,14 @@ def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
 
 
 def _without_variant(tree: dict[str, Any], variant: str | None) -> dict[str, Any]:
-    """Leave out the file's values of what variants set if `variant` is another one than the file's."""
+    """Leave out what the file's own variant sets, as a file with every key says it, if `variant` is another one."""
     given = tree.get("refine", {})
-    if variant is None or not isinstance(given, dict) or given.get("variant", RefineConfig().variant) == variant:
+    own = given.get("variant", RefineConfig().variant) if isinstance(given, dict) else None
+    if variant in (None, own) or own not in VARIANTS:
         return tree
-    return {**tree, "refine": {key: value for key, value in given.items() if key not in VARIED}}
+    before = RefineConfig(variant=own).model_dump(mode="json")
+    kept = {key: value for key, value in given.items() if key not in VARIED or value != before[key]}
+    return {**tree, "refine": kept}
 
 
 def _value(name: str, text: str) -> Any:

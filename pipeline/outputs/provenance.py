@@ -47,7 +47,7 @@ def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
             kind, _, number = name.partition(" ")
-            what = f"{kind} (number {number})" if number else kind
+            what = kind.replace("_", " ") + (f" (number {number})" if number else "")
             raise UserError(f"{path} cannot be continued: it was started with another {what}; use that or --overwrite")
 
 

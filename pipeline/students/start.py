@@ -73,9 +73,11 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
             return
         source = teacher.load() if reason is None else None
     else:
-        said = config.init
-        source = _other(config.starts_from, student)
-        reason = misfit(source.model, student.model)
+        said, source = config.init, None
+        reason = misfit(student.model, student.model)  # whatever the weights are
+        if reason is None:
+            source = _other(config.starts_from, student)
+            reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {RANDOM}")
     state = select_weights(source.model, student.model, config.init_blocks)
