@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import keys, section_of, takes_text
+from pipeline.config.refine import VARIED, RefineConfig
 from pipeline.config.sections import Config
-from pipeline.config.training import VARIED, RefineConfig, StudentConfig
+from pipeline.config.student import StudentConfig
 from singer.errors import UserError
 
 # libyaml, where PyYAML was built with it, writes ten times as fast.
