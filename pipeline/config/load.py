@@ -22,7 +22,7 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 def load_config(
     file: str | Path | Mapping[str, Any] | None = None,
-    sets: Iterable[str] = (),
+    sets: Iterable[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Resolve the configuration.
@@ -33,7 +33,7 @@ def load_config(
     """
     base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    for item in sets:
+    for item in sets or ():
         name, equals, text = item.partition("=")
         if not equals or not name:
             raise UserError(f"--set takes section.key=value, not {item!r}")
