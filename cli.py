@@ -150,7 +150,7 @@ def run(
         "student.name": student,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
     check_chain(tree, photos, out, mode, hours, disk_gb)
     if gpus is not None:
         from pipeline.runtime.launch import on_gpus
@@ -179,7 +179,7 @@ def prepare(
     from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
 
     options = {"prepare.layout": layout, "prepare.split": split, "data.on_error": on_error}
-    tree = load_config(config, sets or (), options)
+    tree = load_config(config, sets, options)
     _report(run(tree, images, out, output_mode(False, overwrite)), as_json)
 
 
@@ -217,7 +217,7 @@ def cache_teacher(
         "cache.precision": precision,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite, append)
+    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite, append)
     check_command("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
     from pipeline.stages.cache_teacher import cache_teacher as run
 
@@ -255,7 +255,7 @@ def refine(
         "refine.seed": seed,
         "refine.local_copy": local_copy,
     }
-    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
     check_command("refine", tree, out, mode, caches=[cache])
     from pipeline.stages.refine import refine as run
 
@@ -278,7 +278,7 @@ def inspect(
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config, sets or ()), output_mode(False, overwrite)
+    tree, mode = load_config(config, sets), output_mode(False, overwrite)
     check_command("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
     from pipeline.stages.inspect import inspect as run
 
@@ -320,7 +320,7 @@ def distill(
         "distill.seed": seed,
         "distill.local_copy": local_copy,
     }
-    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
     refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
     check_command("distill", tree, out, mode, caches=cache, refiners=refiners or (), images=[images])
     from pipeline.stages.distill import distill as run
@@ -359,7 +359,7 @@ def finetune(
         "finetune.seed": seed,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets or (), options), output_mode(resume, overwrite)
+    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
     check_finished(run)
     check_command("finetune", tree, out, mode, images=[train, test], inputs=[run])
     from pipeline.stages.finetune import finetune as fine_tune
@@ -386,7 +386,7 @@ def evaluate(
     from pipeline.config import load_config
 
     options = {"evaluate.tokens": tokens, "data.on_error": on_error}
-    tree, tasks = load_config(config, sets or (), options), task or ["classification"]
+    tree, tasks = load_config(config, sets, options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
     check_command("evaluate", tree, images=[train, test])
@@ -420,7 +420,7 @@ def embed(
     from pipeline.config import load_config
 
     check_embedding(out, features, overwrite, tokens)
-    tree = load_config(config, sets or (), {"evaluate.tokens": tokens, "data.on_error": on_error})
+    tree = load_config(config, sets, {"evaluate.tokens": tokens, "data.on_error": on_error})
     check_model(model, weights)
     check_command("embed", images=[images])
     from pipeline.stages.embed import embed as run
@@ -461,7 +461,7 @@ def rank_students(
     from pipeline.checks import check_command, check_ranked
     from pipeline.config import load_config
 
-    tree = load_config(config, sets or ())
+    tree = load_config(config, sets)
     check_ranked(sets or (), parameters is not None, student or ())
     check_command("rank-students", tree, caches=[cache], images=[images])
     from pipeline.stages.rank_students import rank_students as run
@@ -546,7 +546,7 @@ def export(
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config, sets or (), {"export.output": output}), output_mode(False, overwrite)
+    tree, mode = load_config(config, sets, {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
     check_finished(run)
     check_command("export", tree, out, mode, inputs=[run])
@@ -601,7 +601,7 @@ def cache_plan(
         "views.count": views,
         "data.on_error": on_error,
     }
-    tree = load_config(config, sets or (), options)
+    tree = load_config(config, sets, options)
     check_command("plan", tree, images=[images])
     from pipeline.planning.plan import plan as run
     from pipeline.reports.result_text import unmeasured
@@ -627,7 +627,7 @@ def cache_verify(
     from pipeline.checks import check_command, check_teacher
     from pipeline.config import load_config
 
-    tree = load_config(config, sets or (), {"teacher.name": teacher, "teacher.weights": weights})
+    tree = load_config(config, sets, {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
     if live or repair:
         check_teacher(tree)
@@ -651,7 +651,7 @@ def print_config(
 
     if markdown and (config or sets):
         raise typer.BadParameter("the page has the defaults; leave out --config and --set, or --markdown")
-    print(as_markdown() if markdown else as_yaml(load_config(config, sets or ())), end="")
+    print(as_markdown() if markdown else as_yaml(load_config(config, sets)), end="")
 
 
 @app.command()
@@ -667,7 +667,7 @@ def demo(
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config or "demo", sets or ()), output_mode(False, overwrite)
+    tree, mode = load_config(config or "demo", sets), output_mode(False, overwrite)
     check_command("demo", tree, out, mode)
     from pipeline.chains.demo import demo as run
 

@@ -9,42 +9,25 @@ It prints the time of a step of each kind, medians over interleaved rounds, and 
 
 import argparse
 import statistics
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from setting import DEVICE_NAME, Student, Teacher, add_options, decoded, make_cache, read_config, seconds
+from setting import DEVICE_NAME, Student, Teacher, decoded, first_batches, interleaved, make_inputs, run_in_scratch
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
-from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
+from pipeline.data.sampler import BatchIndices
 from pipeline.runtime.prefetch import prefetch
-from pipeline.stages.refine import refine
 from pipeline.training.batch import BatchLoader
-
-
-def main() -> None:
-    """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        compare(options, Path(folder))
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
     """Make a cache and a refiner in `scratch`, time all kinds of steps and print the table."""
-    config = read_config(options, scratch)
-    cache = make_cache(config, options, scratch)
-    refine(config, scratch / "cache", scratch / "adapters")
-    teach, student = Teacher(config, cache), Student(config, cache, scratch / "adapters")
+    config, cache, adapters = make_inputs(options, scratch)
+    teach, student = Teacher(config, cache), Student(config, cache, adapters)
     size, batch, workers = student.backbone.image_size, config.distill.batch_size, config.distill.workers
-    order = EpochOrder(len(cache), 0, 0)
     files = ImageFile(relocate(cache.index.images, None))
     load = BatchLoader([cache], files, [size])
-    plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = first_batches(cache, batch, options.steps)
 
     def load_images(part: BatchIndices) -> Tensor:
         return cache.pixels(part.records, size, files)
@@ -76,15 +59,8 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         for loaded in load([[part] for part in plan], workers):
             student.update(loaded.pixels[size], decoded(cache, loaded))
 
-    kinds: list[Callable[[], None]] = [
-        teacher_alone, student_alone, decoding_alone, student_with_images, online, cached,
-    ]  # fmt: skip
-    for kind in kinds:
-        kind()  # this warms up
-    times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
-    for _ in range(options.rounds):
-        for kind in kinds:
-            times[kind.__name__].append(seconds(kind) / len(plan))
+    kinds = [teacher_alone, student_alone, decoding_alone, student_with_images, online, cached]
+    times = interleaved(kinds, options.rounds, len(plan))
     median = {name: statistics.median(values) for name, values in times.items()}
     limit = 1 + median["teacher_alone"] / median["student_alone"]
     speedup = median["online"] / median["cached"]
@@ -98,4 +74,4 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_in_scratch(__doc__, {"--steps": 20, "--rounds": 5}, compare)

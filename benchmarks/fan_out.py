@@ -9,41 +9,22 @@ batch that is in memory.
 
 import argparse
 import statistics
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from setting import DEVICE_NAME, Student, add_options, decoded, make_cache, read_config, seconds
+from setting import DEVICE_NAME, Student, decoded, first_batches, interleaved, make_inputs, run_in_scratch
 from torch import Tensor
 
 from pipeline.data import ImageFile, relocate
-from pipeline.data.sampler import EpochOrder, batch_indices
-from pipeline.stages.refine import refine
 from pipeline.training.batch import Batch, BatchLoader
-
-
-def main() -> None:
-    """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    parser.add_argument("--students", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        compare(options, Path(folder))
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
     """Make a cache and a refiner in `scratch`, time all kinds of passes and print the table."""
-    config = read_config(options, scratch)
-    cache = make_cache(config, options, scratch)
-    refine(config, scratch / "cache", scratch / "adapters")
-    students = [Student(config, cache, scratch / "adapters", seed) for seed in range(options.students)]
+    config, cache, adapters = make_inputs(options, scratch)
+    students = [Student(config, cache, adapters, seed) for seed in range(options.students)]
     size, batch, workers = students[0].backbone.image_size, config.distill.batch_size, config.distill.workers
     load = BatchLoader([cache], ImageFile(relocate(cache.index.images, None)), [size])
-    order = EpochOrder(len(cache), 0, 0)
-    plan = [batch_indices(order, step % max(1, len(cache) // batch), batch, 0, 1) for step in range(options.steps)]
+    plan = first_batches(cache, batch, options.steps)
 
     def decode(loaded: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         return loaded.pixels[size], decoded(cache, loaded)
@@ -67,13 +48,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
             for loaded in load([[part] for part in plan], workers):
                 student.update(*decode(loaded))
 
-    kinds: list[Callable[[], None]] = [computing_alone, one_pass, a_pass_each]
-    for kind in kinds:
-        kind()  # this warms up
-    times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
-    for _ in range(options.rounds):
-        for kind in kinds:
-            times[kind.__name__].append(seconds(kind) / options.steps)
+    times = interleaved([computing_alone, one_pass, a_pass_each], options.rounds, len(plan))
     base = times["computing_alone"]
     print(f"{DEVICE_NAME}; {options.students} students\n\n| | ms a step | of computing alone |\n|---|---|---|")
     for name, values in times.items():
@@ -82,4 +57,4 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_in_scratch(__doc__, {"--students": 4, "--steps": 10, "--rounds": 5}, compare)

@@ -103,7 +103,7 @@ def kill_campaign(root: Path, kills: int, rng: random.Random) -> None:
     """
     from pipeline.cache import create
 
-    create._MAX_SHARD_RECORDS = 4
+    create.MAX_SHARD_RECORDS = 4
     whole = root / "whole"
     start = time.monotonic()
     run_processes(root, whole, 1, [])

@@ -1,8 +1,9 @@
 """The setup that the benchmarks of stage 3 share: options, a teacher, a cache, a student, its steps, rows of tables."""
 
 import argparse
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded, Encoded
 from pipeline.config import Config, load_config
+from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
 from pipeline.data.views import normalise
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch
@@ -42,6 +45,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", required=True)
     parser.add_argument("--teacher", type=Path, help="its weights; default: random weights, which are as fast")
     parser.add_argument("--folder", type=Path, help="folder for temporary caches and runs; default: the system's")
+
+
+def run_in_scratch(
+    description: str | None, numbers: Mapping[str, int], run: Callable[[argparse.Namespace, Path], None]
+) -> None:
+    """Parse the options and run a benchmark in a temporary folder. numbers: its own options, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    for option, default in numbers.items():
+        parser.add_argument(option, type=int, default=default)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        run(options, Path(folder))
 
 
 def chain_parser(description: str | None) -> argparse.ArgumentParser:
@@ -84,10 +100,18 @@ def read_config(options: argparse.Namespace, scratch: Path, *sets: str) -> Confi
     return with_precision(load_config(options.recipe, [*options.set, *sets]))
 
 
-def make_cache(config: Config, options: argparse.Namespace, scratch: Path) -> Cache:
-    """Cache the shards in `scratch`, and return the opened cache."""
+def make_inputs(options: argparse.Namespace, scratch: Path) -> tuple[Config, Cache, Path]:
+    """Return the recipe, a cache of the shards and the folder of its refiner, after making both in `scratch`."""
+    config, adapters = read_config(options, scratch), scratch / "adapters"
     cache_teacher(config, options.shards, scratch / "cache")
-    return Cache(scratch / "cache")
+    refine(config, scratch / "cache", adapters)
+    return config, Cache(scratch / "cache"), adapters
+
+
+def first_batches(cache: Cache, size: int, steps: int) -> list[BatchIndices]:
+    """Return the batches of so many steps, which begin the same epoch again if it is over."""
+    order = EpochOrder(len(cache), 0, 0)
+    return [batch_indices(order, step % max(1, len(cache) // size), size, 0, 1) for step in range(steps)]
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -97,6 +121,20 @@ def seconds(run: Callable[[], object]) -> float:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def interleaved(kinds: Sequence[Callable[[], None]], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return {name of a function: seconds of a step in each round}; a call of each does `steps` steps.
+
+    The first call of each warms up, and is not counted.
+    """
+    for kind in kinds:
+        kind()
+    times: dict[str, list[float]] = {kind.__name__: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind in kinds:
+            times[kind.__name__].append(seconds(kind) / steps)
+    return times
 
 
 def decoded(cache: Cache, batch: Batch) -> dict[int, Tensor]:

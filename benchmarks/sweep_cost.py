@@ -10,10 +10,9 @@ runs are spread over the sweep, so that a slow minute affects both.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
-from setting import DEVICE_NAME, Student, Teacher, add_options, read_config, seconds
+from setting import DEVICE_NAME, Student, Teacher, read_config, run_in_scratch, seconds
 from torch import Tensor, from_numpy
 
 from pipeline.cache.reader import Cache
@@ -42,19 +41,6 @@ def online_run(config: Config, cache: Cache, adapters: Path) -> None:
         plan = [batch_indices(order, step, settings.batch_size, 0, 1) for step in steps]
         for pixels, weights in prefetch(load_images, plan, settings.workers):
             student.update(pixels, teach(pixels), weights)
-
-
-def main() -> None:
-    """Parse the options and run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    parser.add_argument("--students", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--together", type=int, default=4)
-    parser.add_argument("--online", type=int, default=2)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        compare(options, Path(folder))
 
 
 def compare(options: argparse.Namespace, scratch: Path) -> None:
@@ -95,4 +81,4 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_in_scratch(__doc__, {"--students": 20, "--epochs": 2, "--together": 4, "--online": 2}, compare)

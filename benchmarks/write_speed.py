@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder for temporary caches; default: the system's")
     options = parser.parse_args()
     if options.teacher is not None:
-        create._MAX_SHARD_RECORDS = SHARD_RECORDS
+        create.MAX_SHARD_RECORDS = SHARD_RECORDS
         print_teacher(options)
     print_memory(options)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.config.training import STARTS
+from pipeline.config.student import STARTS
 from pipeline.data import Spec, resolve
 from pipeline.models.names import CONFIG, HF, is_function, is_transformers, local_folder, looks_like_path
 from pipeline.outputs.chain_folder import GIVEN, STEPS, chain_has_begun

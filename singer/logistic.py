@@ -99,7 +99,7 @@ class LogisticProblem:
         found = dict[int, Logistic]()
         while asked:
             heads = {number: places[number].outside(z) for number, z in asked.items()}
-            for number, sums in zip(heads, self._pass(list(heads.values())), strict=True):
+            for number, sums in zip(heads, self.losses(list(heads.values())), strict=True):
                 try:
                     asked[number] = searches[number].send(places[number].penalised(heads[number][0], *sums))
                 except StopIteration as end:
@@ -108,7 +108,7 @@ class LogisticProblem:
                     del asked[number]
         return [found[number] for number in range(len(strengths))]
 
-    def _pass(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor, Tensor]]:
+    def losses(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor, Tensor]]:
         """Return the summed cross-entropy of each head (weight, bias), and its gradients by weight and bias."""
         weight, bias = (torch.cat(parts) for parts in zip(*heads, strict=True))
         values = torch.zeros(len(heads), dtype=torch.float64, device=weight.device)

@@ -29,7 +29,7 @@ def main() -> None:
     teacher = make_vit(embed_dim=8, depth=2, num_heads=2, patch_size=4, img_size=16, num_classes=3, global_pool="token")
     plant_artifacts(teacher)
     save_backbone(teacher, teacher.model.state_dict(), Path("teacher"))
-    create._MAX_SHARD_RECORDS = 5
+    create.MAX_SHARD_RECORDS = 5
     for block, mode in ((1, "new"), (0, "append")):
         config = load_config(sets=[
             f"teacher.name={LOCAL}teacher", f"cache.blocks=[{block}]", "cache.codec=int4", "cache.token_share=0.5",

@@ -208,7 +208,7 @@ def test_other_images_of_the_same_names_and_sizes_are_not_the_cached_ones(
 
 def test_interrupted_growth(world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old cache stays readable, and the same command goes on."""
-    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
     old = make(config, shards(world), tmp_path / "c")
     more = world_config(world, "cache.blocks=[1]")
     grown = make(more, shards(world), tmp_path / "c", "append")

@@ -46,7 +46,7 @@ def fill(config: Config, world: Path, out: Path, mode: str = "new") -> Path:
 
 @pytest.fixture
 def tiny_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
 
 
 def test_features_are_the_teachers(world: Path, config: Config) -> None:
@@ -238,7 +238,7 @@ def stop_after_three_shards(command: list[str]) -> None:
 
     write = background_writer.write_zarr_shard
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 10)
         patch.setattr(background_writer, "write_zarr_shard", stops)
         run_singer(patch, *command)
 
@@ -247,7 +247,7 @@ def test_kill_and_resume_gives_the_same_bytes(
     world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL in the middle of writing, where the journal has three of ten shards, then --resume."""
-    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 10)
     whole, part = fill(config, world, tmp_path / "whole"), tmp_path / "part"
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))

@@ -18,6 +18,7 @@ from pipeline.config.reference import as_markdown
 from pipeline.evaluation.figures import FIGURES
 from pipeline.evaluation.tasks import TASKS
 from pipeline.models.backbone import save_backbone
+from pipeline.reports.result_text import as_lines
 
 
 def test_chain_with_json(
@@ -198,7 +199,7 @@ def extras(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     config = world_config(world)
     cache_teacher(config, str(world / "test" / "*.tar"), root / "c")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 10)
         cache_teacher(config, str(world / "test" / "*.tar"), root / "d")
     (root / "d" / "features/2/values/c/1/0/0").unlink()
     (root / "d" / "features/3/values/c/3/0/0").write_bytes(b"")
@@ -247,7 +248,7 @@ def test_a_damaged_cache_is_reported_before_the_error(
     assert {"whole: no", "damaged: 1, 3", "missing: none", "features/2/values/c/1/0/0: missing"} < set(lines)
 
 
-def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_indented_and_aligned() -> None:
     @dataclasses.dataclass
     class Result:
         bytes: int
@@ -265,8 +266,7 @@ def test_text_is_indented_and_aligned(capsys: pytest.CaptureFixture[str]) -> Non
     parts: list[dict[str, object]] = [{"part": ".", "files": {"a/b": "missing"}, "damaged": []}]
     blocks = {2: {"clean": {"error": 0.12345, "cosine": 1.0}}}
     result = Result(1_234_567, 0.0015, {8: 2, 11: 3}, None, "/c", list(range(30)), None, rows, parts, blocks)
-    cli._report(result, as_json=False)
-    assert capsys.readouterr().out.splitlines() == [
+    assert list(as_lines(dataclasses.asdict(result))) == [
         "bytes: 1.23 MB",
         "hours: 0.0015 (5 s)",
         "matching: 8 -> 2, 11 -> 3",

@@ -194,7 +194,7 @@ def by_each_copy(
 @pytest.fixture(autouse=True, scope="module")
 def tiny_shards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 8)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 8)
         yield
 
 

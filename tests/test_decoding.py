@@ -176,7 +176,10 @@ def test_every_refusal_names_the_image(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(pillow_heif is not None, reason="pillow-heif is installed")
 def test_heic_without_its_package_says_what_to_install() -> None:
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
-    with pytest.raises(UserError, match="^photo cannot be decoded: .*pip install pillow-heif"), named_errors("photo"):
+    with (
+        pytest.raises(UserError, match=r"^photo cannot be decoded: .*pip install 'singer-vit\[heif\]'"),
+        named_errors("photo"),
+    ):
         decode_rgb(data)
 
 

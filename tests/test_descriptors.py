@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_opened_leaves_no_trace(tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(FileNotFoundError) as caught:
             read(file)
-        assert caught.value.filename == str(tmp_path / "a") and not pool._places and not pool._uses
+        assert caught.value.filename == str(tmp_path / "a") and not pool.size and not pool.uses
     (tmp_path / "a").write_bytes(b"1")
     assert read(file) == [b"1"]
 
@@ -165,7 +165,7 @@ def test_others_may_have_taken_all_descriptors(tmp_path: Path, monkeypatch: pyte
     assert [read(file) for file in files] == [[b"%d" % n] for n in range(9)]
     with pytest.raises(OSError, match="Too many open files"):
         read(*files[:4])
-    assert len(pool._places) <= 3 and read(files[5]) == [b"5"]
+    assert pool.size <= 3 and read(files[5]) == [b"5"]
 
 
 def test_a_batch_of_more_files_than_the_pool_holds(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ with pool._lock:
 if not child:
     for n, file in enumerate(files):
         with Opened([file]) as (number,):
-            assert os.pread(number, 9, 0) == str(n).encode() and len(pool._places) <= 4
+            assert os.pread(number, 9, 0) == str(n).encode() and pool.size <= 4
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 go.set()
@@ -252,7 +252,7 @@ def run_all(limit: int, commands: list[tuple[str, ...]]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     with pytest.MonkeyPatch.context() as patch:
         # Shards of the usual size would need many more records.
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 1)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 1)
         for command in commands:
             assert run_singer(patch, *command) == 0, command
 

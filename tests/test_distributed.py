@@ -108,7 +108,7 @@ def _second_is_slow(notes: Path) -> None:
             free.touch()
         wait(self)
 
-    create._MAX_SHARD_RECORDS = 10
+    create.MAX_SHARD_RECORDS = 10
     Extractor.features = slow_features  # type: ignore[method-assign]
     background_writer.write_zarr_shard = noted_write
     WatchedRank.wait = noted_wait  # type: ignore[method-assign]
@@ -118,7 +118,7 @@ def test_a_slow_process_takes_fewer_zarr_shards(
     world: Path, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that it works on and the next, of ten; the bytes are those of one process, and so is the total."""
-    monkeypatch.setattr(create, "_MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr(create, "MAX_SHARD_RECORDS", 10)
     shards, notes = str(world / "train" / "*.tar"), tmp_path / "notes"
     cache_teacher(world_config(world), shards, tmp_path / "one")
     notes.mkdir()

@@ -100,8 +100,8 @@ def test_fits_of_several_strengths_share_their_passes(monkeypatch: pytest.Monkey
     x, strengths = (x - x.mean(0)) / x.std(0), (1.0, 0.01, 0.1)
     alone = [logistic.LogisticProblem(x, y, 7).fit([c])[0] for c in strengths]
     problem, read = logistic.LogisticProblem(x, y, 7), list[int]()
-    one_pass = problem._pass
-    monkeypatch.setattr(problem, "_pass", lambda heads: read.append(len(heads)) or one_pass(heads))  # type: ignore[func-returns-value]
+    losses = problem.losses
+    monkeypatch.setattr(problem, "losses", lambda heads: read.append(len(heads)) or losses(heads))  # type: ignore[func-returns-value]
     together = problem.fit(strengths)
     assert len(read) == max(fit.passes for fit in together) and sum(read) == sum(fit.passes for fit in together)
     for one, other in zip(alone, together, strict=True):

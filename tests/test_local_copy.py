@@ -140,7 +140,7 @@ def test_a_full_disk_has_no_room(
     assert caplog.text.count("do not fit the disk, which is full") == 1
 
 
-def test_a_removed_copy_is_closed(source: Source, tmp_path: Path) -> None:
+def test_a_removed_copy_is_closed(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes are not free while it is open."""
     folder = tmp_path / "copy"
     one = reader(source, folder, 250)
@@ -148,7 +148,8 @@ def test_a_removed_copy_is_closed(source: Source, tmp_path: Path) -> None:
     copy = folder / SEGMENT / digest(source, "a")
     assert str(copy) in opened()
     copy.unlink()
-    one._looked -= local_copy.IN_USE_SECONDS  # a while later
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + local_copy.IN_USE_SECONDS)  # a while later
     read(one, "b")
     assert not [name for name in opened() if copy.name in name]
 

@@ -33,7 +33,7 @@ from singer.cleaners import Adapter, Shape
 from singer.fit_context import FitContext
 from singer.objectives import ObjectiveContext
 from singer.objectives.mse import Mse
-from singer.objectives.vitkd import VitKd
+from singer.objectives.vitkd import Generator, VitKd
 from singer.refiner import Refiner
 from singer.subspaces import BASES, null_space_official
 from singer.suffix import TeacherSuffix, suffix_state
@@ -228,13 +228,16 @@ def test_fitnet(fixture: Fixture) -> None:
 
 def test_vitkd(fixture: Fixture) -> None:
     """Every layer by masked generation, with the stored generators and masks; a sum over layers times `wk`."""
-    objective = VitKd(context(fixture), generate_all=True)
+    setting = context(fixture)
+    assert setting.grid is not None
+    objective = VitKd(setting)
     total, student = 0.0, fixture.projected()
     with torch.no_grad():
         objective.mask_token.copy_(fixture.tensors["vitkd.mask_token"])
         for block, b in fixture.matching.items():
             names = ("conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias")
             state = {n: fixture.tensors[f"vitkd.generator.{b}.{n}"] for n in names}
+            objective.generators[str(block)] = Generator(setting.width, setting.prefix, setting.grid)
             objective.generators[str(block)].load_state_dict(state)
             noise = fixture.tensors[f"vitkd.mask_noise.{b}"]
             total += float(objective.generation_loss(student[block], fixture.features[block], block, noise).mean())

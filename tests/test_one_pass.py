@@ -19,7 +19,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, JOURNAL
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Keys, index_images
-from pipeline.data.tar_members import _plain_file
+from pipeline.data.tar_members import plain_file
 from pipeline.data.views import draw_view
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
@@ -49,7 +49,7 @@ def write_shards(folder: Path, count: int, each: int, broken: tuple[int, ...] = 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 10)
+    monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 10)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_opening_does_not_grow_with_shards(
         return listed(self, prefix)
 
     for records in (30, 1):
-        monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", records)
+        monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", records)
         cache_teacher(config, shards(world), tmp_path / str(records))
     monkeypatch.setattr(LocalStore, "read", counted)
     monkeypatch.setattr(LocalStore, "sizes", counted_sizes)
@@ -261,13 +261,13 @@ def test_plain_headers_are_what_tarfile_says(name: str, size: int, form: int, da
         block[data.draw(st.integers(0, 511))] = data.draw(st.integers(0, 255))
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
-    found = _plain_file(bytes(block))
+    found = plain_file(bytes(block))
     if found is not None:
         header = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
         assert (header.name, header.size, header.isreg()) == (*found, True)
     if data.draw(st.booleans()):
         block[148] ^= 1
-        assert _plain_file(bytes(block)) is None
+        assert plain_file(bytes(block)) is None
 
 
 @given(st.lists(st.text(max_size=6), max_size=30), st.data())

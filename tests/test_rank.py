@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import LOCAL
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.rank import _one_hot, rank
+from pipeline.stages.rank import one_hot, rank
 from singer.errors import UserError
 from singer.transfer import cka, parc, teacher_weights
 
@@ -45,7 +45,7 @@ def test_cka() -> None:
 
 def test_classes_may_have_any_numbers() -> None:
     """A column for each number up to a date would fill the memory."""
-    assert _one_hot(torch.tensor([3, 20190101, 3])).tolist() == [[1, 0], [0, 1], [1, 0]]
+    assert one_hot(torch.tensor([3, 20190101, 3])).tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_teacher_weights() -> None:

@@ -13,7 +13,7 @@ from pipeline.cache.statistics import global_tokens
 from pipeline.config import load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.data.views import normalise
-from pipeline.stages.rank_students import _named, _vit_parameters, plain_students, rank_students
+from pipeline.stages.rank_students import named_student, plain_students, rank_students, vit_parameters
 from pipeline.students.new import new_student
 from singer.backbones import block_outputs
 from singer.errors import UserError
@@ -70,7 +70,7 @@ def test_command(world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: py
     config = world_config(world, "student.dim=96", "student.depth=3", "student.heads=3", "student.mlp_ratio=2")
     torch.manual_seed(seeded(0))
     student, cache = new_student(config.student, 32), Cache(world / "cache")
-    assert sum(p.numel() for p in student.model.parameters()) == _vit_parameters(config.student, 3, 32)
+    assert sum(p.numel() for p in student.model.parameters()) == vit_parameters(config.student, 3, 32)
     records = np.linspace(0, 99, 8).astype(int)
     pixels = cache.pixels(records, 32, ImageFile(relocate(cache.index.images, None)))
     images = normalise(pixels, student.mean, student.std)
@@ -87,7 +87,7 @@ def test_a_dozen_students_of_a_size() -> None:
     base = load_config("tinyimagenet-ti-to-w96").student
     found = plain_students(base, 1_000_000, 128)
     assert len(found) == 12 == len({(s.dim, s.depth, s.mlp_ratio) for s in found.values()})
-    sizes = [_vit_parameters(settings, settings.depth or 0, 128) for settings in found.values()]
+    sizes = [vit_parameters(settings, settings.depth or 0, 128) for settings in found.values()]
     assert all(abs(size - 1_000_000) <= 100_000 for size in sizes)
 
 
@@ -114,7 +114,7 @@ def test_named_students_and_none(world: Path) -> None:
     config = world_config(world)
     result = rank_students(config, world / "cache", names=["vit"], batch=4, starts=1)
     assert [s.student for s in result.students] == ["vit"]
-    assert _named(config.student, "convnext_atto").dim is None
+    assert named_student(config.student, "convnext_atto").dim is None
     with pytest.raises(UserError, match="name students with --student"):
         rank_students(config, world / "cache")
     with pytest.raises(UserError, match="no plain ViT of 64 to 1,024 channels"):

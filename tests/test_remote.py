@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         for name, value in server.environment().items():
             patch.setenv(name, value)
         patch.setattr(locks, "SECONDS", LOCK_SECONDS)
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
         yield server
     server.stop()
 

@@ -88,8 +88,8 @@ class Server:
 
 
 def give_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(remote._RETRY, "retry_timeout", timedelta(seconds=0.5))
-    monkeypatch.setitem(remote._CLIENT, "read_timeout", "500ms")
+    monkeypatch.setitem(remote.RETRY, "retry_timeout", timedelta(seconds=0.5))
+    monkeypatch.setitem(remote.CLIENT, "read_timeout", "500ms")
 
 
 @pytest.fixture
@@ -740,13 +740,13 @@ def test_no_answer(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_patience_is_a_minute_at_most() -> None:
     """Tries end with the first that fails after retry_timeout, and each fails after read_timeout."""
-    tries, each = remote._RETRY["retry_timeout"].total_seconds(), float(str(remote._CLIENT["read_timeout"]).strip("s"))
+    tries, each = remote.RETRY["retry_timeout"].total_seconds(), float(str(remote.CLIENT["read_timeout"]).strip("s"))
     assert tries >= 30 and each * -(-tries // each) <= 60
-    assert remote._RETRY["max_retries"] * remote._RETRY["backoff"]["init_backoff"].total_seconds() > tries
+    assert remote.RETRY["max_retries"] * remote.RETRY["backoff"]["init_backoff"].total_seconds() > tries
 
 
 def test_short_outages_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(remote._CLIENT, "read_timeout", "500ms")
+    monkeypatch.setitem(remote.CLIENT, "read_timeout", "500ms")
     for trouble in ((503, b"busy"), (500, b"oops"), None):
         with answering(trouble, trouble, (200, b"content")) as endpoint:
             monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)

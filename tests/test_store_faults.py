@@ -127,9 +127,9 @@ def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     for name, value in (server.environment() | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
         monkeypatch.setenv(name, value)
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
-    monkeypatch.setitem(remote._RETRY, "backoff", backoff)
-    monkeypatch.setitem(remote._RETRY, "max_retries", 6)
-    monkeypatch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
+    monkeypatch.setitem(remote.RETRY, "backoff", backoff)
+    monkeypatch.setitem(remote.RETRY, "max_retries", 6)
+    monkeypatch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
     yield proxy
     proxy.stop()
 

@@ -29,7 +29,7 @@ from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.leaderboard import Leaderboard
-from pipeline.sweeps.run import SweepResult, _passes, gpus, sweep
+from pipeline.sweeps.run import SweepResult, gpus, shared_passes, sweep
 from pipeline.sweeps.tasks import Job, SweepContext, Task
 from pipeline.sweeps.worker import Worker
 from singer.errors import UserError
@@ -595,6 +595,6 @@ def test_passes_are_shared_where_seeds_let_them() -> None:
     runs = [{"set": {"distill.lr": lr}} for lr in (1, 2, 3)]
     plan = make_plan({"together": 2, "grid": {"distill.seed": [0, 1]}, "runs": runs})
     members = [Task(r.name, r.config) for r in plan.runs]
-    passes = _passes(members, plan.together)
+    passes = shared_passes(members, plan.together)
     assert [[m.config.distill.seed for m in p] for p in passes] == [[0, 0], [1, 1], [0], [1]]
     assert sorted(m.name for p in passes for m in p) == sorted(m.name for m in members)

@@ -29,7 +29,7 @@ SETTINGS = ("views.kind=random-resized-crop", "views.count=2", "cache.token_shar
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.cache.create._MAX_SHARD_RECORDS", 30)
+        patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
         yield
 
 

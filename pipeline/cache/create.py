@@ -32,7 +32,8 @@ from singer.suffix import NO_SUFFIX
 
 STAGE = "cache-teacher"
 
-_MAX_SHARD_RECORDS = 4096
+# A Zarr shard has no more records than this, however small they are.
+MAX_SHARD_RECORDS = 4096
 
 
 def create_segments(config: Config, listed: Images, out: Place, mode: Mode, extract: Extractor) -> None:
@@ -129,7 +130,7 @@ def new_manifest(config: Config, addition: Addition, teacher: TeacherManifest) -
     forms = [form for form in manifest.arrays().values() if form is not None]
     record_bytes = max(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in forms)
     fitting = max(1, config.cache.shard_mb * 2**20 // record_bytes)
-    return manifest.model_copy(update={"shard_records": min(_MAX_SHARD_RECORDS, fitting, records)})
+    return manifest.model_copy(update={"shard_records": min(MAX_SHARD_RECORDS, fitting, records)})
 
 
 def drawing(views: ViewsConfig, image_size: ImageSize) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
+from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import Dtype, InputSize, LocalCopy, Offload, Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
-from pipeline.config.loop import TrainingConfig
+from pipeline.config.refine import RefineConfig
 from pipeline.config.sections import (
     MAX_PIXELS,
     CacheConfig,
@@ -16,7 +17,8 @@ from pipeline.config.sections import (
     TeacherConfig,
     ViewsConfig,
 )
-from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
+from pipeline.config.student import StudentConfig
+from pipeline.config.training import TrainingConfig
 
 __all__ = [
     "MAX_PIXELS",

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.fields import check_ranges, key
 from pipeline.config.kinds import Above, Fraction, Hue, InputSize, NotNegative, Positive, Share
-from pipeline.config.loop import TrainingConfig
+from pipeline.config.training import TrainingConfig
 
 
 class FinetuneConfig(TrainingConfig):

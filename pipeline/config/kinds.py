@@ -50,6 +50,11 @@ UserPath = Annotated[Path, AfterValidator(_expanded)]
 InputSize = Annotated[
     Positive | tuple[Positive, Positive], BeforeValidator(_pixels), AfterValidator(lambda size: Size.of(size).written)
 ]
+# What keys that limit a LocalCopy mean.
+LOCAL_COPY_GB = (
+    "what all copies in that folder may take, in GB; those unused for longest are removed first, and none that was "
+    "used in the last ten minutes; default: no limit"
+)
 
 
 class LocalCopy(NamedTuple):

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import keys, section_of, takes_text
+from pipeline.config.refine import VARIANTS, VARIED, RefineConfig
 from pipeline.config.sections import Config
-from pipeline.config.training import VARIANTS, VARIED, RefineConfig, StudentConfig
+from pipeline.config.student import StudentConfig
 from singer.errors import UserError
 
 # libyaml, where PyYAML was built with it, writes ten times as fast.
@@ -21,7 +22,7 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 def load_config(
     file: str | Path | Mapping[str, Any] | None = None,
-    sets: Iterable[str] = (),
+    sets: Iterable[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Config:
     """Resolve the configuration.
@@ -32,7 +33,7 @@ def load_config(
     """
     base = _sections(file) if isinstance(file, Mapping) else _read(file) if file is not None else {}
     given = {name: value for name, value in (options or {}).items() if value is not None}
-    for item in sets:
+    for item in sets or ():
         name, equals, text = item.partition("=")
         if not equals or not name:
             raise UserError(f"--set takes section.key=value, not {item!r}")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import Section, check_ranges, key
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import (
@@ -20,7 +21,8 @@ from pipeline.config.kinds import (
     Share,
     UserPath,
 )
-from pipeline.config.training import DistillConfig, RefineConfig, StudentConfig
+from pipeline.config.refine import RefineConfig
+from pipeline.config.student import StudentConfig
 from singer.errors import UserError
 
 # Of an image that is decoded without being asked for: a few bytes can claim gigabytes.

@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from pipeline.config import MAX_PIXELS
 from pipeline.data.decoder_warnings import warn, warnings_of
-from pipeline.data.formats import FORMATS, HEIF_EXTRA, format_of, is_heif
+from pipeline.data.formats import FORMATS, format_of, is_heif
 from pipeline.runtime.error_kinds import one_line
 from singer.errors import UserError
 
@@ -126,7 +126,7 @@ def _register_heif() -> None:
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
-        raise ValueError(f"it is HEIC (HEIF), which needs an extra package: {HEIF_EXTRA}") from None
+        raise ValueError("it is HEIC (HEIF), which needs pillow-heif: pip install 'singer-vit[heif]'") from None
     register_heif_opener()
 
 

@@ -28,7 +28,6 @@ FORMATS: dict[str, Format] = {
 IMAGE_EXTENSIONS = tuple(extension for about in FORMATS.values() for extension in about.extensions)
 # The suffixes of image files, and the extension that each has in shards.
 KEPT = {f".{extension}": extension for extension in IMAGE_EXTENSIONS} | {".jpeg": "jpg"}
-HEIF_EXTRA = "pip install pillow-heif"
 
 # How files of these formats begin. BMP and PPM begin with two letters only, as many a text does.
 _MAGIC = {

@@ -57,7 +57,7 @@ def members_of(file: int) -> Iterator[Member]:
     own: dict[str, str] = {}
     extended = False  # the last header belongs to a member that is still to come
     while any(block := window.read(position)):
-        plain = None if common or own else _plain_file(block)
+        plain = None if common or own else plain_file(block)
         if plain is not None:
             name, size = plain
             position += _BLOCK
@@ -126,7 +126,7 @@ class _Window:
         return block
 
 
-def _plain_file(block: bytes) -> tuple[str, int] | None:
+def plain_file(block: bytes) -> tuple[str, int] | None:
     """Return name and size of an ordinary file with a short ASCII name, from its header; None for any other header.
 
     tarfile gives the same, but takes four times as long (docs/log.md). Nearly all headers are of this kind.

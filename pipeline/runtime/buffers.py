@@ -27,6 +27,11 @@ def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.from_numpy(lent)
 
 
+def kept_bytes() -> int:
+    """Return how many bytes of memory are in the pool, free to be lent again."""
+    return sum(size * len(buffers) for size, buffers in list(_free.items()))
+
+
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor on a device; a copy from the CPU to a GPU is started, and not waited for.
 
@@ -47,7 +52,7 @@ def _take(size: int) -> np.ndarray:
 
 
 def _give_back(memory: np.ndarray) -> None:
-    if memory.nbytes + sum(size * len(buffers) for size, buffers in list(_free.items())) > _KEPT_BYTES:
+    if memory.nbytes + kept_bytes() > _KEPT_BYTES:
         _free.clear()
     if memory.nbytes <= _KEPT_BYTES:
         _free.setdefault(memory.nbytes, deque()).append(memory)

@@ -77,7 +77,7 @@ def rank(places: Sequence[Place], images: int = 1000) -> RankResult:
         )
     say(f"{len(samples)} teachers, {min(len(s.features) for s in samples)} images of each")
     fits = {
-        n: (parc(s.features, s.labels), cka(s.features, _one_hot(s.labels))) for n, s in enumerate(samples) if labelled
+        n: (parc(s.features, s.labels), cka(s.features, one_hot(s.labels))) for n, s in enumerate(samples) if labelled
     }
     agreements: dict[int, list[float]] = {n: [] for n in range(len(samples)) if same}
     for a, b in combinations(agreements, 2):
@@ -132,6 +132,6 @@ def _sample(place: Place, variant: str, images: int) -> _Sample:
     return _Sample(place, variant, block, torch.cat(parts).float(), found, rows)
 
 
-def _one_hot(labels: torch.Tensor) -> torch.Tensor:
-    # A column for each class that there is, however large its number.
+def one_hot(labels: torch.Tensor) -> torch.Tensor:
+    """Return a column for each class that there is, however large its number: labels (n,) -> (n, classes)."""
     return torch.nn.functional.one_hot(labels.unique(return_inverse=True)[1]).float()

@@ -93,7 +93,7 @@ def rank_students(
         raise UserError(
             f"{place} holds only some of the patches (cache.token_share), which have no relations to others"
         )
-    tried = {name: _named(config.student, name) for name in names}
+    tried = {name: named_student(config.student, name) for name in names}
     if parameters is not None:
         tried |= plain_students(config.student, parameters, teacher.image_size)
     records = evenly_spaced(first_views(cache), batch)
@@ -112,7 +112,7 @@ def rank_students(
     return RankStudentsResult(ranked, teacher.variant, block, len(records), starts)
 
 
-def _named(base: StudentConfig, name: str) -> StudentConfig:
+def named_student(base: StudentConfig, name: str) -> StudentConfig:
     """Return the settings of a named model; the dimensions of a plain ViT are not for it."""
     shape = {} if name == "vit" else dict.fromkeys(("dim", "depth", "heads", "mlp_ratio"))
     return base.model_copy(update={"name": name, **shape})
@@ -126,13 +126,13 @@ def plain_students(base: StudentConfig, budget: int, image_size: ImageSize) -> d
     found = {}
     for dim, ratio in itertools.product(_WIDTHS, (base.mlp_ratio,) if base.mlp_ratio else _RATIOS):
         settings = base.model_copy(update={"name": "vit", "dim": dim, "heads": dim // _HEAD, "mlp_ratio": ratio})
-        rest, one = (_vit_parameters(settings, depth, image_size) for depth in (0, 1))
+        rest, one = (vit_parameters(settings, depth, image_size) for depth in (0, 1))
         deep = min(_DEPTHS[-1], round((budget - rest) / (one - rest)))
         if deep in _DEPTHS and abs(rest + deep * (one - rest) - budget) <= _WITHIN * budget:
             found[f"vit {dim} x {deep}, MLP x {ratio:g}"] = settings.model_copy(update={"depth": deep})
     if not found:
         least, most = (
-            _vit_parameters(base.model_copy(update={"dim": dim, "mlp_ratio": ratio}), depth, image_size)
+            vit_parameters(base.model_copy(update={"dim": dim, "mlp_ratio": ratio}), depth, image_size)
             for dim, depth, ratio in (
                 (_WIDTHS[0], _DEPTHS[0], base.mlp_ratio or min(_RATIOS)),
                 (_WIDTHS[-1], _DEPTHS[-1], base.mlp_ratio or max(_RATIOS)),
@@ -146,7 +146,7 @@ def plain_students(base: StudentConfig, budget: int, image_size: ImageSize) -> d
     return {name: settings for n, (name, settings) in enumerate(found.items()) if n in chosen}
 
 
-def _vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize) -> int:
+def vit_parameters(settings: StudentConfig, blocks: int, image_size: ImageSize) -> int:
     """Return the number of parameters of a plain ViT, which takes too long to count on the model itself."""
     dim, patch = settings.dim or 0, Size.of(settings.patch_size or 16)
     hidden = int(dim * (settings.mlp_ratio or 4))

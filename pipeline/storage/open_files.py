@@ -48,6 +48,11 @@ class Pool:
         return _MOST if soft == resource.RLIM_INFINITY else max(1, min(_MOST, int(soft * _SHARE)))
 
     @property
+    def size(self) -> int:
+        """Return how many files are open or being opened."""
+        return len(self._places)
+
+    @property
     def group(self) -> int:
         """Return how many files one user may hold: a quarter, so that several threads can hold theirs at a time."""
         return max(1, self.most // 4)
@@ -60,7 +65,7 @@ class Pool:
         self._lock = threading.Lock()
         self._released = threading.Condition(self._lock)
         # Files in use, counted once for each use.
-        self._uses = 0
+        self.uses = 0
         for file in list(self._places):
             file.readers, file.opening = 0, threading.Lock()
             if file.number < 0:
@@ -72,14 +77,14 @@ class Pool:
         Raises OSError that names a file that cannot be opened; then no file is held.
         """
         with self._lock:
-            while self._uses + len(files) > self.most:
+            while self.uses + len(files) > self.most:
                 self._released.wait()
-            self._uses += len(files)
+            self.uses += len(files)
             self._close_abandoned()
             for file in files:
                 place = file.place
                 # At least one place is idle, because there are no more uses than places.
-                if place not in self._places and len(self._places) >= self.most:
+                if place not in self._places and self.size >= self.most:
                     self._close_idle()
                 self._places[place] = None
                 self._places.move_to_end(place)
@@ -96,7 +101,7 @@ class Pool:
     def release(self, files: "Sequence[OpenFile]") -> None:
         """Allow the pool to close the files."""
         with self._lock:
-            self._uses -= len(files)
+            self.uses -= len(files)
             for file in files:
                 place = file.place
                 place.readers -= 1

@@ -36,7 +36,7 @@ _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 _PIECE = 8 * 2**20
 _PIECES_AT_ONCE = 6
 # Training survives shorter outages. A dead endpoint fails after 40 s, one that accepts but never answers after 60 s.
-_RETRY: "RetryConfig" = {
+RETRY: "RetryConfig" = {
     "retry_timeout": timedelta(seconds=40),
     "max_retries": 1000,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
@@ -47,7 +47,7 @@ _RETRY: "RetryConfig" = {
 _TRIES = 3
 _PASSING = re.compile("response body error|<Code>NoSuchUpload</Code>")
 # Plain HTTP is used only if the environment names such an endpoint.
-_CLIENT: "ClientConfig" = {
+CLIENT: "ClientConfig" = {
     "connect_timeout": "5s",
     "read_timeout": "30s",
     "timeout": "60s",
@@ -82,9 +82,9 @@ class RemoteStore:
         if {"?", "#"} & set(url):
             raise UserError(f"{url}: a URL with ? or # cannot be used; choose another name")
         # Files to be copied may take longer than what is read here in pieces.
-        client: ClientConfig = {**_CLIENT, "timeout": "24h"} if also else _CLIENT
+        client: ClientConfig = {**CLIENT, "timeout": "24h"} if also else CLIENT
         try:
-            return cls(url.rstrip("/"), from_url(url, client_options=client, retry_config=_RETRY))
+            return cls(url.rstrip("/"), from_url(url, client_options=client, retry_config=RETRY))
         except (BaseError, ValueError) as error:
             raise UserError(f"{url} cannot be used: {_reason(error)}") from None
 

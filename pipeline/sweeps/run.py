@@ -244,7 +244,7 @@ def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) 
         needs = None if (folder / RUN_RESULT).exists() else run.refiner
         probes = tuple(task for task, file in files[run.name].items() if not file.exists())
         left.append(Task(run.name, run.config, needs, probes))
-    for members in _passes(left, plan.together):
+    for members in shared_passes(left, plan.together):
         for needs in dict.fromkeys(m.needs for m in members):
             if needs is not None and needs not in finished:
                 finished.add(needs)
@@ -252,7 +252,7 @@ def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) 
         yield Job("run", members)
 
 
-def _passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
+def shared_passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
     """Group the runs that may share a pass over the data, at most `together` in a group; first runs give the order."""
     open_: dict[str, list[Task]] = {}
     passes: list[list[Task]] = []

@@ -28,22 +28,21 @@ class VitKd(Objective):
     """Mean squared error of masked tokens: the student's tokens, half of them masked, must generate the teacher's.
 
     With several blocks, the last is generated and the others are matched linearly (mean squared error), as in the
-    paper. The authors of SiNGER generate at every block, which is `generate_all`.
+    paper. The authors of SiNGER generate at every block.
     """
 
     batchwise = True
     mask_ratio = 0.5
 
-    def __init__(self, context: ObjectiveContext, generate_all: bool = False) -> None:
+    def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         if context.grid is None:
             raise UserError(
                 "distill.objective vitkd needs all patches of an image, but the cache holds a share of them"
             )
-        generated = context.blocks if generate_all else context.blocks[-1:]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, context.width))
         self.generators = nn.ModuleDict(
-            {str(b): Generator(context.width, context.prefix, context.grid) for b in generated}
+            {str(b): Generator(context.width, context.prefix, context.grid) for b in context.blocks[-1:]}
         )
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
