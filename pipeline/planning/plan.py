@@ -23,12 +23,12 @@ from pipeline.planning.costs import (
     Work,
     bottleneck,
     break_even,
+    break_even_text,
     cached_hours,
     caching_hours,
     online_hours,
     slowest,
     student_costs,
-    verdict,
 )
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
@@ -76,11 +76,11 @@ class PlanResult:
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
-    break_even_students: the smallest number of students for which the cache takes no longer, which `verdict` gives in
-    words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to measure
-    the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free space
-    where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the most
-    tokens, then with the smallest error; advice: which views and codec to store, in words.
+    break_even_students: the smallest number of students for which the cache takes no longer, which `break_even_text`
+    gives in words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to
+    measure the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free
+    space where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the
+    most tokens, then with the smallest error; advice: which views and codec to store, in words.
     """
 
     images: int
@@ -98,7 +98,7 @@ class PlanResult:
     training_bottleneck: str | None
     students: list[StudentCost]
     break_even_students: int | None
-    verdict: str
+    break_even_text: str
     targets: str
     stages: list[Stage]
     written_bytes: int
@@ -186,7 +186,7 @@ def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
         "training_bottleneck": bottleneck(student_stages, training["cached"]),
         "students": student_costs(hours, cached, online),
         "break_even_students": break_even(hours, cached, online),
-        "verdict": verdict(hours, cached, online),
+        "break_even_text": break_even_text(hours, cached, online),
         "targets": speeds.targets,
         "stages": [Stage.of(name, rate) for name, rate in {**caching, **training}.items()],
         "written_bytes": speeds.written_bytes,

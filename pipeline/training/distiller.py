@@ -150,22 +150,22 @@ class Distiller(Learner):
         """Return what each teacher's objective says of its pair of tokens, {part: losses (B,)}."""
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):
-            means = self.agreed([targets for _, targets in pairs]) if len(pairs) > 1 else {}
+            means = self.mean_soft_targets([targets for _, targets in pairs]) if len(pairs) > 1 else {}
             return [
                 branch.objective(student, targets, batch.labels, means)
                 for branch, (student, targets) in zip(self.branches, pairs, strict=True)
             ]
 
-    def agreed(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Return {objective: the mean of the teachers' opinions, by their weights}. targets: those of each teacher.
+    def mean_soft_targets(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Return {objective: the mean of the teachers' soft targets, by their weights}. targets: those of each teacher.
 
-        Raises UserError if the opinions are about different classes.
+        Raises UserError if the teachers' heads have different classes.
         """
-        opinions = [branch.objective.opinions(own) for branch, own in zip(self.branches, targets, strict=True)]
+        soft_targets = [branch.objective.soft_targets(own) for branch, own in zip(self.branches, targets, strict=True)]
         means = {}
-        for name in dict.fromkeys(name for found in opinions for name in found):
+        for name in dict.fromkeys(name for found in soft_targets for name in found):
             of_name = [
-                (b.weight, found[name]) for b, found in zip(self.branches, opinions, strict=True) if name in found
+                (b.weight, found[name]) for b, found in zip(self.branches, soft_targets, strict=True) if name in found
             ]
             if len({x.shape for _, x in of_name}) > 1:
                 counts = " and ".join(str(x.shape[-1]) for _, x in of_name)
