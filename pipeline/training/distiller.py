@@ -61,28 +61,28 @@ class Distiller(Learner):
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None
-        self._shares: DistillConfig | None = None
+        self._settings: DistillConfig | None = None
         self.masks: PatchMasks | None = None
         self.mask_weight = 0.0
 
     def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Set the share of the patches that the student sees in this step."""
-        if self.dropout is not None and self._shares is not None:
-            self.dropout.share = token_share(self._shares, batch.step, per_epoch)
+        if self.dropout is not None and self._settings is not None:
+            self.dropout.share = token_share(self._settings, batch.step, per_epoch)
         return batch
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
         return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
 
-    def drop_patches(self, shares: DistillConfig) -> None:
+    def drop_patches(self, settings: DistillConfig) -> None:
         """Let the student see a share of its patches (`dropout.share`), as distill.token_share and whole_share say.
 
         Raises UserError if this is not possible.
         """
         for branch in self.branches:
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
-        self.dropout, self._shares = install(self.student), shares
+        self.dropout, self._settings = install(self.student), settings
 
     def mask_patches(self, share: float, weight: float) -> None:
         """Let the student see each batch a second time, with a share of its patches masked, and learn what is there.
