@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.extract import Extractor
-from pipeline.cache.rows import copies_of
+from pipeline.cache.view_reader import copies_of
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.data.views import apply_view, crop_view

@@ -58,12 +58,12 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     for number, members in enumerate(passes):
         if number in turns:
             online.append(seconds(lambda: online_run(config, cache, adapters)))
-        jobs = []
+        specs = []
         for member in members:
             # The students differ in their learning rate, as in any sweep; the order of the data is the same.
             own = config.distill.model_copy(update={"lr": 1e-3 * (1 + member / 20)})
-            jobs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
-        training += seconds(lambda jobs=jobs: fan_out(jobs, scratch / "cache"))  # type: ignore[misc]
+            specs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
+        training += seconds(lambda specs=specs: fan_out(specs, scratch / "cache"))  # type: ignore[misc]
 
     one = sum(online) / len(online)
     sweep = caching + refining + training

@@ -32,9 +32,9 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill as fill_segment
 from pipeline.cache.format import VIEWS
 from pipeline.cache.index import read_images
-from pipeline.cache.rows import RowReader, ViewBatch
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import read_segments
+from pipeline.cache.view_reader import ViewBatch, ViewReader
 from pipeline.config import load_config
 from pipeline.data import ImageFile, index_images
 from pipeline.runtime.devices import this_process
@@ -74,7 +74,7 @@ def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> l
 
     def bare(group: Sequence[int]) -> None:
         with ImageFile(images) as files:
-            read = RowReader(files, manifest, "fail")
+            read = ViewReader(files, manifest, "fail")
             size = config.cache.views_at_once
             ranges = [manifest.zarr_shard_range(shard) for shard in group]
             batches = [np.arange(a, min(a + size, stop)) for start, stop in ranges for a in range(start, stop, size)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from singer.artifacts import BlockScale, robust_threshold
     from singer.backbones import block_outputs
-    from singer.cleaners import CLEANERS, Shape
+    from singer.cleaners import CLEANERS, BlockSpec
     from singer.described import Description
     from singer.fit_context import FitContext
     from singer.matching import match_blocks
@@ -29,10 +29,10 @@ __all__ = [
     "NORMALISERS",
     "OBJECTIVES",
     "BlockScale",
+    "BlockSpec",
     "Description",
     "FitContext",
     "Refiner",
-    "Shape",
     "TeacherSuffix",
     "block_outputs",
     "match_blocks",
@@ -46,10 +46,10 @@ _MODULES = {
     "NORMALISERS": "singer.normalisers",
     "OBJECTIVES": "singer.objectives",
     "BlockScale": "singer.artifacts",
+    "BlockSpec": "singer.cleaners",
     "Description": "singer.described",
     "FitContext": "singer.fit_context",
     "Refiner": "singer.refiner",
-    "Shape": "singer.cleaners",
     "TeacherSuffix": "singer.suffix",
     "block_outputs": "singer.backbones",
     "match_blocks": "singer.matching",

@@ -1,7 +1,7 @@
 """Cleaners: features (B, N, d) of a block -> the same without artifacts, in the teacher's units. Prefix tokens stay.
 
-A new cleaner is a class that takes a Shape, and a line in the registry. `fit` sets what has a closed form; a cleaner
-with `trained = True` is fitted by gradient instead. All state is buffers and parameters.
+A new cleaner is a class that takes a BlockSpec, and a line in the registry. `fit` sets what has a closed form; a
+cleaner with `trained = True` is fitted by gradient instead. All state is buffers and parameters.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from singer.fit_context import FitContext
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Shape of a block's features: width d, prefix tokens, the grid of the patches (None if only some are stored).
+class BlockSpec:
+    """A block's features: width d, prefix tokens, the grid of the patches (None if only some are stored).
 
     rank: the rank r of adapters. softness: μ of the projector.
     """
@@ -37,9 +37,9 @@ class Cleaner(nn.Module):
     # True if `fit` reads tokens and not only the scale.
     needs_tokens = False
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.shape = shape
+        self.spec = spec
 
     def fit(self, context: FitContext) -> None:
         """Set buffers from a sample of the block's features."""
@@ -50,7 +50,7 @@ class Cleaner(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Clean the patches of tokens (B, N, d)."""
-        prefix = self.shape.prefix
+        prefix = self.spec.prefix
         return torch.cat([tokens[:, :prefix], self.patches(tokens[:, prefix:])], dim=1)
 
 
@@ -59,8 +59,8 @@ class Clip(Cleaner):
 
     threshold: Tensor
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
         self.register_buffer("threshold", torch.tensor(float("inf")))
 
     def fit(self, context: FitContext) -> None:
@@ -82,11 +82,11 @@ class Neighbour(Clip):
     def patches(self, patches: Tensor) -> Tensor:
         """Replace artifacts among patch tokens (B, patches, d) by the mean of clean neighbours."""
         clean = clean_mask(patches.norm(dim=-1), self.threshold)
-        expected = expected_patches(patches, clean, self.threshold, self.shape.grid)
+        expected = expected_patches(patches, clean, self.threshold, self.spec.grid)
         return torch.where(clean.unsqueeze(-1), patches, expected)
 
 
-class Projector(Neighbour):
+class NullSpaceProjector(Neighbour):
     """`projector`: artifacts move to the mean t of their clean neighbours, most where the final norm sees least.
 
     It has a closed form and needs no training: x' = x - (I + μC̃)⁻¹(x - t), C̃ = C·d/tr C, for tokens above the
@@ -97,9 +97,9 @@ class Projector(Neighbour):
     needs_tokens = True
     move: Tensor
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.register_buffer("move", torch.zeros(shape.width, shape.width))
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("move", torch.zeros(spec.width, spec.width))
 
     def fit(self, context: FitContext) -> None:
         """Set the threshold and (I + μC̃)⁻¹ from the block's curvature at the final norm."""
@@ -108,7 +108,7 @@ class Projector(Neighbour):
         d = len(seen)
         eye = torch.eye(d, dtype=seen.dtype, device=seen.device)
         scaled = seen * d / seen.diagonal().sum()
-        self.move.copy_(torch.linalg.inv(eye + self.shape.softness * scaled))
+        self.move.copy_(torch.linalg.inv(eye + self.spec.softness * scaled))
 
     def patches(self, patches: Tensor) -> Tensor:
         """Move artifacts among patch tokens (B, patches, d) towards the mean of their clean neighbours."""
@@ -121,10 +121,10 @@ class Adapter(Cleaner):
     trained = True
     needs_suffix = True
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.down = nn.Parameter(torch.zeros(shape.width, shape.rank))
-        self.up = nn.Parameter(torch.zeros(shape.rank, shape.width))
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.down = nn.Parameter(torch.zeros(spec.width, spec.rank))
+        self.up = nn.Parameter(torch.zeros(spec.rank, spec.width))
 
     @torch.no_grad()
     def start(self, directions: Tensor, scale: BlockScale, doubled: bool = False) -> None:
@@ -152,8 +152,8 @@ class GatedAdapter(Adapter):
     needs_suffix = False
     threshold: Tensor
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
         self.register_buffer("threshold", torch.tensor(float("inf")))
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class GatedAdapter(Adapter):
     def patches(self, patches: Tensor) -> Tensor:
         """Move artifacts among patch tokens (B, patches, d)."""
         clean = clean_mask(patches.norm(dim=-1), self.threshold)
-        excess = patches - expected_patches(patches, clean, self.threshold, self.shape.grid)
+        excess = patches - expected_patches(patches, clean, self.threshold, self.spec.grid)
         moved = clip_norms(patches + (excess @ self.down) @ self.up, self.threshold)
         return torch.where(clean.unsqueeze(-1), patches, moved)
 
@@ -174,7 +174,7 @@ class GatedAdapter(Adapter):
 CLEANERS: dict[str, type[Cleaner]] = {
     "gated-adapter": GatedAdapter,
     "adapter": Adapter,
-    "projector": Projector,
+    "projector": NullSpaceProjector,
     "neighbour": Neighbour,
     "clip": Clip,
     "none": Cleaner,

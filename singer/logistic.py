@@ -20,7 +20,7 @@ from singer.errors import UserError
 _LOGITS = 1 << 24
 _MEMORY = 10
 # The fit has converged when another step would lower the loss by less than this share of it.
-GAIN = 1e-5
+TOL = 1e-5
 _HALVINGS = 12
 
 
@@ -73,7 +73,7 @@ class Logistic:
 class LogisticProblem:
     """The regression of labels (n,) below `classes` on features x (n, d), which should be standardised.
 
-    All tensors are on one device; curvature is measured once, for all strengths. Every pass reads all blocks
+    All tensors are on one device; curvature is measured once, for all penalties. Every pass reads all blocks
     of Streamed features again.
     """
 
@@ -85,16 +85,16 @@ class LogisticProblem:
         self._squares, self._vectors = squares.clamp_min(0).float(), vectors.float()
 
     def fit(
-        self, strengths: Sequence[float], start: Logistic | None = None, gain: float = GAIN, most: int = 300
+        self, cs: Sequence[float], start: Logistic | None = None, tol: float = TOL, max_passes: int = 300
     ) -> list[Logistic]:
-        """Minimise the loss for each inverse penalty C of `strengths`, all on the same passes over the features.
+        """Minimise the loss for each inverse penalty C of `cs`, all on the same passes over the features.
 
-        start: a solution nearby; gain: a fit has converged when another step would lower its loss by less than this
-        share; most: passes.
+        start: a solution nearby; tol: a fit has converged when another step would lower its loss by less than this
+        share; max_passes: over the features, after which it ends.
         """
-        places = [_Coordinates(self._squares, self._vectors, len(self._x), self._classes, c) for c in strengths]
+        places = [_Coordinates(self._squares, self._vectors, len(self._x), self._classes, c) for c in cs]
         zero = torch.zeros(self._classes, self._x.shape[1] + 1, device=self._x.device)
-        searches = [minimise(zero if start is None else place.inside(start), gain, most) for place in places]
+        searches = [minimise(zero if start is None else place.inside(start), tol, max_passes) for place in places]
         asked = {number: next(search) for number, search in enumerate(searches)}
         found = dict[int, Logistic]()
         while asked:
@@ -106,7 +106,7 @@ class LogisticProblem:
                     z, passes, converged = end.value
                     found[number] = Logistic(*places[number].outside(z), passes, converged)
                     del asked[number]
-        return [found[number] for number in range(len(strengths))]
+        return [found[number] for number in range(len(cs))]
 
     def losses(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor, Tensor]]:
         """Return the summed cross-entropy of each head (weight, bias), and its gradients by weight and bias."""
@@ -131,10 +131,10 @@ class _Coordinates:
     squares, vectors: eigenvalues (d,) and eigenvectors (d, d) of XᵀX, where X has `count` rows.
     """
 
-    def __init__(self, squares: Tensor, vectors: Tensor, count: int, classes: int, strength: float) -> None:
+    def __init__(self, squares: Tensor, vectors: Tensor, count: int, classes: int, c: float) -> None:
         share = (1 / classes) * (1 - 1 / classes)
-        self._vectors, self._strength = vectors, strength
-        self._scale, self._ones = (share * squares + 1 / strength).rsqrt(), (share * count) ** -0.5
+        self._vectors, self._c = vectors, c
+        self._scale, self._ones = (share * squares + 1 / c).rsqrt(), (share * count) ** -0.5
 
     def outside(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return the head, weight (K, d) and bias (K,), at coordinates z."""
@@ -146,8 +146,8 @@ class _Coordinates:
 
     def penalised(self, weight: Tensor, value: float, by_weight: Tensor, by_bias: Tensor) -> tuple[float, Tensor]:
         """Return the loss with its penalty, and its gradient by z, of a cross-entropy and its gradients."""
-        value += float(weight.double().square().sum()) / (2 * self._strength)
-        by_weight = by_weight + weight / self._strength
+        value += float(weight.double().square().sum()) / (2 * self._c)
+        by_weight = by_weight + weight / self._c
         return value, torch.cat([(by_weight @ self._vectors) * self._scale, (by_bias * self._ones).unsqueeze(1)], 1)
 
 
@@ -159,18 +159,20 @@ def sum_of_products(x: Tensor | Streamed) -> Tensor:
     return total
 
 
-def minimise(z: Tensor, gain: float, most: int) -> Generator[Tensor, tuple[float, Tensor], tuple[Tensor, int, bool]]:
+def minimise(
+    z: Tensor, tol: float, max_passes: int
+) -> Generator[Tensor, tuple[float, Tensor], tuple[Tensor, int, bool]]:
     """Minimise a convex function by L-BFGS with backtracking; return the place, the evaluations and if it converged.
 
     Yields the places at which it needs the function's value and gradient, and is sent them; so the caller decides what
-    is evaluated together. gain, most: as at LogisticProblem.fit. The first direction is the negative gradient.
+    is evaluated together. tol, max_passes: as at LogisticProblem.fit. The first direction is the negative gradient.
     """
     value, gradient = yield z
     passes, history = 1, deque[tuple[Tensor, Tensor, float]](maxlen=_MEMORY)
-    while passes < most:
+    while passes < max_passes:
         direction = -_newton(gradient, history)
         slope = float((gradient.double() * direction).sum())
-        if -slope / 2 <= gain * max(abs(value), 1e-12):
+        if -slope / 2 <= tol * max(abs(value), 1e-12):
             return z, passes, True
         step = 1.0
         for _ in range(_HALVINGS):
@@ -182,7 +184,7 @@ def minimise(z: Tensor, gain: float, most: int) -> Generator[Tensor, tuple[float
             # The minimum of the parabola through both values and the slope.
             step *= min(0.5, max(0.1, -slope * step / (2 * (found - value - slope * step))))
         else:  # no step is better within the precision of the numbers
-            return z, passes, -slope / 2 <= 100 * GAIN * abs(value)
+            return z, passes, -slope / 2 <= 100 * TOL * abs(value)
         moved, change = there - z, slopes - gradient
         curvature = float((moved.double() * change).sum())
         if curvature > 0:

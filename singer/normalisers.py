@@ -1,6 +1,6 @@
 """Normalisers of clean targets: tokens (B, N, d) of a block -> tokens on a scale that suits a student.
 
-A new normaliser is a class that takes a Shape, and a line in the registry. `fit` gets the channel moments of clean
+A new normaliser is a class that takes a BlockSpec, and a line in the registry. `fit` gets the channel moments of clean
 tokens.
 """
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from singer.cleaners import Shape
+from singer.cleaners import BlockSpec
 from singer.errors import UserError
 
 
@@ -18,11 +18,11 @@ class Moments:
     whole: also collect the covariance of patch tokens, which costs far more.
     """
 
-    def __init__(self, shape: Shape, whole: bool = False) -> None:
-        d, self.whole = shape.width, whole
+    def __init__(self, spec: BlockSpec, whole: bool = False) -> None:
+        d, self.whole = spec.width, whole
         self.patch_sum = torch.zeros(d, dtype=torch.float64)
         self.patch_products = torch.zeros((d, d) if whole else d, dtype=torch.float64)
-        self.prefix_sums = torch.zeros(2, shape.prefix, d, dtype=torch.float64)
+        self.prefix_sums = torch.zeros(2, spec.prefix, d, dtype=torch.float64)
         self.patches = self.images = 0
 
     def add(self, prefix: Tensor, patches: Tensor) -> None:
@@ -68,7 +68,7 @@ class Normaliser(nn.Module):
     # True if `fit` needs the whole covariance.
     needs_covariance = False
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
 
     def prepare(self, tokens: Tensor) -> Tensor:
@@ -102,12 +102,12 @@ class Standardize(Normaliser):
     prefix_mean: Tensor
     prefix_std: Tensor
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.register_buffer("mean", torch.zeros(shape.width))
-        self.register_buffer("std", torch.ones(shape.width))
-        self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
-        self.register_buffer("prefix_std", torch.ones(shape.prefix, shape.width))
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("mean", torch.zeros(spec.width))
+        self.register_buffer("std", torch.ones(spec.width))
+        self.register_buffer("prefix_mean", torch.zeros(spec.prefix, spec.width))
+        self.register_buffer("prefix_std", torch.ones(spec.prefix, spec.width))
 
     def fit(self, moments: Moments) -> None:
         """Set mean and standard deviation of patches and of each prefix position."""
@@ -154,12 +154,12 @@ class PhiS(Normaliser):
     prefix_mean: Tensor
     prefix_scale: Tensor
 
-    def __init__(self, shape: Shape) -> None:
-        super().__init__(shape)
-        self.register_buffer("mean", torch.zeros(shape.width))
-        self.register_buffer("turn", hadamard(shape.width).float())  # raises UserError if there is none
-        self.register_buffer("prefix_mean", torch.zeros(shape.prefix, shape.width))
-        self.register_buffer("prefix_scale", torch.ones(shape.prefix, 1))
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("mean", torch.zeros(spec.width))
+        self.register_buffer("turn", hadamard(spec.width).float())  # raises UserError if there is none
+        self.register_buffer("prefix_mean", torch.zeros(spec.prefix, spec.width))
+        self.register_buffer("prefix_scale", torch.ones(spec.prefix, 1))
 
     def fit(self, moments: Moments) -> None:
         """Set the rotation, the means and the scales from the whole covariance."""

@@ -8,17 +8,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from singer.cleaners import CLEANERS, Cleaner, Shape
+from singer.cleaners import CLEANERS, BlockSpec, Cleaner
 from singer.normalisers import NORMALISERS, Normaliser
 
 
 class Refiner(nn.Module):
-    """A cleaner and a normaliser for every block of `shapes`."""
+    """A cleaner and a normaliser for every block of `specs`."""
 
-    def __init__(self, shapes: Mapping[int, Shape], cleaner: str, normaliser: str) -> None:
+    def __init__(self, specs: Mapping[int, BlockSpec], cleaner: str, normaliser: str) -> None:
         super().__init__()
-        self.cleaners = nn.ModuleDict({str(b): CLEANERS[cleaner](s) for b, s in shapes.items()})
-        self.normalisers = nn.ModuleDict({str(b): NORMALISERS[normaliser](s) for b, s in shapes.items()})
+        self.cleaners = nn.ModuleDict({str(b): CLEANERS[cleaner](s) for b, s in specs.items()})
+        self.normalisers = nn.ModuleDict({str(b): NORMALISERS[normaliser](s) for b, s in specs.items()})
 
     def cleaner(self, block: int) -> Cleaner:
         """Return the cleaner of a block."""

@@ -15,7 +15,7 @@ from pipeline.teachers.teacher import load_teacher
 from singer.adapter_losses import robust_outlier
 from singer.artifacts import BlockScale, clip_norms, patch_norms, robust_threshold
 from singer.backbones import block_outputs
-from singer.cleaners import CLEANERS, Shape
+from singer.cleaners import CLEANERS, BlockSpec
 from singer.fit_context import FitContext
 from singer.suffix import TeacherSuffix, suffix_state
 
@@ -131,7 +131,7 @@ def test_an_image_of_artifacts_alone_is_clipped(cleaner: str, grid: tuple[int, i
     tokens[3, 4] *= 50
     layers = {}
     for name in (cleaner, "clip"):
-        layers[name] = CLEANERS[name](Shape(WIDTH, 1, grid))
+        layers[name] = CLEANERS[name](BlockSpec(WIDTH, 1, grid))
         layers[name].fit(evidence_with(tokens, grid))
     cleaned, clipped = (layers[name](tokens)[:, 1:] for name in (cleaner, "clip"))
     assert float(cleaned[2].norm(dim=-1).min()) > 1

@@ -118,15 +118,15 @@ def test_it_resumes_exactly(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_one_of_several_students_ends_early(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other goes on, and both are as they would be alone."""
     Told(monkeypatch)
-    jobs = [
+    specs = [
         StudentSpec(world_config(world, *SETS, f"distill.patience={patience}"), tmp_path / f"{patience}")
         for patience in (2, "null")
     ]
-    ended, whole = fan_out(jobs, world / "cache")
+    ended, whole = fan_out(specs, world / "cache")
     assert (ended.steps, whole.steps) == (8, 10) and ended.kept_epoch is None
-    for job in jobs:
-        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name)
-        assert (alone.run / WEIGHTS).read_bytes() == (job.out / WEIGHTS).read_bytes()
+    for spec in specs:
+        alone = distill(spec.config, world / "cache", tmp_path / "alone" / spec.out.name)
+        assert (alone.run / WEIGHTS).read_bytes() == (spec.out / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("given", ["keep=best", "patience=3"])

@@ -16,8 +16,8 @@ from pipeline.cache import Cache
 from pipeline.cache.extract import Extractor
 from pipeline.cache.format import JOURNAL
 from pipeline.cache.info import cache_info
-from pipeline.cache.rows import copies_of
 from pipeline.cache.verify import live
+from pipeline.cache.view_reader import copies_of
 from pipeline.config import Config, load_config
 from pipeline.data.views import draw_copies, normalise
 from pipeline.models.backbone import Backbone

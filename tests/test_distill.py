@@ -418,24 +418,24 @@ FAN = {
 
 
 def test_fan_out_is_as_training_alone(world: Path, tmp_path: Path) -> None:
-    jobs = [
+    specs = [
         StudentSpec(
             world_config(world, *sets), tmp_path / "many" / name, None if name == "plain" else world / "adapters"
         )
         for name, sets in FAN.items()
     ]
-    together = fan_out(jobs, world / "cache")
-    for job, result in zip(jobs, together, strict=True):
-        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name, job.refiner)
+    together = fan_out(specs, world / "cache")
+    for spec, result in zip(specs, together, strict=True):
+        alone = distill(spec.config, world / "cache", tmp_path / "alone" / spec.out.name, spec.refiner)
         assert alone.loss == result.loss
         for name in (WEIGHTS, "projectors.safetensors"):
-            assert (alone.run / name).read_bytes() == (result.run / name).read_bytes(), job.out.name
-    assert fan_out(jobs, world / "cache", mode="resume") == together
+            assert (alone.run / name).read_bytes() == (result.run / name).read_bytes(), spec.out.name
+    assert fan_out(specs, world / "cache", mode="resume") == together
 
 
 def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between two checkpoints, one student is an epoch ahead of the other."""
-    jobs = [StudentSpec(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
+    specs = [StudentSpec(world_config(world, f"student.dim={d}"), tmp_path / f"{d}") for d in (12, 16)]
     saves, save = 0, Checkpoint.save
 
     def dying(self: Checkpoint, step: int, write: bool) -> None:
@@ -447,11 +447,11 @@ def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(KeyboardInterrupt):
-        fan_out(jobs, world / "cache")
+        fan_out(specs, world / "cache")
     monkeypatch.undo()
-    assert [(job.out / "checkpoint.pt").exists() for job in jobs] == [True, False]
-    for job, result in zip(jobs, fan_out(jobs, world / "cache", mode="resume"), strict=True):
-        alone = distill(job.config, world / "cache", tmp_path / "alone" / job.out.name)
+    assert [(spec.out / "checkpoint.pt").exists() for spec in specs] == [True, False]
+    for spec, result in zip(specs, fan_out(specs, world / "cache", mode="resume"), strict=True):
+        alone = distill(spec.config, world / "cache", tmp_path / "alone" / spec.out.name)
         assert (alone.run / WEIGHTS).read_bytes() == (result.run / WEIGHTS).read_bytes()
 
 
@@ -466,11 +466,11 @@ def test_fan_out_resumes_from_different_steps(world: Path, tmp_path: Path, monke
     ],
 )
 def test_what_cannot_share_a_pass(world: Path, tmp_path: Path, sets: list[str], message: str) -> None:
-    jobs = [StudentSpec(world_config(world), tmp_path / "a"), StudentSpec(world_config(world, *sets), tmp_path / "b")]
+    specs = [StudentSpec(world_config(world), tmp_path / "a"), StudentSpec(world_config(world, *sets), tmp_path / "b")]
     with pytest.raises(UserError, match=message):
-        fan_out(jobs, world / "cache")
+        fan_out(specs, world / "cache")
     with pytest.raises(UserError, match="cannot have the same output folder"):
-        fan_out([jobs[0], jobs[0]], world / "cache")
+        fan_out([specs[0], specs[0]], world / "cache")
     assert not list(tmp_path.iterdir())
 
 
@@ -575,12 +575,12 @@ def test_joint_runs_are_continued_as_they_were_begun(
 
 def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path) -> None:
     refine(world_config(world, "refine.cleaner=clip", "refine.blocks=[3]"), world / "cache", tmp_path / "a")
-    jobs = [
+    specs = [
         StudentSpec(world_config(world), tmp_path / "raw"),
         StudentSpec(world_config(world), tmp_path / "clip", tmp_path / "a"),
     ]
     with pytest.raises(UserError, match="cannot train on one pass: they learn from different blocks"):
-        fan_out(jobs, world / "cache")
+        fan_out(specs, world / "cache")
     assert not (tmp_path / "raw").exists()
     for blocks in ("[]", "[3, 3]"):
         with pytest.raises(UserError, match="blocks must be one or more distinct numbers"):

@@ -16,7 +16,7 @@ LONG: dict[str, tuple[str, tuple[object, ...]]] = {
     "prepare": ("pipeline.stages.prepare.pack", ("W/images/train", "--out", "O")),
     "cache-teacher": ("pipeline.stages.cache_teacher.fill_segments", ("--images", "W/train", "--out", "O", "C")),
     "refine": ("pipeline.stages.refine.measure_blocks", ("--cache", "W/cache", "--out", "O", "C")),
-    "distill": ("pipeline.stages.distill.run_jobs", ("--cache", "W/cache", "--out", "O", "C")),
+    "distill": ("pipeline.stages.distill.train_students", ("--cache", "W/cache", "--out", "O", "C")),
     "evaluate": ("pipeline.stages.evaluate.list_probe_images", ("W/teacher", "--test", "W/test", "--train", "W/train")),
     "embed": ("pipeline.stages.embed.feature_batches", ("W/teacher", "W/test", "--out", "O.npy", "C")),
     "run": ("pipeline.chains.run.measure_costs", ("W/images/train", "--out", "O", "C")),

@@ -112,7 +112,7 @@ def test_fits_of_several_strengths_share_their_passes(monkeypatch: pytest.Monkey
 def test_fits_without_an_end_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those among which the penalty is chosen, too."""
     (x, y), fit = samples(200, 7), logistic.LogisticProblem.fit
-    monkeypatch.setattr(logistic.LogisticProblem, "fit", lambda *args, **more: fit(*args, **more, most=2))
+    monkeypatch.setattr(logistic.LogisticProblem, "fit", lambda *args, **more: fit(*args, **more, max_passes=2))
     list(linear_scores(x, y, x, 7, load_config().evaluate))
     told = capsys.readouterr()
     notes = [line for line in (told.out + told.err).splitlines() if "has not converged in 2 passes" in line]

@@ -216,4 +216,4 @@ def test_a_limit_needs_a_folder() -> None:
         with pytest.raises(UserError, match=f"{section}.local_copy_gb: there is no folder that it limits"):
             load_config(None, [f"{section}.local_copy_gb=5"])
         config = load_config(None, [f"{section}.local_copy_gb=5", f"{section}.local_copy=there"])
-        assert getattr(config, section).copies == LocalCopy(Path("there"), 5)
+        assert getattr(config, section).local_copies == LocalCopy(Path("there"), 5)

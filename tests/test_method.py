@@ -11,7 +11,7 @@ from torch import nn
 
 from singer.adapter_losses import cosine_gram, gram_error, keep_loss, robust_outlier
 from singer.artifacts import BlockScale, norm_summary, robust_threshold
-from singer.cleaners import Adapter, Clip, Shape
+from singer.cleaners import Adapter, BlockSpec, Clip
 from singer.errors import UserError
 from singer.matching import match_blocks
 from singer.metrics import knn_scores, topk_hits
@@ -105,7 +105,7 @@ def test_keep_loss_by_hand() -> None:
 
 
 def test_adapter_starts_as_identity_and_spares_prefix_tokens() -> None:
-    adapter = Adapter(Shape(8, 1, (2, 2), rank=3))
+    adapter = Adapter(BlockSpec(8, 1, (2, 2), rank=3))
     x = torch.randn(2, 5, 8)
     directions = torch.linalg.qr(torch.randn(8, 3)).Q
     adapter.start(directions, BlockScale(1.0, 2.0))
@@ -119,7 +119,7 @@ def test_adapter_starts_as_identity_and_spares_prefix_tokens() -> None:
 
 
 def test_clip() -> None:
-    clip = Clip(Shape(4, 1, None))
+    clip = Clip(BlockSpec(4, 1, None))
     clip.threshold.fill_(2.0)
     x = torch.randn(3, 6, 4) * 3
     y = clip(x)
@@ -129,7 +129,7 @@ def test_clip() -> None:
 
 
 def test_standardize_treats_prefix_tokens_apart() -> None:
-    layer = Standardize(Shape(3, 1, None))
+    layer = Standardize(BlockSpec(3, 1, None))
     layer.mean.fill_(2.0)
     layer.std.fill_(4.0)
     layer.prefix_mean.fill_(-1.0)
@@ -138,10 +138,10 @@ def test_standardize_treats_prefix_tokens_apart() -> None:
 
 
 def test_refiner_of_nothing_is_the_identity() -> None:
-    refiner = Refiner({1: Shape(4, 1, None), 3: Shape(4, 1, None)}, "none", "none")
+    refiner = Refiner({1: BlockSpec(4, 1, None), 3: BlockSpec(4, 1, None)}, "none", "none")
     x = {1: torch.randn(2, 3, 4), 3: torch.randn(2, 3, 4)}
     assert all(torch.equal(y, x[b]) for b, y in refiner(x).items())
-    normal = Refiner({1: Shape(4, 1, None)}, "none", "layernorm")({1: x[1]})[1]
+    normal = Refiner({1: BlockSpec(4, 1, None)}, "none", "layernorm")({1: x[1]})[1]
     torch.testing.assert_close(normal.mean(-1), torch.zeros(2, 3), atol=1e-5, rtol=0)
 
 

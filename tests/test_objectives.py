@@ -130,9 +130,9 @@ def test_logits_are_the_teachers_own(args: dict[str, object]) -> None:
         tokens = block_outputs(vit.model, images, [3])[3]
         kept = torch.cat([tokens[:, :1], tokens[:, vit.prefix :]], dim=1)
         objective = Logits(context)
-        torch.testing.assert_close(objective.verdict(kept), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(objective.log_probs(kept), expected, atol=1e-5, rtol=1e-4)
         student = torch.randn_like(kept)
-        ours, theirs = objective.verdict(student).double().numpy(), expected.double().numpy()
+        ours, theirs = objective.log_probs(student).double().numpy(), expected.double().numpy()
         found = objective({3: student}, {3: kept})["kl"]
     np.testing.assert_allclose(found.numpy(), (np.exp(theirs) * (theirs - ours)).sum(-1), rtol=1e-3)
 
@@ -203,7 +203,7 @@ def test_queries_keys_and_values_are_those_of_the_block(
 
 
 def probabilities(objective: Logits, tokens: Tensor) -> np.ndarray:
-    return objective.verdict(tokens).exp().detach().double().numpy()
+    return objective.log_probs(tokens).exp().detach().double().numpy()
 
 
 def test_js() -> None:
@@ -486,7 +486,7 @@ def test_meal() -> None:
     torch.testing.assert_close(alone, Logits(make_context())(student, target)["kl"], atol=1e-5, rtol=1e-3)
     mean = softmax(torch.randn(3, 5).double().numpy())
     ours = probabilities(objective, student[3])
-    found = objective.agree(student, torch.from_numpy(mean).float())["kl"].detach().numpy()
+    found = objective.loss_to_mean(student, torch.from_numpy(mean).float())["kl"].detach().numpy()
     np.testing.assert_allclose(found, (mean * np.log(mean / ours)).sum(-1), rtol=1e-3)
 
 
@@ -499,8 +499,8 @@ def test_meal_discriminator() -> None:
     layers = [m for m in objective.discriminator if isinstance(m, torch.nn.Linear)]
     weights = [[p.detach().double().numpy() for p in m.parameters()] for m in layers]
 
-    def said(verdicts: np.ndarray) -> np.ndarray:
-        x = verdicts
+    def said(log_probs: np.ndarray) -> np.ndarray:
+        x = log_probs
         for weight, bias in weights[:-1]:
             x = np.maximum(x @ weight.T + bias, 0)
         return 1 / (1 + np.exp(-(x @ weights[-1][0].T + weights[-1][1])[:, 0]))

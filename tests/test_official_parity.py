@@ -29,7 +29,7 @@ from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.artifacts import BlockScale
 from singer.backbones import block_outputs
-from singer.cleaners import Adapter, Shape
+from singer.cleaners import Adapter, BlockSpec
 from singer.fit_context import FitContext
 from singer.objectives import ObjectiveContext
 from singer.objectives.mse import Mse
@@ -105,7 +105,7 @@ class Fixture:
         config = RefineConfig(
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
-        refiner = Refiner({b: Shape(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
+        refiner = Refiner({b: BlockSpec(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1, {})
         head = TeacherBranch(student, self.matching, targets, Teaching({"mse": 1.0}, weight=s["wk"]), refiner, joint)
         distiller = Distiller(student, [head])
@@ -166,7 +166,7 @@ def test_start_is_orthonormal_and_below_the_threshold(fixture: Fixture) -> None:
             assert_close((space.T @ directions).norm(dim=0), torch.ones(rank), 1e-4)
         assert limit == 0.05  # the registry's
         directions = BASES["weights-official"](context, rank)
-        adapter = Adapter(Shape(x.shape[-1], 1, None, rank))
+        adapter = Adapter(BlockSpec(x.shape[-1], 1, None, rank))
         adapter.start(directions, NO_SCALE, doubled=True)
         assert torch.equal(adapter.up, adapter.down.T)
 

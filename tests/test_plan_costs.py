@@ -16,10 +16,10 @@ from pipeline.planning.costs import (
     Work,
     bottleneck,
     break_even,
+    break_even_text,
     cached_hours,
     caching_hours,
     online_hours,
-    verdict,
 )
 from pipeline.planning.disk import sustained
 from pipeline.planning.plan import judge, plan
@@ -49,7 +49,7 @@ def test_break_even_of_4_views_and_2_epochs_is_1() -> None:
     # On a disk that takes only 1 record a second, caching takes 3,600 s: 1 + 0.05 n <= 0.25 n from n = 5 on.
     slow = caching_hours(work, at(1), 0.0)
     assert break_even(slow, cached, online) == 5
-    assert verdict(slow, cached, online) == "the cache pays off from student 5 on"
+    assert break_even_text(slow, cached, online) == "the cache pays off from student 5 on"
 
 
 def test_setup_counts_once_and_the_disk_in_every_pass_that_does_not_fit_memory() -> None:
@@ -62,8 +62,8 @@ def test_setup_counts_once_and_the_disk_in_every_pass_that_does_not_fit_memory()
 
 def test_a_cache_that_never_pays_off_is_said_not_to() -> None:
     assert break_even(1.0, 2.0, 2.0) is None
-    assert "never pays off" in verdict(1.0, 2.0, 2.0)
-    assert break_even(None, 1.0, 2.0) is None and verdict(None, 1.0, 2.0) == "not measured"
+    assert "never pays off" in break_even_text(1.0, 2.0, 2.0)
+    assert break_even(None, 1.0, 2.0) is None and break_even_text(None, 1.0, 2.0) == "not measured"
 
 
 def test_the_bottleneck_is_the_slowest_stage_or_what_they_share() -> None:
@@ -96,7 +96,7 @@ def test_a_slow_disk_sets_the_pace_of_caching() -> None:
 def test_nothing_is_promised_of_what_was_not_measured(missing: str) -> None:
     judged = judge(Work(100, 1, 1), speeds(**{missing: Rate(None, None, "not measured: no --out")}), cache_bytes=1)
     assert judged["hours"] is None and judged["images_per_second"] is None and judged["caching_bottleneck"] is None
-    assert judged["break_even_students"] is None and judged["verdict"] == "not measured"
+    assert judged["break_even_students"] is None and judged["break_even_text"] == "not measured"
     assert [s.cached_hours for s in judged["students"]] == [None] * 3
     assert all(s.online_hours is not None for s in judged["students"])
     stage = next(s for s in judged["stages"] if s.stage == missing)

@@ -22,7 +22,7 @@ from pipeline.training.refiner_fit import RefinerFit
 from pipeline.training.run_log import read_log
 from pipeline.training.stored_refiners import load_refiner, split_records
 from singer.artifacts import patch_norms
-from singer.cleaners import Shape
+from singer.cleaners import BlockSpec
 from singer.errors import UserError
 from singer.normalisers import Moments, Standardize
 
@@ -242,7 +242,7 @@ def test_automatic_rank(world: Path, tmp_path: Path, basis: str) -> None:
     if basis == "artifact-aware":  # one direction is planted
         assert max(ranks.values()) < 12
     cache = Cache(world / "cache")
-    assert load_refiner(tmp_path / "a", cache).cleaner(2).shape.rank == ranks["2"]
+    assert load_refiner(tmp_path / "a", cache).cleaner(2).spec.rank == ranks["2"]
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
@@ -279,11 +279,11 @@ def test_scales_against_numpy(world: Path) -> None:
 def test_moments_against_numpy() -> None:
     rng = np.random.default_rng(seeded(0))
     patches, prefix = rng.normal(3, 2, (500, 6)).astype("f4"), rng.normal(-1, 5, (40, 2, 6)).astype("f4")
-    moments = Moments(Shape(6, 2, None))
+    moments = Moments(BlockSpec(6, 2, None))
     for a, b in ((0, 200), (200, 500)):
         moments.add(torch.from_numpy(prefix[a // 10 : b // 10]), torch.from_numpy(patches[a:b]))
     moments.add(torch.from_numpy(prefix[50:]), torch.from_numpy(patches[:0]))
-    layer = Standardize(Shape(6, 2, None))
+    layer = Standardize(BlockSpec(6, 2, None))
     layer.fit(moments)
     np.testing.assert_allclose(layer.mean, patches.mean(0), rtol=1e-5)
     np.testing.assert_allclose(layer.std, patches.std(0), rtol=1e-5)
@@ -298,9 +298,9 @@ def test_wide_registers_leave_cls_as_it_is() -> None:
         torch.randn(200, 3, 6, generator=torch.Generator().manual_seed(seeded(1)))
         * torch.tensor([1, 300, 500])[:, None]
     )
-    moments = Moments(Shape(6, 3, None))
+    moments = Moments(BlockSpec(6, 3, None))
     moments.add(draws, draws[:, 0])
-    layer = Standardize(Shape(6, 3, None))
+    layer = Standardize(BlockSpec(6, 3, None))
     layer.fit(moments)
     torch.testing.assert_close(layer(draws)[:, 0].std(0, correction=0), torch.ones(6), atol=1e-3, rtol=0)
 

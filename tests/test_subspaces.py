@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from singer.artifacts import BlockScale, neighbour_mean
-from singer.cleaners import CLEANERS, GatedAdapter, Neighbour, Projector, Shape
+from singer.cleaners import CLEANERS, BlockSpec, GatedAdapter, Neighbour, NullSpaceProjector
 from singer.curvature import READERS, curvature, readers_of
 from singer.diagnostics import artifact_direction, artifact_map, loss_share, norm_quantiles, reader_drift, splice
 from singer.errors import UserError
@@ -166,7 +166,7 @@ def test_neighbour_mean_by_hand(rows: int, columns: int, bits: int) -> None:
 @pytest.mark.parametrize("cleaner", ["clip", "neighbour", "projector"])
 def test_closed_forms_touch_artifacts_alone(cleaner: str) -> None:
     context = make_context()
-    layer = CLEANERS[cleaner](Shape(WIDTH, 1, (4, 4)))
+    layer = CLEANERS[cleaner](BlockSpec(WIDTH, 1, (4, 4)))
     layer.fit(context)
     cleaned = layer(context.tokens)
     torch.testing.assert_close(cleaned[:, 1:][context.clean], context.patches[context.clean])
@@ -181,7 +181,7 @@ def test_gated_adapters_touch_artifacts_alone(basis: str) -> None:
     In random directions it stays so long that it is clipped.
     """
     context = make_context()
-    layer, scale = GatedAdapter(Shape(WIDTH, 1, (4, 4), rank=3)), context.scale
+    layer, scale = GatedAdapter(BlockSpec(WIDTH, 1, (4, 4), rank=3)), context.scale
     v = BASES[basis](context, 3)
     layer.start(v, scale)
     cleaned, x = layer(context.tokens)[:, 1:], context.patches
@@ -204,7 +204,7 @@ def test_most_artifact_energy() -> None:
 def test_projector_is_the_minimum_it_claims() -> None:
     """Of |x' - t|² + μ(x' - x)ᵀC̃(x' - x); and of softness 0, the neighbours' mean."""
     context = make_context()
-    projector = Projector(Shape(WIDTH, 1, (4, 4), softness=0.7))
+    projector = NullSpaceProjector(BlockSpec(WIDTH, 1, (4, 4), softness=0.7))
     projector.fit(context)
     seen = curvature(context, "final-norm")
     scaled = seen * WIDTH / seen.diagonal().sum()
@@ -213,7 +213,7 @@ def test_projector_is_the_minimum_it_claims() -> None:
     cost = (moved - t).square().sum() + 0.7 * (moved - x) @ scaled @ (moved - x)
     (gradient,) = torch.autograd.grad(cost, moved)
     assert float(gradient.norm()) < 1e-3 * float((x - t).norm())
-    free, near = Projector(Shape(WIDTH, 1, (4, 4), softness=0.0)), Neighbour(Shape(WIDTH, 1, (4, 4)))
+    free, near = NullSpaceProjector(BlockSpec(WIDTH, 1, (4, 4), softness=0.0)), Neighbour(BlockSpec(WIDTH, 1, (4, 4)))
     for layer in (free, near):
         layer.fit(context)
     torch.testing.assert_close(free(context.tokens), near(context.tokens), atol=1e-4, rtol=1e-4)
@@ -221,7 +221,7 @@ def test_projector_is_the_minimum_it_claims() -> None:
 
 def test_without_a_grid_all_clean_patches_are_neighbours() -> None:
     context = replace(make_context(), grid=None)
-    layer = Neighbour(Shape(WIDTH, 1, None))
+    layer = Neighbour(BlockSpec(WIDTH, 1, None))
     layer.fit(context)
     expected = context.patches[:, [i for i in range(16) if i != 5]].mean(1)
     torch.testing.assert_close(layer(context.tokens)[:, 1 + 5], expected)
@@ -243,9 +243,9 @@ def test_no_hadamard_of_this_width() -> None:
 def test_phi_s_gives_every_channel_one_variance_by_a_rotation() -> None:
     x = torch.randn(4000, WIDTH) @ torch.randn(WIDTH, WIDTH) + 5
     prefix = torch.randn(300, 1, WIDTH) * 3 - 2
-    moments = Moments(Shape(WIDTH, 1, None), whole=True)
+    moments = Moments(BlockSpec(WIDTH, 1, None), whole=True)
     moments.add(prefix, x)
-    layer = PhiS(Shape(WIDTH, 1, None))
+    layer = PhiS(BlockSpec(WIDTH, 1, None))
     layer.fit(moments)
     y = layer(torch.cat([prefix[:1], x[None, :2000]], dim=1).reshape(1, -1, WIDTH))[0, 1:]
     whole = torch.cat([layer(torch.cat([prefix[:1], part[None]], dim=1))[0, 1:] for part in x.split(1000)])
@@ -258,9 +258,9 @@ def test_phi_s_gives_every_channel_one_variance_by_a_rotation() -> None:
 
 def test_layernorm_before_standardising() -> None:
     x = torch.randn(2000, 1 + 3, WIDTH) * (1 + 9 * torch.rand(2000, 4, 1))
-    shape = Shape(WIDTH, 1, None)
-    layer, plain = (NORMALISERS[name](shape) for name in ("layernorm-standardize", "standardize"))
-    moments = Moments(shape)
+    spec = BlockSpec(WIDTH, 1, None)
+    layer, plain = (NORMALISERS[name](spec) for name in ("layernorm-standardize", "standardize"))
+    moments = Moments(spec)
     normed = torch.nn.functional.layer_norm(x, (WIDTH,))
     moments.add(normed[:, :1], normed[:, 1:].flatten(0, 1))
     for made in (layer, plain):
@@ -273,7 +273,7 @@ def test_layernorm_before_standardising() -> None:
 @pytest.mark.parametrize("cleaner", ["clip", "neighbour", "projector"])
 def test_a_clean_teacher_is_left_alone(cleaner: str) -> None:
     context = make_context(artifacts=False)
-    refiner = Refiner({2: Shape(WIDTH, 1, (4, 4))}, cleaner, "none")
+    refiner = Refiner({2: BlockSpec(WIDTH, 1, (4, 4))}, cleaner, "none")
     refiner.cleaner(2).fit(context)
     assert torch.equal(refiner({2: context.tokens})[2], context.tokens)
 

@@ -20,7 +20,7 @@ import yaml
 from conftest import tree_bytes, world_config
 
 import cli
-import pipeline.sweeps.tasks as work
+import pipeline.sweeps.jobs as work
 from pipeline.cache import Cache
 from pipeline.config import Config, DistillConfig, recipes
 from pipeline.evaluation.figures import FIGURES, in_percent
@@ -28,9 +28,9 @@ from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
+from pipeline.sweeps.jobs import Job, Member, SweepContext
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import SweepResult, gpus, shared_passes, sweep
-from pipeline.sweeps.tasks import Job, SweepContext, Task
 from pipeline.sweeps.worker import Worker
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -554,7 +554,7 @@ def test_the_member_that_kills_its_worker_is_found(tmp_path: Path, monkeypatch: 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: popen([sys.executable, "-c", answer], **options))
     worker = Worker(SweepContext([tmp_path], tmp_path, None, [], [], []), None, 1, tmp_path / "log")
-    members = tuple(Task(name, Config()) for name in ("a", "bad", "b"))
+    members = tuple(Member(name, Config()) for name in ("a", "bad", "b"))
     assert worker.do(Job("run", members)) == {"bad": Failure("its process died (exit code 7); see log", defect=True)}
     worker.kill()
     assert set(worker.do(Job("run", members[::2]))) == {"a", "b"}, "what was killed stays so"
@@ -594,7 +594,7 @@ def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_
 def test_passes_are_shared_where_seeds_let_them() -> None:
     runs = [{"set": {"distill.lr": lr}} for lr in (1, 2, 3)]
     plan = make_plan({"together": 2, "grid": {"distill.seed": [0, 1]}, "runs": runs})
-    members = [Task(r.name, r.config) for r in plan.runs]
+    members = [Member(r.name, r.config) for r in plan.runs]
     passes = shared_passes(members, plan.together)
     assert [[m.config.distill.seed for m in p] for p in passes] == [[0, 0], [1, 1], [0], [1]]
     assert sorted(m.name for p in passes for m in p) == sorted(m.name for m in members)

@@ -205,7 +205,7 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
     ):
         with monkeypatch.context() as patch:
             if name == "earlier":  # the same settings, by rules that were others then
-                patch.setattr("pipeline.cache.rows.draw_view", lambda *_: View((0.0, 0.0, 0.5, 0.5)))
+                patch.setattr("pipeline.cache.view_reader.draw_view", lambda *_: View((0.0, 0.0, 0.5, 0.5)))
             cache_teacher(other_config(world, second, *sets), str(world / shards / "*.tar"), tmp_path / name)
         caches[1] = tmp_path / name
         refused(rf"cache \(vit_tiny_patch16_224, 100 records\) and .*{name} \(.*\) do not hold the same views of the")
@@ -214,11 +214,11 @@ def test_what_does_not_fit_together(world: Path, second: Path, tmp_path: Path, m
 def test_fan_out_and_sweep(world: Path, second: Path, tmp_path: Path) -> None:
     """Students with and without refiners on one pass, and in a sweep, are those trained alone."""
     caches, adapters = [world / "cache", second / "cache"], [world / "adapters", second / "adapters"]
-    jobs = [
+    specs = [
         StudentSpec(world_config(world), tmp_path / "raw"),
         StudentSpec(world_config(world), tmp_path / "refined", adapters),
     ]
-    fan_out(jobs, caches)
+    fan_out(specs, caches)
     alone = distill(world_config(world), caches, tmp_path / "alone", adapters)
     weights = [(run / WEIGHTS).read_bytes() for run in (tmp_path / "raw", tmp_path / "refined", alone.run)]
     assert weights[0] != weights[1] == weights[2]

@@ -1,4 +1,4 @@
-"""How a student is taught by one or several teachers: its own attention, fused blocks, a common verdict, dropping."""
+"""How a student is taught by one or several teachers: its own attention, fused blocks, mean soft targets, dropping."""
 
 import re
 from pathlib import Path
@@ -94,12 +94,12 @@ def two_branches(world: Path, objective: str, drop: float = 0.0) -> tuple[Distil
 
 @pytest.mark.parametrize("objective", ["meal", "meal-discriminator"])
 def test_teachers_that_agree_teach_the_same(world: Path, objective: str) -> None:
-    """The student of two teachers learns their common verdict, weighted, from both."""
+    """The student of two teachers learns their mean class probabilities, weighted, from both."""
     model, batch = two_branches(world, objective)
     found, _ = model.eval()(batch)
     (a, b), suffix = model.branches, Cache(world / "cache").suffix()
-    verdicts = [suffix.logits(x.blocks[3], 3).softmax(-1) for x in batch.features]
-    common = (0.75 * verdicts[0] + 0.25 * verdicts[1]).detach()
+    probabilities = [suffix.logits(x.blocks[3], 3).softmax(-1) for x in batch.features]
+    common = (0.75 * probabilities[0] + 0.25 * probabilities[1]).detach()
     outputs = block_outputs(model.student, model.images(batch), model.blocks)
     for branch, weight in ((a, 1.5), (b, 0.5)):
         tokens = branch.tokens(outputs, None)
@@ -164,7 +164,7 @@ def test_dropping_keeps_the_worst_teacher() -> None:
     assert bool(((kept[losses < losses.amax(0)] - 0.5).abs() < 0.15).all())
 
 
-def test_teachers_agree_on_a_verdict() -> None:
+def test_soft_targets_of_teachers_are_averaged() -> None:
     """The mean of their probabilities, by their weights; heads of other classes are refused."""
     heads = [Meal(make_context()), Meal(make_context(seed=1)), Meal(make_context(num_classes=4))]
     tokens = [torch.randn(3, 17, WIDTH) for _ in heads]
@@ -174,13 +174,14 @@ def test_teachers_agree_on_a_verdict() -> None:
         for weight, head in zip((0.75, 0.25, 1.0), heads, strict=True)
     ]
 
-    def agreed(count: int) -> Any:
-        return Distiller.agreed(cast("Distiller", SimpleNamespace(branches=branches[:count])), targets[:count])
+    def mean(count: int) -> Any:
+        distiller = cast("Distiller", SimpleNamespace(branches=branches[:count]))
+        return Distiller.mean_soft_targets(distiller, targets[:count])
 
-    said = [head.verdict(x).exp().double().numpy() for head, x in zip(heads, tokens, strict=True)]
-    np.testing.assert_allclose(agreed(2)["meal"].numpy(), 0.75 * said[0] + 0.25 * said[1], rtol=1e-4)
+    said = [head.log_probs(x).exp().double().numpy() for head, x in zip(heads, tokens, strict=True)]
+    np.testing.assert_allclose(mean(2)["meal"].numpy(), 0.75 * said[0] + 0.25 * said[1], rtol=1e-4)
     with pytest.raises(UserError, match="the teachers' heads have 5 and 5 and 4 classes"):
-        agreed(3)
+        mean(3)
 
 
 def test_each_teacher_has_its_own_objective(world: Path, tmp_path: Path) -> None:

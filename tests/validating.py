@@ -7,7 +7,7 @@ import numpy as np
 from pipeline.cache.append import Addition
 from pipeline.cache.create import new_manifest
 from pipeline.cache.manifest import TeacherManifest
-from pipeline.cache.rows import RowReader
+from pipeline.cache.view_reader import ViewReader
 from pipeline.config import load_config
 from pipeline.data import ImageFile, Images, OnError
 from pipeline.runtime.prefetch import prefetch
@@ -30,7 +30,7 @@ def validate_images(images: Images, workers: int, on_error: OnError) -> Validate
     )  # fmt: skip
     manifest = new_manifest(load_config(), Addition((0,), images, 0, 1), teacher)
     with ImageFile(images) as files:
-        read = RowReader(files, manifest, on_error)
+        read = ViewReader(files, manifest, on_error)
         seen = list(prefetch(read, np.array_split(np.arange(len(images)), -(-len(images) // 8)), workers))
     found = np.concatenate([s.found for s in seen])
     broken = {images.keys[n]: reason for s in seen for n, reason in s.unreadable.items()}

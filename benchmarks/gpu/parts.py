@@ -29,7 +29,7 @@ from pipeline.runtime.devices import with_precision
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.cache_teacher import cache_teacher
 from singer.backbones import block_outputs, resolve_blocks
-from singer.cleaners import CLEANERS, Shape
+from singer.cleaners import CLEANERS, BlockSpec
 from singer.logistic import LogisticProblem
 from singer.metrics import knn_scores
 from singer.objectives import OBJECTIVES, ObjectiveContext
@@ -156,7 +156,7 @@ def exact(bench: Bench) -> Iterator[Figure]:
         decoded = codec.decode(stored, calibration.to(device))
         yield Figure(f"{name}: decoding", difference(decoded, codec.decode(here, calibration)), "relative difference")
     for cleaner in CLEANERS:
-        refiner = Refiner({0: Shape(width, 1, (side, side), rank=4)}, cleaner, "standardize")
+        refiner = Refiner({0: BlockSpec(width, 1, (side, side), rank=4)}, cleaner, "standardize")
         with torch.no_grad():
             for name, t in [*refiner.named_buffers(), *refiner.named_parameters()]:
                 if name.endswith("threshold"):
@@ -215,7 +215,7 @@ def decoding(bench: Bench) -> Iterator[Figure]:
     side = round((tokens - 1) ** 0.5)
     x = synthetic_features(n, tokens, width)
     calibration = calibrate(x[:64], 1)
-    refiner = Refiner({0: Shape(width, 1, (side, side))}, "neighbour", "standardize").to(bench.device)
+    refiner = Refiner({0: BlockSpec(width, 1, (side, side))}, "neighbour", "standardize").to(bench.device)
     for codec in ("int4", "int8", "float16"):
         stored = Encoded({0: CODECS[codec].encode(x, calibration)}).map(partial(moved, device=bench.device))
         decode = Decoder(CODECS[codec], {0: calibration.to(bench.device)})

@@ -10,9 +10,9 @@ from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, naming_block
 from pipeline.cache.extract import check_finite
 from pipeline.cache.format import FEATURES, POSITIONS
-from pipeline.cache.rows import ViewBatch
 from pipeline.cache.segments import Segment
 from pipeline.cache.stored import Fixed, Ragged, Stored
+from pipeline.cache.view_reader import ViewBatch
 from pipeline.cache.writer import write_zarr_shard
 from pipeline.runtime.background import BackgroundWorker
 from pipeline.runtime.buffers import empty

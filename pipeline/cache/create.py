@@ -12,9 +12,9 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import FIDELITY
 from pipeline.cache.manifest import DataManifest, Manifest, PixelsManifest, TeacherManifest
 from pipeline.cache.quantization import quantization_errors
-from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segment_name, segments_of
+from pipeline.cache.view_reader import ViewReader
 from pipeline.cache.writer import create_segment, small_files
 from pipeline.config import Config, ViewsConfig
 from pipeline.data import ImageFile, Images, listing_hash, longest_classes, numbered_as
@@ -89,7 +89,7 @@ def build_segment(
         measured |= {b: stored_errors[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
     with ImageFile(addition.images) as files:
-        read = RowReader(files, manifest, config.data.on_error, segments, beside=False)
+        read = ViewReader(files, manifest, config.data.on_error, segments, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.manifest import TeacherManifest
-from pipeline.cache.rows import RowReader, copies_of
+from pipeline.cache.view_reader import ViewReader, copies_of
 from pipeline.config import Config
 from pipeline.data.views import channel_moments, standardise
 from pipeline.models.backbone import Backbone, weight_hash
@@ -122,7 +122,7 @@ class Extractor:
         """Compute the features of so many black views, of the blocks that are cached, to see how long it takes."""
         return self.trial(empty((views, *Size.of(self.teacher.image_size), 3), "uint8").zero_())
 
-    def sample(self, read: RowReader, blocks: Sequence[int]) -> dict[int, Tensor]:
+    def sample(self, read: ViewReader, blocks: Sequence[int]) -> dict[int, Tensor]:
         """Return {block: features} of a fixed sample that is spread over all records, on the CPU.
 
         Broken images are left out. Raises UserError if all of them are broken.

@@ -13,9 +13,9 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.format import COMPLETE, SKIPPED
 from pipeline.cache.index import read_images
 from pipeline.cache.manifest import Manifest
-from pipeline.cache.rows import RowReader
 from pipeline.cache.segment_reader import read_calibration
 from pipeline.cache.segments import Segment, read_segments, segments_of
+from pipeline.cache.view_reader import ViewReader
 from pipeline.data import ImageFile, Spec, relocate
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter, say
@@ -75,7 +75,7 @@ def fill(
     located = relocate(listed, images)
     config, ranks, files = extract.config, current(), ImageFile(located)
     earlier = takewhile(lambda s: s.name != segment.name, segments)
-    read = RowReader(files, manifest, config.data.on_error, earlier, digests)
+    read = ViewReader(files, manifest, config.data.on_error, earlier, digests)
     calibration = read_calibration(segment, extract.device)
     size = config.cache.views_at_once
     total = sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

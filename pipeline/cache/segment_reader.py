@@ -49,21 +49,23 @@ class SegmentReader:
         return read_arrays([(self.array(name), records[order], order)], len(records))
 
 
-def read_rows(reader: SegmentReader, rows: np.ndarray) -> tuple[np.ndarray, Index]:
-    """Return the numbers in `rows` whose records have an image that can be decoded, and an index of these records.
+def read_index(reader: SegmentReader, records: np.ndarray) -> tuple[np.ndarray, Index]:
+    """Return the numbers of the records that have an image that can be decoded, and an index of these records.
 
     The segment need not be complete. In the index, each record has an image of its own, with the number of the record.
     """
     segment, manifest = reader.segment, reader.segment.manifest
-    stored = reader.read(VIEWS, rows)
+    stored = reader.read(VIEWS, records)
     assert isinstance(stored, Tensor)
     views = stored.numpy().reshape(-1).view(manifest.view_form)
-    rows, views = rows[views["width"] > 0], views[views["width"] > 0]
-    image, view = np.divmod(rows, manifest.views_each)
+    records, views = records[views["width"] > 0], views[views["width"] > 0]
+    image, view = np.divmod(records, manifest.views_each)
     color = views["color"] if "color" in (views.dtype.names or ()) else None
     images = read_images(segment.store).select(image)
     first = manifest.views["first"]
-    return rows, Index(images, views["digest"], np.arange(len(rows)), first + view, views["box"], views["flip"], color)
+    return records, Index(
+        images, views["digest"], np.arange(len(records)), first + view, views["box"], views["flip"], color
+    )
 
 
 def read_calibration(segment: Segment, device: torch.device | str = "cpu") -> dict[int, Calibration]:

@@ -10,7 +10,7 @@ from pipeline.cache.reader import Cache
 from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import Place
 from singer.artifacts import BlockScale, block_scale, clean_mask, norm_summary, patch_norms
-from singer.cleaners import Shape
+from singer.cleaners import BlockSpec
 from singer.fit_context import FitContext
 from singer.normalisers import Moments
 from singer.refiner import Refiner
@@ -48,11 +48,11 @@ def evenly_spaced(records: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
-def shape_of(cache: Cache, block: int, rank: int = 1, softness: float = 1.0) -> Shape:
-    """Return the shape of the cached features of a block."""
+def spec_of(cache: Cache, block: int, rank: int = 1, softness: float = 1.0) -> BlockSpec:
+    """Return what cleaners and normalisers need to know of a block's cached features."""
     teacher = cache.manifest.teacher
     grid = None if cache.manifest.sampled else teacher.grid_of(block)
-    return Shape(teacher.width_of(block), teacher.prefix_tokens, grid, rank, softness)
+    return BlockSpec(teacher.width_of(block), teacher.prefix_tokens, grid, rank, softness)
 
 
 def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
@@ -74,10 +74,10 @@ def gather_context(
     seed: int,
 ) -> FitContext:
     """Gather what a cleaner of one block is fitted to: the tokens of some records (or of none), held in memory."""
-    shape = shape_of(cache, block)
-    none = torch.empty(0, cache.manifest.tokens_of(block), shape.width, device=device)
+    spec = spec_of(cache, block)
+    none = torch.empty(0, cache.manifest.tokens_of(block), spec.width, device=device)
     tokens = torch.cat([none, *(features[block] for features in batches(cache, records, device))])
-    return FitContext(suffix, block, tokens, scale, shape.prefix, shape.grid, seed)
+    return FitContext(suffix, block, tokens, scale, spec.prefix, spec.grid, seed)
 
 
 def clean_moments(
@@ -89,7 +89,7 @@ def clean_moments(
     before refining.
     """
     prefix = cache.manifest.teacher.prefix_tokens
-    moments = {b: Moments(shape_of(cache, b), refiner.normaliser(b).needs_covariance) for b in cache.blocks}
+    moments = {b: Moments(spec_of(cache, b), refiner.normaliser(b).needs_covariance) for b in cache.blocks}
     for features in batches(cache, records, device):
         for block, x in features.items():
             refined = refiner.normaliser(block).prepare(refiner.clean(x, block))

@@ -14,7 +14,7 @@ from pipeline.planning.sample import Sample
 from pipeline.runtime.devices import make_accelerator
 from pipeline.runtime.watched_rank import watched
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import check_job, check_shared
+from pipeline.stages.distill import check_shared, check_spec
 from pipeline.stages.refine import refine
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.fsdp import check_fsdp
@@ -52,7 +52,7 @@ def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, 
     }
     small = config.model_copy(update={name: getattr(config, name).model_copy(update=own) for name, own in sets.items()})
     settings, tar, cache = small.distill, folder / "0.tar", folder / "cache"
-    job = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
+    spec = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
     # The records of the real cache, as far as their number matters.
     held, kept = (np.broadcast_to(0, count * config.views.count) for count in image_counts(images, settings))
     with watched(process, REHEARSAL):
@@ -64,13 +64,13 @@ def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, 
     if not settings.joint:
         refine(small, cache, folder / "refiner")
     with watched(process, REHEARSAL):  # the cache is there until all have built the student
-        sources = open_teachers(settings, cache, job.refiner)
-        check_shared([job])
+        sources = open_teachers(settings, cache, spec.refiner)
+        check_shared([spec])
         check_fsdp(settings.precision)
-        check_job(job, sources)
+        check_spec(spec, sources)
         if settings.share < 1:
             check_scores(sources[0].cache, settings.share_by)
-        NewStudent(job, sources, make_accelerator(settings.precision), (kept, held))
+        NewStudent(spec, sources, make_accelerator(settings.precision), (kept, held))
 
 
 def _remove(folder: Path, process: PartialState) -> None:

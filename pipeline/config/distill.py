@@ -112,7 +112,7 @@ class DistillConfig(TrainingConfig):
         return self
 
     @property
-    def copies(self) -> LocalCopy | None:
+    def local_copies(self) -> LocalCopy | None:
         """Return where Zarr shards are copied to."""
         return LocalCopy.of(self.local_copy, self.local_copy_gb)
 

@@ -84,7 +84,7 @@ class RefineConfig(Section):
     local_copy_gb: Above | None = key(None, LOCAL_COPY_GB, "speed")
 
     @property
-    def copies(self) -> LocalCopy | None:
+    def local_copies(self) -> LocalCopy | None:
         """Return where Zarr shards are copied to."""
         return LocalCopy.of(self.local_copy, self.local_copy_gb)
 

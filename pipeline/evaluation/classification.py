@@ -25,7 +25,7 @@ from singer.metrics import knn_scores, shot_groups, topk_hits, wilson_percent
 _FIT_SHARE = 0.8
 # The fits among which the penalty is chosen have converged when another step would lower the loss by less than this
 # share of it. They agree with closer fits within the noise of the held-out accuracy.
-_GAIN_OF_CHOICE = 1e-4
+_TOL_OF_CHOICE = 1e-4
 # So many rows of features are read at once.
 _BLOCK = 1 << 14
 
@@ -134,7 +134,7 @@ def fit_linear(
     if len(settings.strengths) > 1:
         fit, held_out = (torch.from_numpy(rows) for rows in _split(labels.numpy(), settings))
         x, scale = _standardised(train, fit, device)
-        fitted = LogisticProblem(x, numbers[fit].to(device), len(known)).fit(settings.strengths, gain=_GAIN_OF_CHOICE)
+        fitted = LogisticProblem(x, numbers[fit].to(device), len(known)).fit(settings.strengths, tol=_TOL_OF_CHOICE)
         _tell(fitted, f"of {len(x)} images, to choose among evaluate.strengths")
         x, _ = _standardised(train, held_out, device, scale)
         right = [_accuracy(probe, x, numbers[held_out].to(device)) for probe in fitted]

@@ -47,7 +47,7 @@ class PlanOption:
     max_blocks: int | None
 
 
-class Scale:
+class SizeEstimate:
     """The size of the cache for each way to store the features.
 
     images: the number in the data set; features, calibration: of some records, by block; sizes: {file: bytes} of a

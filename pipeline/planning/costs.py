@@ -150,7 +150,7 @@ def break_even(caching: float | None, cached: float | None, online: float | None
     return max(1, math.ceil(caching / (online - cached) - 1e-9))
 
 
-def verdict(caching: float | None, cached: float | None, online: float | None) -> str:
+def break_even_text(caching: float | None, cached: float | None, online: float | None) -> str:
     """Return the break-even in words."""
     if caching is None or cached is None or online is None:
         return "not measured"

@@ -16,19 +16,19 @@ from pipeline.cache.codecs import CODECS
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
-from pipeline.planning.cache_size import PlanOption, Scale
+from pipeline.planning.cache_size import PlanOption, SizeEstimate
 from pipeline.planning.costs import (
     Rate,
     StudentCost,
     Work,
     bottleneck,
     break_even,
+    break_even_text,
     cached_hours,
     caching_hours,
     online_hours,
     slowest,
     student_costs,
-    verdict,
 )
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
@@ -47,7 +47,7 @@ _SHARES = (1.0, 0.5)
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSpeed:
     """The measured speed of a stage.
 
     per_second: views; spread_percent: half of the range of the repeats, in percent of their mean; status: "measured",
@@ -60,8 +60,8 @@ class Stage:
     status: str
 
     @classmethod
-    def of(cls, name: str, rate: Rate) -> "Stage":
-        """Return the stage of this name with its rate."""
+    def of(cls, name: str, rate: Rate) -> "StageSpeed":
+        """Return the speed of the stage of this name from its rate."""
         spread = None if rate.spread is None else 100 * rate.spread
         return cls(name, rate.per_second, spread, rate.status)
 
@@ -76,11 +76,11 @@ class PlanResult:
     images_per_second: views that cache-teacher stores in a second; hours: the time that it takes for all views;
     caching_bottleneck, training_bottleneck: the slowest stage; students: hours until 1, 5 and 20 students are trained
     for `epochs` passes over all views, with the teacher in every step, or from the cache with caching included;
-    break_even_students: the smallest number of students for which the cache takes no longer, which `verdict` gives in
-    words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to measure
-    the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free space
-    where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the most
-    tokens, then with the smallest error; advice: which views and codec to store, in words.
+    break_even_students: the smallest number of students for which the cache takes no longer, which `break_even_text`
+    gives in words; targets: the targets of the student that was measured; written_bytes: the bytes that were written to
+    measure the disk; tail_bytes: the size of the teacher's suffix, which every option stores once; free_bytes: the free
+    space where the cache would be; chosen: the option that is configured; best_fit: the best option that fits: with the
+    most tokens, then with the smallest error; advice: which views and codec to store, in words.
     """
 
     images: int
@@ -98,9 +98,9 @@ class PlanResult:
     training_bottleneck: str | None
     students: list[StudentCost]
     break_even_students: int | None
-    verdict: str
+    break_even_text: str
     targets: str
-    stages: list[Stage]
+    stages: list[StageSpeed]
     written_bytes: int
     tail_bytes: int
     free_bytes: int | None
@@ -137,11 +137,13 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
         pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)
         free = free_bytes(Path(out)) if out is not None and local is not None else None
-        scale = Scale(config, backbone, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free)
+        estimate = SizeEstimate(
+            config, backbone, len(listed), features, calibration, pilot.sizes(), pilot.first.records, free
+        )
         uneven = len(set(backbone.layout)) > 1  # then all tokens are stored
         shares = [1.0] if uneven else sorted({*_SHARES, config.cache.token_share}, reverse=True)
         codecs = [c for c in CODECS if not c.endswith("-plain") or c == config.cache.codec]
-        options = [option for codec in codecs for option in scale.options(codec, shares)]
+        options = [option for codec in codecs for option in estimate.options(codec, shares)]
         chosen = next(o for o in options if (o.codec, o.token_share) == (config.cache.codec, config.cache.token_share))
         speeds = no_speeds("--seconds 0")
         if seconds > 0:
@@ -159,7 +161,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         pixels=config.views.pixels,
         epochs=config.distill.epochs,
         **judge(Work(len(listed), config.views.count, config.distill.epochs), speeds, chosen.bytes),
-        tail_bytes=scale.tail_bytes,
+        tail_bytes=estimate.tail_bytes,
         free_bytes=free,
         chosen=chosen,
         best_fit=min(fitting, key=lambda o: (-o.token_share, o.error), default=None),
@@ -186,8 +188,8 @@ def judge(work: Work, speeds: Speeds, cache_bytes: int) -> dict[str, Any]:
         "training_bottleneck": bottleneck(student_stages, training["cached"]),
         "students": student_costs(hours, cached, online),
         "break_even_students": break_even(hours, cached, online),
-        "verdict": verdict(hours, cached, online),
+        "break_even_text": break_even_text(hours, cached, online),
         "targets": speeds.targets,
-        "stages": [Stage.of(name, rate) for name, rate in {**caching, **training}.items()],
+        "stages": [StageSpeed.of(name, rate) for name, rate in {**caching, **training}.items()],
         "written_bytes": speeds.written_bytes,
     }

@@ -15,7 +15,7 @@ from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images
 from pipeline.models.backbone import Backbone
-from pipeline.planning.cache_size import Scale
+from pipeline.planning.cache_size import SizeEstimate
 from pipeline.planning.choice import LADDER, Costs
 from pipeline.planning.sample import Record, Sample, draw_images, open_teacher, sample_features
 from pipeline.runtime.devices import autocast
@@ -50,13 +50,13 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
         features = sample_features(config, sample, teacher, max(1, min(len(records), int(2 * forward))))
     calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
     fixed = 4 * count_parameters(backbone.model)
-    scale = Scale(config, backbone, len(listed), features, calibration, {TAIL: fixed}, 1, None)
+    estimate = SizeEstimate(config, backbone, len(listed), features, calibration, {TAIL: fixed}, 1, None)
     stored, patches = (
         _pixel_bytes(config, views),
         max(1, round(config.cache.token_share * backbone.grid[0] * backbone.grid[1])),
     )
     codecs = dict.fromkeys([config.cache.codec, *LADDER])
-    sizes = {codec: stored + sum(scale.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
+    sizes = {codec: stored + sum(estimate.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
     student = new_student(config.student, backbone.image_size, width=backbone.width)
     trained = _student_rate(config, student, records, device)
     return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size)

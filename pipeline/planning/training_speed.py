@@ -99,7 +99,7 @@ class _Steps:
 
     def __init__(self, new: NewStudent, files: ImageFile | None, accelerator: Accelerator) -> None:
         self._distiller, self._size, self._accelerator = new.distiller, new.student.image_size, accelerator
-        self._settings, self._cache = new.job.config.distill, new.teachers[0].cache
+        self._settings, self._cache = new.spec.config.distill, new.teachers[0].cache
         self._run = new.student_run("new", accelerator)
         self._run.model.plain.train()
         self._per_epoch = -(-len(self._cache) // self._settings.batch_size)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import batches, evenly_spaced, shape_of
+from pipeline.cache.statistics import batches, evenly_spaced, spec_of
 from pipeline.data import ImageFile
 from pipeline.data.views import normalise
 from pipeline.models.loading import load_saved
@@ -119,7 +119,7 @@ def load_source(cache: Cache, source: RefinerSource) -> tuple[Cache, Refiner]:
     state = read_tensors(source.folder / ADAPTERS)
     ranks = {int(name.split(".")[1]): x.shape[1] for name, x in state.items() if name.endswith(".down")}
     part = Cache(cache.place, None, tuple(ranks), known=cache.id)
-    refiner = Refiner({b: shape_of(part, b, rank) for b, rank in ranks.items()}, "adapter", "none")
+    refiner = Refiner({b: spec_of(part, b, rank) for b, rank in ranks.items()}, "adapter", "none")
     try:
         refiner.load_state_dict(state)
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """The processes (ranks) of a stage: what its code reports while it works, so that none waits for one that is dead.
 
-watched_rank.py watches them; rank_blame.py finds the ranks that are to blame.
+watched_rank.py watches them; failure_detector.py finds the ranks that have failed.
 """
 
 import os

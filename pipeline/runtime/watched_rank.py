@@ -17,7 +17,7 @@ from dataclasses import asdict
 from multiprocessing.connection import wait as ready_of
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.runtime.rank_blame import Judge
+from pipeline.runtime.failure_detector import FailureDetector
 from pipeline.runtime.rank_messages import MOST_BYTES, Address, Connection, Status, accept, listen, master
 from pipeline.runtime.ranks import Ranks, limit_seconds, working_as
 
@@ -51,7 +51,7 @@ class WatchedRank(Ranks):
         server, place = listen() if rank == 0 else (None, (0, ""))
         port, token = share(place)
         self._peers: dict[int, Connection] = {}
-        self._others = Judge(self._limit)
+        self._others = FailureDetector(self._limit)
         if server is not None:
             for peer, status in accept(server, token, world, max(60.0, self._limit)):
                 self._peers[status.rank] = peer
@@ -170,7 +170,7 @@ class WatchedRank(Ranks):
             if self._reports != self._seen:
                 self._seen, self._moved = self._reports, self._awake
             self._status.age = self._awake - self._moved
-            self._judge()
+            self._check_others()
             if self.rank == 0:
                 self._open_barrier()
             if now >= next_word:
@@ -209,26 +209,26 @@ class WatchedRank(Ranks):
             self._passed = max(self._passed, barrier)
             self._changed.notify_all()
 
-    def _judge(self) -> None:
+    def _check_others(self) -> None:
         """End this process if another rank is dead or silent; the first rank also ends the run if a rank hangs."""
         if self._status.state in ("done", "failed"):
             return
         ended = {rank for rank, peer in self._peers.items() if peer.ended}
-        verdict = self._others.departure(ended, self._awake)
-        if verdict is None and self.rank == 0 and self._terminated is None:
-            verdict = self._others.delay(self._status, self._passed, self._awake)
-        if verdict is not None:
+        found = self._others.departure(ended, self._awake)
+        if found is None and self.rank == 0 and self._terminated is None:
+            found = self._others.delay(self._status, self._passed, self._awake)
+        if found is not None:
             # If the first rank is gone, all others find the same and cannot agree which of them prints it.
-            self._end(*verdict, speaks=self.rank <= 1)
+            self._end(*found, speaks=self.rank <= 1)
 
-    def _end(self, guilty: list[Status], why: str, speaks: bool) -> NoReturn:
-        """End this process, and tell the others to end. speaks: print the line that names the guilty ranks."""
+    def _end(self, failed: list[Status], why: str, speaks: bool) -> NoReturn:
+        """End this process, and tell the others to end. speaks: print the line that names the failed ranks."""
         if speaks:
-            names = ", ".join(f"rank {s.rank} on {s.host}" for s in guilty)
-            if len(guilty) > 1:
+            names = ", ".join(f"rank {s.rank} on {s.host}" for s in failed)
+            if len(failed) > 1:
                 why = why.replace("has ", "have ", 1)
             line = (
-                f"error: {names} {why}, last seen at {guilty[0].where} of {self.stage}; "
+                f"error: {names} {why}, last seen at {failed[0].where} of {self.stage}; "
                 "this run ends. Continue it with --resume when the cause is removed\n"
             )
             # A stream has a lock, and the code that hangs may hold it.

@@ -35,7 +35,7 @@ from pipeline.training.cached_teachers import (
 )
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import STAGE, DistillResult, load_result
-from pipeline.training.runs import NewStudent, StudentSpec, run_jobs
+from pipeline.training.runs import NewStudent, StudentSpec, train_students
 from pipeline.training.subset import split_images
 from singer.errors import UserError, require_known
 from singer.objectives import OBJECTIVES
@@ -63,52 +63,52 @@ def distill(
 
 
 def fan_out(
-    jobs: Sequence[StudentSpec], caches: Places, images: Spec | None = None, mode: Mode = "new"
+    specs: Sequence[StudentSpec], caches: Places, images: Spec | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:
     """Train several students on one pass over the cache, each as it would be trained alone.
 
-    Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the jobs.
+    Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the students.
     """
-    check_shared(jobs)
-    jobs = [replace(job, config=with_precision(job.config)) for job in jobs]
-    settings = jobs[0].config.distill
+    check_shared(specs)
+    specs = [replace(spec, config=with_precision(spec.config)) for spec in specs]
+    settings = specs[0].config.distill
     check_fsdp(settings.precision)
-    teachers_of_jobs = [open_teachers(job.config.distill, caches, job.refiner, _begun(job.out, mode)) for job in jobs]
-    first, *others = ([(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_jobs)
-    for job, other in zip(jobs[1:], others, strict=True):
+    teachers_of_each = [open_teachers(s.config.distill, caches, s.refiner, _begun(s.out, mode)) for s in specs]
+    first, *others = ([(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_each)
+    for spec, other in zip(specs[1:], others, strict=True):
         if other != first:
-            raise UserError(f"{jobs[0].out} and {job.out} cannot train on one pass: they learn from different blocks")
+            raise UserError(f"{specs[0].out} and {spec.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
-    for job, teachers in zip(jobs, teachers_of_jobs, strict=True):
-        check_job(job, teachers)
-        own = (job.config.student.starts_from, job.config.teacher.weights, settings.share_run, settings.texts)
+    for spec, teachers in zip(specs, teachers_of_each, strict=True):
+        check_spec(spec, teachers)
+        own = (spec.config.student.starts_from, spec.config.teacher.weights, settings.share_run, settings.texts)
         read = [
             *as_places(caches),
             *(place for place in (*own, *(t.refiner for t in teachers)) if place is not None),
             *places_of(teachers[0].cache.index.images),
         ]
-        check_output(job.out, mode, STAGE, job.config, read)
-        if mode == "resume" and (job.out / INPUTS).exists():
-            check_inputs(job.out, input_hashes(teachers, settings.share_run))
-            if (job.out / RUN_RESULT).exists():
-                results[job.out] = load_result(job.out)
-                (job.out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
-    files = open_images(teachers_of_jobs[0][0].cache, images)
+        check_output(spec.out, mode, STAGE, spec.config, read)
+        if mode == "resume" and (spec.out / INPUTS).exists():
+            check_inputs(spec.out, input_hashes(teachers, settings.share_run))
+            if (spec.out / RUN_RESULT).exists():
+                results[spec.out] = load_result(spec.out)
+                (spec.out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
+    files = open_images(teachers_of_each[0][0].cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
-        split = split_images(teachers_of_jobs[0][0].cache, settings, images) if len(results) < len(jobs) else None
+        split = split_images(teachers_of_each[0][0].cache, settings, images) if len(results) < len(specs) else None
         made = [
-            NewStudent(job, teachers, accelerator, split, mode)
-            for job, teachers in zip(jobs, teachers_of_jobs, strict=True)
-            if job.out not in results
+            NewStudent(spec, teachers, accelerator, split, mode)
+            for spec, teachers in zip(specs, teachers_of_each, strict=True)
+            if spec.out not in results
         ]
         for new in made:
-            claim = claimed_output(new.job.out, mode, STAGE, new.job.config, settings.seed)
-            claims.enter_context(claim if main else process_log(new.job.out))
+            claim = claimed_output(new.spec.out, mode, STAGE, new.spec.config, settings.seed)
+            claims.enter_context(claim if main else process_log(new.spec.out))
         if made:
-            results |= run_jobs(made, files, mode, accelerator)
-    return [results[job.out] for job in jobs]
+            results |= train_students(made, files, mode, accelerator)
+    return [results[spec.out] for spec in specs]
 
 
 def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
@@ -117,32 +117,32 @@ def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
     return read_as(out / INPUTS, dict[str, str | None], "run") if continued else None
 
 
-def check_shared(jobs: Sequence[StudentSpec]) -> None:
-    """Raise UserError if the jobs cannot train on one pass, or one of them cannot train at all."""
-    first, *others = jobs
+def check_shared(specs: Sequence[StudentSpec]) -> None:
+    """Raise UserError if the students cannot train on one pass, or one of them cannot train at all."""
+    first, *others = specs
     if others and first.config.distill.precision == "fp16":
         raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
-    for job in jobs:
-        settings = job.config.distill
+    for spec in specs:
+        settings = spec.config.distill
         for name in settings.objectives:
             require_known("distill.objective", name, OBJECTIVES)
-    for job in others:
+    for spec in others:
         for key in SHARED:
-            ours, theirs = (getattr(j.config.distill, key) for j in (first, job))
+            ours, theirs = (getattr(s.config.distill, key) for s in (first, spec))
             if ours != theirs:
                 raise UserError(
-                    f"{first.out} and {job.out} cannot train on one pass: distill.{key} is {ours} and {theirs}"
+                    f"{first.out} and {spec.out} cannot train on one pass: distill.{key} is {ours} and {theirs}"
                 )
-    if len({job.out for job in jobs}) < len(jobs):
+    if len({spec.out for spec in specs}) < len(specs):
         raise UserError("two students of one pass cannot have the same output folder")
 
 
-def check_job(job: StudentSpec, teachers: Sequence[CachedTeacher]) -> None:
-    """Raise UserError if the job's settings do not fit these teachers."""
-    job.config.distill.objectives_of(len(teachers))
+def check_spec(spec: StudentSpec, teachers: Sequence[CachedTeacher]) -> None:
+    """Raise UserError if the student's settings do not fit these teachers."""
+    spec.config.distill.objectives_of(len(teachers))
     for teacher in teachers:
-        job.config.distill.weights_of(teacher.cache.blocks)
-    if job.config.distill.joint and any(t.refiner is not None for t in teachers):
+        spec.config.distill.weights_of(teacher.cache.blocks)
+    if spec.config.distill.joint and any(t.refiner is not None for t in teachers):
         raise UserError("distill.joint trains its own adapters; leave out --refiner or distill.joint")
-    if job.config.distill.joint and len(teachers) > 1:
+    if spec.config.distill.joint and len(teachers) > 1:
         raise UserError("distill.joint is for one teacher; refine each cache first and give its --refiner")

@@ -104,12 +104,12 @@ def finetune(
             result = load_result(out)
             (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     if result is None:
-        job = Job(config, run, trained, images, out, accelerator)
+        new = NewClassifier(config, run, trained, images, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
         with watched(accelerator, FINETUNE), claim:
             if main:
                 write_json(out / INPUTS, inputs)
-            result = job.run(mode)
+            result = new.run(mode)
     assert result.finetuned is not None
     figures = _test(config, result, tested) if tested is not None and main else None
     return FinetuneResult(out, result.student, result.parameters, result.finetuned, figures)
@@ -154,7 +154,7 @@ def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str 
     return {**before, "student": file_hash(weights), "image_set": listing_hash(images)}
 
 
-class Job:
+class NewClassifier:
     """A student that is fine-tuned, with all it needs. Nothing has been written to its folder yet."""
 
     def __init__(

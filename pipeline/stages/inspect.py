@@ -80,7 +80,7 @@ def inspect(
     mistakes that the user can fix.
     """
     settings = config.refine
-    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.copies
+    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copies
     manifest = read_refiner(refiner) if refiner is not None else None
     if refiner is not None:
         cache = open_refined(refiner, cache_path, teacher, blocks, local_copy, OPTION)

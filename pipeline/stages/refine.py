@@ -70,7 +70,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     known_cache = None
     if mode == "resume" and (out / INPUTS).exists():
         known_cache = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
-    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.copies, known_cache, OPTION)
+    cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copies, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)
     if mode == "resume" and (out / REFINER_MANIFEST).exists():

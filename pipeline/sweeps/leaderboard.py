@@ -12,7 +12,7 @@ from pipeline.reports.html import render
 from pipeline.storage import write_atomic
 from pipeline.storage.json_files import read_json, write_json
 from pipeline.sweeps.file import REFINER, Plan, Run
-from pipeline.sweeps.tasks import is_done
+from pipeline.sweeps.jobs import is_done
 from pipeline.training.run_directory import RUNS, load_result
 
 

@@ -29,9 +29,9 @@ from pipeline.stages.distill import SHARED
 from pipeline.storage import Place, open_store, write_atomic
 from pipeline.storage.json_files import read_json, write_json
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
+from pipeline.sweeps.jobs import REFINERS, Job, Member, SweepContext, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
-from pipeline.sweeps.tasks import REFINERS, Job, SweepContext, Task, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.worker import Worker
 from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
 from pipeline.training.run_directory import RUNS
@@ -243,19 +243,19 @@ def _jobs(plan: Plan, setting: SweepContext, files: dict[str, dict[str, Path]]) 
             continue
         needs = None if (folder / RUN_RESULT).exists() else run.refiner
         probes = tuple(task for task, file in files[run.name].items() if not file.exists())
-        left.append(Task(run.name, run.config, needs, probes))
+        left.append(Member(run.name, run.config, needs, probes))
     for members in shared_passes(left, plan.together):
         for needs in dict.fromkeys(m.needs for m in members):
             if needs is not None and needs not in finished:
                 finished.add(needs)
-                yield Job("refiner", (Task(needs, plan.refiners[needs]),))
+                yield Job("refiner", (Member(needs, plan.refiners[needs]),))
         yield Job("run", members)
 
 
-def shared_passes(members: Sequence[Task], together: int) -> list[tuple[Task, ...]]:
+def shared_passes(members: Sequence[Member], together: int) -> list[tuple[Member, ...]]:
     """Group the runs that may share a pass over the data, at most `together` in a group; first runs give the order."""
-    open_: dict[str, list[Task]] = {}
-    passes: list[list[Task]] = []
+    open_: dict[str, list[Member]] = {}
+    passes: list[list[Member]] = []
     for member in members:
         settings = member.config.distill
         key = repr([getattr(settings, name) for name in SHARED])

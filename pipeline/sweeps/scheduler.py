@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import duration, say
-from pipeline.sweeps.tasks import Job
+from pipeline.sweeps.jobs import Job
 
 
 class Scheduler:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.logs import log_file
 from pipeline.runtime.progress import say
-from pipeline.sweeps.tasks import Job, SweepContext, attempt
+from pipeline.sweeps.jobs import Job, SweepContext, attempt
 
 _SETTING, _JOB, _ANSWER = TypeAdapter(SweepContext), TypeAdapter(Job), TypeAdapter(dict[str, Failure])
 

@@ -105,7 +105,7 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
     if file.exists():
         return
     settings, refiner = fit.settings, fit.refiner
-    cache = Cache(fit.cache.place, None, group, settings.copies, fit.cache.id)  # reads only these blocks
+    cache = Cache(fit.cache.place, None, group, settings.local_copies, fit.cache.id)  # reads only these blocks
     adapters = torch.nn.ModuleDict({str(b): refiner.cleaner(b) for b in group})
     optimiser = torch.optim.AdamW(adapters.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     plateau = ReduceOnPlateau(settings.tolerance)
@@ -117,7 +117,7 @@ def fit_adapters(fit: RefinerFit, group: tuple[int, ...], out: Path) -> None:
     first = checkpoint.restore()
     log = RunLog(log_file(out, group), first, True)
     prefix = cache.manifest.teacher.prefix_tokens
-    grids = {b: refiner.cleaner(b).shape.grid for b in group}
+    grids = {b: refiner.cleaner(b).spec.grid for b in group}
     order = batch_order(fit.records, settings, settings.steps if plateau.over else first)
     with meter(f"refine block {_name(group)}", settings.steps, "steps", done=first) as m:
         for step, encoded in enumerate(prefetch(cache.read, order, 1, m), start=first):

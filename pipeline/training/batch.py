@@ -138,22 +138,22 @@ class BatchLoader:
                     places = self.others.places(own, self.others.choose(own, indices.epoch))
                 yield Batch(pixels, encoded, weights, labels, filling, places, indices.step)
 
-    def pixels(self, share: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
+    def pixels(self, indices: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
         """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""
-        return share, {
-            size: self.caches[0].pixels(self._stored(share.records), size, self.files) for size in self.sizes
+        return indices, {
+            size: self.caches[0].pixels(self._stored(indices.records), size, self.files) for size in self.sizes
         }
 
-    def features(self, shares: Sequence[BatchIndices]) -> list[list[Encoded]]:
+    def features(self, batches: Sequence[BatchIndices]) -> list[list[Encoded]]:
         """Read the stored features of several batches in one piece: for each batch, one entry for each cache.
 
         Those of other views, if there are any, follow those of its own.
         """
-        read = [self._stored(share.records) for share in shares]
+        read = [self._stored(indices.records) for indices in batches]
         if self.others is not None:
             read = [
-                np.concatenate([own, self.others.choose(own, share.epoch)])
-                for own, share in zip(read, shares, strict=True)
+                np.concatenate([own, self.others.choose(own, indices.epoch)])
+                for own, indices in zip(read, batches, strict=True)
             ]
         records, counts = np.concatenate(read), [len(one) for one in read]
         return [list(batch) for batch in zip(*(c.read(records).split(counts) for c in self.caches), strict=True)]

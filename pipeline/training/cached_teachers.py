@@ -68,10 +68,10 @@ def open_teachers(
     ):
         option = _option(teachers, n)
         if path is not None:
-            caches.append(open_refined(path, place, teacher, blocks, settings.copies, option))
+            caches.append(open_refined(path, place, teacher, blocks, settings.local_copies, option))
         else:
             known = (started_on or {}).get(numbered("cache", n))
-            caches.append(Cache(place, teacher, blocks, settings.copies, known, option))
+            caches.append(Cache(place, teacher, blocks, settings.local_copies, known, option))
     check_records(caches)
     return [
         CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)

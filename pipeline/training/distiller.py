@@ -61,28 +61,28 @@ class Distiller(Learner):
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None
-        self._shares: DistillConfig | None = None
+        self._settings: DistillConfig | None = None
         self.masks: PatchMasks | None = None
         self.mask_weight = 0.0
 
     def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Set the share of the patches that the student sees in this step."""
-        if self.dropout is not None and self._shares is not None:
-            self.dropout.share = token_share(self._shares, batch.step, per_epoch)
+        if self.dropout is not None and self._settings is not None:
+            self.dropout.share = token_share(self._settings, batch.step, per_epoch)
         return batch
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
         return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
 
-    def drop_patches(self, shares: DistillConfig) -> None:
+    def drop_patches(self, settings: DistillConfig) -> None:
         """Let the student see a share of its patches (`dropout.share`), as distill.token_share and whole_share say.
 
         Raises UserError if this is not possible.
         """
         for branch in self.branches:
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
-        self.dropout, self._shares = install(self.student), shares
+        self.dropout, self._settings = install(self.student), settings
 
     def mask_patches(self, share: float, weight: float) -> None:
         """Let the student see each batch a second time, with a share of its patches masked, and learn what is there.
@@ -150,22 +150,22 @@ class Distiller(Learner):
         """Return what each teacher's objective says of its pair of tokens, {part: losses (B,)}."""
         # Half precision loses small differences of large products, such as those in Gram matrices.
         with torch.autocast(batch.weights.device.type, enabled=False):
-            means = self.agreed([targets for _, targets in pairs]) if len(pairs) > 1 else {}
+            means = self.mean_soft_targets([targets for _, targets in pairs]) if len(pairs) > 1 else {}
             return [
                 branch.objective(student, targets, batch.labels, means)
                 for branch, (student, targets) in zip(self.branches, pairs, strict=True)
             ]
 
-    def agreed(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
-        """Return {objective: the mean of the teachers' opinions, by their weights}. targets: those of each teacher.
+    def mean_soft_targets(self, targets: Sequence[Tokens]) -> dict[str, Tensor]:
+        """Return {objective: the mean of the teachers' soft targets, by their weights}. targets: those of each teacher.
 
-        Raises UserError if the opinions are about different classes.
+        Raises UserError if the teachers' heads have different classes.
         """
-        opinions = [branch.objective.opinions(own) for branch, own in zip(self.branches, targets, strict=True)]
+        soft_targets = [branch.objective.soft_targets(own) for branch, own in zip(self.branches, targets, strict=True)]
         means = {}
-        for name in dict.fromkeys(name for found in opinions for name in found):
+        for name in dict.fromkeys(name for found in soft_targets for name in found):
             of_name = [
-                (b.weight, found[name]) for b, found in zip(self.branches, opinions, strict=True) if name in found
+                (b.weight, found[name]) for b, found in zip(self.branches, soft_targets, strict=True) if name in found
             ]
             if len({x.shape for _, x in of_name}) > 1:
                 counts = " and ".join(str(x.shape[-1]) for _, x in of_name)

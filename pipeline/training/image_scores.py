@@ -39,7 +39,7 @@ def image_scores(cache: Cache, by: str, seed: int) -> np.ndarray:
 
 
 def el2n(cache: Cache, records: np.ndarray, seed: int) -> Tensor:
-    """Return how unsure the teacher is, (n,): EL2N (Paul et al., arXiv 2107.07075) with its own verdict as the label.
+    """Return how unsure the teacher is, (n,): EL2N (Paul et al., arXiv 2107.07075) with its own class as the label.
 
     That is the L2 norm of its class probabilities minus the one-hot vector of the largest one.
     """

@@ -50,7 +50,7 @@ def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tup
     """Return what the losses of joint training need, and new adapters in their starting subspace."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
     fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
-    grids = {block: fit.refiner.cleaner(block).shape.grid for block in cache.blocks}
+    grids = {block: fit.refiner.cleaner(block).spec.grid for block in cache.blocks}
     assert fit.suffix is not None
     prefix = cache.manifest.teacher.prefix_tokens
     return JointTraining(fit.suffix, fit.scales, settings, prefix, grids), fit.refiner

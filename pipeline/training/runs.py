@@ -81,19 +81,19 @@ class NewStudent:
 
     def __init__(
         self,
-        job: StudentSpec,
+        spec: StudentSpec,
         teachers: Sequence[CachedTeacher],
         accelerator: Accelerator,
         split: Split | None = None,
         mode: Mode = "new",
     ) -> None:
-        self.job, self.teachers = job, teachers
-        settings, device = job.config.distill, accelerator.device
+        self.spec, self.teachers = spec, teachers
+        settings, device = spec.config.distill, accelerator.device
         refiners = [load_refiner(t.refiner, t.cache) if t.refiner is not None else None for t in teachers]
         set_seed(settings.seed)
-        self.student = self._started(mode == "resume" and (job.out / TRAINING_CHECKPOINT).exists())
+        self.student = self._started(mode == "resume" and (spec.out / TRAINING_CHECKPOINT).exists())
         synchronise(self.student.model, accelerator)
-        if job.config.student.checkpointing:
+        if spec.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
         check_trackers(settings)
         self.fresh: Refiner | None = None
@@ -120,17 +120,17 @@ class NewStudent:
         continues: whether the weights come from a checkpoint, so that those of the start, which may be gone, are not
         read.
         """
-        config, cache = self.job.config, self.teachers[0].cache
+        config, cache = self.spec.config, self.teachers[0].cache
         t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
-        student = new_student(wanted, t.image_size, self.job.module, t.width_of(cache.blocks[-1]))
+        student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
             start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
         return student
 
     def _branches(self, refiners: Sequence[Refiner | None], device: torch.device) -> list[TeacherBranch]:
         """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training."""
-        settings = self.job.config.distill
+        settings = self.spec.config.distill
         texts = read_matrix(settings.texts) if settings.texts is not None else None
         objectives, joint, branches = settings.objectives_of(len(self.teachers)), None, []
         for teacher, refiner, wanted in zip(self.teachers, refiners, objectives, strict=True):
@@ -138,7 +138,7 @@ class NewStudent:
             matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
             targets = Targets(cache, refiner, self.student, device, texts)
             if settings.joint:
-                joint, self.fresh = new_joint(cache, self.job.config.refine, device)
+                joint, self.fresh = new_joint(cache, self.spec.config.refine, device)
             weight = settings.kd_weight * teacher.weight
             weights = settings.weights_of(cache.blocks)
             teaching = Teaching(wanted, settings.projector, weights, weight, teacher.name)
@@ -177,13 +177,13 @@ class NewStudent:
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
-        config, holds_out = self.job.config, len(self.held_out) > 0
+        config, holds_out = self.spec.config, len(self.held_out) > 0
         return prepare_run(
-            self.student, self.distiller, config, config.distill, self.job.out, holds_out, mode, accelerator
+            self.student, self.distiller, config, config.distill, self.spec.out, holds_out, mode, accelerator
         )
 
 
-def run_jobs(
+def train_students(
     made: Sequence[NewStudent],
     images: AbstractContextManager[ImageFile | None],
     mode: Mode,
@@ -194,7 +194,7 @@ def run_jobs(
     Call it after all checks, once the run directories are claimed (claimed_output).
     """
     for new in made if accelerator.is_main_process else ():
-        write_json(new.job.out / INPUTS, input_hashes(new.teachers, new.job.config.distill.share_run))
+        write_json(new.spec.out / INPUTS, input_hashes(new.teachers, new.spec.config.distill.share_run))
         for line in new.matched():
             say(line)
         last, supervised = depth(new.student.model) - 1, new.distiller.blocks[-1]
@@ -215,12 +215,12 @@ def run_jobs(
         sizes = [new.student.image_size for new in made]
         load = BatchLoader(caches, files, sizes, made[0].records, made[0].others)
         if accelerator.is_main_process:
-            advise_window(made[0].job.config.distill, load)
+            advise_window(made[0].spec.config.distill, load)
         apart = BatchLoader(caches, files, sizes, made[0].held_out)
         m = train(student_runs, load, apart, accelerator)
     results = {}
     for new, student_run in zip(made, student_runs, strict=True):
-        results[new.job.out] = result = result_of(new, student_run, m)
+        results[new.spec.out] = result = result_of(new, student_run, m)
         student_run.finish(partial(store, new, result), accelerator.is_main_process)
     return results
 
@@ -237,10 +237,10 @@ def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
 
 def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResult:
     """Return the result of a trained student."""
-    job = new.job
+    spec = new.spec
     return DistillResult(
-        run=job.out,
-        student=job.out / STUDENT_FOLDER,
+        run=spec.out,
+        student=spec.out / STUDENT_FOLDER,
         teachers=new.teacher_links,
         parameters=count_parameters(new.student.model),
         steps=student_run.steps,
@@ -254,7 +254,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
 
 def store(new: NewStudent, result: DistillResult, student: State, trained: State) -> None:
     """Store the student (its moving average, if there is one) and what was trained with it; write the result last."""
-    out = new.job.out
+    out = new.spec.out
     save_backbone(new.student, student, out / STUDENT_FOLDER)
     write_tensors(out / PROJECTORS_FILE, {
         name.removeprefix("projectors."): t

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import shape_of
+from pipeline.cache.statistics import spec_of
 from pipeline.config import LocalCopy, RefineConfig
 from pipeline.outputs.provenance import file_hash
 from pipeline.outputs.resuming import REFINER_MANIFEST
@@ -58,8 +58,8 @@ class RefinerManifest:
 
 def empty_refiner(cache: Cache, settings: RefineConfig, ranks: Mapping[int, int]) -> Refiner:
     """Build a refiner for a cache's blocks that is not fitted yet. ranks: {block: rank of its adapter}."""
-    shapes = {b: shape_of(cache, b, ranks[b], settings.softness) for b in cache.blocks}
-    return Refiner(shapes, settings.cleaner, settings.normaliser)
+    specs = {b: spec_of(cache, b, ranks[b], settings.softness) for b in cache.blocks}
+    return Refiner(specs, settings.cleaner, settings.normaliser)
 
 
 def open_refined(

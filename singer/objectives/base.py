@@ -83,12 +83,12 @@ class Objective(nn.Module):
         """Return {part: losses (B,)}; by default one part for each block in targets."""
         return {str(b): self.block_loss(student[b], target, b) for b, target in targets.items()}
 
-    def opinion(self, targets: Mapping[int, Tensor]) -> Tensor | None:
-        """Return what is averaged over teachers (B, ...), for objectives that agree on something; None for others."""
+    def soft_targets(self, targets: Mapping[int, Tensor]) -> Tensor | None:
+        """Return what an objective averages over the teachers (B, ...); None if it compares with each teacher alone."""
         return None
 
-    def agree(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
-        """Return {part: losses (B,)} from the mean of the teachers' opinions."""
+    def loss_to_mean(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
+        """Return {part: losses (B,)} from the mean of the teachers' soft targets, see soft_targets."""
         raise NotImplementedError
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:

@@ -10,6 +10,6 @@ class Js(Logits):
 
     def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"js": losses (B,)}: half the KL of the mean from each of the two, in nats."""
-        ours, theirs = (self.verdict(x) for x in (student, target))
+        ours, theirs = (self.log_probs(x) for x in (student, target))
         mean = (0.5 * (ours.exp() + theirs.exp())).clamp_min(1e-30).log()
         return {"js": 0.5 * (ours.exp() * (ours - mean) + theirs.exp() * (theirs - mean)).sum(-1)}

@@ -58,10 +58,10 @@ class Logits(LastBlock):
 
     def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"kl": losses (B,)}."""
-        ours, theirs = (self.verdict(x) for x in (student, target))
+        ours, theirs = (self.log_probs(x) for x in (student, target))
         return {"kl": F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)}
 
-    def verdict(self, tokens: Tensor) -> Tensor:
+    def log_probs(self, tokens: Tensor) -> Tensor:
         """Compute log probabilities (B, classes) for tokens (B, [CLS +] patches, d)."""
         return self.output(tokens).log_softmax(-1)
 

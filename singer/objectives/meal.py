@@ -1,6 +1,6 @@
-"""MEAL V2 (arXiv 2009.08453): one student for the mean verdict of several teachers.
+"""MEAL V2 (arXiv 2009.08453): one student for the mean class probabilities of several teachers.
 
-The discriminator, which tells the student's verdicts from the teachers', is in meal_discriminator.
+The discriminator, which tells the student's probabilities from the teachers', is in meal_discriminator.
 """
 
 from collections.abc import Mapping
@@ -13,22 +13,22 @@ from singer.objectives.logits import Logits
 class Meal(Logits):
     """KL of the student's class probabilities from the mean of all teachers', by their weights.
 
-    The student is judged by each teacher's head. With one teacher it is the objective logits.
+    Each teacher's head reads the student's tokens. With one teacher it is the objective logits.
     """
 
     def forward(
         self, student: Mapping[int, Tensor], targets: Mapping[int, Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return {part: losses (B,)} of this teacher alone."""
-        return self.agree(student, self.opinion(targets))
+        return self.loss_to_mean(student, self.soft_targets(targets))
 
-    def opinion(self, targets: Mapping[int, Tensor]) -> Tensor:
+    def soft_targets(self, targets: Mapping[int, Tensor]) -> Tensor:
         """Return the teacher's class probabilities (B, classes)."""
-        return self.verdict(targets[self.block]).exp()
+        return self.log_probs(targets[self.block]).exp()
 
-    def agree(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
+    def loss_to_mean(self, student: Mapping[int, Tensor], mean: Tensor) -> dict[str, Tensor]:
         """Return {part: losses (B,)} from the mean probabilities (B, classes)."""
-        return self.parts(self.verdict(student[self.block]), mean.clamp_min(1e-30).log())
+        return self.parts(self.log_probs(student[self.block]), mean.clamp_min(1e-30).log())
 
     def parts(self, ours: Tensor, mean: Tensor) -> dict[str, Tensor]:
         """Return {"kl": losses (B,)} of log probabilities (B, classes), the student's and the mean's."""

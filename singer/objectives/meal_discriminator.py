@@ -1,4 +1,4 @@
-"""MEAL V2 (arXiv 2009.08453) with its discriminator of the student's verdicts and the teachers'.
+"""MEAL V2 (arXiv 2009.08453) with its discriminator of the student's class probabilities and the teachers'.
 
 In the authors' code the student lowers the discriminator's loss too, and so helps it. Here it raises that loss, as the
 paper says: the gradient is reversed between the two (arXiv 1409.7495), and both are trained in one step.
@@ -16,7 +16,7 @@ _RATIO, _LEAST = 8, 8
 
 
 class MealDiscriminator(Meal):
-    """The objective meal, and the binary cross-entropy of three linear maps that tell whose verdict they read."""
+    """The objective meal, and the binary cross-entropy of three linear maps that tell whose probabilities they read."""
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

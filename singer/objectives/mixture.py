@@ -36,23 +36,23 @@ class Mixture(nn.Module):
         """List the blocks whose relations are compared with those of the student's own attention."""
         return tuple(sorted({b for objective in self._each() if objective.own_attention for b in objective.reads()}))
 
-    def opinions(self, targets: Tokens) -> dict[str, Tensor]:
-        """Return {objective: what its teachers agree on}."""
-        found = {n: self._get(n).opinion(targets.cleaned) for n in self.objectives}
-        return {name: opinion for name, opinion in found.items() if opinion is not None}
+    def soft_targets(self, targets: Tokens) -> dict[str, Tensor]:
+        """Return {objective: what it averages over the teachers}, of one teacher; others are left out."""
+        found = {n: self._get(n).soft_targets(targets.cleaned) for n in self.objectives}
+        return {name: x for name, x in found.items() if x is not None}
 
     def forward(
         self, student: Tokens, targets: Tokens, labels: Tensor | None, means: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Compare tokens on the scale of each objective; return {"objective.part": weighted losses (B,)}.
 
-        means: {objective: mean of the teachers' opinions}.
+        means: {objective: mean of the teachers' soft targets}.
         """
         losses: dict[str, Tensor] = {}
         for name in self.objectives:
             objective = self._get(name)
             if means and name in means:
-                parts = objective.agree(student.cleaned, means[name])
+                parts = objective.loss_to_mean(student.cleaned, means[name])
             elif objective.own_attention:
                 parts = objective(student.attention, targets.cleaned, labels)
             elif objective.in_teacher_units:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from singer.objectives.base import Objective
 
 
-def mixture(student: Tensor, target: Tensor, cosine: float, smooth: float) -> Tensor:
+def cosine_and_smooth_l1(student: Tensor, target: Tensor, cosine: float, smooth: float) -> Tensor:
     """Compute cosine · (1 - cos) + smooth · smooth L1 of every token, (B, N, d) -> (B, N)."""
     direction = 1 - F.cosine_similarity(student, target, dim=-1)
     return cosine * direction + smooth * F.smooth_l1_loss(student, target, reduction="none").mean(-1)
@@ -19,4 +19,4 @@ class Theia(Objective):
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute Theia's loss (B,) of one block's tokens (B, N, d)."""
-        return mixture(student, target, 0.9, 0.1).mean(1)
+        return cosine_and_smooth_l1(student, target, 0.9, 0.1).mean(1)

@@ -12,7 +12,7 @@ class TopLogits(Logits):
 
     def compare(self, student: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return {"ce": losses (B,)}, in nats."""
-        ours, theirs = (self.verdict(x) for x in (student, target))
+        ours, theirs = (self.log_probs(x) for x in (student, target))
         classes = theirs.shape[-1]
         kept = min(self.kept, classes)
         largest, places = theirs.exp().topk(kept, dim=-1)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from singer.objectives.base import Objective
-from singer.objectives.theia import mixture
+from singer.objectives.theia import cosine_and_smooth_l1
 
 
 def halves(losses: Tensor, prefix: int) -> Tensor:
@@ -20,4 +20,4 @@ class Unic(Objective):
 
     def block_loss(self, student: Tensor, target: Tensor, block: int) -> Tensor:
         """Compute UNIC's loss (B,) of one block's tokens (B, N, d)."""
-        return halves(mixture(student, target, 1.0, 1.0), self.context.prefix)
+        return halves(cosine_and_smooth_l1(student, target, 1.0, 1.0), self.context.prefix)

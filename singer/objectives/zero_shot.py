@@ -45,7 +45,7 @@ class ZeroShot(Logits):
                 "use the text model that belongs to the teacher"
             )
 
-    def verdict(self, tokens: Tensor) -> Tensor:
+    def log_probs(self, tokens: Tensor) -> Tensor:
         """Compute log probabilities (B, texts) for tokens (B, [CLS +] patches, d)."""
         images = F.normalize(self.output(tokens).float(), dim=-1)
         return torch.log_softmax(images @ self.texts.T / self.temperature, dim=-1)

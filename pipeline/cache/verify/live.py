@@ -11,12 +11,12 @@ from pipeline.cache.format import CALIBRATION, FEATURES, IMAGES, POSITIONS
 from pipeline.cache.manifest import Manifest, TeacherManifest
 from pipeline.cache.pixels import views_of
 from pipeline.cache.quantization import error_sums, errors, token_cosines
-from pipeline.cache.rows import copies_of
-from pipeline.cache.segment_reader import SegmentReader, read_calibration, read_rows
+from pipeline.cache.segment_reader import SegmentReader, read_calibration, read_index
 from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
 from pipeline.cache.verify.files import within
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport
+from pipeline.cache.view_reader import copies_of
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
@@ -117,7 +117,7 @@ def check_live(
     chosen = _draw(manifest, whole, sample)
     entries = [segment.entry(s) for s in np.unique(chosen // manifest.shard_records).tolist()]
     reader = SegmentReader(segment, {n: f for entry in entries for n, f in entry["files"].items()})
-    records, index = read_rows(reader, chosen)
+    records, index = read_index(reader, chosen)
     if not len(records):
         return None
     located = accepted(relocate(index.images, images))

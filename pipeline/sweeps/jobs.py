@@ -44,8 +44,8 @@ class SweepContext:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A refiner or a run; needs: the refiner of a run; probes: the tasks that it has no figures for yet."""
+class Member:
+    """A refiner or a run in a job; needs: the refiner of a run; probes: the tasks that it has no figures for yet."""
 
     name: str
     config: Config
@@ -58,7 +58,7 @@ class Job:
     """A refiner, or runs that train on one pass over the data."""
 
     kind: Literal["refiner", "run"]
-    members: tuple[Task, ...]
+    members: tuple[Member, ...]
 
     @property
     def names(self) -> str:
@@ -81,7 +81,7 @@ def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
     return failed
 
 
-def _failures(member: Task, do: Callable[[], object]) -> dict[str, Failure]:
+def _failures(member: Member, do: Callable[[], object]) -> dict[str, Failure]:
     try:
         do()
     except Exception as error:  # one run's failure, of whatever kind, must not stop the others
@@ -89,7 +89,7 @@ def _failures(member: Task, do: Callable[[], object]) -> dict[str, Failure]:
     return {}
 
 
-def _fit(setting: SweepContext, member: Task) -> None:
+def _fit(setting: SweepContext, member: Member) -> None:
     for number, (cache, out) in enumerate(zip(setting.caches, setting.refiners(member.name), strict=True)):
         refine(refiner_config(member.config, number), cache, out, _mode(out))
 
@@ -105,16 +105,16 @@ def refiner_config(config: Config, number: int) -> Config:
     return config.model_copy(update={"refine": config.refine.model_copy(update={"teacher": teachers[number]})})
 
 
-def _train(setting: SweepContext, members: Sequence[Task]) -> None:
-    jobs = []
+def _train(setting: SweepContext, members: Sequence[Member]) -> None:
+    specs = []
     for member in members:
         refiner = setting.refiners(member.needs) if member.needs is not None else None
-        jobs.append(StudentSpec(member.config, setting.out / RUNS / member.name, refiner))
+        specs.append(StudentSpec(member.config, setting.out / RUNS / member.name, refiner))
     # The mode resume continues a folder that exists and begins one that does not.
-    fan_out(jobs, setting.caches, setting.images, "resume" if any(j.out.exists() for j in jobs) else "new")
+    fan_out(specs, setting.caches, setting.images, "resume" if any(s.out.exists() for s in specs) else "new")
 
 
-def _finish(setting: SweepContext, member: Task) -> None:
+def _finish(setting: SweepContext, member: Member) -> None:
     run = setting.out / RUNS / member.name
     if not (run / RUN_RESULT).exists():
         _train(setting, [member])

@@ -1,4 +1,4 @@
-"""Read the records of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
+"""Read the views of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class ViewBatch:
     beside: Stored
 
 
-class RowReader:
-    """Read records. An image is read, hashed and decoded once for all of its requested views and sizes.
+class ViewReader:
+    """Read the views of records. An image is read, hashed and decoded once for all of its requested views and sizes.
 
     Record = image · views + view. files: the listed images; earlier: segments; the first one with the same images says
     which digests they must still have, and the first one that has the same views, too, which views; digests: (images,)

@@ -1,7 +1,7 @@
-"""Find the ranks that are to blame when the work does not go on.
+"""Find the ranks that have failed when the work does not go on.
 
-A rank is to blame if its connection ends (it is dead), if it sends nothing (it is stopped, or its machine is lost), or
-if it works by itself and makes no progress. A rank that may be waiting for others (`together`, `wait`) is to blame only
+A rank has failed if its connection ends (it is dead), if it sends nothing (it is stopped, or its machine is lost), or
+if it works by itself and makes no progress. A rank that may be waiting for others (`together`, `wait`) has failed only
 if all are there and nothing moves; then the ranks that came least far are named.
 """
 
@@ -9,14 +9,14 @@ from collections.abc import Collection
 
 from pipeline.runtime.rank_messages import Status
 
-Verdict = tuple[list[Status], str]
-"""The ranks that are to blame, and why."""
+FailedRanks = tuple[list[Status], str]
+"""The ranks that have failed, and why."""
 
 # A rank that has reported why it ends gets some seconds to print it before the others end.
 _ENDED_GRACE, _FAILED_GRACE = 2.0, 10.0
 
 
-class Judge:
+class FailureDetector:
     """What is known of the other ranks: known: {rank: its last report}. Times are seconds that this process has run.
 
     limit: for how many seconds a rank may be silent.
@@ -32,7 +32,7 @@ class Judge:
         """Take a report."""
         self.known[status.rank], self._heard[status.rank] = status, now
 
-    def departure(self, ended: Collection[int], now: float) -> Verdict | None:
+    def departure(self, ended: Collection[int], now: float) -> FailedRanks | None:
         """Return the first rank that will do no more work, and why; None if all may. ended: lost connections."""
         for rank, status in sorted(self.known.items()):
             why = self._gone(rank, rank in ended, now)
@@ -40,7 +40,7 @@ class Judge:
                 return [status], why
         return None
 
-    def delay(self, own: Status, passed: int, now: float) -> Verdict | None:
+    def delay(self, own: Status, passed: int, now: float) -> FailedRanks | None:
         """Return the ranks that hang, and why; None if there are none. passed: number of barriers that have opened."""
         everyone = [own, *(self.known[r] for r in sorted(self.known))]
         ages = {s.rank: s.age + (now - self._heard[s.rank] if s.rank != own.rank else 0.0) for s in everyone}
