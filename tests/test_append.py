@@ -8,7 +8,7 @@ import torch
 from conftest import draw_images, make_vit, seeded, shards, tree_bytes, world_config
 from PIL import Image
 
-from pipeline.cache import Cache, rows
+from pipeline.cache import Cache, view_reader
 from pipeline.config import Config
 from pipeline.models.backbone import save_backbone
 from pipeline.stages.cache_teacher import cache_teacher
@@ -113,7 +113,7 @@ def test_views_of_every_segment_are_replayed(world: Path, tmp_path: Path, monkey
     for count in (1, 2):
         config = world_config(world, "cache.blocks=[3]", f"views.count={count}", *RANDOM_VIEWS)
         make(config, first, place, "new" if count == 1 else "append")
-    monkeypatch.setattr(rows, "draw_view", None)
+    monkeypatch.setattr(view_reader, "draw_view", None)
     grown = make(world_config(world, "cache.blocks=[2,3]", "views.count=2", *RANDOM_VIEWS), first, place, "append")
     assert len(grown) == 60 and grown.blocks == (2, 3)
 

@@ -352,8 +352,8 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.config.load_config
     toy = [f"{key}={json.dumps(value)}" for key, value in toys.toy.items()]
 
-    def last(file: Any = None, sets: Sequence[str] = (), options: Any = None) -> Config:
-        return real(file, [*sets, *toy], options)
+    def last(file: Any = None, sets: Sequence[str] | None = None, options: Any = None) -> Config:
+        return real(file, [*(sets or ()), *toy], options)
 
     def first(file: Any = None, sets: Sequence[str] = (), options: Any = None) -> Config:
         return real(file, [*toy, *sets], options)

@@ -47,7 +47,8 @@ def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
             kind, _, number = name.partition(" ")
-            what = kind.replace("_", " ") + (f" (number {number})" if number else "")
+            words = kind if "." in kind else kind.replace("_", " ")  # a key of the configuration is called as it is
+            what = f"{words} (number {number})" if number else words
             raise UserError(f"{path} cannot be continued: it was started with another {what}; use that or --overwrite")
 
 
