@@ -89,6 +89,18 @@ def test_two_classes_and_classes_without_images() -> None:
         list(linear_scores(x, torch.zeros(200, dtype=torch.int64), x, 1, one))
 
 
+@pytest.mark.parametrize("task", ["classification", "domain-shift"])
+def test_too_few_images_are_said_before_features_are_computed(task: str, world: Path, tmp_path: Path) -> None:
+    for name in ("class0", "class1"):
+        source = next((world / "images" / "train" / name).iterdir())
+        (tmp_path / "two" / name).mkdir(parents=True)
+        shutil.copyfile(source, tmp_path / "two" / name / source.name)
+    config = world_config(world, "evaluate.strengths=[0.01, 1]", f"evaluate.features={tmp_path / 'features'}")
+    with pytest.raises(UserError, match="--train has 2 images: .* or one strength"):
+        evaluate(config, world / "teacher", tmp_path / "two", tmp_path / "two", task, tmp_path / "out")
+    assert not (tmp_path / "features").exists()
+
+
 def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path: Path) -> None:
     distill(config, world / "cache", tmp_path / "run", world / "adapters")
     shards = str(world / "train" / "*.tar"), str(world / "test" / "*.tar")

@@ -75,8 +75,9 @@ def probe(context: EvaluationContext) -> Classification:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError if images have no labels, if there is one class only, or if --train lacks a label of --test."""
+    """Raise UserError if images have no labels, if --train lacks a label of --test, or if it has too few images."""
     check_labels(train, test, int(train.labels.max()) + 1)
+    check_choice(train.labels, settings)
 
 
 def check_labels(train: Images, test: Images, classes: int) -> None:

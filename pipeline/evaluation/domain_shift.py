@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, check_class_numbers, require_labels
-from pipeline.evaluation.classification import Accuracies, accuracy, linear_scores, require_classes
+from pipeline.evaluation.classification import Accuracies, accuracy, check_choice, linear_scores
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext, first_and_normed
 from pipeline.evaluation.global_features import global_features
 from pipeline.runtime.progress import say
@@ -61,11 +61,11 @@ def probe(context: EvaluationContext) -> DomainShift:
 
 
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError if images have no labels, or if the other set or the class map lacks a label."""
+    """Raise UserError if images have no labels or are too few, or if the other set or the class map lacks a label."""
     require_labels(train, "--train")
     check_class_numbers(train, "--train")
     require_labels(test, "--test")
-    require_classes(train.labels)
+    check_choice(train.labels, settings)
     _check_labels(train, test, class_map(train, test, settings), settings.class_map)
 
 
