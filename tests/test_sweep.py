@@ -422,7 +422,7 @@ def waiting(tmp_path: Path) -> tuple[Path, Path]:
         f"#!{sys.executable}\n"
         "import runpy, sys, time\n"
         "from pathlib import Path\n"
-        "from pipeline.training.run_log import Checkpoint\n"
+        "from pipeline.training.checkpoint import Checkpoint\n"
         "save = Checkpoint.save\n"
         "def waits(*args, **options):\n"
         "    save(*args, **options)\n"
