@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -173,8 +174,10 @@ def exact(bench: Bench) -> Iterator[Figure]:
             continue  # it needs a teacher, or draws its mask on the device
         objective = kind(context)
         with torch.no_grad():
+            objective({0: student}, {0: x}, labels)  # what it draws at first, such as prototypes
+            on_device = deepcopy(objective).to(device)  # a batch changes its state, such as a queue
             losses = torch.stack(list(objective({0: student}, {0: x}, labels).values()))
-            moved = objective.to(device)({0: student.to(device)}, {0: x.to(device)}, labels.to(device))
+            moved = on_device({0: student.to(device)}, {0: x.to(device)}, labels.to(device))
         yield Figure(f"{name}: loss", difference(torch.stack(list(moved.values())), losses), "relative difference")
 
 
