@@ -218,5 +218,9 @@ def test_a_variant_that_is_given_wins_over_the_whole_of_the_files() -> None:
     assert (kept.refine.rank, kept.refine.steps) == (8, 5)
     other = load_config({"refine": {"rank": 8, "steps": 5}}, ["refine.variant=paper", "refine.lr=1e-4"])
     assert (other.refine.rank, other.refine.steps, other.refine.lr) == (8, 5, 1e-4)
+    meant = load_config({"refine": {"rank": 16}}, ["refine.variant=paper"])  # the default, but somebody wrote it
+    assert meant.refine.rank == 16
+    recipe = load_config("vit-l-to-ti", ["refine.variant=singer"]).refine
+    assert (recipe.rank, recipe.start, recipe.normaliser) == (16, "identity", "standardize")
     changed = load_config(whole | {"refine": whole["refine"] | {"rank": 8}}, options={"refine.variant": "paper"})
     assert changed.refine == load_config(None, ["refine.variant=paper", "refine.rank=8"]).refine

@@ -120,9 +120,9 @@ def _without_shape(tree: dict[str, Any], student: str | None) -> dict[str, Any]:
 
 
 def _without_variant(tree: dict[str, Any], variant: str | None) -> dict[str, Any]:
-    """Leave out what the file's own variant sets, as a file with every key says it, if `variant` is another one."""
+    """Leave out the values of the variant that a file names, which it may repeat, if `variant` is another one."""
     given = tree.get("refine", {})
-    own = given.get("variant", RefineConfig().variant) if isinstance(given, dict) else None
+    own = given.get("variant") if isinstance(given, dict) else None
     if variant in (None, own) or own not in VARIANTS:
         return tree
     before = RefineConfig(variant=own).model_dump(mode="json")
