@@ -144,6 +144,17 @@ def test_start_from_a_file(changes: dict[str, Any], world: Path, tmp_path: Path)
     assert torch.equal(student.model.state_dict()[name], source.state_dict()[name])
 
 
+def test_start_from_a_wrapped_file_of_another_depth(world: Path, tmp_path: Path) -> None:
+    source = timm.create_model("vit_tiny_patch16_224", depth=5, num_heads=2, embed_dim=24, patch_size=8, img_size=32)
+    wrapped = {f"module.backbone.{name}": tensor for name, tensor in source.state_dict().items()}
+    torch.save({"teacher": wrapped, "epoch": 3}, tmp_path / "dino.pth")
+    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8, init=str(tmp_path / "dino.pth"))
+    student = new_student(config, 32)
+    start_student(student, config, _weights(world))
+    torch.testing.assert_close(dict(student.model.state_dict()), select_weights(source, student.model))
+    assert torch.equal(student.model.state_dict()["cls_token"], source.state_dict()["cls_token"])
+
+
 def test_a_file_for_a_student_without_a_list_of_blocks(world: Path, tmp_path: Path) -> None:
     """Why it cannot start is said before the file's model is built, which needs not have the same arguments."""
     student = new_student(StudentConfig(name="hiera_tiny_224", image_size=224), 224)

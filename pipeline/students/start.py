@@ -98,7 +98,8 @@ def _other(path: Path, student: Backbone) -> Backbone:
     """Load a run, a timm model folder, or a file with weights of the student's own width."""
     if path.is_dir():
         return load_saved(path / STUDENT_FOLDER if (path / STUDENT_FOLDER).is_dir() else path)
-    architecture, state = student.model_args.get("base", student.architecture), read_weights(path)
+    architecture = student.model_args.get("base", student.architecture)
+    state = read_weights(path, set(student.model.state_dict()))
     args = {name: value for name, value in student.model_args.items() if name not in _OF_THE_FILE}
     size, registers, image_size = describe_size(state), state.get("reg_token"), student.image_size
     if size is not None:
