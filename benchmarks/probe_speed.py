@@ -47,7 +47,7 @@ def main() -> None:
     a, y, b, truth = x[:-_TEST], labels[:-_TEST], x[-_TEST:], labels[-_TEST:]
 
     def ours(most: int = 300) -> Outcome:
-        (fitted,) = LogisticProblem(a, y, options.classes).fit([options.strength], max_passes=most)
+        fitted = LogisticProblem(a, y, options.classes).fit(options.strength, max_passes=most)
         return fitted.passes, accuracy([fitted.scores(b)], truth)["top1"]
 
     def theirs(most: int = 1000, tolerance: float = _TOLERANCE, strength: float = options.strength) -> Outcome:

@@ -2,12 +2,11 @@
 
 The minimum is that of scikit-learn's LogisticRegression: the summed cross-entropy + |W|² / 2C, without a penalty on
 biases. It is found by L-BFGS (Nocedal 1980) in coordinates in which the curvature is nearly the identity: the Hessian
-of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992). The fits of several C go in step:
-each pass over the features serves all that have not converged.
+of each class is about a·XᵀX + I/C with a = (1/K)(1 - 1/K), after Böhning (1992).
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,8 @@ from torch.nn import functional as F
 
 from singer.errors import UserError
 
-# A pass computes so many logits at once.
-_LOGITS = 1 << 24
+# A pass computes so many logits at once; on a CPU, what its caches hold.
+_LOGITS, _LOGITS_ON_CPU = 1 << 24, 1 << 20
 _MEMORY = 10
 # The fit has converged when another step would lower the loss by less than this share of it.
 TOL = 1e-5
@@ -84,45 +83,38 @@ class LogisticProblem:
         squares, vectors = torch.linalg.eigh(sum_of_products(x))
         self._squares, self._vectors = squares.clamp_min(0).float(), vectors.float()
 
-    def fit(
-        self, cs: Sequence[float], start: Logistic | None = None, tol: float = TOL, max_passes: int = 300
-    ) -> list[Logistic]:
-        """Minimise the loss for each inverse penalty C of `cs`, all on the same passes over the features.
+    def fit(self, c: float, start: Logistic | None = None, tol: float = TOL, max_passes: int = 300) -> Logistic:
+        """Minimise the loss for an inverse penalty C.
 
-        start: a solution nearby; tol: a fit has converged when another step would lower its loss by less than this
+        start: a solution nearby; tol: the fit has converged when another step would lower its loss by less than this
         share; max_passes: over the features, after which it ends.
         """
-        places = [_Coordinates(self._squares, self._vectors, len(self._x), self._classes, c) for c in cs]
-        zero = torch.zeros(self._classes, self._x.shape[1] + 1, device=self._x.device)
-        searches = [minimise(zero if start is None else place.inside(start), tol, max_passes) for place in places]
-        asked = {number: next(search) for number, search in enumerate(searches)}
-        found = dict[int, Logistic]()
-        while asked:
-            heads = {number: places[number].outside(z) for number, z in asked.items()}
-            for number, sums in zip(heads, self.losses(list(heads.values())), strict=True):
-                try:
-                    asked[number] = searches[number].send(places[number].penalised(heads[number][0], *sums))
-                except StopIteration as end:
-                    z, passes, converged = end.value
-                    found[number] = Logistic(*places[number].outside(z), passes, converged)
-                    del asked[number]
-        return [found[number] for number in range(len(cs))]
+        place = _Coordinates(self._squares, self._vectors, len(self._x), self._classes, c)
 
-    def losses(self, heads: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, Tensor, Tensor]]:
-        """Return the summed cross-entropy of each head (weight, bias), and its gradients by weight and bias."""
-        weight, bias = (torch.cat(parts) for parts in zip(*heads, strict=True))
-        values = torch.zeros(len(heads), dtype=torch.float64, device=weight.device)
+        def loss(z: Tensor) -> tuple[float, Tensor]:
+            weight, bias = place.outside(z)
+            return place.penalised(weight, *self.loss(weight, bias))
+
+        zero = torch.zeros(self._classes, self._x.shape[1] + 1, device=self._x.device)
+        z, passes, converged = minimise(loss, zero if start is None else place.inside(start), tol, max_passes)
+        return Logistic(*place.outside(z), passes, converged)
+
+    def loss(self, weight: Tensor, bias: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the summed cross-entropy of a head, and its gradients by weight and bias."""
+        value = torch.zeros((), dtype=torch.float64, device=weight.device)
         by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        rows = max(1, _LOGITS // max(weight.shape))
+        most = _LOGITS_ON_CPU if weight.device.type == "cpu" else _LOGITS
+        rows = max(1, most // max(weight.shape))
         for x, labels in zip(self._x.split(rows), self._labels.split(rows), strict=True):
-            logs = torch.addmm(bias, x, weight.T).view(len(x), len(heads), -1).log_softmax(2)
-            own = labels[:, None, None].expand(-1, len(heads), 1)
-            values -= logs.gather(2, own).sum((0, 2), dtype=torch.float64)
-            # The memory of the logarithms becomes that of the gradient.
-            error = logs.exp_().scatter_add_(2, own, logs.new_full((1, 1, 1), -1.0).expand(own.shape)).flatten(1)
+            logits, own = torch.addmm(bias, x, weight.T), labels.unsqueeze(1)
+            shares = logits.softmax(1)
+            # The logarithm of the sum of exponentials, by the largest share, which is never near 0.
+            totals = logits.amax(1, keepdim=True) - shares.amax(1, keepdim=True).log()
+            value += (totals - logits.gather(1, own)).sum(dtype=torch.float64)
+            error = shares.scatter_add_(1, own, shares.new_full((1, 1), -1.0).expand(own.shape))
             by_weight.addmm_(error.T, x)
             by_bias += error.sum(0)
-        return list(zip(values.tolist(), by_weight.chunk(len(heads)), by_bias.chunk(len(heads)), strict=True))
+        return float(value), by_weight, by_bias
 
 
 class _Coordinates:
@@ -160,14 +152,14 @@ def sum_of_products(x: Tensor | Streamed) -> Tensor:
 
 
 def minimise(
-    z: Tensor, tol: float, max_passes: int
-) -> Generator[Tensor, tuple[float, Tensor], tuple[Tensor, int, bool]]:
+    loss: Callable[[Tensor], tuple[float, Tensor]], z: Tensor, tol: float, max_passes: int
+) -> tuple[Tensor, int, bool]:
     """Minimise a convex function by L-BFGS with backtracking; return the place, the evaluations and if it converged.
 
-    Yields the places at which it needs the function's value and gradient, and is sent them; so the caller decides what
-    is evaluated together. tol, max_passes: as at LogisticProblem.fit. The first direction is the negative gradient.
+    loss: returns the value and the gradient at a place; tol, max_passes: as at LogisticProblem.fit. The first direction
+    is the negative gradient.
     """
-    value, gradient = yield z
+    value, gradient = loss(z)
     passes, history = 1, deque[tuple[Tensor, Tensor, float]](maxlen=_MEMORY)
     while passes < max_passes:
         direction = -_newton(gradient, history)
@@ -177,7 +169,7 @@ def minimise(
         step = 1.0
         for _ in range(_HALVINGS):
             there = z + step * direction
-            found, slopes = yield there
+            found, slopes = loss(there)
             passes += 1
             if found <= value + 1e-4 * step * slope:
                 break

@@ -94,19 +94,29 @@ def test_a_classifier_needs_two_classes() -> None:
         logistic.LogisticProblem(torch.randn(5, 3), torch.zeros(5, dtype=torch.long), 1)
 
 
-def test_fits_of_several_strengths_share_their_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of each strength alone, and the slowest decides how often features are read."""
+@pytest.mark.parametrize("size", [64, 1 << 20])
+def test_the_loss_is_the_cross_entropy(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its gradients, in blocks or at once, and where the share of the right class is too small for a float."""
+    monkeypatch.setattr(logistic, "_LOGITS_ON_CPU", size)
+    (x, y), scale = samples(300, 6), 60.0
+    weight, bias = (
+        torch.randn(7, *shape, generator=torch.Generator().manual_seed(3)) * scale for shape in ((x.shape[1],), ())
+    )
+    whole, by_weight, by_bias = logistic.LogisticProblem(x, y, 7).loss(weight, bias)
+    head = [t.double().requires_grad_() for t in (weight, bias)]
+    expected = torch.nn.functional.cross_entropy(x.double() @ head[0].T + head[1], y, reduction="sum")
+    expected.backward()
+    assert np.isfinite(whole) and whole == pytest.approx(expected.item(), rel=1e-6) and whole / len(x) > 100
+    torch.testing.assert_close(by_weight.double(), head[0].grad, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(by_bias.double(), head[1].grad, atol=1e-3, rtol=1e-4)
+
+
+def test_a_start_nearby_ends_at_the_same_minimum_sooner() -> None:
     x, y = samples(600, 6)
-    x, strengths = (x - x.mean(0)) / x.std(0), (1.0, 0.01, 0.1)
-    alone = [logistic.LogisticProblem(x, y, 7).fit([c])[0] for c in strengths]
-    problem, read = logistic.LogisticProblem(x, y, 7), list[int]()
-    losses = problem.losses
-    monkeypatch.setattr(problem, "losses", lambda heads: read.append(len(heads)) or losses(heads))  # type: ignore[func-returns-value]
-    together = problem.fit(strengths)
-    assert len(read) == max(fit.passes for fit in together) and sum(read) == sum(fit.passes for fit in together)
-    for one, other in zip(alone, together, strict=True):
-        assert one.converged and other.converged
-        torch.testing.assert_close(one.weight, other.weight, atol=2e-3, rtol=2e-2)
+    problem = logistic.LogisticProblem((x - x.mean(0)) / x.std(0), y, 7)
+    alone, near = (problem.fit(1.0, start, tol=1e-7) for start in (None, problem.fit(0.3)))
+    assert alone.converged and near.converged and near.passes < alone.passes
+    torch.testing.assert_close(near.weight, alone.weight, atol=2e-3, rtol=2e-2)
 
 
 def test_fits_without_an_end_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +237,7 @@ def test_new_files_hold_no_rows(tmp_path: Path) -> None:
 
 def test_blocks_of_a_pass_are_bounded_by_the_width_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two classes have small logits, and features as wide as with a thousand."""
-    monkeypatch.setattr(logistic, "_LOGITS", 64)
+    monkeypatch.setattr(logistic, "_LOGITS_ON_CPU", 64)
     read: list[int] = []
 
     class Watched(torch.Tensor):
@@ -238,7 +248,7 @@ def test_blocks_of_a_pass_are_bounded_by_the_width_too(monkeypatch: pytest.Monke
     x = torch.randn(100, 16, generator=torch.Generator().manual_seed(seeded(0)))
     problem = logistic.LogisticProblem(x.as_subclass(Watched), (x[:, 0] > 0).long(), 2)
     read.clear()
-    problem.fit([1.0])
+    problem.fit(1.0)
     assert set(read) == {4}
 
 

@@ -245,7 +245,7 @@ def probes(bench: Bench) -> Iterator[Figure]:
     rate = bench.rate(lambda: list(knn_scores(a, y, b, classes, 20, 0.07)), seconds=1.0)
     yield Figure(f"k-NN of {n // 10} in {n}", 1 / rate, "s")
     start = perf_counter()
-    (fitted,) = LogisticProblem(a, y, classes).fit([0.1])
+    fitted = LogisticProblem(a, y, classes).fit(0.1)
     yield Figure(f"linear probe of {n}, one penalty, {fitted.passes} passes", perf_counter() - start, "s")
 
 

@@ -131,19 +131,21 @@ def fit_linear(
     require_classes(labels.numpy())
     known, numbers = labels.unique(return_inverse=True)
     device = train.device if device is None else device
-    strength, start = settings.strengths[0], None
-    if len(settings.strengths) > 1:
+    strengths, start = sorted(settings.strengths), None
+    if len(strengths) > 1:
         fit, held_out = (torch.from_numpy(rows) for rows in _split(labels.numpy(), settings))
         x, scale = _standardised(train, fit, device)
-        fitted = LogisticProblem(x, numbers[fit].to(device), len(known)).fit(settings.strengths, tol=_TOL_OF_CHOICE)
+        problem, fitted = LogisticProblem(x, numbers[fit].to(device), len(known)), list[Logistic]()
+        for strength in strengths:  # each starts from the last
+            fitted.append(problem.fit(strength, fitted[-1] if fitted else None, tol=_TOL_OF_CHOICE))
         _tell(fitted, f"of {len(x)} images, to choose among evaluate.strengths")
         x, _ = _standardised(train, held_out, device, scale)
         right = [_accuracy(probe, x, numbers[held_out].to(device)) for probe in fitted]
         best = right.index(max(right))
-        strength, start = settings.strengths[best], fitted[best]
-        del x
+        strengths, start = [strengths[best]], fitted[best]
+        del x, problem
     x, scale = _standardised(train, torch.arange(len(train)), device)
-    (probe,) = LogisticProblem(x, numbers.to(device), len(known)).fit([strength], start)
+    probe = LogisticProblem(x, numbers.to(device), len(known)).fit(strengths[0], start)
     _tell([probe], f"of {len(x)} images")
     return probe, known, scale
 
