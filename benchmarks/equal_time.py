@@ -45,15 +45,10 @@ RECIPE = "tinyimagenet-ti-to-w96"
 JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
-    "distill.projector=linear",
+    "distill.projector=linear", "distill.layer_decay=1",
 ]  # fmt: skip
-# As the authors train, and with those of our levers that need no cache.
-JOINTS = {
-    "joint": [],
-    "joint with our start, head, optimiser and rate": [
-        "student.init=auto", "distill.projector=ladder", "distill.optimizer=muon", "distill.lr=auto",
-    ],
-}  # fmt: skip
+# Those of our levers that need no cache.
+NEED_NO_CACHE = [("student", "init"), *(("distill", key) for key in ("projector", "optimizer", "lr", "layer_decay"))]
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
 # Of a student that is judged on training images.
@@ -114,9 +109,14 @@ class Chain:
             for number in range(batches):
                 records = list(range(number * size % (len(cache) - size), number * size % (len(cache) - size) + size))
                 pixels = cache.pixels(records, new.student.image_size, images)
-                features = teach(pixels) if online else cache.features(records, DEVICE)
+                if online:
+                    larger = new.student.image_size != cache.manifest.teacher.image_size
+                    seen = cache.pixels(records, cache.manifest.teacher.image_size, images) if larger else pixels
+                    features = teach(seen)
+                else:
+                    features = cache.features(records, DEVICE)
                 weights, labels = torch.full((size,), 1 / size).to(DEVICE), torch.full((size,), -1).to(DEVICE)
-                losses = new.distiller(
+                losses, _ = new.distiller(
                     Batch({new.student.image_size: moved(pixels, DEVICE)}, [Decoded(features)], weights, labels)
                 )
                 optimiser.zero_grad(set_to_none=True)
@@ -126,7 +126,7 @@ class Chain:
         kinds: dict[str, tuple[NewStudent, bool, float]] = {
             "online joint": (joint, True, 1.0),
             "ours, whole": (ours, False, 1.0),
-            "ours, share": (ours, False, config.distill.token_share),
+            "ours, share": (ours, False, ours.share),
         }
         optimisers = {
             id(ours): optimiser_of(ours.distiller, config),
@@ -208,6 +208,7 @@ def main() -> None:
     def say(name: str, share: float, epochs: int, figures: list[float]) -> None:
         print(f"| {name} | {share:.2f} | {epochs} | " + " | ".join(f"{x:.1f}" for x in figures) + " |", flush=True)
 
+    levers = [f"{section}.{key}={getattr(getattr(config, section), key)}" for section, key in NEED_NO_CACHE]
     for seed in options.seeds:
         for share in sorted(options.budgets):
             epochs = int((share * budget - caching - refining) / epoch)
@@ -216,7 +217,8 @@ def main() -> None:
                 continue
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
-        for name, more in JOINTS.items():
+        # As the authors train, and with our levers.
+        for name, more in {"joint": [], "joint with our start, head, optimiser and rate": levers}.items():
             joint = chain.config(*JOINT, *more, f"distill.seed={seed}")
             row = chain.row(f"{name.replace(' ', '-')}-{seed}", joint, None)
             say(f"{name}, seed {seed}", 1.0, joint.distill.epochs, row)

@@ -138,7 +138,8 @@ def check_names(config: Config, *sections: str) -> None:
             value = getattr(getattr(config, section), name)
             for one in value if isinstance(value, tuple) else (value,):
                 for given in one if isinstance(one, Mapping) else (one,):
-                    require_known(key, given, registered(*registry))
+                    if given is not None:  # the key has its default
+                        require_known(key, given, registered(*registry))
 
 
 def check_tasks(tasks: Sequence[str]) -> None:

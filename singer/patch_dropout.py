@@ -39,17 +39,23 @@ class PatchDropout(nn.Module):
         return (tokens, self.kept) if self.returns_kept else tokens
 
 
+def can_leave_out_patches(model: nn.Module) -> bool:
+    """Return whether a model of timm has a place for the dropout of patches."""
+    place: Any = getattr(model, "patch_drop", "missing")
+    return gives_tokens(model) and (place is None or isinstance(place, nn.Module))
+
+
 def install(model: nn.Module) -> PatchDropout:
     """Give a model of timm this dropout of patches; it keeps all until its `share` is set.
 
     Raises UserError if the model has no place for it.
     """
-    old: Any = getattr(model, "patch_drop", "missing")
-    if not gives_tokens(model) or not (old is None or isinstance(old, nn.Module)):
+    if not can_leave_out_patches(model):
         raise UserError(
             f"distill.token_share: a {type(model).__name__} cannot leave out patches; set it to 1, or take a student "
             "such as vit"
         )
     # Models that have None here take the kept patches too, for their rotary embeddings.
-    model.patch_drop = PatchDropout(int(model.num_prefix_tokens), returns_kept=old is None)  # type: ignore[arg-type]
+    returns_kept = model.patch_drop is None
+    model.patch_drop = PatchDropout(int(model.num_prefix_tokens), returns_kept)  # type: ignore[arg-type]
     return model.patch_drop

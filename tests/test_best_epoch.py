@@ -138,9 +138,8 @@ def test_nothing_is_held_out(world: Path, given: str) -> None:
 def test_rates_fall_from_block_to_block(world: Path) -> None:
     """By the decay from the last block down to the embedding; what is not the student has the whole rate."""
     student = new_student(world_config(world).student, 32)
-    branch = TeacherBranch(
-        student, {2: 1, 3: 2}, Targets(Cache(world / "cache"), None, student, torch.device("cpu")), Teaching({"mse": 1})
-    )
+    targets = Targets(Cache(world / "cache"), None, student, torch.device("cpu"))
+    branch = TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1}, "linear"))
     model = Distiller(student, [branch])
     names = {id(p): name for name, p in model.named_parameters()}
     scales, decays = {}, {}

@@ -208,7 +208,12 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
         check_command("distill", config, tmp_path / "other")
 
 
-@pytest.mark.parametrize(("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS)])
+DEFAULTS = ["student.dim=24", "distill.projector=null", "distill.token_share=null"]
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS)]
+)
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]
 ) -> None:
@@ -593,7 +598,7 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     targets = Targets(cache, None, student, CPU)
     settings = world_config(world, "distill.epochs=4", "distill.token_share=0.5").distill
     model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), whole=False)])
-    model.drop_patches(settings)
+    model.drop_patches(0.5, settings)
     features = Decoded(cache.features([0, 1, 2], CPU))
     batch = make_batch([features], 3)
     whole, _ = model(batch)
@@ -609,7 +614,7 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
     model.eval()
     losses, errors = model(batch)
     assert losses == whole and errors.keys() == {"2", "3"}
-    assert [token_share(settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
+    assert [token_share(0.5, settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
     sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
     run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")
     timm.create_model(f"local-dir:{run.student}", pretrained=True)

@@ -100,7 +100,8 @@ def test_the_loss_is_the_cross_entropy(size: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(logistic, "_LOGITS_ON_CPU", size)
     (x, y), scale = samples(300, 6), 60.0
     weight, bias = (
-        torch.randn(7, *shape, generator=torch.Generator().manual_seed(3)) * scale for shape in ((x.shape[1],), ())
+        torch.randn(7, *shape, generator=torch.Generator().manual_seed(seeded(3))) * scale
+        for shape in ((x.shape[1],), ())
     )
     whole, by_weight, by_bias = logistic.LogisticProblem(x, y, 7).loss(weight, bias)
     head = [t.double().requires_grad_() for t in (weight, bias)]

@@ -107,7 +107,9 @@ class Fixture:
         )
         refiner = Refiner({b: BlockSpec(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
         joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1, {})
-        head = TeacherBranch(student, self.matching, targets, Teaching({"mse": 1.0}, weight=s["wk"]), refiner, joint)
+        head = TeacherBranch(
+            student, self.matching, targets, Teaching({"mse": 1.0}, "linear", weight=s["wk"]), refiner, joint
+        )
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():

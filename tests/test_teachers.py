@@ -58,7 +58,7 @@ def test_losses_add_up(world: Path, second: Path) -> None:
     caches = [Cache(world / "cache"), Cache(second / "cache")]
     refiners = [load_refiner(r / "adapters", c) for r, c in zip((world, second), caches, strict=True)]
     heads = [
-        TeacherBranch(student, m, Targets(c, r, student, CPU), Teaching({"mse": 1.0}, weight=w, name=n))
+        TeacherBranch(student, m, Targets(c, r, student, CPU), Teaching({"mse": 1.0}, "linear", weight=w, name=n))
         for m, c, r, w, n in zip(({2: 1, 3: 2}, {2: 2}), caches, refiners, (0.25, 2.0), ("a", "b"), strict=True)
     ]
     model = Distiller(student, heads)

@@ -92,6 +92,8 @@ class Bench:
         """Return the configuration of a chain from ViT-L/16 at 224 pixels, or of a tiny one."""
         size = 32 if self.small else 224
         own = [f"teacher.name={LOCAL}{self.teacher}", f"teacher.image_size={size}", "cache.codec=int4"]
+        # Students see all patches, whether the teacher is in the step or not.
+        own += ["distill.projector=linear", "distill.token_share=1"]
         own += ["cache.workers=16", "distill.workers=16"] if not self.small else ["distill.batch_size=8"]
         return with_precision(load_config(sets=[*own, "distill.trackers=[]", *sets]))
 

@@ -20,9 +20,11 @@ class DistillConfig(TrainingConfig):
         "mse",
         "a name, or names with weights: {mse: 1, logits: 0.5}; with several caches one, or a list with one for each",
     )
-    projector: str = key(
-        "linear",
-        "how tokens are brought to the teacher's width: a name among singer/projectors; not part of the student",
+    projector: str | None = key(
+        None,
+        "how tokens are brought to the teacher's width: a name among singer/projectors; not part of the student; "
+        "default: ladder for students with one grid of tokens, if it multiplies no more than the student itself; else, "
+        "and in joint training, linear",
     )
     block_weights: tuple[Above, ...] | None = key(
         None, "weights of the teacher's blocks, in their order, for objectives of blocks; default: equal weights"
@@ -37,8 +39,11 @@ class DistillConfig(TrainingConfig):
         "which weights of the student are trained, by their names or the beginnings of these, such as [reg_token, "
         "blocks.11]; default: all",
     )
-    token_share: Fraction = key(
-        1.0, "share of its patches that the student sees, another random set for every image and step; cheaper steps"
+    token_share: Fraction | None = key(
+        None,
+        "share of its patches that the student sees, another random set for every image and step; cheaper steps; "
+        "default: half of them, where the student can leave out patches and its objectives compare token by token; "
+        "else, and in joint training, all",
     )
     whole_share: Share = key(0.25, "share of the steps, at the end, in which the student sees all patches")
     mask_share: Annotated[float, Field(ge=0, lt=1)] = key(

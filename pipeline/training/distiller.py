@@ -1,7 +1,8 @@
 """What stage 3 trains: a student, and its projectors and objective for each teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,28 +62,29 @@ class Distiller(Learner):
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None
-        self._settings: DistillConfig | None = None
+        # Return the share of its patches that the student sees, of a step and the steps of an epoch.
+        self._schedule: Callable[[int, int], float] | None = None
         self.masks: PatchMasks | None = None
         self.mask_weight = 0.0
 
     def begin_step(self, batch: Batch, per_epoch: int) -> Batch:
         """Set the share of the patches that the student sees in this step."""
-        if self.dropout is not None and self._settings is not None:
-            self.dropout.share = token_share(self._settings, batch.step, per_epoch)
+        if self.dropout is not None and self._schedule is not None:
+            self.dropout.share = self._schedule(batch.step, per_epoch)
         return batch
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
         return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
 
-    def drop_patches(self, settings: DistillConfig) -> None:
-        """Let the student see a share of its patches (`dropout.share`), as distill.token_share and whole_share say.
+    def drop_patches(self, share: float, settings: DistillConfig) -> None:
+        """Let the student see a share of its patches, and all of them in the last steps (distill.whole_share).
 
         Raises UserError if this is not possible.
         """
         for branch in self.branches:
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
-        self.dropout, self._settings = install(self.student), settings
+        self.dropout, self._schedule = install(self.student), partial(token_share, share, settings)
 
     def mask_patches(self, share: float, weight: float) -> None:
         """Let the student see each batch a second time, with a share of its patches masked, and learn what is there.

@@ -49,6 +49,8 @@ from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters, depth, freeze_others
 from singer.matching import match_blocks
+from singer.objectives import OBJECTIVES
+from singer.patch_dropout import can_leave_out_patches
 from singer.refiner import Refiner
 from singer.sizes import Size
 
@@ -97,14 +99,15 @@ class NewStudent:
             self.student.model.set_grad_checkpointing(True)
         check_trackers(settings)
         self.fresh: Refiner | None = None
-        branches = self._branches(refiners, device)
+        self.share = self._token_share()
+        branches = self._branches(refiners, device, whole=self.share == 1)
         self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
         if settings.mask_share:
             self.distiller.mask_patches(settings.mask_share, settings.mask_weight)
         if settings.trained is not None:
             freeze_others(self.student.model, settings.trained)
-        if settings.token_share < 1:
-            self.distiller.drop_patches(settings)
+        if self.share < 1:
+            self.distiller.drop_patches(self.share, settings)
         self.others = None
         if settings.overlap:
             for branch in branches:
@@ -128,8 +131,25 @@ class NewStudent:
             start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
         return student
 
-    def _branches(self, refiners: Sequence[Refiner | None], device: torch.device) -> list[TeacherBranch]:
-        """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training."""
+    def _token_share(self) -> float:
+        """Return distill.token_share: by default a half, where student, caches and objectives allow it.
+
+        With half of the patches, students were as good at equal steps, for three quarters of the time (docs/results.md,
+        "Levers, one at a time").
+        """
+        settings = self.spec.config.distill
+        if settings.token_share is not None:
+            return settings.token_share
+        sampled = any(teacher.cache.manifest.sampled for teacher in self.teachers)
+        tokenwise = all(OBJECTIVES[name].tokenwise for name in settings.objectives)
+        may = tokenwise and not (settings.joint or sampled) and can_leave_out_patches(self.student.model)
+        return 0.5 if may else 1.0
+
+    def _branches(self, refiners: Sequence[Refiner | None], device: torch.device, whole: bool) -> list[TeacherBranch]:
+        """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training.
+
+        whole: whether the student always sees all patches.
+        """
         settings = self.spec.config.distill
         texts = read_matrix(settings.texts) if settings.texts is not None else None
         objectives, joint, branches = settings.objectives_of(len(self.teachers)), None, []
@@ -141,8 +161,8 @@ class NewStudent:
                 joint, self.fresh = new_joint(cache, self.spec.config.refine, device)
             weight = settings.kd_weight * teacher.weight
             weights = settings.weights_of(cache.blocks)
-            teaching = Teaching(wanted, settings.projector, weights, weight, teacher.name)
-            whole = settings.token_share == 1
+            projector = "linear" if settings.joint and settings.projector is None else settings.projector
+            teaching = Teaching(wanted, projector, weights, weight, teacher.name)
             branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
         return branches
 
@@ -159,7 +179,7 @@ class NewStudent:
         return found
 
     def matched(self) -> list[str]:
-        """Return a line on the matched blocks for each teacher: 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..."""
+        """Return a line on the matched blocks for each teacher, 8 (192, 14 x 14) -> 2 (96, 8 x 8), ..., and more."""
 
         def place(block: int, width: int, grid: tuple[int, int]) -> str:
             return f"{block} ({width}, {grid[0]} x {grid[1]})"
@@ -173,6 +193,11 @@ class NewStudent:
             ]
             owner = f"of {teacher.name} " if len(self.teachers) > 1 else ""
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
+            if branch.matching:
+                lines.append(f"projector {owner}(distill.projector): {branch.projector}")
+        if self.share < 1:
+            first = f"in the first {100 * (1 - self.spec.config.distill.whole_share):g} % of the steps"
+            lines.append(f"the student sees {100 * self.share:g} % of its patches {first} (distill.token_share)")
         return lines
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:

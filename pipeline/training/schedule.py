@@ -27,7 +27,7 @@ def learning_rate(settings: TrainingConfig, step: int, per_epoch: int, peak: flo
     return peak * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def token_share(settings: DistillConfig, step: int, per_epoch: int) -> float:
-    """Return the share of its patches that a student sees: distill.token_share, and all in the last steps."""
+def token_share(share: float, settings: DistillConfig, step: int, per_epoch: int) -> float:
+    """Return the share of its patches that a student sees: `share`, and all in the last steps."""
     last = settings.epochs * per_epoch * (1 - settings.whole_share)
-    return settings.token_share if step < last else 1.0
+    return share if step < last else 1.0

@@ -17,7 +17,7 @@ from singer.errors import UserError
 from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.objectives.relation import makes_attention, queries_keys_values
 from singer.patch_masks import only_masked
-from singer.projectors import PROJECTORS, Projection, Projectors, ProjectorSpec
+from singer.projectors import PROJECTORS, Ladder, Projection, Projectors, ProjectorSpec
 from singer.refiner import Refiner
 from singer.suffix import has_first_norm
 from singer.tokens import select_tokens
@@ -27,13 +27,13 @@ from singer.tokens import select_tokens
 class Teaching:
     """How a student is taught by one teacher.
 
-    objectives: {name: weight}; projector: a name among singer.projectors; block_weights: {the
-    teacher's block: weight}, None for equal ones; weight: of the sum of the objectives; name: of the teacher, among
-    several.
+    objectives: {name: weight}; projector: a name among singer.projectors, None for the default of distill.projector;
+    block_weights: {the teacher's block: weight}, None for equal ones; weight: of the sum of the objectives; name: of
+    the teacher, among several.
     """
 
     objectives: Mapping[str, float]
-    projector: str = "linear"
+    projector: str | None = None
     block_weights: Mapping[int, float] | None = None
     weight: float = 1.0
     name: str = ""
@@ -76,17 +76,18 @@ class TeacherBranch:
         made = {o: OBJECTIVES[o](context) for o in objectives}
         self.objective = Mixture(made, objectives, teaching.block_weights)
 
-        kind = PROJECTORS[teaching.projector]
+        # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
+        self.normalised_blocks = self.objective.reads(in_teacher_units=False)
+        self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
+        self.projector = teaching.projector or self._default_projector(student, matching)
+        kind = PROJECTORS[self.projector]
 
         def projectors(blocks: Sequence[int]) -> nn.Module | None:
             """Build projectors for the compared blocks only: a projector without a gradient would stop DDP."""
             return kind.of_blocks({t: self._spec(matching[t], t, kind) for t in blocks}) if blocks else None
 
-        # The blocks whose targets are compared normalised, and those that are compared in the teacher's units.
-        self.normalised_blocks = self.objective.reads(in_teacher_units=False)
-        self.cleaned_blocks = self.objective.reads(in_teacher_units=True)
         self.projectors, self.unit_projectors = projectors(self.normalised_blocks), projectors(self.cleaned_blocks)
-        if has_exit(student.model) and teaching.projector == "linear" and isinstance(self.projectors, Projectors):
+        if has_exit(student.model) and self.projector == "linear" and isinstance(self.projectors, Projectors):
             # A linear map after an exit that is as wide as the teacher would undo what the exit is for.
             for t in (t for t in self.normalised_blocks if self._is_exit(matching[t], t)):
                 self.projectors[str(t)] = nn.Identity()
@@ -99,6 +100,18 @@ class TeacherBranch:
         self.attention = {t: attention_of(student, s + 1) for t, s in self.attention_inputs.items()}
         # {teacher block: the grid of the student's tokens}.
         self.grids = {t: self.layout[b][1] for t, b in (self.attention_inputs | self.matching).items()}
+
+    def _default_projector(self, student: Backbone, matching: Mapping[int, int]) -> str:
+        """Return "ladder" for one grid of tokens, if it multiplies no more than the student itself; else "linear".
+
+        At equal time it was better where it multiplied half to four fifths as much (docs/results.md, "Equal time").
+        """
+        compared = [*self.normalised_blocks, *self.cleaned_blocks]
+        if len({self.layout[b][1] for t in compared for b in _reads(Ladder, matching[t])}) > 1:
+            return "linear"
+        cost = sum(Ladder.multiplications(self._spec(matching[t], t, Ladder)) for t in compared)
+        # A token meets nearly all weights once.
+        return "ladder" if cost <= sum(p.numel() for p in student.model.parameters()) else "linear"
 
     def _is_exit(self, block: int, teacher_block: int) -> bool:
         """Return whether a block is the last one, and as wide as the teacher."""

@@ -15,4 +15,4 @@ PROJECTORS: dict[str, type[Projection]] = {
     "none": Unprojected,
 }
 
-__all__ = ["PROJECTORS", "Projection", "Projector", "ProjectorSpec", "Projectors", "Review"]
+__all__ = ["PROJECTORS", "Ladder", "Projection", "Projector", "ProjectorSpec", "Projectors", "Review"]

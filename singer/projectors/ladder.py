@@ -29,6 +29,13 @@ class Ladder(Projector):
         return torch.cat([_climb(self.cls, [x[:, : self.prefix] for x in tokens]), patches], dim=1)
 
     @staticmethod
+    def multiplications(spec: ProjectorSpec) -> int:
+        """Return how many multiplications a token takes."""
+        *lower, last = spec.widths
+        pairs = [*((_RATIO, width) for width in lower), (_LAST_RATIO, last)]
+        return sum(ratio * width * (width + spec.target) for ratio, width in pairs)
+
+    @staticmethod
     def _rungs(spec: ProjectorSpec) -> nn.ModuleList:
         """Build one MLP for each block that is read."""
         ratios = [*[_RATIO] * (len(spec.widths) - 1), _LAST_RATIO]
