@@ -19,9 +19,9 @@ def resample_overlap(
     as one patch of the first view covers, as in tokens.resize_tokens.
     """
     own, other = places.float().unbind(1)
-    columns, seen = _axis(own[:, [0, 2]], own[:, 4], target[1], other[:, [0, 2]], other[:, 4], grid[1])
+    columns, seen = _axis(own[:, 0:3:2], own[:, 4], target[1], other[:, 0:3:2], other[:, 4], grid[1])
     upright = torch.zeros_like(own[:, 4])
-    rows, above = _axis(own[:, [1, 3]], upright, target[0], other[:, [1, 3]], upright, grid[0])
+    rows, above = _axis(own[:, 1:4:2], upright, target[0], other[:, 1:4:2], upright, grid[0])
     moved = torch.einsum("brx,bxyd->bryd", rows, patches.unflatten(1, grid))
     moved = torch.einsum("bcy,bryd->brcd", columns, moved)
     return moved.flatten(1, 2), (above[:, :, None] & seen[:, None]).flatten(1)

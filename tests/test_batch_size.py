@@ -38,10 +38,7 @@ def test_the_batch_grows_until_memory_or_the_gain_ends(
 
 def test_memory_of_a_gpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what is free on each GPU of the process, and an allocation that fails ends the search."""
-    held, peak = [10 * GB, 2 * GB], [0, 0]
-
-    class Card:
-        total_memory = 20 * GB
+    held, peak, others = [10 * GB, 2 * GB], [0, 0], [0, 0]
 
     def reset(gpu: int) -> None:
         peak[gpu] = held[gpu]
@@ -57,7 +54,8 @@ def test_memory_of_a_gpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory_allocated": lambda gpu: held[gpu],
         "max_memory_allocated": lambda gpu: peak[gpu],
         "reset_peak_memory_stats": reset,
-        "get_device_properties": lambda gpu: Card,
+        "memory_reserved": lambda gpu: held[gpu],
+        "mem_get_info": lambda gpu: (20 * GB - held[gpu] - others[gpu], 20 * GB),
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
     }.items():
@@ -66,6 +64,8 @@ def test_memory_of_a_gpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     fits = {size: rate_on_gpu(run, size, device) is not None for size in (8, 32, 40, 48, 128)}
     assert fits == {8: True, 32: True, 40: True, 48: False, 128: False}  # 5 of the 10 GB that are free on the first
+    others[1] = 11 * GB  # of another process
+    assert rate_on_gpu(run, 32, device) is None and rate_on_gpu(run, 24, device) is not None
     config = batch_size.with_batch_size(load_config(sets=["cache.batch_size=auto"]), run, device)
     assert config.cache.batch_size in (8, 16, 32)
 

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from pipeline.cache.calibration import Calibration, calibrate, few_records
-from pipeline.cache.codecs import CODECS
+from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.packing import LEVELS, lloyd_max, pack, unpack
-from pipeline.cache.stored import Fixed, Ragged, Stored
+from pipeline.cache.stored import Encoded, Fixed, Ragged, Stored
+from pipeline.runtime.compiling import any_length
 from singer.artifacts import robust_threshold
 from singer.errors import UserError
 
@@ -200,6 +202,37 @@ def test_nothing_but_outliers(name: str) -> None:
     x = gaussian(3, 5, 12)
     calibration = calibrate(x, 0)
     assert torch.equal(there_and_back(name, 1000 * x, calibration), (1000 * x).half().float())
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_mixed_precision_around_it_changes_nothing(name: str) -> None:
+    """A step of a student decodes within its autocast."""
+    x = torch.randn(3, 17, 24, generator=torch.Generator().manual_seed(seeded(0)))
+    x[1, 5] *= 50
+    calibration = calibrate(x, 1)
+    encoded = Encoded({0: CODECS[name].encode(x, calibration)})
+    decode = Decoder(CODECS[name], {0: calibration})
+    expected = decode(encoded).blocks[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decode(encoded).blocks[0]
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_one_graph_decodes_any_number_of_outliers_above_one() -> None:
+    """Compiled, as in a step on a GPU."""
+    counter, codec = CompileCounter(), CODECS["int4"]
+    x = torch.randn(8, 17, 24, generator=torch.Generator().manual_seed(seeded(0)))
+    calibration = calibrate(x, 1)
+    decode = Decoder(codec, {0: calibration})
+    compiled = torch.compile(lambda encoded: decode(encoded).blocks[0], backend=counter)
+    for outliers in (3, 8, 7, 4, 2):
+        far = x.clone()
+        far[:outliers, 5] *= 50
+        encoded = Encoded({0: codec.encode(far, calibration)})
+        for part in encoded.varying():
+            any_length(part)
+        torch.testing.assert_close(compiled(encoded), decode(encoded).blocks[0])
+    assert counter.frame_count == 1
 
 
 def test_outlier_positions_beyond_a_signed_word() -> None:

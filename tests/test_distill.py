@@ -303,6 +303,20 @@ def test_mixed_precision_in_one_process_with_full_precision(world: Path, tmp_pat
     assert half.loss == pytest.approx(full.loss, rel=0.05) and half.loss != full.loss
 
 
+@pytest.mark.parametrize("codec", ["int8", "int4", "int1", "int4-plain", "int8-plain", "bfloat16"])
+def test_mixed_precision_from_every_codec(world: Path, tmp_path: Path, codec: str) -> None:
+    """Targets are decoded and refined in full precision, so the losses of both precisions differ by the student's."""
+    cache = cache_teacher(
+        world_config(world, f"cache.codec={codec}"), str(world / "train" / "*.tar"), tmp_path / "cache"
+    )
+    refine(world_config(world, "refine.steps=5"), cache.cache, tmp_path / "refiner")
+    losses = {}
+    for precision in ("no", "bf16"):
+        config = world_config(world, f"distill.precision={precision}", "distill.epochs=1", "distill.holdout=0.2")
+        losses[precision] = distill(config, cache.cache, tmp_path / precision, tmp_path / "refiner").loss
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05) and losses["bf16"] != losses["no"]
+
+
 def test_diverging_run_stops(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the loss is (nan|inf) at step"):
         distill(world_config(world, "distill.lr=1e30"), world / "cache", tmp_path / "a")

@@ -267,7 +267,7 @@ def test_split_and_batches_are_disjoint_and_whole(world: Path, config: Config) -
 
 def test_scales_against_numpy(world: Path) -> None:
     cache = Cache(world / "cache")
-    scale = measure_scales(cache, np.arange(100), 4.0)[3]
+    scale = measure_scales(cache, np.arange(100), 4.0, torch.device("cpu"))[3]
     norms = np.linalg.norm(cache.features(np.arange(100), CPU)[3][:, 1:].numpy(), axis=-1).ravel()
     median = np.sort(norms)[(len(norms) - 1) // 2]
     assert scale.median == pytest.approx(median, rel=1e-5)

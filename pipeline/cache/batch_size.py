@@ -75,6 +75,7 @@ def rate_on_gpu(run: Callable[[int], object], size: int, device: torch.device) -
     before = [torch.cuda.memory_allocated(gpu) for gpu in gpus]
     for gpu in gpus:
         torch.cuda.reset_peak_memory_stats(gpu)
+    seconds = None
     try:
         run(size)  # kernels are chosen and memory is taken
         torch.cuda.synchronize(device)
@@ -85,10 +86,13 @@ def rate_on_gpu(run: Callable[[int], object], size: int, device: torch.device) -
             runs += 1
         seconds = time.perf_counter() - start
     except torch.OutOfMemoryError:
+        pass
+    if seconds is None:
+        # Only now has the error let go of what the pass had computed.
         torch.cuda.empty_cache()
         return None
     for gpu, held in zip(gpus, before, strict=True):
-        room = torch.cuda.get_device_properties(gpu).total_memory - held
-        if torch.cuda.max_memory_allocated(gpu) - held > _MEMORY * room:
+        free = torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - held
+        if torch.cuda.max_memory_allocated(gpu) - held > _MEMORY * free:
             return None
     return runs * size / max(seconds, 1e-9)

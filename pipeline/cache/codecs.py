@@ -203,10 +203,15 @@ class Decoder:
             load_tables(calibration.mean.device)
 
     def __call__(self, encoded: Encoded | Decoded) -> Decoded:
-        """Decode records that are on the device; return decoded ones as they are."""
+        """Decode records that are on the device, in float32 also within a step of mixed precision.
+
+        Decoded ones are returned as they are.
+        """
         if isinstance(encoded, Decoded):
             return encoded
-        blocks = {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
+        device = next(iter(self.calibration.values())).mean.device
+        with torch.autocast(device.type, enabled=False):
+            blocks = {b: self.codec.decode(parts, self.calibration[b]) for b, parts in encoded.blocks.items()}
         return Decoded(blocks, encoded.positions)
 
 

@@ -55,12 +55,12 @@ def spec_of(cache: Cache, block: int, rank: int = 1, softness: float = 1.0) -> B
     return BlockSpec(teacher.width_of(block), teacher.prefix_tokens, grid, rank, softness)
 
 
-def measure_scales(cache: Cache, records: np.ndarray, k: float) -> dict[int, BlockScale]:
+def measure_scales(cache: Cache, records: np.ndarray, k: float, device: torch.device) -> dict[int, BlockScale]:
     """Measure the median norm and the artifact threshold of every block on the ORIGINAL features."""
     norms: dict[int, list[Tensor]] = {b: [] for b in cache.blocks}
-    for features in batches(cache, records, torch.device("cpu")):
+    for features in batches(cache, records, device):
         for block, x in features.items():
-            norms[block].append(patch_norms(x, cache.manifest.teacher.prefix_tokens))
+            norms[block].append(patch_norms(x, cache.manifest.teacher.prefix_tokens).cpu())
     return {b: block_scale(torch.cat(n), k) for b, n in norms.items()}
 
 

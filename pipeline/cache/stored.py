@@ -59,6 +59,10 @@ class Encoded:
     blocks: dict[int, Stored]
     positions: Tensor | None = None
 
+    def varying(self) -> list[Tensor]:
+        """Return the tensors (bytes,) whose length differs between batches of as many records."""
+        return [part.data for parts in self.blocks.values() for part in parts.values() if isinstance(part, Ragged)]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
         """Return the same records with every tensor changed, such as moved to a device."""
 

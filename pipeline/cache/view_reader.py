@@ -20,6 +20,7 @@ from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_
 from pipeline.data.decoder_warnings import warnings_of
 from pipeline.data.source_listing import ChangedImage
 from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
+from pipeline.runtime.buffers import empty
 from pipeline.runtime.error_kinds import one_line
 from singer.copies import Copying
 from singer.errors import UserError
@@ -111,7 +112,8 @@ class ViewReader:
         """
         wanted, stored = self._manifest.teacher.image_size, self._manifest.pixels
         sizes = {wanted, stored.size} if self._beside and stored is not None else {wanted}
-        views = {size: np.zeros((len(records), *Size.of(size), 3), np.uint8) for size in sizes}
+        views = {size: empty((len(records), *Size.of(size), 3), "uint8").zero_() for size in sizes}
+        arrays = {size: pixels.numpy() for size, pixels in views.items()}
         found = np.zeros(len(records), self._manifest.view_form)
         unreadable: dict[int, str] = {}
         last, picture = -1, None
@@ -130,27 +132,27 @@ class ViewReader:
             found[place]["box"], found[place]["flip"] = view.box, view.flip
             if view.color is not None:
                 found[place]["color"] = view.color
-            for size, pixels in views.items():
+            for size, pixels in arrays.items():
                 pixels[place] = apply_view(picture, view, size)
         beside = self._stored(records, found, views) if self._beside else {}
         copying = self._manifest.teacher.copying
         copies = None
         if copying is not None:
             copies = copies_of(self._drawing.seed, map(self._named, records.tolist()), copying)
-        return ViewBatch(records, torch.from_numpy(views[wanted]), found, unreadable, copies, beside)
+        return ViewBatch(records, views[wanted], found, unreadable, copies, beside)
 
     def _named(self, record: int) -> tuple[str, int]:
         """Return the key of the record's image and the number of its view."""
         image, view = divmod(record, self._views)
         return self.images.keys[image], self._manifest.views["first"] + view
 
-    def _stored(self, records: np.ndarray, found: np.ndarray, views: Mapping[ImageSize, np.ndarray]) -> Stored:
+    def _stored(self, records: np.ndarray, found: np.ndarray, views: Mapping[ImageSize, Tensor]) -> Stored:
         """Return what is stored of some records beside their features."""
         manifest, pixels = self._manifest, self._manifest.pixels
         stored: Stored = {VIEWS: torch.from_numpy(found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
             small = views[pixels.size]
-            stored[PIXELS] = encode_jpegs(small, pixels.quality) if pixels.quality else torch.from_numpy(small)
+            stored[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
         if manifest.sampled:
             seed, patches, count = self._drawing.seed, manifest.teacher.patches, manifest.stored_patches
             drawn = [draw_positions(seed, *self._named(r), patches, count) for r in records.tolist()]

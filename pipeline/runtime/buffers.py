@@ -16,7 +16,8 @@ _free: dict[int, deque[np.ndarray]] = {}
 
 def empty(shape: tuple[int, ...], dtype: str) -> Tensor:
     """Return a CPU tensor with undefined content. Its memory returns to the pool when its last view is gone."""
-    if torch.cuda.is_available():
+    # A process that does not use a GPU, such as a worker of a DataLoader, must not begin to by this.
+    if torch.cuda.is_initialized():
         # PyTorch's own pool of pinned memory knows which copies to the GPU are still under way.
         return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
     size = math.prod(shape) * np.dtype(dtype).itemsize

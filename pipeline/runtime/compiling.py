@@ -4,13 +4,24 @@ from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
 import torch
+import torch._dynamo
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from pipeline.runtime.progress import say
 from singer.errors import UserError
 
+# Graphs of one function: students that share a process have one each, for each share of their patches and size of a
+# batch. Beyond the limit torch would go on uncompiled, without a word.
+_GRAPHS = 256
+
 T = TypeVar("T")
 Model = TypeVar("Model", bound=Callable[..., object])
+
+
+def any_length(x: Tensor) -> None:
+    """Let one graph serve a tensor (n, ...) of nearly any length; short ones may need others."""
+    torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
 class Compilable(Generic[Model]):
@@ -24,6 +35,7 @@ class Compilable(Generic[Model]):
         self.plain, self._required, self._key = plain, wanted is True, key
         self._compiled: Model | None = None
         if able if wanted == "auto" else wanted:
+            torch._dynamo.config.cache_size_limit = max(_GRAPHS, torch._dynamo.config.cache_size_limit)
             self._compiled = torch.compile(plain)  # type: ignore[assignment]
 
     def run(self, compute: Callable[[Model], T]) -> T:

@@ -96,7 +96,7 @@ def inspect(
     scales = (
         manifest.scales
         if manifest is not None
-        else measure_scales(cache, evenly_spaced(train, settings.statistics_records), settings.threshold_k)
+        else measure_scales(cache, evenly_spaced(train, settings.statistics_records), settings.threshold_k, device)
     )
     sample = evenly_spaced(held_out, settings.sample_records)
     suffix = cache.suffix().to(device) if cache.has_suffix else None

@@ -31,7 +31,8 @@ class HeldOut:
         starts = range(0, count, size)
         shares = [np.arange(start, min(start + size, count)) for start in starts]
         lists = [[BatchIndices(part, np.full(len(part), 1 / count, np.float32))] for part in shares]
-        losses, own = [0.0] * len(student_runs), [device] if device.type == "cuda" else []
+        losses = torch.zeros(len(student_runs), dtype=torch.float64, device=device)
+        own = [device] if device.type == "cuda" else []
         sums: list[dict[str, torch.Tensor]] = [{} for _ in student_runs]
         with ExitStack() as averages:
             for run in student_runs:
@@ -46,12 +47,12 @@ class HeldOut:
                         torch.manual_seed(number)
                         found, parts = run.learner(batch)
                     current().beat()
-                    losses[n] += float(torch.stack(list(found.values())).sum())
+                    losses[n] += torch.stack(list(found.values())).sum()
                     for name, part in parts.items():
                         sums[n][name] = sums[n].get(name, 0) + part
         for run in student_runs:
             run.learner.train()
         return [
             {"held_out_loss": loss, **run.learner.figures(of_run)}
-            for run, loss, of_run in zip(student_runs, losses, sums, strict=True)
+            for run, loss, of_run in zip(student_runs, losses.tolist(), sums, strict=True)
         ]

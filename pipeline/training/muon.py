@@ -54,7 +54,10 @@ class Muon(timm.optim.Muon):  # type: ignore[misc]  # timm has no types
     def _update(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
         """Update weights of one shape (m, ...), as matrices (m, n), by their gradients."""
         weights, steps = list(gradients), list(gradients.values())
-        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+        for p in weights:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in weights]
         torch._foreach_lerp_(momenta, steps, 1 - group["momentum"])
         ahead = torch.stack(torch._foreach_lerp(steps, momenta, group["momentum"])).flatten(2)
         dtype = torch.bfloat16 if ahead.is_cuda else torch.float32

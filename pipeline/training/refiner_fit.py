@@ -27,7 +27,7 @@ class RefinerFit:
     def __init__(self, cache: Cache, settings: RefineConfig, records: np.ndarray, device: torch.device) -> None:
         self.cache, self.settings, self.records, self.device = cache, settings, records, device
         self.statistics = evenly_spaced(records, settings.statistics_records)
-        self.scales = measure_scales(cache, self.statistics, settings.threshold_k)
+        self.scales = measure_scales(cache, self.statistics, settings.threshold_k, device)
         self.trained = CLEANERS[settings.cleaner].trained
         needed = CLEANERS[settings.cleaner].needs_suffix or cache.has_suffix
         self._whole = cache.suffix().to(device) if needed else None

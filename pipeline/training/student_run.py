@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from pipeline.cache.stored import Encoded
 from pipeline.config import TrainingConfig
 from pipeline.models.backbone import Backbone
-from pipeline.runtime.compiling import Compilable
+from pipeline.runtime.compiling import Compilable, any_length
 from pipeline.runtime.progress import Meter
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Batch
@@ -140,6 +141,9 @@ class StudentRun:
         if self.settings.accumulate > 1:
             parts = list(self.learner.decoded(batch).split(self.settings.accumulate))
         for number, part in enumerate(parts, start=1):
+            for features in part.features:
+                for x in features.varying() if isinstance(features, Encoded) else ():
+                    any_length(x)
             with accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses, _ = model(part)
                 current().beat()
