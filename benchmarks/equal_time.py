@@ -47,7 +47,8 @@ JOINT = [
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
     "distill.projector=linear", "distill.layer_decay=1",
 ]  # fmt: skip
-# Those of our levers that need no cache.
+# As the authors train, and with those of our levers that need no cache.
+JOINTS = ["joint", "joint with our start, head, optimiser and rate"]
 NEED_NO_CACHE = [("student", "init"), *(("distill", key) for key in ("projector", "optimizer", "lr", "layer_decay"))]
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
@@ -183,6 +184,7 @@ def main() -> None:
     """Parse the options and run the benchmark."""
     parser = chain_parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="in shares of T")
+    parser.add_argument("--joint", nargs="*", choices=JOINTS, default=JOINTS, help="rows of joint training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shards", type=int, default=5, help="how many of the training shards")
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
@@ -217,8 +219,8 @@ def main() -> None:
                 continue
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
-        # As the authors train, and with our levers.
-        for name, more in {"joint": [], "joint with our start, head, optimiser and rate": levers}.items():
+        for name in options.joint:
+            more = levers if name == JOINTS[1] else []
             joint = chain.config(*JOINT, *more, f"distill.seed={seed}")
             row = chain.row(f"{name.replace(' ', '-')}-{seed}", joint, None)
             say(f"{name}, seed {seed}", 1.0, joint.distill.epochs, row)
