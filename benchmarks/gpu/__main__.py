@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--seconds", type=float, default=400.0, help="no part begins after so many")
+    parser.add_argument("--seconds", type=float, default=400.0, help="no figure is begun after so many")
     parser.add_argument("--parts", nargs="+")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
@@ -42,8 +42,8 @@ def main() -> None:
         sys.exit("error: torch finds no GPU; --device cpu --small shows that the parts work")
     measured: dict[str, Callable[[parts.Bench], Iterator[parts.Figure]]] = {
         "exact": parts.exact,
-        "steps": steps,
         "caching": parts.caching,
+        "steps": steps,
         "decoding": parts.decoding,
         "probes": parts.probes,
         "teachers": parts.teachers,
@@ -72,6 +72,9 @@ def main() -> None:
             try:
                 for figure in measured[part](bench):
                     keep(part, figure)
+                    if time.perf_counter() - start > options.seconds:
+                        keep(part, parts.Figure("the rest", None, "not measured: no time left"))
+                        break
             except Exception as error:  # what is measured later must not depend on it
                 lines = str(error).splitlines() or [type(error).__name__]
                 keep(part, parts.Figure("stopped", None, f"not measured: {lines[0]}"))
