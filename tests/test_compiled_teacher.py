@@ -9,6 +9,7 @@ import torch
 from conftest import tree_bytes, world_config
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import OperatorIssue
 
 from pipeline.cache import extract as extracting
 from pipeline.cache.extract import Extractor
@@ -51,13 +52,18 @@ def test_one_graph_for_a_whole_cache(world: Path, tmp_path: Path, monkeypatch: p
     assert tree_bytes(place, *DIFFERING) == tree_bytes(world / "cache", *DIFFERING)
 
 
+@pytest.mark.parametrize("error", [TorchDynamoException, OperatorIssue])
 def test_a_compiler_that_fails(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: type[Exception],
 ) -> None:
     """The cache is made without it, after one note; if it was asked for, this is an error."""
 
     def broken(*_: object) -> None:
-        raise TorchDynamoException("there is no compiler")
+        raise error("there is no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda _: broken)
     monkeypatch.setattr(extracting, "Compilable", lambda plain, wanted, able, key: Compilable(plain, wanted, True, key))

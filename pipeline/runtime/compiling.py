@@ -7,6 +7,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import CppCompileError, OperatorIssue
 
 from pipeline.runtime.progress import say
 from singer.errors import UserError
@@ -14,6 +15,9 @@ from singer.errors import UserError
 # Graphs of one function: students that share a process have one each, for each share of their patches and size of a
 # batch. Beyond the limit torch would go on uncompiled, without a word.
 _GRAPHS = 256
+
+# Older versions of torch do not wrap the errors of a backward pass, which is compiled when it is first needed.
+_COMPILER_ERRORS = (TorchDynamoException, OperatorIssue, CppCompileError)
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=Callable[..., object])
@@ -47,7 +51,7 @@ class Compilable(Generic[Model]):
         if self._compiled is not None:
             try:
                 return compute(self._compiled)
-            except TorchDynamoException as error:
+            except _COMPILER_ERRORS as error:
                 cause = getattr(error, "inner_exception", error)
                 reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
                 failure = f"torch.compile does not work here ({reason})"
