@@ -253,6 +253,24 @@ def test_buffers_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert address in [b.data_ptr() for b in [buffers.empty((3, 5), "float16") for _ in range(2)]]
 
 
+def test_memory_is_pinned_only_where_a_gpu_is_used(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a DataLoader, forked on a machine with a GPU, may not touch it."""
+    pinned = list[bool]()
+
+    def pin(*shape: object, pin_memory: bool = False, **more: object) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return zeros(*shape, **more)  # type: ignore[call-overload, no-any-return]
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Cache(world / "cache").read([0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch, "empty", pin)
+        assert buffers.empty((2, 3), "uint8").tolist() == [[0, 0, 0]] * 2
+    assert pinned == [True]
+
+
 def test_pool_of_buffers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sizes that do not come again, none is kept beyond the bound; those in use are never given away."""
     monkeypatch.setattr(buffers, "_free", {})
