@@ -53,6 +53,23 @@ def knn_scores(
         yield votes.masked_fill(~voted, -torch.inf)
 
 
+def knn_among(x: Tensor, labels: Tensor, groups: Tensor, neighbours: int, temperature: float) -> float | None:
+    """Return how many of the labelled rows x (n, d) have the label (n,) that their neighbours vote for, in percent.
+
+    Neighbours are rows of another group (n,), such as of another image, and vote as in knn_scores. Rows of label -1 are
+    left out. None if the rest has fewer than two labels or groups.
+    """
+    known = labels >= 0
+    x, labels, groups = F.normalize(x[known], dim=1), labels[known], groups[known]
+    if len(labels.unique()) < 2 or len(groups.unique()) < 2:
+        return None
+    similarity = (x @ x.T).masked_fill_(groups[:, None] == groups, -torch.inf)
+    best, nearest = similarity.topk(min(neighbours, len(x)))
+    votes = x.new_zeros(len(x), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[nearest], ((best - 1) / temperature).exp())
+    return 100 * float((votes.argmax(1) == labels).float().mean())
+
+
 def topk_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """Return which rows (m,) of scores (m, classes) have their label among the k highest scores.
 

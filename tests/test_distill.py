@@ -627,7 +627,7 @@ def test_a_student_sees_a_share_of_its_patches(world: Path, tmp_path: Path) -> N
             assert torch.equal(found[block][row, 1:], tokens[row, 1:][kept[row]])
     model.eval()
     losses, errors = model(batch)
-    assert losses == whole and errors.keys() == {"2", "3"}
+    assert losses == whole and errors.keys() == {"2", "3", "tokens"}
     assert [token_share(0.5, settings, step, 10) for step in (0, 29, 30, 39)] == [0.5, 0.5, 1, 1]
     sets = ["distill.token_share=0.5", "distill.whole_share=0.5"]
     run = distill(world_config(world, *sets), world / "cache", tmp_path / "run", world / "adapters")
@@ -678,6 +678,7 @@ def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
     found = [line for line in read_log(tmp_path / "run/log.jsonl") if "held_out_loss" in line]
     assert [line["epoch"] for line in found] == [1, 2, 3]
     assert found[-1]["held_out_loss"] < found[0]["held_out_loss"]
+    assert all(line["held_out_knn"] % 10 == pytest.approx(0, abs=1e-6) for line in found)  # of ten images
     explained = [line["explained_variance"] for line in found]
     assert [*explained[0]] == ["2", "3"] and all(explained[-1][b] > explained[0][b] for b in explained[0])
     with pytest.raises(UserError, match="distill.holdout: all 100 images would be held out"):

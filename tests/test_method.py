@@ -14,7 +14,7 @@ from singer.artifacts import BlockScale, norm_summary, robust_threshold
 from singer.cleaners import Adapter, BlockSpec, Clip
 from singer.errors import UserError
 from singer.matching import match_blocks
-from singer.metrics import knn_scores, topk_hits
+from singer.metrics import knn_among, knn_scores, topk_hits
 from singer.normalisers import Standardize
 from singer.objectives import OBJECTIVES, ObjectiveContext
 from singer.refiner import Refiner
@@ -222,6 +222,27 @@ def test_knn_against_scikit_learn() -> None:
     reference = KNeighborsClassifier(7, weights=votes, metric="cosine", algorithm="brute").fit(train, labels)
     (scores,) = knn_scores(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(test), 4, 7, 0.1)
     assert scores.argmax(1).tolist() == reference.predict(test).tolist()
+
+
+def test_knn_among_images_leaves_out_their_other_views() -> None:
+    """Each row is judged by knn_scores of all rows of other images; rows without a label are not there."""
+    generator = torch.Generator().manual_seed(seeded(0))
+    groups, labels = torch.arange(40) // 2, torch.randint(4, (20,), generator=generator).repeat_interleave(2)
+    centres = torch.randn(4, 8, generator=generator)
+    x = centres[labels] + torch.randn(40, 8, generator=generator)
+    labels[6:10] = -1
+    known = labels >= 0
+    right = []
+    for row in torch.nonzero(known).flatten().tolist():
+        others = known & (groups != groups[row])
+        (scores,) = knn_scores(x[others], labels[others], x[row : row + 1], 4, 5, 0.07)
+        right.append(int(scores.argmax()) == int(labels[row]))
+    found = knn_among(x, labels, groups, 5, 0.07)
+    assert found == pytest.approx(100 * sum(right) / len(right)) and 30 < found < 100
+    assert knn_among(x, labels, groups, 500, 0.07) is not None  # more neighbours than rows
+    for nothing in (torch.full_like(labels, -1), torch.zeros_like(labels)):
+        assert knn_among(x, nothing, groups, 5, 0.07) is None
+    assert knn_among(x, labels, torch.zeros_like(groups), 5, 0.07) is None
 
 
 def test_knn_does_not_overflow() -> None:

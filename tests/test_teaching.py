@@ -114,7 +114,7 @@ def test_shares_are_those_of_each_teacher(world: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("pipeline.training.distiller.teacher_shares", lambda *_: torch.tensor([[2.0, 2.0], [0.0, 0.0]]))
     found, none = model.train()(batch)
     plain, errors = model.eval()(batch)
-    assert not none and errors.keys() == {"a.2", "a.3", "b.2", "b.3"}
+    assert not none and errors.keys() == {"a.2", "a.3", "b.2", "b.3", "tokens"}
     assert all(x.item() == 0 for name, x in found.items() if name.startswith("b."))
     for name in (n for n in found if n.startswith("a.")):
         torch.testing.assert_close(found[name], 2 * plain[name])

@@ -77,6 +77,10 @@ class Loader(Protocol):
     def record_bytes(self) -> int:
         """Return how many bytes are read for a record, besides its image."""
 
+    @property
+    def image_numbers(self) -> np.ndarray:
+        """Return the number of the image of each record, (n,)."""
+
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
     ) -> Generator[Batch, None, None]:
@@ -111,6 +115,12 @@ class BatchLoader:
     def _stored(self, numbers: np.ndarray) -> np.ndarray:
         """Return the numbers that records have in the cache."""
         return numbers if self.records is None else self.records[numbers]
+
+    @property
+    def image_numbers(self) -> np.ndarray:
+        """Return the number of the image of each record, (n,)."""
+        images: np.ndarray = self.caches[0].index.image
+        return images if self.records is None else images[self.records]
 
     @property
     def record_bytes(self) -> int:

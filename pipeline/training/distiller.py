@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import DistillConfig
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
-from pipeline.training.learner import Learner
+from pipeline.training.learner import TOKENS, Learner
 from pipeline.training.schedule import token_share
 from pipeline.training.teacher_branch import BatchTargets, TeacherBranch, errors
 from singer.backbones import block_outputs, freeze_unused
@@ -46,6 +46,7 @@ class Distiller(Learner):
     def __init__(self, student: Backbone, branches: Sequence[TeacherBranch], drop: float = 0.0) -> None:
         super().__init__(student, branches[0].targets.device)
         self.branches, self.drop = list(branches), drop
+        self._prefix, self._has_cls = student.prefix, student.has_cls
         # A single teacher has no name in parameters and losses.
         trained = {branch.name: nn.ModuleDict(branch.trained) for branch in branches}
         named = trained if len(branches) > 1 else branches[0].trained
@@ -102,8 +103,12 @@ class Distiller(Learner):
         return replace(batch, features=[branch.targets.decode(features) for branch, features in pairs])
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return named scalar losses, whose sum is minimised, and, in eval mode, {teacher block: squares}."""
-        found = self.branch_losses(batch)
+        """Return named scalar losses, whose sum is minimised, and, in eval mode, {teacher block: squares}, and TOKENS.
+
+        These are CLS of the deepest block that is compared, or without CLS the mean of its patches.
+        """
+        outputs = self.outputs(batch)
+        found = self.branch_losses(batch, outputs)
         several = len(found) > 1
         drops = self.drop and self.training and several
         shares = teacher_shares([own.records for own in found], self.drop) if drops else None
@@ -115,17 +120,23 @@ class Distiller(Learner):
             summed = {name: (loss * weights).sum() * branch.weight for name, loss in own.records.items()}
             losses |= {f"{prefix}{name}": loss for name, loss in (summed | dict(own.adapters)).items()}
             sums |= {f"{prefix}{block}": x for block, x in own.errors.items()}
+        if not self.training:
+            deepest = outputs[self.blocks[-1]]
+            sums[TOKENS] = deepest[:, 0] if self._has_cls else deepest[:, self._prefix :].mean(1)
         return losses, sums
 
-    def branch_losses(self, batch: Batch) -> list[BranchLosses]:
-        """Return the losses for each teacher."""
-        images = self.images(batch)
+    def outputs(self, batch: Batch) -> dict[int, Tensor]:
+        """Show the student the images of a batch; return {student block: its output (B, N, d)}, of those compared."""
+        return block_outputs(self.student, self.images(batch), self.blocks)
+
+    def branch_losses(self, batch: Batch, outputs: Mapping[int, Tensor]) -> list[BranchLosses]:
+        """Return the losses for each teacher. outputs: those of the student."""
         targets = [branch.targets_of(x, batch) for branch, x in zip(self.branches, batch.features, strict=True)]
-        pairs = self._pairs(images, targets, batch)
+        pairs = self._pairs(outputs, targets, batch)
         records = self._compared(pairs, batch)
         if self.masks is not None and self.training:
             self.masks.active = True
-            again = self._compared(self._pairs(images, targets, batch, self.masks), batch)
+            again = self._compared(self._pairs(self.outputs(batch), targets, batch, self.masks), batch)
             self.masks.active = False
             # These losses are means over all tokens, and only the masked ones have any.
             weight = self.mask_weight * self.masks.rarity
@@ -137,10 +148,13 @@ class Distiller(Learner):
         ]
 
     def _pairs(
-        self, images: Tensor, targets: Sequence[BatchTargets], batch: Batch, masks: PatchMasks | None = None
+        self,
+        outputs: Mapping[int, Tensor],
+        targets: Sequence[BatchTargets],
+        batch: Batch,
+        masks: PatchMasks | None = None,
     ) -> list[tuple[Tokens, Tokens]]:
-        """Show the student its images; return its tokens and the targets, of masked patches if there are masks."""
-        outputs = block_outputs(self.student, images, self.blocks)
+        """Return the student's tokens and the targets, of masked patches if there are masks."""
         kept = self.dropout.kept if self.dropout is not None else None
         masked = masks.masked if masks is not None else None
         return [

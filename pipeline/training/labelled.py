@@ -40,6 +40,11 @@ class LabelledLoader:
         return len(self.numbers)
 
     @property
+    def image_numbers(self) -> np.ndarray:
+        """Return the number of each image, (n,)."""
+        return self.numbers
+
+    @property
     def record_bytes(self) -> int:
         """Return how many bytes of pixels an image has."""
         return 3 * Size.of(self.size).height * Size.of(self.size).width

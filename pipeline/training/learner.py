@@ -10,6 +10,8 @@ from pipeline.data.views import channel_moments, standardise
 from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 
+TOKENS = "tokens"
+
 
 class Learner(nn.Module):
     """A student with all that is trained with it. Called with a batch, it returns named scalar losses, and sums.
@@ -31,7 +33,10 @@ class Learner(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return named scalar losses, and {name: tensor}, in eval mode alone: sums that add up over batches."""
+        """Return named scalar losses, and {name: tensor}, in eval mode alone: sums that add up over batches.
+
+        TOKENS is what the student says of each image as a whole, (B, d), if k-NN on it tells more than the figures.
+        """
 
     def images(self, batch: Batch) -> Tensor:
         """Return the images of a batch, normalised for the student, (B, 3, H, W)."""

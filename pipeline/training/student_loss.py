@@ -72,7 +72,7 @@ class StudentLoss:
         with open_images(self.cache, images) as files, meter("score images", len(records), "images") as m:
             load = BatchLoader([self.cache], files, [self.student.image_size])
             for batch in on_device(load(lists, workers), self.device):
-                (found,) = self.learner.branch_losses(batch)
+                (found,) = self.learner.branch_losses(batch, self.learner.outputs(batch))
                 losses.append(torch.stack(list(found.records.values())).sum(0).cpu())
                 m.advance(len(batch.weights))
         return torch.cat(losses).double().numpy()
