@@ -252,6 +252,18 @@ def test_joint_adapters_are_shown(world: Path, tmp_path: Path) -> None:
     assert "joint adapters" in text and "Losses of the adapters" in text
 
 
+def test_figures_of_held_out_images_are_drawn(world: Path, runs: Path, tmp_path: Path) -> None:
+    """Those that the logs have, a chart for each kind; a report of runs without them has none."""
+    config = world_config(world, "distill.epochs=2", "distill.holdout=0.2")
+    distill(config, world / "cache", tmp_path / "watched", world / "adapters")
+    report([tmp_path / "watched", runs / "raw"], tmp_path / "report.html", records=10)
+    page = (tmp_path / "report.html").read_text()
+    assert "Figures of held-out images over epochs: explained variance, k-NN (%)" in page
+    report([runs / "raw"], tmp_path / "without.html", records=10)
+    without = (tmp_path / "without.html").read_text()
+    assert "held-out images over" not in without and "not trained on" not in without
+
+
 def test_what_a_fine_tuned_student_cost(runs: Path, tmp_path: Path) -> None:
     """Both trainings count; steps, rate, wait and loss are those of the last."""
     shutil.copytree(runs / "raw", tmp_path / "tuned")

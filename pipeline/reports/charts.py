@@ -1,6 +1,6 @@
 """Charts as SVG within the page, in the colours of its text, so that they are legible in light and in dark mode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,38 @@ def losses(groups: Sequence[SeedGroup], file: str) -> str:
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss / first loss")
     return as_svg(figure, "Training loss of every run, relative to its first value, over epochs")
+
+
+# {what is measured on held-out images: its value in a line of the log}.
+_HELD_OUT: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "explained variance": lambda line: (
+        float(np.mean([*line["explained_variance"].values()])) if "explained_variance" in line else None
+    ),
+    "k-NN (%)": lambda line: line.get("held_out_knn"),
+    "top-1 (%)": lambda line: line.get("held_out_top1"),
+}
+
+
+def held_out(groups: Sequence[SeedGroup], file: str) -> str | None:
+    """Draw over the epochs what was measured on held-out images, a chart below the other; None if nothing was."""
+    curves: dict[str, list[tuple[int, list[tuple[float, float]]]]] = {}
+    for number, group in reversed([*enumerate(groups)]):
+        for run in group.runs:
+            lines = read_log(run.folder / file)
+            for what, value in _HELD_OUT.items():
+                points = [(line["epoch"], found) for line in lines if (found := value(line)) is not None]
+                if points:
+                    curves.setdefault(what, []).append((number, points))
+    if not curves:
+        return None
+    figure, axes = _figure(0.9 + 1.7 * len(curves), rows=len(curves))
+    for axis, what in zip(axes[:, 0], (w for w in _HELD_OUT if w in curves), strict=True):
+        for number, points in curves[what]:
+            axis.plot(*zip(*points, strict=True), color=colour(number), linewidth=1.4, alpha=0.9, marker=".")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_ylabel(what)
+    axes[-1, 0].set_xlabel("epoch")
+    return as_svg(figure, f"Figures of held-out images over epochs: {', '.join(curves)}")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def render_page(
     figures = {
         "tasks": charts.tasks(drawn, {r.group: r.scores for r in rows}, columns, reference),
         "losses": charts.losses(groups, LOG),
+        "held_out": charts.held_out(groups, LOG),
         "norms": charts.norms(measured.measurements, tints),
         "fits": charts.fits(fits) if fits else None,
     }
