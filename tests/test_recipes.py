@@ -122,7 +122,8 @@ def test_this_projects_own_way(paper: str) -> None:
     assert own.student == theirs.student.model_copy(update={"init": "auto"})
     assert own.cache.blocks == theirs.cache.blocks
     assert own.refine == default.refine and not own.distill.joint
-    assert own.distill == theirs.distill.model_copy(update={"joint": False, "optimizer": default.distill.optimizer})
+    learning = {key: getattr(default.distill, key) for key in ("joint", "optimizer", "lr")}
+    assert own.distill == theirs.distill.model_copy(update=learning)
     assert "own way" in header(OWN[paper])
 
 
@@ -132,6 +133,13 @@ def test_other_recipes_have_the_default_refiner(name: str) -> None:
     config, default = load_config(name), Config().refine
     copied = config.distill.projector == "none"
     assert config.refine == default.model_copy(update={"normaliser": "none"} if copied else {})
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_muon_has_the_rate_of_its_rule(name: str) -> None:
+    """Published rates are AdamW's, and far too low for it."""
+    settings = load_config(name).distill
+    assert settings.optimizer == "adamw" or settings.lr == "auto"
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -53,6 +53,7 @@ def chooser(*sets: str, **how: Any) -> Chooser:
 def test_without_limits_it_is_the_papers_recipe() -> None:
     choice = chooser().choose()
     assert choice.sets["views.count"] == 5 and choice.sets["views.kind"] == "random-resized-crop"
+    assert choice.sets["views.scale"] == (0.3, 1.0)  # that of the crops in docs/results.md
     assert choice.sets["distill.epochs"] == 20 and choice.sets["distill.warmup_epochs"] == 1
     assert choice.sets["cache.codec"] == "float16" and choice.bytes == 10_000 * 5 * 4e5 + 10**8
     assert choice.caching_hours == pytest.approx(50_000 * (1 / 50 + 1 / 100) / 3600)

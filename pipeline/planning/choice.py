@@ -21,6 +21,8 @@ _DISK, _TIME = 0.5, 0.9
 _CACHING = 0.5
 # Passes over the images from which on crops teach a student more than the centre view (docs/results.md, with AdamW).
 CROPS_FROM = 48
+# The sizes of all crops that were measured, in shares of the image.
+_SCALE = (0.3, 1.0)
 # Small data sets get smaller batches, so that an epoch has so many steps.
 _STEPS, _LEAST_BATCH = 16, 8
 _MOST_WORKERS = 16
@@ -224,7 +226,7 @@ class Chooser:
         small = max(_LEAST_BATCH, min(distill.batch_size, self.images * views // _STEPS))
         chosen: dict[str, Any] = {"distill.batch_size": small, "distill.warmup_epochs": round(_WARMUP * epochs, 4)}
         if views > 1:
-            chosen |= {"views.kind": "random-resized-crop", "views.flip": 0.5}
+            chosen |= {"views.kind": "random-resized-crop", "views.scale": _SCALE, "views.flip": 0.5}
         return sets | {key: value for key, value in chosen.items() if not self._given(*key.split("."))}
 
     def _reasons(self, views: int, epochs: int, codec: str, batch: int) -> list[str]:
