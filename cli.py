@@ -494,7 +494,10 @@ def sweep(
     from pipeline.sweeps.run import sweep as run
 
     result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers, on_error=on_error)
-    _report(result, as_json)
+    value = dataclasses.asdict(result)
+    if not as_json:  # the runs that failed were told, and the error names them
+        del value["failed"], value["defects"]
+    _report(value, as_json)
     result.check()
 
 

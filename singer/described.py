@@ -3,8 +3,9 @@
 timm's models need none of this. It is for models of transformers (`singer.hf`) and for modules of one's own.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Description:
     maps (B, d, rows, columns).
     prefix: the number of tokens before the patches; class_token: whether the first of them is a class token.
     norm: the name of the norm of the tokens after the last block, if there is one.
-    mean, std: of RGB in [0, 1]; the default is that of most models, ImageNet's.
+    mean, std: of RGB in [0, 1], three numbers each; the default is that of most models, ImageNet's.
     """
 
     blocks: str | Sequence[str]
@@ -122,22 +123,24 @@ class DescribedMaps(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> int:
-        """Run the module once; return the width of the last block. Raises UserError if it is not as described."""
-        name, place = type(self.backbone).__name__, next(self.backbone.parameters())
-        last, size = len(self.feature_info) - 1, Size.of(self.description.image_size)
+        """Run the module once; return the width of the last block. Raises UserError if a block is not as described."""
+        place, size = next(self.backbone.parameters()), Size.of(self.description.image_size)
         if place.is_meta:
             return 0
         training = self.backbone.training
         self.backbone.eval()
-        output = self._outputs(torch.zeros(1, 3, *size).to(place), [last]).get(last)
+        outputs = self._outputs(torch.zeros(1, 3, *size).to(place), range(len(self.feature_info)))
         self.backbone.train(training)
-        block, wanted = self.feature_info[last], self._shape()
-        if not isinstance(output, Tensor):
-            got = "does not run" if output is None else f"returns a {type(output).__name__}"
-            raise UserError(f"{name}: block {block} {got}; blocks give tensors {wanted}")
-        if not self._fits(output):
-            raise UserError(f"{name}: block {block} returns {tuple(output.shape)} at {size} pixels, not {wanted}")
-        return int(output.shape[1 if output.dim() == 4 else -1])
+        width = 0
+        for number, name in enumerate(self.feature_info):
+            output, block = outputs.get(number), f"{type(self.backbone).__name__}: block {name}"
+            if not isinstance(output, Tensor):
+                got = "does not run" if output is None else f"returns a {type(output).__name__}"
+                raise UserError(f"{block} {got}; blocks give tensors {self._shape()}")
+            if not self._fits(output):
+                raise UserError(f"{block} returns {tuple(output.shape)} at {size} pixels, not {self._shape()}")
+            width = int(output.shape[1 if output.dim() == 4 else -1])
+        return width
 
     def _shape(self) -> str:
         return "(B, d, rows, columns); for tokens, describe a patch_size"
@@ -221,6 +224,7 @@ class _Suffix(nn.Module):
 
 def as_backbone(module: nn.Module, description: Description, run: Run | None = None) -> DescribedMaps:
     """Make a module a backbone. Raises UserError if it is not as described."""
+    description = replace(description, mean=_three("mean", description), std=_three("std", description))
     if description.patch_size is None:
         if description.prefix or description.class_token:
             raise UserError("prefix tokens are for blocks that give tokens: describe the patch_size, too")
@@ -229,6 +233,19 @@ def as_backbone(module: nn.Module, description: Description, run: Run | None = N
     if description.class_token > description.prefix:
         raise UserError("a class token is one of the prefix tokens: describe prefix=1 or more")
     return DescribedTokens(module, description, run)
+
+
+def _three(name: str, description: Description) -> tuple[float, ...]:
+    """Return the mean or std of RGB as a tuple. Raises UserError unless it is three numbers, of a std above 0."""
+    given = getattr(description, name)
+    try:
+        numbers = tuple(float(number) for number in given)
+    except (TypeError, ValueError):
+        numbers = ()
+    fits = len(numbers) == 3 and all(math.isfinite(number) for number in numbers)
+    if not fits or (name == "std" and min(numbers) <= 0):
+        raise UserError(f"{name} takes three numbers{' above 0' if name == 'std' else ''}, not {given}")
+    return numbers
 
 
 def _pooled(tokens: Tensor, description: Description) -> Tensor:

@@ -11,6 +11,11 @@ class UserError(ValueError):
     """
 
 
+def continued(message: str) -> str:
+    """Return a library's message as it goes on in a sentence: only its first letter, as it may quote names."""
+    return f"{message[:1].lower()}{message[1:]}"
+
+
 def require_known(what: str, value: str, known: Iterable[str]) -> None:
     """Raise UserError if a value is not one of the known names. what: the option, or the key of the configuration."""
     names = list(known)

@@ -35,10 +35,12 @@ def misfit(source: nn.Module, student: nn.Module) -> str | None:
     Only names and shapes are read, so that both may be on the device meta.
     """
     for model, whose in ((source, "it"), (student, "the student")):
-        if not gives_tokens(model) or len(getattr(model, "blocks", ())) != depth(model):
+        if not len(getattr(model, "blocks", ())):
             return f"{whose} has no list of transformer blocks"
     if type(source) is not type(student):
         return f"it is a {type(source).__name__} and the student a {type(student).__name__}"
+    if not gives_tokens(source) or len(source.blocks) != depth(source):  # type: ignore[arg-type]
+        return f"no weights are cut out of a {type(source).__name__}"
     for what, here, there in (
         ("blocks", depth(source), depth(student)),
         ("channels", body_width(source), body_width(student)),

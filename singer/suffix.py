@@ -33,7 +33,8 @@ _TOLERANCE = 1e-4
 _TOLERANCE_16_BITS = 0.05
 NO_SUFFIX = (
     "this teacher has no suffix that can be rebuilt, so nothing can read features after a cached block; take "
-    "refine.cleaner clip, neighbour or none, and another distill.objective than logits and relation"
+    "refine.cleaner gated-adapter with refine.basis artifact and a number as refine.rank (the defaults), or clip, "
+    "neighbour or none, and a distill.objective that compares tokens, such as mse"
 )
 # Their norm1 comes after the first branch.
 _POST_NORM = (ResPostBlock, ResPostRelPosBlock, EvaBlockPostNorm)

@@ -19,7 +19,7 @@ from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export
 from pipeline.storage.json_files import sealed
-from singer.errors import UserError
+from singer.errors import UserError, continued
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +290,7 @@ def test_the_kinds_of_errors(
     assert re.search(message, lines[-1]), lines
     assert (len(lines) == 1) == (code == 2 or isinstance(error, DefectsFound))
     assert failure(error).defect == is_defect(error) == ("defect of singer" in lines[-1])
+
+
+def test_only_the_first_letter_of_a_library_message_changes() -> None:
+    assert continued("String should match pattern '^[A-Z]'") == "string should match pattern '^[A-Z]'"

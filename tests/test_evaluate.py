@@ -416,8 +416,15 @@ def test_a_head_that_names_its_classes(world: Path, config: Config, tmp_path: Pa
     assert isinstance(plain, OwnHead) and isinstance(turned, OwnHead) and plain.top1 == turned.top1
     vit.model.pretrained_cfg["label_names"] = ["class0", "class1", "class2", "other"]
     save_backbone(vit, vit.model.state_dict(), tmp_path / "other")
-    with pytest.raises(UserError, match="--test has class 'class3', which the head of .*other has not; leave it out"):
+    with pytest.raises(
+        UserError, match="--test has class 'class3', which the head of .*other does not know; leave it out"
+    ):
         evaluate(config, tmp_path / "other", None, test, "head")
+    shutil.copytree(world / "images" / "test" / "class0", tmp_path / "images" / "zebra")
+    with pytest.raises(UserError, match="--test has class 'zebra', which the head of .*other does not know"):
+        evaluate(config, tmp_path / "other", None, tmp_path / "images", "head")
+    with pytest.raises(UserError, match="--test has 1 class, but the head of .*plain has 4 classes; if"):
+        evaluate(config, tmp_path / "plain", None, tmp_path / "images", "head")
 
 
 def test_a_head_that_does_not_fit(world: Path, config: Config, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_a_class_is_what_is_reached(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").mkdir()
     with pytest.raises(UserError, match=r"in/c holds no images; remove it, or .*--set prepare.classes=FILE"):
         prepare(config_with(), tmp_path / "in", tmp_path / "out2")
+    with pytest.raises(UserError, match=r"in/c holds no images; remove it$"):  # other commands read no such key
+        index_images(str(tmp_path / "in"))
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
     config = config_with(f"prepare.classes={tmp_path / 'classes.json'}")
     assert prepare(config, tmp_path / "in", tmp_path / "out2").images == 2

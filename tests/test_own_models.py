@@ -159,16 +159,30 @@ TOKENS = Description(blocks="layers", image_size=32, patch_size=8)
         (replace(TOKENS, blocks="norm"), "norm is a LayerNorm and no list of blocks"),
         (replace(TOKENS, blocks=["norm", "embed.bias"]), "Net has no module 'embed.bias'"),
         (replace(TOKENS, norm="ln"), "Net has no module 'ln'"),
-        (replace(TOKENS, prefix=1), r"block layers.2 returns \(1, 16, 48\) at 32 pixels, not \(B, 1 prefix \+ 16"),
+        (replace(TOKENS, prefix=1), r"block layers.0 returns \(1, 16, 48\) at 32 pixels, not \(B, 1 prefix \+ 16"),
         (replace(TOKENS, class_token=True), "a class token is one of the prefix tokens"),
         (replace(TOKENS, patch_size=None), "for tokens, describe a patch_size"),
         (replace(TOKENS, patch_size=None, prefix=1), "describe the patch_size, too"),
+        (
+            replace(TOKENS, blocks=["embed", "layers.2"]),
+            r"block embed returns \(1, 48, 4, 4\) at 32 pixels, not \(B, 0 pre",
+        ),
+        (replace(TOKENS, mean=(0.5, 0.5)), r"^mean takes three numbers, not \(0.5, 0.5\)"),
+        (replace(TOKENS, std=(1, 1, 0)), r"^std takes three numbers above 0, not \(1, 1, 0\)"),
+        (replace(TOKENS, std=0.5), "^std takes three numbers above 0, not 0.5"),  # type: ignore[arg-type]
         (replace(TOKENS, image_size=30), "image_size 30 is not a multiple of the patch size 8; the nearest is 32"),
     ],
 )
 def test_wrong_descriptions_are_named(description: Description, said: str, mine: Path) -> None:
     with pytest.raises(UserError, match=said):
         as_backbone(load_model("mymodels:net").model.backbone, description)
+
+
+def test_mean_and_std_may_be_lists(world: Path, mine: Path, tmp_path: Path) -> None:
+    module = load_model("mymodels:net").model.backbone
+    listed = replace(TOKENS, mean=[0, 0, 0], std=[1, 1, 1])  # type: ignore[arg-type]
+    cache_teacher(mine_with(), str(world / "train" / "*.tar"), tmp_path / "cache", teacher=(module, listed))
+    assert Cache(tmp_path / "cache").manifest.teacher.std == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,11 @@ def test_misfits() -> None:
     assert misfit(teacher, make_vit(depth=5).model) == "it has 4 blocks and the student 5"
     assert misfit(teacher, make_vit(embed_dim=48).model) == "it has 24 channels and the student 48"
     assert "no list of transformer blocks" in str(misfit(teacher, timm.create_model("test_resnet")))
+    for name, family in (("cait_xxs24_224", "Cait"), ("xcit_nano_12_p16_224", "Xcit"), ("mixer_s32_224", "MlpMixer")):
+        with torch.device("meta"):
+            other = timm.create_model(name)
+        assert misfit(teacher, other) == f"it is a VisionTransformer and the student a {family}"
+        assert misfit(other, other) == f"no weights are cut out of a {family}"
     swiglu = timm.create_model("vit_giant_patch14_dinov2", embed_dim=24, depth=2, num_heads=2)
     assert "hidden units" in str(misfit(swiglu, make_vit(embed_dim=12, depth=2).model))
     turning = {"depth": 2, "num_classes": 0, "num_heads": 2}

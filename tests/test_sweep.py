@@ -144,7 +144,10 @@ def test_another_student_leaves_the_base_its_shape(base: object) -> None:
         ("x", "it: input should be"),
         ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
         ({"runs": [{"nmae": "a"}]}, "unknown key 'runs.0.nmae'; did you mean 'name'?"),
-        ({"runs": [{"name": "a/b"}]}, "runs.0.name: string should match"),
+        (
+            {"runs": [{"name": "a/b"}]},
+            "runs.0.name: a name has letters, digits and . _ + - and begins with a letter or a digit, got",
+        ),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, "two runs are called a"),
         ({"base": "demmo", "runs": [{}]}, "base: no file demmo, nor a recipe among"),
         ({"base": [1], "runs": [{}]}, "base takes a recipe's name, or sections"),
@@ -328,8 +331,8 @@ def test_a_failing_run_stops_no_other(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
-        {"name": "bad", "set": {"distill.objective": "msee"}},
-        {"name": "worse", "set": {"refine.normaliser": "nrom"}},
+        {"name": "bad", "set": {"distill.trackers": ["foo"]}},
+        {"name": "worse", "set": {"refine.cleaner": "adapter", "refine.lr": 1e30}},
         {"name": "good", "set": {"refiner": "none", "distill.epochs": 1}},
     ]
     file, out = write(world, tmp_path / "s.yaml", runs=runs), tmp_path / "out"
@@ -339,12 +342,14 @@ def test_a_failing_run_stops_no_other(
     assert stop.value.code == 2
     told = capsys.readouterr()
     result = json.loads(told.out.splitlines()[-1])
-    assert result["done"] == 1 and result["failed"]["bad"].startswith("distill.objective: unknown 'msee'")
-    assert result["failed"]["worse"].startswith("refiner clip-nrom: refine.normaliser: unknown 'nrom'")
-    assert told.err.splitlines()[-1].startswith("error: 2 of 3 runs failed: bad (distill.objective: unknown")
+    assert result["done"] == 1 and result["failed"]["bad"].startswith("distill.trackers: unknown 'foo'")
+    assert result["failed"]["worse"].startswith("refiner adapter-standardize_lr-1e+30: the adapters diverged")
+    last = f"error: 2 of 3 runs failed: bad, worse; their messages are in {out / 'sweep.json'}"
+    assert told.err.splitlines()[-1].split() == last.split()
+    assert told.err.count("unknown 'foo'") == told.err.count("the adapters diverged") == 1
     states = json.loads((out / "sweep.json").read_text())["runs"]
     assert [states[name]["state"] for name in ("bad", "worse", "good")] == ["failed", "failed", "done"]
-    assert "<li>bad: distill.objective: unknown &#39;msee&#39;" in (out / "leaderboard.html").read_text()
+    assert "<li>bad: distill.trackers: unknown &#39;foo&#39;" in (out / "leaderboard.html").read_text()
 
     def bursts(*args: Any, **options: Any) -> None:
         raise RuntimeError("out of\norder")
@@ -358,6 +363,29 @@ def test_a_failing_run_stops_no_other(
     assert again.defects == ["bad"] and "in bursts" in log.read_text()
     with pytest.raises(DefectsFound, match="1 of 2 runs failed: bad"):
         again.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distill.objective": "msee"}, "run bad: distill.objective: unknown 'msee'"),
+        ({"refine.normaliser": "nrom"}, "refiner clip-nrom: refine.normaliser: unknown 'nrom'"),
+        ({"student.name": "resnet18_x"}, "run bad: student.name: timm has no model 'resnet18_x'"),
+        ({"student.name": "vit", "student.dim": 25}, "run bad: student.dim 25 is not a multiple"),
+        ({"student.init": "nowhere"}, "run bad: student.init: no file or folder nowhere"),
+        (
+            {"distill.objective": "vitkd", "distill.token_share": 0.5},
+            "run bad: distill.objective vitkd needs all patches .* a share of them; set distill.token_share=1",
+        ),
+    ],
+)
+def test_a_run_that_cannot_train_is_named_first(
+    settings: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    file = write(world, tmp_path / "s.yaml", runs=[{"name": "good"}, {"name": "bad", "set": settings}])
+    with pytest.raises(UserError, match=message):
+        run(world, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Path) -> None:
@@ -585,7 +613,7 @@ def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_
     out = tmp_path / "out"
     result = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 4}), out)
     assert result.failed == {} and students(out) == students(whole)
-    tree["runs"].append({"name": "bad", "set": {"distill.objective": "msee"}})
+    tree["runs"].append({"name": "bad", "set": {"distill.trackers": ["foo"]}})
     again = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 9}), tmp_path / "again")
     assert set(again.failed) == {"bad"} and again.done == 4
     assert students(tmp_path / "again") == students(whole)

@@ -14,7 +14,7 @@ from pipeline.config.fields import keys, section_of, takes_text
 from pipeline.config.refine import VARIANTS, VARIED, RefineConfig
 from pipeline.config.sections import Config
 from pipeline.config.student import StudentConfig
-from singer.errors import UserError
+from singer.errors import UserError, continued
 
 # libyaml, where PyYAML was built with it, writes ten times as fast.
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -162,7 +162,7 @@ def _explain(error: ErrorDetails) -> str:
         return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         quotes = "; a name is put in quotes" if error["type"] in ("string_type", "path_type") else ""
-        return f"{where}: {error['msg'].lower()}, got {error['input']!r}{quotes}"
+        return f"{where}: {continued(error['msg'])}, got {error['input']!r}{quotes}"
     section, _, key = where.rpartition(".")
     elsewhere = [name for name in Config.model_fields if section and key in section_of(Config, name).model_fields]
     if len(elsewhere) == 1:

@@ -120,7 +120,10 @@ class ViewsConfig(Section):
         """Raise UserError if keys do not fit together."""
         check_ranges(self, "scale", "ratio")
         if self.count > 1 and self.kind == "center" and not self.flip and not any(self.color):
-            raise UserError("count: center views are all alike; choose kind random-resized-crop, flip or color")
+            raise UserError(
+                "count: center views are all alike; crop them at random (--set views.kind=random-resized-crop), or set "
+                "views.flip or views.color"
+            )
         return self
 
 

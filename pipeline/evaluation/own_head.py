@@ -67,32 +67,37 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
         return by_name
     named, most = named_classes(context.test), int(context.test.labels.max())
     if named is not None and named != count:
-        found = f"{named} classes"
+        found = _counted(named)
     elif most >= count:
         found = f"label {most}"
     else:
         return {label: label for label in range(count)}
     raise UserError(
-        f"--task head: --test has {found}, but the head of {context.model} has {count} classes; if the images number "
-        "their classes differently, give evaluate.class_map"
+        f"--task head: --test has {found}, but the head of {context.model} has {_counted(count)}; if the images "
+        "number their classes differently, give evaluate.class_map"
     )
 
 
 def _by_name(context: EvaluationContext) -> dict[int, int]:
     """Return {label: class of the head with the same name}; {} if the names of one are not known, or none is in both.
 
-    Raises UserError if only some of the classes are in both.
+    Raises UserError if only some of the classes are in both, or none, of another number of classes.
     """
     ours = getattr(context.backbone.model, "pretrained_cfg", {}).get("label_names") or ()
     theirs, place = context.test.classes, {name: number for number, name in enumerate(ours)}
     labels = [label for label in np.unique(context.test.labels).tolist() if label < len(theirs)]
     found = {label: place[theirs[label]] for label in labels if theirs[label] in place}
     lacking = [theirs[label] for label in labels if label not in found]
-    if found and lacking:
+    if ours and lacking and (found or len(theirs) != len(ours)):
         raise UserError(
-            f"--task head: --test has class {lacking[0]!r}, which the head of {context.model} has not; leave it out"
+            f"--task head: --test has class {lacking[0]!r}, which the head of {context.model} does not know; leave it "
+            "out, or give evaluate.class_map"
         )
     return found
+
+
+def _counted(classes: int) -> str:
+    return f"{classes} class{'' if classes == 1 else 'es'}"
 
 
 def named_classes(images: Images) -> int | None:

@@ -126,6 +126,11 @@ def check_shared(specs: Sequence[StudentSpec]) -> None:
         settings = spec.config.distill
         for name in settings.objectives:
             require_known("distill.objective", name, OBJECTIVES)
+            if OBJECTIVES[name].needs_all_patches and settings.token_share not in (None, 1):
+                raise UserError(
+                    f"distill.objective {name} needs all patches of an image, and the student sees a share of them; "
+                    "set distill.token_share=1"
+                )
     for spec in others:
         for key in SHARED:
             ours, theirs = (getattr(s.config.distill, key) for s in (first, spec))

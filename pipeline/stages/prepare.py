@@ -76,7 +76,7 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: 
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
     else:
-        check_filled(listing)
+        check_filled(listing, ", or give the classes of another split with --set prepare.classes=FILE")
     with claimed_output(out, mode, STAGE, config, settings.seed), watched_decoders():
         # Shards appear in OUT only when all are complete: a part of a data set must not look like the whole.
         shutil.rmtree(partial, ignore_errors=True)

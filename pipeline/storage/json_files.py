@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.storage import open_store
 from pipeline.storage.atomic import write_atomic
 from pipeline.storage.base import Store, is_remote
-from singer.errors import UserError
+from singer.errors import UserError, continued
 
 Value = TypeVar("Value")
 
@@ -71,7 +71,7 @@ def validated(value: dict[str, Any], kind: type[Value], file: str) -> Value:
         if first["type"] == "missing":
             problem = f"lacks {place}: it is damaged, or another version of singer wrote it; make it again"
         else:
-            problem = f"is damaged: {place}: {first['msg'].lower()}"
+            problem = f"is damaged: {place}: {continued(first['msg'])}"
         raise UserError(f"{file} {problem}") from None
 
 

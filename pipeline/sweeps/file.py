@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
 from pipeline.config.load import read_yaml
 from pipeline.evaluation.figures import FIGURES, choose_figure, figures_of
-from singer.errors import UserError
+from singer.errors import UserError, continued
 
 # The sections that may vary in a sweep, because the cache stays the same.
 SECTIONS = ("refine", "student", "distill", "evaluate")
@@ -31,9 +31,14 @@ REFINER = "refiner"
 _LONGEST = 80
 
 Value = Any
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=_LONGEST)]
 # The task `head` is missing, because students have no classification head.
 PROBES = tuple(task for task in FIGURES if task != "head")
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        raise PydanticCustomError("name", "a name has letters, digits and . _ + - and begins with a letter or a digit")
+    return name
 
 
 def _known_probe(name: str) -> str:
@@ -42,6 +47,7 @@ def _known_probe(name: str) -> str:
     return name
 
 
+Name = Annotated[str, Field(max_length=_LONGEST), AfterValidator(_plain_name)]
 Probe = Annotated[str, AfterValidator(_known_probe)]
 
 
@@ -296,7 +302,7 @@ def _check_different(entries: Sequence[RunEntry], runs: list[Run]) -> None:
 def _explain(error: ErrorDetails) -> str:
     *where, key = error["loc"] or ("it",)
     if error["type"] != "extra_forbidden":
-        return f"{'.'.join(map(str, error['loc'])) or 'it'}: {error['msg'].lower()}, got {error['input']!r}"
+        return f"{'.'.join(map(str, error['loc'])) or 'it'}: {continued(error['msg'])}, got {error['input']!r}"
     fields = (RunEntry if where else SweepFile).model_fields
     near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0)[0]
     return f"unknown key {'.'.join(map(str, error['loc']))!r}; did you mean {near!r}?"

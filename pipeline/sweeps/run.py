@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.cache.reader import Cache
+from pipeline.checks import check_settings, check_start
 from pipeline.data import Images, Spec, list_probe_images, places_of, readable
 from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
@@ -25,16 +26,18 @@ from pipeline.outputs.resuming import REFINER_MANIFEST, RUN_RESULT, config_chang
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import say
-from pipeline.stages.distill import SHARED
+from pipeline.stages.distill import SHARED, check_shared
 from pipeline.storage import Place, open_store, write_atomic
 from pipeline.storage.json_files import read_json, write_json
+from pipeline.students.new import new_student
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
 from pipeline.sweeps.jobs import REFINERS, Job, Member, SweepContext, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.worker import Worker
-from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
+from pipeline.training.cached_teachers import Places, as_places, check_records, numbered, open_teachers
 from pipeline.training.run_directory import RUNS
+from pipeline.training.runs import StudentSpec
 from singer.errors import UserError
 
 STAGE = "sweep"
@@ -63,9 +66,9 @@ class SweepResult:
     def check(self) -> None:
         """Raise UserError, with the runs' names, if runs failed; DefectsFound if one failed by a defect of singer."""
         if self.failed:
-            each = "; ".join(f"{name} ({error})" for name, error in self.failed.items())
             kind = DefectsFound if self.defects else UserError
-            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {each}")
+            names, said = ", ".join(self.failed), self.out / STATE
+            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {names}; their messages are in {said}")
 
 
 def sweep(
@@ -102,6 +105,7 @@ def sweep(
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
         _check_block_weights(plan, opened)
+    _check_settings(plan, places, out, mode)
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
     if probed is not None and plan.base.data.on_error == "skip":
         probed = readable(probed[0]), readable(probed[1])
@@ -190,6 +194,39 @@ def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
         for teacher, key in named.items():
             if teacher is not None:
                 Cache(place, teacher, option=f"{key}: {{}} in {file.name}")
+
+
+def _check_settings(plan: Plan, places: Sequence[Place], out: Path, mode: Mode) -> None:
+    """Raise UserError if a new refiner or run names what does not exist, or a run's student cannot be built."""
+
+    def begun(folder: str, name: str) -> bool:
+        return mode == "resume" and (out / folder / name).exists()
+
+    for name, config in plan.refiners.items():
+        if begun(REFINERS, name):
+            continue
+        try:
+            check_settings("refine", config)
+        except UserError as error:
+            raise UserError(f"refiner {name}: {error}") from None
+    built = set()
+    for run in plan.runs:
+        if begun(RUNS, run.name):
+            continue
+        config = run.config
+        try:
+            check_settings("distill", config)
+            check_start(config)
+            check_shared([StudentSpec(config, out)])
+            student = config.student.model_copy(update={"pretrained": False})
+            key = (student.model_dump_json(), config.distill.teacher, config.distill.blocks)
+            if key not in built:
+                built.add(key)
+                cache = open_teachers(config.distill, places, None)[0].cache
+                teacher = cache.manifest.teacher
+                new_student(student, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
+        except UserError as error:
+            raise UserError(f"run {run.name}: {error}") from None
 
 
 def _check_block_weights(plan: Plan, caches: Sequence[Cache]) -> None:

@@ -73,8 +73,9 @@ class Scheduler:
             else:
                 self.failed |= failed
                 self.done += len(job.members) - len(failed)
-            outcome = "; ".join(f"{name} failed: {e.message}" for name, e in failed.items()) or f"{seconds:.0f} s"
-            say(f"{what}: {outcome}; {self._progress()}")
+            kind = "refiner " if job.kind == "refiner" else ""
+            told = "; ".join(f"{kind}{name} failed: {e.message}" for name, e in failed.items())
+            say(f"{told or f'{what}: {seconds:.0f} s'}; {self._progress()}")
             self._changed(self.failed)
             self._condition.notify_all()
 

@@ -55,13 +55,15 @@ class Objective(nn.Module):
     which are not projected, with targets in the teacher's units. Parameters of an objective are trained with the
     student. It draws all random numbers from torch's global generator, as dropout does. A tokenwise objective is a mean
     over losses of single tokens, each of which is 0 without a gradient where the student's token equals the target. The
-    losses of a batchwise objective depend on chance or on the other records of the batch, outside of training, too.
+    losses of a batchwise objective depend on chance or on the other records of the batch, outside of training, too. An
+    objective with needs_all_patches cannot be used where some patches of an image are left out.
     """
 
     tokenwise = False
     batchwise = False
     in_teacher_units = False
     own_attention = False
+    needs_all_patches = False
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__()

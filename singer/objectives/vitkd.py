@@ -32,6 +32,7 @@ class VitKd(Objective):
     """
 
     batchwise = True
+    needs_all_patches = True
     mask_ratio = 0.5
 
     def __init__(self, context: ObjectiveContext) -> None:

@@ -54,17 +54,17 @@ def beside(file: str) -> dict[str, str]:
     return {name: place for name, place in places.items() if Path(place).is_file()}
 
 
-def check_filled(listing: Listing) -> None:
-    """Raise UserError for a class folder without images: to leave it out would shift the numbers of those after it."""
+def check_filled(listing: Listing, or_else: str = "") -> None:
+    """Raise UserError for a class folder without images: to leave it out would shift the numbers of those after it.
+
+    or_else: what the user can do besides removing it.
+    """
     if listing.class_root is None:
         return
     filled = {entry.label for entry in listing.entries}
     empty = [name for number, name in enumerate(listing.classes) if number not in filled]
     if empty:
-        raise UserError(
-            f"class folder {printable(listing.class_root / empty[0])} holds no images; remove it, or give the classes "
-            "of another split with --set prepare.classes=FILE"
-        )
+        raise UserError(f"class folder {printable(listing.class_root / empty[0])} holds no images; remove it{or_else}")
 
 
 def _is_image(path: str) -> bool:
