@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,9 +64,8 @@ def numbered(folder: Path, count: int, most: int) -> tuple[Pool, list[OpenFile]]
 )
 def test_threads_share_the_pool(tmp_path: Path, most: int, plans: list[list[tuple[str, int]]]) -> None:
     """Every read gives the file's own bytes, of its version at the beginning or a later one; no more are ever open."""
-    folder = tmp_path / "files"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    # One of its own: files of examples before this one may be open until the garbage collector runs.
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
     versions, guard = dict.fromkeys(range(15), 0), threading.Lock()
     for n in versions:
         (folder / f"{n}").write_bytes(b"%d:0" % n)

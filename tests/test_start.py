@@ -165,7 +165,7 @@ def test_a_file_for_a_student_without_a_list_of_blocks(world: Path, tmp_path: Pa
     student = new_student(StudentConfig(name="hiera_tiny_224", image_size=224), 224)
     save_file(student.model.state_dict(), tmp_path / "own.safetensors")
     config = StudentConfig(name="hiera_tiny_224", init=str(tmp_path / "own.safetensors"))
-    with pytest.raises(UserError, match="it has no list of transformer blocks; or start from random weights"):
+    with pytest.raises(UserError, match="no weights are cut out of a Hiera; or start from random weights"):
         start_student(student, config, _weights(world))
 
 
