@@ -67,7 +67,7 @@ def knn_among(x: Tensor, labels: Tensor, groups: Tensor, neighbours: int, temper
     best, nearest = similarity.topk(min(neighbours, len(x)))
     votes = x.new_zeros(len(x), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[nearest], ((best - 1) / temperature).exp())
-    return 100 * float((votes.argmax(1) == labels).float().mean())
+    return 100 * float((votes.argmax(1) == labels).double().mean())
 
 
 def topk_hits(scores: Tensor, labels: Tensor, k: int) -> Tensor:

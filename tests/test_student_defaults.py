@@ -42,6 +42,7 @@ def config(world: Path, *sets: str) -> Config:
         ((*NARROW,), ("linear", True)),
         ((*NARROW, "distill.projector=ladder"), ("ladder", True)),
         (("student.dim=24", "distill.projector=mlp", "distill.token_share=1"), ("mlp", False)),
+        (("student.dim=24", "distill.whole_share=1"), ("ladder", False)),
         (("student.dim=24", "distill.joint=true"), ("linear", False)),
         (("student.dim=24", "distill.objective={mse: 1, gram: 1}"), ("ladder", False)),
         (("student.dim=24", "distill.objective=labels"), ("ladder", False)),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tree_bytes, world_config
+from conftest import shards, tree_bytes, world_config
 
 import cli
 import pipeline.sweeps.jobs as work
@@ -27,6 +27,7 @@ from pipeline.evaluation.figures import FIGURES, in_percent
 from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
+from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.jobs import Job, Member, SweepContext
 from pipeline.sweeps.leaderboard import Leaderboard
@@ -386,6 +387,17 @@ def test_a_run_that_cannot_train_is_named_first(
     with pytest.raises(UserError, match=message):
         run(world, file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refiner_of_another_variant_brings_its_blocks(world: Path, tmp_path: Path) -> None:
+    """Runs are checked against the teacher that their refiner reads, not the first of the cache."""
+    place = tmp_path / "cache"
+    shutil.copytree(world / "cache", place)
+    half = world_config(world, "cache.precision=bf16", "cache.blocks=[1,3]")
+    variant = cache_teacher(half, shards(world), place, "append").variant
+    sets = ("refine.cleaner=clip", f"refine.teacher={variant}", "distill.blocks=[1]", "distill.epochs=1")
+    file = write(world, tmp_path / "s.yaml", *sets, runs=[{"name": "clip"}])
+    assert sweep(file, place, tmp_path / "sweep").failed == {}
 
 
 def test_half_a_pair_of_shards_is_refused(world: Path, file: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def losses(groups: Sequence[SeedGroup], file: str) -> str:
 # {what is measured on held-out images: its value in a line of the log}.
 _HELD_OUT: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "explained variance": lambda line: (
-        float(np.mean([*line["explained_variance"].values()])) if "explained_variance" in line else None
+        float(np.mean([*line["explained_variance"].values()])) if line.get("explained_variance") else None
     ),
     "k-NN (%)": lambda line: line.get("held_out_knn"),
     "top-1 (%)": lambda line: line.get("held_out_top1"),

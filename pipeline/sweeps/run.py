@@ -35,7 +35,7 @@ from pipeline.sweeps.jobs import REFINERS, Job, Member, SweepContext, as_list, a
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.worker import Worker
-from pipeline.training.cached_teachers import Places, as_places, check_records, numbered, open_teachers
+from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
 from pipeline.training.run_directory import RUNS
 from pipeline.training.runs import StudentSpec
 from singer.errors import UserError
@@ -219,10 +219,14 @@ def _check_settings(plan: Plan, places: Sequence[Place], out: Path, mode: Mode) 
             check_start(config)
             check_shared([StudentSpec(config, out)])
             student = config.student.model_copy(update={"pretrained": False})
-            key = (student.model_dump_json(), config.distill.teacher, config.distill.blocks)
+            # The first cache, as the run's refiner reads it unless the run says otherwise.
+            refine = config.refine if run.refiner is not None else None
+            named = config.distill.teachers or (refine.teacher if refine is not None else None,)
+            chosen = config.distill.blocks_by_teacher or (refine.blocks if refine is not None else None,)
+            key = (student.model_dump_json(), named[0], chosen[0])
             if key not in built:
                 built.add(key)
-                cache = open_teachers(config.distill, places, None)[0].cache
+                cache = Cache(places[0], named[0], chosen[0])
                 teacher = cache.manifest.teacher
                 new_student(student, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
         except UserError as error:

@@ -138,6 +138,8 @@ class NewStudent:
         "Levers, one at a time").
         """
         settings = self.spec.config.distill
+        if settings.whole_share == 1:
+            return 1.0
         if settings.token_share is not None:
             return settings.token_share
         sampled = any(teacher.cache.manifest.sampled for teacher in self.teachers)
