@@ -143,11 +143,30 @@ def test_losses_of_whole_batches_on_two_processes(
     world: Path, config_file: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     sets = ["distill.objective={mse: 1, queue: 0.1, angle: 1}", "distill.batch_size=20", "distill.epochs=2", ADAMW]
+    sets += ["student.dim=24", "distill.projector=null", "distill.holdout=0.2"]
     distill(world_config(world, *sets), world / "cache", tmp_path / "run1")
     options = ["--config", config_file, *(part for value in sets for part in ("--set", value))]
     launch(2, "distill", "--cache", world / "cache", "--out", tmp_path / "run2", *options, environment=environment)
-    one, two = ([line["loss"] for line in read_log(tmp_path / f"run{n}" / "log.jsonl")] for n in (1, 2))
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=0)
+    one, two = (read_log(tmp_path / f"run{n}" / "log.jsonl") for n in (1, 2))
+    for key in ("loss", "held_out_loss", "held_out_knn"):
+        found = [[line[key] for line in lines if key in line] for lines in (two, one)]
+        assert len(found[0]) >= 2
+        torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("environment", [{}, {"ACCELERATE_USE_FSDP": "true"}], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+def test_half_of_the_patches_on_two_processes(
+    world: Path, config_file: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """By default; each process draws its own."""
+    sets = ["student.dim=24", "distill.projector=null", "distill.token_share=null", "distill.holdout=0.2", ADAMW]
+    options = ["--config", config_file, *(part for value in sets for part in ("--set", value)), "--epochs", "4"]
+    inputs = ["--cache", world / "cache", "--refiner", world / "adapters"]
+    _, said = launch(2, "distill", *inputs, "--out", tmp_path / "run", *options, environment=environment)
+    assert "the student sees 50 % of its patches" in said
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "held_out_knn" in line]
+    assert len(lines) == 4 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
 
 
 @pytest.mark.slow
