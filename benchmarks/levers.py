@@ -48,6 +48,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "AdamW": ("distill.optimizer=adamw",),
     "all patches": ("distill.token_share=1",),
     "a quarter of the patches": ("distill.token_share=0.25",),
+    "no step with all patches": ("distill.whole_share=0",),
+    "half of the steps with all patches": ("distill.whole_share=0.5",),
     "40 % masked patches": ("distill.mask_share=0.4",),
     "head linear": ("distill.projector=linear",),
     "head mlp": ("distill.projector=mlp",),
@@ -64,9 +66,12 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "int4": ("cache.codec=int4",),
     "int1": ("cache.codec=int1",),
     "smooth L1": ("distill.objective=smooth-l1",),
+    "objective weighted": ("distill.objective=weighted",),
+    "objective theia": ("distill.objective=theia",),
     "2 crops": (*CROPS, "views.count=2"),
     "4 crops": (*CROPS, "views.count=4"),
     "8 crops": (*CROPS, "views.count=8"),
+    "16 crops": (*CROPS, "views.count=16"),
     "2 crops that teach each other": (*CROPS, "views.count=2", "distill.overlap=true"),
 }
 TOKENS = {"cls": "CLS", "mean_patch": "mean patch"}
