@@ -59,6 +59,7 @@ SETTINGS = [
     "cache.blocks=[2,3]",
     "cache.batch_size=7",
     "cache.workers=1",
+    "views.pixels=none",
     "refine.cleaner=adapter",
     "refine.basis=weights",
     "refine.expect_weight=0",

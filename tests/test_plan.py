@@ -13,9 +13,9 @@ from pipeline.config import Config
 from pipeline.planning.advice import advice
 from pipeline.planning.cache_size import PlanOption
 from pipeline.planning.plan import PlanResult, plan
-from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.logs import is_log
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.storage.disk import free_bytes
 from singer.errors import UserError
 
 VIEWS = ("views.kind=random-resized-crop", "views.count=2", "views.color=[0.1,0,0,0]")

@@ -9,10 +9,14 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import seeded, targets_of, world_config
 
 from pipeline.cache import Cache
+from pipeline.cache.append import Addition
 from pipeline.cache.format import zarr_shard_file
+from pipeline.cache.manifest import read_manifest
+from pipeline.cache.pixel_choice import with_pixels
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.zarr_shards import ZarrArray, read_arrays
 from pipeline.config import Config
@@ -24,7 +28,7 @@ from pipeline.runtime import buffers
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
-from pipeline.storage import LocalStore
+from pipeline.storage import LocalStore, open_store
 from pipeline.storage.json_files import json_bytes, sealed
 from pipeline.students.new import new_student
 from pipeline.training.stored_refiners import load_refiner
@@ -102,6 +106,53 @@ def test_students_need_no_images(world: Path, tmp_path: Path, kind: str, capfd: 
     assert cache.pixels([3, 1], 32).shape == (2, 32, 32, 3)
     assert distill(config, tmp_path / "c", tmp_path / "run").steps == 19
     assert capfd.readouterr().err.count("are enlarged to the student's 64; to show it more") == notes
+
+
+def kind_of(out: Path) -> str | None:
+    """What the manifest says of stored views; the stored configuration says the same."""
+    pixels = read_manifest(open_store(out)).pixels
+    kind = "none" if pixels is None else pixels.kind
+    assert yaml.safe_load((out / "config.yaml").read_text())["views"]["pixels"] == kind
+    return kind
+
+
+def test_views_are_stored_where_the_disk_has_room(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was found at the beginning holds for all that is added, however full the disk is then."""
+    config, shards = world_config(world, "views.pixels=auto", "views.flip=0.5"), str(world / "train" / "*.tar")
+    record = 2 * 17 * 24 * 2 + 32 * 32 * 3 + 33
+    for free, kind in ((2 * 100 * record - 2, "none"), (2 * 100 * record, "uint8")):
+        monkeypatch.setattr("pipeline.cache.pixel_choice.free_bytes", lambda _, free=free: free)
+        cache_teacher(config, shards, tmp_path / kind)
+        assert kind_of(tmp_path / kind) == kind
+        assert capfd.readouterr().err.count("so students decode the images") == (kind == "none")
+    monkeypatch.setattr("pipeline.cache.pixel_choice.free_bytes", lambda _: 0)
+    cache_teacher(config, shards, tmp_path / "uint8", "resume")
+    two = world_config(world, "views.pixels=auto", "views.flip=0.5", "views.count=2")
+    for kind in ("none", "uint8"):
+        cache_teacher(two, shards, tmp_path / kind, "append")
+        assert len(Cache(tmp_path / kind)) == 200 and Cache(tmp_path / kind).has_pixels == (kind == "uint8")
+    with pytest.raises(UserError, match="views.pixels"):
+        cache_teacher(world_config(world, "views.flip=0.5"), shards, tmp_path / "uint8", "resume")
+
+
+def test_views_of_another_size_are_added_at_this_size(world: Path, tmp_path: Path) -> None:
+    shards = str(world / "train" / "*.tar")
+    first = world_config(world, "views.pixels=jpeg", "views.pixel_size=24", "views.flip=0.5")
+    cache_teacher(first, shards, tmp_path / "c")
+    cache_teacher(world_config(world, "views.pixels=auto", "views.flip=0.5", "views.count=2"), shards, tmp_path / "c",
+                  "append")  # fmt: skip
+    added = read_manifest(open_store(tmp_path / "c").child("parts/001")).pixels
+    assert added is not None and (added.kind, added.size) == ("jpeg", 24)
+
+
+def test_object_stores_get_no_views_by_themselves(world: Path) -> None:
+    manifest, images = Cache(world / "cache").manifest, Cache(world / "cache").index.images
+    whole = Addition((2, 3), images, 0, 1)
+    config = world_config(world, "views.pixels=auto")
+    for out in ("s3://bucket/cache", None):
+        assert with_pixels(config, whole, manifest.teacher, out).views.pixels == "none"
 
 
 def test_sampled_tokens(world: Path, tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
 from pipeline.planning.quick_costs import measure_costs
-from pipeline.planning.scratch import free_bytes
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.watched_rank import wait_for_all
 from pipeline.stages.export import export
 from pipeline.storage import write_atomic
+from pipeline.storage.disk import free_bytes
 from singer.errors import UserError
 
 STAGE = "run"

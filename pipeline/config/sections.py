@@ -107,8 +107,11 @@ class ViewsConfig(Section):
         (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast and saturation; shift of hue in turns"
     )
     seed: Seed = key(0, "seed of everything that is drawn")
-    pixels: Literal["none", "jpeg", "uint8"] = key(
-        "none", "whether the views are stored too, so that students need no images"
+    pixels: Literal["auto", "none", "jpeg", "uint8"] = key(
+        "auto",
+        "whether the views are stored too, so that students need no images, and decode none; auto: uint8, if features "
+        "and views take at most half of the free disk",
+        by_machine=True,
     )
     pixel_size: InputSize | None = key(
         None, "size of the stored views in pixels, one number or [height, width]; default: the teacher's input"

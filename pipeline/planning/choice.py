@@ -118,6 +118,8 @@ class Chooser:
             reasons.append(
                 f"stored views: {stored / 1e9:.3g} GB, as the student sees them; it decodes no images, and is the same"
             )
+        elif self.config.views.pixels == "auto" and not self._given("views", "pixel_size"):
+            sets["views.pixels"] = "none"
         return Choice(sets, reasons, self._bytes(views, codec) + stored, caching, training, self._probing_hours)
 
     def _codec(self, views: int) -> str:
@@ -171,7 +173,7 @@ class Chooser:
         return self.images * views * seconds / self.processes / 3600
 
     def _training_hours(self, views: int, epochs: int) -> float:
-        decodes = self.config.views.pixels == "none" and not self._pixel_bytes(views)
+        decodes = self.config.views.pixels in ("auto", "none") and not self._pixel_bytes(views)
         seconds = self.costs.seconds(self.costs.student, self._workers["distill.workers"], decodes)
         return self.images * views * epochs * seconds / self.processes / 3600
 

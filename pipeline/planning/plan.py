@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.append import Addition
 from pipeline.cache.batch_size import with_batch_size
 from pipeline.cache.calibration import calibrate
 from pipeline.cache.codecs import CODECS
+from pipeline.cache.pixel_choice import with_pixels
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
@@ -32,12 +34,13 @@ from pipeline.planning.costs import (
 )
 from pipeline.planning.pilot import Pilot
 from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
-from pipeline.planning.scratch import free_bytes, scratch
+from pipeline.planning.scratch import scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
 from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.disk import free_bytes
 from pipeline.teachers.placement import weight_bytes
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import count_parameters, depth, resolve_blocks
@@ -129,10 +132,11 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
         if local is not None:
             local.mkdir(exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
-        drawn = draw_images(config, listed)
-        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
         teacher = open_teacher(config, backbone, device)
         config = with_batch_size(config, teacher.empty_batch, device)
+        config = with_pixels(config, Addition(blocks, listed, 0, config.views.count), teacher.teacher, out)
+        drawn = draw_images(config, listed)
+        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
         features = sample_features(config, sample, teacher)
         calibration = {b: calibrate(x, backbone.prefix) for b, x in features.items()}
         pilot = Pilot(config, sample, work / "cache" if place is None or local else f"{place}/cache", work)

@@ -1,6 +1,5 @@
 """A folder for measurements beside the future cache; it is removed at the end, even after an error or SIGTERM."""
 
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.storage import Place, is_remote, open_store
+from pipeline.storage.disk import existing
 
 SCRATCH = ".singer-plan"
 
@@ -30,14 +30,6 @@ def scratch(out: Place) -> Iterator[Place]:
             store.clear()
 
 
-def existing(folder: Path) -> Path:
-    """Return the folder itself, or the nearest folder above it that exists."""
-    place = folder.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
-
-
 @contextmanager
 def _terminated() -> Iterator[None]:
     """Let SIGTERM raise an exception, as Ctrl-C does, so that the scratch folder is removed."""
@@ -53,8 +45,3 @@ def _terminated() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk on which a folder is or will be."""
-    return shutil.disk_usage(existing(folder)).free

@@ -20,6 +20,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill_segments
 from pipeline.cache.index import read_images
 from pipeline.cache.manifest import TeacherManifest, read_manifest
+from pipeline.cache.pixel_choice import as_stored, with_pixels
 from pipeline.cache.segments import read_segments, segments_of
 from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
@@ -90,9 +91,13 @@ def cache_teacher(
         listed = list_images(config, images) if main and not continues else None
         if continues:
             config = as_begun(config, store)
+        if has_manifest:
+            config = as_stored(config, read_manifest(store))
         extract = Extractor(config, backbone, process.device)
-        resolve_blocks(config.cache.blocks, extract.teacher.depth)
+        blocks = tuple(resolve_blocks(config.cache.blocks, extract.teacher.depth))
         config = _with_batch_size(extract, ranks)
+        if listed is not None:
+            config = with_pixels(config, Addition(blocks, listed, 0, config.views.count), extract.teacher, out)
         extract = extract.configured(config)
 
         start, done = time.perf_counter(), 0

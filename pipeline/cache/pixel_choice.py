@@ -1,0 +1,60 @@
+"""Whether the views are stored beside their features, where the configuration leaves it open (views.pixels auto)."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.append import Addition
+from pipeline.cache.create import new_manifest
+from pipeline.cache.manifest import Manifest, TeacherManifest
+from pipeline.config import Config
+from pipeline.runtime.progress import say
+from pipeline.storage import Place, is_remote
+from pipeline.storage.disk import free_bytes
+from singer.sizes import ImageSize
+
+# The share of the free disk that features and views may take together.
+_DISK = 0.5
+
+
+def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: Place | None) -> Config:
+    """Return the configuration with what a new cache gets in the place of auto: uint8 if the disk has room, else none.
+
+    whole: all that the cache will hold; out: where it will be, None if that is not known. An object store does not say
+    how much it takes, so there the views are not stored.
+    """
+    if config.views.pixels != "auto":
+        return config
+    if out is None or is_remote(out):
+        return _set(config, "none")
+    free, stored = free_bytes(Path(out)), _set(config, "uint8")
+    need = _bytes(new_manifest(stored, whole, teacher))
+    if need <= _DISK * free:
+        return stored
+    say(
+        f"views.pixels auto: the views are not stored, so students decode the images: with them the cache would take "
+        f"{need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+    )
+    return _set(config, "none")
+
+
+def as_stored(config: Config, first: Manifest) -> Config:
+    """Return the configuration with what a cache that exists has in the place of auto. first: its first segment's."""
+    if config.views.pixels != "auto":
+        return config
+    if first.pixels is None:
+        return _set(config, "none")
+    usual = first.pixels.size == first.teacher.image_size
+    return _set(config, first.pixels.kind, config.views.pixel_size or (None if usual else first.pixels.size))
+
+
+def _set(config: Config, kind: str, size: ImageSize | None = None) -> Config:
+    stored = {"pixels": kind} | ({} if size is None else {"pixel_size": size})
+    return config.model_copy(update={"views": config.views.model_copy(update=stored)})
+
+
+def _bytes(manifest: Manifest) -> int:
+    """Return the bytes of a segment's arrays, without those of varying length, which are small."""
+    forms = [form for form in manifest.arrays().values() if form is not None]
+    return manifest.records * sum(math.prod(form.shape) * np.dtype(form.dtype).itemsize for form in forms)
