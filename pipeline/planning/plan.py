@@ -130,7 +130,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
             local.mkdir(exist_ok=True)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="singer-plan-", dir=local)))
         drawn = draw_images(config, listed)
-        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size)
+        sample = Sample(config, drawn, stack.enter_context(ImageFile(drawn)), backbone.image_size, device)
         teacher = open_teacher(config, backbone, device)
         config = with_batch_size(config, teacher.empty_batch, device)
         features = sample_features(config, sample, teacher)
