@@ -20,7 +20,7 @@ def test_every_part_yields_its_figures(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    parts = ["exact", "caching", "steps", "decoding", "probes", "teachers", "disk"]
+    parts = ["exact", "caching", "steps", "decoding", "jpegs", "probes", "teachers", "disk"]
     assert list(dict.fromkeys(row["part"] for row in rows)) == parts
     assert all(row["value"] is not None for row in rows), [row for row in rows if row["value"] is None]
     assert {row["value"] for row in rows if row["part"] == "exact"} == {0, 100}

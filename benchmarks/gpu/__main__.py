@@ -45,6 +45,7 @@ def main() -> None:
         "caching": parts.caching,
         "steps": steps,
         "decoding": parts.decoding,
+        "jpegs": parts.jpegs,
         "probes": parts.probes,
         "teachers": parts.teachers,
         "disk": parts.disk,

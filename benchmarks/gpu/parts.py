@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,8 +24,10 @@ from pipeline.cache.codecs import CODECS, Decoder
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Encoded, Ragged
 from pipeline.config import Config, load_config
+from pipeline.data import ImageFile, index_images
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.names import LOCAL
+from pipeline.planning.sample import Sample
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import with_precision
 from pipeline.runtime.prefetch import prefetch
@@ -239,6 +242,23 @@ def decoding(bench: Bench) -> Iterator[Figure]:
         yield Figure(f"decode {codec} and refine", 1e6 / bench.rate(both), "µs a batch")
         if bench.device.type == "cuda":
             yield Figure(f"decode {codec} and refine, compiled", 1e6 / bench.rate(torch.compile(both)), "µs a batch")
+
+
+def jpegs(bench: Bench) -> Iterator[Figure]:
+    """Decode JPEGs and cut the teacher's views of them by Pillow and by torchvision, in as many threads as caching."""
+    count, views = (8 if bench.small else 64), {}
+    for kind in ("pillow", "torchvision"):
+        config = bench.config(f"views.decoder={kind}", "views.kind=random-resized-crop")
+        size = config.teacher.image_size
+        assert size is not None
+        with ImageFile(index_images(str(bench.shards))) as files:
+            sample = Sample(config, files.images, files, size, bench.device)
+            views[kind] = sample.views(sample.batches(count)[0], {size})[size].cpu().float()
+            with closing(sample.decoding(count, size)) as decoding:
+                yield Figure(f"JPEGs to views by {kind}", bench.rate(partial(next, decoding), count), "images/s")
+    differences = (views["torchvision"] - views["pillow"]).abs()
+    yield Figure("largest difference of torchvision's views", float(differences.max()), "levels of 255")
+    yield Figure("mean difference of torchvision's views", float(differences.mean()), "levels of 255")
 
 
 def probes(bench: Bench) -> Iterator[Figure]:

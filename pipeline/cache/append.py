@@ -149,7 +149,9 @@ def check_addition(segments: Sequence[Segment], here: Manifest, place: Place) ->
     same = [s.manifest for s in segments if s.manifest.teacher.identity() == here.teacher.identity()]
 
     def compared(m: Manifest) -> dict[str, Any]:
-        views = {f"views.{k}": v for k, v in m.views.items() if k not in ("first", "count")}
+        # A manifest names the decoder only if it is not Pillow.
+        drawing = {"decoder": "pillow", **m.views}
+        views = {f"views.{k}": v for k, v in drawing.items() if k not in ("first", "count")}
         own = {"codec": m.codec, "stored_patches": m.stored_patches} if m in [*same, here] else {}
         return views | own
 

@@ -89,7 +89,7 @@ def build_segment(
         measured |= {b: stored_errors[str(b)] for b in segment.manifest.blocks}
     unknown = [b for b in manifest.blocks if b not in calibration]
     with ImageFile(addition.images) as files:
-        read = ViewReader(files, manifest, config.data.on_error, segments, beside=False)
+        read = ViewReader(files, manifest, config.data.on_error, segments, device=extract.device, beside=False)
         for block, x in extract.sample(read, unknown).items():
             calibration[block] = calibrate(x, extract.teacher.prefix_tokens)
             with naming_block(block):
@@ -134,7 +134,11 @@ def new_manifest(config: Config, addition: Addition, teacher: TeacherManifest) -
 
 
 def drawing(views: ViewsConfig, image_size: ImageSize) -> dict[str, Any]:
-    """Return the settings on which the drawn views depend; views of the teacher's shape say which it is."""
-    unused = {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
-    found = views.model_dump(mode="json", exclude={"count", "pixels", "pixel_size", "jpeg_quality", "shape", *unused})
+    """Return the settings on which the views depend; views of the teacher's shape say which it is.
+
+    The decoder is among them if it is not Pillow.
+    """
+    left_out = {"count", "pixels", "pixel_size", "jpeg_quality", "shape"}
+    left_out |= {"center": {"scale", "ratio"}, "random-resized-crop": {"crop"}}[views.kind]
+    found = views.model_dump(mode="json", exclude=left_out | ({"decoder"} if views.decoder == "pillow" else set()))
     return {**found, "shape": list(Size.of(views.shape or image_size).shape)}

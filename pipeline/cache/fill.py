@@ -75,7 +75,7 @@ def fill(
     located = relocate(listed, images)
     config, ranks, files = extract.config, current(), ImageFile(located)
     earlier = takewhile(lambda s: s.name != segment.name, segments)
-    read = ViewReader(files, manifest, config.data.on_error, earlier, digests)
+    read = ViewReader(files, manifest, config.data.on_error, earlier, digests, device=extract.device)
     calibration = read_calibration(segment, extract.device)
     size = config.cache.views_at_once
     total = sum(stop - start for start, stop in map(manifest.zarr_shard_range, pending))

@@ -11,16 +11,19 @@ from torch import Tensor
 from pipeline.cache.index import Index
 from pipeline.cache.stored import Ragged
 from pipeline.data import ImageFile
-from pipeline.data.views import apply_view
+from pipeline.data.jpeg_decoder import PILLOW, JpegDecoder, cut_view
 from pipeline.runtime.buffers import empty
 from singer.sizes import ImageSize, Size
 
 
-def views_of(files: ImageFile, index: Index, records: np.ndarray, size: ImageSize) -> Tensor:
+def views_of(
+    files: ImageFile, index: Index, records: np.ndarray, size: ImageSize, decoder: JpegDecoder = PILLOW
+) -> Tensor:
     """Return the views of some records, (n, height, width, 3) uint8."""
     views = empty((len(records), *Size.of(size), 3), "uint8")
-    for view, r in zip(views.numpy(), records.tolist(), strict=True):
-        view[:] = apply_view(files.read(int(index.image[r])), index.record_view(r), size)
+    pictures = decoder.read(files, index.image[records].tolist())
+    for view, r, picture in zip(views, records.tolist(), pictures, strict=True):
+        view[:] = cut_view(picture, index.record_view(r), size)
     return views
 
 

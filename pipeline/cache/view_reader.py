@@ -1,7 +1,8 @@
 """Read the views of a segment for the teacher: each image is read and decoded once, and what was found is kept."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from pipeline.cache.stored import Stored
 from pipeline.config import ViewsConfig
 from pipeline.data import ImageFile, OnError, decode_rgb, image_digest, listing_hash
 from pipeline.data.decoder_warnings import warnings_of
+from pipeline.data.jpeg_decoder import CPU, Encoded, JpegDecoder, Picture, cut_view, size_of
 from pipeline.data.source_listing import ChangedImage
-from pipeline.data.views import apply_view, draw_copies, draw_positions, draw_view
+from pipeline.data.views import draw_copies, draw_positions, draw_view
 from pipeline.runtime.buffers import empty
 from pipeline.runtime.error_kinds import one_line
 from singer.copies import Copying
@@ -50,9 +52,9 @@ def drawn_as(views: dict[str, Any]) -> ViewsConfig:
 class ViewBatch:
     """The views of some records, as they were read.
 
-    pixels: (n, height, width, 3) uint8 for the teacher, black where an image cannot be decoded; found: (n,) of dtype
-    Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies: see copies_of, None without them; beside:
-    what is stored beside the features.
+    pixels: (n, height, width, 3) uint8 for the teacher, black where an image cannot be decoded, on the device where the
+    decoder makes them; found: (n,) of dtype Manifest.view_form; unreadable: {image: why it cannot be decoded}; copies:
+    see copies_of, None without them; beside: what is stored beside the features.
     """
 
     records: np.ndarray
@@ -68,8 +70,9 @@ class ViewReader:
 
     Record = image · views + view. files: the listed images; earlier: segments; the first one with the same images says
     which digests they must still have, and the first one that has the same views, too, which views; digests: (images,)
-    uint64, the digests to be used in its place, 0 for an image that was not read before; beside: whether batches have
-    what is stored beside the features.
+    uint64, the digests to be used in its place, 0 for an image that was not read before; device: the teacher's, on
+    which torchvision decodes if it is the manifest's decoder; beside: whether batches have what is stored beside the
+    features.
     """
 
     def __init__(
@@ -80,12 +83,13 @@ class ViewReader:
         earlier: Iterable[Segment] = (),
         digests: np.ndarray | None = None,
         *,
+        device: torch.device = CPU,
         beside: bool = True,
     ) -> None:
         self.images = files.images
         self._files, self._manifest, self._on_error, self._beside = files, manifest, on_error, beside
         self._views, self._drawing = manifest.views_each, drawn_as(manifest.views)
-        self._digests = digests
+        self._decoder, self._digests = JpegDecoder(self._drawing.decoder, device), digests
         self._replay: Index | None = None
         for segment in earlier:
             if segment.lacks() is None:
@@ -112,34 +116,41 @@ class ViewReader:
         """
         wanted, stored = self._manifest.teacher.image_size, self._manifest.pixels
         sizes = {wanted, stored.size} if self._beside and stored is not None else {wanted}
-        views = {size: empty((len(records), *Size.of(size), 3), "uint8").zero_() for size in sizes}
-        arrays = {size: pixels.numpy() for size, pixels in views.items()}
+        views = {size: self._black((len(records), *Size.of(size), 3)) for size in sizes}
         found = np.zeros(len(records), self._manifest.view_form)
         unreadable: dict[int, str] = {}
-        last, picture = -1, None
-        for place, record in enumerate(records.tolist()):
-            number = record // self._views
+        numbers = (records // self._views).tolist()
+        pictures = self._pictures([number for number, _ in groupby(numbers)], unreadable)
+        last, picture, digest = -1, None, 0
+        for place, (record, number) in enumerate(zip(records.tolist(), numbers, strict=True)):
             if number != last:
-                last, (picture, digest) = number, self._open(number, unreadable)
+                last, (picture, digest) = number, next(pictures)
             found[place]["digest"] = digest
             if picture is None:
                 continue
             if self._replay is not None:
                 view = self._replay.record_view(record)
             else:
-                view = draw_view(self._drawing, *self._named(record), picture.size)
-            found[place]["width"], found[place]["height"] = picture.size
+                view = draw_view(self._drawing, *self._named(record), size_of(picture))
+            found[place]["width"], found[place]["height"] = size_of(picture)
             found[place]["box"], found[place]["flip"] = view.box, view.flip
             if view.color is not None:
                 found[place]["color"] = view.color
-            for size, pixels in arrays.items():
-                pixels[place] = apply_view(picture, view, size)
+            for size, pixels in views.items():
+                pixels[place] = cut_view(picture, view, size)
         beside = self._stored(records, found, views) if self._beside else {}
         copying = self._manifest.teacher.copying
         copies = None
         if copying is not None:
             copies = copies_of(self._drawing.seed, map(self._named, records.tolist()), copying)
         return ViewBatch(records, views[wanted], found, unreadable, copies, beside)
+
+    def _black(self, shape: tuple[int, ...]) -> Tensor:
+        """Return black pixels where views are made."""
+        device = self._decoder.device
+        if device.type == "cpu":
+            return empty(shape, "uint8").zero_()
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def _named(self, record: int) -> tuple[str, int]:
         """Return the key of the record's image and the number of its view."""
@@ -151,7 +162,7 @@ class ViewReader:
         manifest, pixels = self._manifest, self._manifest.pixels
         stored: Stored = {VIEWS: torch.from_numpy(found.view(np.uint8).reshape(len(records), -1))}
         if pixels is not None:
-            small = views[pixels.size]
+            small = views[pixels.size].cpu()
             stored[PIXELS] = encode_jpegs(small.numpy(), pixels.quality) if pixels.quality else small
         if manifest.sampled:
             seed, patches, count = self._drawing.seed, manifest.teacher.patches, manifest.stored_patches
@@ -159,23 +170,35 @@ class ViewReader:
             stored[POSITIONS] = torch.from_numpy(np.stack(drawn))
         return stored
 
-    def _open(self, number: int, unreadable: dict[int, str]) -> tuple[Image.Image | None, int]:
-        """Return image `number` as RGB, or None if it is broken, and its digest."""
-        try:
-            data, where = self._files.encoded(number)
-        except ChangedImage as error:
-            if self._on_error == "fail":
-                raise UserError(f"{error}; {_ADVICE}") from None
-            unreadable[number] = str(error)
-            return None, 0
-        digest = image_digest(data)
-        if self._digests is not None and self._digests[number] not in (0, digest):
-            raise UserError(f"image {self.images.keys[number]!r} has changed since it was cached ({where})")
+    def _pictures(self, numbers: Sequence[int], unreadable: dict[int, str]) -> Iterator[tuple[Picture | None, int]]:
+        """Yield images as RGB, None for those that are broken or have changed, each with its digest."""
+
+        def encoded(number: int) -> Encoded:
+            try:
+                return self._files.encoded(number)
+            except ChangedImage as error:
+                if self._on_error == "fail":
+                    raise UserError(f"{error}; {_ADVICE}") from None
+                unreadable[number] = str(error)
+                return b"", ""
+
+        images = self._decoder(map(encoded, numbers), self.images.max_pixels)
+        for number, ((data, where), pixels) in zip(numbers, images, strict=True):
+            if not where:
+                yield None, 0
+                continue
+            digest = image_digest(data)
+            if self._digests is not None and self._digests[number] not in (0, digest):
+                raise UserError(f"image {self.images.keys[number]!r} has changed since it was cached ({where})")
+            yield pixels if pixels is not None else self._by_pillow(number, data, where, unreadable), digest
+
+    def _by_pillow(self, number: int, data: bytes, where: str, unreadable: dict[int, str]) -> Image.Image | None:
+        """Decode image `number` as RGB; return None if it is broken."""
         try:
             with warnings_of(where):
-                return decode_rgb(data, self.images.max_pixels), digest
+                return decode_rgb(data, self.images.max_pixels)
         except Exception as error:  # decoders raise many types of errors for broken data
             if self._on_error == "fail":
                 raise UserError(f"{where} cannot be decoded: {one_line(error, None)}; {_ADVICE}") from None
             unreadable[number] = one_line(error, None)
-            return None, digest
+            return None

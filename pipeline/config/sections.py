@@ -107,6 +107,11 @@ class ViewsConfig(Section):
         (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast and saturation; shift of hue in turns"
     )
     seed: Seed = key(0, "seed of everything that is drawn")
+    decoder: Literal["pillow", "torchvision"] = key(
+        "pillow",
+        "what decodes images and cuts views for the teacher; torchvision: JPEGs on its device (nvJPEG on a GPU), and "
+        "other images by Pillow; students and probes always decode by Pillow",
+    )
     pixels: Literal["auto", "none", "jpeg", "uint8"] = key(
         "auto",
         "whether the views are stored too, so that students need no images, and decode none; auto: uint8, if features "

@@ -42,9 +42,9 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     An image of more than MAX_PIXELS is decoded smaller, if its format can do that. Raises whatever a decoder raises,
     and DecompressionBombError for more than max_pixels.
     """
-    image = _open(data, tuple(FORMATS), max_pixels)
+    image = open_image(data, tuple(FORMATS), max_pixels)
     image.load()
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation(image))
     rgb = to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
@@ -55,7 +55,7 @@ def read_size(data: bytes, max_pixels: int = MAX_PIXELS, whole: bool = True) -> 
     whole: whether data are all bytes of the image, or the first ones. Raises whatever a decoder raises, and EOFError if
     the size may depend on later bytes.
     """
-    image = _open(data, tuple(FORMATS), max_pixels)
+    image = open_image(data, tuple(FORMATS), max_pixels)
     width, height = image.size
     if width == height or image.format in _TURNED_BY_PILLOW:
         return width, height
@@ -65,18 +65,18 @@ def read_size(data: bytes, max_pixels: int = MAX_PIXELS, whole: bool = True) -> 
         image.load()
     elif not whole and image.format not in _EXIF_FIRST:
         raise EOFError("later bytes may turn it")
-    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+    return (height, width) if orientation(image) in _SIDEWAYS else (width, height)
 
 
 def decode(data: bytes, where: str, formats: Sequence[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image, such as a map, as it is stored. Raises UserError that begins with `where` if that fails."""
     with named_errors(where):
-        image = _open(data, formats, max_pixels)
+        image = open_image(data, formats, max_pixels)
         image.load()
         return image
 
 
-def _open(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
+def open_image(data: bytes, formats: Sequence[str], max_pixels: int) -> Image.Image:
     """Open an image of some formats and sane size, without decoding it. Its content decides what it is."""
     if "HEIF" in formats and is_heif(data):
         _register_heif()
@@ -130,7 +130,7 @@ def _register_heif() -> None:
     register_heif_opener()
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if there is none, or a broken one."""
     try:
         found = image.getexif().get(Base.Orientation, 1)

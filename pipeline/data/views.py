@@ -4,6 +4,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from singer.copies import Copying
 from singer.sizes import ImageSize, Size
 
 Box = tuple[float, float, float, float]
+Pixels = TypeVar("Pixels", Image.Image, torch.Tensor)
 _TRIES = 10
 
 
@@ -29,6 +31,12 @@ class View:
     box: Box
     flip: bool = False
     color: tuple[float, float, float, float] | None = None
+
+    def within(self, width: int, height: int) -> Box:
+        """Return the box in pixels, and fractions of them, of an image of this size."""
+        left, upper, right, lower = self.box
+        # Rounding of the stored shares must not leave the image.
+        return max(0.0, left * width), max(0.0, upper * height), min(width, right * width), min(height, lower * height)
 
 
 def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int]) -> View:
@@ -100,13 +108,15 @@ def _float32(*values: float) -> tuple[float, float, float, float]:
 
 def apply_view(image: Image.Image, view: View, size: ImageSize) -> np.ndarray:
     """Apply a view to an RGB image: (height, width, 3) uint8. Crop and bicubic antialiased resize are one step."""
-    left, upper, right, lower = view.box
-    box = (left * image.width, upper * image.height, right * image.width, lower * image.height)
-    # Rounding of the stored shares must not leave the image.
-    box = (max(0.0, box[0]), max(0.0, box[1]), min(image.width, box[2]), min(image.height, box[3]))
+    box = view.within(image.width, image.height)
     pixels = image.resize(Size.of(size)[::-1], Image.Resampling.BICUBIC, box=box)
     if view.flip:
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(recolored(pixels, view))
+
+
+def recolored(pixels: Pixels, view: View) -> Pixels:
+    """Change the colours of a view, (3, height, width) uint8 or an image of Pillow, as it says."""
     if view.color is not None:
         brightness, contrast, saturation, hue = view.color
         if brightness != 1:
@@ -117,7 +127,7 @@ def apply_view(image: Image.Image, view: View, size: ImageSize) -> np.ndarray:
             pixels = functional.adjust_saturation(pixels, saturation)
         if hue != 0:
             pixels = functional.adjust_hue(pixels, hue)
-    return np.asarray(pixels)
+    return pixels
 
 
 def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -> np.ndarray:

@@ -40,7 +40,7 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
         config.distill.weights_of(blocks)
     images, most = draw_images(config, listed), max(1, int(_IMAGES * len(listed)))
     with ImageFile(images) as files:
-        sample = Sample(config, images, files, backbone.image_size)
+        sample = Sample(config, images, files, backbone.image_size, device)
         teacher = open_teacher(config, backbone, device)
         records = sample.batches(min(len(sample), most, _MOST_BATCH))[0]
         decode = _rate(lambda some: sample.load(some, backbone.image_size), records, device, _MOST_BATCH)
@@ -91,7 +91,7 @@ def _pixel_bytes(config: Config, views: torch.Tensor) -> float:
     stored = Size.of(settings.pixel_size or seen)
     share = (stored.height / seen.height) * (stored.width / seen.width)
     if settings.pixels == "jpeg":
-        return share * float(encode_jpegs(views.numpy(), settings.jpeg_quality).lengths.float().mean())
+        return share * float(encode_jpegs(views.cpu().numpy(), settings.jpeg_quality).lengths.float().mean())
     return share * 3 * seen.height * seen.width if settings.pixels == "uint8" else 0.0
 
 

@@ -37,14 +37,16 @@ def rate_of(steps: Generator[int, None, None], seconds: float, device: torch.dev
     return Rate.of(repeats)
 
 
-def rate_beside(steps: Generator[int, None, None], busy: Callable[[], object], seconds: float) -> Rate:
+def rate_beside(
+    steps: Generator[int, None, None], busy: Callable[[], object], seconds: float, device: torch.device | None = None
+) -> Rate:
     """Measure as rate_of does, in a second thread, while this thread calls `busy`."""
     found: list[Rate] = []
     finished = threading.Event()
 
     def run() -> None:
         try:
-            found.append(rate_of(steps, seconds))
+            found.append(rate_of(steps, seconds, device))
         finally:
             finished.set()
 

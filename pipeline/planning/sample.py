@@ -14,8 +14,9 @@ from pipeline.cache.extract import Extractor, check_finite
 from pipeline.cache.pixels import encode_jpegs
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, readable
+from pipeline.data.jpeg_decoder import CPU, JpegDecoder, cut_view, size_of
 from pipeline.data.source_listing import NO_LABEL
-from pipeline.data.views import apply_view, draw_view
+from pipeline.data.views import draw_view
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.prefetch import prefetch
 from singer.sizes import ImageSize
@@ -37,23 +38,31 @@ Record = tuple[int, int]
 
 
 class Sample:
-    """Some images, by number, and their views as cache-teacher draws them. image_size: the teacher's."""
+    """Some images, by number, and their views as cache-teacher makes them. image_size, device: the teacher's."""
 
-    def __init__(self, config: Config, images: Images, files: ImageFile, image_size: ImageSize) -> None:
+    def __init__(
+        self,
+        config: Config,
+        images: Images,
+        files: ImageFile,
+        image_size: ImageSize,
+        device: torch.device = CPU,
+    ) -> None:
         self.config, self.images, self.files = config, images, files
+        self.decoder = JpegDecoder(config.views.decoder, device)
         self._drawing = config.views.model_copy(update={"shape": config.views.shape or image_size})
         rng = np.random.default_rng(0)
         self._records = [divmod(int(r), config.views.count) for r in rng.permutation(len(images) * config.views.count)]
 
     def views(self, records: Sequence[Record], sizes: Iterable[ImageSize]) -> dict[ImageSize, Tensor]:
         """Return {size: views (n, height, width, 3) uint8} of the records, with each image decoded once."""
-        found: dict[ImageSize, list[np.ndarray]] = {size: [] for size in sizes}
-        for number, view in records:
-            image = self.files.read(number)
-            drawn = draw_view(self._drawing, self.images.keys[number], view, image.size)
+        found: dict[ImageSize, list[Tensor]] = {size: [] for size in sizes}
+        images = self.decoder.read(self.files, [number for number, _ in records])
+        for (number, view), image in zip(records, images, strict=True):
+            drawn = draw_view(self._drawing, self.images.keys[number], view, size_of(image))
             for size, pictures in found.items():
-                pictures.append(apply_view(image, drawn, size))
-        return {size: torch.from_numpy(np.stack(pictures)) for size, pictures in found.items()}
+                pictures.append(cut_view(image, drawn, size).to(self.decoder.device))
+        return {size: torch.stack(pictures) for size, pictures in found.items()}
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -73,7 +82,7 @@ class Sample:
         small = (settings.pixel_size or size) if settings.pixels != "none" else size
         views = self.views(records, {size, small})
         if settings.pixels == "jpeg":
-            encode_jpegs(views[small].numpy(), settings.jpeg_quality)
+            encode_jpegs(views[small].cpu().numpy(), settings.jpeg_quality)
         return views[size]
 
     def decoding(self, count: int, size: ImageSize) -> Generator[int, None, None]:

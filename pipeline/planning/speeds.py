@@ -92,7 +92,10 @@ def measure_speeds(
     caching = {
         "images": read_images(listed, part).scaled(config.views.count),
         "decoding": rate_beside(
-            sample.decoding(len(batch), teacher.backbone.image_size), lambda: teacher.trial(pixels), part
+            sample.decoding(len(batch), teacher.backbone.image_size),
+            lambda: teacher.trial(pixels),
+            part,
+            sample.decoder.device,
         ),
         "teacher": rate_of(forward(), part, device),
         "encoding": rate_beside(encoding(codec, features, calibration), lambda: teacher.trial(pixels), part),

@@ -16,10 +16,11 @@ from pipeline.cache.segments import Segment
 from pipeline.cache.variants import variants_of
 from pipeline.cache.verify.files import within
 from pipeline.cache.verify.findings import LiveCheck, SegmentReport
-from pipeline.cache.view_reader import copies_of
+from pipeline.cache.view_reader import copies_of, drawn_as
 from pipeline.cache.writer import first_difference
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
+from pipeline.data.jpeg_decoder import JpegDecoder
 from pipeline.models.names import OWN, is_function
 from pipeline.runtime.devices import this_process
 from pipeline.runtime.progress import meter
@@ -124,11 +125,11 @@ def check_live(
     codec, prefix = CODECS[manifest.codec], manifest.teacher.prefix_tokens
     calibration = read_calibration(segment, device)
     sums = dict.fromkeys(manifest.blocks, torch.zeros(3, 4, dtype=torch.float64))
-    cosines = []
+    cosines, decoder = [], JpegDecoder(drawn_as(manifest.views).decoder, device)
     with ImageFile(located) as files, meter("live check", len(records), "records") as m:
         check_images(files, np.arange(len(records)), index.digest)
         for own in np.array_split(np.arange(len(records)), -(-len(records) // extract.config.cache.views_at_once)):
-            views, batch = views_of(files, index, own, manifest.teacher.image_size), records[own]
+            views, batch = views_of(files, index, own, manifest.teacher.image_size, decoder), records[own]
             numbers = [(index.key(r), int(index.view[r])) for r in own.tolist()]
             copies = copies_of(manifest.views["seed"], numbers, extract.copying) if extract.copying else None
             features = extract.features(views, manifest.blocks, copies)
