@@ -45,6 +45,8 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "student at 64 px, patches of 8": ("student.image_size=64", "student.patch_size=8"),
     "random start": ("student.init=random",),
     "start from even blocks": ("student.init_blocks=even",),
+    "LoRA of rank 16": ("student.lora=16",),
+    "LoRA of rank 64": ("student.lora=64",),
     "AdamW": ("distill.optimizer=adamw",),
     "all patches": ("distill.token_share=1",),
     "a quarter of the patches": ("distill.token_share=0.25",),

@@ -209,10 +209,11 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
 
 
 DEFAULTS = ["student.dim=24", "distill.projector=null", "distill.token_share=null"]
+LORA = ["student.dim=24", "student.init=teacher", "student.lora=2", "distill.holdout=0.1", "distill.keep=best"]
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS)]
+    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS), (9, LORA)]
 )
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]

@@ -193,6 +193,7 @@ def _steady_adam() -> None:
     ("environment", "sets", "rounding"),
     [
         pytest.param({}, [], 1, id="ddp"),
+        pytest.param({}, [ADAMW, "student.dim=24", "student.init=teacher", "student.lora=2"], 1, id="ddp and low rank"),
         pytest.param(
             {"ACCELERATE_USE_FSDP": "true"},
             [ADAMW, "distill.joint=true", "distill.ema=0.9", "distill.clip_grad=0.5", "distill.accumulate=2"],
@@ -206,6 +207,12 @@ def _steady_adam() -> None:
             id="fsdp and own attention",
         ),
         pytest.param({"ACCELERATE_USE_FSDP": "true"}, [], 50, id="fsdp and muon"),
+        pytest.param(
+            {"ACCELERATE_USE_FSDP": "true"},
+            [ADAMW, "student.dim=24", "student.init=teacher", "student.lora=2", "distill.ema=0.9"],
+            1,
+            id="fsdp and low rank",
+        ),
     ],
 )
 @pytest.mark.slow

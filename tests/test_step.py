@@ -30,6 +30,7 @@ from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.to_device import on_device
 from singer.errors import UserError
+from singer.lora import train_low_rank
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -135,9 +136,11 @@ def test_decoding_is_one_graph(codec: str) -> None:
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize("sets", [[], MAPS], ids=["tokens", "maps"])
-def test_a_step_is_one_graph(world: Path, sets: list[str]) -> None:
+@pytest.mark.parametrize(("sets", "rank"), [([], 0), (MAPS, 0), ([], 2)], ids=["tokens", "maps", "low rank"])
+def test_a_step_is_one_graph(world: Path, sets: list[str], rank: int) -> None:
     _, model, stored = setup(world, CPU, *sets)
+    if rank:
+        train_low_rank(model.student, rank)
     torch._dynamo.reset()
     losses, _ = torch.compile(model, fullgraph=True, backend="eager")(stored)
     for name, loss in model(stored)[0].items():

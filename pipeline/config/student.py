@@ -39,6 +39,11 @@ class StudentConfig(Section):
     init_blocks: Literal["first", "even"] = key(
         "first", "which blocks of a deeper model the student starts from: its first ones, or evenly spaced ones"
     )
+    lora: Positive | None = key(
+        None,
+        "rank: matrices of the blocks keep the weights that they start from, and a change of this rank is trained for "
+        "each, beside all other weights (LoRA); default: all weights are trained",
+    )
     exit: Literal["plain", "lift", "wide"] = key(
         "plain",
         "last block of a Vision Transformer of timm: as the others, with a linear map to exit_width after it (lift), "
@@ -57,4 +62,14 @@ class StudentConfig(Section):
     def _check(self) -> "StudentConfig":
         if self.exit == "plain" and self.exit_width is not None:
             raise UserError("exit_width: only a wider exit has it; give one (--set student.exit=wide, or lift)")
+        if self.lora is not None and self.init == "random" and not self.pretrained:
+            raise UserError(
+                "lora: random weights (init) are not worth keeping; start from others (--set student.init=teacher), or "
+                "do without it (--set student.lora=null)"
+            )
+        if self.lora is not None and self.exit != "plain":
+            raise UserError(
+                f"lora: a {self.exit} exit starts from random weights, which would be kept; do without lora (--set "
+                "student.lora=null)"
+            )
         return self

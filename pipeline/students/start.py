@@ -23,7 +23,7 @@ from singer.sizes import Size
 # Arguments of a student in which a file may differ from it: its head, input, registers and exit. Depth and patch size
 # are read from the file.
 _OF_THE_FILE = {"num_classes", "img_size", "reg_tokens", "num_reg_tokens", "base", "exit", "exit_width"}
-RANDOM = "or start from random weights: --set student.init=random"
+_RANDOM = "or start from random weights: --set student.init=random"
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,12 @@ class TeacherWeights:
     model_args: dict[str, Any]
     digest: str
 
-    def load(self) -> Backbone:
-        """Load the teacher. Raises UserError if its weights are not there any more, or are others."""
-        config, remedy = self.config, f"give its weights with --weights FILE, {RANDOM}"
+    def load(self, otherwise: str) -> Backbone:
+        """Load the teacher. Raises UserError if its weights are not there any more, or are others.
+
+        otherwise: what can be done without them, for messages.
+        """
+        config, remedy = self.config, f"give its weights with --weights FILE, {otherwise}"
         try:
             if config.weights is None:
                 source = load_teacher(config)
@@ -59,19 +62,21 @@ class TeacherWeights:
 def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> None:
     """Load the weights that student.init names into a new student.
 
-    Raises UserError if the weights do not exist, do not fit, or are not those of the cached teacher.
+    Raises UserError if the weights do not exist, do not fit, or are not those of the cached teacher; with init "auto",
+    those that do not fit are only an error if they would stay as they are (student.lora).
     """
     if config.init == "random" or (config.init == "auto" and config.pretrained):
         return
     if config.pretrained:
         raise UserError(f"student.init {config.init} and student.pretrained name two starts; leave one of them out")
+    otherwise = _RANDOM if config.lora is None else f"{_RANDOM} --set student.lora=null"
     if config.starts_from is None:
         said = f"{teacher.architecture}, the teacher"
         reason = _misfit(teacher, student)
-        if reason is not None and config.init == "auto":
+        if reason is not None and config.init == "auto" and config.lora is None:
             say(f"note: the student does not start from weights of {said}: {reason}")
             return
-        source = teacher.load() if reason is None else None
+        source = teacher.load(otherwise) if reason is None else None
     else:
         said, source = config.init, None
         reason = misfit(student.model, student.model)  # whatever the weights are
@@ -79,7 +84,7 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
             source = _other(config.starts_from, student)
             reason = misfit(source.model, student.model)
     if source is None or reason is not None:
-        raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {RANDOM}")
+        raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {otherwise}")
     state = select_weights(source.model, student.model, config.init_blocks)
     student.model.load_state_dict(_normalised_as(student, source, state))
     say(f"the student starts from weights of {said}")

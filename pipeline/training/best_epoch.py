@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config import TrainingConfig
 from pipeline.training.fsdp import WholeModel
+from singer.lora import with_changes
 
 State = Mapping[str, Tensor]
 
@@ -51,10 +52,10 @@ class Best:
 def whole_states(student: nn.Module, learner: nn.Module) -> tuple[State, State]:
     """Return the states of a student, or of its moving average, and of what is trained with it.
 
-    All processes call it together.
+    Changes of low rank are part of the student's matrices. All processes call it together.
     """
     own, whole = WholeModel(student).state_dict(), WholeModel(learner).state_dict()
-    return own, {name: x for name, x in whole.items() if not name.startswith("student.")}
+    return with_changes(own), {name: x for name, x in whole.items() if not name.startswith("student.")}
 
 
 def _copied(state: State) -> dict[str, Tensor]:

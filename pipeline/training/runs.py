@@ -48,6 +48,7 @@ from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters, depth, freeze_others
+from singer.lora import train_low_rank
 from singer.matching import match_blocks
 from singer.objectives import OBJECTIVES
 from singer.patch_dropout import can_leave_out_patches
@@ -106,6 +107,9 @@ class NewStudent:
             self.distiller.mask_patches(settings.mask_share, settings.mask_weight)
         if settings.trained is not None:
             freeze_others(self.student.model, settings.trained)
+        self.parameters = count_parameters(self.student.model)
+        if spec.config.student.lora is not None:
+            train_low_rank(self.student.model, spec.config.student.lora)
         if self.share < 1:
             self.distiller.drop_patches(self.share, settings)
         self.others = None
@@ -197,6 +201,9 @@ class NewStudent:
             lines.append(f"teacher block {owner}-> student block (width, grid): {', '.join(pairs)}")
             if branch.matching:
                 lines.append(f"projector {owner}(distill.projector): {branch.projector}")
+        if self.spec.config.student.lora is not None:
+            trained = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
+            lines.append(f"student.lora: {trained:,} weights are trained of a student that has {self.parameters:,}")
         if self.share < 1:
             first = f"in the first {100 * (1 - self.spec.config.distill.whole_share):g} % of the steps"
             lines.append(f"the student sees {100 * self.share:g} % of its patches {first} (distill.token_share)")
@@ -269,7 +276,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
         run=spec.out,
         student=spec.out / STUDENT_FOLDER,
         teachers=new.teacher_links,
-        parameters=count_parameters(new.student.model),
+        parameters=new.parameters,
         steps=student_run.steps,
         loss=student_run.loss,
         seconds=m.seconds,
