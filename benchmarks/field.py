@@ -233,7 +233,7 @@ class Steps:
         self.images = batches * self.size
         # Only the blocks that are compared would have to be stored.
         pairs = zip(self.teachers, self.new.distiller.branches, strict=True)
-        views = 1 if self.new.others is None else 2
+        views = 1 if self.new.others is None else self.new.others.views
         self.bytes = views * sum(Cache(s.cache.place, blocks=[*b.links]).record_bytes for s, b in pairs)
         self.optimiser = optimiser_of(self.new.distiller, config)
         opened = [teacher.cache for teacher in self.teachers]

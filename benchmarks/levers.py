@@ -74,7 +74,9 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "4 crops": (*CROPS, "views.count=4"),
     "8 crops": (*CROPS, "views.count=8"),
     "16 crops": (*CROPS, "views.count=16"),
-    "2 crops that teach each other": (*CROPS, "views.count=2", "distill.overlap=true"),
+    "2 crops that teach each other": (*CROPS, "views.count=2", "distill.overlap=other"),
+    "2 crops, averages": (*CROPS, "views.count=2", "distill.overlap=average"),
+    "4 crops, averages": (*CROPS, "views.count=4", "distill.overlap=average"),
 }
 TOKENS = {"cls": "CLS", "mean_patch": "mean patch"}
 _STORED = ("teacher.", "cache.", "views.")

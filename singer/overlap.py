@@ -1,11 +1,29 @@
 """Patch tokens of one view of an image, brought to the places of another view where both show the same.
 
 What a teacher adds at a place of its grid is somewhere else in another view, so that a student cannot learn it from
-there (the shift-equivariant loss of C-RADIOv4, arXiv 2601.17237).
+there (the shift-equivariant loss of C-RADIOv4, arXiv 2601.17237), and it fades in the mean over views (DVT, arXiv
+2401.02957; PH-Reg, arXiv 2505.21501).
 """
 
 import torch
 from torch import Tensor
+
+
+def average_overlap(tokens: Tensor, prefix: int, grid: tuple[int, int], places: Tensor) -> Tensor:
+    """Average the patches of each first view over all views that show their places: (B, P + rows · columns, d).
+
+    tokens: (V · B, the same, d), those of the first view of each image, then those of the second, and so on; prefix:
+    P, how many of them have no place, and stay those of the first view; grid: (rows, columns); places: (B, V, 5), as in
+    resample_overlap. The first view shows all its places: a patch that no other view shows stays as it is.
+    """
+    own, *others = tokens.chunk(places.shape[1])
+    patches = own[:, prefix:]
+    count = torch.ones_like(patches[..., :1])
+    for other, place in zip(others, places.unbind(1)[1:], strict=True):
+        moved, shown = resample_overlap(other[:, prefix:], grid, torch.stack([places[:, 0], place], 1), grid)
+        seen = shown.unsqueeze(-1).to(patches.dtype)
+        patches, count = patches + moved * seen, count + seen
+    return torch.cat([own[:, :prefix], patches / count], 1)
 
 
 def resample_overlap(

@@ -1,4 +1,4 @@
-"""Targets from another view of the same image: places, choice of the view, losses, and what is refused."""
+"""Targets from other views of the same image: places, averages, choice of the views, losses, and what is refused."""
 
 import shutil
 from pathlib import Path
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.config import Config
-from pipeline.data.sampler import BatchIndices
+from pipeline.data.sampler import BatchIndices, batch_index_lists
 from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
+from pipeline.stages.refine import refine
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.other_views import OtherViews
@@ -22,8 +23,8 @@ from pipeline.training.run_log import read_log
 from pipeline.training.runs import NewStudent, StudentSpec
 from singer.backbones import block_outputs
 from singer.errors import UserError
-from singer.objectives import OBJECTIVES, ObjectiveContext
-from singer.overlap import resample_overlap
+from singer.objectives import OBJECTIVES, ObjectiveContext, Tokens
+from singer.overlap import average_overlap, resample_overlap
 from singer.tokens import resize_tokens
 
 Box = tuple[float, float, float, float, float]
@@ -91,14 +92,60 @@ def test_a_patch_is_shown_if_its_centre_is_in_both() -> None:
         assert torch.equal(own, (x >= left) & (x <= right) & (y >= upper) & (y <= lower))
 
 
+def random_views(images: int, views: int, seed: int) -> Tensor:
+    """Places of random views of some images, (images, views, 5), a quarter to three quarters of a side long."""
+    rng = np.random.default_rng(seed)
+    sides = rng.uniform(0.25, 0.75, (images, views, 2))
+    corners = rng.uniform(0, 1, (images, views, 2)) * (1 - sides)
+    edges = np.concatenate([corners, corners + sides, rng.integers(0, 2, (images, views, 1))], 2)
+    return torch.tensor(edges, dtype=torch.float32)
+
+
+def test_averages_of_a_linear_field_are_the_field() -> None:
+    """Views are of random sizes and mirrored: each place is taught what is there, whichever views show it."""
+    grid, places = (7, 9), random_views(60, 4, seeded(7))
+    # Channels: the places (x, y) themselves. The first view's are the field; CLS says which view it is.
+    fields = torch.stack([torch.stack([centres(tuple(v), grid) for v in of]) for of in places.tolist()])
+    cls = torch.arange(4.0).expand(60, 4)[..., None, None].expand(-1, -1, 1, 2)
+    tokens = torch.cat([cls, fields], 2)
+    found = average_overlap(tokens.transpose(0, 1).flatten(0, 1), 1, grid, places)
+    assert torch.equal(found[:, 0], torch.zeros(60, 2))
+    # At the edge of a view and between larger patches, interpolation errs by up to half a patch of the coarsest view.
+    patch = ((places[..., 2:4] - places[..., :2]).amax(1) / torch.tensor([9.0, 7.0])).unsqueeze(1)
+    errors = (found[:, 1:] - fields[:, 0]).abs()
+    assert (errors <= 0.5 * patch + 1e-5).all() and 0 < errors.mean() < 0.02
+
+
+def test_noise_of_averages_falls_with_the_views_that_show_a_place() -> None:
+    """Views are whole patches apart, so that nothing is interpolated: n views that show a place leave 1/n of noise."""
+    rng, grid, images, side = np.random.default_rng(seeded(8)), (6, 6), 200, 10
+    corners = rng.integers(0, side - 5, (images, 4, 2))
+    edges = np.concatenate([corners, corners + 6], 2) / side
+    places = torch.tensor(np.concatenate([edges, rng.integers(0, 2, (images, 4, 1))], 2), dtype=torch.float32)
+    noise = torch.randn(4 * images, 36, 8, generator=torch.Generator().manual_seed(seeded(9)))
+    shown = torch.ones(images, 36)
+    for view in (1, 2, 3):
+        shown += resample_overlap(noise[:images], grid, places[:, [0, view]], grid)[1]
+    found = average_overlap(noise, 0, grid, places)
+    for count in (1, 2, 3, 4):
+        assert found[shown == count].square().mean().item() == pytest.approx(1 / count, rel=0.08)
+
+
+def test_views_that_share_no_place_keep_their_tokens() -> None:
+    left, right, below = (0.0, 0.0, 0.4, 0.5, 0.0), (0.5, 0.0, 1.0, 0.5, 1.0), (0.0, 0.6, 0.4, 1.0, 0.0)
+    tokens = torch.randn(6, 21, 3, generator=torch.Generator().manual_seed(seeded(10)))
+    places = torch.tensor([[left, right, below], [right, below, left]])
+    assert torch.equal(average_overlap(tokens, 1, (4, 5), places), tokens[:2])
+
+
 def overlap_config(world: Path, *sets: str) -> Config:
     views = ("views.count=2", "views.kind=random-resized-crop", "views.flip=0.5", "views.pixels=uint8")
-    return world_config(world, *views, "refine.cleaner=neighbour", "distill.overlap=true", "distill.epochs=1", *sets)
+    return world_config(world, *views, "refine.cleaner=neighbour", "distill.overlap=other", "distill.epochs=1", *sets)
 
 
-def shards(world: Path) -> str:
-    """Ten images."""
-    return str(sorted((world / "test").glob("*.tar"))[-1])
+def shards(world: Path, last: int = -1) -> str:
+    """Ten images; thirty others with 0."""
+    return str(sorted((world / "test").glob("*.tar"))[last])
 
 
 @pytest.fixture(scope="module")
@@ -118,29 +165,91 @@ def grown(world: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="module")
+def mixed(world: Path, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of two views, and thirty of six, which were added later."""
+    out = tmp_path_factory.mktemp("mixed") / "cache"
+    shutil.copytree(place, out)
+    cache_teacher(overlap_config(world, "views.count=6"), shards(world, 0), out, "append")
+    return out
+
+
 def test_each_record_gets_another_view_of_its_image(place: Path, grown: Path) -> None:
     for folder, views in ((place, 2), (grown, 3)):
         cache = Cache(folder)
         index, others = cache.index, OtherViews(cache, 4)
         records = np.random.default_rng(seeded(3)).permutation(len(cache))
-        seen = {epoch: others.choose(records, epoch) for epoch in range(40)}
+        seen = {epoch: others.choose(records, epoch)[0] for epoch in range(40)}
         for found in seen.values():
             assert [index.key(a) for a in records.tolist()] == [index.key(b) for b in found.tolist()]
             assert (found != records).all()
         # A pure function: of the record alone, whatever else is read with it.
-        assert np.array_equal(seen[7][:9], OtherViews(cache, 4).choose(records[:9], 7))
+        assert np.array_equal(seen[7][:9], OtherViews(cache, 4).choose(records[:9], 7)[0])
         if views == 3:
             counts = np.mean([index.view[found] for found in seen.values()], 0)
             assert not np.array_equal(seen[0], seen[1])
-            assert not np.array_equal(seen[0], OtherViews(cache, 5).choose(records, 0))
+            assert not np.array_equal(seen[0], OtherViews(cache, 5).choose(records, 0)[0])
             # Over 40 epochs, each of the two others about as often.
             expected = (3 - index.view[records]) / 2
             assert np.abs(counts - expected).max() < 1
             assert np.abs(counts - expected).mean() < 0.2
-    pairs = OtherViews(Cache(place), 0).places(np.array([3, 0]), np.array([2, 1]))
+    pairs = OtherViews(Cache(place), 0).places(np.array([3, 0]), np.array([[2, 1]]))
     index = Cache(place).index
     assert pairs[0, 0].tolist() == [*index.box[3].tolist(), float(index.flip[3])]
     assert pairs[1, 1].tolist() == [*index.box[1].tolist(), float(index.flip[1])]
+
+
+def test_averages_are_over_the_other_views_of_the_image(place: Path, grown: Path, mixed: Path) -> None:
+    """Over all of them if there are at most three; else over three that change, each about as often."""
+    for folder, views in ((place, 2), (grown, 3), (mixed, 4)):
+        cache = Cache(folder)
+        index, others = cache.index, OtherViews(cache, 4, average=True)
+        records = np.random.default_rng(seeded(11)).permutation(len(cache))
+        assert others.views == views
+        keys = [index.key(record) for record in records.tolist()]
+        each = np.array([keys.count(key) for key in keys])
+        times = np.zeros((len(cache), 6))
+        for epoch in range(50):
+            chosen = others.choose(records, epoch)
+            assert chosen.shape == (views - 1, len(cache))
+            assert np.array_equal(chosen[:, :5], OtherViews(cache, 4, average=True).choose(records[:5], epoch))
+            for record, found, count in zip(records.tolist(), chosen.T.tolist(), each.tolist(), strict=True):
+                shown = {r for r in found if r != record}
+                assert len(shown) == min(views, count) - 1 and {index.key(r) for r in shown} == {index.key(record)}
+                # The record itself is in the place of each view that is missing.
+                assert found.count(record) == views - 1 - len(shown)
+                times[record, index.view[list(shown)]] += 1
+        several = times[records[each == 6]]
+        assert (np.sort(several, 1)[:, 0] == 0).all()
+        assert np.abs(np.sort(several, 1)[:, 1:] - 30).max(initial=0) < 20
+        # Places of views that are missing show nothing.
+        patches, shown_at = torch.ones(len(records), 16, 1), others.places(records, chosen)
+        for number, other in enumerate(chosen, 1):
+            _, seen = resample_overlap(patches, (4, 4), shown_at[:, [0, number]], (4, 4))
+            assert not seen[torch.from_numpy(other == records)].any()
+
+
+def test_the_choice_of_views_does_not_depend_on_the_processes(world: Path, mixed: Path) -> None:
+    cache = Cache(mixed)
+    settings = overlap_config(world, "distill.batch_size=15").distill
+    found: list[dict[tuple[int, int], tuple[Tensor, Tensor]]] = []
+    for world_size in (1, 2):
+        taught: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for rank in range(world_size):
+            load = BatchLoader([cache], None, [32], others=OtherViews(cache, settings.seed, average=True))
+            # From the third step on, as a run that is resumed.
+            lists = list(batch_index_lists(len(cache), load.record_bytes, settings, rank, world_size, 2, 28))
+            batches = [indices for group in lists for indices in group]
+            for indices, batch in zip(batches, load(lists, 1), strict=True):
+                features = cache.decode(batch.features[0], torch.device("cpu"))[3].unflatten(0, (4, -1))
+                assert batch.places is not None and batch.average
+                for row, record in enumerate(indices.records.tolist()):
+                    if indices.weights[row]:
+                        taught[indices.epoch, record] = features[:, row], batch.places[row]
+        found.append(taught)
+    one, two = found
+    assert one.keys() == two.keys() and {epoch for epoch, _ in one} == {0, 1}
+    assert all(torch.equal(x, y) for key, own in one.items() for x, y in zip(own, two[key], strict=True))
 
 
 def test_batches_hold_the_features_of_both_views(place: Path) -> None:
@@ -151,7 +260,7 @@ def test_batches_hold_the_features_of_both_views(place: Path) -> None:
     indices = [BatchIndices(records, np.full(3, 1 / 3, np.float32), epoch) for epoch in (0, 3)]
     for epoch, stored in zip((0, 3), load([indices], 1), strict=True):
         chosen = others.choose(records, epoch)
-        whole = cache.features(np.concatenate([records, chosen]), torch.device("cpu"))
+        whole = cache.features(np.concatenate([records, *chosen]), torch.device("cpu"))
         assert torch.equal(cache.decode(stored.features[0], torch.device("cpu"))[3], whole[3])
         assert stored.places is not None and torch.equal(stored.places, others.places(records, chosen))
         assert torch.equal(stored.pixels[32], cache.pixels(records, 32))
@@ -179,7 +288,7 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
     kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
     assert (kept is None) == (share == 1) and batch.places is not None
     tokens = branch.tokens(outputs, None, kept).normalised
-    both = cache.features(np.concatenate([records, others.choose(records, 2)]), torch.device("cpu"))
+    both = cache.features(np.concatenate([records, *others.choose(records, 2)]), torch.device("cpu"))
     for block, x in tokens.items():
         own, other = both[block].chunk(2)
         patches, shown = resample_overlap(other[:, 1:], (4, 4), batch.places, (8, 8))
@@ -190,6 +299,53 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
         expected = (squares / (x.shape[1] * x.shape[2])).mean() / 2
         assert losses[f"mse.{block}"].item() == pytest.approx(expected.item(), rel=1e-4)
         assert 0 < shown.float().mean() < 1
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("objective", ["mse", "gram"])
+def test_losses_are_of_the_refined_averages(
+    world: Path, mixed: Path, tmp_path: Path, share: float, objective: str
+) -> None:
+    """By hand: patches are refined, averaged on the teacher's grid, and brought to the student's; CLS is its own."""
+    sets = ("distill.overlap=average", "student.patch_size=4", "refine.normaliser=layernorm")
+    config = overlap_config(world, *sets, f"distill.token_share={share}", f"distill.objective={objective}")
+    refine(config, mixed, tmp_path / "refiner")
+    sources = open_teachers(config.distill, mixed, tmp_path / "refiner")
+    new = NewStudent(StudentSpec(config, tmp_path / "run", tmp_path / "refiner"), sources, make_accelerator("no"))
+    cache, others, branch = sources[0].cache, new.others, new.distiller.branches[0]
+    assert others is not None and others.average
+    records = np.array([0, 3, 10, 40, 77, 120])
+    load = BatchLoader([cache], None, [32], others=others)
+    (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
+    new.distiller.train()
+    if new.distiller.dropout is not None:
+        new.distiller.dropout.share = share
+    torch.manual_seed(seeded(12))
+    losses, _ = new.distiller(batch)
+    torch.manual_seed(seeded(12))
+    outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
+    kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
+    assert (kept is None) == (share == 1) and batch.places is not None
+    tokens = branch.tokens(outputs, None, kept)
+    targets: dict[int, list[Tensor]] = {block: [] for block in tokens.normalised}
+    for block, found in targets.items():
+        for record, chosen, place in zip(records, others.choose(records, 2).T, batch.places, strict=True):
+            own, *rest = branch.targets.refine(cache.features([record, *chosen], torch.device("cpu"))).normalised[block]
+            total, count = own[1:].clone(), torch.ones(16)
+            for other, view, there in zip(chosen, rest, place[1:], strict=True):
+                if other == record:  # the image has fewer views
+                    continue
+                moved, shown = resample_overlap(view[None, 1:], (4, 4), torch.stack([place[0], there])[None], (4, 4))
+                total[shown[0]] += moved[0, shown[0]]
+                count += shown[0]
+            patches = resize_tokens((total / count[:, None])[None], 0, (4, 4), (8, 8))[0]
+            patches = patches if kept is None else patches[kept[len(found)]]
+            found.append(torch.cat([own[:1], patches]))
+    wanted = Tokens({block: torch.stack(found) for block, found in targets.items()})
+    expected = branch.objective(tokens, wanted, batch.labels, {})
+    assert losses.keys() == expected.keys() and len(losses) == 2
+    for name, loss in expected.items():
+        assert losses[name].item() == pytest.approx(loss.mean().item(), rel=1e-4)
 
 
 def test_masked_patches_are_taught_by_the_overlap(world: Path, place: Path, tmp_path: Path) -> None:
@@ -207,13 +363,27 @@ def test_masked_patches_are_taught_by_the_overlap(world: Path, place: Path, tmp_
     torch.manual_seed(seeded(6))
     learner.masks.active = True
     outputs = block_outputs(new.student.model, learner.images(batch), learner.blocks)
-    both = cache.features(np.concatenate([records, others.choose(records, 2)]), torch.device("cpu"))
+    both = cache.features(np.concatenate([records, *others.choose(records, 2)]), torch.device("cpu"))
     assert batch.places is not None and learner.masks.masked is not None
     for block, x in learner.branches[0].tokens(outputs, None).normalised.items():
         patches, shown = resample_overlap(both[block].chunk(2)[1][:, 1:], (4, 4), batch.places, (8, 8))
         squares = (x[:, 1:] - patches).square().sum(-1) * shown * learner.masks.masked
         expected = 2 * squares.sum(1) / (x.shape[1] * x.shape[2])
         assert losses[f"masked.mse.{block}"].item() == pytest.approx(expected.mean().item() / 2, rel=1e-4)
+
+
+def test_averages_are_one_graph(world: Path, mixed: Path, tmp_path: Path) -> None:
+    config = overlap_config(world, "distill.overlap=average")
+    sources = open_teachers(config.distill, mixed, None)
+    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, make_accelerator("no"))
+    load = BatchLoader([sources[0].cache], None, [32], others=new.others)
+    (batch,) = load([[BatchIndices(np.array([1, 50]), np.full(2, 1 / 2, np.float32))]], 1)
+    torch._dynamo.reset()
+    targets_of = new.distiller.branches[0].targets_of
+    found = torch.compile(targets_of, fullgraph=True, backend="eager")(batch.features[0], batch).refined.normalised
+    for block, expected in targets_of(batch.features[0], batch).refined.normalised.items():
+        assert expected.shape == (2, 17, 24)
+        torch.testing.assert_close(found[block], expected)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if kind.tokenwise])
@@ -228,15 +398,19 @@ def test_tokens_that_equal_their_targets_have_neither_loss_nor_gradient(name: st
     assert moved.grad is not None and torch.equal(moved.grad.abs().sum(-1, keepdim=True) > 1e-6, shown)
 
 
-def test_training_is_the_same_in_parts_and_measures_whole_views(world: Path, place: Path, tmp_path: Path) -> None:
-    logs = []
+@pytest.mark.parametrize("overlap", ["other", "average"])
+def test_training_is_the_same_in_parts_and_measures_whole_views(
+    world: Path, place: Path, mixed: Path, tmp_path: Path, overlap: str
+) -> None:
+    logs, (cache, share) = [], (place, ()) if overlap == "other" else (mixed, ("distill.share=0.2",))
     for parts in (1, 3):
-        config = overlap_config(world, f"distill.accumulate={parts}", "distill.holdout=0.2", "distill.batch_size=8")
-        distill(config, place, tmp_path / str(parts))
+        sets = (f"distill.overlap={overlap}", f"distill.accumulate={parts}", "distill.holdout=0.2", *share)
+        distill(overlap_config(world, *sets, "distill.batch_size=8"), cache, tmp_path / str(parts))
         logs.append(read_log(tmp_path / str(parts) / "log.jsonl"))
     assert [line["loss"] for line in logs[1]] == pytest.approx([line["loss"] for line in logs[0]], rel=1e-4)
-    # Held-out views are measured whole, so that their loss is the larger one.
-    assert logs[0][-1]["held_out_loss"] > 1.1 * logs[0][-1]["loss"]
+    if overlap == "other":
+        # Held-out views are measured whole, so that their loss is the larger one.
+        assert logs[0][-1]["held_out_loss"] > 1.1 * logs[0][-1]["loss"]
 
 
 @pytest.mark.parametrize("objective", ["gram", "{mse: 1, relation: 1}"])
@@ -252,5 +426,18 @@ def test_what_has_no_other_view_is_refused(world: Path, tmp_path: Path) -> None:
         UserError, match=r"one view of image 'class\d/\d+', .* --views 2 --set views.kind=random-resized-crop, in a new"
     ):
         distill(overlap_config(world), world / "cache", tmp_path / "run")
-    with pytest.raises(UserError, match="overlap: adapters .* see one view; set joint=false"):
-        config_with("distill.overlap=true", "distill.joint=true")
+    for overlap in ("other", "average"):
+        with pytest.raises(UserError, match="overlap: adapters .* see one view; set joint=false"):
+            config_with(f"distill.overlap={overlap}", "distill.joint=true")
+    with pytest.raises(UserError, match="distill.overlap: input should be 'none', 'other' or 'average', got True"):
+        config_with("distill.overlap=true")
+
+
+def test_averages_need_whole_grids_and_a_second_view(world: Path, mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one view of image .* needs another one; .* or set distill.overlap=none"):
+        distill(overlap_config(world, "distill.overlap=average"), world / "cache", tmp_path / "run")
+    config = overlap_config(world, "distill.overlap=average", "cache.token_share=0.5")
+    cache_teacher(config, shards(world), tmp_path / "sampled")
+    with pytest.raises(UserError, match="overlap: .* holds only some of the patches .* set distill.overlap=none"):
+        distill(config, tmp_path / "sampled", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

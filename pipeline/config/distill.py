@@ -70,10 +70,12 @@ class DistillConfig(TrainingConfig):
     share_keep: Literal["hard", "easy"] = key(
         "hard", "el2n, prototypes, loss: whether the images with the highest or the lowest scores are kept", shared=True
     )
-    overlap: bool = key(
-        False,
-        "the patches of a view are taught by those of another stored view of its image, where both show the same, and "
-        "elsewhere by none; CLS by its own. An image needs two views; twice as much is read",
+    overlap: Literal["none", "other", "average"] = key(
+        "none",
+        "how other stored views of an image teach the patches of a view, where they show the same places; CLS is "
+        "taught by its own view. other: the patches of one other view, and elsewhere nothing; an image needs two "
+        "views, and twice as much is read. average: means over the view itself and at most three others; up to four "
+        "times as much is read",
         shared=True,
     )
     teacher: str | tuple[str | None, ...] | None = key(
@@ -108,7 +110,7 @@ class DistillConfig(TrainingConfig):
             raise UserError("share_by: loss is that of a trained student; give its run (--set distill.share_run=RUN)")
         if self.share_by != "loss" and self.share_run is not None:
             raise UserError(f"share_run: {self.share_by} needs no run; set distill.share_by=loss, or leave it out")
-        if self.overlap and self.joint:
+        if self.overlap != "none" and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
         for blocks in filter(None, self.blocks_by_teacher or ()):
             if wrong := self._unweighted(blocks):

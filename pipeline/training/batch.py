@@ -28,9 +28,10 @@ class Batch:
     pixels: {size: (n, height, width, 3)}, 0 to 255, at the image size of every student, uint8 unless they are mixed;
     features: those of each teacher, as they are stored until a step decodes them; weights: (n,), the weight of each
     record in the mean; labels: (n,) int64, negative where there is none, or (n, classes), shares of classes; filling:
-    how many records at the end only fill up and have weight 0; places: (n, 2, 5), where each view is, and the other one
-    whose patches teach it (distill.overlap), None if each teaches itself: the features of the other views follow as n
-    further records; step: its number in the whole training.
+    how many records at the end only fill up and have weight 0; places: (n, V, 5), where each view is, and the others
+    that teach it (distill.overlap), None if each teaches itself: the features of the first other views follow as n
+    further records, then those of the second, and so on; average: whether the targets are means over all of these
+    views, and not patches of the one other; step: its number in the whole training.
     """
 
     pixels: dict[ImageSize, Tensor]
@@ -39,6 +40,7 @@ class Batch:
     labels: Tensor
     filling: int = 0
     places: Tensor | None = None
+    average: bool = False
     step: int = 0
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -57,14 +59,14 @@ class Batch:
         assert all(isinstance(of_teacher, Decoded) for of_teacher in self.features)
         count = len(self.weights)
         size, real = part_size(count, parts), count - self.filling
-        numbers = torch.arange(2 * count).view(2, count)
         for start in range(0, count, size):
             rows = slice(start, start + size)
             filling = min(start + size, count) - max(start, min(start + size, real))
             part = replace(self, filling=filling).map(itemgetter(rows))
             if self.places is not None:
-                both = itemgetter(numbers[:, rows].flatten())
-                part = replace(part, features=[of_teacher.map(both) for of_teacher in self.features])
+                numbers = torch.arange(self.places.shape[1] * count).view(-1, count)
+                of_part = itemgetter(numbers[:, rows].flatten())
+                part = replace(part, features=[of_teacher.map(of_part) for of_teacher in self.features])
             yield part
 
 
@@ -92,7 +94,8 @@ class BatchLoader:
 
     caches: of the same records; views and labels come from the first. files: the images of the first cache, None if the
     cache holds the views; sizes: those of the students' images, in pixels; records: those of the cache that are loaded,
-    and then have the numbers from 0 on; default: all; others: chooses the view that teaches each record; None: its own.
+    and then have the numbers from 0 on; default: all; others: chooses the other views that teach each record; None: no
+    others do.
     """
 
     def __init__(
@@ -125,7 +128,7 @@ class BatchLoader:
     @property
     def record_bytes(self) -> int:
         """Return the stored size of the features that are read for a record, from all caches, in bytes."""
-        return sum(cache.record_bytes for cache in self.caches) * (1 if self.others is None else 2)
+        return sum(cache.record_bytes for cache in self.caches) * (1 if self.others is None else self.others.views)
 
     def __call__(
         self, lists: Iterable[Sequence[BatchIndices]], workers: int, meter: Meter | None = None, most: int | None = None
@@ -140,13 +143,15 @@ class BatchLoader:
         features = prefetch(self.features, again, workers, meter, most)
         with closing(images), closing(features):
             for (indices, pixels), encoded in zip(images, itertools.chain.from_iterable(features), strict=True):
-                own, places = self._stored(indices.records), None
+                own = self._stored(indices.records)
                 labels = self.labels[torch.from_numpy(own)].long()
                 filling = int((indices.weights == 0).sum())
                 weights = torch.from_numpy(indices.weights)
+                batch = Batch(pixels, encoded, weights, labels, filling, step=indices.step)
                 if self.others is not None:
                     places = self.others.places(own, self.others.choose(own, indices.epoch))
-                yield Batch(pixels, encoded, weights, labels, filling, places, indices.step)
+                    batch = replace(batch, places=places, average=self.others.average)
+                yield batch
 
     def pixels(self, indices: BatchIndices) -> tuple[BatchIndices, dict[ImageSize, Tensor]]:
         """Return the batch indices, and the views of their records, {size: (n, height, width, 3) uint8}."""
@@ -162,7 +167,7 @@ class BatchLoader:
         read = [self._stored(indices.records) for indices in batches]
         if self.others is not None:
             read = [
-                np.concatenate([own, self.others.choose(own, indices.epoch)])
+                np.concatenate([own, self.others.choose(own, indices.epoch).ravel()])
                 for own, indices in zip(read, batches, strict=True)
             ]
         records, counts = np.concatenate(read), [len(one) for one in read]

@@ -113,10 +113,13 @@ class NewStudent:
         if self.share < 1:
             self.distiller.drop_patches(self.share, settings)
         self.others = None
-        if settings.overlap:
+        if settings.overlap != "none":
             for branch in branches:
-                branch.check_tokenwise("overlap=false", "the two views have other ones")
-            self.others = OtherViews(teachers[0].cache, settings.seed)
+                if settings.overlap == "other":
+                    branch.check_tokenwise("overlap=none", "the two views have other ones")
+                else:
+                    branch.targets.check_whole("overlap=none", "the views of an image have other ones")
+            self.others = OtherViews(teachers[0].cache, settings.seed, average=settings.overlap == "average")
         self.records, self.held_out = split or split_images(teachers[0].cache, settings)
         self.count = len(teachers[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)

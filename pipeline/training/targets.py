@@ -9,7 +9,7 @@ from pipeline.cache.reader import Cache
 from pipeline.models.backbone import Backbone
 from singer.errors import UserError
 from singer.objectives import Objective, ObjectiveContext, Tokens
-from singer.overlap import resample_overlap
+from singer.overlap import average_overlap, resample_overlap
 from singer.refiner import Refiner
 from singer.tokens import resize_tokens, select_tokens, take_patches
 
@@ -75,6 +75,18 @@ class Targets:
         with torch.autocast(self.device.type, enabled=False):
             cleaned = {b: self.refiner.clean(x, b) for b, x in features.items()}
             return Tokens({b: self.refiner.normaliser(b)(x) for b, x in cleaned.items()}, cleaned)
+
+    @torch.no_grad()
+    def averages(self, features: Mapping[int, Tensor], places: Tensor) -> dict[int, Tensor]:
+        """Average the patches of each view over all its image's views that show them: {block: (B, N, d)}.
+
+        features: {block: (V · B, N, d)}, as they are in a Batch; places: those of it.
+        """
+        teacher = self.cache.manifest.teacher
+        with torch.autocast(places.device.type, enabled=False):
+            return {
+                b: average_overlap(x, teacher.prefix_tokens, teacher.grid_of(b), places) for b, x in features.items()
+            }
 
     def check_whole(self, off: str, why: str) -> None:
         """Raise UserError if the cache has only some of the patches.

@@ -41,7 +41,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class BatchTargets:
-    """A teacher's refined tokens of a batch, and which patches they are, (B, k), None for all.
+    """A teacher's refined tokens of a batch that are compared, and which patches they are, (B, k), None for all.
 
     adapter_losses: {name: loss} of the adapters that refine them in joint training; else empty.
     """
@@ -149,9 +149,16 @@ class TeacherBranch:
         """Return the targets of a batch."""
         decoded = self.targets.decode(features)
         if self.joint is None:
-            return BatchTargets(self.targets.refine(decoded.blocks), decoded.positions, {})
-        refined, losses = self._adapted(decoded.blocks, batch)
-        return BatchTargets(Tokens(refined, refined), decoded.positions, losses)
+            refined = self.targets.refine(decoded.blocks)
+            losses: dict[str, Tensor] = {}
+        else:
+            adapted, losses = self._adapted(decoded.blocks, batch)
+            refined = Tokens(adapted, adapted)
+        normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
+        cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
+        if batch.places is not None and batch.average:
+            normalised, cleaned = (self.targets.averages(x, batch.places) for x in (normalised, cleaned))
+        return BatchTargets(Tokens(normalised, cleaned), decoded.positions, losses)
 
     def compare(
         self,
@@ -168,12 +175,10 @@ class TeacherBranch:
         """
         targets, refined, positions = self.targets, of_batch.refined, of_batch.positions
         student = self.tokens(outputs, positions, kept)
-        normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
-        if batch.places is None:
-            cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
-            wanted = Tokens(*(targets.target_tokens(x, positions, kept) for x in (normalised, cleaned)))
+        if batch.places is None or batch.average:
+            wanted = Tokens(*(targets.target_tokens(x, positions, kept) for x in (refined.normalised, refined.cleaned)))
         else:
-            wanted = Tokens(targets.overlap_tokens(normalised, student.normalised, batch.places, kept))
+            wanted = Tokens(targets.overlap_tokens(refined.normalised, student.normalised, batch.places, kept))
         if masked is not None:
             own = masked if kept is None else masked.gather(1, kept)
             wanted = Tokens({b: only_masked(x, student.normalised[b], own) for b, x in wanted.normalised.items()})
