@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Protocol
 
@@ -57,15 +58,23 @@ class Batch:
         assert all(isinstance(of_teacher, Decoded) for of_teacher in self.features)
         count = len(self.weights)
         size, real = part_size(count, parts), count - self.filling
-        numbers = torch.arange(2 * count).view(2, count)
         for start in range(0, count, size):
             rows = slice(start, start + size)
             filling = min(start + size, count) - max(start, min(start + size, real))
             part = replace(self, filling=filling).map(itemgetter(rows))
             if self.places is not None:
-                both = itemgetter(numbers[:, rows].flatten())
-                part = replace(part, features=[of_teacher.map(both) for of_teacher in self.features])
+                features = [of_teacher.map(partial(_of_both, rows=rows)) for of_teacher in self.features]
+                part = replace(part, features=features)
             yield part
+
+
+def _of_both(x: Tensor, rows: slice) -> Tensor:
+    """Return some of the views and of the other ones that teach them; x: (2 n, ...), first the former.
+
+    A slice is a view on the device; numbers of rows would be copied there, and the CPU would wait.
+    """
+    pairs: Tensor = x.unflatten(0, (2, -1))
+    return pairs[:, rows].flatten(0, 1)
 
 
 class Loader(Protocol):
