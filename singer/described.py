@@ -89,10 +89,14 @@ class DescribedMaps(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass, if the module can. Raises UserError if it cannot."""
-        for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+        # The last two are those of transformers: newer versions warn of the last, and some models cannot.
+        # Neither DDP nor a compiler gets along with reentrant checkpointing.
+        own, new, old = "set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        options, able = {"use_reentrant": False}, getattr(self.backbone, "supports_gradient_checkpointing", True)
+        for name, arguments in ((own, ()), (new, (options,)), (old, (options,))):
             method: Any = getattr(self.backbone, name, None)
-            if method is not None:
-                method()
+            if method is not None and able:
+                method(*arguments)
                 return
         raise UserError(f"student.checkpointing: {type(self.backbone).__name__} has no set_grad_checkpointing")
 

@@ -501,6 +501,16 @@ def test_checkpointing_and_accumulation_change_nothing_but_memory(world: Path, t
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
 
 
+def test_checkpointing_repeats_what_was_drawn(world: Path, tmp_path: Path) -> None:
+    """Two students on one pass that leave out patches and paths, and see each batch twice, learn what they do alone."""
+    sets = ["student.drop_path=0.3", "distill.token_share=0.5", "distill.mask_share=0.25", "distill.epochs=1"]
+    configs = [world_config(world, *sets, f"student.checkpointing={name}") for name in ("true", "false")]
+    specs = [StudentSpec(config, tmp_path / name) for config, name in zip(configs, "ab", strict=True)]
+    losses = [result.loss for result in fan_out(specs, world / "cache")]
+    alone = distill(configs[1], world / "cache", tmp_path / "alone").loss
+    assert losses == pytest.approx([alone, alone], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
 def test_students_with_feature_maps(world: Path, tmp_path: Path, name: str) -> None:
     """Matched by stage, and compared on the teacher's grid."""

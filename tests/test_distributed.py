@@ -34,6 +34,7 @@ from pipeline.students.new import new_student
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.fsdp import WholeModel, WholeOptimiser, check_fsdp
 from pipeline.training.run_log import read_log
+from pipeline.training.student_run import StudentRun
 from singer.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +168,49 @@ def test_half_of_the_patches_on_two_processes(
     assert "the student sees 50 % of its patches" in said
     lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if "held_out_knn" in line]
     assert len(lines) == 4 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
+
+
+def _note_states(notes: Path) -> None:
+    """Let each process store, at the end of its training, all that it has trained, buffers too."""
+    finish = StudentRun.finish
+
+    def noting(self: StudentRun, *args: Any) -> None:
+        assert isinstance(self.model.plain, torch.nn.parallel.DistributedDataParallel)
+        assert not self.model.plain.broadcast_buffers
+        state = {**self.learner.state_dict(), **dict(self.learner.named_buffers())}
+        safetensors.torch.save_file({name: x.clone() for name, x in state.items()}, notes / os.environ["RANK"])
+        finish(self, *args)
+
+    StudentRun.finish = noting  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_checkpointing_on_two_processes(world: Path, config_file: Path, tmp_path: Path) -> None:
+    """With parts of a batch and a share of the patches it changes no loss. Processes hold the same bits without a
+
+    broadcast, also those of queues and running means.
+    """
+    objective = "distill.objective={mse: 1, queue: 0.1, angle: 1, prototypes: 0.1}"
+    sets = [
+        objective,
+        "distill.accumulate=2",
+        "distill.token_share=0.5",
+        "student.drop_path=0.2",
+        "distill.clip_grad=1",
+    ]
+    losses = []
+    for name in ("false", "true"):
+        notes, out = tmp_path / f"notes-{name}", tmp_path / name
+        notes.mkdir()
+        options = [word for value in [*sets, f"student.checkpointing={name}"] for word in ("--set", value)]
+        inputs = ["--cache", world / "cache", "--refiner", world / "adapters", "--config", config_file]
+        launch(2, "distill", *inputs, "--out", out, *options, before=partial(_note_states, notes))
+        first, second = (safetensors.torch.load_file(notes / rank) for rank in "01")
+        assert any(name.endswith(".queue") for name in first) and first.keys() == second.keys()
+        assert all(torch.equal(second[name], x) for name, x in first.items())
+        losses.append(torch.tensor([line["loss"] for line in read_log(out / "log.jsonl")]))
+    assert len(losses[0]) >= 4
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

@@ -23,14 +23,16 @@ from pipeline.evaluation.classification import probe as probe_classification
 from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.domain_shift import DomainShift
 from pipeline.evaluation.global_features import features
-from pipeline.evaluation.model_inputs import compute_tokens
+from pipeline.evaluation.model_inputs import compute_head, compute_tokens, load_inputs
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.evaluation.retrieval import Retrieval
 from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_model, load_saved
+from pipeline.reports.scores import columns_of, read_figures
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.prepare import prepare
+from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.metrics import knn_scores, retrieval_figures, wilson_percent
 
@@ -99,6 +101,38 @@ def test_too_few_images_are_said_before_features_are_computed(task: str, world: 
     with pytest.raises(UserError, match="--train has 2 images: .* or one strength"):
         evaluate(config, world / "teacher", tmp_path / "two", tmp_path / "two", task, tmp_path / "out")
     assert not (tmp_path / "features").exists()
+
+
+def test_a_model_computes_in_16_bits_and_its_head_in_float32(world: Path) -> None:
+    images, vit, last = index_images(str(world / "test" / "*.tar")), make_vit(), 3
+    halves, wholes = (world_config(world, QUICK, f"evaluate.precision={name}").evaluate for name in ("bf16", "auto"))
+    half, whole = (torch.cat([*compute_tokens(vit, images, s, CPU, 1.0)]) for s in (halves, wholes))
+    batch = torch.cat([*load_inputs(vit, images, wholes, CPU, 1.0)])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = vit.model.forward_features(batch)
+        torch.testing.assert_close(half, block_outputs(vit.model, batch, [last])[last].float())
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+    torch.testing.assert_close(half, whole, rtol=0, atol=0.05 * float(whole.std()))
+
+    logits = torch.cat([*compute_head(vit, images, halves, CPU, 1.0)])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, vit.model.forward_head(found.float()))
+        torch.testing.assert_close(torch.cat([*compute_head(vit, images, wholes, CPU, 1.0)]), vit.model(batch))
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_features_and_figures_know_their_precision(world: Path, tmp_path: Path) -> None:
+    """What auto is on a CPU, too. Kept features of one precision are not taken for those of another."""
+    train, test, kept = str(world / "train" / "*.tar"), str(world / "test" / "*.tar"), tmp_path / "features"
+    said = []
+    for name in ("auto", "no", "bf16"):
+        config = world_config(world, QUICK, f"evaluate.precision={name}", f"evaluate.features={kept}")
+        written = evaluate(config, world / "teacher", train, test, out=tmp_path / name).written
+        assert written is not None
+        said.append((json.loads(written.read_text())["config"]["precision"], len(list(kept.iterdir()))))
+    assert said == [("no", 2), ("no", 2), ("bf16", 4)]
+    columns = columns_of([read_figures(tmp_path / "auto")])
+    assert columns and all("; in float32" in column.probe.words for column in columns)
 
 
 def test_run_is_probed_and_the_result_kept(world: Path, config: Config, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A step of training as a GPU does it: one graph, and no waiting for the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from pipeline.runtime import devices
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.compiling import Compilable
 from pipeline.runtime.progress import Meter
+from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.distiller import Distiller
+from pipeline.training.mixing import Mixing
+from pipeline.training.optimisers import new_optimiser
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import fetched
 from pipeline.training.targets import Targets
@@ -31,6 +35,7 @@ from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.to_device import on_device
 from singer.errors import UserError
 from singer.lora import train_low_rank
+from singer.objectives import OBJECTIVES
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -39,7 +44,7 @@ class Waits(TorchDispatchMode):
     """Finds what would make the CPU wait for a GPU; meta tensors stand for those on the GPU.
 
     Reading a number, a branch on one, a selection by a mask and a copy to the CPU fail on them by themselves. A copy
-    to the device must be asynchronous.
+    to the device must be asynchronous, and numbers of rows must be there already.
     """
 
     def __torch_dispatch__(
@@ -51,6 +56,9 @@ class Waits(TorchDispatchMode):
             assert kwargs.get("non_blocking"), "a copy that the CPU waits for"
         if name == "aten::copy_" and args[1].device != args[0].device:
             assert args[2] if len(args) > 2 else kwargs.get("non_blocking"), "a copy that the CPU waits for"
+        if name.startswith("aten::index") and first is not None and first.device == META:
+            rows = [x for x in args[1] if x is not None] if isinstance(args[1], list | tuple) else []
+            assert all(x.device == META for x in rows), "numbers of rows that are sent from the CPU"
         return found
 
 
@@ -67,11 +75,13 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda name, *args, **kwargs: autocast("cpu", *args, **kwargs))
 
 
-def setup(world: Path, device: torch.device, *sets: str) -> tuple[Cache, Distiller, Batch]:
+def setup(
+    world: Path, device: torch.device, *sets: str, objectives: Mapping[str, float] = {"mse": 1.0, "cosine": 0.5}
+) -> tuple[Cache, Distiller, Batch]:
     """A student of the world, and a batch as it is read."""
     cache, student = Cache(world / "cache"), new_student(world_config(world, *sets).student, 32)
     targets = Targets(cache, load_refiner(world / "adapters", cache), student, device)
-    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0, "cosine": 0.5}))])
+    model = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching(objectives))])
     weights = torch.full((6,), 1 / 6).numpy()
     indices = BatchIndices(torch.arange(6).numpy(), weights)
 
@@ -97,6 +107,51 @@ def test_a_step_waits_for_nothing(world: Path, sets: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("meta_device")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_with_all_its_parts_waits_for_nothing(world: Path, optimizer: str) -> None:
+    """Parts of a batch, other views, a share of the patches, masks, and a limit of the gradient."""
+    config = world_config(world, f"distill.optimizer={optimizer}")
+    _, model, stored = setup(world, META, "student.patch_size=4", objectives={"mse": 1, "unic": 1})
+    model.drop_patches(0.5, config.distill)
+    model.mask_patches(0.25, 0.5)
+    optimiser = new_optimiser(model, config.distill, META)
+    views = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0], [0.2, 0.2, 1.0, 1.0, 1.0]]).expand(len(stored.weights), -1, -1)
+    both = [of_teacher.map(lambda x: torch.cat([x, x])) for of_teacher in stored.features]
+    model.train()
+    with Waits():
+        batch = replace(stored, features=both, places=views).map(partial(moved, device=META))
+        for part in model.decoded(model.begin_step(batch, 2)).split(3):
+            losses, _ = model(part)
+            torch.stack(list(losses.values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    assert set(losses) == {f"{m}{n}" for m in ("", "masked.") for n in ("mse.2", "mse.3", "unic.2", "unic.3")}
+
+
+@pytest.mark.usefixtures("meta_device")
+@pytest.mark.parametrize("name", sorted(n for n, o in OBJECTIVES.items() if not o.in_teacher_units))
+def test_objectives_wait_for_nothing(world: Path, name: str) -> None:
+    """Those that the teacher's suffix reads are checked when they are made, which needs numbers."""
+    _, model, stored = setup(world, META, objectives={name: 1.0})
+    model.train()
+    with Waits():
+        losses, _ = model(stored.map(partial(moved, device=META)))
+        torch.stack(list(losses.values())).sum().backward()
+    assert all(loss.device.type == "meta" for loss in losses.values())
+
+
+@pytest.mark.usefixtures("meta_device")
+def test_mixing_waits_for_nothing() -> None:
+    mixing = Mixing(load_config(sets=["finetune.mixup=0.8", "finetune.cutmix=1"]).finetune, 5)
+    pixels, labels = torch.zeros(6, 8, 8, 3, dtype=torch.uint8), torch.arange(6) % 5
+    with Waits():
+        for step in range(8):  # by the step, images are mixed by Mixup, by CutMix or not at all
+            batch = Batch({8: pixels}, [], torch.ones(6) / 6, labels, step=step).map(partial(moved, device=META))
+            mixed = mixing(batch)
+    assert mixed.labels.shape == (6, 5) and mixed.labels.device == META
+
+
+@pytest.mark.usefixtures("meta_device")
 @pytest.mark.parametrize(
     "wait",
     [
@@ -106,6 +161,7 @@ def test_a_step_waits_for_nothing(world: Path, sets: list[str]) -> None:
         lambda x: x.cpu(),
         lambda x: x * torch.tensor([1.0, 2.0], device=x.device),
         lambda x: x * torch.ones(2).to(x.device),
+        lambda x: x[torch.arange(2)],
     ],
 )
 def test_what_waits_is_found(wait: Callable[[torch.Tensor], object]) -> None:
@@ -145,6 +201,27 @@ def test_a_step_is_one_graph(world: Path, sets: list[str], rank: int) -> None:
     losses, _ = torch.compile(model, fullgraph=True, backend="eager")(stored)
     for name, loss in model(stored)[0].items():
         torch.testing.assert_close(losses[name], loss)
+
+
+@pytest.mark.slow
+def test_two_shares_of_the_patches_make_few_graphs(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each share and size of a batch; other numbers of outliers need none."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    sets = ["distill.token_share=0.5", "distill.whole_share=0.5", "distill.batch_size=40", "distill.epochs=4"]
+    plain = distill(world_config(world, *sets), world / "cache", tmp_path / "plain", world / "adapters")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    config = world_config(world, *sets, "distill.compile=true")
+    compiled = distill(config, world / "cache", tmp_path / "compiled", world / "adapters")
+    assert compiled.steps == 12 and 1 < len(graphs) <= 4
+    assert compiled.loss == pytest.approx(plain.loss, rel=1e-4)
 
 
 def test_a_compiler_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,30 @@ def test_tokens_and_suffix_are_the_models_own(kind: str) -> None:
         assert find_suffix(wide, f"hf:{kind}", arguments, last, (size, 2 * size)) is not None
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_checkpointing_changes_no_gradient(kind: str) -> None:
+    found, runs = [], []
+    if kind == "dinov3_convnext":
+        with pytest.raises(UserError, match="student.checkpointing: DINOv3ConvNextModel has no"):
+            build(kind).set_grad_checkpointing()
+        return
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seeded(1)))
+    for checkpointing in (False, True):
+        model = build(kind).train()
+        if checkpointing:
+            model.set_grad_checkpointing()
+        inner, calls = next(m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)), list[None]()
+        inner.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        torch.manual_seed(seeded(2))  # a DINOv3 in training changes its positions at random
+        outputs = block_outputs(model, images, [0, depth(model) - 1])
+        torch.stack([x.square().mean() for x in outputs.values()]).sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+        runs.append(len(calls))
+    assert runs == [1, 2], "the first block runs again in the backward pass"
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
 def test_no_image_is_masked() -> None:
     """A ViT-MAE gives the tokens of the ViT with the same weights, in their order."""
     model = build("vit_mae", mask_ratio=0.75)

@@ -176,6 +176,11 @@ class EvaluateConfig(Section):
     crop: Fraction = key(
         1.0, "share of the largest crop of the input's shape that is kept; dense tasks keep all", only=_IMAGES
     )
+    precision: Precision = key(
+        "auto",
+        "autocast of the model, whose features are kept and probed in float32; auto: bf16 on GPUs that compute in it, "
+        "else no (float32)",
+    )
     batch_size: Positive = key(128, "images in a forward pass", "speed")
     workers: Positive = key(2, "threads that decode images", "speed")
     features: UserPath | None = key(

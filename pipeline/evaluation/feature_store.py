@@ -16,6 +16,7 @@ from pipeline.data import Images, listing_hash
 from pipeline.evaluation.context import Features
 from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.models.backbone import Backbone, weight_hash
+from pipeline.runtime.devices import resolved
 from pipeline.storage.file_locks import exclusive
 from pipeline.storage.json_files import read_as, write_json
 from singer.errors import UserError
@@ -26,7 +27,10 @@ _SECONDS = 20.0
 
 
 def identity(backbone: Backbone, images: Images, settings: EvaluateConfig) -> str:
-    """Return a hash of all that features depend on: weights, input, crop, and keys, labels and sizes of the images."""
+    """Return a hash of all that features depend on.
+
+    These are the model's weights, input and precision, the crop, and the keys, labels and sizes of the images.
+    """
     state = backbone.model.state_dict()
     place = {"position": state["pos_embed"]} if "pos_embed" in state else {}
     about = [
@@ -38,6 +42,7 @@ def identity(backbone: Backbone, images: Images, settings: EvaluateConfig) -> st
         backbone.mean,
         backbone.std,
         settings.crop,
+        resolved(settings.precision),
         listing_hash(images),
     ]
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()

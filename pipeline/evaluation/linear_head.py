@@ -11,7 +11,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.data import Images
 from pipeline.evaluation.classification import fit_linear
 from pipeline.evaluation.feature_rows import empty_rows
-from pipeline.evaluation.model_inputs import load_inputs
+from pipeline.evaluation.model_inputs import compute_head
 from pipeline.models.backbone import Backbone
 
 
@@ -23,14 +23,12 @@ def probe_weights(
     A class that no image has gets no weight and the lowest bias. The student is on the device; afterwards it is in eval
     mode.
     """
-    model = student.model.eval()
-    with torch.no_grad():
-        read, done = None, 0
-        for x in load_inputs(student, images, settings, device, 1.0):
-            part = model.forward_head(model.forward_features(x), pre_logits=True).float().cpu()
-            read = empty_rows((len(images), part.shape[1])) if read is None else read
-            read[done : done + len(part)] = part
-            done += len(part)
+    student.model.eval()
+    read, done = None, 0
+    for part in compute_head(student, images, settings, device, 1.0, pre_logits=True):
+        read = empty_rows((len(images), part.shape[1])) if read is None else read
+        read[done : done + len(part)] = part
+        done += len(part)
     assert read is not None
     labels = torch.from_numpy(images.labels).long()
     probe, known, (mean, std) = fit_linear(read, labels, settings, device)

@@ -1,4 +1,4 @@
-"""Images as a frozen model takes them, and the tokens that it makes of them, batch by batch."""
+"""Images as a frozen model takes them, and the tokens and logits that it makes of them, batch by batch."""
 
 from collections.abc import Iterator
 
@@ -11,6 +11,7 @@ from pipeline.data import ImageFile, Images
 from pipeline.data.views import View, apply_view, crop_view, normalise
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.buffers import moved
+from pipeline.runtime.devices import autocast
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import meter
 from singer.backbones import block_outputs, depth
@@ -63,10 +64,34 @@ def compute_tokens(
 ) -> Iterator[Tensor]:
     """Yield all raw tokens of the last block, batch by batch: (B, P + patches, d), P being the prefix tokens.
 
-    They are on the device and without gradients. crop: see load_inputs.
+    They are float32, on the device and without gradients; the model computes in settings.precision. crop: see
+    load_inputs.
     """
     last = depth(backbone.model) - 1
     for batch in load_inputs(backbone, images, settings, device, crop):
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, settings.precision):
             x = block_outputs(backbone.model, batch, [last])[last]
+        yield x.float()
+
+
+def compute_head(
+    backbone: Backbone,
+    images: Images,
+    settings: EvaluateConfig,
+    device: torch.device,
+    crop: float,
+    pre_logits: bool = False,
+) -> Iterator[Tensor]:
+    """Yield what the head of a timm model gives, batch by batch: logits (B, classes), float32, without gradients.
+
+    The model computes in settings.precision, and its head in float32: 16 bits would make the largest logits of an image
+    equal. pre_logits: yield what the last layer of the head reads, (B, width). crop: see load_inputs.
+    """
+    model = backbone.model
+    for batch in load_inputs(backbone, images, settings, device, crop):
+        with torch.no_grad():
+            with autocast(device, settings.precision):
+                found = model.forward_features(batch)
+            found = found.float() if isinstance(found, Tensor) else [x.float() for x in found]  # CoaT gives a list
+            x = model.forward_head(found, pre_logits=pre_logits)
         yield x

@@ -7,14 +7,13 @@ classes compete, as in domain_shift.py.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pipeline.config import EvaluateConfig
 from pipeline.data import Images, require_labels
 from pipeline.evaluation.classification import accuracy
 from pipeline.evaluation.context import EvaluateResult, EvaluationContext
 from pipeline.evaluation.domain_shift import compete, read_class_map
-from pipeline.evaluation.model_inputs import load_inputs
+from pipeline.evaluation.model_inputs import compute_head
 from singer.errors import UserError
 
 
@@ -36,10 +35,9 @@ def probe(context: EvaluationContext) -> OwnHead:
     """
     check(context.learn_from, context.test, context.settings)
     rivals, right = compete(_class_of_label(context), context.test)
-    with torch.no_grad():
-        settings = context.settings
-        batches = load_inputs(context.backbone, context.test, settings, context.device, settings.crop)
-        figures = accuracy((context.backbone.model(x).float()[:, rivals] for x in batches), right)
+    settings = context.settings
+    batches = compute_head(context.backbone, context.test, settings, context.device, settings.crop)
+    figures = accuracy((logits[:, rivals] for logits in batches), right)
     return context.result(OwnHead, 0, classes=len(rivals), **figures)
 
 

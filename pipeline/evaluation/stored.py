@@ -12,6 +12,7 @@ from pipeline.cache.statistics import evenly_spaced
 from pipeline.config import Config
 from pipeline.data import ImageFile, Images, image_digest
 from pipeline.evaluation.context import Answer, EvaluateResult, EvaluationContext
+from pipeline.runtime.devices import resolved
 from pipeline.storage import is_remote
 from pipeline.storage.json_files import write_json
 from pipeline.training.run_directory import DistillResult, TeacherLink
@@ -86,4 +87,5 @@ def store_result(context: EvaluationContext, result: EvaluateResult, task: str, 
     place = hashlib.sha256(repr(places).encode()).hexdigest()[:8]
     about = {"model": model, "written": None, "task": task, "images": place}
     context.file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(context.file, {**asdict(result), **about, "config": context.settings.model_dump(mode="json")})
+    settings = context.settings.model_copy(update={"precision": resolved(context.settings.precision)})
+    write_json(context.file, {**asdict(result), **about, "config": settings.model_dump(mode="json")})

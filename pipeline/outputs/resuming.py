@@ -46,7 +46,7 @@ def sections_of(stage: str, config: Config) -> tuple[str, ...]:
     if stage == "distill" and config.distill.joint:
         return (*sections, "refine")
     if stage == "finetune" and config.finetune.head == "probe":
-        return (*sections, "evaluate.strengths", "evaluate.seed")
+        return (*sections, "evaluate.strengths", "evaluate.seed", "evaluate.precision")
     return sections
 
 

@@ -40,6 +40,8 @@ class Probe:
         for key, value in self.settings:
             if key == "image_size":
                 words[key] = "at the model's own resolution" if value is None else f"at {Size.of(value)} px"
+            elif key == "precision":
+                words[key] = f"in {'float32' if value == 'no' else value}"
             elif key not in words and value is not None:
                 values = ", ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
                 words[key] = f"{key.replace('_', ' ')} {values}"

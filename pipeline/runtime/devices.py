@@ -6,13 +6,17 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, patch_environment
 
 from pipeline.config import Config, Precision
 from pipeline.runtime.ranks import limit_seconds
 
 _COLLECTIVE_SECONDS = 1800.0
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Buffers are not broadcast in every step: objectives and SyncBatchNorm make theirs from the records of all processes,
+# and of those of other batch norms the first process's are stored. Gradients are views of what is sent, so that they
+# are not held twice. Why other settings of DDP stay as they are: docs/log.md, "TF32, and the settings of DDP".
+_DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def default_device() -> torch.device:
@@ -62,7 +66,7 @@ def make_accelerator(precision: Precision) -> Accelerator:
     this_process()
     AcceleratorState._reset_state()
     with _without_fsdp():
-        return Accelerator(mixed_precision=resolved(precision))
+        return Accelerator(mixed_precision=resolved(precision), kwargs_handlers=[_DDP])
 
 
 def _without_fsdp() -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
-from pipeline.runtime.devices import default_device
+from pipeline.runtime.devices import default_device, resolved
 from pipeline.storage import whole_file
 from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
@@ -86,6 +86,7 @@ def embed(
     backbone.model.to(device)
     shape, start, done, name = shape_of(backbone, features), time.perf_counter(), 0, FEATURES[features]
     about: dict[str, object] = {"model": str(model), "features": features, "tokens": tokens, "shape": list(shape)}
+    about["precision"] = resolved(config.evaluate.precision)
     names = names_file(out) if out.suffix == ".npy" else None
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as temporary, FORMATS[out.suffix](temporary, len(listed), shape, about) as write:

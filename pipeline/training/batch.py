@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Protocol
 
@@ -64,10 +65,18 @@ class Batch:
             filling = min(start + size, count) - max(start, min(start + size, real))
             part = replace(self, filling=filling).map(itemgetter(rows))
             if self.places is not None:
-                numbers = torch.arange(self.places.shape[1] * count).view(-1, count)
-                of_part = itemgetter(numbers[:, rows].flatten())
-                part = replace(part, features=[of_teacher.map(of_part) for of_teacher in self.features])
+                features = [of_teacher.map(partial(_of_each, views=self.places.shape[1], rows=rows)) for of_teacher in self.features]
+                part = replace(part, features=features)
             yield part
+
+
+def _of_each(x: Tensor, views: int, rows: slice) -> Tensor:
+    """Return some of the views, with the other ones of their images; x: (views · n, ...), first their own.
+
+    A slice is a view on the device; numbers of rows would be copied there, and the CPU would wait.
+    """
+    of_views: Tensor = x.unflatten(0, (views, -1))
+    return of_views[:, rows].flatten(0, 1)
 
 
 class Loader(Protocol):
