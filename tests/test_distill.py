@@ -209,10 +209,11 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
 
 
 DEFAULTS = ["student.dim=24", "distill.projector=null", "distill.token_share=null"]
+WINDOWS = ["distill.read_block=4", "distill.shuffle_window=24"]
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS)]
+    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS), (9, WINDOWS)]
 )
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]
