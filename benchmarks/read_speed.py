@@ -39,7 +39,7 @@ from pipeline.cache.stored import Ragged, Stored
 from pipeline.cache.writer import create_segment, small_files, write_zarr_shard
 from pipeline.config import DistillConfig
 from pipeline.data import Images, Keys, listing_hash
-from pipeline.data.sampler import WINDOW_BYTES, batch_index_lists, prefetch_depth
+from pipeline.data.sampler import batch_index_lists, prefetch_depth
 from pipeline.runtime.prefetch import prefetch
 from pipeline.storage import LocalStore
 from pipeline.training.batch import BatchLoader
@@ -167,13 +167,10 @@ def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, 
     count, total = len(cache) // batch, payload_bytes(cache)
 
     loader = BatchLoader([cache], None, [])
-    # The largest window that is read in one piece.
-    largest = WINDOW_BYTES // loader.record_bytes
-    window = max(batch, 1 << int(largest).bit_length() - 1)
 
-    def singer(workers: int, block: int = 1) -> int:
-        settings = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, workers=workers)
-        ahead = prefetch_depth(settings, loader.record_bytes, 1)
+    def singer(workers: int, block: int | None = None) -> int:
+        settings = DistillConfig(batch_size=batch, read_block=block, workers=workers)
+        ahead = prefetch_depth(settings, len(cache), loader.record_bytes, 1)
         lists = batch_index_lists(len(cache), loader.record_bytes, settings, 0, 1, 0, count)
         for _ in prefetch(loader.features, lists, workers, most=ahead):
             pass
@@ -182,8 +179,8 @@ def engines(folder: Path, slow_batches: int, batch: int) -> Iterator[tuple[str, 
     yield MEMORY_MAP, memory_map(folder, batch)
     yield "singer, 1 worker", partial(singer, 1)
     yield "singer, 2 workers", partial(singer, 2)
-    for block in (64, 256):
-        yield f"singer, 2 workers, read_block {block}, shuffle_window {window}", partial(singer, 2, block)
+    for block in (1, 64):
+        yield f"singer, 2 workers, read_block {block}", partial(singer, 2, block)
     if cache.manifest.codec != "float16":
         return
     yield from zarr_engines(folder, slow_batches, "zarr-python")

@@ -210,10 +210,12 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
 
 DEFAULTS = ["student.dim=24", "distill.projector=null", "distill.token_share=null"]
 LORA = ["student.dim=24", "student.init=teacher", "student.lora=2", "distill.holdout=0.1", "distill.keep=best"]
+WINDOWS = ["distill.read_block=4", "distill.shuffle_window=24"]
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "sets"), [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS), (9, LORA)]
+    ("stop_after", "sets"),
+    [(3, []), (9, ["distill.mask_share=0.5"]), (9, REGISTERS), (9, DEFAULTS), (9, LORA), (9, WINDOWS)],
 )
 def test_resume_is_exact(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, sets: list[str]

@@ -1,11 +1,13 @@
 """Read plans: every record once an epoch, in an order that depends on nothing but its arguments."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import DistillConfig
+from pipeline.config import DistillConfig, FinetuneConfig
 from pipeline.data.sampler import (
     PIECE_BYTES,
     WINDOW_BYTES,
@@ -13,7 +15,7 @@ from pipeline.data.sampler import (
     batch_index_lists,
     batch_indices,
     prefetch_depth,
-    reads_windows,
+    shuffle_of,
     steps_per_epoch,
 )
 
@@ -64,12 +66,14 @@ def test_lists_hold_every_step_once(
     window = max(window, block)
     config = DistillConfig(batch_size=batch, read_block=block, shuffle_window=window, epochs=2, seed=3)
     per_epoch = steps_per_epoch(records, batch)
-    in_windows = reads_windows(config, size)
-    assert in_windows == (block > 1 and window * size <= WINDOW_BYTES)
+    shuffle = shuffle_of(config, records, size)
+    in_windows = shuffle.whole
+    assert shuffle[:2] == (block, min(window, records))
+    assert in_windows == (block > 1 and min(window, records) * size <= WINDOW_BYTES)
     together = max(1, PIECE_BYTES // size * world // batch)
     first = min(first, 2 * per_epoch)
-    ahead = prefetch_depth(config, size, world)
-    assert ahead == 2 if in_windows else ahead >= 2 and ahead * together >= 2 * config.workers
+    ahead = prefetch_depth(config, records, size, world)
+    assert ahead == 1 if in_windows else ahead >= 2 and ahead * together >= 2 * config.workers
     lists = list(batch_index_lists(records, size, config, world - 1, world, first, 2 * per_epoch))
     step = first
     for found in lists:
@@ -104,3 +108,61 @@ def test_blocks_stay_near_each_other() -> None:
     order = EpochOrder(10_000, 0, 0, 50, 1000)
     for start in range(0, 10_000, 1000):
         assert len(set((order.stretch(start, start + 1000) // 50).tolist())) == 20
+
+
+@pytest.mark.parametrize(
+    ("record_bytes", "batch", "block", "window"),
+    [
+        (20_000, 256, 26, 13_421),
+        (106_000, 256, 4, 2532),
+        (106_000, 1024, 1, 2532),  # a window would be three batches
+        (20_000, 4096, 1, 13_421),
+        (400_000, 64, 1, 671),  # a block is one record
+        (1 << 29, 1, 1, 1),
+    ],
+)
+def test_the_default_depends_on_the_bytes_of_a_record(record_bytes: int, batch: int, block: int, window: int) -> None:
+    shuffle = shuffle_of(DistillConfig(batch_size=batch), 1_281_167, record_bytes)
+    assert shuffle == (block, window, block > 1)
+    assert window * record_bytes <= max(WINDOW_BYTES, record_bytes)
+
+
+def test_what_is_given_goes_before_the_default() -> None:
+    """A block alone, whatever a window holds; a window alone, with blocks that are a part of it."""
+    of = partial(shuffle_of, records=10**6, record_bytes=400_000)
+    assert of(DistillConfig(read_block=64)) == (64, 671, True)
+    assert of(DistillConfig(read_block=1000)) == (1000, 1000, False)
+    assert of(DistillConfig(read_block=1)) == (1, 671, False)
+    assert of(DistillConfig(shuffle_window=512)) == (1, 512, False)
+    assert of(DistillConfig(shuffle_window=2048)) == (4, 2048, False)
+    assert of(FinetuneConfig())[0] == 1
+
+
+@given(st.integers(1, 6000), st.integers(40, 3000), st.sampled_from([1, 10**5, 10**6, 10**9]), st.integers(1, 4))
+def test_the_default_order(records: int, batch: int, size: int, world: int) -> None:
+    """Every record once an epoch, in batches that all processes of any number divide, whatever was read before."""
+    config = DistillConfig(batch_size=batch, epochs=2)
+    per_epoch = steps_per_epoch(records, batch)
+
+    def batches(world: int, first: int) -> list[np.ndarray]:
+        parts = [
+            [p for found in batch_index_lists(records, size, config, rank, world, first, 2 * per_epoch) for p in found]
+            for rank in range(world)
+        ]
+        return [np.concatenate([p.records[p.weights > 0] for p in step]) for step in zip(*parts, strict=True)]
+
+    alone = batches(1, 0)
+    for epoch in range(2):
+        seen = np.concatenate(alone[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert (np.bincount(seen, minlength=records) == 1).all()
+    first = per_epoch // 2
+    for found, wanted in ((batches(world, 0), alone), (batches(world, first), alone[first:])):
+        assert all((a == b).all() for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_cache_that_fits_in_a_window_is_shuffled_uniformly() -> None:
+    """It is read in one piece, in the order of a plain shuffle."""
+    size, config = WINDOW_BYTES // 5000, DistillConfig(epochs=1)
+    (found,) = batch_index_lists(5000, size, config, 0, 1, 0, steps_per_epoch(5000, config.batch_size))
+    assert shuffle_of(config, 5000, size).whole
+    np.testing.assert_array_equal(np.concatenate([p.records for p in found]), EpochOrder(5000, 0, 0).stretch(0, 5000))

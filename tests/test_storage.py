@@ -1,7 +1,6 @@
 """Stores: one contract for folders and object stores, all or nothing, one writer, and errors of one line."""
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import http.server
@@ -37,7 +36,7 @@ from pipeline.storage import (
     ReadThrough,
     RemoteStore,
     Store,
-    batched_reads,
+    joined_reads,
     locks,
     open_store,
     remote,
@@ -804,15 +803,17 @@ def test_names_in_urls() -> None:
 
 
 class Uneven:
-    """A queue that brings only some of what it is asked for, as a system does whose memory does not hold it all."""
+    """Reads as a system gives them that is interrupted: only some of the bytes, or an error for several places."""
 
-    def __init__(self, queue: batched_reads._Queue, seed: int) -> None:
-        self._queue, self._random = queue, np.random.default_rng(seeded(seed))
+    def __init__(self, seed: int) -> None:
+        self._read, self._random = os.preadv, np.random.default_rng(seeded(seed))
 
-    def read(self, reads: np.ndarray, flags: int) -> np.ndarray:
-        results = self._queue.read(reads, flags)
-        lacking = self._random.random(len(results)) < 0.5
-        return np.where(lacking, self._random.choice([-errno.EAGAIN, 0, 1], len(results)), results)
+    def __call__(self, file: int, places: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        if self._random.random() < 0.5:
+            return self._read(file, places, offset, flags)
+        if len(places) > 1 and self._random.random() < 0.5:
+            raise OSError(errno.EIO, "io")
+        return self._read(file, [places[0][: 1 + int(self._random.integers(len(places[0]) or 1))]], offset, flags)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -820,13 +821,12 @@ class Uneven:
     gaps=st.lists(st.tuples(st.sampled_from([0, 0, 1, 8, 100]), st.integers(2, 40), st.integers(0, 2)), max_size=60),
     most=st.integers(1, 9),
     through=st.sampled_from([0, 8, 50]),
-    at_once=st.sampled_from([1, 7, 128]),
     seed=st.integers(0, 9),
 )
-def test_ranges_are_scattered_to_their_places(
-    tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, at_once: int, seed: int
+def test_ranges_come_to_their_places(
+    tmp_path: Path, gaps: list[tuple[int, int, int]], most: int, through: int, seed: int
 ) -> None:
-    """Whatever is between them, in whichever files and order, and however much of them the system has in memory."""
+    """Whatever is between them, in whichever files and order, and however much of them one read brings."""
     data = [bytes(np.random.default_rng(seeded(n)).integers(0, 256, 10_000, dtype=np.uint8)) for n in range(3)]
     for n in range(3):
         (tmp_path / f"{n}").write_bytes(data[n])
@@ -841,34 +841,51 @@ def test_ranges_are_scattered_to_their_places(
     for file, offset, length, place in zip(which, offsets, lengths, places, strict=True):
         wanted[place : place + length] = np.frombuffer(data[file][offset : offset + length], np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched_reads, "_PIECES", most)
-        patch.setattr(batched_reads, "_NOTHING", np.empty(through, np.uint8))
-        kinds: list[object] = [None]
-        with contextlib.suppress(OSError):  # this system has no queues
-            queue = batched_reads._Queue(at_once)
-            kinds += [queue, Uneven(queue, seed)]
-        for used in kinds:
-            patch.setattr(batched_reads, "_queue", lambda used=used: contextlib.nullcontext(used))
+        patch.setattr(joined_reads, "_PIECES", most)
+        patch.setattr(joined_reads, "_NOTHING", memoryview(bytearray(through)))
+        for read in (os.preadv, Uneven(seed)):
+            patch.setattr(os, "preadv", read)
             out = np.zeros_like(wanted)
             LocalStore(tmp_path).read_ranges(Ranges(["0", "1", "2"], which, offsets, lengths, out, places))
             assert np.array_equal(out, wanted)
 
 
-def test_what_is_not_in_memory_is_asked_for_and_read(tmp_path: Path) -> None:
+def test_neighbours_are_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of records, whatever their order in memory: of numbers without gaps, and of byte strings with headers."""
+    store, content, calls = LocalStore(tmp_path), np.random.default_rng(seeded(0)).bytes(1 << 16), list[int]()
+    store.write("a", content)
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *of: calls.append(len(of[1])) or read(*of))
+    for gap, pieces in ((0, 64), (8, 127)):
+        offsets, places = np.arange(64) * (100 + gap), np.random.default_rng(seeded(1)).permutation(64) * 100
+        lengths, out = np.full(64, 100), np.zeros(6400, np.uint8)
+        store.read_ranges(Ranges(["a"], np.zeros(64, np.int64), offsets, lengths, out, places))
+        for offset, place in zip(offsets.tolist(), places.tolist(), strict=True):
+            assert out[place : place + 100].tobytes() == content[offset : offset + 100]
+        assert calls == [pieces]
+        calls.clear()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_is_not_in_memory_is_asked_for_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Whether or not Python can ask for what is in memory alone."""
     store, content = LocalStore(tmp_path), np.random.default_rng(seeded(0)).bytes(1 << 22)
     store.write("a", content)
     file = os.open(tmp_path / "a", os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(file)
+    if not known:
+        monkeypatch.setattr(joined_reads, "_NOWAIT", 0)
     offsets = list(range(0, 1 << 22, 40_000))[::-1]
     assert ranges(store, "a", offsets, [4000] * len(offsets)) == [content[o : o + 4000] for o in offsets]
 
 
-def test_ranges_in_threads_and_children(store: Store) -> None:
-    """Each has a queue of its own; a child of fork(2) cannot use its parent's."""
+def test_ranges_in_threads_and_children(tmp_path: Path) -> None:
+    """They share open files, and no read moves the place of another one."""
+    store = LocalStore(tmp_path)
     store.write("ten", b"0123456789")
-    if isinstance(store, RemoteStore):
-        pytest.skip("no queue")
     assert ranges(store, "ten", [1], [2]) == [b"12"]
     child = os.fork()
     if not child:
@@ -879,129 +896,18 @@ def test_ranges_in_threads_and_children(store: Store) -> None:
     assert found == [[b"%d" % (n % 10)] for n in range(200)]
 
 
-def test_queues_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By threads that are gone: a system has only so many."""
-    store, given_back = LocalStore(tmp_path), list[int]()
-    store.write("ten", b"0123456789")
-    destroy = batched_reads._give_back
-    monkeypatch.setattr(batched_reads, "_give_back", lambda *of: (given_back.append(1), destroy(*of)))
-    with batched_reads._queue() as queue:
-        if queue is None:
-            pytest.skip("this system has no queues")
-    for _ in range(5):
-        with ThreadPoolExecutor(1) as pool:
-            assert list(pool.map(lambda n: ranges(store, "ten", [n], [1]), range(2))) == [[b"0"], [b"1"]]
-    assert len(given_back) == 5
-
-
-def test_what_an_interrupted_read_leaves_meets_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in a notebook, and the cell run once more."""
-    store, call = LocalStore(tmp_path), batched_reads._call
-    store.write("ten", b"0123456789")
-    for interrupted in range(1, 5):
-        calls = 0
-
-        def interrupt(number: int, *arguments: int, last: int = interrupted) -> int:
-            nonlocal calls
-            calls += 1
-            result = call(number, *arguments)
-            if calls == last:
-                raise KeyboardInterrupt
-            return result
-
-        monkeypatch.setattr(batched_reads, "_call", interrupt)
-        with contextlib.suppress(KeyboardInterrupt):
-            ranges(store, "ten", [7, 2], [2, 2])
-        monkeypatch.setattr(batched_reads, "_call", call)
-        assert ranges(store, "ten", [0, 4, 8], [2, 2, 2]) == [b"01", b"45", b"89"]
-
-
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError) as caught:
-        ranges(LocalStore(tmp_path), "folder", [0], [1])
-    assert caught.value.filename == str(tmp_path / "folder")
+    for count in (1, 2):
+        with pytest.raises(OSError) as caught:
+            ranges(LocalStore(tmp_path), "folder", list(range(count)), [1] * count)
+        assert caught.value.filename == str(tmp_path / "folder")
 
 
-@pytest.mark.slow
-def test_reading_where_queues_are_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_ends_within_joined_ranges_is_named(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     store.write("ten", b"0123456789")
-
-    def refuse() -> None:
-        raise OSError(errno.EPERM, "io_setup")
-
-    monkeypatch.setattr(batched_reads, "_Queue", refuse)
-    monkeypatch.setattr(batched_reads, "_local", threading.local())
     assert ranges(store, "ten", [8, 0, 3], [2, 3, 0]) == [b"89", b"012", b""]
-    with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
-        ranges(store, "ten", [0, 8], [1, 3])
-
-
-# Reads that are not batched
-
-
-def read_back(store: LocalStore) -> bytes:
-    out = np.zeros(5, np.uint8)
-    offsets, lengths, places = (np.array(n, np.int64) for n in ([8, 0], [2, 3], [0, 2]))
-    store.read_ranges((["ten"], np.zeros(2, np.int64), offsets, lengths, out, places))
-    return out.tobytes()
-
-
-def refused_queue(number: int) -> Callable[[], object]:
-    def refuse() -> object:
-        raise OSError(number, "io_setup")
-
-    return refuse
-
-
-@pytest.mark.parametrize(
-    ("number", "reason"),
-    [
-        (errno.EPERM, "io_setup: Operation not permitted)"),
-        (errno.ENOSYS, "io_setup: Function not implemented)"),
-        (errno.EAGAIN, "more are possible with a larger fs.aio-max-nr"),
-    ],
-)
-def test_refused_queues_are_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, reason: str
-) -> None:
-    store = LocalStore(tmp_path)
-    store.write("ten", b"0123456789")
-    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
-    monkeypatch.setattr(batched_reads, "_local", threading.local())
-    monkeypatch.setattr(batched_reads, "_Queue", refused_queue(number))
-    threads = [threading.Thread(target=read_back, args=[store]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert read_back(store) == b"89012"
-    said = capfd.readouterr().err
-    assert said.count("features are read one range after the other, which is slower") == 1 and reason in said
-
-
-def test_refused_reads_are_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """The system has a queue to give, but takes no read of this file."""
-    store, call = LocalStore(tmp_path), batched_reads._call
-    store.write("ten", b"0123456789")
-    monkeypatch.setattr(batched_reads, "_told", threading.Lock())
-    monkeypatch.setattr(batched_reads, "_local", threading.local())
-    with batched_reads._queue() as queue:
-        if queue is None:
-            pytest.skip("this system has no queues")
-    capfd.readouterr()
-    assert read_back(store) == b"89012" and capfd.readouterr().err == ""
-    submit = queue._submit
-
-    def refuse(number: int, *arguments: int) -> int:
-        if number != submit:
-            return call(number, *arguments)
-        ctypes.set_errno(errno.EINVAL)
-        return -1
-
-    monkeypatch.setattr(batched_reads, "_call", refuse)
-    assert read_back(store) == read_back(store) == b"89012"
-    assert capfd.readouterr().err.count("(io_submit: Invalid argument)") == 1
+    for offsets, lengths in (([0, 8], [1, 3]), ([8, 10], [2, 1]), ([4, 8, 12], [4, 4, 4])):
+        with pytest.raises(UserError, match="/ten ends too early; run singer cache verify"):
+            ranges(store, "ten", offsets, lengths)

@@ -70,7 +70,7 @@ def one(bench: Bench, name: str, config: Config, refiner: Path, count: int) -> I
     with open_images(cache) as files:
         load = BatchLoader([cache], files, [s.image_size for s in students])
         lists = batch_index_lists(len(cache), load.record_bytes, settings, 0, 1, 0, 10**6)
-        ahead = prefetch_depth(settings, load.record_bytes, 1)
+        ahead = prefetch_depth(settings, len(cache), load.record_bytes, 1)
         started = StartedSteps()
         meter = Meter("steps", 1, "images", True, 0, started.busy)
         with closing(load(lists, settings.workers, meter, ahead)) as batches:

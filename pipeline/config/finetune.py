@@ -23,6 +23,7 @@ class FinetuneConfig(TrainingConfig):
     layer_decay: Fraction = key(
         0.75, "factor of the rate from a block of the student to the one before it; 1 trains all blocks alike"
     )
+    read_block: Positive | None = key(1, "neighbouring images that are read together; 1: a plain shuffle")
     head: Literal["probe", "zeros"] = key(
         "probe", "weights that the head starts from: those of a linear probe of the student as it is, or zeros"
     )

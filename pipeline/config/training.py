@@ -64,11 +64,16 @@ class TrainingConfig(Section):
         "after every epoch",
         "speed",
     )
-    read_block: Positive = key(
-        1, "neighbouring records that are read together; more for small records and disks that seek slowly", shared=True
+    read_block: Positive | None = key(
+        None,
+        "neighbouring records that are read together; 1: a plain shuffle; default: a 512th of the window",
+        shared=True,
     )
-    shuffle_window: Positive = key(
-        16384, "records within which such blocks are mixed; a small window is read in one piece", shared=True
+    shuffle_window: Positive | None = key(
+        None,
+        "records within which blocks are mixed; a small window is read in one piece; default: as many as 256 MB of "
+        "features hold; a plain shuffle if these are fewer than 4 batches",
+        shared=True,
     )
     seed: Seed = key(0, "seed of the weights that are drawn, and of the order of records", shared=True)
 
@@ -87,7 +92,7 @@ class TrainingConfig(Section):
             )
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate: a batch of {self.batch_size} records cannot have {self.accumulate} parts")
-        if self.read_block > self.shuffle_window:
+        if self.read_block and self.shuffle_window and self.read_block > self.shuffle_window:
             raise UserError(
                 f"read_block: {self.read_block} neighbouring records are more than a shuffle_window of "
                 f"{self.shuffle_window}, which would mix nothing else; make the window larger"

@@ -4,13 +4,18 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.config import TrainingConfig
 
-# A shuffle window of at most this many bytes is read in one piece.
+# A shuffle window of at most this many bytes is read in one piece. Up to three of them are held.
 WINDOW_BYTES = 1 << 28
+# By default, a window has so many blocks. Larger ones would be read hardly faster, and shuffled less well.
+_BLOCKS = 512
+# Windows of fewer batches would often bring neighbours into one batch.
+_LEAST_BATCHES = 4
 # About this many bytes of batches are read together, so that small batches share the interpreter's work.
 PIECE_BYTES = 1 << 24
 
@@ -50,16 +55,17 @@ def smallest_part(records: int, batch: int, world: int, parts: int) -> int:
 class EpochOrder:
     """The order of an epoch: every record once, the same on every process. Any stretch of it can be computed.
 
-    block: neighbouring records that are read in one place; 1 is a plain shuffle. With more, the order of the blocks is
-    shuffled, and then the records within each `window` of the result. Only the order of the blocks takes memory.
+    block: neighbouring records that are read in one place. The order of the blocks is shuffled, and then the records
+    within each `window` of the result. Only the order of the blocks takes memory. Blocks of 1, or a window that holds
+    all records, are a plain shuffle.
     """
 
     def __init__(self, records: int, seed: int, epoch: int, block: int = 1, window: int = 1 << 14) -> None:
         self._records, self._seed, self.epoch = records, [seed, epoch], epoch
-        self._block, self._window = block, window
-        blocks = np.arange(-(-records // block), dtype=np.int64)
+        self._block, self._window = block if window < records else 1, window
+        blocks = np.arange(-(-records // self._block), dtype=np.int64)
         self._blocks = np.random.default_rng(self._seed).permutation(blocks)
-        lengths = np.minimum(block, records - self._blocks * block)
+        lengths = np.minimum(self._block, records - self._blocks * self._block)
         self._ends = np.cumsum(lengths)
         self._mixed: tuple[int, np.ndarray] | None = None
 
@@ -103,9 +109,27 @@ def batch_indices(order: EpochOrder, step: int, batch: int, rank: int, world: in
     return BatchIndices(np.concatenate([mine, filling]), weights.astype(np.float32), order.epoch)
 
 
-def reads_windows(settings: TrainingConfig, record_bytes: int) -> bool:
-    """Return whether shuffle windows are used and small enough to be read in one piece."""
-    return settings.read_block > 1 and settings.shuffle_window * record_bytes <= WINDOW_BYTES
+class Shuffle(NamedTuple):
+    """How epochs are shuffled, see EpochOrder; whole: whether a window is read in one piece."""
+
+    block: int
+    window: int
+    whole: bool
+
+
+def shuffle_of(settings: TrainingConfig, records: int, record_bytes: int) -> Shuffle:
+    """Return how epochs are shuffled: a pure function of the settings and the caches, as a run that resumes needs it.
+
+    By default, a window has as many records as WINDOW_BYTES hold, and a block a part of them. If a block would be one
+    record, or a window only some batches, the shuffle is plain. So it is if a window holds all records, which are then
+    read in one piece.
+    """
+    block, window = settings.read_block, settings.shuffle_window
+    most = window or max(block or 1, WINDOW_BYTES // record_bytes)
+    few = window is None and most < _LEAST_BATCHES * settings.batch_size
+    block = block or (1 if few else max(1, most // _BLOCKS))
+    window = min(most, records)
+    return Shuffle(block, window, block > 1 and window * record_bytes <= WINDOW_BYTES)
 
 
 def batches_together(settings: TrainingConfig, record_bytes: int, world: int) -> int:
@@ -113,10 +137,11 @@ def batches_together(settings: TrainingConfig, record_bytes: int, world: int) ->
     return max(1, PIECE_BYTES * world // (settings.batch_size * record_bytes))
 
 
-def prefetch_depth(settings: TrainingConfig, record_bytes: int, world: int) -> int:
-    """Return how many of batch_index_lists are read ahead: at least two, and in all 2 · workers batches or more."""
-    together = batches_together(settings, record_bytes, world)
-    return 2 if reads_windows(settings, record_bytes) else max(2, -(-2 * settings.workers // together))
+def prefetch_depth(settings: TrainingConfig, records: int, record_bytes: int, world: int) -> int:
+    """Return how many of batch_index_lists are read ahead: a window, or lists of 2 · workers batches, at least two."""
+    if shuffle_of(settings, records, record_bytes).whole:
+        return 1
+    return max(2, -(-2 * settings.workers // batches_together(settings, record_bytes, world)))
 
 
 def batch_index_lists(
@@ -128,16 +153,16 @@ def batch_index_lists(
     or some small ones.
     """
     batch, per_epoch = settings.batch_size, steps_per_epoch(records, settings.batch_size)
-    in_windows = reads_windows(settings, record_bytes)
+    shuffle = shuffle_of(settings, records, record_bytes)
     together = batches_together(settings, record_bytes, world)
 
     @lru_cache(1)
     def order(epoch: int) -> EpochOrder:
-        return EpochOrder(records, settings.seed, epoch, settings.read_block, settings.shuffle_window)
+        return EpochOrder(records, settings.seed, epoch, shuffle.block, shuffle.window)
 
     def piece(step: int) -> tuple[int, int]:
         epoch, within = divmod(step, per_epoch)
-        return epoch, within * batch // settings.shuffle_window if in_windows else within // together
+        return epoch, within * batch // shuffle.window if shuffle.whole else within // together
 
     for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
         yield [replace(batch_indices(order(epoch), step % per_epoch, batch, rank, world), step=step) for step in steps]

@@ -13,7 +13,7 @@ from pipeline.cache.extract import Extractor
 from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data import ImageFile
-from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth
+from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth, shuffle_of
 from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
 from pipeline.planning.pilot import Pilot
@@ -36,6 +36,8 @@ TRAINING = ("reading", "student images", "student", "cached", "online")
 _GOLDEN = 0.6180339887
 # So many steps take longer than any measurement.
 _ENDLESS = 10**9
+# So many blocks of neighbours are read together.
+_BLOCKS = 16
 
 
 def train_on(
@@ -104,7 +106,12 @@ class _Steps:
         self._run.model.plain.train()
         self._per_epoch = -(-len(self._cache) // self._settings.batch_size)
         self._load = BatchLoader([self._cache], files, [self._size], others=new.others)
-        self._ahead = prefetch_depth(self._settings, self._load.record_bytes, 1)
+        size = self._load.record_bytes
+        # Blocks are read as in a large cache, but a few at a time: the pilot would fit in one window.
+        block = shuffle_of(self._settings, _ENDLESS, size).block
+        blocks = {"read_block": block, "shuffle_window": _BLOCKS * block}
+        self._settings = self._settings.model_copy(update=blocks)
+        self._ahead = prefetch_depth(self._settings, len(self._cache), size, 1)
 
     def reading(self, place: Place) -> Generator[int, None, None]:
         """Read features, as batches need them. place: of the cache."""

@@ -53,7 +53,10 @@ def _take(size: int) -> np.ndarray:
 
 
 def _give_back(memory: np.ndarray) -> None:
-    if memory.nbytes + kept_bytes() > _KEPT_BYTES:
-        _free.clear()
-    if memory.nbytes <= _KEPT_BYTES:
+    room = _KEPT_BYTES - memory.nbytes
+    # Sizes that were first used longest ago go first: perhaps they do not come again.
+    for size in list(_free):
+        if kept_bytes() > room and size != memory.nbytes:
+            _free.pop(size, None)
+    if kept_bytes() <= room:
         _free.setdefault(memory.nbytes, deque()).append(memory)

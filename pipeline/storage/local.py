@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.runtime.logs import is_log
 from pipeline.storage.atomic import TEMPORARY, write_atomic
 from pipeline.storage.base import Ranges, missing
-from pipeline.storage.batched_reads import read_scattered
 from pipeline.storage.file_locks import check, exclusive
+from pipeline.storage.joined_reads import read_joined
 from pipeline.storage.open_files import Opened, OpenFile, Pool, shared
 
 
@@ -50,7 +50,7 @@ class LocalStore:
             try:
                 with Opened([self._file(names[n]) for n in group]) as opened:
                     files[group] = opened
-                    read_scattered(files[numbers], offsets[own], lengths[own], out, places[own], path)
+                    read_joined(files[numbers], offsets[own], lengths[own], out, places[own], path)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise missing(error.filename) from None
 

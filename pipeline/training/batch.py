@@ -65,7 +65,10 @@ class Batch:
             filling = min(start + size, count) - max(start, min(start + size, real))
             part = replace(self, filling=filling).map(itemgetter(rows))
             if self.places is not None:
-                features = [of_teacher.map(partial(_of_each, views=self.places.shape[1], rows=rows)) for of_teacher in self.features]
+                features = [
+                    of_teacher.map(partial(_of_each, views=self.places.shape[1], rows=rows))
+                    for of_teacher in self.features
+                ]
                 part = replace(part, features=features)
             yield part
 

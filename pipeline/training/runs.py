@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from pipeline.config import Config, DistillConfig
 from pipeline.data import ImageFile
-from pipeline.data.sampler import WINDOW_BYTES, reads_windows
+from pipeline.data.sampler import WINDOW_BYTES, shuffle_of
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode
@@ -264,7 +264,8 @@ def train_students(
 
 def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
     """Say so if shuffle windows are too large to be read in one piece."""
-    if settings.read_block > 1 and not reads_windows(settings, load.record_bytes):
+    shuffle = shuffle_of(settings, len(load), load.record_bytes)
+    if settings.shuffle_window is not None and shuffle.block > 1 and not shuffle.whole:
         few = WINDOW_BYTES // load.record_bytes
         say(
             f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "

@@ -45,7 +45,7 @@ def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, ac
             _say_continued(student_run, per_epoch)
         student_run.model.plain.train()
     lists = batch_index_lists(records, load.record_bytes, settings, rank, world, first, total)
-    ahead = prefetch_depth(settings, load.record_bytes, world)
+    ahead = prefetch_depth(settings, records, load.record_bytes, world)
     started, images = StartedSteps(), settings.epochs * records
     with (
         meter(settings.section, images, "images", quiet=not main, done=seen(first), busy=started.busy) as m,
