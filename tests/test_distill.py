@@ -666,6 +666,24 @@ def test_patches_with_rotary_positions_keep_their_places() -> None:
     assert dropout.kept is not None and dropout.kept.shape == (2, 8) and tokens.shape == (2, 5 + 8, 48)
 
 
+def test_views_that_were_appended_stay_with_their_images(world: Path, tmp_path: Path) -> None:
+    """No image is held out in one view and trained on in another; chosen images have all their views."""
+    shards = str(world / "train" / "*.tar")
+    for count, mode in ((1, "new"), (3, "append")):
+        config = world_config(world, "cache.blocks=[3]", "views.flip=0.5", f"views.count={count}")
+        cache_teacher(config, shards, tmp_path / "c", mode)
+    cache = Cache(tmp_path / "c")
+    images = cache.index.digest[cache.index.image]
+    assert len(images) == 300 and np.unique(cache.index.image).size == 200
+    for by in ("random", "prototypes"):
+        settings = config.distill.model_copy(update={"holdout": 0.2, "share": 0.5, "share_by": by})
+        train, held_out = split_images(cache, settings)
+        assert train is not None and len(train) == 3 * 40 and len(held_out) == 3 * 20
+        assert not {*images[train]} & {*images[held_out]} and np.unique(images[train]).size == 40
+    once = Cache(world / "cache").index
+    assert np.array_equal(once.first_image, once.image)
+
+
 def test_a_share_of_the_images_is_trained_on(world: Path, tmp_path: Path) -> None:
     """The same at every step and beside held-out ones; a smaller share is a part of a larger one."""
     cache, settings = Cache(world / "cache"), world_config(world).distill

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.image)
+
+    @cached_property
+    def first_image(self) -> np.ndarray:
+        """Return for each record the number of the first image with the same bytes, (records,).
+
+        Views that were appended later, and copies of a file, are of images with other numbers.
+        """
+        _, first, same = np.unique(self.digest, return_index=True, return_inverse=True)
+        found: np.ndarray = first[same][self.image]
+        return found
 
     def key(self, record: int) -> str:
         """Return the key of the record's image."""

@@ -134,7 +134,7 @@ class BatchLoader:
     @property
     def image_numbers(self) -> np.ndarray:
         """Return the number of the image of each record, (n,)."""
-        images: np.ndarray = self.caches[0].index.image
+        images = self.caches[0].index.first_image
         return images if self.records is None else images[self.records]
 
     @property

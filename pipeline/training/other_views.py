@@ -26,7 +26,7 @@ class OtherViews:
         index, self._seed, self.average = cache.index, seed, average
         edges = np.column_stack([index.box, index.flip]).astype(np.float32)
         self._edges = torch.from_numpy(edges)
-        _, image, counts = np.unique(index.digest[index.image], return_inverse=True, return_counts=True)
+        _, image, counts = np.unique(index.first_image, return_inverse=True, return_counts=True)
         few = np.full(len(image), not index.view.any()) if average else counts[image] < 2
         if few.any():
             remedy = "--append --views 2"

@@ -26,18 +26,18 @@ Split = tuple[np.ndarray | None, np.ndarray]
 def split_images(cache: Cache, settings: DistillConfig, moved: Spec | None = None) -> Split:
     """Return the records to train on, None for all, and at most 2,048 others to measure on.
 
-    Images are drawn, with all their views: distill.holdout of all to measure on, and of the others distill.share to
-    train on, by chance or by distill.share_by. moved: where the cached images are, if they moved. Raises UserError if
-    there is nothing left to train on, or the images cannot be scored.
+    Images are drawn, with all their views, also those that were appended later: distill.holdout of all to measure on,
+    and of the others distill.share to train on, by chance or by distill.share_by. moved: where the cached images are,
+    if they moved. Raises UserError if there is nothing left to train on, or the images cannot be scored.
     """
     if not settings.holdout and settings.share == 1:
         return None, np.arange(0)
-    image = cache.index.image
+    image = cache.index.first_image
     images = np.random.default_rng([settings.seed, 1]).permutation(np.unique(image))
     held, kept = image_counts(len(images), settings)
     others = images[held:]
     if settings.share < 1 and settings.share_by != "random":
-        scores = _scores(cache, settings, moved)[np.searchsorted(np.unique(image), others)]
+        scores = _scores(cache, settings, moved)[np.searchsorted(np.unique(cache.index.image), others)]
         # Equal scores keep the random order.
         others = others[np.argsort(-scores if settings.share_keep == "hard" else scores, kind="stable")]
     trained = np.isin(image, others[:kept])
