@@ -53,7 +53,7 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
+def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a head of zeros the loss falls, and images are told apart far above chance; no weight stays as it was.
 
     The folders name the classes, and the test is that of `evaluate --task head`.
@@ -62,6 +62,7 @@ def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
     config = world_config(world, *SETS, *sets, "finetune.scale=[0.7, 1]", "finetune.holdout=0.2")
     out, (train, test) = tmp_path / "out", (world / "images" / split for split in ("train", "test"))
     made = finetune(config, run, train, out, test)
+    assert capsys.readouterr().err.count("note: 24 steps of training may teach little") == 1
     lines = [line for line in read_log(out / "log.jsonl") if "held_out_top1" in line]
     assert len(lines) == 6 and lines[-1]["loss"] < 0.85 * lines[0]["loss"]
     assert lines[-1]["held_out_top1"] > 60 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
