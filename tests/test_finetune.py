@@ -1,7 +1,10 @@
 """Fine-tuning with labels: it learns, what is drawn depends on seed, key, epoch and step alone, and a run resumes."""
 
+import itertools
 import json
+import random
 import shutil
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ import torch
 from conftest import config_with, run_singer, seeded, shards, tree_bytes, world_config
 from ranks import launch
 from sklearn.linear_model import LogisticRegression
+from timm.data.auto_augment import LEVEL_TO_ARG, rand_augment_transform
 from timm.data.mixup import mixup_target
 
 from pipeline.config import FinetuneConfig
 from pipeline.data import ImageFile, index_images
 from pipeline.data.sampler import BatchIndices
-from pipeline.data.views import apply_view, draw_view, normalise
+from pipeline.data.views import apply_view, draw_view, generator, normalise
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.own_head import OwnHead
 from pipeline.models.loading import load_saved
@@ -27,6 +31,7 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.finetune import finetune
 from pipeline.stages.prepare import prepare
 from pipeline.students.with_head import set_head, student_with_head
+from pipeline.training.augmentation import OPERATIONS, arguments, erase
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.labelled import LabelledLoader, views_of
@@ -161,6 +166,62 @@ def test_views_are_new_in_every_epoch(world: Path) -> None:
             view = draw_view(views_of(settings, 32), images.keys[number], 1, image.size)
             assert np.array_equal(later[row].numpy(), apply_view(image, view, 32))
     assert torch.equal(first, again) and not torch.equal(first, later)
+
+
+def test_randaugment_is_timms() -> None:
+    """Its operations, how often and at which spread they are applied, and what they take; only the draws are ours."""
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", {})
+    assert [op.name for op in theirs.ops] == list(OPERATIONS)
+    assert {(op.prob, op.magnitude_std) for op in theirs.ops} == {(0.5, 0.5)}
+    for name, magnitude in itertools.product(OPERATIONS, (0.0, 2.5, 9.0, 10.0)):
+        drawn = LEVEL_TO_ARG[name]
+        wanted = {()} if drawn is None else {drawn(magnitude, {}) for _ in range(64)}
+        np.testing.assert_allclose(sorted({arguments(name, magnitude, sign) for sign in (1, -1)}), sorted(wanted))
+
+
+def test_stronger_augmentation_depends_on_seed_key_and_epoch_alone(world: Path) -> None:
+    """Not on threads, on the order and division of batches, or on generators that others share."""
+    images, settings = index_images(shards(world)), FinetuneConfig(randaugment=(2, 9), erasing=0.5, seed=seeded(1))
+    count = 40
+
+    def views(settings: FinetuneConfig, parts: Sequence[Sequence[int]], workers: int, epoch: int = 0) -> torch.Tensor:
+        load = LabelledLoader(files, np.arange(count), 32, settings)
+        lists = [[BatchIndices(np.array(part), np.ones(len(part), np.float32), epoch)] for part in parts]
+        return torch.cat([batch.pixels[32] for batch in load(lists, workers)])
+
+    shared = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    with ImageFile(images) as files:
+        one = views(settings, [range(count)], 1)
+        many = views(settings, [[number] for number in reversed(range(count))], 4).flip(0)
+        later = views(settings, [range(count)], 1, epoch=1)
+        other = views(settings.model_copy(update={"seed": seeded(2)}), [range(count)], 1)
+        plain = views(settings.model_copy(update={"randaugment": None, "erasing": 0.0}), [range(count)], 1)
+        erased = views(settings.model_copy(update={"randaugment": None}), [range(count)], 1)
+        alone = views(settings.model_copy(update={"erasing": 0.0}), [range(count)], 1)
+    assert torch.equal(one, many) and not torch.equal(one, later) and not torch.equal(one, other)
+    assert shared == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    # What one of them draws does not change what the other does: views are the same where nothing is erased.
+    same = (erased == plain).flatten(1).all(1)
+    assert 0 < int(same.sum()) < count
+    assert torch.equal(one[same], alone[same])
+
+
+def test_erasing_by_its_figures() -> None:
+    """How often, how large and with which noise; the view that it is given stays as it is."""
+    view, shares, noise = np.zeros((40, 60, 3), np.uint8), [], []
+    for number in range(400):
+        erased = erase(view, 0.25, generator(seeded(3), f"image {number}", 0, 4))
+        changed = erased.any(-1)
+        if changed.any():
+            rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
+            inside = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert changed.sum() > 0.99 * inside[..., 0].size  # all of a rectangle, and nothing else
+            shares.append(inside[..., 0].size / changed.size)
+            noise.append(inside.flatten())
+    assert not view.any() and 0.14 < len(shares) / 400 < 0.36
+    assert 0.015 < min(shares) < 0.1 and 0.25 < max(shares) < 0.35
+    values = np.concatenate(noise)
+    assert abs(values.mean() - 127.5) < 2 and abs(values.std() - 73.9) < 2 and values.max() == 255
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

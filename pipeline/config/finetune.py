@@ -40,6 +40,13 @@ class FinetuneConfig(TrainingConfig):
     color: tuple[Share, Share, Share, Hue] = key(
         (0.0, 0.0, 0.0, 0.0), "largest change of brightness, contrast and saturation; shift of hue in turns"
     )
+    randaugment: tuple[Positive, Annotated[float, Field(ge=0, le=10)]] | None = key(
+        None,
+        "RandAugment: number of operations on a view, and their magnitude, 0 to 10; DeiT: [2, 9]; default: none",
+    )
+    erasing: Share = key(
+        0.0, "random erasing: probability that noise takes the place of a rectangle of the view; DeiT: 0.25"
+    )
     mixup: NotNegative = key(0.8, "alpha of Mixup; 0 leaves it out")
     cutmix: NotNegative = key(1.0, "alpha of CutMix; 0 leaves it out")
     mix_prob: Share = key(1.0, "share of the steps whose images are mixed")
