@@ -39,9 +39,12 @@ class TeacherWeights:
     model_args: dict[str, Any]
     digest: str
 
-    def load(self) -> Backbone:
-        """Load the teacher. Raises UserError if its weights are not there any more, or are others."""
-        config, remedy = self.config, f"give its weights with --weights FILE, {RANDOM}"
+    def load(self, key: str = "student.init", otherwise: str = RANDOM) -> Backbone:
+        """Load the teacher. Raises UserError if its weights are not there any more, or are others.
+
+        key: what needs it; otherwise: what to do without it.
+        """
+        config, remedy = self.config, f"give its weights with --weights FILE, {otherwise}"
         try:
             if config.weights is None:
                 source = load_teacher(config)
@@ -49,10 +52,10 @@ class TeacherWeights:
                 args, size = self.model_args, config.image_size
                 source = create_model(self.architecture, size, args, config.weights, True, "model", config.averaged)
         except UserError as error:
-            raise UserError(f"student.init: the teacher was not loaded ({error}); {remedy}") from error
+            raise UserError(f"{key}: the teacher was not loaded ({error}); {remedy}") from error
         if weight_hash(source.model.state_dict()) != self.digest:
             where = config.weights or config.name
-            raise UserError(f"student.init: {where} does not have the weights that were cached; {remedy}")
+            raise UserError(f"{key}: {where} does not have the weights that were cached; {remedy}")
         return source
 
 
