@@ -334,6 +334,7 @@ def finetune(
     train: Annotated[list[str], typer.Option(help="Labelled images to learn from, as --images.")],
     out: Annotated[Path, typer.Option(help="Folder for the fine-tuned run.")],
     test: Annotated[list[str] | None, typer.Option(help="Labelled images to test on, once, at the end.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the teacher of finetune.kd, if they moved.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -352,6 +353,7 @@ def finetune(
     from pipeline.outputs.folder import output_mode
 
     options = {
+        "teacher.weights": weights,
         "finetune.epochs": epochs,
         "finetune.batch_size": batch_size,
         "finetune.lr": lr,

@@ -99,6 +99,8 @@ def check_command(
     found = [path for spec in images if spec is not None for path in resolve(spec)]
     if out is not None and config is not None:
         read = [*caches, *refiners, *inputs, *found]
+        if stage == "finetune":
+            read.append(config.finetune.teacher_path)
         if stage in ("distill", "run"):
             read += [config.student.starts_from, config.distill.share_run, config.distill.texts, config.teacher.weights]
         check_output(out, mode, stage, config, [place for place in read if place is not None])
@@ -121,6 +123,9 @@ def check_settings(command: str, config: Config) -> None:
             check_student(config)
             if config.distill.share_run is not None:
                 check_finished(config.distill.share_run)
+        case "finetune":
+            if config.finetune.teacher is not None:
+                check_model(config.finetune.teacher_path or config.finetune.teacher, config.teacher.weights)
         case "run":
             check_names(config, "cache", "refine", "distill")
             check_teacher(config)

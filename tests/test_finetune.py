@@ -1,7 +1,11 @@
 """Fine-tuning with labels: it learns, what is drawn depends on seed, key, epoch and step alone, and a run resumes."""
 
+import itertools
 import json
+import random
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -10,27 +14,34 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import config_with, run_singer, seeded, shards, tree_bytes, world_config
+from conftest import config_with, make_vit, run_singer, seeded, shards, tree_bytes, world_config
+from PIL import Image
 from ranks import launch
 from sklearn.linear_model import LogisticRegression
+from timm.data.auto_augment import LEVEL_TO_ARG, rand_augment_transform
 from timm.data.mixup import mixup_target
 
-from pipeline.config import FinetuneConfig
+from pipeline.config import Config, FinetuneConfig
 from pipeline.data import ImageFile, index_images
 from pipeline.data.sampler import BatchIndices
-from pipeline.data.views import apply_view, draw_view, normalise
+from pipeline.data.views import apply_view, draw_view, generator, normalise
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.own_head import OwnHead
+from pipeline.models.backbone import save_backbone
 from pipeline.models.loading import load_saved
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
-from pipeline.stages.finetune import finetune
+from pipeline.stages.finetune import finetune, teacher_of_labels
 from pipeline.stages.prepare import prepare
 from pipeline.students.with_head import set_head, student_with_head
+from pipeline.training.augmentation import OPERATIONS, arguments, erase
 from pipeline.training.batch import Batch
 from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.classifier import Classifier
+from pipeline.training.head_teacher import HeadTeacher
 from pipeline.training.labelled import LabelledLoader, views_of
 from pipeline.training.mixing import Mixing
+from pipeline.training.run_directory import load_result
 from pipeline.training.run_log import read_log
 from singer.errors import UserError
 
@@ -53,7 +64,7 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
+def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a head of zeros the loss falls, and images are told apart far above chance; no weight stays as it was.
 
     The folders name the classes, and the test is that of `evaluate --task head`.
@@ -62,6 +73,7 @@ def test_head_and_student_learn(world: Path, run: Path, tmp_path: Path) -> None:
     config = world_config(world, *SETS, *sets, "finetune.scale=[0.7, 1]", "finetune.holdout=0.2")
     out, (train, test) = tmp_path / "out", (world / "images" / split for split in ("train", "test"))
     made = finetune(config, run, train, out, test)
+    assert capsys.readouterr().err.count("note: 24 steps of training may teach little") == 1
     lines = [line for line in read_log(out / "log.jsonl") if "held_out_top1" in line]
     assert len(lines) == 6 and lines[-1]["loss"] < 0.85 * lines[0]["loss"]
     assert lines[-1]["held_out_top1"] > 60 and lines[-1]["held_out_loss"] < lines[0]["held_out_loss"]
@@ -162,6 +174,133 @@ def test_views_are_new_in_every_epoch(world: Path) -> None:
     assert torch.equal(first, again) and not torch.equal(first, later)
 
 
+def test_randaugment_is_timms() -> None:
+    """Its operations, how often and at which spread they are applied, and what they take; only the draws are ours."""
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", {})
+    assert [op.name for op in theirs.ops] == list(OPERATIONS)
+    assert {(op.prob, op.magnitude_std) for op in theirs.ops} == {(0.5, 0.5)}
+    for name, magnitude in itertools.product(OPERATIONS, (0.0, 2.5, 9.0, 10.0)):
+        drawn = LEVEL_TO_ARG[name]
+        wanted = {()} if drawn is None else {drawn(magnitude, {}) for _ in range(64)}
+        np.testing.assert_allclose(sorted({arguments(name, magnitude, sign) for sign in (1, -1)}), sorted(wanted))
+
+
+def test_stronger_augmentation_depends_on_seed_key_and_epoch_alone(world: Path) -> None:
+    """Not on threads, on the order and division of batches, or on generators that others share."""
+    images, settings = index_images(shards(world)), FinetuneConfig(randaugment=(2, 9), erasing=0.5, seed=seeded(1))
+    count = 40
+
+    def views(settings: FinetuneConfig, parts: Sequence[Sequence[int]], workers: int, epoch: int = 0) -> torch.Tensor:
+        load = LabelledLoader(files, np.arange(count), 32, settings)
+        lists = [[BatchIndices(np.array(part), np.ones(len(part), np.float32), epoch)] for part in parts]
+        return torch.cat([batch.pixels[32] for batch in load(lists, workers)])
+
+    shared = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    with ImageFile(images) as files:
+        one = views(settings, [range(count)], 1)
+        many = views(settings, [[number] for number in reversed(range(count))], 4).flip(0)
+        later = views(settings, [range(count)], 1, epoch=1)
+        other = views(settings.model_copy(update={"seed": seeded(2)}), [range(count)], 1)
+        plain = views(settings.model_copy(update={"randaugment": None, "erasing": 0.0}), [range(count)], 1)
+        erased = views(settings.model_copy(update={"randaugment": None}), [range(count)], 1)
+        alone = views(settings.model_copy(update={"erasing": 0.0}), [range(count)], 1)
+    assert torch.equal(one, many) and not torch.equal(one, later) and not torch.equal(one, other)
+    assert shared == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+    # What one of them draws does not change what the other does: views are the same where nothing is erased.
+    same = (erased == plain).flatten(1).all(1)
+    assert 0 < int(same.sum()) < count
+    assert torch.equal(one[same], alone[same])
+
+
+def test_erasing_by_its_figures() -> None:
+    """How often, how large and with which noise; the view that it is given stays as it is."""
+    view, shares, noise = np.zeros((40, 60, 3), np.uint8), [], []
+    for number in range(400):
+        erased = erase(view, 0.25, generator(seeded(3), f"image {number}", 0, 4))
+        changed = erased.any(-1)
+        if changed.any():
+            rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
+            inside = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert changed.sum() > 0.99 * inside[..., 0].size  # all of a rectangle, and nothing else
+            shares.append(inside[..., 0].size / changed.size)
+            noise.append(inside.flatten())
+    assert not view.any() and 0.14 < len(shares) / 400 < 0.36
+    assert 0.015 < min(shares) < 0.1 and 0.25 < max(shares) < 0.35
+    values = np.concatenate(noise)
+    assert abs(values.mean() - 127.5) < 2 and abs(values.std() - 73.9) < 2 and values.max() == 255
+
+
+def teacher_settings(**keys: object) -> FinetuneConfig:
+    return FinetuneConfig.model_validate({"kd": "soft", **keys})
+
+
+def test_a_teacher_says_what_its_head_does() -> None:
+    """In the order of the labels, for views of any size; a label that its head does not know has no probability."""
+    vit = make_vit(img_size=48)
+    teacher = HeadTeacher(vit, [4, -1, 0], teacher_settings(), torch.device("cpu"))
+    pixels = torch.randint(256, (6, 48, 48, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        whole = vit.model(normalise(pixels, vit.mean, vit.std))
+    found = teacher.logits(pixels)
+    assert torch.equal(found[:, [0, 2]], whole[:, [4, 0]]) and bool((found[:, 1] == -torch.inf).all())
+    assert not found.requires_grad and not vit.model.training
+    small = [Image.fromarray(image.numpy()).resize((32, 32)) for image in pixels]
+    large = [np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)) for image in small]
+    ours, theirs = (teacher.logits(torch.from_numpy(np.stack(x))) for x in ([np.asarray(i) for i in small], large))
+    torch.testing.assert_close(ours, theirs, atol=0.02 * float(theirs[:, [0, 2]].std()), rtol=0)
+
+
+def test_what_is_learned_of_a_teacher_by_hand() -> None:
+    ours, theirs = torch.randn(2, 7, 3)
+    theirs[:, 1] = -torch.inf
+    settings = teacher_settings(kd_temperature=2)
+    soft = HeadTeacher(make_vit(), [4, -1, 0], settings, torch.device("cpu")).losses(ours, theirs)
+    p, q = (theirs / 2).softmax(1)[:, [0, 2]], (ours / 2).softmax(1)[:, [0, 2]]
+    torch.testing.assert_close(soft, 4 * (p * (p / q).log()).sum(1))
+    hard = HeadTeacher(make_vit(), [4, -1, 0], teacher_settings(kd="hard"), torch.device("cpu")).losses(ours, theirs)
+    first = torch.where(theirs[:, 0] > theirs[:, 2], 0, 2)
+    torch.testing.assert_close(hard, -ours.log_softmax(1)[torch.arange(7), first])
+
+
+@pytest.mark.parametrize("kd", ["soft", "hard"])
+def test_a_student_comes_to_say_what_its_teacher_says(kd: str) -> None:
+    """On random images, with labels that say nothing: they have no share of the loss. The teacher stays as it is."""
+    vit, student = make_vit(seed=3), make_vit(embed_dim=12, depth=2, num_classes=4)
+    vit.model.head.weight.data *= 30  # it says something of noise
+    before = {name: tensor.clone() for name, tensor in vit.model.state_dict().items()}
+    cpu, settings = torch.device("cpu"), teacher_settings(kd=kd, kd_weight=1)
+    learner = Classifier(student, cpu, None, HeadTeacher(vit, [1, 2, 3, 4], settings, cpu))
+    assert not [name for name in learner.state_dict() if not name.startswith("student.")]
+    weights = torch.full((24,), 1 / 24)
+    batch = Batch({32: torch.randint(256, (24, 32, 32, 3), dtype=torch.uint8)}, [], weights, torch.arange(24) % 4)
+    optimiser, seen = torch.optim.Adam(learner.parameters(), 3e-3), []
+    for _ in range(40):
+        losses, _ = learner.train()(batch)
+        assert losses["ce"] == 0
+        optimiser.zero_grad()
+        losses["kd"].backward()
+        optimiser.step()
+        seen.append(float(losses["kd"].detach()))
+    assert seen[-1] < 0.3 * seen[0]
+    if kd == "soft":
+        compiled = torch.compile(learner, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(batch)[0]["kd"], learner(batch)[0]["kd"])
+    assert set(learner.eval()(batch)[0]) == {"ce"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.model.state_dict().items())
+
+
+def taught(folder: Path) -> list[str]:
+    """The settings of a training with all augmentation, and with the teacher that the run learned from."""
+    (folder / "map.json").write_text("[3, 1, 0, 4]")  # it has 5 classes, and the images have 4
+    teacher = ["finetune.kd=soft", "finetune.kd_temperature=2", f"finetune.class_map={folder / 'map.json'}"]
+    return ["finetune.randaugment=[2,9]", "finetune.erasing=0.25", *teacher]
+
+
+def changed(config: Config, **keys: object) -> Config:
+    """A configuration with other keys of finetune."""
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update=keys)})
+
+
 def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """The process dies after so many checkpoints."""
     save, saves = Checkpoint.save, iter(range(1, 1000))
@@ -181,6 +320,7 @@ def test_it_resumes_exactly(
     """From the midst of an epoch, or after an epoch that may be the best; and with nothing else than it began with."""
     sets = ["finetune.checkpoint_minutes=1e-9", "finetune.ema=0.9", "finetune.drop_path=0.2", "finetune.keep=best"]
     sets += ["finetune.holdout=0.2", "finetune.batch_size=40", "finetune.color=[0.2,0.2,0.2,0.1]"]
+    sets += taught(tmp_path)
     config = world_config(world, *SETS, *sets, f"finetune.epochs={epochs}")
     whole = finetune(config, run, shards(world), tmp_path / "whole")
     part = tmp_path / "part"
@@ -190,9 +330,18 @@ def test_it_resumes_exactly(
     assert not (part / "run.json").exists()
     with pytest.raises(UserError, match="was started with another image set; use that or --overwrite"):
         finetune(config, run, shards(world, "test"), part, mode="resume")
-    other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"mixup": 0.5})})
+    other = changed(config, mixup=0.5)
     with pytest.raises(UserError, match="was started with finetune.mixup 0.8, not 0.5"):
         finetune(other, run, shards(world), part, mode="resume")
+    with pytest.raises(UserError, match=r"was started with finetune.kd soft, not hard"):
+        finetune(changed(config, kd="hard"), run, shards(world), part, mode="resume")
+    vit = make_vit(seed=5)
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "other")
+    with pytest.raises(UserError, match=r"was started with another finetune\.teacher; use that or --overwrite"):
+        finetune(changed(config, teacher=str(tmp_path / "other")), run, shards(world), part, mode="resume")
+    (tmp_path / "other.json").write_text("[3, 1, 0, 2]")
+    with pytest.raises(UserError, match=r"was started with another finetune\.class_map; use that or --overwrite"):
+        finetune(changed(config, class_map=tmp_path / "other.json"), run, shards(world), part, mode="resume")
     probed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"strengths": (2.0,)})})
     with pytest.raises(UserError, match=r"was started with evaluate.strengths \[1.0\], not \[2.0\]"):
         finetune(probed, run, shards(world), part, mode="resume")
@@ -215,7 +364,7 @@ def test_it_resumes_exactly(
 @pytest.mark.slow
 def test_two_processes(world: Path, run: Path, config_file: Path, tmp_path: Path) -> None:
     """They do what one does, to rounding. The last batch of an epoch is odd and smaller."""
-    sets = [*SETS, "finetune.epochs=2", "finetune.batch_size=16", "finetune.holdout=0.13"]
+    sets = [*SETS, "finetune.epochs=2", "finetune.batch_size=16", "finetune.holdout=0.13", *taught(tmp_path)]
     finetune(world_config(world, *sets), run, shards(world), tmp_path / "one")
     options = ["--config", config_file, *(word for value in sets for word in ("--set", value))]
     launch(2, "finetune", run, "--train", shards(world), "--out", tmp_path / "two", *options)
@@ -253,14 +402,16 @@ def told(config_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 def test_commands_take_what_finetune_makes(world: Path, run: Path, tmp_path: Path, told: Commands) -> None:
     """It is exported with its card, embeds, is reported beside the run that it began as, and can begin another run."""
     out, (train, test) = tmp_path / "tuned", (world / "images" / split for split in ("train", "test"))
-    made = told("finetune", run, "--train", train, "--test", test, "--on-error", "skip", "--out", out)
+    teaching = [word for value in taught(tmp_path) for word in ("--set", value)]
+    made = told("finetune", run, "--train", train, "--test", test, "--on-error", "skip", "--out", out, *teaching)
     told("export", out, "--to", "hf", "--out", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["num_classes"] == 4
     assert config["pretrained_cfg"]["label_names"] == [f"class{n}" for n in range(4)]
     card = (tmp_path / "hf" / "README.md").read_text()
     top1 = f"{made['test']['top1']:.1f} % top-1"
-    for text in ("with a head of 4 classes", "(batch, 4)", "100 images of 4 classes", top1):
+    labels = "soft labels by the head of vit_tiny_patch16_224, weights"
+    for text in ("with a head of 4 classes", "(batch, 4)", "100 images of 4 classes", labels, top1):
         assert text in card, text
     told("embed", out, test, "--out", tmp_path / "vectors.npy")
     assert np.load(tmp_path / "vectors.npy").shape == (40, 12)
@@ -292,6 +443,11 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "best": (["finetune.keep=best"], "hold some out (--set finetune.holdout=0.02)"),
     "range": (["finetune.scale=[0.5, 0.1]"], "finetune.scale: 0.5 is larger than 0.1"),
     "tracker": (["finetune.trackers=[nothing]"], "finetune.trackers: unknown 'nothing'"),
+    "no teacher": (["finetune.teacher=run"], "finetune.teacher: no teacher takes part; set finetune.kd=soft (or hard)"),
+    "hard": (
+        ["finetune.kd=hard", "finetune.kd_temperature=2"],
+        "kd_temperature: 2 is for soft labels; set finetune.kd",
+    ),
 }
 
 
@@ -316,6 +472,72 @@ def test_settings_that_do_not_fit(world: Path, run: Path, tmp_path: Path, what: 
         finetune(world_config(world, *SETS, *sets), run, shards(world), tmp_path / "out")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+TEACHERS: dict[str, tuple[list[str], str]] = {
+    "classes": ([], "--train has 4 classes, but the head of .* has 5 classes; .* give finetune.class_map"),
+    "unmapped": (["[1, 2, 3]"], "finetune.class_map: .* has no entry for label 3 of --train; add it"),
+    "unknown": (["[1, 2, 3, 5]"], "finetune.class_map: .* names class 5, but the head has 0 to 4"),
+    "twice": (["[1, 2, 3, 1]"], "finetune.class_map: .* has class 1 for several labels; give each its own"),
+    "no map": (["{}"], "finetune.class_map: .* must be JSON such as"),
+}
+
+
+@pytest.mark.parametrize("what", TEACHERS)
+def test_classes_that_a_teacher_does_not_know(world: Path, run: Path, tmp_path: Path, what: str) -> None:
+    texts, message = TEACHERS[what]
+    sets = ["finetune.kd=soft"]
+    for text in texts:
+        (tmp_path / "map.json").write_text(text)
+        sets.append(f"finetune.class_map={tmp_path / 'map.json'}")
+    with pytest.raises(UserError, match=message):
+        finetune(world_config(world, *SETS, *sets), run, shards(world), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_which_teacher_takes_part(world: Path, run: Path, tmp_path: Path) -> None:
+    """That of the run, as it was cached, or a named one, whose classes may have names; others are refused."""
+    images, result = index_images(shards(world)), load_result(run)
+    mapped = next(value for value in taught(tmp_path) if "class_map" in value)
+
+    def found(*sets: str, weights: Path | None = None) -> tuple[Any, list[int]]:
+        settings = world_config(world, "finetune.kd=hard", *sets).finetune
+        teacher = teacher_of_labels(settings, weights, run, result, images)
+        assert teacher is not None
+        return teacher
+
+    assert teacher_of_labels(FinetuneConfig(), None, run, result, images) is None
+    own, classes = found(mapped)
+    known = safetensors.torch.load_file(world / "teacher" / "model.safetensors")
+    assert classes == [3, 1, 0, 4] and torch.equal(own.model.state_dict()["head.weight"], known["head.weight"])
+    vit = make_vit(num_classes=4, seed=5)
+    vit.model.pretrained_cfg["label_names"] = [f"class{n}" for n in (3, 2, 1, 0)]
+    save_backbone(vit, vit.model.state_dict(), tmp_path / "named")
+    named, classes = found(f"finetune.teacher={tmp_path / 'named'}")
+    assert classes == [3, 2, 1, 0] and torch.equal(named.model.head.weight, vit.model.head.weight)
+    refused = [
+        (
+            [f"finetune.teacher={run}"],
+            None,
+            "has no classification head; name a classifier: --set finetune",
+        ),
+        (["finetune.teacher=nothing"], None, "finetune.teacher: nothing does not exist, and timm has no model"),
+        (
+            [mapped],
+            tmp_path / "named" / "model.safetensors",
+            "finetune.kd: .*; give its weights with --weights FILE",
+        ),
+    ]
+    for sets, weights, message in refused:
+        with pytest.raises(UserError, match=message):
+            found(*sets, weights=weights)
+    link = result.teachers[0]
+    result = replace(result, teachers=[replace(link, cache_place=str(tmp_path / "gone"), cache="gone")])
+    with pytest.raises(UserError, match=r"the cache that .* is not at .*gone; name a classifier: --set finetune"):
+        found(mapped)
+    result = replace(result, teachers=[link, link])
+    with pytest.raises(UserError, match="learned from 2 teachers; name a classifier"):
+        found(mapped)
 
 
 def test_images_and_runs_that_do_not_fit(world: Path, run: Path, tmp_path: Path) -> None:

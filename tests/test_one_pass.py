@@ -244,7 +244,7 @@ def test_a_centred_view_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: object) -> None:
         raise AssertionError("numbers are drawn")
 
-    monkeypatch.setattr("pipeline.data.views._generator", refuse)
+    monkeypatch.setattr("pipeline.data.views.generator", refuse)
     view = draw_view(ViewsConfig(), "a", 0, (30, 20))
     assert view.box == before.box and not view.flip and view.color is None
 

@@ -48,7 +48,7 @@ def draw_view(config: ViewsConfig, key: str, number: int, size: tuple[int, int])
     """
     if config.kind == "center" and not config.flip and not any(config.color):
         return View(_float32(*crop_view(config.crop, size, config.shape).box))
-    uniform = _generator(config.seed, key, number, 0).random(2 * _TRIES + 7).tolist()
+    uniform = generator(config.seed, key, number, 0).random(2 * _TRIES + 7).tolist()
     tries, (x, y, flip), shifts = uniform[:-7], uniform[-7:-4], uniform[-4:]
     if config.kind == "center":
         box = crop_view(config.crop, size, config.shape).box
@@ -132,7 +132,7 @@ def recolored(pixels: Pixels, view: View) -> Pixels:
 
 def draw_positions(seed: int, key: str, number: int, patches: int, count: int) -> np.ndarray:
     """Draw which patches of a view are stored, (count,) int16, ascending: a pure function of its arguments."""
-    order = np.argsort(_generator(seed, key, number, 1).random(patches), kind="stable")
+    order = np.argsort(generator(seed, key, number, 1).random(patches), kind="stable")
     return np.sort(order[:count]).astype(np.int16)
 
 
@@ -141,10 +141,14 @@ def draw_copies(seed: int, key: str, number: int, copying: Copying) -> np.ndarra
 
     See Copying.choose.
     """
-    return copying.choose(_generator(seed, key, number, 2).random(copying.numbers))
+    return copying.choose(generator(seed, key, number, 2).random(copying.numbers))
 
 
-def _generator(seed: int, key: str, number: int, purpose: int) -> np.random.Generator:
+def generator(seed: int, key: str, number: int, purpose: int) -> np.random.Generator:
+    """Return random numbers that depend on these four alone: those of view `number` of the image `key`.
+
+    purpose: 0 to 2 here, 3 and 4 in training.augmentation, so that no purpose changes what another one draws.
+    """
     words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
     entropy = np.concatenate([np.array([seed, number, purpose], dtype=np.uint32), words])
     # NumPy guarantees the numbers of a named bit generator, but not those of its default one.

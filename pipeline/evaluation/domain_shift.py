@@ -83,18 +83,16 @@ def compete(mapped: dict[int, int], test: Images) -> tuple[torch.Tensor, torch.T
     return torch.tensor(rivals), torch.tensor([place[mapped[int(label)]] for label in test.labels])
 
 
-def read_class_map(file: Path, test: Images) -> dict[int, int]:
-    """Return {test label: class} from a JSON object, or from a JSON list by position.
+def read_class_map(file: Path, test: Images, key: str = "evaluate.class_map", option: str = "--test") -> dict[int, int]:
+    """Return {label: class} from a JSON object, or from a JSON list by position. key, option: for messages.
 
-    Raises UserError, with the file's name, if it is neither, or if it lacks a label of the test images.
+    Raises UserError, with the file's name, if it is neither, or if it lacks a label of the images.
     """
-    form = (
-        f'evaluate.class_map: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of train labels such as [6, 42]'
-    )
+    form = f'{key}: {file} must be JSON such as {{"0": 6, "1": 42}} or a list of classes such as [6, 42]'
     try:
         tree = json.loads(file.read_text())
     except OSError as error:
-        raise UserError(f"evaluate.class_map: {file}: {error.strerror}") from None
+        raise UserError(f"{key}: {file}: {error.strerror}") from None
     except ValueError:
         raise UserError(form) from None
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -108,7 +106,7 @@ def read_class_map(file: Path, test: Images) -> dict[int, int]:
         raise UserError(form)
     missing = sorted(set(test.labels.tolist()) - set(mapped))
     if missing:
-        raise UserError(f"evaluate.class_map: {file} has no entry for label {missing[0]} of --test; add it")
+        raise UserError(f"{key}: {file} has no entry for label {missing[0]} of {option}; add it")
     return mapped
 
 

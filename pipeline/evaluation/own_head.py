@@ -5,6 +5,8 @@ classes compete, as in domain_shift.py.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +36,9 @@ def probe(context: EvaluationContext) -> OwnHead:
     Raises UserError if the model has no head, or if the head has no class for a label.
     """
     check(context.learn_from, context.test, context.settings)
-    rivals, right = compete(_class_of_label(context), context.test)
-    settings = context.settings
+    model, settings = context.backbone.model, context.settings
+    mapped = class_of_label(model, str(context.model), context.test, settings.class_map, Asked())
+    rivals, right = compete(mapped, context.test)
     batches = compute_head(context.backbone, context.test, settings, context.device, settings.crop)
     figures = accuracy((logits[:, rivals] for logits in batches), right)
     return context.result(OwnHead, 0, classes=len(rivals), **figures)
@@ -48,22 +51,43 @@ def check(train: Images | None, test: Images, settings: EvaluateConfig) -> None:
         read_class_map(settings.class_map, test)
 
 
-def _class_of_label(context: EvaluationContext) -> dict[int, int]:
-    count = int(context.backbone.model.num_classes)
+@dataclass(frozen=True)
+class Asked:
+    """What asks for the classes of a head, for messages.
+
+    setting: the option or key that does; images: the option with the images; class_map: the key with a class map;
+    remedy: what to do without a head; whole: whether the head must have as many classes as the images, unless their
+    names or a class map say which.
+    """
+
+    setting: str = "--task head"
+    images: str = "--test"
+    class_map: str = "evaluate.class_map"
+    remedy: str = "take a task that trains one"
+    whole: bool = False
+
+
+def class_of_label(model: Any, who: str, images: Images, class_map: Path | None, asked: Asked) -> dict[int, int]:
+    """Return the class of a model's head for each label: by a class map, by its name, or else of the same number.
+
+    who: the model, for messages. Raises UserError if the model has no head, or if the head has no class for a label.
+    """
+    count = int(model.num_classes)
     if not count:
-        raise UserError(f"--task head: {context.model} has no classification head; take a task that trains one")
-    file = context.settings.class_map
-    if file is not None:
-        mapped = read_class_map(file, context.test)
+        raise UserError(f"{asked.setting}: {who} has no classification head; {asked.remedy}")
+    if class_map is not None:
+        mapped = read_class_map(class_map, images, asked.class_map, asked.images)
         if max(mapped.values()) >= count:
             raise UserError(
-                f"evaluate.class_map: {file} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
+                f"{asked.class_map}: {class_map} names class {max(mapped.values())}, but the head has 0 to {count - 1}"
             )
         return mapped
-    by_name = _by_name(context)
+    by_name = _by_name(model, who, images, asked)
     if by_name:
         return by_name
-    named, most = named_classes(context.test), int(context.test.labels.max())
+    named, most = named_classes(images), int(images.labels.max())
+    if named is None and asked.whole:
+        named = most + 1
     if named is not None and named != count:
         found = _counted(named)
     elif most >= count:
@@ -71,25 +95,25 @@ def _class_of_label(context: EvaluationContext) -> dict[int, int]:
     else:
         return {label: label for label in range(count)}
     raise UserError(
-        f"--task head: --test has {found}, but the head of {context.model} has {_counted(count)}; if the images "
-        "number their classes differently, give evaluate.class_map"
+        f"{asked.setting}: {asked.images} has {found}, but the head of {who} has {_counted(count)}; if the images "
+        f"number their classes differently, give {asked.class_map}"
     )
 
 
-def _by_name(context: EvaluationContext) -> dict[int, int]:
+def _by_name(model: Any, who: str, images: Images, asked: Asked) -> dict[int, int]:
     """Return {label: class of the head with the same name}; {} if the names of one are not known, or none is in both.
 
     Raises UserError if only some of the classes are in both, or none, of another number of classes.
     """
-    ours = getattr(context.backbone.model, "pretrained_cfg", {}).get("label_names") or ()
-    theirs, place = context.test.classes, {name: number for number, name in enumerate(ours)}
-    labels = [label for label in np.unique(context.test.labels).tolist() if label < len(theirs)]
+    ours = getattr(model, "pretrained_cfg", {}).get("label_names") or ()
+    theirs, place = images.classes, {name: number for number, name in enumerate(ours)}
+    labels = [label for label in np.unique(images.labels).tolist() if label < len(theirs)]
     found = {label: place[theirs[label]] for label in labels if theirs[label] in place}
     lacking = [theirs[label] for label in labels if label not in found]
     if ours and lacking and (found or len(theirs) != len(ours)):
         raise UserError(
-            f"--task head: --test has class {lacking[0]!r}, which the head of {context.model} does not know; leave it "
-            "out, or give evaluate.class_map"
+            f"{asked.setting}: {asked.images} has class {lacking[0]!r}, which the head of {who} does not know; leave "
+            f"it out, or give {asked.class_map}"
         )
     return found
 

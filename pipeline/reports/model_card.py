@@ -83,6 +83,7 @@ def write_card(card: ModelCard) -> str:
         settings=card.recipe.distill,
         tuning=card.recipe.finetune,
         finetuned=card.trained.finetuned,
+        labeller=hashes.get("finetune.teacher"),
         tests=read_tests(run) if card.trained.finetuned is not None else [],
         began=began_as(card.recipe),
         teachers=[

@@ -11,7 +11,8 @@ from pipeline.outputs.provenance import INPUTS, file_hash, read_versions
 from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
-from pipeline.training.run_directory import ADAPTERS, DistillResult, TeacherLink, load_result, load_run_config, nearby
+from pipeline.training.cached_teachers import cache_of_run
+from pipeline.training.run_directory import ADAPTERS, DistillResult, TeacherLink, load_result, load_run_config
 from pipeline.training.stored_refiners import find_refiner, read_refiner
 from singer.errors import UserError
 
@@ -82,8 +83,12 @@ def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
 
     Raises UserError if it is not found, or if the runs learned from several caches.
     """
-    first = runs[0]
-    cache = _open(given, first) if given is not None else _search(first)
+    first, link = runs[0], runs[0].link
+    cache = Cache(given, known=link.cache) if given is not None else cache_of_run(first.folder, link)
+    if cache is None:
+        raise UserError(
+            f"the cache that {first.folder} learned from is not at {link.cache_place}; give its place with --cache"
+        )
     for run in runs:
         if run.link.cache in cache.ids:
             continue
@@ -91,7 +96,7 @@ def find_cache(runs: Sequence[Trained], given: Place | None) -> Cache:
         if given is not None and run is first:
             raise UserError(f"{here}, but {given} is {cache.id[:12]}; give its own with --cache")
         raise UserError(
-            f"{here}, {first.folder} from {first.link.cache[:12]}: a report is about one cache; make one for each"
+            f"{here}, {first.folder} from {link.cache[:12]}: a report is about one cache; make one for each"
         )
     return cache
 
@@ -129,20 +134,3 @@ def _refiner_source(run: Path, link: TeacherLink, digest: str, given: Sequence[P
     kind = (manifest.cleaner, manifest.normaliser)
     title = " + ".join(part for part in kind if part != "none") or "none"
     return RefinerSource(title, folder, False, digest, kind[0] != "none")
-
-
-def _search(run: Trained) -> Cache:
-    recorded = run.link.cache_place
-    for place in nearby(run.folder, [recorded, "cache"]):
-        try:
-            cache = _open(place, run)
-        except (UserError, OSError):
-            continue
-        if run.link.cache in cache.ids:
-            return cache
-    raise UserError(f"the cache that {run.folder} learned from is not at {recorded}; give its place with --cache")
-
-
-def _open(place: Place, run: Trained) -> Cache:
-    """Open a cache for the variant of the teacher that the run learned from."""
-    return Cache(place, known=run.link.cache)

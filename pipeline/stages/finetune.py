@@ -2,29 +2,32 @@
 
 Run it with `singer finetune RUN --train 'shards/*.tar' --out OUT`, or with `accelerate launch cli.py finetune ...` on
 several processes. A head is put on the student, and both are trained by cross-entropy on random resized crops that
-Mixup and CutMix mix (the recipe of DeiT, arXiv:2012.12877). No teacher takes part. The output is a run as stage 3 makes
-it: its student has a head.
+Mixup and CutMix mix (the recipe of DeiT, arXiv:2012.12877). If asked (finetune.kd), a teacher with a head says what it
+sees in the same views, and the student learns that, too. The output is a run as stage 3 makes it: its student has a
+head.
 """
 
 import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
 
-from pipeline.config import Config
+from pipeline.config import Config, FinetuneConfig
 from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_images, listing_hash, places_of, readable
 from pipeline.evaluation import own_head
 from pipeline.evaluation.classification import check_choice, check_labels
 from pipeline.evaluation.context import EvaluationContext
 from pipeline.evaluation.linear_head import probe_weights
-from pipeline.evaluation.own_head import OwnHead
+from pipeline.evaluation.open_model import open_model
+from pipeline.evaluation.own_head import Asked, OwnHead, class_of_label
 from pipeline.evaluation.stored import learned_from, result_file, store_result
-from pipeline.models.backbone import save_backbone
+from pipeline.models.backbone import Backbone, save_backbone, weight_hash
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
@@ -35,11 +38,14 @@ from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current
 from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import read_as, write_json
+from pipeline.students.start import TeacherWeights
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
+from pipeline.training.cached_teachers import cache_of_run
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
+from pipeline.training.head_teacher import HeadTeacher
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
 from pipeline.training.prepared import prepare_run
@@ -59,6 +65,9 @@ from singer.backbones import count_parameters
 from singer.errors import UserError
 
 _TASK = "head"
+# A teacher that takes part, and the class of its head for each label (HeadTeacher).
+Teaching = tuple[Backbone, list[int]]
+_NAME_ONE = "name a classifier: --set finetune.teacher=NAME"
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,12 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune the student of a finished run with labels, and store it at `out`.
 
-    Only the sections finetune, evaluate and data of `config` are used; the others are those of the run. train:
-    labelled images; test: others, on which the student is tested once, at the end, as `singer evaluate --task head`
-    does. data.on_error skip leaves out images that cannot be read; for this, all are read once more. Raises UserError
-    for mistakes that the user can fix.
+    Only the sections finetune, evaluate and data of `config` are used, and teacher.weights if a teacher takes part; the
+    others are those of the run. train: labelled images; test: others, on which the student is tested once, at the end,
+    as `singer evaluate --task head` does. data.on_error skip leaves out images that cannot be read; for this, all are
+    read once more. Raises UserError for mistakes that the user can fix.
     """
-    trained = load_result(run)
+    trained, weights = load_result(run), config.teacher.weights
     config = with_precision(_recipe(run, config))
     check_fsdp(config.finetune.precision)
     check_trackers(config.finetune)
@@ -93,9 +102,11 @@ def finetune(
     check_labels(images, tested or images, classes_of(images))
     if tested is not None:
         _check_test(config, trained, images, tested)
+    named = config.finetune.teacher_path
     read = [run, *places_of(images), *(places_of(tested) if tested is not None else ())]
-    check_output(out, mode, FINETUNE, config, read)
-    inputs = _inputs(run, trained, images)
+    check_output(out, mode, FINETUNE, config, read if named is None else [named, *read])
+    teacher = teacher_of_labels(config.finetune, weights, run, trained, images)
+    inputs = _inputs(config.finetune, run, trained, images, teacher)
     accelerator = make_accelerator(config.finetune.precision)
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
@@ -104,7 +115,7 @@ def finetune(
             result = load_result(out)
             (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     if result is None:
-        new = NewClassifier(config, run, trained, images, out, accelerator)
+        new = NewClassifier(config, run, trained, images, teacher, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
         with watched(accelerator, FINETUNE), claim:
             if main:
@@ -145,20 +156,78 @@ def _check_test(config: Config, trained: DistillResult, images: Images, tested: 
         load_saved(trained.student, config.evaluate.image_size)
 
 
-def _inputs(run: Path, trained: DistillResult, images: Images) -> dict[str, str | None]:
-    """Return what identifies the inputs: those of the run, its student and the images."""
+def teacher_of_labels(
+    settings: FinetuneConfig, weights: Path | None, run: Path, trained: DistillResult, images: Images
+) -> Teaching | None:
+    """Load the teacher that takes part, if one does.
+
+    weights: a file with its own, if they are not where its name says. Raises UserError if it is not found, or if its
+    head does not know the classes of the images.
+    """
+    if settings.kd == "none":
+        return None
+    if settings.teacher is None:
+        teacher, name = _teacher_of_run(run, trained, weights), trained.teachers[0].teacher.name
+    else:
+        name = settings.teacher
+        try:
+            teacher = open_model(settings.teacher_path or name, weights, None)
+        except UserError as error:
+            raise UserError(f"finetune.teacher: {error}") from error
+    asked = Asked("finetune.kd", "--train", "finetune.class_map", _NAME_ONE, whole=True)
+    mapped = class_of_label(teacher.model, name, images, settings.class_map, asked)
+    classes = [mapped.get(label, -1) for label in range(classes_of(images))]
+    known = sorted(number for number in classes if number >= 0)
+    twice = [one for one, other in pairwise(known) if one == other]
+    if twice:
+        raise UserError(
+            f"finetune.class_map: {settings.class_map} has class {twice[0]} for several labels; give each its own"
+        )
+    return teacher, classes
+
+
+def _teacher_of_run(run: Path, trained: DistillResult, weights: Path | None) -> Backbone:
+    """Load the teacher that a run learned from, as it was cached."""
+    link, *others = trained.teachers
+    if others:
+        raise UserError(f"finetune.kd: {run} learned from {len(others) + 1} teachers; {_NAME_ONE}")
+    cache = cache_of_run(run, link)
+    if cache is None:
+        raise UserError(f"finetune.kd: the cache that {run} learned from is not at {link.cache_place}; {_NAME_ONE}")
+    t = cache.manifest.teacher
+    loaded = TeacherWeights(cache.teacher_config(weights), t.architecture, t.model_args, t.weights)
+    return loaded.load("finetune.kd", f"or {_NAME_ONE}")
+
+
+def _inputs(
+    settings: FinetuneConfig, run: Path, trained: DistillResult, images: Images, teacher: Teaching | None
+) -> dict[str, str | None]:
+    """Return what identifies the inputs: those of the run, its student, the images and the teacher."""
     before = read_as(run / INPUTS, dict[str, str | None], "finished run")
     weights = trained.student / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} is not a finished run: {weights} is missing")
-    return {**before, "student": file_hash(weights), "image_set": listing_hash(images)}
+    return {
+        **before,
+        "student": file_hash(weights),
+        "image_set": listing_hash(images),
+        "finetune.teacher": weight_hash(teacher[0].model.state_dict()) if teacher is not None else None,
+        "finetune.class_map": file_hash(settings.class_map) if settings.class_map is not None else None,
+    }
 
 
 class NewClassifier:
     """A student that is fine-tuned, with all it needs. Nothing has been written to its folder yet."""
 
     def __init__(
-        self, config: Config, source: Path, trained: DistillResult, images: Images, out: Path, accelerator: Accelerator
+        self,
+        config: Config,
+        source: Path,
+        trained: DistillResult,
+        images: Images,
+        teacher: Teaching | None,
+        out: Path,
+        accelerator: Accelerator,
     ) -> None:
         self.config, self.source, self.trained, self.images = config, source, trained, images
         self.out, self.accelerator = out, accelerator
@@ -173,7 +242,8 @@ class NewClassifier:
         check_parts(self.student, None, settings, len(self.numbers), accelerator)
         if settings.head == "probe":
             check_choice(images.labels[self.numbers], config.evaluate)
-        self.learner = Classifier(self.student, device, Mixing(settings, self.classes)).to(device)
+        head = HeadTeacher(*teacher, settings, device) if teacher is not None else None
+        self.learner = Classifier(self.student, device, Mixing(settings, self.classes), head).to(device)
 
     def run(self, mode: Mode) -> DistillResult:
         """Train the student; the first process stores it. Return the result."""

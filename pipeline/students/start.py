@@ -39,10 +39,10 @@ class TeacherWeights:
     model_args: dict[str, Any]
     digest: str
 
-    def load(self, otherwise: str) -> Backbone:
+    def load(self, key: str, otherwise: str) -> Backbone:
         """Load the teacher. Raises UserError if its weights are not there any more, or are others.
 
-        otherwise: what can be done without them, for messages.
+        key: what needs it; otherwise: what to do without it.
         """
         config, remedy = self.config, f"give its weights with --weights FILE, {otherwise}"
         try:
@@ -52,10 +52,10 @@ class TeacherWeights:
                 args, size = self.model_args, config.image_size
                 source = create_model(self.architecture, size, args, config.weights, True, "model", config.averaged)
         except UserError as error:
-            raise UserError(f"student.init: the teacher was not loaded ({error}); {remedy}") from error
+            raise UserError(f"{key}: the teacher was not loaded ({error}); {remedy}") from error
         if weight_hash(source.model.state_dict()) != self.digest:
             where = config.weights or config.name
-            raise UserError(f"student.init: {where} does not have the weights that were cached; {remedy}")
+            raise UserError(f"{key}: {where} does not have the weights that were cached; {remedy}")
         return source
 
 
@@ -76,7 +76,7 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         if reason is not None and config.init == "auto" and config.lora is None:
             say(f"note: the student does not start from weights of {said}: {reason}")
             return
-        source = teacher.load(otherwise) if reason is None else None
+        source = teacher.load("student.init", otherwise) if reason is None else None
     else:
         said, source = config.init, None
         reason = misfit(student.model, student.model)  # whatever the weights are

@@ -16,7 +16,7 @@ from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
-from pipeline.training.run_directory import load_result
+from pipeline.training.run_directory import TeacherLink, load_result, nearby
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
 
@@ -163,3 +163,15 @@ def open_images(cache: Cache, images: Spec | None = None) -> AbstractContextMana
         with ImageFile(found) as files:
             check_images(files, evenly_spaced(np.arange(len(found)), _COMPARED), cache.index.digest)
     return ImageFile(found)
+
+
+def cache_of_run(run: Path, link: TeacherLink) -> Cache | None:
+    """Open the cache that a run learned from, at its recorded place or near the run; None if it is at neither."""
+    for place in nearby(run, [link.cache_place, "cache"]):
+        try:
+            cache = Cache(place, known=link.cache)
+        except (UserError, OSError):
+            continue
+        if link.cache in cache.ids:
+            return cache
+    return None

@@ -18,6 +18,7 @@ from pipeline.data.sampler import BatchIndices
 from pipeline.data.views import apply_view, crop_view, draw_view
 from pipeline.runtime.prefetch import prefetch
 from pipeline.runtime.progress import Meter
+from pipeline.training.augmentation import augment
 from pipeline.training.batch import Batch
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
@@ -32,7 +33,7 @@ class LabelledLoader:
 
     def __init__(self, files: ImageFile, numbers: np.ndarray, size: ImageSize, settings: FinetuneConfig | None) -> None:
         self.files, self.numbers, self.size = files, numbers, size
-        self._views = views_of(settings, size) if settings is not None else None
+        self._drawn_by = None if settings is None else (settings, views_of(settings, size))
         self._labels = torch.from_numpy(files.images.labels[numbers]).long()
 
     def __len__(self) -> int:
@@ -65,18 +66,19 @@ class LabelledLoader:
 
         Raises UserError, with the remedy, for an image that cannot be read.
         """
-        views = []
+        views: list[np.ndarray] = []
         for number in self.numbers[indices.records].tolist():
             try:
                 image = self.files.read(number)
             except UserError as error:
                 advice = "repair it, or leave out all such images (--on-error skip), and start anew with --overwrite"
                 raise UserError(f"{error}; {advice}") from error
-            if self._views is None:
-                view = crop_view(1.0, image.size, self.size)
-            else:
-                view = draw_view(self._views, self.files.images.keys[number], indices.epoch, image.size)
-            views.append(apply_view(image, view, self.size))
+            if self._drawn_by is None:
+                views.append(apply_view(image, crop_view(1.0, image.size, self.size), self.size))
+                continue
+            (settings, views_by), key = self._drawn_by, self.files.images.keys[number]
+            view = draw_view(views_by, key, indices.epoch, image.size)
+            views.append(augment(apply_view(image, view, self.size), settings, key, indices.epoch))
         return indices, torch.from_numpy(np.stack(views))
 
 

@@ -17,6 +17,8 @@ from pipeline.training.student_run import StudentRun
 from pipeline.training.to_device import StartedSteps, on_device
 
 _LOG_STEPS = 50
+# A first step can spoil a good start, such as a head that is a linear probe, and few more do not repair it.
+_FEW_STEPS = 100
 
 
 def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, accelerator: Accelerator) -> Meter:
@@ -40,6 +42,12 @@ def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, ac
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     ranks = current()
     measured_on = HeldOut(held_out, settings) if len(held_out) else None
+    if main and total < _FEW_STEPS:
+        steps = f"{total} step{'' if total == 1 else 's'}"
+        say(
+            f"note: {steps} of training may teach little, and spoil a good start; give more epochs (--epochs), or "
+            "smaller batches (--batch-size)"
+        )
     for student_run in student_runs:
         if student_run.first_step and main:
             _say_continued(student_run, per_epoch)
