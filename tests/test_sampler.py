@@ -113,11 +113,11 @@ def test_blocks_stay_near_each_other() -> None:
 @pytest.mark.parametrize(
     ("record_bytes", "batch", "block", "window"),
     [
-        (20_000, 256, 26, 13_421),
-        (106_000, 256, 4, 2532),
+        (20_000, 256, 26, 52 * 256),
+        (106_000, 256, 4, 9 * 256),
         (106_000, 1024, 1, 2532),  # a window would be three batches
         (20_000, 4096, 1, 13_421),
-        (400_000, 64, 1, 671),  # a block is one record
+        (400_000, 64, 1, 10 * 64),  # a block is one record
         (1 << 29, 1, 1, 1),
     ],
 )
@@ -130,9 +130,9 @@ def test_the_default_depends_on_the_bytes_of_a_record(record_bytes: int, batch: 
 def test_what_is_given_goes_before_the_default() -> None:
     """A block alone, whatever a window holds; a window alone, with blocks that are a part of it."""
     of = partial(shuffle_of, records=10**6, record_bytes=400_000)
-    assert of(DistillConfig(read_block=64)) == (64, 671, True)
+    assert of(DistillConfig(read_block=64)) == (64, 512, True)
     assert of(DistillConfig(read_block=1000)) == (1000, 1000, False)
-    assert of(DistillConfig(read_block=1)) == (1, 671, False)
+    assert of(DistillConfig(read_block=1)) == (1, 512, False)
     assert of(DistillConfig(shuffle_window=512)) == (1, 512, False)
     assert of(DistillConfig(shuffle_window=2048)) == (4, 2048, False)
     assert of(FinetuneConfig())[0] == 1

@@ -71,8 +71,8 @@ class TrainingConfig(Section):
     )
     shuffle_window: Positive | None = key(
         None,
-        "records within which blocks are mixed; a small window is read in one piece; default: as many as 256 MB of "
-        "features hold; a plain shuffle if these are fewer than 4 batches",
+        "records within which blocks are mixed; a small window is read in one piece; default: the whole batches that "
+        "256 MB of features hold; a plain shuffle if these are fewer than 4 batches",
         shared=True,
     )
     seed: Seed = key(0, "seed of the weights that are drawn, and of the order of records", shared=True)

@@ -125,10 +125,16 @@ def shuffle_of(settings: TrainingConfig, records: int, record_bytes: int) -> Shu
     read in one piece.
     """
     block, window = settings.read_block, settings.shuffle_window
-    most = window or max(block or 1, WINDOW_BYTES // record_bytes)
-    few = window is None and most < _LEAST_BATCHES * settings.batch_size
-    block = block or (1 if few else max(1, most // _BLOCKS))
-    window = min(most, records)
+    if window is None:
+        window = max(block or 1, WINDOW_BYTES // record_bytes)
+        batches = window // settings.batch_size
+        if window < records and block is None and batches < _LEAST_BATCHES:
+            block = 1
+        elif window < records:
+            # Whole batches, so that all windows have one size, and use memory of one size again.
+            window = max(block or 1, batches * settings.batch_size)
+    block = block or max(1, window // _BLOCKS)
+    window = min(window, records)
     return Shuffle(block, window, block > 1 and window * record_bytes <= WINDOW_BYTES)
 
 

@@ -54,9 +54,9 @@ def _take(size: int) -> np.ndarray:
 
 def _give_back(memory: np.ndarray) -> None:
     room = _KEPT_BYTES - memory.nbytes
-    # Sizes that were first used longest ago go first: perhaps they do not come again.
+    # Sizes that were not used for longest go first: perhaps they do not come again.
     for size in list(_free):
         if kept_bytes() > room and size != memory.nbytes:
             _free.pop(size, None)
     if kept_bytes() <= room:
-        _free.setdefault(memory.nbytes, deque()).append(memory)
+        _free[memory.nbytes] = deque([*_free.pop(memory.nbytes, ()), memory])
