@@ -94,7 +94,7 @@ def test_a_patch_is_shown_if_its_centre_is_in_both() -> None:
 
 def random_views(images: int, views: int, seed: int) -> Tensor:
     """Places of random views of some images, (images, views, 5), a quarter to three quarters of a side long."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seeded(seed))
     sides = rng.uniform(0.25, 0.75, (images, views, 2))
     corners = rng.uniform(0, 1, (images, views, 2)) * (1 - sides)
     edges = np.concatenate([corners, corners + sides, rng.integers(0, 2, (images, views, 1))], 2)
@@ -103,7 +103,7 @@ def random_views(images: int, views: int, seed: int) -> Tensor:
 
 def test_averages_of_a_linear_field_are_the_field() -> None:
     """Views are of random sizes and mirrored: each place is taught what is there, whichever views show it."""
-    grid, places = (7, 9), random_views(60, 4, seeded(7))
+    grid, places = (7, 9), random_views(60, 4, 7)
     # Channels: the places (x, y) themselves. The first view's are the field; CLS says which view it is.
     fields = torch.stack([torch.stack([centres(tuple(v), grid) for v in of]) for of in places.tolist()])
     cls = torch.arange(4.0).expand(60, 4)[..., None, None].expand(-1, -1, 1, 2)

@@ -28,7 +28,7 @@ def validate_images(images: Images, workers: int, on_error: OnError) -> Validate
         class_token=False, grid=(1, 1), image_size=4, mean=(0.5,) * 3, std=(0.5,) * 3, precision="no",
         dtype="float32", shapes=None, copies=1,
     )  # fmt: skip
-    manifest = new_manifest(load_config(), Addition((0,), images, 0, 1), teacher)
+    manifest = new_manifest(load_config(sets=["views.pixels=none"]), Addition((0,), images, 0, 1), teacher)
     with ImageFile(images) as files:
         read = ViewReader(files, manifest, on_error)
         seen = list(prefetch(read, np.array_split(np.arange(len(images)), -(-len(images) // 8)), workers))
