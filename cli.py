@@ -348,7 +348,7 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a distilled student as a classifier, with labels (after stage 3)."""
-    from pipeline.checks import check_command, check_finished
+    from pipeline.checks import check_command, check_finished, check_kd
     from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
@@ -362,6 +362,7 @@ def finetune(
         "data.on_error": on_error,
     }
     tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
+    check_kd(tree, weights)
     check_finished(run)
     check_command("finetune", tree, out, mode, images=[train, test], inputs=[run])
     from pipeline.stages.finetune import finetune as fine_tune

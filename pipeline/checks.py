@@ -106,6 +106,14 @@ def check_command(
         check_output(out, mode, stage, config, [place for place in read if place is not None])
 
 
+def check_kd(config: Config, weights: Path | None) -> None:
+    """Raise UserError if `finetune` is given weights of a teacher, and none takes part."""
+    if weights is not None and config.finetune.kd == "none":
+        raise UserError(
+            f"--weights {weights}: no teacher takes part; give --set finetune.kd=soft (or hard), or leave it out"
+        )
+
+
 def check_settings(command: str, config: Config) -> None:
     """Raise UserError if a setting that a command reads names something that does not exist."""
     match command:

@@ -357,8 +357,13 @@ def test_it_resumes_exactly(
     assert resumed.finetuned.kept_epoch == whole.finetuned.kept_epoch
     one, two = (tree_bytes(tmp_path / name, "run.json", "provenance.json", "log.jsonl") for name in ("whole", "part"))
     assert one == two
-    # A finished run is left as it is.
+    # A finished run is left as it is, and needs no teacher any more; another one is still refused.
     assert finetune(config, run, shards(world), part, mode="resume").finetuned == resumed.finetuned
+    with pytest.raises(UserError, match=r"was started with another finetune\.teacher; use that or --overwrite"):
+        finetune(changed(config, teacher=str(tmp_path / "other")), run, shards(world), part, mode="resume")
+    shutil.rmtree(tmp_path / "other")
+    gone = changed(config, teacher=str(tmp_path / "other"))
+    assert finetune(gone, run, shards(world), part, mode="resume").finetuned == resumed.finetuned
 
 
 @pytest.mark.slow
@@ -481,6 +486,15 @@ TEACHERS: dict[str, tuple[list[str], str]] = {
     "twice": (["[1, 2, 3, 1]"], "finetune.class_map: .* has class 1 for several labels; give each its own"),
     "no map": (["{}"], "finetune.class_map: .* must be JSON such as"),
 }
+
+
+def test_weights_of_no_teacher(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = world / "teacher" / "model.safetensors"
+    words = ["finetune", run, "--train", shards(world), "--out", tmp_path / "out", "--weights", weights]
+    assert run_singer(monkeypatch, *words) == 2
+    assert "no teacher takes part; give --set finetune.kd=soft (or hard), or leave it out" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("what", TEACHERS)

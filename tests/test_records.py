@@ -17,6 +17,7 @@ from pipeline.cache.append import Addition
 from pipeline.cache.format import zarr_shard_file
 from pipeline.cache.manifest import read_manifest
 from pipeline.cache.pixel_choice import with_pixels
+from pipeline.cache.segments import read_segments
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.zarr_shards import ZarrArray, read_arrays
 from pipeline.config import Config
@@ -145,6 +146,27 @@ def test_views_of_another_size_are_added_at_this_size(world: Path, tmp_path: Pat
                   "append")  # fmt: skip
     added = read_manifest(open_store(tmp_path / "c").child("parts/001")).pixels
     assert added is not None and (added.kind, added.size) == ("jpeg", 24)
+
+
+def test_a_larger_teacher_adds_views_of_the_cache_s_size(world: Path, tmp_path: Path) -> None:
+    train, test = (str(world / split / "*.tar") for split in ("train", "test"))
+    sets = ["views.pixels=auto", "cache.blocks=[3]"]
+    cache_teacher(world_config(world, *sets), train, tmp_path / "c")
+    larger = world_config(world, *sets, "teacher.image_size=64")
+    for images in (train, test):
+        cache_teacher(larger, images, tmp_path / "c", "append")
+    kinds = [(s.manifest.pixels.kind, s.manifest.pixels.size) for s in read_segments(open_store(tmp_path / "c"))
+             if s.manifest.pixels is not None]  # fmt: skip
+    assert kinds == [("uint8", 32), ("uint8", 32)]
+
+
+def test_what_is_overwritten_makes_room(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shards = world_config(world, "views.pixels=auto"), str(world / "train" / "*.tar")
+    cache_teacher(config, shards, tmp_path / "c")
+    there = sum(open_store(tmp_path / "c").sizes().values())
+    monkeypatch.setattr("pipeline.cache.pixel_choice.free_bytes", lambda _: there)
+    cache_teacher(config, shards, tmp_path / "c", "overwrite")
+    assert kind_of(tmp_path / "c") == "uint8"
 
 
 def test_object_stores_get_no_views_by_themselves(world: Path) -> None:

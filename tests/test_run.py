@@ -114,6 +114,11 @@ def test_views_are_stored_where_they_have_room() -> None:
     small = [chooser(pixels=True, disk=disk).choose() for disk in (21 * 10**9, 23 * 10**9, 24 * 10**9)]
     assert [choice.sets["views.pixels"] for choice in small] == ["none", "none", "uint8"]
     assert all(choice.sets["cache.codec"] == "float16" for choice in small)
+    # What is left open is chosen, also if somebody says so.
+    said = chooser("views.pixels=auto", pixels=True).choose()
+    assert said.sets["views.pixels"] == "uint8" and said.bytes == stored.bytes
+    sized = chooser("views.pixels=auto", "views.pixel_size=50", pixels=True).choose()
+    assert sized.sets["views.pixel_size"] == 50 and sized.bytes == plain.bytes + 50_000 * 3 * 50 * 50
     given = chooser("views.pixels=jpeg", pixels=True).choose()
     assert "views.pixels" not in given.sets and given.training_hours == stored.training_hours
 

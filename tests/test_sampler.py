@@ -40,6 +40,16 @@ def test_every_record_once_an_epoch(records: int, batch: int, world: int, epoch:
     assert (counted == 1).all()
 
 
+@pytest.mark.parametrize(("block", "batch"), [(256, 256), (64, 1024), (2, 4)])
+def test_a_block_that_is_given_is_mixed_with_others(block: int, batch: int) -> None:
+    """However large the records are: those of a megabyte make windows that are read batch by batch."""
+    shuffle = shuffle_of(DistillConfig(read_block=block, batch_size=batch), 10**6, 1 << 20)
+    assert shuffle.block == block and shuffle.window % batch == 0
+    assert shuffle.window >= max(4 * batch, 16 * block) and shuffle.whole == (shuffle.window <= 256)
+    order = EpochOrder(10**6, 0, 0, *shuffle[:2])
+    assert len(set((order.stretch(0, batch) // block).tolist())) > min(batch, 16) / 2
+
+
 @given(st.integers(1, 300), blocks, windows, st.integers(0, 299), st.integers(0, 80))
 def test_any_stretch_can_be_read_alone(records: int, block: int, window: int, start: int, length: int) -> None:
     """A run that resumes in mid-epoch goes on in the same order."""
@@ -128,11 +138,12 @@ def test_the_default_depends_on_the_bytes_of_a_record(record_bytes: int, batch: 
 
 
 def test_what_is_given_goes_before_the_default() -> None:
-    """A block alone, whatever a window holds; a window alone, with blocks that are a part of it."""
+    """A block alone, whose window is larger if it would mix too little; a window alone, of blocks that are its part."""
     of = partial(shuffle_of, records=10**6, record_bytes=400_000)
-    assert of(DistillConfig(read_block=64)) == (64, 512, True)
-    assert of(DistillConfig(read_block=1000)) == (1000, 1000, False)
-    assert of(DistillConfig(read_block=1)) == (1, 512, False)
+    assert of(DistillConfig(read_block=64)) == (64, 1024, False)
+    assert of(DistillConfig(read_block=16, batch_size=64)) == (16, 640, True)
+    assert of(DistillConfig(read_block=1000)) == (1000, 62 * 256, False)
+    assert of(DistillConfig(read_block=1))[0] == 1
     assert of(DistillConfig(shuffle_window=512)) == (1, 512, False)
     assert of(DistillConfig(shuffle_window=2048)) == (4, 2048, False)
     assert of(FinetuneConfig())[0] == 1

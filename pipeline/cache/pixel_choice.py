@@ -18,17 +18,18 @@ from singer.sizes import ImageSize
 _DISK = 0.5
 
 
-def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: Place | None) -> Config:
+def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: Place | None, freed: int = 0) -> Config:
     """Return the configuration with what a new cache gets in the place of auto: uint8 if the disk has room, else none.
 
-    whole: all that the cache will hold; out: where it will be, None if that is not known. An object store does not say
-    how much it takes, so there the views are not stored.
+    whole: all that the cache will hold; out: where it will be, None if that is not known; freed: bytes that will be
+    overwritten there. An object store does not say how much it takes, so there the views are not stored.
     """
     if config.views.pixels != "auto":
         return config
     if out is None or is_remote(out):
+        say(f"views.pixels auto: the views are not stored, because {out or 'a place without --out'} has no known size")
         return _set(config, "none")
-    free, stored = free_bytes(Path(out)), _set(config, "uint8")
+    free, stored = free_bytes(Path(out)) + freed, _set(config, "uint8")
     need = _bytes(new_manifest(stored, whole, teacher))
     if need <= _DISK * free:
         return stored
@@ -39,13 +40,16 @@ def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: 
     return _set(config, "none")
 
 
-def as_stored(config: Config, first: Manifest) -> Config:
-    """Return the configuration with what a cache that exists has in the place of auto. first: its first segment's."""
+def as_stored(config: Config, first: Manifest, teacher: TeacherManifest) -> Config:
+    """Return the configuration with what a cache that exists has in the place of auto.
+
+    first: of its first segment; teacher: the one that runs, at whose input's size views would be stored otherwise.
+    """
     if config.views.pixels != "auto":
         return config
     if first.pixels is None:
         return _set(config, "none")
-    usual = first.pixels.size == first.teacher.image_size
+    usual = first.pixels.size == teacher.image_size
     return _set(config, first.pixels.kind, config.views.pixel_size or (None if usual else first.pixels.size))
 
 

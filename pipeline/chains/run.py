@@ -176,7 +176,7 @@ def _planned(config: Config, choice: Mapping[str, Any], out: Path) -> Config:
 
 
 def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:
-    """Return the configuration with what was chosen and is not given; choice: {key: value}.
+    """Return the configuration with what was chosen and is not given, or left open (auto); choice: {key: value}.
 
     Probes see teacher and student at the same image size.
     """
@@ -184,7 +184,7 @@ def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:
     sets = {
         key: choice[key]
         for key, (section, name) in keys.items()
-        if name not in getattr(config, section).model_fields_set
+        if name not in getattr(config, section).model_fields_set or getattr(getattr(config, section), name) == "auto"
     }
     size, student = config.teacher.image_size, config.student.image_size
     if size is not None and student in (None, size) and config.evaluate.image_size is None:

@@ -14,8 +14,8 @@ from pipeline.config import TrainingConfig
 WINDOW_BYTES = 1 << 28
 # By default, a window has so many blocks. Larger ones would be read hardly faster, and shuffled less well.
 _BLOCKS = 512
-# Windows of fewer batches would often bring neighbours into one batch.
-_LEAST_BATCHES = 4
+# Windows of fewer batches would often bring neighbours into one batch, and those of fewer blocks would mix little.
+_LEAST_BATCHES, _LEAST_BLOCKS = 4, 16
 # About this many bytes of batches are read together, so that small batches share the interpreter's work.
 PIECE_BYTES = 1 << 24
 
@@ -122,17 +122,18 @@ def shuffle_of(settings: TrainingConfig, records: int, record_bytes: int) -> Shu
 
     By default, a window has as many records as WINDOW_BYTES hold, and a block a part of them. If a block would be one
     record, or a window only some batches, the shuffle is plain. So it is if a window holds all records, which are then
-    read in one piece.
+    read in one piece. The window of a block that is given may be larger, so that it mixes this block with others.
     """
-    block, window = settings.read_block, settings.shuffle_window
+    block, window, batch = settings.read_block, settings.shuffle_window, settings.batch_size
     if window is None:
-        window = max(block or 1, WINDOW_BYTES // record_bytes)
-        batches = window // settings.batch_size
-        if window < records and block is None and batches < _LEAST_BATCHES:
+        window = max(1, WINDOW_BYTES // record_bytes)
+        if block is not None:
+            window = max(window, _LEAST_BATCHES * batch, _LEAST_BLOCKS * block)
+        elif window < min(records, _LEAST_BATCHES * batch):
             block = 1
-        elif window < records:
+        if window < records and block != 1:
             # Whole batches, so that all windows have one size, and use memory of one size again.
-            window = max(block or 1, batches * settings.batch_size)
+            window = max(1, window // batch) * batch
     block = block or max(1, window // _BLOCKS)
     window = min(window, records)
     return Shuffle(block, window, block > 1 and window * record_bytes <= WINDOW_BYTES)

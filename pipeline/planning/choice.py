@@ -45,12 +45,6 @@ class Costs:
     gpu: bool
     input_size: ImageSize
 
-    @property
-    def pixel_bytes(self) -> int:
-        """Return the bytes of a view as the student sees it, uint8."""
-        height, width = Size.of(self.input_size)
-        return 3 * height * width
-
     def seconds(self, model: float, workers: int, decodes: bool = True) -> float:
         """Return the seconds of a view in a stage whose model does `model` views a second.
 
@@ -114,11 +108,11 @@ class Chooser:
         sets = {"cache.codec": codec, **self._sets(views, epochs), **self._workers}
         reasons = self._reasons(views, epochs, codec, sets.get("distill.batch_size", self.config.distill.batch_size))
         if stored:
-            sets |= {"views.pixels": "uint8", "views.pixel_size": self.costs.input_size}
+            sets |= {"views.pixels": "uint8", "views.pixel_size": self._pixel_size}
             reasons.append(
                 f"stored views: {stored / 1e9:.3g} GB, as the student sees them; it decodes no images, and is the same"
             )
-        elif self.config.views.pixels == "auto" and not self._given("views", "pixel_size"):
+        elif self.config.views.pixels == "auto":
             sets["views.pixels"] = "none"
         return Choice(sets, reasons, self._bytes(views, codec) + stored, caching, training, self._probing_hours)
 
@@ -126,11 +120,17 @@ class Chooser:
         return next(c for c in self._codecs if self._bytes(views, c) <= self._room)
 
     def _pixel_bytes(self, views: int) -> int:
-        """Return the bytes of the views if they are stored, too: where nobody configured that, and they have room."""
-        if self._given("views", "pixels", "pixel_size"):
+        """Return the bytes of the views if they are stored, too: where that is left open, and they have room."""
+        if self.config.views.pixels != "auto":
             return 0
-        stored = self.images * views * self.costs.pixel_bytes
+        height, width = Size.of(self._pixel_size)
+        stored = self.images * views * 3 * height * width
         return stored if self._bytes(views, self._codec(views)) + stored <= self._room else 0
+
+    @property
+    def _pixel_size(self) -> ImageSize:
+        """Return the size of stored views: what is given, or the student's own."""
+        return self.config.views.pixel_size or self.costs.input_size
 
     def _given(self, section: str, *keys: str) -> bool:
         return not set(keys).isdisjoint(getattr(self.config, section).model_fields_set)

@@ -91,13 +91,14 @@ def cache_teacher(
         listed = list_images(config, images) if main and not continues else None
         if continues:
             config = as_begun(config, store)
-        if has_manifest:
-            config = as_stored(config, read_manifest(store))
         extract = Extractor(config, backbone, process.device)
         blocks = tuple(resolve_blocks(config.cache.blocks, extract.teacher.depth))
         config = _with_batch_size(extract, ranks)
-        if listed is not None:
-            config = with_pixels(config, Addition(blocks, listed, 0, config.views.count), extract.teacher, out)
+        if has_manifest:
+            config = as_stored(config, read_manifest(store), extract.teacher)
+        elif listed is not None:
+            whole, freed = Addition(blocks, listed, 0, config.views.count), sum(store.sizes().values())
+            config = with_pixels(config, whole, extract.teacher, out, freed if mode == "overwrite" else 0)
         extract = extract.configured(config)
 
         start, done = time.perf_counter(), 0

@@ -65,6 +65,8 @@ from singer.backbones import count_parameters
 from singer.errors import UserError
 
 _TASK = "head"
+# The name of the teacher among the inputs of a run.
+_TEACHER = "finetune.teacher"
 # A teacher that takes part, and the class of its head for each label (HeadTeacher).
 Teaching = tuple[Backbone, list[int]]
 _NAME_ONE = "name a classifier: --set finetune.teacher=NAME"
@@ -105,13 +107,19 @@ def finetune(
     named = config.finetune.teacher_path
     read = [run, *places_of(images), *(places_of(tested) if tested is not None else ())]
     check_output(out, mode, FINETUNE, config, read if named is None else [named, *read])
-    teacher = teacher_of_labels(config.finetune, weights, run, trained, images)
+    finished = mode == "resume" and (out / INPUTS).exists() and (out / RUN_RESULT).exists()
+    try:
+        teacher = teacher_of_labels(config.finetune, weights, run, trained, images)
+    except UserError:
+        if not finished:
+            raise
+        teacher = None  # what is finished needs it no more
     inputs = _inputs(config.finetune, run, trained, images, teacher)
     accelerator = make_accelerator(config.finetune.precision)
     main, result = accelerator.is_main_process, None
     if mode == "resume" and (out / INPUTS).exists():
-        check_inputs(out, inputs)
-        if (out / RUN_RESULT).exists():
+        check_inputs(out, inputs if teacher is not None else {**inputs, **_teacher_input(out)})
+        if finished:
             result = load_result(out)
             (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
     if result is None:
@@ -211,9 +219,14 @@ def _inputs(
         **before,
         "student": file_hash(weights),
         "image_set": listing_hash(images),
-        "finetune.teacher": weight_hash(teacher[0].model.state_dict()) if teacher is not None else None,
+        _TEACHER: weight_hash(teacher[0].model.state_dict()) if teacher is not None else None,
         "finetune.class_map": file_hash(settings.class_map) if settings.class_map is not None else None,
     }
+
+
+def _teacher_input(out: Path) -> dict[str, str | None]:
+    """Return what identified the teacher when a run began."""
+    return {_TEACHER: read_as(out / INPUTS, dict[str, str | None], "run").get(_TEACHER)}
 
 
 class NewClassifier:

@@ -107,10 +107,13 @@ def load_result(run: Path) -> DistillResult:
 
 
 def load_run_config(run: Path) -> Config:
-    """Read the configuration of a finished run. Raises UserError if there is none at `run`."""
+    """Read the configuration of a finished run. Raises UserError if there is none at `run`, or no valid one."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a finished run: it has no {CONFIG}")
-    return load_config(run / CONFIG)
+    try:
+        return load_config(run / CONFIG)
+    except UserError as error:
+        raise UserError(f"{run / CONFIG} was not written by this version of singer: {error}") from None
 
 
 def nearby(run: Path, recorded: Iterable[str]) -> Iterator[Place]:

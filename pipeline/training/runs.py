@@ -265,11 +265,11 @@ def train_students(
 def advise_window(settings: DistillConfig, load: BatchLoader) -> None:
     """Say so if shuffle windows are too large to be read in one piece."""
     shuffle = shuffle_of(settings, len(load), load.record_bytes)
-    if settings.shuffle_window is not None and shuffle.block > 1 and not shuffle.whole:
-        few = WINDOW_BYTES // load.record_bytes
+    few = WINDOW_BYTES // load.record_bytes
+    if 1 < shuffle.block <= few and not shuffle.whole:
         say(
-            f"note: shuffle windows of {settings.shuffle_window} records are too large to be read in one piece, "
-            f"which is faster; the largest such window is distill.shuffle_window={few}"
+            f"note: shuffle windows of {shuffle.window} records are too large to be read in one piece, which is "
+            f"faster; the largest such window is distill.shuffle_window={few}"
         )
 
 
