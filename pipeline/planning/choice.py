@@ -12,6 +12,7 @@ from singer.sizes import ImageSize, Size
 
 # From the most exact to the smallest.
 LADDER = ("float16", "int8", "int4", "int3", "int2", "int1")
+# At equal passes, more crops than these were no better (docs/results.md).
 VIEWS = (5, 3, 2, 1)
 # The paper trains for 100 passes over the images, and warms up for 5 of them.
 PASSES, _WARMUP = 100, 0.05
@@ -19,7 +20,7 @@ PASSES, _WARMUP = 100, 0.05
 _DISK, _TIME = 0.5, 0.9
 # Fewer views are stored if caching takes more than this share of the time.
 _CACHING = 0.5
-# Passes over the images from which on crops teach a student more than the centre view (docs/results.md, with AdamW).
+# Passes over the images from which on crops teach a student more than the centre view (docs/results.md).
 CROPS_FROM = 48
 # The sizes of all crops that were measured, in shares of the image.
 _SCALE = (0.3, 1.0)
