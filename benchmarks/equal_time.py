@@ -48,7 +48,8 @@ JOINT = [
     "distill.projector=linear", "distill.layer_decay=1",
 ]  # fmt: skip
 # As the authors train, and with those of our levers that need no cache.
-JOINTS = ["joint", "joint with our start, head, optimiser and rate"]
+WITH_LEVERS = "joint with our start, head, optimiser and rate"
+JOINTS = ["joint", WITH_LEVERS]
 NEED_NO_CACHE = [("student", "init"), *(("distill", key) for key in ("projector", "optimizer", "lr", "layer_decay"))]
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
@@ -220,7 +221,7 @@ def main() -> None:
             ours = chain.config(f"distill.epochs={epochs}", f"distill.seed={seed}")
             say(f"ours, seed {seed}", share, epochs, chain.row(f"ours-{share:g}-{seed}", ours, refiner))
         for name in options.joint:
-            more = levers if name == JOINTS[1] else []
+            more = levers if name == WITH_LEVERS else []
             joint = chain.config(*JOINT, *more, f"distill.seed={seed}")
             row = chain.row(f"{name.replace(' ', '-')}-{seed}", joint, None)
             say(f"{name}, seed {seed}", 1.0, joint.distill.epochs, row)
