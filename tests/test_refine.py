@@ -165,7 +165,7 @@ def test_few_records_are_enough(world: Path, tmp_path: Path, cleaner: str) -> No
     cache_teacher(config, str(tmp_path / "few" / "*.tar"), tmp_path / "cache")
     refine(config, tmp_path / "cache", tmp_path / "a")
     one = world_config(world, f"refine.cleaner={cleaner}", "refine.holdout=0.9")
-    with pytest.raises(UserError, match="has 4 records: too few to fit on some"):
+    with pytest.raises(UserError, match="has views of 4 images: too few to fit and"):
         refine(one, tmp_path / "cache", tmp_path / "b")
 
 
@@ -263,6 +263,19 @@ def test_split_and_batches_are_disjoint_and_whole(world: Path, config: Config) -
     batches = list(batch_order(train, config.refine))
     assert len(batches) == 60 and all(len(set(b)) == 16 and not set(b) & set(held_out) for b in batches)
     assert len(set(np.concatenate(batches[:5]))) == 80
+
+
+def test_images_are_held_out_with_all_their_views(world: Path, tmp_path: Path, config: Config) -> None:
+    """Also those that were appended later; with one view of each image, these are the records that always were."""
+    for count, mode in ((2, "new"), (3, "append")):
+        views = world_config(world, "cache.blocks=[3]", "views.flip=0.5", f"views.count={count}")
+        cache_teacher(views, str(world / "train" / "*.tar"), tmp_path / "c", mode)
+    cache = Cache(tmp_path / "c")
+    train, held_out = split_records(cache, config.refine)
+    images = cache.index.digest[cache.index.image]
+    assert len(held_out) == 3 * 20 and len(train) == 3 * 80 and not {*images[train]} & {*images[held_out]}
+    order = np.random.default_rng([config.refine.seed, 0]).permutation(100)
+    assert {*split_records(Cache(world / "cache"), config.refine)[1].tolist()} == {*order[:20].tolist()}
 
 
 def test_scales_against_numpy(world: Path) -> None:

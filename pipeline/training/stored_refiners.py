@@ -144,15 +144,19 @@ def find_refiner(run: Path, link: TeacherLink, digest: str, given: Sequence[Path
 
 
 def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return (records to fit on, held-out records), a random split that depends only on the seed.
+    """Return (records to fit on, held-out records), a random split of the images that depends only on the seed.
 
-    Raises UserError if there are too few records.
+    Raises UserError if there are too few images.
     """
-    order = np.random.default_rng([settings.seed, 0]).permutation(len(cache))
-    held_out = max(1, round(settings.holdout * len(cache)))
-    if len(cache) == held_out:
-        raise UserError(f"{cache.place} has {len(cache)} records: too few to fit on some and measure on others")
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    image = cache.index.first_image
+    images = np.random.default_rng([settings.seed, 0]).permutation(np.unique(image))
+    held_out = max(1, round(settings.holdout * len(images)))
+    if len(images) == held_out:
+        raise UserError(
+            f"{cache.place} has views of {len(images)} images: too few to fit on some and measure on others"
+        )
+    held = np.isin(image, images[:held_out])
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def check_names(settings: RefineConfig) -> None:
