@@ -165,7 +165,7 @@ def test_few_records_are_enough(world: Path, tmp_path: Path, cleaner: str) -> No
     cache_teacher(config, str(tmp_path / "few" / "*.tar"), tmp_path / "cache")
     refine(config, tmp_path / "cache", tmp_path / "a")
     one = world_config(world, f"refine.cleaner={cleaner}", "refine.holdout=0.9")
-    with pytest.raises(UserError, match="has views of 4 images: too few to fit and"):
+    with pytest.raises(UserError, match="has views of 4 images: too few to fit on some"):
         refine(one, tmp_path / "cache", tmp_path / "b")
 
 
