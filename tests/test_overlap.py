@@ -16,7 +16,7 @@ from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.refine import refine
-from pipeline.training.batch import BatchLoader
+from pipeline.training.batch import Batch, BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.other_views import OtherViews
 from pipeline.training.run_log import read_log
@@ -267,16 +267,11 @@ def test_batches_hold_the_features_of_both_views(place: Path) -> None:
     assert load.record_bytes == 2 * cache.record_bytes
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path: Path, share: float) -> None:
-    """By hand: CLS of its own view, patches of the other one where it shows them; all others count as no error."""
-    config = overlap_config(world, "student.patch_size=4", f"distill.token_share={share}")
-    sources = open_teachers(config.distill, place, None)
-    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, make_accelerator("no"))
-    cache, others, branch = sources[0].cache, new.others, new.distiller.branches[0]
-    assert others is not None
-    records = np.arange(0, 12, 2)
-    load = BatchLoader([cache], None, [32], others=others)
+def step_of(
+    new: NewStudent, cache: Cache, records: np.ndarray, share: float
+) -> tuple[Batch, dict[str, Tensor], dict[int, Tensor], Tensor | None]:
+    """A batch of six records in epoch 2, its losses, and what the student gives for the patches that it keeps."""
+    load = BatchLoader([cache], None, [32], others=new.others)
     (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
     new.distiller.train()
     if new.distiller.dropout is not None:
@@ -286,7 +281,21 @@ def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path
     torch.manual_seed(seeded(4))
     outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
     kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
-    assert (kept is None) == (share == 1) and batch.places is not None
+    assert (kept is None) == (share == 1)
+    return batch, losses, outputs, kept
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_losses_are_of_the_overlap_and_of_cls(world: Path, place: Path, tmp_path: Path, share: float) -> None:
+    """By hand: CLS of its own view, patches of the other one where it shows them; all others count as no error."""
+    config = overlap_config(world, "student.patch_size=4", f"distill.token_share={share}")
+    sources = open_teachers(config.distill, place, None)
+    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, make_accelerator("no"))
+    cache, others, branch = sources[0].cache, new.others, new.distiller.branches[0]
+    assert others is not None
+    records = np.arange(0, 12, 2)
+    batch, losses, outputs, kept = step_of(new, cache, records, share)
+    assert batch.places is not None
     tokens = branch.tokens(outputs, None, kept).normalised
     both = cache.features(np.concatenate([records, *others.choose(records, 2)]), torch.device("cpu"))
     for block, x in tokens.items():
@@ -315,17 +324,8 @@ def test_losses_are_of_the_refined_averages(
     cache, others, branch = sources[0].cache, new.others, new.distiller.branches[0]
     assert others is not None and others.average
     records = np.array([0, 3, 10, 40, 77, 120])
-    load = BatchLoader([cache], None, [32], others=others)
-    (batch,) = load([[BatchIndices(records, np.full(6, 1 / 6, np.float32), 2)]], 1)
-    new.distiller.train()
-    if new.distiller.dropout is not None:
-        new.distiller.dropout.share = share
-    torch.manual_seed(seeded(12))
-    losses, _ = new.distiller(batch)
-    torch.manual_seed(seeded(12))
-    outputs = block_outputs(new.student.model, new.distiller.images(batch), new.distiller.blocks)
-    kept = new.distiller.dropout.kept if new.distiller.dropout is not None else None
-    assert (kept is None) == (share == 1) and batch.places is not None
+    batch, losses, outputs, kept = step_of(new, cache, records, share)
+    assert batch.places is not None
     tokens = branch.tokens(outputs, None, kept)
     targets: dict[int, list[Tensor]] = {block: [] for block in tokens.normalised}
     for block, found in targets.items():

@@ -27,7 +27,8 @@ def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: 
     if config.views.pixels != "auto":
         return config
     if out is None or is_remote(out):
-        say(f"views.pixels auto: the views are not stored, because {out or 'a place without --out'} has no known size")
+        where = "without --out" if out is None else f"at {out}"
+        say(f"views.pixels auto: the views are not stored, because the free space {where} is not known")
         return _set(config, "none")
     free, stored = free_bytes(Path(out)) + freed, _set(config, "uint8")
     need = _bytes(new_manifest(stored, whole, teacher))
