@@ -151,6 +151,10 @@ def shards(root: Path, split: str = "train") -> str:
     return str(root / split / "*.tar")
 
 
+# In place of the world's student.
+RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
+
+
 def world_config(root: Path, *sets: str) -> Config:
     return config_with(f"teacher.name={LOCAL}{root / 'teacher'}", *sets)
 

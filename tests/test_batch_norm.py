@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import world_config
+from conftest import RESNET, world_config
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,8 +19,6 @@ from pipeline.students.new import new_student
 from pipeline.training.batch import Batch
 from pipeline.training.batch_norm import synchronise
 from singer.errors import UserError
-
-RESNET = ["student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size"))]
 
 
 def processes(count: int, device: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import tree_bytes, world_config
+from conftest import RESNET, tree_bytes, world_config
 from torch import Tensor, nn
 
 from pipeline.cache import Cache
@@ -151,8 +151,7 @@ def test_rates_fall_from_block_to_block(world: Path) -> None:
     assert {name: scales[name] for name in wanted} == wanted
     plain = {names[id(p)]: g["weight_decay"] for g in decay_groups(model, 0.1) for p in g["params"]}
     assert decays == plain
-    own = [f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")]
-    maps = new_student(world_config(world, "student.name=test_resnet", *own).student, 32)
+    maps = new_student(world_config(world, *RESNET).student, 32)
     assert min(group["lr_scale"] for group in decay_groups(nn.ModuleDict({"student": maps.model}), 0.1, 0.5)) < 0.5
     with pytest.raises(UserError, match="a Linear has no order of layers; set it to 1"):
         decay_groups(nn.ModuleDict({"student": nn.Linear(2, 2)}), 0.1, 0.5)

@@ -34,7 +34,7 @@ from pipeline.training.joint_training import new_joint
 from pipeline.training.run_directory import RefinerKind, load_result
 from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
-from pipeline.training.schedule import learning_rate, peak_rate, token_share
+from pipeline.training.schedule import layer_decay, learning_rate, peak_rate, token_share
 from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.subset import split_images
@@ -70,6 +70,9 @@ def test_learning_rate(config: Config) -> None:
         auto = settings.model_copy(update={"lr": "auto", "optimizer": optimizer})
         assert [peak_rate(auto, width) for width in widths] == rates
     assert peak_rate(settings.model_copy(update={"lr": 0.5}), 384) == 0.5
+    assert [layer_decay(settings, blocks, True) ** blocks for blocks in (2, 4, 24)] == pytest.approx(
+        [0.7**2, 0.7**4, 0.7**4]
+    )
 
 
 def test_targets_are_refined_features_on_the_students_grid(world: Path) -> None:

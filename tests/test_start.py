@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import make_batch, make_vit, seeded, world_config
+from conftest import RESNET, make_batch, make_vit, seeded, world_config
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,11 +19,14 @@ from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import load_saved
+from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
 from pipeline.students.start import TeacherWeights, start_student
+from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.distiller import Distiller
+from pipeline.training.runs import NewStudent, StudentSpec
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.backbones import block_outputs
@@ -198,6 +201,43 @@ def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
     start_student(again, StudentConfig(init=str(tmp_path / "run/student/model.safetensors")), _weights(world))
     assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+
+
+WHOLE = ["student.dim=24", "student.init=auto"]  # as wide as the teacher, which has four blocks
+
+
+@pytest.mark.parametrize(
+    ("sets", "decay"),
+    [
+        (WHOLE, 0.7),
+        ([*WHOLE, "student.depth=2"], 0.7),
+        ([*WHOLE, "student.init=teacher", "student.patch_size=4", "student.exit=wide"], 0.7),
+        ([*WHOLE, "distill.layer_decay=0.9"], 0.9),
+        ([*WHOLE, "distill.layer_decay=1"], 1.0),
+        ([*WHOLE, "student.depth=4"], 1.0),  # a copy
+        ([*WHOLE, "student.init=random"], 1.0),
+        ([*WHOLE, "student.mlp_ratio=2"], 1.0),  # with every second hidden unit
+        ([*WHOLE, "distill.trained=[blocks.2]"], 1.0),
+        ([*WHOLE, "student.lora=2"], 1.0),
+        (["student.init=teacher"], 1.0),  # with every second channel
+        (RESNET, 1.0),
+    ],
+)
+def test_the_layer_decay_of_students_that_start_as_blocks_of_the_teacher(
+    sets: list[str], decay: float, world: Path, tmp_path: Path
+) -> None:
+    """The rate of the first block is that factor of the second one's; the run says it if nobody asked for it."""
+    config = world_config(world, *sets)
+    sources, accelerator = open_teachers(config.distill, world / "cache", None), make_accelerator("no")
+    new = NewStudent(StudentSpec(config, tmp_path / "run"), sources, accelerator)
+    assert new.layer_decay == pytest.approx(decay)
+    (tmp_path / "run").mkdir()
+    groups = new.student_run("new", accelerator).optimiser.param_groups
+    named = {id(p): name for name, p in new.student.model.named_parameters()}
+    scales = {named[id(p)]: group.get("lr_scale", 1.0) for group in groups for p in group["params"] if id(p) in named}
+    if (name := "blocks.0.attn.qkv.weight") in scales:
+        assert scales[name] / scales[name.replace("0", "1")] == pytest.approx(decay)
+    assert any("distill.layer_decay" in line for line in new.matched()) == (decay == 0.7)
 
 
 def test_a_copy_of_the_teacher_learns_from_half_of_its_patches(world: Path, tmp_path: Path) -> None:

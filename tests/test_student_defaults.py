@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, world_config
+from conftest import RESNET, WIDTH, world_config
 
 from pipeline.cache import Cache
 from pipeline.config import Config
@@ -18,7 +18,6 @@ from singer.projectors import Ladder, ProjectorSpec
 
 DEFAULTS = ("distill.projector=null", "distill.token_share=null", "distill.epochs=1")
 NARROW = ("student.dim=4", "student.mlp_ratio=0.5", "student.patch_size=4")
-RESNET = ("student.name=test_resnet", *(f"student.{key}=null" for key in ("dim", "depth", "heads", "patch_size")))
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[str, bool]:

@@ -29,8 +29,11 @@ class TrainingConfig(Section):
     )
     final_lr: Share = key(1e-4, "learning rate at the end, as a factor of lr")
     weight_decay: NotNegative = key(1e-4, "weight decay; norms, biases, tokens and positions do not decay")
-    layer_decay: Fraction = key(
-        1.0, "factor of the rate from a block of the student to the one before it; below 1, a start is changed less"
+    layer_decay: Fraction | Literal["auto"] = key(
+        "auto",
+        "factor of the rate from a block of the student to the one before it; below 1, a start is changed less; auto: "
+        "for students that start as some of the teacher's blocks with all their channels 0.7, or 0.7 ** (4 / blocks) "
+        "if they have more than four, else 1",
     )
     warmup_epochs: NotNegative = key(0.5, "epochs of linear warm-up")
     holdout: Annotated[float, Field(ge=0, lt=1)] = key(

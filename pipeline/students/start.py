@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.models.backbone import Backbone, weight_hash
@@ -16,6 +16,7 @@ from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import say
 from pipeline.students.new import registers_argument
 from pipeline.teachers.teacher import load_teacher
+from singer.backbones import depth
 from singer.errors import UserError
 from singer.selection import misfit, select_weights
 from singer.sizes import Size
@@ -90,13 +91,28 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
     say(f"the student starts from weights of {said}")
 
 
+def starts_as_blocks(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> bool:
+    """Return whether a student starts as some of the teacher's blocks, and these keep all their channels."""
+    if config.starts_from is not None or config.init == "random" or config.pretrained or _misfit(teacher, student):
+        return False
+    outline = _outline(teacher)
+    have, want = (model.blocks[0].state_dict() for model in (outline, student.model))  # type: ignore[index,union-attr]
+    same = all(name in have and have[name].shape == tensor.shape for name, tensor in want.items())
+    return same and depth(student.model) < depth(outline)
+
+
+def _outline(teacher: TeacherWeights) -> nn.Module:
+    """Return the teacher without weights."""
+    with torch.device("meta"):
+        outline: nn.Module = timm.create_model(teacher.architecture, **teacher.model_args)
+    return outline
+
+
 def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
     """Say why the student cannot start from the teacher's weights, before they are loaded; None if it can."""
     if not timm.is_model(teacher.architecture):
         return "it is not a model of timm"
-    with torch.device("meta"):
-        outline = timm.create_model(teacher.architecture, **teacher.model_args)
-    return misfit(outline, student.model)
+    return misfit(_outline(teacher), student.model)
 
 
 def _other(path: Path, student: Backbone) -> Backbone:

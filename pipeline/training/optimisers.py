@@ -13,9 +13,10 @@ def new_optimiser(model: nn.Module, settings: TrainingConfig, device: torch.devi
 
     Muon (Jordan et al., 2024, as timm has it) makes the update of a matrix orthogonal, so that all its directions are
     learnt alike, and as large as AdamW's (arXiv:2502.16982), so that both take the same rates. Weights that do not
-    decay, such as norms, tokens and positions, have the update of NAdamW, and so have small or very long matrices.
+    decay, such as norms, tokens and positions, have the update of NAdamW, and so have small or very long matrices. A
+    layer_decay "auto" is 1 here: only who knows the start of the student can apply its rule (schedule.layer_decay).
     """
-    groups = decay_groups(model, 1.0, settings.layer_decay)
+    groups = decay_groups(model, 1.0, 1.0 if settings.layer_decay == "auto" else settings.layer_decay)
     for group in groups:
         if settings.optimizer == "muon":
             group["use_fallback"] = group["weight_decay"] == 0

@@ -23,7 +23,7 @@ from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import read_matrix, write_tensors
 from pipeline.students.new import new_student
-from pipeline.students.start import TeacherWeights, start_student
+from pipeline.students.start import TeacherWeights, start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
@@ -40,6 +40,7 @@ from pipeline.training.run_directory import (
     TeacherNote,
     write_result,
 )
+from pipeline.training.schedule import layer_decay
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.subset import Split, split_images
@@ -95,6 +96,7 @@ class NewStudent:
         refiners = [load_refiner(t.refiner, t.cache) if t.refiner is not None else None for t in teachers]
         set_seed(settings.seed)
         self.student = self._started(mode == "resume" and (spec.out / TRAINING_CHECKPOINT).exists())
+        self.layer_decay = self._layer_decay()
         synchronise(self.student.model, accelerator)
         if spec.config.student.checkpointing:
             self.student.model.set_grad_checkpointing(True)
@@ -130,13 +132,24 @@ class NewStudent:
         continues: whether the weights come from a checkpoint, so that those of the start, which may be gone, are not
         read.
         """
-        config, cache = self.spec.config, self.teachers[0].cache
-        t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
+        config, cache, t = self.spec.config, self.teachers[0].cache, self.teachers[0].cache.manifest.teacher
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
         student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
-            start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
+            start_student(student, config.student, self._teacher_weights())
         return student
+
+    def _teacher_weights(self) -> TeacherWeights:
+        cache = self.teachers[0].cache
+        t, loaded = cache.manifest.teacher, cache.teacher_config(self.spec.config.teacher.weights)
+        return TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
+
+    def _layer_decay(self) -> float:
+        """Return distill.layer_decay; its rule is for students whose weights are all trained."""
+        config, model = self.spec.config, self.student.model
+        may = config.distill.trained is None and config.student.lora is None and hasattr(model, "group_matcher")
+        whole = may and starts_as_blocks(self.student, config.student, self._teacher_weights())
+        return layer_decay(config.distill, depth(model), whole)
 
     def _token_share(self) -> float:
         """Return distill.token_share: by default a half, where student, caches and objectives allow it.
@@ -207,6 +220,11 @@ class NewStudent:
         if self.spec.config.student.lora is not None:
             trained = sum(p.numel() for p in self.student.model.parameters() if p.requires_grad)
             lines.append(f"student.lora: {trained:,} weights are trained of a student that has {self.parameters:,}")
+        if self.layer_decay < 1 and self.spec.config.distill.layer_decay == "auto":
+            lines.append(
+                f"the learning rate falls to {self.layer_decay:.3g} of itself from each block to the one before it, so "
+                "that the student keeps more of its start (distill.layer_decay)"
+            )
         if self.share < 1:
             first = f"in the first {100 * (1 - self.spec.config.distill.whole_share):g} % of the steps"
             lines.append(f"the student sees {100 * self.share:g} % of its patches {first} (distill.token_share)")
@@ -215,9 +233,8 @@ class NewStudent:
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
         config, holds_out = self.spec.config, len(self.held_out) > 0
-        return prepare_run(
-            self.student, self.distiller, config, config.distill, self.spec.out, holds_out, mode, accelerator
-        )
+        settings = config.distill.model_copy(update={"layer_decay": self.layer_decay})
+        return prepare_run(self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator)
 
 
 def train_students(

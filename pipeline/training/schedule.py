@@ -18,6 +18,18 @@ def peak_rate(settings: TrainingConfig, width: int) -> float:
     return 4e-3 * min(1.0, (96 / width) ** power) if settings.lr == "auto" else settings.lr
 
 
+def layer_decay(settings: TrainingConfig, blocks: int, of_the_teacher: bool) -> float:
+    """Return the key layer_decay, or its rule for a student of so many blocks.
+
+    of_the_teacher: whether it starts as some of the teacher's blocks, with all their channels. Four such blocks were
+    better with 0.7, and four with half of the channels no better (docs/results.md, "Equal time"). Students with more
+    blocks have the same rates at the first and at the last block.
+    """
+    if settings.layer_decay != "auto":
+        return settings.layer_decay
+    return 0.7 ** min(1.0, 4 / blocks) if of_the_teacher else 1.0
+
+
 def learning_rate(settings: TrainingConfig, step: int, per_epoch: int, peak: float) -> float:
     """Return the learning rate: a linear warm-up over warmup_epochs, then half a cosine down to final_lr · peak."""
     warm = settings.warmup_epochs * per_epoch
