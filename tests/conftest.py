@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from stores import LOCK_SECONDS, Server
 
 import cli
 from pipeline.cache.stored import Decoded, Encoded
@@ -22,6 +23,7 @@ from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
+from pipeline.storage import locks
 from pipeline.training.batch import Batch
 from pipeline.training.targets import Targets
 
@@ -210,3 +212,30 @@ def make_batch(features: list[Decoded], records: int, pixels: torch.Tensor | Non
     if pixels is None:
         pixels = torch.randint(256, (records, 32, 32, 3), dtype=torch.uint8)
     return Batch({32: pixels}, features, torch.full((records,), 1 / records), torch.zeros(records))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests, as it takes seconds to start; each empties it first."""
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.stop()
+
+
+def use_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make s3://bucket an empty bucket of the server."""
+    server.empty()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(locks, "SECONDS", LOCK_SECONDS)
+
+
+@pytest.fixture
+def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_server(server, monkeypatch)
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, s3: None) -> str:
+    """A prefix of this test's own."""
+    return f"s3://bucket/{request.node.name}".translate(str.maketrans("[]", "--"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from files import saved
-from test_shards import noise, png, write_tar
+from tars import noise, png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
 from pipeline.config import load_config
