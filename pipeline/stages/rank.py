@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from pipeline.cache.segments import read_segments
-from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
+from pipeline.cache.statistics import batches, evenly_spaced, first_views, last_block
 from pipeline.cache.variants import variants_of
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from singer.errors import UserError
+from singer.tokens import global_tokens
 from singer.transfer import cka, parc, teacher_weights
 
 
