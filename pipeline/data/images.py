@@ -102,6 +102,15 @@ class Keys(Sequence[str]):
             start = end
 
 
+def find_hashes(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return for each wanted hash the row of `hashes` that has it, (n,) int64, -1 if none has; see Keys.hashes."""
+    if not len(hashes):
+        return np.full(len(wanted), -1)
+    order = np.argsort(hashes)
+    rows = order[np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)]
+    return np.where(hashes[rows] == wanted, rows, -1)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A sample that was left out, or (key "") the unreadable rest of a shard. shard: file name."""
