@@ -289,11 +289,11 @@ def require_labels(images: Images, what: str) -> None:
         )
 
 
-def check_class_numbers(images: Images, what: str) -> None:
-    """Raise UserError if a label is so large that it can be no class number. what: the data, for the message."""
+def check_class_numbers(images: Images) -> None:
+    """Raise UserError if a label of --train is so large that it can be no class number."""
     largest = int(np.argmax(images.labels))
     if int(images.labels[largest]) >= max(_MANY_CLASSES, _CLASSES_AN_IMAGE * len(images)):
         raise UserError(
-            f"{what}: label {int(images.labels[largest])} of {images.keys[largest]!r} is no class number of "
+            f"--train: label {int(images.labels[largest])} of {images.keys[largest]!r} is no class number of "
             f"{len(images)} images; number classes from 0 on, or give names"
         )
