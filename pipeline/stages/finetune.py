@@ -68,7 +68,7 @@ _TASK = "head"
 # The name of the teacher among the inputs of a run.
 _TEACHER = "finetune.teacher"
 # A teacher that takes part, and the class of its head for each label (HeadTeacher).
-Teaching = tuple[Backbone, list[int]]
+LabelTeacher = tuple[Backbone, list[int]]
 _NAME_ONE = "name a classifier: --set finetune.teacher=NAME"
 
 
@@ -167,7 +167,7 @@ def _check_test(config: Config, trained: DistillResult, images: Images, tested: 
 
 def teacher_of_labels(
     settings: FinetuneConfig, weights: Path | None, run: Path, trained: DistillResult, images: Images
-) -> Teaching | None:
+) -> LabelTeacher | None:
     """Load the teacher that takes part, if one does.
 
     weights: a file with its own, if they are not where its name says. Raises UserError if it is not found, or if its
@@ -209,7 +209,7 @@ def _teacher_of_run(run: Path, trained: DistillResult, weights: Path | None) -> 
 
 
 def _inputs(
-    settings: FinetuneConfig, run: Path, trained: DistillResult, images: Images, teacher: Teaching | None
+    settings: FinetuneConfig, run: Path, trained: DistillResult, images: Images, teacher: LabelTeacher | None
 ) -> dict[str, str | None]:
     """Return what identifies the inputs: those of the run, its student, the images and the teacher."""
     before = read_inputs(run, "finished run")
@@ -234,7 +234,7 @@ class NewClassifier:
         source: Path,
         trained: DistillResult,
         images: Images,
-        teacher: Teaching | None,
+        teacher: LabelTeacher | None,
         out: Path,
         accelerator: Accelerator,
     ) -> None:
