@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.checks import check_names
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec, places_of
 from pipeline.models.own import Own
@@ -36,7 +37,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import STAGE, DistillResult, load_result
 from pipeline.training.runs import NewStudent, StudentSpec, train_students
 from pipeline.training.subset import split_images
-from singer.errors import UserError, require_known
+from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 
 # The keys that must be equal for all students of one pass.
@@ -121,8 +122,8 @@ def check_shared(specs: Sequence[StudentSpec]) -> None:
         raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for spec in specs:
         settings = spec.config.distill
+        check_names(spec.config, "distill")
         for name in settings.objectives:
-            require_known("distill.objective", name, OBJECTIVES)
             if OBJECTIVES[name].needs_all_patches and settings.token_share not in (None, 1):
                 raise UserError(
                     f"distill.objective {name} needs all patches of an image, and the student sees a share of them; "

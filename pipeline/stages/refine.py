@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import evenly_spaced, measure_blocks
+from pipeline.checks import check_names
 from pipeline.config import Config
 from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
@@ -34,7 +35,6 @@ from pipeline.training.stored_refiners import (
     OPTION,
     REFINER,
     RefinerManifest,
-    check_names,
     load_refiner,
     split_records,
 )
@@ -66,7 +66,7 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     Raises UserError for mistakes that the user can fix.
     """
     settings = config.refine
-    check_names(settings)
+    check_names(config, "refine")
     known_cache = (begun_inputs(out, mode, "refiner") or {}).get("cache")
     cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copies, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
