@@ -26,6 +26,7 @@ from pipeline.stages.refine import refine
 from pipeline.storage import locks
 from pipeline.training.batch import Batch
 from pipeline.training.targets import Targets
+from singer.backbones import block_outputs
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,6 +129,13 @@ def run_singer(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return 0
 
 
+def block_output(model: torch.nn.Module, block: int) -> torch.Tensor:
+    """What a block says of two images, the same for all models."""
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seeded(1)))
+    with torch.inference_mode():
+        return block_outputs(model, images, [block])[block]
+
+
 def config_with(*sets: str) -> Config:
     return load_config(sets=[*SETTINGS, *sets])
 
@@ -151,6 +159,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(root: Path, split: str = "train") -> str:
     """What --images takes of a split of the world."""
     return str(root / split / "*.tar")
+
+
+@pytest.fixture(scope="session")
+def few_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The shards of twenty images of two classes; tests only read them."""
+    root = tmp_path_factory.mktemp("few")
+    draw_images(root / "images", 2, 10)
+    prepare(config_with(), root / "images", root / "shards")
+    return str(root / "shards" / "*.tar")
 
 
 def world_config(root: Path, *sets: str) -> Config:
