@@ -1,6 +1,7 @@
 """The command line: options and messages only.
 
-Run it as `singer ...` or `accelerate launch cli.py ...`.
+Run it as `singer ...` or `accelerate launch cli.py ...`. `pipeline` imports a stage when it is called, and commands
+check their options before, so that neither help nor an error about an option waits for torch.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import pipeline
 from pipeline.runtime.failures import report_failure
 from pipeline.runtime.interrupts import report_interrupt
 from pipeline.runtime.logs import be_verbose, on_console
@@ -141,7 +143,6 @@ def run(
 ) -> None:
     """Go from images or shards to a student, a report and a model for timm: plan, and then every stage."""
     from pipeline.checks import check_chain
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     options = {
@@ -150,15 +151,14 @@ def run(
         "student.name": student,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
+    tree, mode = pipeline.load_config(config, sets, options), output_mode(resume, overwrite)
     check_chain(tree, photos, out, mode, hours, disk_gb)
     if gpus is not None:
         from pipeline.runtime.launch import on_gpus
 
         on_gpus(Path(__file__), gpus)
-    from pipeline.chains.run import run as chain
 
-    _report(chain(tree, photos, out, mode, hours=hours, disk_gb=disk_gb), as_json)
+    _report(pipeline.run(tree, photos, out, mode, hours=hours, disk_gb=disk_gb), as_json)
 
 
 @app.command()
@@ -174,13 +174,12 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Pack images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
-    from pipeline.stages.prepare import prepare as run  # it waits for no torch before it writes
 
     options = {"prepare.layout": layout, "prepare.split": split, "data.on_error": on_error}
-    tree = load_config(config, sets, options)
-    _report(run(tree, images, out, output_mode(False, overwrite)), as_json)
+    tree = pipeline.load_config(config, sets, options)
+    # It waits for no torch before it writes.
+    _report(pipeline.prepare(tree, images, out, output_mode(False, overwrite)), as_json)
 
 
 @app.command("cache-teacher")
@@ -204,7 +203,6 @@ def cache_teacher(
 ) -> None:
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
     from pipeline.checks import check_command
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     options = {
@@ -217,11 +215,10 @@ def cache_teacher(
         "cache.precision": precision,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite, append)
+    tree, mode = pipeline.load_config(config, sets, options), output_mode(resume, overwrite, append)
     check_command("cache-teacher", tree, out, mode, images=[images], inputs=[tree.teacher.weights])
-    from pipeline.stages.cache_teacher import cache_teacher as run
 
-    _report(run(tree, images, out, mode), as_json)
+    _report(pipeline.cache_teacher(tree, images, out, mode), as_json)
 
 
 @app.command()
@@ -243,7 +240,6 @@ def refine(
 ) -> None:
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
     from pipeline.checks import check_command
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     options = {
@@ -255,11 +251,10 @@ def refine(
         "refine.seed": seed,
         "refine.local_copy": local_copy,
     }
-    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
+    tree, mode = pipeline.load_config(config, sets, options), output_mode(resume, overwrite)
     check_command("refine", tree, out, mode, caches=[cache])
-    from pipeline.stages.refine import refine as run
 
-    _report(run(tree, cache, out, mode), as_json)
+    _report(pipeline.refine(tree, cache, out, mode), as_json)
 
 
 @app.command()
@@ -275,14 +270,12 @@ def inspect(
 ) -> None:
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
     from pipeline.checks import check_command
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config, sets), output_mode(False, overwrite)
+    tree, mode = pipeline.load_config(config, sets), output_mode(False, overwrite)
     check_command("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
-    from pipeline.stages.inspect import inspect as run
 
-    _report(run(tree, cache, refiner, out, mode, images), as_json)
+    _report(pipeline.inspect(tree, cache, refiner, out, mode, images), as_json)
 
 
 @app.command()
@@ -307,7 +300,6 @@ def distill(
 ) -> None:
     """Train a student on the refined targets (stage 3)."""
     from pipeline.checks import check_command
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     options = {
@@ -320,12 +312,11 @@ def distill(
         "distill.seed": seed,
         "distill.local_copy": local_copy,
     }
-    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
+    tree, mode = pipeline.load_config(config, sets, options), output_mode(resume, overwrite)
     refiners = None if refiner is None else [None if str(path) == "none" else path for path in refiner]
     check_command("distill", tree, out, mode, caches=cache, refiners=refiners or (), images=[images])
-    from pipeline.stages.distill import distill as run
 
-    _report(run(tree, cache, out, refiners, images, mode), as_json)
+    _report(pipeline.distill(tree, cache, out, refiners, images, mode), as_json)
 
 
 @app.command()
@@ -349,7 +340,6 @@ def finetune(
 ) -> None:
     """Fine-tune a distilled student as a classifier, with labels (after stage 3)."""
     from pipeline.checks import check_command, check_finished, check_kd
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
     options = {
@@ -361,13 +351,12 @@ def finetune(
         "finetune.seed": seed,
         "data.on_error": on_error,
     }
-    tree, mode = load_config(config, sets, options), output_mode(resume, overwrite)
+    tree, mode = pipeline.load_config(config, sets, options), output_mode(resume, overwrite)
     check_kd(tree, weights)
     check_finished(run)
     check_command("finetune", tree, out, mode, images=[train, test], inputs=[run])
-    from pipeline.stages.finetune import finetune as fine_tune
 
-    _report(fine_tune(tree, run, train, out, test, mode), as_json)
+    _report(pipeline.finetune(tree, run, train, out, test, mode), as_json)
 
 
 @app.command()
@@ -386,17 +375,15 @@ def evaluate(
 ) -> None:
     """Probe a frozen model: a student, a teacher, or any timm model."""
     from pipeline.checks import check_command, check_model, check_tasks
-    from pipeline.config import load_config
 
     options = {"evaluate.tokens": tokens, "data.on_error": on_error}
-    tree, tasks = load_config(config, sets, options), task or ["classification"]
+    tree, tasks = pipeline.load_config(config, sets, options), task or ["classification"]
     check_tasks(tasks)
     check_model(model, weights)
     check_command("evaluate", tree, images=[train, test])
     from pipeline.reports.result_text import without_top5
-    from pipeline.stages.evaluate import evaluate_tasks
 
-    results = evaluate_tasks(tree, model, train, test, tasks, out, weights)
+    results = pipeline.evaluate_tasks(tree, model, train, test, tasks, out, weights)
     figures = {name: dataclasses.asdict(result) for name, result in results.items()}
     figures = figures if as_json else {name: without_top5(value) for name, value in figures.items()}
     _report(figures if len(figures) > 1 else next(iter(figures.values())), as_json)
@@ -420,15 +407,13 @@ def embed(
 ) -> None:
     """Write names and feature vectors of images to one file."""
     from pipeline.checks import check_command, check_embedding, check_model
-    from pipeline.config import load_config
 
     check_embedding(out, features, overwrite, tokens)
-    tree = load_config(config, sets, {"evaluate.tokens": tokens, "data.on_error": on_error})
+    tree = pipeline.load_config(config, sets, {"evaluate.tokens": tokens, "data.on_error": on_error})
     check_model(model, weights)
     check_command("embed", images=[images])
-    from pipeline.stages.embed import embed as run
 
-    _report(run(tree, model, images, out, features, weights, overwrite), as_json)
+    _report(pipeline.embed(tree, model, images, out, features, weights, overwrite), as_json)
 
 
 @app.command()
@@ -441,9 +426,8 @@ def rank(
     from pipeline.checks import check_command
 
     check_command("rank", caches=cache)
-    from pipeline.stages.rank import rank as run
 
-    _report(run(cache, images), as_json)
+    _report(pipeline.rank(cache, images), as_json)
 
 
 @app.command("rank-students")
@@ -462,14 +446,12 @@ def rank_students(
 ) -> None:
     """Rank untrained students of a size by how near their relations are to the teacher's; nothing is trained."""
     from pipeline.checks import check_command, check_ranked
-    from pipeline.config import load_config
 
-    tree = load_config(config, sets)
+    tree = pipeline.load_config(config, sets)
     check_ranked(sets or (), parameters is not None, student or ())
     check_command("rank-students", tree, caches=[cache], images=[images])
-    from pipeline.stages.rank_students import rank_students as run
 
-    _report(run(tree, cache, parameters, student or (), batch, starts, images), as_json)
+    _report(pipeline.rank_students(tree, cache, parameters, student or (), batch, starts, images), as_json)
 
 
 @app.command()
@@ -494,9 +476,10 @@ def sweep(
     mode = output_mode(resume, overwrite)
     base = read_plan(find_sweep(file), on_error).base
     check_command("sweep", base, out, mode, caches=cache, images=[train, test, images])
-    from pipeline.sweeps.run import sweep as run
 
-    result = run(file, cache, out, mode, train=train, test=test, images=images, workers=workers, on_error=on_error)
+    result = pipeline.sweep(
+        file, cache, out, mode, train=train, test=test, images=images, workers=workers, on_error=on_error
+    )
     value = dataclasses.asdict(result)
     if not as_json:  # the runs that failed were told, and the error names them
         del value["failed"], value["defects"]
@@ -525,9 +508,8 @@ def report(
     check_page(out, overwrite)
     find_runs(runs, quiet=True)
     check_command("report", caches=[cache] if cache else (), refiners=refiner or (), images=[images])
-    from pipeline.stages.report import report as run
 
-    result = run(
+    result = pipeline.report(
         runs, out, cache=cache, refiners=refiner or (), images=images, teacher_probes=teacher_probes,
         students=student or (), records=records, overwrite=overwrite, title=title,
     )  # fmt: skip
@@ -549,16 +531,14 @@ def export(
 ) -> None:
     """Write the student alone, with a model card, in a format that other tools load."""
     from pipeline.checks import check_command, check_finished, check_format
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config, sets, {"export.output": output}), output_mode(False, overwrite)
+    tree, mode = pipeline.load_config(config, sets, {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
     check_finished(run)
     check_command("export", tree, out, mode, inputs=[run])
-    from pipeline.stages.export import export as write
 
-    _report(write(tree, run, out, to, mode), as_json)
+    _report(pipeline.export(tree, run, out, to, mode), as_json)
 
 
 @cache_app.command("info")
@@ -570,9 +550,8 @@ def cache_info(
     from pipeline.checks import check_command
 
     check_command("info", caches=[cache])
-    from pipeline.cache.info import cache_info as run
 
-    _report(run(cache), as_json)
+    _report(pipeline.cache_info(cache), as_json)
 
 
 @cache_app.command("plan")
@@ -596,7 +575,6 @@ def cache_plan(
     It writes a temporary folder to the disk of --out, at most a tenth of what is free there, and removes it.
     """
     from pipeline.checks import check_command
-    from pipeline.config import load_config
 
     options = {
         "teacher.name": teacher,
@@ -607,12 +585,11 @@ def cache_plan(
         "views.count": views,
         "data.on_error": on_error,
     }
-    tree = load_config(config, sets, options)
+    tree = pipeline.load_config(config, sets, options)
     check_command("plan", tree, images=[images])
-    from pipeline.planning.plan import plan as run
     from pipeline.reports.result_text import unmeasured
 
-    value = dataclasses.asdict(run(tree, images, out, seconds))
+    value = dataclasses.asdict(pipeline.plan(tree, images, out, seconds))
     nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
     _report(value if as_json else unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
 
@@ -631,16 +608,14 @@ def cache_verify(
 ) -> None:
     """Compare every file with its checksum; with --teacher or --weights, compare a sample with new features, too."""
     from pipeline.checks import check_command, check_teacher
-    from pipeline.config import load_config
 
-    tree = load_config(config, sets, {"teacher.name": teacher, "teacher.weights": weights})
+    tree = pipeline.load_config(config, sets, {"teacher.name": teacher, "teacher.weights": weights})
     live = teacher is not None or weights is not None
     if live or repair:
         check_teacher(tree)
     check_command("verify", tree, caches=[cache], images=[images])
-    from pipeline.stages.verify import verify as run
 
-    result = run(tree, cache, live=live, images=images, sample=sample, repair=repair)
+    result = pipeline.verify(tree, cache, live=live, images=images, sample=sample, repair=repair)
     _report(result, as_json)
     result.check()
 
@@ -652,12 +627,11 @@ def print_config(
     sets: SetOption = None,
 ) -> None:
     """Print every key of the configuration with its value, type and meaning, as YAML that --config reads."""
-    from pipeline.config import load_config
     from pipeline.config.reference import as_markdown, as_yaml
 
     if markdown and (config or sets):
         raise typer.BadParameter("the page has the defaults; leave out --config and --set, or --markdown")
-    print(as_markdown() if markdown else as_yaml(load_config(config, sets)), end="")
+    print(as_markdown() if markdown else as_yaml(pipeline.load_config(config, sets)), end="")
 
 
 @app.command()
@@ -670,14 +644,12 @@ def demo(
 ) -> None:
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
     from pipeline.checks import check_command
-    from pipeline.config import load_config
     from pipeline.outputs.folder import output_mode
 
-    tree, mode = load_config(config or "demo", sets), output_mode(False, overwrite)
+    tree, mode = pipeline.load_config(config or "demo", sets), output_mode(False, overwrite)
     check_command("demo", tree, out, mode)
-    from pipeline.chains.demo import demo as run
 
-    _report(run(tree, out, mode), as_json)
+    _report(pipeline.demo(tree, out, mode), as_json)
 
 
 def _report(result: Any, as_json: bool) -> None:

@@ -10,9 +10,7 @@ learnt on the two shards and tested on the fifth, and CamVid. If the command is 
 
 from pathlib import Path
 
-from equal_time import JUDGED
-from results import PROBES, mode
-from setting import chain_parser, line, value_at
+from setting import JUDGED, PROBES, chain_parser, line, mode, value_at
 
 from pipeline.config import load_config
 from pipeline.models.backbone import save_backbone

@@ -11,21 +11,14 @@ continues where it stopped.
 """
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
-from equal_time import JUDGED
-from results import mode
-from setting import cell, line, value_at
+from setting import JUDGED, cell, judged, line, mode
 
 from pipeline.chains.demo import write_images
 from pipeline.chains.digits import SPLITS
-from pipeline.config import Config, load_config
-from pipeline.outputs.resuming import RUN_RESULT
+from pipeline.config import load_config
 from pipeline.stages.cache_teacher import cache_teacher
-from pipeline.stages.distill import distill
-from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 
@@ -37,20 +30,6 @@ def shards(out: Path) -> list[list[str]]:
             write_images(split, out / "images" / split)
             prepare(load_config("demo"), out / "images" / split, out / split)
     return [sorted(map(str, (out / split).glob("*.tar"))) for split in SPLITS]
-
-
-def figures(config: Config, out: Path, refiner: Path, name: str, images: list[list[str]]) -> list[float]:
-    """Train a student and probe it, unless that is done; return JUDGED (top-1, %)."""
-    file, run = out / f"{name}.json", out / name
-    if not file.exists():
-        if not (run / RUN_RESULT).exists():
-            distill(config, out / "cache", run, refiner, mode=mode(run))
-        train, test = images
-        task = "classification"
-        found: dict[str, Any] = vars(evaluate_tasks(config, run, train, test, [task])[task])
-        file.write_text(json.dumps([value_at(found, [*path, "top1"]) for path in JUDGED]))
-    values: list[float] = json.loads(file.read_text())
-    return values
 
 
 def main() -> None:
@@ -72,10 +51,10 @@ def main() -> None:
             own = [*base, f"refine.cleaner={cleaner}"]
             refiner = out / f"refiner-{cleaner}"
             refine(load_config("demo", own), out / "cache", refiner, mode(refiner))
-            rows = [
-                figures(load_config("demo", [*own, f"distill.seed={s}"]), out, refiner, f"{cleaner}-{s}", images)
-                for s in options.seeds
-            ]
+            rows = []
+            for seed in options.seeds:
+                config, run = load_config("demo", [*own, f"distill.seed={seed}"]), out / f"{cleaner}-{seed}"
+                rows.append(judged(config, config, run, out / "cache", refiner, *images))
             cells = [cell(list(values)) for values in zip(*rows, strict=True)]
             print(line([teacher.name, cleaner, *cells, str(len(options.seeds))]), flush=True)
 

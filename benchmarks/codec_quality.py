@@ -9,8 +9,8 @@ continues where it stopped. The val shards select nothing.
 
 from pathlib import Path
 
-from results import RECIPE, mode
-from setting import cell, chain_parser, line
+from results import RECIPE
+from setting import JUDGED, cell, chain_parser, line, mode
 
 from pipeline.cache.info import cache_info
 from pipeline.config import load_config
@@ -33,7 +33,6 @@ KINDS = {
     "float16, half the tokens": ("float16", 0.5),
     "int4-plain (no outliers)": ("int4-plain", 1.0),
 }
-COLUMNS = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], res
     left = [figures["after"]["artifact_percent"] for figures in blocks.values()]  # type: ignore[index]
     cells = [kind, f"{info.feature_bytes / info.records / 1000:.1f}", f"{info.ratio:.2f}"]
     cells.append(" / ".join(f"{share:.2f}" for share in left))
-    for probe, tokens in COLUMNS:
+    for probe, tokens in JUDGED:
         cells.append(cell([getattr(r, probe)[tokens]["top1"] for r in results]))
     return line([*cells, str(len(results))])
 
@@ -76,7 +75,7 @@ def table_line(kind: str, cache: Path, blocks: dict[int, dict[str, object]], res
 def print_table(lines: dict[str, str]) -> None:
     """Print the rows below their header."""
     head = ["cache", "kB a record", "float16 / size", "artifacts left, %"]
-    head += [f"{probe}, {tokens}" for probe, tokens in COLUMNS]
+    head += [f"{probe}, {tokens}" for probe, tokens in JUDGED]
     print("", line([*head, "seeds"]), line(["---"] * (len(head) + 1)), *lines.values(), sep="\n", flush=True)
 
 

@@ -17,14 +17,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from results import PROBES, mode
-from setting import DEVICE, Teacher, chain_parser, optimiser_of, value_at
+from setting import DEVICE, PROBES, RECIPE, TRAIN, Chain, Teacher, mode, optimiser_of
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.stored import Decoded
@@ -41,7 +39,6 @@ from pipeline.training.batch import Batch
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
 
-RECIPE = "tinyimagenet-ti-to-w96"
 JOINT = [
     "distill.joint=true", "refine.variant=official", "refine.rank=16", "student.init=random", "distill.lr=1e-3",
     "distill.epochs=8", "distill.warmup_epochs=0.5", "distill.token_share=1", "distill.optimizer=adamw",
@@ -53,8 +50,6 @@ JOINTS = ["joint", WITH_LEVERS]
 NEED_NO_CACHE = [("student", "init"), *(("distill", key) for key in ("projector", "optimizer", "lr", "layer_decay"))]
 TASKS = {"classification": "tinyimagenet50-val", "segmentation": "camvid-test"}
 FIGURES = ("linear", "knn", "miou")
-# Of a student that is judged on training images.
-JUDGED = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def processor_seconds(run: Callable[[], object]) -> float:
@@ -64,24 +59,8 @@ def processor_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Both sides of the comparison; the fields are the options of the command line."""
-
-    teacher: Path
-    data: Path
-    out: Path
-    shards: int
-    sets: list[str]
-
-    def config(self, *sets: str) -> Config:
-        """Return the recipe with changes."""
-        return load_config(RECIPE, [f"teacher.weights={self.teacher}", "distill.trackers=[]", *self.sets, *sets])
-
-    def images(self, name: str) -> list[str]:
-        """Return the shards of a data set."""
-        found = sorted(map(str, self.data.glob(f"{name}-*.tar")))
-        return found[: self.shards] if name == "tinyimagenet50-train" else found
+class EqualTime(Chain):
+    """Both sides of the comparison."""
 
     def timed(self, name: str, run: Callable[[], object]) -> float:
         """Do a part of the chain once, and return its processor time, also when the command is repeated."""
@@ -167,34 +146,17 @@ class Chain:
         firsts = [linear["cls"]["top1"], linear["mean_patch"]["top1"], knn["cls"]["top1"]]
         return [*firsts, figures["segmentation"]["miou"]]
 
-    def judged(self, name: str, config: Config, cache: Path, refiner: Path) -> list[float]:
-        """Train a student and probe it on the last training shard, unless that is done; return JUDGED (top-1, %)."""
-        file, run = self.out / f"{name}.json", self.out / name
-        if not file.exists():
-            if not (run / RUN_RESULT).exists():
-                distill(config, cache, run, refiner, mode=mode(run))
-            *most, last = self.images("tinyimagenet50-train")
-            task = "classification"
-            found = evaluate_tasks(load_config(RECIPE, PROBES), run, most, [last], [task])[task]
-            write_json(file, [value_at(vars(found), [probe, tokens, "top1"]) for probe, tokens in JUDGED])
-        figures: list[float] = json.loads(file.read_text())
-        return figures
-
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = chain_parser(__doc__)
+    parser = Chain.parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="in shares of T")
     parser.add_argument("--joint", nargs="*", choices=JOINTS, default=JOINTS, help="rows of joint training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
+    chain = EqualTime.of(options)
     config, refiner = chain.config(), options.out / "refiner"
     caching = chain.timed("caching", lambda: cache_teacher(
-        config, chain.images("tinyimagenet50-train"), options.out / "cache", mode(options.out / "cache")
+        config, chain.images(TRAIN), options.out / "cache", mode(options.out / "cache")
     ))  # fmt: skip
     refining = chain.timed("refining", lambda: refine(config, options.out / "cache", refiner, mode(refiner)))
     records, cost = len(Cache(options.out / "cache")), chain.costs()

@@ -27,10 +27,9 @@ import yaml
 from accelerate import Accelerator
 from equal_time import processor_seconds
 from kept_figures import Figures
-from results import COLUMNS, PROBES, mode, write_between
-from results import Chain as Results
+from results import COLUMNS, changes, depth_shards, write_between
 from safetensors.torch import save_file
-from setting import DEVICE, cell, chain_parser, line, optimiser_of, value_at
+from setting import DEVICE, PROBES, TRAIN, cell, chain_parser, line, mode, optimiser_of, shards_of, value_at
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, load_config
@@ -41,7 +40,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
-from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
+from pipeline.sweeps.file import SweepFile, find_sweep
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
@@ -52,7 +51,7 @@ SWEEPS = {"field": ("one",), "field-teachers": ("one", "large")}
 LARGE = ["teacher.image_size=192"]
 BASE = "mse"
 TASKS = {
-    "classification": ("tinyimagenet50-train", "tinyimagenet50-val"),
+    "classification": (TRAIN, "tinyimagenet50-val"),
     "segmentation": ("camvid-train", "camvid-test"),
 }
 # Of what a probe returns, this is stored.
@@ -81,9 +80,7 @@ def methods() -> dict[str, Method]:
         assert (tree.base, tree.grid) == (read("field").base, read("field").grid), "all methods have one recipe"
         for entry in tree.runs:
             assert entry.name is not None
-            sets = tuple(f"{key}={json.dumps(value)}" for key, value in entry.set.items() if key != REFINER)
-            refined = entry.set.get(REFINER) != "none" and not entry.set.get("distill.joint")
-            found[entry.name] = Method(sets, refined, caches)
+            found[entry.name] = Method(*changes(entry), caches)
     return found | {"random-teacher": Method((), True, ("random",))}
 
 
@@ -92,7 +89,7 @@ RATES: tuple[float, ...] = tuple(read("field").grid["distill.lr"])
 
 
 @dataclass(frozen=True)
-class Chain:
+class Field:
     """The chain from caches to figures; the fields are the options of the command line."""
 
     teacher: Path
@@ -105,8 +102,7 @@ class Chain:
 
     def images(self, name: str) -> list[str]:
         """Return the shards of a data set; of the training images, as many as were asked for."""
-        found = sorted(map(str, self.data.glob(f"{name}-*.tar")))
-        return found[: self.shards] if name == "tinyimagenet50-train" else found
+        return shards_of(self.data, name, self.shards)
 
     def config(self, method: Method, *sets: str) -> Config:
         """Return the recipe with the method's differences and others."""
@@ -123,7 +119,7 @@ class Chain:
                 torch.manual_seed(0)
                 save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), weights)
         config = self.config(METHODS[BASE], f"teacher.weights={weights}", *(LARGE if name == "large" else []))
-        cache_teacher(config, self.images("tinyimagenet50-train"), folder, mode(folder))
+        cache_teacher(config, self.images(TRAIN), folder, mode(folder))
         return folder
 
     @lru_cache  # noqa: B019 - there is one chain
@@ -183,7 +179,7 @@ class Chain:
         """Return the learning rate that is best on the last training shard, with seed 0."""
         if len(self.rates) == 1:
             return self.rates[0]
-        *most, last = self.images("tinyimagenet50-train")
+        *most, last = self.images(TRAIN)
         scores = {}
         for rate in self.rates:
             found = self.probed((name, rate, 0), "dev", "classification", most, [last])
@@ -193,7 +189,7 @@ class Chain:
     def figures(self, run: tuple[str, float, int]) -> dict[str, Any]:
         """Return {task: figures} of a method, rate and seed on the test images."""
         found = {task: self.probed(run, task, task, *map(self.images, sets)) for task, sets in TASKS.items()}
-        train, test = Results(self.teacher, self.data, self.out, False).depth_shards()
+        train, test = depth_shards(self.data, self.out)
         return found | {"depth": self.probed(run, "depth", "depth", [str(train)], [str(test)])}
 
     def row(self, name: str, seeds: list[int]) -> list[str]:
@@ -280,7 +276,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     setting = {"epochs": options.epochs, "shards": options.shards}
     kept = Figures(options.figures or options.out / "figures.jsonl", setting)
-    chain = Chain(
+    chain = Field(
         options.teacher, options.data, options.out, options.epochs, options.shards, kept, tuple(options.rates)
     )
     if not options.table:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from equal_time import JUDGED, Chain, processor_seconds
+from equal_time import processor_seconds
 from field import Steps
 from kept_figures import Figures
-from results import PROBES, mode, write_between
-from setting import cell, chain_parser, line
+from results import write_between
+from setting import JUDGED, PROBES, RECIPE, TRAIN, Chain, cell, line, mode
 from views import CROPS
 
 from pipeline.config import Config, load_config
@@ -104,7 +104,7 @@ class Levers:
         folder, refiner = (
             self.chain.out / f"{n}-{_slug(s)}" for n, s in (("cache", stored), ("refiner", stored + refined))
         )
-        config, shards = self.config(sets), self.chain.images("tinyimagenet50-train")
+        config, shards = self.config(sets), self.chain.images(TRAIN)
         cache_teacher(config, shards[:-1], folder, mode(folder))
         refine(config, folder, refiner, mode(refiner))
         return [folder], [refiner]
@@ -140,9 +140,7 @@ class Levers:
         if not (self.chain.out / run / RUN_RESULT).exists():
             distill(config, caches, self.chain.out / run, refiners, mode=mode(self.chain.out / run))
         *most, last = self.chain.images("camvid-train")
-        probed = evaluate(
-            load_config("tinyimagenet-ti-to-w96", PROBES), self.chain.out / run, most, last, "segmentation"
-        )
+        probed = evaluate(load_config(RECIPE, PROBES), self.chain.out / run, most, last, "segmentation")
         return [*self.chain.judged(run, config, caches[0], refiners[0]), vars(probed)["miou"]]
 
     def row(self, name: str, seeds: list[int]) -> list[str]:
@@ -188,12 +186,9 @@ def _slug(sets: list[str]) -> str:
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = chain_parser(__doc__)
+    parser = Chain.parser(__doc__)
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--passes", type=int, default=16, help="times that a student sees an image")
-    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, for all levers")
     parser.add_argument("--figures", type=Path, help="file of all figures; default: figures.jsonl in --out")
     parser.add_argument("--table", action="store_true", help="print the table of what is done, and do nothing")
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
@@ -203,10 +198,9 @@ def main() -> None:
         parser.error(
             f"--passes {options.passes} is no multiple of {max(views)} views; give such a number, or other --levers"
         )
-    options.out.mkdir(parents=True, exist_ok=True)
+    chain = Chain.of(options)
     setting = {"passes": options.passes, "shards": options.shards} | ({"set": options.set} if options.set else {})
     kept = Figures(options.figures or options.out / "figures.jsonl", setting)
-    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
     levers = Levers(chain, options.passes, kept)
     if not options.table:
         for seed in options.seeds:

@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from setting import cell, chain_parser, line, value_at
+from setting import PROBES, cell, chain_parser, line, mode, value_at
 from webdataset import TarWriter, WebDataset
 
 from pipeline.config import load_config
-from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
-from pipeline.sweeps.file import REFINER, SweepFile, find_sweep
+from pipeline.sweeps.file import REFINER, RunEntry, SweepFile, find_sweep
 
-PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
 # {column: (task, path in its result ...)}
 COLUMNS = {
     "linear, CLS": ("classification", "linear", "cls", "top1"),
@@ -53,15 +51,19 @@ class Method:
     main: bool
 
 
+def changes(entry: RunEntry) -> tuple[tuple[str, ...], bool]:
+    """Return the keys and values that a run of a sweep changes, and whether its targets are refined."""
+    sets = tuple(f"{key}={json.dumps(value)}" for key, value in entry.set.items() if key != REFINER)
+    return sets, entry.set.get(REFINER) != "none" and not entry.set.get("distill.joint")
+
+
 def methods(sweep: str, main: bool) -> dict[str, Method]:
     """Return the runs of a bundled sweep, without its seeds."""
     entries = SweepFile.model_validate(yaml.safe_load(find_sweep(sweep).read_text())).runs
     found = {}
     for entry in entries:
         assert entry.name is not None
-        sets = tuple(f"{key}={json.dumps(value)}" for key, value in entry.set.items() if key != REFINER)
-        refined = entry.set.get(REFINER) != "none" and not entry.set.get("distill.joint")
-        found[entry.name] = Method(sets, refined, main)
+        found[entry.name] = Method(*changes(entry), main)
     return found
 
 
@@ -69,13 +71,23 @@ RECIPE = SweepFile.model_validate(yaml.safe_load(find_sweep("tinyimagenet-method
 METHODS = methods("tinyimagenet-methods", True) | methods("tinyimagenet-ablations", False)
 
 
-def mode(path: Path) -> Mode:
-    """Return the mode resume for a folder that exists, and new for others."""
-    return "resume" if path.exists() else "new"
+def depth_shards(data: Path, out: Path) -> tuple[Path, Path]:
+    """Split the frames with depth into a shard to train on and one to test on, and return their paths."""
+    made = out / "depth-train.tar", out / "depth-test.tar"
+    if not all(path.exists() for path in made):
+        samples = list(WebDataset(sorted(map(str, data.glob("rgbd-sample-*.tar"))), shardshuffle=False))
+        cut = len(samples) * 2 // 3
+        for path, part in zip(made, (samples[:cut], samples[cut:]), strict=True):
+            whole = path.with_suffix(f".{os.getpid()}")
+            with TarWriter(str(whole), encoder=False) as tar:
+                for sample in part:
+                    tar.write({k: v for k, v in sample.items() if k != "__url__" and k != "__local_path__"})
+            whole.rename(path)
+    return made
 
 
 @dataclass(frozen=True)
-class Chain:
+class Results:
     """The chain from a cache to the figures; teacher, data, out: the paths of the command line."""
 
     teacher: Path
@@ -130,22 +142,8 @@ class Chain:
             evaluate(config, run, self.shards("camvid-train"), self.shards("camvid-test"), "segmentation")
 
         if depth and "depth" not in found and not self.dev:
-            train, test = self.depth_shards()
+            train, test = depth_shards(self.data, self.out)
             evaluate(config, run, str(train), str(test), "depth")
-
-    def depth_shards(self) -> tuple[Path, Path]:
-        """Split the frames with depth into a shard to train on and one to test on, and return their paths."""
-        made = self.out / "depth-train.tar", self.out / "depth-test.tar"
-        if not all(path.exists() for path in made):
-            samples = list(WebDataset(sorted(map(str, self.data.glob("rgbd-sample-*.tar"))), shardshuffle=False))
-            cut = len(samples) * 2 // 3
-            for path, part in zip(made, (samples[:cut], samples[cut:]), strict=True):
-                whole = path.with_suffix(f".{os.getpid()}")
-                with TarWriter(str(whole), encoder=False) as tar:
-                    for sample in part:
-                        tar.write({k: v for k, v in sample.items() if k != "__url__" and k != "__local_path__"})
-                whole.rename(path)
-        return made
 
     def figures(self, run: Path) -> dict[str, Any]:
         """Return {task: stored result}."""
@@ -193,7 +191,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a document in which the table goes between the marks")
     parser.add_argument("--dev", action="store_true", help="use the training images only, to choose methods")
     options = parser.parse_args()
-    chain = Chain(options.teacher, options.data, options.out, options.dev)
+    chain = Results(options.teacher, options.data, options.out, options.dev)
     chain.make_cache()
     for number, seed in enumerate(options.seeds):
         for name in options.methods:

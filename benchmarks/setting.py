@@ -1,12 +1,14 @@
-"""The setup that the benchmarks of stage 3 share: options, a teacher, a cache, a student, its steps, rows of tables."""
+"""What benchmarks share: options, a teacher, a cache, a student, its steps, its figures, rows of tables."""
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import timm
@@ -19,10 +21,15 @@ from pipeline.cache.stored import Decoded, Encoded
 from pipeline.config import Config, load_config
 from pipeline.data.sampler import BatchIndices, EpochOrder, batch_indices
 from pipeline.data.views import normalise
+from pipeline.outputs.folder import Mode
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import with_precision
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.evaluate import evaluate_tasks
 from pipeline.stages.refine import refine
+from pipeline.storage.json_files import write_json
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
 from pipeline.training.batch import Batch
@@ -36,11 +43,17 @@ from singer.matching import match_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEVICE_NAME = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+RECIPE = "tinyimagenet-ti-to-w96"
+TRAIN = "tinyimagenet50-train"
+# How students are probed. The last class of CamVid is void.
+PROBES = ["evaluate.tokens=block", "evaluate.seg_classes=11", "evaluate.seg_ignore=11"]
+# The figures by which students are compared.
+JUDGED = [(probe, tokens) for probe in ("linear", "knn") for tokens in ("cls", "mean_patch")]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that these benchmarks share."""
-    parser.add_argument("--recipe", default="tinyimagenet-ti-to-w96")
+    parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     parser.add_argument("--shards", required=True)
     parser.add_argument("--teacher", type=Path, help="its weights; default: random weights, which are as fast")
@@ -67,6 +80,72 @@ def chain_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--out", type=Path, required=True, help="folder of caches, runs and figures")
     return parser
+
+
+def mode(path: Path) -> Mode:
+    """Return the mode resume for a folder that exists, and new for others."""
+    return "resume" if path.exists() else "new"
+
+
+def shards_of(data: Path, name: str, most: int) -> list[str]:
+    """Return the shards of a data set in a folder; of the training images, at most so many."""
+    found = sorted(map(str, data.glob(f"{name}-*.tar")))
+    return found[:most] if name == TRAIN else found
+
+
+def judged(
+    config: Config, probes: Config, run: Path, cache: Path, refiner: Path, train: list[str], test: list[str]
+) -> list[float]:
+    """Train a student and probe it, unless that is done; return JUDGED (top-1, %)."""
+    file, task = run.parent / f"{run.name}.json", "classification"
+    if not file.exists():
+        if not (run / RUN_RESULT).exists():
+            distill(config, cache, run, refiner, mode=mode(run))
+        found = vars(evaluate_tasks(probes, run, train, test, [task])[task])
+        write_json(file, [value_at(found, [*path, "top1"]) for path in JUDGED])
+    figures: list[float] = json.loads(file.read_text())
+    return figures
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The chain of the recipe tinyimagenet-ti-to-w96; the fields are options of the command line."""
+
+    teacher: Path
+    data: Path
+    out: Path
+    shards: int
+    sets: list[str]
+
+    @staticmethod
+    def parser(description: str | None) -> argparse.ArgumentParser:
+        """Return a parser with the options of the fields, and --seeds."""
+        parser = chain_parser(description)
+        parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+        parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
+        parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
+        return parser
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Self:
+        """Return the chain of some options, after making its folder."""
+        options.out.mkdir(parents=True, exist_ok=True)
+        return cls(options.teacher, options.data, options.out, options.shards, options.set)
+
+    def config(self, *sets: str) -> Config:
+        """Return the recipe with changes."""
+        first = [f"teacher.weights={self.teacher}", "distill.trackers=[]"]
+        return load_config(RECIPE, [*first, *self.sets, *sets])
+
+    def images(self, name: str) -> list[str]:
+        """Return the shards of a data set."""
+        return shards_of(self.data, name, self.shards)
+
+    def judged(self, name: str, config: Config, cache: Path, refiner: Path) -> list[float]:
+        """Train a student, unless that is done; return JUDGED on the last training shard, learnt from the others."""
+        *most, last = self.images(TRAIN)
+        probes = load_config(RECIPE, PROBES)
+        return judged(config, probes, self.out / name, cache, refiner, most, [last])
 
 
 def line(cells: Iterable[str]) -> str:

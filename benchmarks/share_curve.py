@@ -15,9 +15,7 @@ continues where it stopped.
 
 import json
 
-from equal_time import JUDGED, Chain
-from results import mode
-from setting import cell, chain_parser, line
+from setting import JUDGED, TRAIN, Chain, cell, line, mode
 
 from pipeline.cache.reader import Cache
 from pipeline.config import DistillConfig
@@ -43,19 +41,15 @@ def share_sets(share: float, way: str, records: int, whole: DistillConfig) -> li
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = chain_parser(__doc__)
+    parser = Chain.parser(__doc__)
     parser.add_argument("--share", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5])
     parser.add_argument("--by", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--epochs", type=int, default=16, help="of all images; a share takes as many steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     options = parser.parse_args()
     if any(way.startswith("loss") for way in options.by) and options.by[0] != "random":
         parser.error("a choice by loss needs the students of --by random, which comes first")
-    options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
-    shards, folder, refiner = chain.images("tinyimagenet50-train"), options.out / "cache", options.out / "refiner"
+    chain = Chain.of(options)
+    shards, folder, refiner = chain.images(TRAIN), options.out / "cache", options.out / "refiner"
     cache_teacher(chain.config(), shards[:-1], folder, mode(folder))
     refine(chain.config(), folder, refiner, mode(refiner))
     cache, whole = Cache(folder), chain.config(f"distill.epochs={options.epochs}").distill

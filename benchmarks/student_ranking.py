@@ -13,11 +13,10 @@ stopped.
 import json
 from functools import partial
 
-from field import BASE, METHODS, Chain, evaluated
+from field import BASE, METHODS, Field, evaluated
 from kept_figures import Figures
-from results import mode
 from scipy.stats import spearmanr
-from setting import chain_parser, line
+from setting import TRAIN, chain_parser, line, mode
 
 from pipeline.cache.reader import Cache
 from pipeline.outputs.resuming import RUN_RESULT
@@ -38,13 +37,13 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     setting = {"parameters": options.parameters, "epochs": options.epochs, "shards": options.shards}
     kept = Figures(options.out / "figures.jsonl", setting)
-    chain = Chain(options.teacher, options.data, options.out, options.epochs, options.shards, kept)
+    chain = Field(options.teacher, options.data, options.out, options.epochs, options.shards, kept)
     method = METHODS[BASE]
     caches, refiners = chain.inputs(method)
     config = chain.config(method, f"distill.epochs={options.epochs}")
     shapes = plain_students(config.student, options.parameters, Cache(caches[0]).manifest.teacher.image_size)
     ranked = rank_students(config, caches[0], options.parameters)
-    *most, last = chain.images("tinyimagenet50-train")
+    *most, last = chain.images(TRAIN)
     reached = []
     print(line(["student", *SCORES, "linear, mean patch"]))
     print(line(["---"] * (len(SCORES) + 2)), flush=True)

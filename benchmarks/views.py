@@ -12,9 +12,7 @@ where it stopped.
 
 from pathlib import Path
 
-from equal_time import Chain
-from results import mode
-from setting import chain_parser
+from setting import TRAIN, Chain, mode
 
 from pipeline.cache.reader import Cache
 from pipeline.stages.cache_teacher import cache_teacher
@@ -57,16 +55,12 @@ def row(chain: Chain, views: int | None, passes: int, seed: int, shards: list[st
 
 def main() -> None:
     """Parse the options and run the benchmark."""
-    parser = chain_parser(__doc__)
+    parser = Chain.parser(__doc__)
     parser.add_argument("--views", type=int, nargs="*", default=[1, 2, 4, 8], help="none: the centre view alone")
     parser.add_argument("--passes", type=int, nargs="+", default=[16, 48], help="times that a student sees an image")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shards", type=int, default=5, help="how many of the training shards, two at least")
-    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the recipe, as in singer")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    chain = Chain(options.teacher, options.data, options.out, options.shards, options.set)
-    shards = chain.images("tinyimagenet50-train")
+    chain = Chain.of(options)
+    shards = chain.images(TRAIN)
     print("| views | passes | seed | linear, CLS | linear, mean patch | k-NN, CLS | k-NN, mean patch |")
     print("|---|---|---|---|---|---|---|", flush=True)
     # In the order of the views, since appending changes the cache.

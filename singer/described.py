@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size, check_multiple
+from singer.tokens import global_tokens
 
 Run = Callable[[nn.Module, Tensor], object]
 
@@ -171,7 +172,8 @@ class DescribedTokens(DescribedMaps):
     def forward(self, images: Tensor) -> Tensor:
         """Compute the pooled output (B, d) of normalised images (B, 3, H, W): the normed CLS, or the mean patch."""
         last = len(self.feature_info) - 1
-        return _pooled(self.norm(self._outputs(images, [last])[last]), self.description)
+        tokens = self.norm(self._outputs(images, [last])[last])
+        return global_tokens(tokens, self.num_prefix_tokens, self.has_class_token)
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -223,7 +225,7 @@ class _Suffix(nn.Module):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pool normed tokens (B, N, d) to (B, d)."""
-        return _pooled(tokens, self._description)
+        return global_tokens(tokens, self._description.prefix, self._description.class_token)
 
 
 def as_backbone(module: nn.Module, description: Description, run: Run | None = None) -> DescribedMaps:
@@ -250,10 +252,6 @@ def _three(name: str, description: Description) -> tuple[float, ...]:
     if not fits or (name == "std" and min(numbers) <= 0):
         raise UserError(f"{name} takes three numbers{' above 0' if name == 'std' else ''}, not {given}")
     return numbers
-
-
-def _pooled(tokens: Tensor, description: Description) -> Tensor:
-    return tokens[:, 0] if description.class_token else tokens[:, description.prefix :].mean(1)
 
 
 def _block_names(module: nn.Module, description: Description) -> list[str]:

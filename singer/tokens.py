@@ -1,4 +1,4 @@
-"""Select, place and resize the tokens (B, N, d) of a block, so that two models can be compared."""
+"""Select, pool, place and resize the tokens (B, N, d) of a block, so that two models can be compared."""
 
 import torch
 from torch import Tensor
@@ -9,6 +9,11 @@ def select_tokens(tokens: Tensor, prefix: int, keep_cls: bool) -> Tensor:
     """Return CLS (if kept) and the patches of tokens (B, N, d); registers are never compared between models."""
     patches = tokens[:, prefix:]
     return torch.cat([tokens[:, :1], patches], dim=1) if keep_cls else patches
+
+
+def global_tokens(tokens: Tensor, prefix: int, class_token: bool) -> Tensor:
+    """Return CLS of tokens (B, N, d), or without CLS the mean of the patches, (B, d)."""
+    return tokens[:, 0] if class_token else tokens[:, prefix:].mean(1)
 
 
 def take_patches(tokens: Tensor, prefix: int, positions: Tensor) -> Tensor:

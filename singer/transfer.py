@@ -5,7 +5,7 @@ whether images that differ in their features differ in their labels. CKA is the 
 (1905.00414).
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,14 +31,14 @@ def cka(a: Tensor, b: Tensor) -> float:
     return float((ours * theirs).sum() / (ours.norm() * theirs.norm()))
 
 
-def teacher_weights(scores: Mapping[str, float], power: float = 2.0) -> dict[str, float]:
-    """Return weights that add up to 1, in proportion to (score above 0) ** power (DistillWeighted).
+def teacher_weights(scores: Sequence[float]) -> list[float]:
+    """Return weights that add up to 1, in proportion to the squares of scores above 0 (DistillWeighted, power 2).
 
     Equal weights if no score is above 0.
     """
-    raised = {name: max(0.0, score) ** power for name, score in scores.items()}
-    total = sum(raised.values())
-    return {name: value / total if total else 1 / len(raised) for name, value in raised.items()}
+    squares = [max(0.0, score) ** 2 for score in scores]
+    total = sum(squares)
+    return [square / total if total else 1 / len(squares) for square in squares]
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from stores import LOCK_SECONDS, Server
 
 import cli
 from pipeline.cache.stored import Decoded, Encoded
@@ -22,8 +23,10 @@ from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
+from pipeline.storage import locks
 from pipeline.training.batch import Batch
 from pipeline.training.targets import Targets
+from singer.backbones import block_outputs
 
 # No test asks the network, whose answers are luck and take their time; neither do the processes that they start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -126,6 +129,13 @@ def run_singer(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     return 0
 
 
+def block_output(model: torch.nn.Module, block: int) -> torch.Tensor:
+    """What a block says of two images, the same for all models."""
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seeded(1)))
+    with torch.inference_mode():
+        return block_outputs(model, images, [block])[block]
+
+
 def config_with(*sets: str) -> Config:
     return load_config(sets=[*SETTINGS, *sets])
 
@@ -149,6 +159,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(root: Path, split: str = "train") -> str:
     """What --images takes of a split of the world."""
     return str(root / split / "*.tar")
+
+
+@pytest.fixture(scope="session")
+def few_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The shards of twenty images of two classes; tests only read them."""
+    root = tmp_path_factory.mktemp("few")
+    draw_images(root / "images", 2, 10)
+    prepare(config_with(), root / "images", root / "shards")
+    return str(root / "shards" / "*.tar")
 
 
 # In place of the world's student.
@@ -214,3 +233,30 @@ def make_batch(features: list[Decoded], records: int, pixels: torch.Tensor | Non
     if pixels is None:
         pixels = torch.randint(256, (records, 32, 32, 3), dtype=torch.uint8)
     return Batch({32: pixels}, features, torch.full((records,), 1 / records), torch.zeros(records))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One for all tests, as it takes seconds to start; each empties it first."""
+    server = Server(tmp_path_factory.mktemp("server") / "log")
+    yield server
+    server.stop()
+
+
+def use_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make s3://bucket an empty bucket of the server."""
+    server.empty()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(locks, "SECONDS", LOCK_SECONDS)
+
+
+@pytest.fixture
+def s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_server(server, monkeypatch)
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, s3: None) -> str:
+    """A prefix of this test's own."""
+    return f"s3://bucket/{request.node.name}".translate(str.maketrans("[]", "--"))

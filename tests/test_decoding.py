@@ -13,8 +13,8 @@ import pytest
 from conftest import seeded, world_config
 from files import PICTURE, chunk, pillow_heif, png, saved, tiff
 from PIL import Image
+from tars import write_tar
 from test_files import exif
-from test_shards import write_tar
 from validating import validate_images
 
 from pipeline.cache import Cache

@@ -33,7 +33,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import draw_images, make_vit, plant_artifacts
-from test_storage import Server
 from test_structure import FLOORS
 
 import cli
@@ -375,16 +374,6 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.fixture
-def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """s3://bucket, as the environment says."""
-    server = Server(tmp_path / "server.log")
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    yield
-    server.stop()
-
-
 def _running_pages() -> list[object]:
     """Pages with commands to run. Only what a new user reads first is run by default."""
     first = ("README.md", "quick-start.md")
@@ -407,7 +396,7 @@ def test_page_runs(
     given = re.search(r"^<!-- given: (.*) -->$", page.read_text(), re.MULTILINE)
     for name in given[1].split() if given else ():
         if name == "s3://bucket":
-            request.getfixturevalue("bucket")
+            request.getfixturevalue("s3")
         else:
             toys.give(name, folder)
     monkeypatch.chdir(folder)

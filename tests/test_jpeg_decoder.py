@@ -12,8 +12,8 @@ from files import CASES, PICTURE, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tars import write_tar
 from test_files import exif
-from test_shards import write_tar
 from torch import Tensor
 
 from pipeline.cache import Cache

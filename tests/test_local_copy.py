@@ -1,4 +1,4 @@
-"""Local copies with a limit: what was unused for longest goes, what is in use stays, and no process exceeds it."""
+"""Local copies of objects: made once, never of wrong bytes, and within a limit, by how long they were unused."""
 
 import errno
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import seeded
+from stores import file_limit, kill_while_writing, ranges
 
 from pipeline.cache.reader import Cache
 from pipeline.config import LocalCopy, load_config
@@ -23,12 +24,13 @@ SEGMENT = "0123456789abcdef"
 
 
 class Source(LocalStore):
-    """Counts what is read whole, and how often ranges are read."""
+    """Counts what is read whole, and how often ranges are read. seconds: what reading an object takes."""
 
-    whole, parts = 0, 0
+    whole, parts, seconds = 0, 0, 0.0
 
     def read(self, name: str) -> bytes:
         self.whole += 1
+        time.sleep(self.seconds)
         return super().read(name)
 
     def read_ranges(self, ranges: Ranges) -> None:
@@ -45,6 +47,10 @@ def source(tmp_path: Path) -> Source:
     return source
 
 
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def content(source: Source, name: str) -> bytes:
     return (source.path / name).read_bytes()
 
@@ -55,7 +61,7 @@ def reader(source: Source, folder: Path, most: int) -> ReadThrough:
 
 
 def digest(source: Source, name: str) -> str:
-    return hashlib.sha256(content(source, name)).hexdigest()
+    return sha256(content(source, name))
 
 
 def read(reader: ReadThrough, names: Sequence[str]) -> list[bytes]:
@@ -217,3 +223,66 @@ def test_a_limit_needs_a_folder() -> None:
             load_config(None, [f"{section}.local_copy_gb=5"])
         config = load_config(None, [f"{section}.local_copy_gb=5", f"{section}.local_copy=there"])
         assert getattr(config, section).local_copies == LocalCopy(Path("there"), 5)
+
+
+def test_copies_are_made_once(source: Source, tmp_path: Path) -> None:
+    """By whichever thread or process comes first: a lock on a file tells neither from the other."""
+    source.write("a", b"content")
+    source.seconds, sums = 0.1, {"a": sha256(b"content")}
+    shared = ReadThrough(source, tmp_path / "copy", sums)
+    readers = [shared, shared, *(ReadThrough(source, tmp_path / "copy", sums) for _ in range(3))]
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda r=r: found.extend(ranges(r, "a", [3], [4]))) for r in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [b"tent"] * 5 and source.whole == 1
+    assert [f.read_bytes() for f in (tmp_path / "copy").iterdir()] == [b"content"]
+    assert shared.url == source.url
+
+
+def test_a_copy_of_what_was_replaced_is_not_used(source: Source, tmp_path: Path) -> None:
+    for content in (b"content", b"another"):
+        source.write("a", content)
+        reader = ReadThrough(source, tmp_path / "copy", {"a": sha256(content)})
+        assert ranges(reader, "a", [0], [7]) == [content]
+
+
+def test_wrong_bytes_are_not_kept(source: Source, tmp_path: Path) -> None:
+    reader = ReadThrough(source, tmp_path / "copy", {"a": sha256(b"content")})
+    source.write("a", b"cOntent")
+    for _ in range(2):
+        with pytest.raises(UserError, match="/a does not match its checksum; run singer cache verify"):
+            ranges(reader, "a", [0], [1])
+        assert not list((tmp_path / "copy").iterdir())
+    source.write("a", b"content")
+    assert ranges(reader, "a", [0], [7]) == [b"content"]
+
+
+def test_killed_copy_does_not_count(source: Source, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    source.write("a", b"much more content")
+    kill_while_writing(
+        f"source, copy = LocalStore(Path({str(source.path)!r})), Path({str(copy)!r})\n"
+        f"checksums = {{'a': {sha256(b'much more content')!r}}}\n"
+        "import numpy as np\nzero, out = np.zeros(1, int), np.empty(1, np.uint8)\n"
+        "ReadThrough(source, copy, checksums).read_ranges(Ranges(['a'], zero, zero, zero + 1, out, zero))"
+    )
+    (rest,) = copy.iterdir()
+    assert rest.name.endswith(".singer-tmp") and rest.read_bytes() == b"much more content"
+    rest.write_bytes(b"torn " * 9)
+    reader = ReadThrough(source, copy, {"a": sha256(b"much more content")})
+    assert ranges(reader, "a", [0], [17]) == [b"much more content"] and source.whole == 1
+    assert [f.read_bytes() for f in copy.iterdir()] == [b"much more content"]
+
+
+def test_full_disk_of_copies(source: Source, tmp_path: Path) -> None:
+    data = b"x" * 5000
+    source.write("a", data)
+    reader = ReadThrough(source, tmp_path / "copy", {"a": sha256(data)})
+    with file_limit(1000), pytest.raises(OSError) as caught:
+        ranges(reader, "a", [0], [1])
+    assert caught.value.filename == str(tmp_path / "copy" / sha256(data))
+    assert not list((tmp_path / "copy").iterdir())
+    assert ranges(reader, "a", [4999], [1]) == [b"x"]

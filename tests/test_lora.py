@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import make_vit, seeded, world_config
-from torch import Tensor, nn
+from conftest import block_output, make_vit, world_config
+from torch import nn
 
 from pipeline.cache import Cache
 from pipeline.config import StudentConfig, load_config
@@ -18,7 +18,7 @@ from pipeline.students.start import TeacherWeights, start_student
 from pipeline.training.cached_teachers import open_teachers
 from pipeline.training.runs import NewStudent, StudentSpec
 from pipeline.training.student_run import StudentRun
-from singer.backbones import block_outputs, count_parameters
+from singer.backbones import count_parameters
 from singer.errors import UserError
 from singer.lora import train_low_rank, with_changes
 from singer.selection import select_weights
@@ -27,19 +27,13 @@ LORA = ("student.dim=24", "student.init=teacher", "student.lora=2")
 MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
 
 
-def output(model: nn.Module, block: int) -> Tensor:
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seeded(1)))
-    with torch.inference_mode():
-        return block_outputs(model, images, [block])[block]
-
-
 def test_a_model_starts_as_it_is() -> None:
     """Bit for bit; only as many weights are trained as changes of this rank have, and those of no matrix."""
     model = make_vit(depth=2).model
-    before, weights, outputs = model.state_dict(), count_parameters(model), output(model, 1)
+    before, weights, outputs = model.state_dict(), count_parameters(model), block_output(model, 1)
     before = {name: x.clone() for name, x in before.items()}
     train_low_rank(model, 3)
-    assert torch.equal(output(model, 1), outputs)
+    assert torch.equal(block_output(model, 1), outputs)
     state = with_changes(model.state_dict())
     assert state.keys() == before.keys() and all(torch.equal(state[name], x) for name, x in before.items())
     matrices = [before[f"blocks.0.{name}"] for name in MATRICES]
@@ -96,7 +90,7 @@ def test_a_run(
     trained = student_run.student.model if student_run.ema is None else student_run.ema.module
     state = trained.state_dict()
     stored = timm.create_model(f"local-dir:{tmp_path / 'run' / 'student'}", pretrained=True).eval()
-    assert torch.equal(output(stored, 2), output(trained.eval(), 2))
+    assert torch.equal(block_output(stored, 2), block_output(trained.eval(), 2))
     found = stored.state_dict()
     assert found.keys() == start.keys() and result.parameters == count_parameters(stored)
     for name, before in start.items():

@@ -9,7 +9,6 @@ import torch
 from conftest import run_singer, seeded, world_config
 
 from pipeline.cache import Cache
-from pipeline.cache.statistics import global_tokens
 from pipeline.config import load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.data.views import normalise
@@ -17,6 +16,7 @@ from pipeline.stages.rank_students import named_student, plain_students, rank_st
 from pipeline.students.new import new_student
 from singer.backbones import block_outputs
 from singer.errors import UserError
+from singer.tokens import global_tokens
 from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEPTH, WIDTH, seeded, tree_bytes, world_config
-from test_storage import LOCK_SECONDS, Server, file_limit, give_up_soon, raw
+from conftest import DEPTH, WIDTH, seeded, tree_bytes, use_server, world_config
+from stores import Server, file_limit, give_up_soon, raw
 
 import cli
 from pipeline.cache import Cache
@@ -35,15 +35,11 @@ CODECS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "log")
+def environment(server: Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment().items():
-            patch.setenv(name, value)
-        patch.setattr(locks, "SECONDS", LOCK_SECONDS)
+        use_server(server, patch)
         patch.setattr("pipeline.cache.create.MAX_SHARD_RECORDS", 30)
-        yield server
-    server.stop()
+        yield
 
 
 def fill(world: Path, out: Path | str, mode: str = "new", *sets: str) -> Path | str:
@@ -52,7 +48,7 @@ def fill(world: Path, out: Path | str, mode: str = "new", *sets: str) -> Path | 
 
 
 @pytest.fixture(scope="module")
-def caches(world: Path, server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+def caches(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """{codec: (local cache, remote cache)} of the same settings; tests only read them."""
     root = tmp_path_factory.mktemp("caches")
     made = {}

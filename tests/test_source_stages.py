@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from conftest import run_singer, seeded, tree_bytes, world_config
 from PIL import Image
-from test_shards import png, write_tar
-from test_storage import Server
+from tars import png, write_tar
 
 from pipeline.cache import Cache
 from pipeline.data import index_images, resolve
@@ -24,6 +23,7 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.verify import verify
+from pipeline.storage import open_store
 from singer.errors import UserError
 
 
@@ -182,22 +182,14 @@ def test_shards_of_a_web_server_are_copied_once(
     assert not [file for file in downloads.rglob("*") if file.name.endswith("~") or "part" in file.name]
 
 
-def test_shards_of_an_object_store_are_copied(downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server(tmp_path / "log")
-    try:
-        for name, value in server.environment().items():
-            monkeypatch.setenv(name, value)
-        from pipeline.storage import open_store
-
-        store = open_store("s3://bucket/data")
-        for number in range(2):
-            store.write(f"s-{number}.tar", write_tar(tmp_path / "s.tar", {f"{number}.png": png()}).read_bytes())
-        store.write("more/s-2.tar", b"")
-        images = index_images("s3://bucket/data/s-*.tar")
-        assert list(images.keys) == ["0", "1"] and np.all(images.size > 0)
-        with pytest.raises(UserError, match=r"nothing matches 's3://bucket/data/x\*\.tar'"):
-            resolve("s3://bucket/data/x*.tar")
-        with pytest.raises(UserError, match="s-7.tar does not exist"):
-            resolve("s3://bucket/data/s-7.tar")
-    finally:
-        server.stop()
+def test_shards_of_an_object_store_are_copied(downloads: Path, tmp_path: Path, s3: None) -> None:
+    store = open_store("s3://bucket/data")
+    for number in range(2):
+        store.write(f"s-{number}.tar", write_tar(tmp_path / "s.tar", {f"{number}.png": png()}).read_bytes())
+    store.write("more/s-2.tar", b"")
+    images = index_images("s3://bucket/data/s-*.tar")
+    assert list(images.keys) == ["0", "1"] and np.all(images.size > 0)
+    with pytest.raises(UserError, match=r"nothing matches 's3://bucket/data/x\*\.tar'"):
+        resolve("s3://bucket/data/x*.tar")
+    with pytest.raises(UserError, match="s-7.tar does not exist"):
+        resolve("s3://bucket/data/s-7.tar")

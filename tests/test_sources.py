@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from files import saved
-from test_shards import noise, png, write_tar
+from tars import noise, png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
 from pipeline.config import load_config
@@ -460,7 +460,7 @@ def test_a_date_is_no_class_number(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="--train: label 20190101 of 'b' is no class number of 2 images; number classes"
     ):
-        check_class_numbers(images, "--train")
+        check_class_numbers(images)
 
 
 def test_moved_folders(tmp_path: Path) -> None:

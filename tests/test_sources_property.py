@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from PIL import Image
-from test_shards import write_tar
+from tars import write_tar
 
 from pipeline.data import ImageFile, Images, index_images
 from pipeline.data.names import file_keys

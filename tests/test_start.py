@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import RESNET, make_batch, make_vit, seeded, world_config
+from conftest import RESNET, block_output, make_batch, make_vit, world_config
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pipeline.cache import Cache
 from pipeline.cache.stored import Decoded
@@ -29,7 +28,6 @@ from pipeline.training.distiller import Distiller
 from pipeline.training.runs import NewStudent, StudentSpec
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
-from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.projectors import PROJECTORS, ProjectorSpec
 from singer.selection import chosen_blocks, even, misfit, select_weights
@@ -42,12 +40,6 @@ def loaded(model: torch.nn.Module, source: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def output(model: torch.nn.Module, block: int) -> Tensor:
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seeded(1)))
-    with torch.inference_mode():
-        return block_outputs(model, images, [block])[block]
-
-
 def test_which_blocks_and_channels() -> None:
     assert even(192, 96).tolist() == list(range(0, 192, 2)) and even(3, 2).tolist() == [0, 1]
     assert chosen_blocks(12, 4, "first") == [0, 1, 2, 3] and chosen_blocks(12, 4, "even") == [2, 5, 8, 11]
@@ -56,9 +48,9 @@ def test_which_blocks_and_channels() -> None:
 def test_a_student_of_the_same_shape_is_the_teacher() -> None:
     """Fewer blocks change nothing before them; a student without LayerScale computes what the teacher did with it."""
     teacher, student = make_vit(), make_vit(seed=1, depth=3, num_classes=0)
-    assert torch.equal(output(loaded(student.model, teacher.model), 2), output(teacher.model, 2))
+    assert torch.equal(block_output(loaded(student.model, teacher.model), 2), block_output(teacher.model, 2))
     scaled = make_vit(init_values=0.3)
-    torch.testing.assert_close(output(loaded(student.model, scaled.model), 2), output(scaled.model, 2))
+    torch.testing.assert_close(block_output(loaded(student.model, scaled.model), 2), block_output(scaled.model, 2))
 
 
 def test_channels_are_chosen_head_by_head() -> None:
@@ -107,7 +99,7 @@ def test_families(name: str) -> None:
     args = {"embed_dim": 48, "depth": 3, "num_heads": 2, "patch_size": 8, "img_size": 32, "num_classes": 0}
     teacher, student = timm.create_model(name, **args), timm.create_model(name, **args | {"depth": 2})
     assert misfit(teacher, student) is None
-    assert torch.equal(output(loaded(student, teacher), 1), output(teacher.eval(), 1))
+    assert torch.equal(block_output(loaded(student, teacher), 1), block_output(teacher.eval(), 1))
 
 
 def test_misfits() -> None:
@@ -192,15 +184,15 @@ def test_start_from_the_cached_teacher(world: Path, tmp_path: Path) -> None:
     for init in ("auto", "teacher"):
         student = new_student(world_config(world, "student.dim=24", "student.heads=2").student, 32)
         start_student(student, StudentConfig(init=init), _weights(world))
-        assert torch.equal(output(student.model.eval(), 2), output(teacher.model, 2))
+        assert torch.equal(block_output(student.model.eval(), 2), block_output(teacher.model, 2))
     config = world_config(world, "student.init=teacher", "distill.epochs=1")
     distill(config, world / "cache", tmp_path / "run", world / "adapters")
     again = new_student(config.student, 32)
     start_student(again, StudentConfig(init=str(tmp_path / "run")), _weights(world))
     trained = load_saved(tmp_path / "run" / "student")
-    assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+    assert torch.equal(block_output(again.model.eval(), 2), block_output(trained.model, 2))
     start_student(again, StudentConfig(init=str(tmp_path / "run/student/model.safetensors")), _weights(world))
-    assert torch.equal(output(again.model.eval(), 2), output(trained.model, 2))
+    assert torch.equal(block_output(again.model.eval(), 2), block_output(trained.model, 2))
 
 
 WHOLE = ["student.dim=24", "student.init=auto"]  # as wide as the teacher, which has four blocks

@@ -13,10 +13,10 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from conftest import world_config
+from conftest import use_server, world_config
 from obstore.store import S3Store
+from stores import Server, ranges
 from test_remote import fill, objects, singer
-from test_storage import Server, ranges
 
 from pipeline.config import load_config
 from pipeline.stages.distill import distill
@@ -114,18 +114,11 @@ class _Nothing:
     def close(self) -> None: ...
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "log")
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     proxy = Proxy(server.endpoint)
-    for name, value in (server.environment() | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
-        monkeypatch.setenv(name, value)
+    use_server(server, monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
     monkeypatch.setitem(remote.RETRY, "backoff", backoff)
     monkeypatch.setitem(remote.RETRY, "max_retries", 6)

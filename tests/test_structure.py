@@ -125,7 +125,8 @@ def test_imports_go_down() -> None:
     wrong = []
     for file in [ROOT / "cli.py", *(ROOT / "pipeline").rglob("*.py")]:
         module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for name in (n for n in modules_of(file) if n.split(".")[0] in ("cli", "pipeline", "singer")):
+        known = {n for n in modules_of(file) if n.split(".")[0] in ("cli", "pipeline", "singer")}
+        for name in known - ({"pipeline"} if module == "cli" else set()):  # the public API
             here, there = room(module), room(name)
             beside = here == there and here == "stages"
             if module != "pipeline" and (FLOOR[there] < FLOOR[here] + (here != there) or beside):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import config_with, draw_images, seeded
+from conftest import config_with, seeded
 
 from pipeline.cache.reader import Cache
 from pipeline.config import StudentConfig
@@ -20,7 +20,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.inspect import inspect
-from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.students.new import new_student
 from singer.backbones import block_outputs
@@ -86,16 +85,8 @@ def build(family: Family, **args: Any) -> Backbone:
     return model
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("families")
-    draw_images(root / "images", 2, 10)
-    prepare(config_with(), root / "images", root / "shards")
-    return str(root / "shards" / "*.tar")
-
-
 @pytest.mark.parametrize("family", _families(True, False))
-def test_from_images_to_a_student(family: Family, shards: str, tmp_path: Path) -> None:
+def test_from_images_to_a_student(family: Family, few_shards: str, tmp_path: Path) -> None:
     teacher = build(family)
     assert (teacher.prefix, teacher.has_cls, teacher.image_size) == (family.prefix, family.cls, family.size)
     save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
@@ -103,7 +94,7 @@ def test_from_images_to_a_student(family: Family, shards: str, tmp_path: Path) -
     config = config_with(
         *sets, "cache.blocks=[-2,-1]", "cache.codec=float16", "refine.cleaner=neighbour", "distill.epochs=1"
     )
-    cache_teacher(config, shards, tmp_path / "cache")
+    cache_teacher(config, few_shards, tmp_path / "cache")
     cache = Cache(tmp_path / "cache")
     assert cache.has_suffix == family.suffix
 
@@ -128,7 +119,7 @@ def test_from_images_to_a_student(family: Family, shards: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_srelpos_small_patch16_224"])
 def test_a_share_of_the_patches_of_a_teacher_with_positions_in_its_blocks(
-    name: str, shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, few_shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its blocks cannot read a share, so a fit that can do without them does, and another says so."""
     (family,) = (f for f in FAMILIES if f.name == name)
@@ -136,7 +127,7 @@ def test_a_share_of_the_patches_of_a_teacher_with_positions_in_its_blocks(
     save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
     sets = [f"teacher.name=local-dir:{tmp_path / 'teacher'}", f"teacher.image_size={family.size}"]
     sets += ["cache.blocks=[-2,-1]", "cache.token_share=0.5", "refine.steps=3"]
-    cache_teacher(config_with(*sets), shards, tmp_path / "cache")
+    cache_teacher(config_with(*sets), few_shards, tmp_path / "cache")
     assert Cache(tmp_path / "cache").has_suffix
     refine(config_with(*sets, "refine.cleaner=gated-adapter"), tmp_path / "cache", tmp_path / "refiner")
     assert "next blocks need all patches" in capfd.readouterr().err
@@ -156,8 +147,10 @@ def test_a_share_of_the_patches_of_a_teacher_with_positions_in_its_blocks(
 @pytest.mark.parametrize("family", [p for p in _families(False) if not p.values[0].args])  # type: ignore[attr-defined]
 def test_as_a_student(family: Family, world: Path, tmp_path: Path) -> None:
     sets = [f"student.name={family.name}", f"student.image_size={family.size}", "distill.epochs=1"]
+    # Two steps on few images are enough.
+    sets += ["distill.share=0.2", "distill.batch_size=10"]
     config = config_with(f"teacher.name=local-dir:{world / 'teacher'}", *sets, "student.dim=null", "student.depth=null",
-                         "student.heads=null", "student.patch_size=null", "distill.batch_size=50")  # fmt: skip
+                         "student.heads=null", "student.patch_size=null")  # fmt: skip
     run = distill(config, world / "cache", tmp_path / "run", world / "adapters")
     assert np.isfinite(run.loss)
     probe = evaluate(config, tmp_path / "run", str(world / "train" / "*.tar"), str(world / "test" / "*.tar"))
@@ -204,11 +197,11 @@ def test_a_student_keeps_its_class_token() -> None:
     assert student.has_cls and student.prefix == 5 and student.grid == (2, 2)
 
 
-def test_what_needs_a_suffix_says_so(shards: str, tmp_path: Path) -> None:
+def test_what_needs_a_suffix_says_so(few_shards: str, tmp_path: Path) -> None:
     teacher = build(next(f for f in FAMILIES if f.name == "convnext_atto"))
     save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
     config = config_with(f"teacher.name=local-dir:{tmp_path / 'teacher'}", "teacher.image_size=64", "cache.blocks=[3]")
-    cache_teacher(config, shards, tmp_path / "cache")
+    cache_teacher(config, few_shards, tmp_path / "cache")
     with pytest.raises(
         UserError, match="convnext_atto: this teacher has no suffix .*take refine.cleaner gated-adapter with"
     ):
@@ -220,13 +213,13 @@ def test_what_needs_a_suffix_says_so(shards: str, tmp_path: Path) -> None:
             distill(config_with(f"distill.objective={objective}"), tmp_path / "cache", tmp_path / objective)
 
 
-def test_share_of_tokens_needs_one_grid(shards: str, tmp_path: Path) -> None:
+def test_share_of_tokens_needs_one_grid(few_shards: str, tmp_path: Path) -> None:
     teacher = build(next(f for f in FAMILIES if f.name == "convnext_atto"))
     save_backbone(teacher, teacher.model.state_dict(), tmp_path / "teacher")
     config = config_with(f"teacher.name=local-dir:{tmp_path / 'teacher'}", "teacher.image_size=64", "cache.blocks=[3]",
                          "cache.token_share=0.5")  # fmt: skip
     with pytest.raises(UserError, match="cache.token_share below 1 needs a teacher whose blocks have one grid"):
-        cache_teacher(config, shards, tmp_path / "cache")
+        cache_teacher(config, few_shards, tmp_path / "cache")
 
 
 def test_shapes_are_in_the_manifest_only_where_blocks_differ(world: Path) -> None:

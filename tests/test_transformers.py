@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import config_with, draw_images, run_singer, seeded
+from conftest import config_with, run_singer, seeded
 from huggingface_hub.errors import GatedRepoError
 
 from pipeline.cache.reader import Cache
@@ -20,7 +20,6 @@ from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.export import export
-from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from singer import hf
 from singer.backbones import block_outputs, depth
@@ -103,14 +102,6 @@ def to_timm(state: dict[str, torch.Tensor], eva: bool) -> dict[str, torch.Tensor
     return {n: t for n, t in found.items() if not n.startswith(("mask_token", "head."))}
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("transformers")
-    draw_images(root / "images", 2, 10)
-    prepare(config_with(), root / "images", root / "shards")
-    return str(root / "shards" / "*.tar")
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_tokens_and_suffix_are_the_models_own(kind: str) -> None:
     model, (arguments, prefix, cls) = build(kind), FAMILIES[kind]
@@ -179,7 +170,7 @@ def test_no_image_is_masked() -> None:
 
 
 @pytest.mark.parametrize("kind", TWINS)
-def test_the_same_weights_in_timm_give_the_same_cached_features(kind: str, shards: str, tmp_path: Path) -> None:
+def test_the_same_weights_in_timm_give_the_same_cached_features(kind: str, few_shards: str, tmp_path: Path) -> None:
     model = save(kind, tmp_path / "hf")
     args = {"embed_dim": WIDTH, "depth": 3, "num_heads": 2, "patch_size": 8, "num_classes": 0}
     torch.manual_seed(seeded(0))
@@ -198,7 +189,7 @@ def test_the_same_weights_in_timm_give_the_same_cached_features(kind: str, shard
     for name in (f"hf:{tmp_path / 'hf'}", f"local-dir:{tmp_path / 'timm'}"):
         config = config_with(f"teacher.name={name}", "cache.blocks=[1,2]", "cache.codec=float16")
         place = tmp_path / f"cache-{name.split(':')[0]}"
-        cache_teacher(config, shards, place)
+        cache_teacher(config, few_shards, place)
         caches.append(Cache(place))
     first, second = (cache.features(np.arange(20), torch.device("cpu")) for cache in caches)
     for block in (1, 2):
@@ -208,7 +199,7 @@ def test_the_same_weights_in_timm_give_the_same_cached_features(kind: str, shard
     assert (a.grid, a.prefix_tokens, a.class_token, a.width) == (b.grid, b.prefix_tokens, b.class_token, b.width)
 
 
-def test_from_images_to_an_exported_student(shards: str, tmp_path: Path) -> None:
+def test_from_images_to_an_exported_student(few_shards: str, tmp_path: Path) -> None:
     """With the paper's adapters, which read with the suffix; the student is of transformers, too."""
     save("dinov2", tmp_path / "teacher")
     save("vit", tmp_path / "student", num_hidden_layers=2)
@@ -217,12 +208,12 @@ def test_from_images_to_an_exported_student(shards: str, tmp_path: Path) -> None
         f"student.name=hf:{tmp_path / 'student'}", "student.dim=null", "student.depth=null", "student.heads=null",
         "student.patch_size=null", "distill.epochs=1", "distill.batch_size=8",
     )  # fmt: skip
-    cache_teacher(config, shards, tmp_path / "cache")
+    cache_teacher(config, few_shards, tmp_path / "cache")
     assert Cache(tmp_path / "cache").manifest.teacher.architecture == "hf:dinov2"
     refine(config, tmp_path / "cache", tmp_path / "refiner")
     run = distill(config, tmp_path / "cache", tmp_path / "run", tmp_path / "refiner")
     assert np.isfinite(run.loss)
-    assert set(evaluate(config, tmp_path / "run", shards, shards).linear) == {"cls", "mean_patch"}
+    assert set(evaluate(config, tmp_path / "run", few_shards, few_shards).linear) == {"cls", "mean_patch"}
     saved = load_saved(tmp_path / "run" / "student")
     assert (saved.architecture, saved.mean) == ("hf:vit", (0.4, 0.5, 0.6))
     assert export(config, tmp_path / "run", tmp_path / "exported", "torch-export").max_difference < 1e-4

@@ -16,6 +16,7 @@ from pipeline.cache.manifest import Manifest
 from pipeline.cache.segments import Segment
 from pipeline.cache.statistics import evenly_spaced
 from pipeline.data import ImageFile, Images, image_digest
+from pipeline.data.images import find_hashes
 from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.storage import Place
 from singer.errors import UserError
@@ -57,7 +58,6 @@ def plan_additions(
         spans.setdefault(segment.records_key, segment)
 
     hashes = listed.keys.hashes()
-    order = np.argsort(hashes)
     new = np.ones(len(listed), dtype=bool)
     additions: list[Addition] = []
     # {hash of images: (the images, the number after that of their last view)}.
@@ -65,10 +65,8 @@ def plan_additions(
     for rows, segment in spans.items():
         manifest, known = segment.manifest, segment.index().images
         missing = tuple(b for b in blocks if b not in held.get(rows, ()))
-        wanted = known.keys.hashes()
-        place = np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)
-        given = order[place]
-        absent = hashes[given] != wanted
+        given = find_hashes(hashes, known.keys.hashes())
+        absent = given < 0
         if absent.all():
             if missing and rows in held:
                 names = _source_names(segment)
@@ -124,12 +122,10 @@ def _check_same(images: Images, known: Images, digests: np.ndarray) -> None:
 def _left_out(segment: Segment, hashes: np.ndarray, listed: Images) -> np.ndarray:
     """Return the numbers of the listed images that a segment knows to be broken: the key and the size are the same."""
     broken = segment.unreadable()
-    order = np.argsort(broken_hashes := broken.keys.hashes())
-    if not len(order):
-        return order
-    place = order[np.minimum(np.searchsorted(broken_hashes[order], hashes), len(order) - 1)]
-    same = (broken_hashes[place] == hashes) & (broken.size[place] == listed.size)
-    return np.flatnonzero(same)
+    rows = find_hashes(broken.keys.hashes(), hashes)
+    known = np.flatnonzero(rows >= 0)
+    same: np.ndarray = known[broken.size[rows[known]] == listed.size[known]]
+    return same
 
 
 def _source_names(segment: Segment) -> str:

@@ -34,7 +34,7 @@ class Extractor:
     """
 
     def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
-        self._config, self.backbone, self.device = config, backbone, device
+        self.config, self.backbone, self.device = config, backbone, device
         self.teacher = TeacherManifest(
             name=config.teacher.name,
             architecture=backbone.architecture,
@@ -61,7 +61,7 @@ class Extractor:
     def configured(self, config: Config) -> "Extractor":
         """Return the same teacher, where it is, with other settings of the cache."""
         other = copy(self)
-        other._config = config
+        other.config = config
         if config.cache.compile != self.config.cache.compile:
             other._model = other._compilable()
         return other
@@ -70,11 +70,6 @@ class Extractor:
         plain = partial(block_outputs, self.backbone.model)
         able = self.device.type == "cuda" and self.config.teacher.offload == "none"
         return Compilable(plain, self.config.cache.compile, able, "cache.compile")
-
-    @property
-    def config(self) -> Config:
-        """Return the configuration with which it computes; `configured` gives an extractor with another one."""
-        return self._config
 
     @property
     def blocks(self) -> list[int]:

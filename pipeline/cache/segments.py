@@ -168,16 +168,13 @@ class Segment:
 
         Raises UserError if they are damaged or belong to another segment.
         """
-        images = self._listed()
+        images = read_images(self.store)
         if self._complete.unreadable:
             images = images.select(np.delete(np.arange(len(images)), self._complete.unreadable))
         index = read_records(self.store, images, self.manifest)
         if len(index) != self.records or content_hash(images, index.digest) != self.hash:
             raise UserError(f"the index of {self.store.url} does not belong to its manifest; run singer cache verify")
         return index
-
-    def _listed(self) -> Images:
-        return read_images(self.store)
 
     def digests(self) -> np.ndarray:
         """Return the digests of a complete segment's listed images, (images,) uint64; 0 if one cannot be decoded."""
@@ -187,7 +184,7 @@ class Segment:
 
     def unreadable(self) -> Images:
         """Return the listed images of a complete segment that cannot be decoded."""
-        return self._listed().select(np.array(self._complete.unreadable, dtype=np.int64))
+        return read_images(self.store).select(np.array(self._complete.unreadable, dtype=np.int64))
 
 
 def read_segments(store: Store) -> list[Segment]:

@@ -37,11 +37,6 @@ def first_views(cache: Cache) -> np.ndarray:
     return first
 
 
-def global_tokens(tokens: Tensor, prefix: int, class_token: bool) -> Tensor:
-    """Return CLS of tokens (n, N, d), or without CLS the mean of the patches, (n, d)."""
-    return tokens[:, 0] if class_token else tokens[:, prefix:].mean(1)
-
-
 def evenly_spaced(records: np.ndarray, count: int) -> np.ndarray:
     """Choose at most `count` of the records, evenly spread over them."""
     chosen: np.ndarray = records[np.linspace(0, len(records) - 1, min(len(records), count)).astype(int)]

@@ -102,6 +102,15 @@ class Keys(Sequence[str]):
             start = end
 
 
+def find_hashes(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return for each wanted hash the row of `hashes` that has it, (n,) int64, -1 if none has; see Keys.hashes."""
+    if not len(hashes):
+        return np.full(len(wanted), -1)
+    order = np.argsort(hashes)
+    rows = order[np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)]
+    return np.where(hashes[rows] == wanted, rows, -1)
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A sample that was left out, or (key "") the unreadable rest of a shard. shard: file name."""
@@ -280,11 +289,11 @@ def require_labels(images: Images, what: str) -> None:
         )
 
 
-def check_class_numbers(images: Images, what: str) -> None:
-    """Raise UserError if a label is so large that it can be no class number. what: the data, for the message."""
+def check_class_numbers(images: Images) -> None:
+    """Raise UserError if a label of --train is so large that it can be no class number."""
     largest = int(np.argmax(images.labels))
     if int(images.labels[largest]) >= max(_MANY_CLASSES, _CLASSES_AN_IMAGE * len(images)):
         raise UserError(
-            f"{what}: label {int(images.labels[largest])} of {images.keys[largest]!r} is no class number of "
+            f"--train: label {int(images.labels[largest])} of {images.keys[largest]!r} is no class number of "
             f"{len(images)} images; number classes from 0 on, or give names"
         )

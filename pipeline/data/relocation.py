@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.data.image_index import index_images
 from pipeline.data.image_reading import ImageFile
-from pipeline.data.images import Images, image_digest
+from pipeline.data.images import Images, find_hashes, image_digest
 from pipeline.data.sources import kind_of
 from pipeline.data.specs import Spec, resolve
 from singer.errors import UserError
@@ -38,10 +38,8 @@ def _by_key(images: Images, spec: Spec) -> Images | None:
         listed = index_images(spec, on_error="skip")
     except UserError:
         return None
-    hashes, wanted = listed.keys.hashes(), images.keys.hashes()
-    order = np.argsort(hashes)
-    rows = order[np.minimum(np.searchsorted(hashes[order], wanted), len(order) - 1)]
-    if not np.array_equal(hashes[rows], wanted):
+    rows = find_hashes(listed.keys.hashes(), images.keys.hashes())
+    if (rows < 0).any():
         if len(listed) != len(images):
             return None
         rows = np.arange(len(images))  # keys of lists may be paths; then the order counts

@@ -83,7 +83,7 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
 def check_labels(train: Images, test: Images, classes: int) -> None:
     """Raise UserError as `check` does, for a classifier of so many classes."""
     require_labels(train, "--train")
-    check_class_numbers(train, "--train")
+    check_class_numbers(train)
     require_labels(test, "--test")
     require_classes(train.labels)
     most = int(test.labels.max())

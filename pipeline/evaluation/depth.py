@@ -96,12 +96,8 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     Raises UserError if one is missing or cannot be used, or if no map has a pixel that counts.
     """
     for what, images in (("--train", train), ("--test", test)):
-        require_pixels(what, count_pixels(images, index_beside(images, MAP), settings), settings)
-
-
-def count_pixels(images: Images, maps: Images, settings: EvaluateConfig) -> int:
-    """Return the number of pixels that count, or raise UserError for a map that cannot be used."""
-    return sum(int(np.count_nonzero(depth)) for depth in read_depths(images, maps, settings))
+        depths = read_depths(images, index_beside(images, MAP), settings)
+        require_pixels(what, sum(int(np.count_nonzero(depth)) for depth in depths), settings)
 
 
 def require_pixels(what: str, count: int, settings: EvaluateConfig) -> None:

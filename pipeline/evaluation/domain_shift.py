@@ -63,7 +63,7 @@ def probe(context: EvaluationContext) -> DomainShift:
 def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     """Raise UserError if images have no labels or are too few, or if the other set or the class map lacks a label."""
     require_labels(train, "--train")
-    check_class_numbers(train, "--train")
+    check_class_numbers(train)
     require_labels(test, "--test")
     check_choice(train.labels, settings)
     _check_labels(train, test, class_map(train, test, settings), settings.class_map)

@@ -65,8 +65,7 @@ def probe(context: EvaluationContext) -> Segmentation:
     labels = torch.from_numpy(
         np.stack([nearest(mask, cells) for mask in read_masks(context.train, train_masks, settings)])
     )
-    if not (labels != VOID).any():
-        raise UserError(f"--train: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
+    require_label("--train", [labels.numpy()], settings)
 
     x = train_tokens(context)
     heads = {
@@ -88,8 +87,8 @@ def check(train: Images, test: Images, settings: EvaluateConfig) -> None:
     Raises UserError if one is missing or cannot be used, if a label is out of range, or if seg_classes is not set.
     """
     _, train_masks, test_masks = find_masks(train, test, settings)
-    require_label("--test", test, test_masks, settings)
-    require_label("--train", train, train_masks, settings)
+    require_label("--test", read_masks(test, test_masks, settings), settings)
+    require_label("--train", read_masks(train, train_masks, settings), settings)
 
 
 def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[int, Images, Images]:
@@ -102,9 +101,9 @@ def find_masks(train: Images, test: Images, settings: EvaluateConfig) -> tuple[i
     return settings.seg_classes, index_beside(train, MASK), index_beside(test, MASK)
 
 
-def require_label(what: str, images: Images, masks: Images, settings: EvaluateConfig) -> None:
-    """Raise UserError if a mask cannot be used, or if no mask has a label that counts."""
-    if not sum(np.any(mask != VOID) for mask in read_masks(images, masks, settings)):
+def require_label(what: str, masks: Iterable[np.ndarray], settings: EvaluateConfig) -> None:
+    """Read all masks. Raises UserError if none has a label that counts; `what` is the option that gave the images."""
+    if not sum(np.any(mask != VOID) for mask in masks):
         raise UserError(f"{what}: no mask has a label besides evaluate.seg_ignore={settings.seg_ignore}")
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pipeline.config import Config
 from pipeline.outputs.chain_folder import check_chain_settings
-from pipeline.outputs.provenance import PROVENANCE, write_provenance
+from pipeline.outputs.provenance import INPUTS, PROVENANCE, read_inputs, write_provenance
 from pipeline.outputs.resuming import RESULT_SECTIONS, config_change, is_bound, sections_of
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.interrupts import CLAIMED
@@ -28,6 +28,11 @@ def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     return chosen[0] if chosen else "new"
+
+
+def begun_inputs(out: Path, mode: Mode, what: str = "run") -> dict[str, str | None] | None:
+    """Return the inputs of a run that is continued (see read_inputs), or None for a new run."""
+    return read_inputs(out, what) if mode == "resume" and (out / INPUTS).exists() else None
 
 
 def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: Sequence[Place] = ()) -> None:

@@ -41,9 +41,14 @@ def read_versions(folder: Path) -> dict[str, str]:
     return validated(found, dict[str, str], f"{folder / PROVENANCE}")
 
 
+def read_inputs(folder: Path, what: str = "run") -> dict[str, str | None]:
+    """Return the hashes of what a run was started on. Raises UserError if `folder` is no such thing (`what`)."""
+    return read_as(folder / INPUTS, dict[str, str | None], what)
+
+
 def check_inputs(path: Path, inputs: Mapping[str, str | None]) -> None:
     """Raise UserError if the run at `path` was started on another cache or refiner."""
-    before = read_as(path / INPUTS, dict[str, str | None], "run")
+    before = read_inputs(path)
     for name in {**inputs, **before}:
         if before.get(name) != inputs.get(name):
             kind, _, number = name.partition(" ")

@@ -15,6 +15,7 @@ from pipeline.cache.batch_size import with_batch_size
 from pipeline.cache.calibration import calibrate
 from pipeline.cache.codecs import CODECS
 from pipeline.cache.pixel_choice import with_pixels
+from pipeline.checks import check_names
 from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
@@ -38,7 +39,6 @@ from pipeline.planning.scratch import scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
 from pipeline.runtime.devices import this_process, with_precision
 from pipeline.runtime.machine import memory_bytes
-from pipeline.stages.cache_teacher import check_codec
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.disk import free_bytes
 from pipeline.teachers.placement import weight_bytes
@@ -121,7 +121,7 @@ def plan(config: Config, images: Spec, out: Place | None = None, seconds: float 
     only bytes are measured. Raises UserError for mistakes that the user can fix.
     """
     config = with_precision(config)
-    check_codec(config.cache.codec)
+    check_names(config, "cache")
     listed = list_images(config, images)
     backbone = load_teacher(config.teacher)
     blocks = tuple(resolve_blocks(config.cache.blocks, depth(backbone.model)))

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.evaluation.classification import Accuracies
 from pipeline.models.backbone import Backbone
 from pipeline.models.names import HF, LOCAL
-from pipeline.outputs.provenance import INPUTS, read_versions
+from pipeline.outputs.provenance import read_inputs, read_versions
 from pipeline.runtime.machine import versions
 from pipeline.storage.json_files import read_as, read_json
 from pipeline.training.cached_teachers import numbered
@@ -72,7 +72,7 @@ def write_card(card: ModelCard) -> str:
     Raises UserError, with the file's name, if a file of the run is missing or damaged.
     """
     run, model = card.run, card.backbone.model
-    hashes = read_as(run / INPUTS, dict[str, str | None], "finished run")
+    hashes = read_inputs(run, "finished run")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

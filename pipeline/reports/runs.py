@@ -7,10 +7,9 @@ from typing import Any
 
 from pipeline.cache.reader import Cache
 from pipeline.config import Config, keys, load_config, section_of
-from pipeline.outputs.provenance import INPUTS, file_hash, read_versions
+from pipeline.outputs.provenance import file_hash, read_inputs, read_versions
 from pipeline.outputs.resuming import CONFIG
 from pipeline.storage import Place
-from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import cache_of_run
 from pipeline.training.run_directory import ADAPTERS, DistillResult, TeacherLink, load_result, load_run_config
 from pipeline.training.stored_refiners import find_refiner, read_refiner
@@ -114,7 +113,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _read(folder: Path, name: str, refiners: Sequence[Path]) -> Trained:
     result, config = load_result(folder), load_run_config(folder)
     source = None
-    digest = read_as(folder / INPUTS, dict[str, str | None], "run").get("refiner")
+    digest = read_inputs(folder).get("refiner")
     if config.distill.joint:
         source = RefinerSource("joint adapters", folder, True, file_hash(folder / ADAPTERS))
     elif digest is not None:

@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 
 from pipeline.cache.append import Addition
 from pipeline.cache.batch_size import as_begun, with_batch_size
-from pipeline.cache.codecs import CODECS
 from pipeline.cache.create import STAGE, create_segments, new_manifest
 from pipeline.cache.extract import Extractor
 from pipeline.cache.fill import fill_segments
@@ -24,6 +23,7 @@ from pipeline.cache.pixel_choice import as_stored, with_pixels
 from pipeline.cache.segments import read_segments, segments_of
 from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
+from pipeline.checks import check_names
 from pipeline.config import Config
 from pipeline.data import Spec, list_images, resolve
 from pipeline.models.names import local_folder
@@ -37,7 +37,7 @@ from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place, Store, open_store
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import resolve_blocks
-from singer.errors import UserError, require_known
+from singer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def cache_teacher(
     user can fix.
     """
     config = with_precision(config)
-    check_codec(config.cache.codec)
+    check_names(config, "cache")
     if teacher is not None:
         named = config.teacher.model_copy(update={"name": object_name(teacher)})
         config = config.model_copy(update={"teacher": named})
@@ -139,11 +139,6 @@ def _with_batch_size(extract: Extractor, ranks: Ranks) -> Config:
     with ranks.together():
         (of_first,) = broadcast_object_list([found])
     return cast(Config, of_first)
-
-
-def check_codec(codec: str) -> None:
-    """Raise UserError if there is no such codec."""
-    require_known("cache.codec", codec, CODECS)
 
 
 def check_begun(config: Config, store: Store, teacher: TeacherManifest) -> None:

@@ -14,16 +14,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from pipeline.checks import check_names
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec, places_of
 from pipeline.models.own import Own
-from pipeline.outputs.folder import Mode, check_output, claimed_output
-from pipeline.outputs.provenance import INPUTS, check_inputs
+from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
+from pipeline.outputs.provenance import check_inputs
 from pipeline.outputs.resuming import RUN_RESULT, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, with_precision
 from pipeline.runtime.watched_rank import watched
-from pipeline.storage.json_files import read_as
 from pipeline.training.cached_teachers import (
     CachedTeacher,
     Places,
@@ -37,7 +37,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.run_directory import STAGE, DistillResult, load_result
 from pipeline.training.runs import NewStudent, StudentSpec, train_students
 from pipeline.training.subset import split_images
-from singer.errors import UserError, require_known
+from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 
 # The keys that must be equal for all students of one pass.
@@ -73,13 +73,17 @@ def fan_out(
     specs = [replace(spec, config=with_precision(spec.config)) for spec in specs]
     settings = specs[0].config.distill
     check_fsdp(settings.precision)
-    teachers_of_each = [open_teachers(s.config.distill, caches, s.refiner, _begun(s.out, mode)) for s in specs]
+    begun = [begun_inputs(spec.out, mode) for spec in specs]
+    teachers_of_each = [
+        open_teachers(spec.config.distill, caches, spec.refiner, known)
+        for spec, known in zip(specs, begun, strict=True)
+    ]
     first, *others = ([(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_each)
     for spec, other in zip(specs[1:], others, strict=True):
         if other != first:
             raise UserError(f"{specs[0].out} and {spec.out} cannot train on one pass: they learn from different blocks")
     results: dict[Path, DistillResult] = {}
-    for spec, teachers in zip(specs, teachers_of_each, strict=True):
+    for spec, teachers, known in zip(specs, teachers_of_each, begun, strict=True):
         check_spec(spec, teachers)
         own = (spec.config.student.starts_from, spec.config.teacher.weights, settings.share_run, settings.texts)
         read = [
@@ -88,7 +92,7 @@ def fan_out(
             *places_of(teachers[0].cache.index.images),
         ]
         check_output(spec.out, mode, STAGE, spec.config, read)
-        if mode == "resume" and (spec.out / INPUTS).exists():
+        if known is not None:
             check_inputs(spec.out, input_hashes(teachers, settings.share_run))
             if (spec.out / RUN_RESULT).exists():
                 results[spec.out] = load_result(spec.out)
@@ -111,12 +115,6 @@ def fan_out(
     return [results[spec.out] for spec in specs]
 
 
-def _begun(out: Path, mode: Mode) -> dict[str, str | None] | None:
-    """Return the inputs of a run that is continued, or None for a new run."""
-    continued = mode == "resume" and (out / INPUTS).exists()
-    return read_as(out / INPUTS, dict[str, str | None], "run") if continued else None
-
-
 def check_shared(specs: Sequence[StudentSpec]) -> None:
     """Raise UserError if the students cannot train on one pass, or one of them cannot train at all."""
     first, *others = specs
@@ -124,8 +122,8 @@ def check_shared(specs: Sequence[StudentSpec]) -> None:
         raise UserError("students of one pass would share fp16's loss scale; train them one by one, or in bf16")
     for spec in specs:
         settings = spec.config.distill
+        check_names(spec.config, "distill")
         for name in settings.objectives:
-            require_known("distill.objective", name, OBJECTIVES)
             if OBJECTIVES[name].needs_all_patches and settings.token_share not in (None, 1):
                 raise UserError(
                     f"distill.objective {name} needs all patches of an image, and the student sees a share of them; "

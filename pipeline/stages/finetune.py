@@ -29,15 +29,15 @@ from pipeline.evaluation.own_head import Asked, OwnHead, class_of_label
 from pipeline.evaluation.stored import learned_from, result_file, store_result
 from pipeline.models.backbone import Backbone, save_backbone, weight_hash
 from pipeline.models.loading import load_saved
-from pipeline.outputs.folder import Mode, check_output, claimed_output
-from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash
+from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
+from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash, read_inputs
 from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import default_device, make_accelerator, with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current
 from pipeline.runtime.watched_rank import watched
-from pipeline.storage.json_files import read_as, write_json
+from pipeline.storage.json_files import write_json
 from pipeline.students.start import TeacherWeights
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
@@ -68,7 +68,7 @@ _TASK = "head"
 # The name of the teacher among the inputs of a run.
 _TEACHER = "finetune.teacher"
 # A teacher that takes part, and the class of its head for each label (HeadTeacher).
-Teaching = tuple[Backbone, list[int]]
+LabelTeacher = tuple[Backbone, list[int]]
 _NAME_ONE = "name a classifier: --set finetune.teacher=NAME"
 
 
@@ -107,7 +107,8 @@ def finetune(
     named = config.finetune.teacher_path
     read = [run, *places_of(images), *(places_of(tested) if tested is not None else ())]
     check_output(out, mode, FINETUNE, config, read if named is None else [named, *read])
-    finished = mode == "resume" and (out / INPUTS).exists() and (out / RUN_RESULT).exists()
+    begun = begun_inputs(out, mode)
+    finished = begun is not None and (out / RUN_RESULT).exists()
     try:
         teacher = teacher_of_labels(config.finetune, weights, run, trained, images)
     except UserError:
@@ -117,8 +118,8 @@ def finetune(
     inputs = _inputs(config.finetune, run, trained, images, teacher)
     accelerator = make_accelerator(config.finetune.precision)
     main, result = accelerator.is_main_process, None
-    if mode == "resume" and (out / INPUTS).exists():
-        check_inputs(out, inputs if teacher is not None else {**inputs, **_teacher_input(out)})
+    if begun is not None:
+        check_inputs(out, inputs if teacher is not None else {**inputs, _TEACHER: begun.get(_TEACHER)})
         if finished:
             result = load_result(out)
             (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
@@ -166,7 +167,7 @@ def _check_test(config: Config, trained: DistillResult, images: Images, tested: 
 
 def teacher_of_labels(
     settings: FinetuneConfig, weights: Path | None, run: Path, trained: DistillResult, images: Images
-) -> Teaching | None:
+) -> LabelTeacher | None:
     """Load the teacher that takes part, if one does.
 
     weights: a file with its own, if they are not where its name says. Raises UserError if it is not found, or if its
@@ -208,10 +209,10 @@ def _teacher_of_run(run: Path, trained: DistillResult, weights: Path | None) -> 
 
 
 def _inputs(
-    settings: FinetuneConfig, run: Path, trained: DistillResult, images: Images, teacher: Teaching | None
+    settings: FinetuneConfig, run: Path, trained: DistillResult, images: Images, teacher: LabelTeacher | None
 ) -> dict[str, str | None]:
     """Return what identifies the inputs: those of the run, its student, the images and the teacher."""
-    before = read_as(run / INPUTS, dict[str, str | None], "finished run")
+    before = read_inputs(run, "finished run")
     weights = trained.student / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} is not a finished run: {weights} is missing")
@@ -224,11 +225,6 @@ def _inputs(
     }
 
 
-def _teacher_input(out: Path) -> dict[str, str | None]:
-    """Return what identified the teacher when a run began."""
-    return {_TEACHER: read_as(out / INPUTS, dict[str, str | None], "run").get(_TEACHER)}
-
-
 class NewClassifier:
     """A student that is fine-tuned, with all it needs. Nothing has been written to its folder yet."""
 
@@ -238,7 +234,7 @@ class NewClassifier:
         source: Path,
         trained: DistillResult,
         images: Images,
-        teacher: Teaching | None,
+        teacher: LabelTeacher | None,
         out: Path,
         accelerator: Accelerator,
     ) -> None:

@@ -10,14 +10,13 @@ refiner, they come from the records that it was not fitted on. The thresholds ar
 records that were not held out.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import evenly_spaced, gather_context, measure_blocks, measure_scales
@@ -138,7 +137,7 @@ def _block_metrics(context: FitContext, refiner: Refiner | None) -> dict[str, An
         "loss_share": loss_share(context),
     }
     if refiner is not None:
-        clean = _cleaner(refiner, context.block)
+        clean = partial(refiner.clean, block=context.block)
         # Without a grid, the cache holds only a share of the patches, but the teacher's blocks read all of them.
         readable = context.grid is not None and context.teacher_suffix is not None
         metrics |= {
@@ -148,10 +147,6 @@ def _block_metrics(context: FitContext, refiner: Refiner | None) -> dict[str, An
             "loss_share_refined": loss_share(context, lambda x: refiner({context.block: x})[context.block]),
         }
     return metrics
-
-
-def _cleaner(refiner: Refiner, block: int) -> Callable[[Tensor], Tensor]:
-    return lambda tokens: refiner.clean(tokens, block)
 
 
 def _choose(context: FitContext) -> np.ndarray:

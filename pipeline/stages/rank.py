@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from pipeline.cache.segments import read_segments
-from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
+from pipeline.cache.statistics import batches, evenly_spaced, first_views, last_block
 from pipeline.cache.variants import variants_of
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from singer.errors import UserError
+from singer.tokens import global_tokens
 from singer.transfer import cka, parc, teacher_weights
 
 
@@ -76,35 +77,33 @@ def rank(places: Sequence[Place], images: int = 1000) -> RankResult:
             "teachers of the same images"
         )
     say(f"{len(samples)} teachers, {min(len(s.features) for s in samples)} images of each")
-    fits = {
-        n: (parc(s.features, s.labels), cka(s.features, one_hot(s.labels))) for n, s in enumerate(samples) if labelled
-    }
-    agreements: dict[int, list[float]] = {n: [] for n in range(len(samples)) if same}
-    for a, b in combinations(agreements, 2):
+    agreements: list[list[float]] = [[] for _ in samples]
+    for a, b in combinations(range(len(samples)), 2) if same else ():
         agreement = cka(samples[a].features, samples[b].features)
         agreements[a].append(agreement)
         agreements[b].append(agreement)
-    means = {n: sum(values) / len(values) for n, values in agreements.items()}
-    scores = {n: fits[n][0] if labelled else means[n] for n in range(len(samples))}
-    weights = teacher_weights({str(n): score for n, score in scores.items()})
-    ranked = sorted(scores, key=lambda n: -scores[n])
+    means = [sum(values) / len(values) if same else 0.0 for values in agreements]
+    scores = [parc(s.features, s.labels) for s in samples] if labelled else means
+    weights = teacher_weights(scores)
+    teachers = [
+        RankedTeacher(
+            cache=str(s.place),
+            teacher=s.variant,
+            block=s.block,
+            parc=score if labelled else None,
+            cka=cka(s.features, one_hot(s.labels)) if labelled else None,
+            agreement=mean if same else None,
+            weight=weight,
+        )
+        for s, score, mean, weight in zip(samples, scores, means, weights, strict=True)
+    ]
+    order = sorted(range(len(samples)), key=lambda n: -scores[n])
     return RankResult(
-        teachers=[
-            RankedTeacher(
-                cache=str(samples[n].place),
-                teacher=samples[n].variant,
-                block=samples[n].block,
-                parc=fits[n][0] if labelled else None,
-                cka=fits[n][1] if labelled else None,
-                agreement=means.get(n),
-                weight=weights[str(n)],
-            )
-            for n in ranked
-        ],
+        teachers=[teachers[n] for n in order],
         by="parc" if labelled else "agreement",
         images=min(len(s.features) for s in samples),
         classes=len(samples[0].labels.unique()) if labelled else 0,
-        teacher_weights=[weights[str(n)] for n in range(len(samples))],
+        teacher_weights=weights,
     )
 
 

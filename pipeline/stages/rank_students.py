@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import Cache
-from pipeline.cache.statistics import evenly_spaced, first_views, global_tokens, last_block
+from pipeline.cache.statistics import evenly_spaced, first_views, last_block
 from pipeline.config import Config, StudentConfig
 from pipeline.data import Spec
 from pipeline.data.views import normalise
@@ -27,7 +27,7 @@ from pipeline.training.cached_teachers import open_images
 from singer.backbones import block_outputs, count_parameters, depth
 from singer.errors import UserError
 from singer.sizes import ImageSize, Size
-from singer.tokens import resize_tokens
+from singer.tokens import global_tokens, resize_tokens
 from singer.zero_cost import gradient_norm, patch_distance, sample_distance
 
 # Plain ViTs: channels of a head; the widths, ratios of MLPs and depths among which students of a budget are sought.

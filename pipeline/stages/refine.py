@@ -16,8 +16,9 @@ import numpy as np
 
 from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import evenly_spaced, measure_blocks
+from pipeline.checks import check_names
 from pipeline.config import Config
-from pipeline.outputs.folder import Mode, check_output, claimed_output
+from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED, REFINER_MANIFEST
 from pipeline.outputs.stage_log import process_log
@@ -34,7 +35,6 @@ from pipeline.training.stored_refiners import (
     OPTION,
     REFINER,
     RefinerManifest,
-    check_names,
     load_refiner,
     split_records,
 )
@@ -66,10 +66,8 @@ def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> 
     Raises UserError for mistakes that the user can fix.
     """
     settings = config.refine
-    check_names(settings)
-    known_cache = None
-    if mode == "resume" and (out / INPUTS).exists():
-        known_cache = read_as(out / INPUTS, dict[str, str], "refiner").get("cache")
+    check_names(config, "refine")
+    known_cache = (begun_inputs(out, mode, "refiner") or {}).get("cache")
     cache = Cache(cache_path, settings.teacher, settings.blocks, settings.local_copies, known_cache, OPTION)
     check_output(out, mode, STAGE, config, [cache_path])
     split = split_records(cache, settings)

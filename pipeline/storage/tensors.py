@@ -36,10 +36,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomic(path, tensor_bytes(tensors))
 
 
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file. Raises UserError that names the file if it is missing or damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, to the CPU. Raises UserError that names the file if it is missing or damaged."""
     try:
-        return safetensors.torch.load_file(path, device=device)
+        return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (safetensors.SafetensorError, OSError) as error:

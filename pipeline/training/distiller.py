@@ -18,6 +18,7 @@ from singer.errors import UserError
 from singer.objectives import Tokens
 from singer.patch_dropout import PatchDropout, install
 from singer.patch_masks import PatchMasks
+from singer.tokens import global_tokens
 
 # The parameters of an attention that make its queries, keys and values.
 _MAKE_ATTENTION = ("qkv.", "q_bias", "k_bias", "v_bias", "q_norm.", "k_norm.")
@@ -121,8 +122,7 @@ class Distiller(Learner):
             losses |= {f"{prefix}{name}": loss for name, loss in (summed | dict(own.adapters)).items()}
             sums |= {f"{prefix}{block}": x for block, x in own.errors.items()}
         if not self.training:
-            deepest = outputs[self.blocks[-1]]
-            sums[TOKENS] = deepest[:, 0] if self._has_cls else deepest[:, self._prefix :].mean(1)
+            sums[TOKENS] = global_tokens(outputs[self.blocks[-1]], self._prefix, self._has_cls)
         return losses, sums
 
     def outputs(self, batch: Batch) -> dict[int, Tensor]:

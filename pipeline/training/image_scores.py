@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.cache.reader import Cache
-from pipeline.cache.statistics import batches, evenly_spaced, first_views, global_tokens, last_block
+from pipeline.cache.statistics import batches, evenly_spaced, first_views, last_block
 from pipeline.runtime.progress import meter
 from singer.errors import UserError
 from singer.suffix import TeacherSuffix
+from singer.tokens import global_tokens
 
 # More clusters than this, or clusters of fewer images, would be of single images.
 _MOST_CLUSTERS, _IMAGES_OF_A_CLUSTER = 100, 10

@@ -1,6 +1,6 @@
 """Open stored refiners, and check what they were fitted to and whether they belong to a cache."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,13 +17,11 @@ from pipeline.storage import Place
 from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_tensors
 from pipeline.training.run_directory import RefinerKind, TeacherLink, nearby
-from singer.adapter_losses import INFO_FORMS, OUTLIER_FORMS
 from singer.artifacts import BlockScale
 from singer.cleaners import CLEANERS
 from singer.errors import UserError, require_known
 from singer.normalisers import NORMALISERS
 from singer.refiner import Refiner
-from singer.subspaces import BASES
 
 # The option that names one of several variants of a teacher.
 OPTION = "--set refine.teacher={}"
@@ -109,7 +107,8 @@ def load_refiner(path: Path, cache: Cache) -> Refiner:
     if not set(cache.blocks) <= set(manifest.scales):
         raise UserError(f"{path} was fitted to blocks {[*manifest.scales]}, not to {[*cache.blocks]}")
     settings = RefineConfig(cleaner=manifest.cleaner, normaliser=manifest.normaliser)
-    check_names(settings)
+    require_known("refine.cleaner", manifest.cleaner, CLEANERS)
+    require_known("refine.normaliser", manifest.normaliser, NORMALISERS)
     try:
         refiner = empty_refiner(cache, settings, manifest.ranks)
         state = read_tensors(path / REFINER)
@@ -157,16 +156,3 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
         )
     held = np.isin(image, images[:held_out])
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def check_names(settings: RefineConfig) -> None:
-    """Raise UserError for a name of a cleaner, normaliser, basis or form that does not exist."""
-    known: dict[str, Iterable[str]] = {
-        "cleaner": CLEANERS,
-        "normaliser": NORMALISERS,
-        "basis": BASES,
-        "outlier_form": OUTLIER_FORMS,
-        "info_form": INFO_FORMS,
-    }
-    for key, names in known.items():
-        require_known(f"refine.{key}", getattr(settings, key), names)

@@ -12,9 +12,8 @@ from pipeline.data import Spec
 from pipeline.data.sampler import BatchIndices
 from pipeline.models.loading import load_saved
 from pipeline.models.names import OWN, is_function
-from pipeline.outputs.provenance import INPUTS
+from pipeline.outputs.provenance import read_inputs
 from pipeline.runtime.progress import meter, say
-from pipeline.storage.json_files import read_as
 from pipeline.storage.tensors import read_matrix, read_tensors
 from pipeline.training.batch import BatchLoader
 from pipeline.training.cached_teachers import open_images
@@ -101,7 +100,7 @@ def _check(run: Path, result: DistillResult, config: Config, cache: Cache) -> No
 
 def _refiner(run: Path, link: TeacherLink, cache: Cache) -> Refiner | None:
     """Load the refiner that a run learned from, if any. Raises UserError if it is not found."""
-    digest = read_as(run / INPUTS, dict[str, str | None], "run").get("refiner")
+    digest = read_inputs(run).get("refiner")
     if digest is None:
         return None
     folder = find_refiner(run, link, digest)
