@@ -252,7 +252,7 @@ class NewClassifier:
             self.student.model.set_grad_checkpointing(True)
         synchronise(self.student.model, accelerator)
         self.numbers, self.held_out = held_out_images(len(images), settings)
-        check_parts(self.student, None, settings, len(self.numbers), accelerator)
+        check_parts(self.student, None, settings, len(self.numbers), accelerator.num_processes)
         if settings.head == "probe":
             check_choice(images.labels[self.numbers], config.evaluate)
         head = HeadTeacher(*teacher, settings, device) if teacher is not None else None
