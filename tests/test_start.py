@@ -169,12 +169,30 @@ def test_a_file_for_a_student_without_a_list_of_blocks(world: Path, tmp_path: Pa
         start_student(student, config, _weights(world))
 
 
-def test_a_wider_file_is_no_start(world: Path, tmp_path: Path) -> None:
-    source = timm.create_model("vit_tiny_patch16_224", depth=3, num_heads=2, embed_dim=48, patch_size=8)
-    save_file(source.state_dict(), tmp_path / "wide.safetensors")
-    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8, init=str(tmp_path / "wide.safetensors"))
-    with pytest.raises(UserError, match=r"do not fit .*; they are 48 wide and have 3 blocks and patches of 8 pixels"):
-        start_student(new_student(config, 32), config, _weights(world))
+def test_a_file_of_another_width_needs_its_folder(world: Path, tmp_path: Path) -> None:
+    """Only config.json says in how many heads a wider model is divided; a file in its folder has it beside."""
+    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8)
+    for width, message in (
+        (48, "has 48 channels and the student 24, and a file does not say in how many heads; name the folder of its"),
+        (12, "has 12 channels and the student 24; or start from random weights"),
+    ):
+        source = make_vit(embed_dim=width, depth=3, num_heads=4)
+        save_backbone(source, source.model.state_dict(), tmp_path / "model")
+        (tmp_path / "alone.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes())
+        with pytest.raises(UserError, match=message):
+            start(config, tmp_path / "alone.safetensors", world)
+        for path in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
+            if width == 48:
+                student = start(config, path, world)
+                torch.testing.assert_close(
+                    dict(student.model.state_dict()), select_weights(source.model, student.model)
+                )
+
+
+def start(config: StudentConfig, init: Path, world: Path) -> Backbone:
+    student = new_student(config, 32)
+    start_student(student, config.model_copy(update={"init": str(init)}), _weights(world))
+    return student
 
 
 def _weights(world: Path, **changes: object) -> TeacherWeights:
