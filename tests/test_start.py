@@ -18,7 +18,7 @@ from pipeline.checks import check_command
 from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.models.backbone import Backbone, save_backbone
-from pipeline.models.loading import load_saved
+from pipeline.models.loading import load_model, load_saved
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
 from pipeline.students.new import new_student
@@ -187,6 +187,29 @@ def test_a_file_of_another_width_needs_its_folder(world: Path, tmp_path: Path) -
                 torch.testing.assert_close(
                     dict(student.model.state_dict()), select_weights(source.model, student.model)
                 )
+
+
+@pytest.mark.parametrize("kind", ["lift", "wide"])
+def test_weights_of_a_student_with_an_exit(kind: str, world: Path, tmp_path: Path) -> None:
+    """They are a start as a folder and as a file, for students with an exit and without; others want the folder."""
+    plain = StudentConfig(dim=24, depth=3, heads=2, patch_size=8)
+    config = plain.model_copy(update={"exit": kind, "exit_width": 48})
+    source = new_student(config, 32)
+    save_backbone(source, source.model.state_dict(), tmp_path / "model")
+    alone, folder = tmp_path / "alone.safetensors", tmp_path / "model"
+    alone.write_bytes((folder / "model.safetensors").read_bytes())
+    for path in (alone, folder, folder / "model.safetensors"):
+        again = start(config, path, world).model.state_dict()
+        torch.testing.assert_close(dict(again), dict(source.model.state_dict()))
+        body = start(plain, path, world).model.state_dict()
+        assert torch.equal(body["blocks.1.mlp.fc1.weight"], again["blocks.1.mlp.fc1.weight"])
+    for weights in (alone, folder / "model.safetensors"):
+        remedy = "a student that has an exit is named by its folder, with its config.json: local-dir:RUN/student"
+        with pytest.raises(UserError, match=f"{weights} are those of student.exit {kind}; {remedy}"):
+            load_model("vit_tiny_patch16_224", weights)
+        with pytest.raises(UserError, match=f"model vit_exit: {remedy}"):
+            load_model("vit_exit", weights)
+    assert load_model(f"local-dir:{folder}").width == 48
 
 
 def start(config: StudentConfig, init: Path, world: Path) -> Backbone:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.models import student_exits
 from pipeline.models.backbone import Backbone, weight_hash
 from pipeline.models.huggingface import WEIGHTS
 from pipeline.models.loading import create_model, load_saved
@@ -126,6 +127,9 @@ def _other(path: Path, student: Backbone, otherwise: str) -> Backbone:
             raise UserError(f"{wrong}; {otherwise}")
     if registers is not None or "reg_token" in student.model.state_dict():
         args[registers_argument(architecture)] = 0 if registers is None else registers.shape[1]
+    if exit := student_exits.exit_of(state):
+        args |= {"base": architecture, **exit}
+        architecture = student_exits.NAME
     return create_model(architecture, image_size, args, path, True, "model")
 
 
