@@ -403,6 +403,14 @@ def test_a_failing_run_stops_no_other(
         ({"distill.teacher_drop": 0.5}, "run bad: distill.teacher_drop is for several teachers"),
         ({"distill.teacher_weights": [1, 1]}, "run bad: distill.teacher_weights: 2 given for 1 --cache"),
         ({"distill.objective": "zero-shot"}, "run bad: distill.objective zero-shot needs distill.texts"),
+        (
+            {"student.dim": 48, "student.init": "teacher"},
+            "run bad: student.init teacher: .* has 24 channels",
+        ),
+        (
+            {"student.dim": 48, "student.init": "{teacher}"},
+            "run bad: student.init .*: it has 24 channels",
+        ),
         ({"student.lora": 10**6, "student.init": "teacher"}, "run bad: student.lora 1000000 is larger than"),
         ({"student.depth": 1}, "run bad: 2 teacher blocks cannot be matched to 1 student blocks"),
         (
@@ -414,6 +422,8 @@ def test_a_failing_run_stops_no_other(
 def test_a_run_that_cannot_train_is_named_first(
     settings: dict[str, Any], message: str, world: Path, tmp_path: Path
 ) -> None:
+    if settings.get("student.init") == "{teacher}":
+        settings = settings | {"student.init": str(world / "teacher")}
     file = write(world, tmp_path / "s.yaml", runs=[{"name": "good"}, {"name": "bad", "set": settings}])
     with pytest.raises(UserError, match=message):
         run(world, file, tmp_path / "out")

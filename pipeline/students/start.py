@@ -63,11 +63,12 @@ class TeacherWeights:
         return source
 
 
-def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> None:
+def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights, fits_only: bool = False) -> None:
     """Load the weights that student.init names into a new student.
 
-    Raises UserError if the weights do not exist, do not fit, or are not those of the cached teacher; with init "auto",
-    those that do not fit are only an error if they would stay as they are (student.lora).
+    fits_only: only find out whether they fit; those of a cached teacher are then not loaded. Raises UserError if the
+    weights do not exist, do not fit, or are not those of the cached teacher; with init "auto", those that do not fit
+    are only an error if they would stay as they are (student.lora).
     """
     if config.init == "random" or (config.init == "auto" and config.pretrained):
         return
@@ -78,7 +79,10 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         said = f"{teacher.architecture}, the teacher"
         reason = _misfit(teacher, student)
         if reason is not None and config.init == "auto" and config.lora is None:
-            say(f"note: the student does not start from weights of {said}: {reason}")
+            if not fits_only:
+                say(f"note: the student does not start from weights of {said}: {reason}")
+            return
+        if reason is None and fits_only:
             return
         source = teacher.load("student.init", otherwise) if reason is None else None
     else:
@@ -89,6 +93,8 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
             reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {otherwise}")
+    if fits_only:
+        return
     state = select_weights(source.model, student.model, config.init_blocks)
     student.model.load_state_dict(_normalised_as(student, source, state))
     say(f"the student starts from weights of {said}")

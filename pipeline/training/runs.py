@@ -22,12 +22,12 @@ from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
 from pipeline.storage.tensors import write_tensors
 from pipeline.students.new import new_student
-from pipeline.students.start import TeacherWeights, start_student
+from pipeline.students.start import start_student
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
-from pipeline.training.new_distiller import new_distiller
+from pipeline.training.new_distiller import cached_weights, new_distiller
 from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -100,11 +100,11 @@ class NewStudent:
         read.
         """
         config, cache = self.spec.config, self.teachers[0].cache
-        t, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
+        t = cache.manifest.teacher
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
         student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
-            start_student(student, config.student, TeacherWeights(loaded, t.architecture, t.model_args, t.weights))
+            start_student(student, config.student, cached_weights(config, cache))
         return student
 
     @property
