@@ -107,7 +107,7 @@ class EqualTime(Chain):
         kinds: dict[str, tuple[NewStudent, bool, float]] = {
             "online joint": (joint, True, 1.0),
             "ours, whole": (ours, False, 1.0),
-            "ours, share": (ours, False, ours.share),
+            "ours, share": (ours, False, ours.distiller.share),
         }
         optimisers = {
             id(ours): optimiser_of(ours.distiller, config),

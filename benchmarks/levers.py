@@ -170,7 +170,7 @@ class Costed:
 
     def seconds(self) -> float:
         """Return the processor time of an image, the mean over a training."""
-        shares = {self.steps.new.share: 1 - self.settings.whole_share, 1.0: self.settings.whole_share}
+        shares = {self.steps.new.distiller.share: 1 - self.settings.whole_share, 1.0: self.settings.whole_share}
         dropout, total = self.steps.new.distiller.dropout, 0.0
         for share, part in shares.items() if dropout is not None else [(1.0, 1.0)]:
             if dropout is not None:

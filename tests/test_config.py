@@ -41,6 +41,45 @@ def test_yaml_quirks(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.yaml").distill.lr == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("distill.epochs", "010", 10),
+        ("distill.epochs", "+08", 8),
+        ("distill.epochs", "1_000", 1000),
+        ("distill.lr", "010", 10.0),
+        ("distill.lr", "1_0.5e-1", 1.05),
+        ("student.image_size", "0224", 224),
+        ("distill.blocks", "[08, 011]", (8, 11)),
+        ("student.pretrained", "yes", True),
+        ("distill.compile", "off", False),
+        ("distill.precision", "no", "no"),
+        *(("student.name", text, text) for text in ("no", "on", "010", "1:30", "2024-01-05", "1_000", "0x10")),
+        ("student.name", "'1'", "1"),
+        ("distill.trackers", "[no, 010]", ("no", "010")),
+        ("distill.teacher", "~", None),
+    ],
+)
+def test_what_is_written_is_read_as_the_key_takes_it(key: str, text: str, value: object, tmp_path: Path) -> None:
+    """A number as people read it, and a name as it is written; in a file as on the command line, and when dumped."""
+    section, _, name = key.partition(".")
+    (tmp_path / "c.yaml").write_text(f"{section}:\n  {name}: {text}\n")
+    configs = [load_config(tmp_path / "c.yaml"), load_config(sets=[f"{key}={text}"])]
+    (tmp_path / "d.yaml").write_text(dump_config(configs[0]))
+    for config in [*configs, load_config(tmp_path / "d.yaml")]:
+        assert getattr(getattr(config, section), name) == value
+
+
+@pytest.mark.parametrize("text", ["0o10", "0x10", "1:30", "1__0", "2024-01-05"])
+def test_a_number_in_another_notation_is_an_error(text: str, tmp_path: Path) -> None:
+    message = f"distill.epochs: input should be a valid integer, unable to parse string as an integer, got '{text}'"
+    (tmp_path / "c.yaml").write_text(f"distill: {{epochs: {text}}}\n")
+    for read in (lambda: load_config(tmp_path / "c.yaml"), lambda: load_config(sets=[f"distill.epochs={text}"])):
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value) == f"configuration: {message}"
+
+
 def test_dump_reads_back(tmp_path: Path) -> None:
     config = load_config(sets=["cache.blocks=[8,11]", "teacher.weights=/a/b.pth", "evaluate.strengths=[1.0]"])
     (tmp_path / "c.yaml").write_text(dump_config(config))
@@ -184,14 +223,18 @@ def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["2024-01-05", "2024", "0123", "1.5", "yes"])
+@pytest.mark.parametrize("name", ["2024-01-05", "2024", "0123", "1.5", "yes", "true"])
 def test_a_name_that_yaml_reads_otherwise(name: str, tmp_path: Path) -> None:
+    """In a file, only what is plainly a number or a truth value needs quotes."""
     config = load_config(None, [f"student.init={name}", f"evaluate.features={name}", f"distill.teacher={name}"])
     assert (config.student.init, config.evaluate.features, config.distill.teacher) == (name, Path(name), name)
     file = tmp_path / "config.yaml"
     file.write_text(f"student:\n  init: {name}\n")
-    with pytest.raises(UserError, match="got .*; a name is put in quotes"):
-        load_config(file)
+    if name in ("2024", "1.5", "true"):
+        with pytest.raises(UserError, match="got .*; a name is put in quotes"):
+            load_config(file)
+    else:
+        assert load_config(file).student.init == name
     file.write_text(f"student:\n  init: '{name}'\n")
     assert load_config(file).student.init == name
 

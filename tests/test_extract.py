@@ -13,6 +13,8 @@ from pipeline.cache.extract import Extractor
 from pipeline.data.views import normalise
 from pipeline.stages import cache_teacher as stage
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
+from pipeline.stages.finetune import finetune
 from pipeline.stages.refine import refine
 from pipeline.stages.verify import verify
 from pipeline.teachers.teacher import load_teacher
@@ -63,6 +65,26 @@ def test_a_callers_accelerator_is_left_alone(world: Path, tmp_path: Path) -> Non
         assert torch.is_autocast_enabled("cpu") and AcceleratorState().mixed_precision == "bf16"
     differing = ("provenance.json", "config.yaml")
     assert tree_bytes(place, *differing) == tree_bytes(world / "cache", *differing)
+
+
+def test_a_callers_accelerator_survives_training(world: Path, tmp_path: Path) -> None:
+    """Its precision and its accumulation stay, it still trains, and others can be made."""
+    callers = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
+    model, optimiser = callers.prepare(torch.nn.Linear(2, 1), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    config = world_config(world, "distill.epochs=1", "distill.precision=no", "finetune.epochs=1", "finetune.workers=1")
+    run = distill(config, world / "cache", tmp_path / "run").run
+    with pytest.raises(UserError, match="unknown 'nothing'"):
+        distill(world_config(world, "distill.trackers=[nothing]"), world / "cache", tmp_path / "none")
+    finetune(config, run, str(world / "train" / "*.tar"), tmp_path / "tuned")
+    assert (callers.mixed_precision, callers.gradient_accumulation_steps) == ("bf16", 2)
+    assert AcceleratorState().mixed_precision == "bf16"
+    for count in (1, 2):
+        with callers.accumulate(model), callers.autocast():
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            callers.backward(model(torch.ones(3, 2)).sum())
+            optimiser.step()
+            assert callers.sync_gradients == (count == 2)
+    assert Accelerator().mixed_precision == "bf16"
 
 
 def test_batch_sizes_are_tried_with_copies(world: Path) -> None:

@@ -1,6 +1,7 @@
 """What a record is: a view of an image replayed exactly, its stored pixels, and the patches that were sampled."""
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.cache.pixel_choice import with_pixels
 from pipeline.cache.segments import read_segments
 from pipeline.cache.stored import Fixed, Ragged
 from pipeline.cache.zarr_shards import ZarrArray, read_arrays
-from pipeline.config import Config
+from pipeline.config import Config, load_config
 from pipeline.data import ImageFile
 from pipeline.data.views import apply_view, normalise
 from pipeline.models.loading import load_saved
@@ -146,6 +147,36 @@ def test_views_of_another_size_are_added_at_this_size(world: Path, tmp_path: Pat
                   "append")  # fmt: skip
     added = read_manifest(open_store(tmp_path / "c").child("parts/001")).pixels
     assert added is not None and (added.kind, added.size) == ("jpeg", 24)
+
+
+@pytest.mark.parametrize("sets", [("views.pixels=jpeg", "views.jpeg_quality=50"), ("views.pixels=uint8",)])
+@pytest.mark.parametrize("size", [24, 32])
+def test_views_left_open_are_those_of_the_cache(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: tuple[str, ...], size: int
+) -> None:
+    """Resumed or added to, size and quality are taken from it; another one that is given is refused, with a remedy."""
+    train, test = (str(world / split / "*.tar") for split in ("train", "test"))
+    begun = world_config(world, "cache.blocks=[3]", *sets, f"views.pixel_size={size}")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.cache_teacher.fill_segments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache_teacher(begun, train, tmp_path / "c")
+    config = world_config(world, "cache.blocks=[3]", "views.pixels=auto")
+    other = world_config(world, "cache.blocks=[3]", "views.pixels=auto", "views.pixel_size=16")
+    own = re.escape(str(tmp_path / "c" / "config.yaml"))
+    with pytest.raises(UserError, match=f"views.pixel_size {size}, not 16; repeat its command, or give --config {own}"):
+        cache_teacher(other, train, tmp_path / "c", "resume")
+    cache_teacher(config, train, tmp_path / "c", "resume")
+    cache_teacher(config, test, tmp_path / "c", "append")
+    first, added = (s.manifest.pixels for s in read_segments(open_store(tmp_path / "c")))
+    assert first == added and first is not None and first.size == size
+    assert first.quality == (50 if "views.pixels=jpeg" in sets else None)
+    # The remedy works.
+    cache_teacher(load_config(tmp_path / "c" / "config.yaml"), train, tmp_path / "c", "resume")
+
+
+def killed(*args: object) -> int:
+    raise KeyboardInterrupt
 
 
 def test_a_larger_teacher_adds_views_of_the_cache_s_size(world: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.checks import check_command
 from pipeline.config import StudentConfig, load_config
 from pipeline.data import ImageFile, relocate
 from pipeline.models.backbone import Backbone, save_backbone
-from pipeline.models.loading import load_saved
+from pipeline.models.loading import load_model, load_saved
 from pipeline.runtime.devices import make_accelerator
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import distill
@@ -164,12 +164,53 @@ def test_a_file_for_a_student_without_a_list_of_blocks(world: Path, tmp_path: Pa
         start_student(student, config, _weights(world))
 
 
-def test_a_wider_file_is_no_start(world: Path, tmp_path: Path) -> None:
-    source = timm.create_model("vit_tiny_patch16_224", depth=3, num_heads=2, embed_dim=48, patch_size=8)
-    save_file(source.state_dict(), tmp_path / "wide.safetensors")
-    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8, init=str(tmp_path / "wide.safetensors"))
-    with pytest.raises(UserError, match=r"do not fit .*; they are 48 wide and have 3 blocks and patches of 8 pixels"):
-        start_student(new_student(config, 32), config, _weights(world))
+def test_a_file_of_another_width_needs_its_folder(world: Path, tmp_path: Path) -> None:
+    """Only config.json says in how many heads a wider model is divided; a file in its folder has it beside."""
+    config = StudentConfig(dim=24, depth=2, heads=2, patch_size=8)
+    for width, message in (
+        (48, "has 48 channels and the student 24, and a file does not say in how many heads; name the folder of its"),
+        (12, "has 12 channels and the student 24; or start from random weights"),
+    ):
+        source = make_vit(embed_dim=width, depth=3, num_heads=4)
+        save_backbone(source, source.model.state_dict(), tmp_path / "model")
+        (tmp_path / "alone.safetensors").write_bytes((tmp_path / "model" / "model.safetensors").read_bytes())
+        with pytest.raises(UserError, match=message):
+            start(config, tmp_path / "alone.safetensors", world)
+        for path in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
+            if width == 48:
+                student = start(config, path, world)
+                torch.testing.assert_close(
+                    dict(student.model.state_dict()), select_weights(source.model, student.model)
+                )
+
+
+@pytest.mark.parametrize("kind", ["lift", "wide"])
+def test_weights_of_a_student_with_an_exit(kind: str, world: Path, tmp_path: Path) -> None:
+    """They are a start as a folder and as a file, for students with an exit and without; others want the folder."""
+    plain = StudentConfig(dim=24, depth=3, heads=2, patch_size=8)
+    config = plain.model_copy(update={"exit": kind, "exit_width": 48})
+    source = new_student(config, 32)
+    save_backbone(source, source.model.state_dict(), tmp_path / "model")
+    alone, folder = tmp_path / "alone.safetensors", tmp_path / "model"
+    alone.write_bytes((folder / "model.safetensors").read_bytes())
+    for path in (alone, folder, folder / "model.safetensors"):
+        again = start(config, path, world).model.state_dict()
+        torch.testing.assert_close(dict(again), dict(source.model.state_dict()))
+        body = start(plain, path, world).model.state_dict()
+        assert torch.equal(body["blocks.1.mlp.fc1.weight"], again["blocks.1.mlp.fc1.weight"])
+    for weights in (alone, folder / "model.safetensors"):
+        remedy = "a student that has an exit is named by its folder, with its config.json: local-dir:RUN/student"
+        with pytest.raises(UserError, match=f"{weights} are those of student.exit {kind}; {remedy}"):
+            load_model("vit_tiny_patch16_224", weights)
+        with pytest.raises(UserError, match=f"model vit_exit: {remedy}"):
+            load_model("vit_exit", weights)
+    assert load_model(f"local-dir:{folder}").width == 48
+
+
+def start(config: StudentConfig, init: Path, world: Path) -> Backbone:
+    student = new_student(config, 32)
+    start_student(student, config.model_copy(update={"init": str(init)}), _weights(world))
+    return student
 
 
 def _weights(world: Path, **changes: object) -> TeacherWeights:

@@ -28,11 +28,14 @@ from pipeline.evaluation.tasks import TASKS
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import fan_out
 from pipeline.sweeps.file import SweepFile, find_sweep, make_plan, read_plan
 from pipeline.sweeps.jobs import Job, Member, SweepContext
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.run import SweepResult, gpus, shared_passes, sweep
 from pipeline.sweeps.worker import Worker
+from pipeline.training.run_directory import DistillResult
+from pipeline.training.runs import StudentSpec
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
 
@@ -331,8 +334,14 @@ def test_done_runs_are_skipped_and_changed_ones_refused(
 def test_a_failing_run_stops_no_other(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [
-        {"name": "bad", "set": {"distill.trackers": ["foo"]}},
+    def fails(specs: list[StudentSpec], *args: Any) -> list[DistillResult]:
+        if specs[0].out.name == "bad":
+            raise UserError("it is 'bad'")
+        return fan_out(specs, *args)
+
+    monkeypatch.setattr(work, "fan_out", fails)
+    runs: list[dict[str, Any]] = [
+        {"name": "bad", "set": {"distill.seed": 2}},
         {"name": "worse", "set": {"refine.cleaner": "adapter", "refine.lr": 1e30}},
         {"name": "good", "set": {"refiner": "none", "distill.epochs": 1}},
     ]
@@ -343,14 +352,14 @@ def test_a_failing_run_stops_no_other(
     assert stop.value.code == 2
     told = capsys.readouterr()
     result = json.loads(told.out.splitlines()[-1])
-    assert result["done"] == 1 and result["failed"]["bad"].startswith("distill.trackers: unknown 'foo'")
+    assert result["done"] == 1 and result["failed"]["bad"] == "it is 'bad'"
     assert result["failed"]["worse"].startswith("refiner adapter-standardize_lr-1e+30: the adapters diverged")
     last = f"error: 2 of 3 runs failed: bad, worse; their messages are in {out / 'sweep.json'}"
     assert told.err.splitlines()[-1].split() == last.split()
-    assert told.err.count("unknown 'foo'") == told.err.count("the adapters diverged") == 1
+    assert told.err.count("it is 'bad'") == told.err.count("the adapters diverged") == 1
     states = json.loads((out / "sweep.json").read_text())["runs"]
     assert [states[name]["state"] for name in ("bad", "worse", "good")] == ["failed", "failed", "done"]
-    assert "<li>bad: distill.trackers: unknown &#39;foo&#39;" in (out / "leaderboard.html").read_text()
+    assert "<li>bad: it is &#39;bad&#39;" in (out / "leaderboard.html").read_text()
 
     def bursts(*args: Any, **options: Any) -> None:
         raise RuntimeError("out of\norder")
@@ -378,15 +387,65 @@ def test_a_failing_run_stops_no_other(
             {"distill.objective": "vitkd", "distill.token_share": 0.5},
             "run bad: distill.objective vitkd needs all patches .* a share of them; set distill.token_share=1",
         ),
+        ({"distill.trackers": ["foo"]}, "run bad: distill.trackers: unknown 'foo'; known: aim"),
+        ({"distill.trackers": ["aim"]}, "run bad: distill.trackers: aim is not installed; pip install aim"),
+        (
+            {"distill.projector": "none"},
+            r"run bad: distill.projector none .* the student has \d+ channels where its teacher has \d+; take another",
+        ),
+        ({"distill.block_weights": [1]}, "run bad: distill.block_weights: 1 weights for 2 blocks"),
+        ({"distill.trained": ["nothing"]}, "run bad: distill.trained: no weights 'nothing' would be trained"),
+        (
+            {"distill.overlap": "other", "distill.objective": "gram"},
+            "run bad: distill.overlap: objective gram does not",
+        ),
+        ({"distill.holdout": 0.9999}, "run bad: distill.holdout: all 100 images would be held out"),
+        ({"distill.teacher_drop": 0.5}, "run bad: distill.teacher_drop is for several teachers"),
+        ({"distill.teacher_weights": [1, 1]}, "run bad: distill.teacher_weights: 2 given for 1 --cache"),
+        ({"distill.objective": "zero-shot"}, "run bad: distill.objective zero-shot needs distill.texts"),
+        (
+            {"student.dim": 48, "student.init": "teacher"},
+            "run bad: student.init teacher: .* has 24 channels",
+        ),
+        (
+            {"student.dim": 48, "student.init": "{teacher}"},
+            "run bad: student.init .*: it has 24 channels",
+        ),
+        ({"student.lora": 10**6, "student.init": "teacher"}, "run bad: student.lora 1000000 is larger than"),
+        ({"student.depth": 1}, "run bad: 2 teacher blocks cannot be matched to 1 student blocks"),
+        (
+            {"student.name": "selecsls42", "student.checkpointing": True},
+            "run bad: student.checkpointing: selecsls42 cannot do it; set it to false",
+        ),
     ],
 )
 def test_a_run_that_cannot_train_is_named_first(
     settings: dict[str, Any], message: str, world: Path, tmp_path: Path
 ) -> None:
+    if settings.get("student.init") == "{teacher}":
+        settings = settings | {"student.init": str(world / "teacher")}
     file = write(world, tmp_path / "s.yaml", runs=[{"name": "good"}, {"name": "bad", "set": settings}])
     with pytest.raises(UserError, match=message):
         run(world, file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_that_moved_are_missed_first(world: Path, tmp_path: Path) -> None:
+    """A sweep whose runs are all trained does not need them."""
+    folder, place = tmp_path / "images", tmp_path / "cache"
+    folder.mkdir()
+    for shard in sorted((world / "train").glob("*.tar")):
+        shutil.copy(shard, folder)
+    config = world_config(world, "views.pixels=none")
+    cache_teacher(config, [str(tar) for tar in sorted(folder.glob("*.tar"))], place)
+    folder.rename(tmp_path / "moved")
+    file = write(world, tmp_path / "s.yaml", "distill.epochs=1", runs=RUNS[2:3])
+    with pytest.raises(UserError, match="of the cache is gone; if it has moved, give its place with --images"):
+        sweep(file, place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    moved = str(tmp_path / "moved" / "*.tar")
+    assert sweep(file, place, tmp_path / "out", images=moved).failed == {}
+    assert sweep(file, place, tmp_path / "out", "resume").failed == {}
 
 
 def test_a_refiner_of_another_variant_brings_its_blocks(world: Path, tmp_path: Path) -> None:
@@ -619,13 +678,22 @@ def test_one_worker_a_gpu(world: Path, file: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_students_that_train_together(world: Path, file: Path, whole: Path, tmp_path: Path) -> None:
+def test_students_that_train_together(
+    world: Path, file: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On one pass they are the same, and one that cannot be trained takes no other along."""
     tree = yaml.safe_load(file.read_text())
     out = tmp_path / "out"
     result = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 4}), out)
     assert result.failed == {} and students(out) == students(whole)
-    tree["runs"].append({"name": "bad", "set": {"distill.trackers": ["foo"]}})
+    tree["runs"].append({"name": "bad", "set": {"distill.seed": 1}})
+
+    def fails(specs: list[StudentSpec], *args: Any) -> list[DistillResult]:
+        if any(spec.out.name == "bad" for spec in specs):
+            raise UserError("it is bad")
+        return fan_out(specs, *args)
+
+    monkeypatch.setattr(work, "fan_out", fails)
     again = run(world, write(world, tmp_path / "s.yaml", **{**tree, "together": 9}), tmp_path / "again")
     assert set(again.failed) == {"bad"} and again.done == 4
     assert students(tmp_path / "again") == students(whole)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import yaml
 
-from pipeline.config import CacheConfig, Config
+from pipeline.config import Config, ViewsConfig, left_open
 from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
@@ -20,17 +20,20 @@ _SECONDS, _RUNS = 0.3, 2
 
 
 def as_begun(config: Config, store: Store) -> Config:
-    """Return the configuration with what a segment was computed with: its batch size, and whether it was compiled.
+    """Return the configuration with what a cache was begun with: its batch size, and whether it was compiled.
 
-    Otherwise the last bits of the features would change.
+    Otherwise the last bits of the features would change. Views are stored as before, too, if that is left open.
     """
     try:
-        cache = yaml.safe_load(store.read(CONFIG))["cache"]
-        begun = {name: cache[name] for name in ("batch_size", "compile")}
-        known = CacheConfig.model_validate({**config.cache.model_dump(), **begun})
+        told = yaml.safe_load(store.read(CONFIG))
+        begun = {
+            "cache": {name: told["cache"][name] for name in ("batch_size", "compile")},
+            "views": {name: told["views"][name] for name in ViewsConfig.model_fields if left_open(config.views, name)},
+        }
+        known = Config.model_validate({n: {**getattr(config, n).model_dump(), **own} for n, own in begun.items()})
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return config
-    return config.model_copy(update={"cache": known})
+    return config.model_copy(update={"cache": known.cache, "views": known.views})
 
 
 def with_batch_size(config: Config, run: Callable[[int], object], device: torch.device) -> Config:

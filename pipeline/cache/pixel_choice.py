@@ -2,17 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.cache.append import Addition
 from pipeline.cache.create import new_manifest
 from pipeline.cache.manifest import Manifest, TeacherManifest
-from pipeline.config import Config
+from pipeline.config import Config, left_open
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.disk import free_bytes
-from singer.sizes import ImageSize
 
 # The share of the free disk that features and views may take together.
 _DISK = 0.5
@@ -42,7 +42,7 @@ def with_pixels(config: Config, whole: Addition, teacher: TeacherManifest, out: 
 
 
 def as_stored(config: Config, first: Manifest, teacher: TeacherManifest) -> Config:
-    """Return the configuration with what a cache that exists has in the place of auto.
+    """Return the configuration with what a cache that exists has where views.pixels is auto.
 
     first: of its first segment; teacher: the one that runs, at whose input's size views would be stored otherwise.
     """
@@ -50,13 +50,14 @@ def as_stored(config: Config, first: Manifest, teacher: TeacherManifest) -> Conf
         return config
     if first.pixels is None:
         return _set(config, "none")
-    usual = first.pixels.size == teacher.image_size
-    return _set(config, first.pixels.kind, config.views.pixel_size or (None if usual else first.pixels.size))
+    stored = {"pixel_size": first.pixels.size, "jpeg_quality": first.pixels.quality}
+    if first.pixels.size == teacher.image_size:
+        del stored["pixel_size"]
+    return _set(config, first.pixels.kind, **{n: v for n, v in stored.items() if v and left_open(config.views, n)})
 
 
-def _set(config: Config, kind: str, size: ImageSize | None = None) -> Config:
-    stored = {"pixels": kind} | ({} if size is None else {"pixel_size": size})
-    return config.model_copy(update={"views": config.views.model_copy(update=stored)})
+def _set(config: Config, kind: str, **stored: Any) -> Config:
+    return config.model_copy(update={"views": config.views.model_copy(update={"pixels": kind, **stored})})
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -1,7 +1,7 @@
 """The configuration: one frozen, validated tree. Commands read it, and pass its sections on."""
 
 from pipeline.config.distill import DistillConfig
-from pipeline.config.fields import Affects, Meta, Section, keys, meta, section_of
+from pipeline.config.fields import Affects, Meta, Section, keys, left_open, meta, section_of
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import Dtype, InputSize, LocalCopy, Offload, Positive, Precision
 from pipeline.config.load import dump_config, load_config, recipes, resource
@@ -46,6 +46,7 @@ __all__ = [
     "ViewsConfig",
     "dump_config",
     "keys",
+    "left_open",
     "load_config",
     "meta",
     "recipes",

@@ -34,7 +34,8 @@ class Meta:
 
     affects: see Affects. shared: students that train on one pass must have the same value. only: the tasks, or the
     cleaners ("trained"), to which the key applies; empty: it applies to all. shape: it belongs to the student's name.
-    by_machine: outputs hold what "auto" was on the machine that began them.
+    by_machine: outputs hold what "auto" was on the machine that began them. part_of: a key of the section, by_machine,
+    whose "auto" decides this one, too, where it has its default.
     """
 
     affects: Affects
@@ -42,6 +43,7 @@ class Meta:
     only: tuple[str, ...] = ()
     shape: bool = False
     by_machine: bool = False
+    part_of: str = ""
 
 
 def key(
@@ -53,12 +55,13 @@ def key(
     only: tuple[str, ...] = (),
     shape: bool = False,
     by_machine: bool = False,
+    part_of: str = "",
     **constraints: Any,
 ) -> Any:
     """Declare a key of a section. constraints: those of pydantic's Field; the other arguments: see Meta."""
     field = Field(default, description=description, **constraints)
     assert isinstance(field, FieldInfo)
-    field.metadata.append(Meta(affects, shared, only, shape, by_machine))
+    field.metadata.append(Meta(affects, shared, only, shape, by_machine, part_of))
     return field
 
 
@@ -73,6 +76,15 @@ def meta(section: type[Section], name: str) -> Meta:
 def keys(section: type[Section]) -> Iterator[tuple[str, Meta]]:
     """Iterate over the keys of a section in their order."""
     return ((name, meta(section, name)) for name in section.model_fields)
+
+
+def left_open(section: Section, name: str) -> bool:
+    """Return whether a key is left to the machine, so that an output that exists decides it."""
+    about = meta(type(section), name)
+    if about.part_of:
+        is_default = getattr(section, name) == type(section).model_fields[name].default
+        return is_default and left_open(section, about.part_of)
+    return about.by_machine and getattr(section, name) == "auto"
 
 
 def section_of(config: "Config | type[Config]", name: str) -> type[Section]:

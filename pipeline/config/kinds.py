@@ -10,8 +10,7 @@ from pydantic_core import PydanticCustomError
 from singer.errors import UserError
 from singer.sizes import Size
 
-# YAML reads a bare `no` as false.
-Precision = Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)]
+Precision = Literal["auto", "no", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Offload = Literal["none", "cpu", "disk", "auto"]
 Positive = Annotated[int, Field(ge=1)]

@@ -1,6 +1,7 @@
 """How the configuration is read: defaults, then a YAML file, then direct options and `--set section.key=value`."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from copy import copy
 from pathlib import Path
@@ -69,7 +70,12 @@ def recipes() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader of YAML that refuses a key that is there twice, of which PyYAML takes the last in silence."""
+    """A loader of YAML that leaves text to the keys, and refuses a key that is there twice.
+
+    PyYAML reads 010 as 8, 1:30 as 90, no as false and 2024-01-05 as a date. Here they are text, which a key that takes
+    numbers or truth values then reads as a person does (10, an error, false), and a name stays as it is written. Of a
+    key that is there twice, PyYAML takes the last in silence.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Return a mapping as it is written, before merges. Raises YAMLError for a key that is there twice."""
@@ -81,6 +87,23 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{key.value!r} is there twice, again in line {key.start_mark.line + 1}")
             seen.add(name)
         return node
+
+
+# {kind of value: (what it looks like without quotes, its first characters)}. All else is text. PyYAML, which writes the
+# configuration, puts quotes around text that looks like this.
+_PLAIN = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    "int": (r"[-+]?(0|[1-9][0-9]*)", [*"-+0123456789"]),
+    "float": (
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        [*"-+0123456789."],
+    ),
+    "merge": (r"<<", ["<"]),
+}
+_Loader.yaml_implicit_resolvers = {}  # none of PyYAML's
+for _kind, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def read_yaml(text: str) -> Any:
@@ -131,8 +154,8 @@ def _without_variant(tree: dict[str, Any], variant: str | None) -> dict[str, Any
 
 
 def _value(name: str, text: str) -> Any:
-    """Read the YAML value of a key, or its text where that is a name: a folder may be called 2024-01-05."""
-    value = yaml.safe_load(text)
+    """Read the YAML value of a key, or its text where that is a name: a folder may be called 2024."""
+    value = read_yaml(text)
     section, _, key = name.partition(".")
     if value is None or isinstance(value, str | list | dict) or section not in Config.model_fields:
         return value

@@ -119,9 +119,11 @@ class ViewsConfig(Section):
         by_machine=True,
     )
     pixel_size: InputSize | None = key(
-        None, "size of the stored views in pixels, one number or [height, width]; default: the teacher's input"
+        None,
+        "size of the stored views in pixels, one number or [height, width]; default: the teacher's input",
+        part_of="pixels",
     )
-    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = key(90, "quality of stored JPEGs")
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = key(90, "quality of stored JPEGs", part_of="pixels")
 
     @model_validator(mode="after")
     def _check(self) -> "ViewsConfig":

@@ -31,6 +31,7 @@ from singer.sizes import ImageSize, Size, check_multiple
 
 # The names under which ViTs and other architectures keep the weight of their head.
 _HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+_BY_FOLDER = f"a student that has an exit is named by its folder, with its {CONFIG}: {LOCAL}RUN/student"
 # What to do without a network; the keys say where the name of the model was given.
 _REMEDIES = {
     "teacher.name": "give a local file with --weights FILE (teacher.weights)",
@@ -105,8 +106,12 @@ def create_model(
             kwargs["img_size"] = size  # timm would take the grid of its positions for a square; see change_size
         weights = weights or folder / "model.safetensors"
     check_known(name, f"{what}: timm has no model {name!r}")
+    if name == student_exits.NAME and "exit" not in kwargs:
+        raise UserError(f"{what} {name}: {_BY_FOLDER}; a new one has the name of another model, and student.exit")
     if weights is not None:
         state = read_weights(weights, _tensor_names(name, args), averaged)
+        if "exit" not in kwargs and (exit := student_exits.exit_of(state)):
+            raise UserError(f"weights {weights} are those of student.exit {exit['exit']}; {_BY_FOLDER}")
         kwargs |= _weights_args(state, kwargs.get("num_classes"))
     model = _build(name, pretrained, kwargs, weights, what)
     kwargs.pop("pretrained_cfg_overlay", None)

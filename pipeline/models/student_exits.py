@@ -5,6 +5,7 @@ tokens. `lift` keeps a linear map to the teacher's width after the last block; `
 are parts of the student and stay in it. timm builds such a model by the name `vit_exit` once this module is imported.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import timm
@@ -40,8 +41,11 @@ def vit_exit(
     if not isinstance(model, VisionTransformer) or isinstance(model.norm, nn.Identity) or model.attn_pool is not None:
         raise UserError(f"student.exit {exit}: {base} is no Vision Transformer of timm with a norm at the end")
     _widen(model, base, exit, exit_width, args)
-    cfg = model.pretrained_cfg if not saved else resolve_pretrained_cfg(NAME, pretrained_cfg, pretrained_cfg_overlay)
-    model.pretrained_cfg = {**(cfg if isinstance(cfg, dict) else cfg.to_dict()), "architecture": NAME}
+    if pretrained_cfg:
+        cfg = resolve_pretrained_cfg(NAME, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    else:  # a file says nothing about its images, which are those of the base
+        cfg = {**model.pretrained_cfg, **(pretrained_cfg_overlay or {})}
+    model.pretrained_cfg = {**cfg, "architecture": NAME}
     if saved:
         load_pretrained(model, model.pretrained_cfg, model.num_classes, filter_fn=checkpoint_filter_fn)
     built: nn.Module = model
@@ -88,6 +92,16 @@ def _lifted(block: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Lift the tokens (B, N, d) that a block returned."""
     lifted: Tensor = block.lift(output)
     return lifted
+
+
+def exit_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what builds the wider exit whose weights are in a state dict, {exit, exit_width}; {} if there is none."""
+    kinds: dict[str, Exit] = {".lift.weight": "lift", ".widen.weight": "wide"}
+    for name, tensor in state.items():
+        for end, kind in kinds.items():
+            if name.startswith("blocks.") and name.endswith(end):
+                return {"exit": kind, "exit_width": int(tensor.shape[0])}
+    return {}
 
 
 def has_exit(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.config import Config
 from pipeline.outputs.chain_folder import check_chain_settings
 from pipeline.outputs.provenance import INPUTS, PROVENANCE, read_inputs, write_provenance
-from pipeline.outputs.resuming import RESULT_SECTIONS, config_change, is_bound, sections_of
+from pipeline.outputs.resuming import CONFIG, RESULT_SECTIONS, config_change, is_bound, sections_of
 from pipeline.outputs.stage_log import stage_log
 from pipeline.runtime.interrupts import CLAIMED
 from pipeline.storage import Place, is_remote, open_store
@@ -78,8 +78,10 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
             return
         change = config_change(store, config, sections_of(stage, config))
         if change is not None:
+            own = "" if is_remote(place) else f", or give --config {Path(place) / CONFIG} in the place of all settings,"
             raise UserError(
-                f"{store.url} cannot be continued: it was started with {change}; repeat its command or use --overwrite"
+                f"{store.url} cannot be continued: it was started with {change}; repeat its command{own} or use "
+                "--overwrite"
             )
 
 

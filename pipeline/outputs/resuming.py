@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import yaml
 
-from pipeline.config import Config, meta, section_of
+from pipeline.config import Config, left_open, meta
 from pipeline.storage.base import Store
 from singer.errors import UserError
 
@@ -74,8 +74,8 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError):
         raise UserError(f"{store.url} cannot be continued: its {CONFIG} is damaged; use --overwrite") from None
     for section, key, there, here in pairs:
-        about = meta(section_of(config, section), key)
-        # The stage asks again when it knows what "auto" is on this machine.
-        if about.affects == "result" and there != here and not (about.by_machine and here == "auto"):
+        given = getattr(config, section)
+        # The stage asks again when it knows what "auto" is here.
+        if meta(type(given), key).affects == "result" and there != here and not left_open(given, key):
             return f"{section}.{key} {there}, not {here}"
     return None

@@ -1,11 +1,13 @@
 """The device and the processes of a stage, its autocast, and its set-up of Accelerate, the same for every stage."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env, patch_environment
 
 from pipeline.config import Config, Precision
@@ -61,8 +63,28 @@ def this_process() -> PartialState:
         return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
 
 
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Keep apart what Accelerate knows of a training, until the block or function ends, and of a caller's own.
+
+    Accelerate keeps the precision and the accumulation of all Accelerators of a process in two classes. What it knows
+    of the process itself, such as its device, is shared.
+    """
+    kept: list[tuple[Any, Any]] = [(kind, kind._shared_state) for kind in (AcceleratorState, GradientState)]
+    for kind, _ in kept:
+        kind._shared_state = {}
+    try:
+        yield
+    finally:
+        for kind, state in kept:
+            kind._shared_state = state
+
+
 def make_accelerator(precision: Precision) -> Accelerator:
-    """Make an Accelerator that trains in this precision, also if the process has trained in another one before."""
+    """Make an Accelerator that trains in this precision, also if the process has trained in another one before.
+
+    Stages call it in `own_accelerate`, so that an Accelerator of the caller's stays as it is.
+    """
     this_process()
     AcceleratorState._reset_state()
     with _without_fsdp():

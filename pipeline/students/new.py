@@ -28,7 +28,7 @@ def new_student(
     describe a model that gives feature maps.
     """
     if module is not None:
-        return _trainable(describe_own(module, config.image_size, config.name))
+        return _trainable(describe_own(module, config.image_size, config.name), config)
     dims = {
         "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio,
     }  # fmt: skip
@@ -62,7 +62,7 @@ def new_student(
     except Exception as error:  # each architecture raises errors of its own types
         pixels = f"{Size.of(student.image_size)} pixels"
         raise UserError(f"student.name {config.name} gives no feature maps at {pixels}: {first_line(error)}") from None
-    return _trainable(student)
+    return _trainable(student, config)
 
 
 def _exit(config: StudentConfig, base: str, width: int | None) -> dict[str, Any]:
@@ -91,9 +91,17 @@ def registers_argument(name: str) -> str:
     raise UserError(f"student.registers is for Vision Transformers of timm, and not for {name}; leave it out")
 
 
-def _trainable(student: Backbone) -> Backbone:
-    """Return a student that can be trained: a module of the user's own may come frozen, or in eval mode."""
+def _trainable(student: Backbone, config: StudentConfig) -> Backbone:
+    """Return a student that can be trained: a module of the user's own may come frozen, or in eval mode.
+
+    Raises UserError if it cannot recompute its activations, which student.checkpointing wants.
+    """
     if not any(parameter.requires_grad for parameter in student.model.parameters()):
         student.model.requires_grad_(True)
+    if config.checkpointing:
+        try:
+            student.model.set_grad_checkpointing(True)
+        except AssertionError:  # this is how timm refuses
+            raise UserError(f"student.checkpointing: {config.name} cannot do it; set it to false") from None
     student.model.train()
     return student

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.models import student_exits
 from pipeline.models.backbone import Backbone, weight_hash
+from pipeline.models.huggingface import WEIGHTS
 from pipeline.models.loading import create_model, load_saved
+from pipeline.models.names import CONFIG
 from pipeline.models.weights import describe_size, read_weights
 from pipeline.outputs.resuming import STUDENT_FOLDER
 from pipeline.runtime.progress import say
+from pipeline.storage.json_files import read_json
 from pipeline.students.new import registers_argument
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import depth
@@ -60,11 +64,12 @@ class TeacherWeights:
         return source
 
 
-def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> None:
+def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeights, fits_only: bool = False) -> None:
     """Load the weights that student.init names into a new student.
 
-    Raises UserError if the weights do not exist, do not fit, or are not those of the cached teacher; with init "auto",
-    those that do not fit are only an error if they would stay as they are (student.lora).
+    fits_only: only find out whether they fit; those of a cached teacher are then not loaded. Raises UserError if the
+    weights do not exist, do not fit, or are not those of the cached teacher; with init "auto", those that do not fit
+    are only an error if they would stay as they are (student.lora).
     """
     if config.init == "random" or (config.init == "auto" and config.pretrained):
         return
@@ -75,17 +80,22 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         said = f"{teacher.architecture}, the teacher"
         reason = _misfit(teacher, student)
         if reason is not None and config.init == "auto" and config.lora is None:
-            say(f"note: the student does not start from weights of {said}: {reason}")
+            if not fits_only:
+                say(f"note: the student does not start from weights of {said}: {reason}")
+            return
+        if reason is None and fits_only:
             return
         source = teacher.load("student.init", otherwise) if reason is None else None
     else:
         said, source = config.init, None
         reason = misfit(student.model, student.model)  # whatever the weights are
         if reason is None:
-            source = _other(config.starts_from, student)
+            source = _other(config.starts_from, student, otherwise)
             reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {otherwise}")
+    if fits_only:
+        return
     state = select_weights(source.model, student.model, config.init_blocks)
     student.model.load_state_dict(_normalised_as(student, source, state))
     say(f"the student starts from weights of {said}")
@@ -115,22 +125,43 @@ def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
     return misfit(_outline(teacher), student.model)
 
 
-def _other(path: Path, student: Backbone) -> Backbone:
-    """Load a run, a timm model folder, or a file with weights of the student's own width."""
-    if path.is_dir():
-        return load_saved(path / STUDENT_FOLDER if (path / STUDENT_FOLDER).is_dir() else path)
+def _other(path: Path, student: Backbone, otherwise: str) -> Backbone:
+    """Load a run, a timm model folder, or a file. otherwise: what to do without it.
+
+    Raises UserError if a file that is not in a model folder has weights of another width: it does not say how many
+    heads they are divided in.
+    """
+    if (folder := _model_folder(path)) is not None:
+        return load_saved(folder)
     architecture = student.model_args.get("base", student.architecture)
     state = read_weights(path, set(student.model.state_dict()))
     args = {name: value for name, value in student.model_args.items() if name not in _OF_THE_FILE}
     size, registers, image_size = describe_size(state), state.get("reg_token"), student.image_size
     if size is not None:
-        _, args["depth"], patch = size
+        width, args["depth"], patch = size
         args["patch_size"] = patch
         # On the student's grid, so that positions are interpolated once.
         image_size = Size(*(patch * side for side in student.layout[-1][1])).written
+        if width != student.body_width:
+            wrong = f"student.init {path}: it has {width} channels and the student {student.body_width}"
+            if width > student.body_width:
+                wrong += ", and a file does not say in how many heads; name the folder of its run or model, which does"
+            raise UserError(f"{wrong}; {otherwise}")
     if registers is not None or "reg_token" in student.model.state_dict():
         args[registers_argument(architecture)] = 0 if registers is None else registers.shape[1]
+    if exit := student_exits.exit_of(state):
+        args |= {"base": architecture, **exit}
+        architecture = student_exits.NAME
     return create_model(architecture, image_size, args, path, True, "model")
+
+
+def _model_folder(path: Path) -> Path | None:
+    """Return the folder that says what a model is: of a run, itself, or the one that a file is in; None for others."""
+    if path.is_dir():
+        return path / STUDENT_FOLDER if (path / STUDENT_FOLDER).is_dir() else path
+    folder = path.parent
+    beside = path.name == WEIGHTS and (folder / CONFIG).is_file()
+    return folder if beside and "architecture" in read_json(folder, CONFIG, "model folder") else None
 
 
 def _normalised_as(student: Backbone, source: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:

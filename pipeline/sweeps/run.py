@@ -17,6 +17,7 @@ import torch
 
 from pipeline.cache.reader import Cache
 from pipeline.checks import check_settings, check_start
+from pipeline.config import Config, TrainingConfig
 from pipeline.data import Images, Spec, list_probe_images, places_of, readable
 from pipeline.evaluation.stored import result_file
 from pipeline.evaluation.tasks import TASKS
@@ -26,23 +27,28 @@ from pipeline.outputs.resuming import REFINER_MANIFEST, RUN_RESULT, config_chang
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import say
-from pipeline.stages.distill import SHARED, check_shared
+from pipeline.stages.distill import SHARED, check_shared, check_spec
 from pipeline.storage import Place, open_store, write_atomic
 from pipeline.storage.json_files import read_json, write_json
-from pipeline.students.new import new_student
 from pipeline.sweeps.file import Plan, Run, find_sweep, read_plan
 from pipeline.sweeps.jobs import REFINERS, Job, Member, SweepContext, as_list, attempt, is_done, refiner_config
 from pipeline.sweeps.leaderboard import Leaderboard
 from pipeline.sweeps.scheduler import Scheduler
 from pipeline.sweeps.worker import Worker
-from pipeline.training.cached_teachers import Places, as_places, check_records, numbered
+from pipeline.training.cached_teachers import Places, as_places, check_records, numbered, open_images, open_teachers
+from pipeline.training.new_distiller import check_student
 from pipeline.training.run_directory import RUNS
 from pipeline.training.runs import StudentSpec
+from pipeline.training.trackers import check_trackers
 from singer.errors import UserError
 
 STAGE = "sweep"
 STATE = "sweep.json"
 FILE = "sweep.yaml"
+# Keys on which it does not depend whether a student can be built: which steps are done with it, and how.
+_NOT_BUILT = {*TrainingConfig.model_fields} - {"batch_size", "accumulate", "holdout"}
+# Keys that say what is read of the caches, and as which teachers.
+_READ = {"teacher", "blocks", "teacher_weights", "teacher_drop"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,10 @@ def sweep(
     check_output(out, mode, STAGE, plan.base, [*places, *places_of(opened[0].index.images)])
     if mode != "resume":  # a resumed sweep continues with its own teachers
         _check_teachers(plan, places, path)
-        _check_block_weights(plan, opened)
     _check_settings(plan, places, out, mode)
+    if mode != "resume" or not all((out / RUNS / run.name / RUN_RESULT).exists() for run in plan.runs):
+        with open_images(opened[0], images):
+            pass  # they are where the runs will look for them
     probed = list_probe_images(plan.base, train, test) if train is not None and test is not None else None
     if probed is not None and plan.base.data.on_error == "skip":
         probed = readable(probed[0]), readable(probed[1])
@@ -197,7 +205,7 @@ def _check_teachers(plan: Plan, places: Sequence[Place], file: Path) -> None:
 
 
 def _check_settings(plan: Plan, places: Sequence[Place], out: Path, mode: Mode) -> None:
-    """Raise UserError if a new refiner or run names what does not exist, or a run's student cannot be built."""
+    """Raise UserError if a new refiner or run names what does not exist, or if a run cannot train its student."""
 
     def begun(folder: str, name: str) -> bool:
         return mode == "resume" and (out / folder / name).exists()
@@ -209,40 +217,40 @@ def _check_settings(plan: Plan, places: Sequence[Place], out: Path, mode: Mode) 
             check_settings("refine", config)
         except UserError as error:
             raise UserError(f"refiner {name}: {error}") from None
-    built = set()
+    checked, opened = set(), {}
     for run in plan.runs:
         if begun(RUNS, run.name):
             continue
-        config = run.config
         try:
-            check_settings("distill", config)
-            check_start(config)
-            check_shared([StudentSpec(config, out)])
-            student = config.student.model_copy(update={"pretrained": False})
-            # The first cache, as the run's refiner reads it unless the run says otherwise.
-            refine = config.refine if run.refiner is not None else None
-            named = config.distill.teachers or (refine.teacher if refine is not None else None,)
-            chosen = config.distill.blocks_by_teacher or (refine.blocks if refine is not None else None,)
-            key = (student.model_dump_json(), named[0], chosen[0])
-            if key not in built:
-                built.add(key)
-                cache = Cache(places[0], named[0], chosen[0])
-                teacher = cache.manifest.teacher
-                new_student(student, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
+            check_settings("distill", run.config)
+            check_start(run.config)
+            check_trackers(run.config.distill)
+            spec = StudentSpec(_as_refined(run, len(places)), out)
+            check_shared([spec])
+            settings = spec.config.distill
+            key = (spec.config.student.model_dump_json(), settings.model_dump_json(exclude=_NOT_BUILT))
+            if key not in checked:
+                checked.add(key)
+                read = settings.model_dump_json(include=_READ)
+                if read not in opened:
+                    opened[read] = open_teachers(settings, places, None)
+                check_spec(spec, opened[read])
+                check_student(spec.config, opened[read])
         except UserError as error:
             raise UserError(f"run {run.name}: {error}") from None
 
 
-def _check_block_weights(plan: Plan, caches: Sequence[Cache]) -> None:
-    """Raise UserError if a run has another number of weights than blocks of a cache; blocks that it names fit."""
-    for run in plan.runs:
-        settings, refined = run.config.distill, run.config.refine.blocks if run.refiner is not None else None
-        if settings.blocks is None and settings.teacher is None:
-            for cache in caches:
-                try:
-                    settings.weights_of(refined or cache.blocks)
-                except UserError as error:
-                    raise UserError(f"run {run.name}: {error}") from None
+def _as_refined(run: Run, caches: int) -> Config:
+    """Return a run's configuration with the teachers and blocks of its refiner, unless the run names its own."""
+    settings, refine = run.config.distill, run.config.refine
+    if run.refiner is None:
+        return run.config
+    read: dict[str, Any] = {}
+    if settings.teacher is None and refine.teacher is not None:
+        read["teacher"] = (refine.teacher,) * caches
+    if settings.blocks is None and refine.blocks is not None:
+        read["blocks"] = (refine.blocks,) * caches
+    return run.config.model_copy(update={"distill": settings.model_copy(update=read)})
 
 
 def _refuse(what: str, out: Path, change: str | None) -> None:

@@ -36,14 +36,11 @@ def synchronise(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def check_parts(
-    student: Backbone, last_block: int | None, settings: TrainingConfig, records: int, accelerator: Accelerator
-) -> None:
+def check_parts(student: Backbone, last_block: int | None, settings: TrainingConfig, records: int, world: int) -> None:
     """Raise UserError if a part of some batch has only one record, and the blocks cannot be trained on one.
 
-    last_block: the last that is trained; None: the whole model.
+    last_block: the last that is trained; None: the whole model; world: the number of processes.
     """
-    world = accelerator.num_processes
     if smallest_part(records, settings.batch_size, world, settings.accumulate) > 1 or not has_batch_norm(student.model):
         return
     if any(isinstance(module, nn.SyncBatchNorm) for module in student.model.modules()):

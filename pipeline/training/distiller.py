@@ -64,6 +64,7 @@ class Distiller(Learner):
         # Their attention is called by itself.
         self.called_apart = [block for branch in branches for block in branch.attention.values()]
         self.dropout: PatchDropout | None = None
+        self.share = 1.0  # of its patches that the student sees in the first steps
         # Return the share of its patches that the student sees, of a step and the steps of an epoch.
         self._schedule: Callable[[int, int], float] | None = None
         self.masks: PatchMasks | None = None
@@ -86,6 +87,7 @@ class Distiller(Learner):
         """
         for branch in self.branches:
             branch.targets.check_whole("token_share=1", "the student cannot leave out others")
+        self.share = share
         self.dropout, self._schedule = install(self.student), partial(token_share, share, settings)
 
     def mask_patches(self, share: float, weight: float) -> None:

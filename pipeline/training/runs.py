@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -21,16 +20,14 @@ from pipeline.outputs.resuming import STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.runtime.progress import Meter, say
 from pipeline.runtime.ranks import current
 from pipeline.storage.json_files import write_json
-from pipeline.storage.tensors import read_matrix, write_tensors
+from pipeline.storage.tensors import write_tensors
 from pipeline.students.new import new_student
-from pipeline.students.start import TeacherWeights, start_student, starts_as_blocks
+from pipeline.students.start import start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
-from pipeline.training.distiller import Distiller
-from pipeline.training.joint_training import new_joint
-from pipeline.training.other_views import OtherViews
+from pipeline.training.new_distiller import cached_weights, new_distiller
 from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -44,16 +41,9 @@ from pipeline.training.schedule import layer_decay
 from pipeline.training.stored_refiners import load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.subset import Split, split_images
-from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
-from singer.backbones import count_parameters, depth, freeze_others
-from singer.lora import train_low_rank
-from singer.matching import match_blocks
-from singer.objectives import OBJECTIVES
-from singer.patch_dropout import can_leave_out_patches
-from singer.refiner import Refiner
+from singer.backbones import count_parameters, depth
 from singer.sizes import Size
 
 
@@ -98,33 +88,12 @@ class NewStudent:
         self.student = self._started(mode == "resume" and (spec.out / TRAINING_CHECKPOINT).exists())
         self.layer_decay = self._layer_decay()
         synchronise(self.student.model, accelerator)
-        if spec.config.student.checkpointing:
-            self.student.model.set_grad_checkpointing(True)
         check_trackers(settings)
-        self.fresh: Refiner | None = None
-        self.share = self._token_share()
-        branches = self._branches(refiners, device, whole=self.share == 1)
-        self.distiller = Distiller(self.student, branches, settings.teacher_drop).to(device)
-        if settings.mask_share:
-            self.distiller.mask_patches(settings.mask_share, settings.mask_weight)
-        if settings.trained is not None:
-            freeze_others(self.student.model, settings.trained)
         self.parameters = count_parameters(self.student.model)
-        if spec.config.student.lora is not None:
-            train_low_rank(self.student.model, spec.config.student.lora)
-        if self.share < 1:
-            self.distiller.drop_patches(self.share, settings)
-        self.others = None
-        if settings.overlap != "none":
-            for branch in branches:
-                if settings.overlap == "other":
-                    branch.check_tokenwise("overlap=none", "the two views have other ones")
-                else:
-                    branch.targets.check_whole("overlap=none", "the views of an image have other ones")
-            self.others = OtherViews(teachers[0].cache, settings.seed, average=settings.overlap == "average")
+        self.distiller, self.others = new_distiller(self.student, spec.config, teachers, device, refiners)
         self.records, self.held_out = split or split_images(teachers[0].cache, settings)
         self.count = len(teachers[0].cache) if self.records is None else len(self.records)
-        check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator)
+        check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator.num_processes)
 
     def _started(self, continues: bool) -> Backbone:
         """Build the student, and start it as student.init says, at first from the first teacher.
@@ -132,61 +101,21 @@ class NewStudent:
         continues: whether the weights come from a checkpoint, so that those of the start, which may be gone, are not
         read.
         """
-        config, cache, t = self.spec.config, self.teachers[0].cache, self.teachers[0].cache.manifest.teacher
+        config, cache = self.spec.config, self.teachers[0].cache
+        t = cache.manifest.teacher
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
         student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
-            start_student(student, config.student, self._teacher_weights())
+            start_student(student, config.student, cached_weights(config, cache))
         return student
-
-    def _teacher_weights(self) -> TeacherWeights:
-        cache = self.teachers[0].cache
-        t, loaded = cache.manifest.teacher, cache.teacher_config(self.spec.config.teacher.weights)
-        return TeacherWeights(loaded, t.architecture, t.model_args, t.weights)
 
     def _layer_decay(self) -> float:
         """Return distill.layer_decay; its rule is for students whose weights are all trained."""
         config, model = self.spec.config, self.student.model
         may = config.distill.trained is None and config.student.lora is None and hasattr(model, "group_matcher")
-        whole = may and starts_as_blocks(self.student, config.student, self._teacher_weights())
+        teacher = cached_weights(config, self.teachers[0].cache)
+        whole = may and starts_as_blocks(self.student, config.student, teacher)
         return layer_decay(config.distill, depth(model), whole)
-
-    def _token_share(self) -> float:
-        """Return distill.token_share: by default a half, where student, caches and objectives allow it.
-
-        With half of the patches, students were as good at equal steps, for three quarters of the time (docs/results.md,
-        "Levers, one at a time").
-        """
-        settings = self.spec.config.distill
-        if settings.whole_share == 1:
-            return 1.0
-        if settings.token_share is not None:
-            return settings.token_share
-        sampled = any(teacher.cache.manifest.sampled for teacher in self.teachers)
-        tokenwise = all(OBJECTIVES[name].tokenwise for name in settings.objectives)
-        may = tokenwise and not (settings.joint or sampled) and can_leave_out_patches(self.student.model)
-        return 0.5 if may else 1.0
-
-    def _branches(self, refiners: Sequence[Refiner | None], device: torch.device, whole: bool) -> list[TeacherBranch]:
-        """Build what the student has for each teacher, with fresh adapters (`fresh`) in joint training.
-
-        whole: whether the student always sees all patches.
-        """
-        settings = self.spec.config.distill
-        texts = read_matrix(settings.texts) if settings.texts is not None else None
-        objectives, joint, branches = settings.objectives_of(len(self.teachers)), None, []
-        for teacher, refiner, wanted in zip(self.teachers, refiners, objectives, strict=True):
-            cache = teacher.cache
-            matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(self.student.model))
-            targets = Targets(cache, refiner, self.student, device, texts)
-            if settings.joint:
-                joint, self.fresh = new_joint(cache, self.spec.config.refine, device)
-            weight = settings.kd_weight * teacher.weight
-            weights = settings.weights_of(cache.blocks)
-            projector = "linear" if settings.joint and settings.projector is None else settings.projector
-            teaching = Teaching(wanted, projector, weights, weight, teacher.name)
-            branches.append(TeacherBranch(self.student, matching, targets, teaching, self.fresh, joint, whole=whole))
-        return branches
 
     @property
     def teacher_links(self) -> list[TeacherLink]:
@@ -225,9 +154,10 @@ class NewStudent:
                 f"the learning rate falls to {self.layer_decay:.3g} of itself from each block to the one before it, so "
                 "that the student keeps more of its start (distill.layer_decay)"
             )
-        if self.share < 1:
+        share = self.distiller.share
+        if share < 1:
             first = f"in the first {100 * (1 - self.spec.config.distill.whole_share):g} % of the steps"
-            lines.append(f"the student sees {100 * self.share:g} % of its patches {first} (distill.token_share)")
+            lines.append(f"the student sees {100 * share:g} % of its patches {first} (distill.token_share)")
         return lines
 
     def student_run(self, mode: Mode, accelerator: Accelerator) -> StudentRun:
@@ -316,7 +246,7 @@ def store(new: NewStudent, result: DistillResult, student: State, trained: State
         for name, t in trained.items()
         if not name.startswith("adapters.")
     })  # fmt: skip
-    if new.fresh is not None:
+    if new.spec.config.distill.joint:
         adapters = {n.removeprefix("adapters."): t for n, t in trained.items() if n.startswith("adapters.")}
         write_tensors(out / ADAPTERS, adapters)
     write_result(result)

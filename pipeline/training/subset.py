@@ -73,7 +73,7 @@ def _held(images: int, settings: TrainingConfig) -> int:
 def _scores(cache: Cache, settings: DistillConfig, moved: Spec | None) -> np.ndarray:
     """Return the score of every image, which the first process computes: others might round it in another way."""
     state = PartialState()
-    score = _score(cache, settings, moved, state.device)
+    score = image_scorer(cache, settings, moved, state.device)
     if state.num_processes == 1:
         return score()
     scores = score() if state.is_main_process else np.zeros(len(first_views(cache)))
@@ -83,7 +83,9 @@ def _scores(cache: Cache, settings: DistillConfig, moved: Spec | None) -> np.nda
     return of_first
 
 
-def _score(cache: Cache, settings: DistillConfig, moved: Spec | None, device: torch.device) -> Callable[[], np.ndarray]:
+def image_scorer(
+    cache: Cache, settings: DistillConfig, moved: Spec | None, device: torch.device
+) -> Callable[[], np.ndarray]:
     """Return what computes the score of every image. Raises UserError if the cache or the run lacks what it needs."""
     if settings.share_by == "loss":
         assert settings.share_run is not None

@@ -1,0 +1,133 @@
+"""Build what stage 3 trains, or find out before any training that a student cannot learn from the teachers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.cache.reader import Cache
+from pipeline.config import Config, DistillConfig
+from pipeline.models.backbone import Backbone
+from pipeline.storage.tensors import read_matrix
+from pipeline.students.new import new_student
+from pipeline.students.start import TeacherWeights, start_student
+from pipeline.training.batch_norm import check_parts
+from pipeline.training.cached_teachers import CachedTeacher
+from pipeline.training.distiller import Distiller
+from pipeline.training.joint_training import new_joint
+from pipeline.training.other_views import OtherViews
+from pipeline.training.subset import image_counts, image_scorer, split_images
+from pipeline.training.targets import Targets
+from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from singer.backbones import depth, freeze_others
+from singer.lora import train_low_rank
+from singer.matching import match_blocks
+from singer.objectives import OBJECTIVES
+from singer.patch_dropout import can_leave_out_patches
+from singer.refiner import Refiner
+
+
+def new_distiller(
+    student: Backbone,
+    config: Config,
+    teachers: Sequence[CachedTeacher],
+    device: torch.device,
+    refiners: Sequence[Refiner | None] | None = None,
+) -> tuple[Distiller, OtherViews | None]:
+    """Build what is trained with a student, and what chooses the other views of distill.overlap, if it is set.
+
+    refiners: one for each teacher; None to learn only whether all fits, without the adapters of joint training. Raises
+    UserError if the student cannot learn from these teachers in this way.
+    """
+    settings = config.distill
+    share = _token_share(student, settings, teachers)
+    branches = _branches(student, config, teachers, device, refiners, whole=share == 1)
+    distiller = Distiller(student, branches, settings.teacher_drop).to(device)
+    if settings.mask_share:
+        distiller.mask_patches(settings.mask_share, settings.mask_weight)
+    if settings.trained is not None:
+        freeze_others(student.model, settings.trained)
+    if config.student.lora is not None:
+        train_low_rank(student.model, config.student.lora)
+    if share < 1:
+        distiller.drop_patches(share, settings)
+    others = None
+    if settings.overlap != "none":
+        for branch in branches:
+            if settings.overlap == "other":
+                branch.check_tokenwise("overlap=none", "the two views have other ones")
+            else:
+                branch.targets.check_whole("overlap=none", "the views of an image have other ones")
+        others = OtherViews(teachers[0].cache, settings.seed, average=settings.overlap == "average")
+    return distiller, others
+
+
+def check_student(config: Config, teachers: Sequence[CachedTeacher]) -> None:
+    """Raise UserError if a new student cannot learn from these teachers; refiners need not exist yet.
+
+    It builds all that one process would train, on the CPU and with random weights; it reads no features, and does not
+    load the teacher.
+    """
+    cache, settings = teachers[0].cache, config.distill
+    teacher = cache.manifest.teacher
+    random = config.student.model_copy(update={"pretrained": False})
+    student = new_student(random, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
+    start_student(student, config.student, cached_weights(config, cache), fits_only=True)
+    distiller, _ = new_distiller(student, config, teachers, torch.device("cpu"))
+    if settings.share_by == "random":
+        records, _ = split_images(cache, settings)
+        check_parts(student, distiller.blocks[-1], settings, len(cache) if records is None else len(records), 1)
+    else:
+        image_scorer(cache, settings, None, torch.device("cpu"))
+        image_counts(len(np.unique(cache.index.first_image)), settings)
+
+
+def cached_weights(config: Config, cache: Cache) -> TeacherWeights:
+    """Return where the weights of a cached teacher are, from which a student can start."""
+    teacher, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
+    return TeacherWeights(loaded, teacher.architecture, teacher.model_args, teacher.weights)
+
+
+def _token_share(student: Backbone, settings: DistillConfig, teachers: Sequence[CachedTeacher]) -> float:
+    """Return distill.token_share: by default a half, where student, caches and objectives allow it.
+
+    With half of the patches, students were as good at equal steps, for three quarters of the time (docs/results.md,
+    "Levers, one at a time").
+    """
+    if settings.whole_share == 1:
+        return 1.0
+    if settings.token_share is not None:
+        return settings.token_share
+    sampled = any(teacher.cache.manifest.sampled for teacher in teachers)
+    tokenwise = all(OBJECTIVES[name].tokenwise for name in settings.objectives)
+    may = tokenwise and not (settings.joint or sampled) and can_leave_out_patches(student.model)
+    return 0.5 if may else 1.0
+
+
+def _branches(
+    student: Backbone,
+    config: Config,
+    teachers: Sequence[CachedTeacher],
+    device: torch.device,
+    refiners: Sequence[Refiner | None] | None,
+    whole: bool,
+) -> list[TeacherBranch]:
+    """Build what the student has for each teacher, with fresh adapters in joint training.
+
+    whole: whether the student always sees all patches; the other arguments are those of new_distiller.
+    """
+    settings = config.distill
+    texts = read_matrix(settings.texts) if settings.texts is not None else None
+    objectives, branches = settings.objectives_of(len(teachers)), []
+    of_each = refiners if refiners is not None else [None] * len(teachers)
+    for teacher, refiner, wanted in zip(teachers, of_each, objectives, strict=True):
+        cache, joint, adapters = teacher.cache, None, None
+        matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
+        targets = Targets(cache, refiner, student, device, texts)
+        if settings.joint and refiners is not None:
+            joint, adapters = new_joint(cache, config.refine, device)
+        weights = settings.weights_of(cache.blocks)
+        projector = "linear" if settings.joint and settings.projector is None else settings.projector
+        teaching = Teaching(wanted, projector, weights, settings.kd_weight * teacher.weight, teacher.name)
+        branches.append(TeacherBranch(student, matching, targets, teaching, adapters, joint, whole=whole))
+    return branches
