@@ -81,7 +81,10 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         said, source = config.init, None
         reason = misfit(student.model, student.model)  # whatever the weights are
         if reason is None:
-            source = _other(config.starts_from, student)
+            try:
+                source = _other(config.starts_from, student)
+            except UserError as error:
+                raise UserError(f"student.init: {error}") from error
             reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {otherwise}")
