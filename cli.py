@@ -288,7 +288,7 @@ def distill(
     student: Annotated[str | None, typer.Option(help="Any model that can be a teacher, or vit.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records in a step, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Peak learning rate, or auto.")] = None,
     precision: Annotated[str | None, typer.Option(help="Mixed precision: no, bf16 or fp16.")] = None,
     seed: SeedOption = None,
     local_copy: LocalCopyOption = None,

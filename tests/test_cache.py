@@ -31,6 +31,7 @@ from pipeline.outputs.folder import claimed_output
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.verify import verify
 from pipeline.storage import Store, open_store
+from pipeline.storage.local import LocalStore
 from pipeline.teachers.teacher import load_teacher
 from singer.backbones import block_outputs
 from singer.errors import UserError
@@ -207,6 +208,25 @@ def test_resume_with_other_settings_names_both_sides(world: Path, config: Config
     with pytest.raises(UserError, match=r"its teacher\.weights is .*, this run has"):
         fill(changed, world, out, "resume")
     assert len(Cache(out)) == 100
+
+
+def test_resume_with_other_settings_before_the_manifest(
+    world: Path, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first attempt wrote of arrays that the second does not have would be bytes of no cache."""
+    whole, out, write = fill(config, world, tmp_path / "whole"), tmp_path / "c", LocalStore.write
+
+    def stops_before_the_manifest(store: LocalStore, name: str, *parts: bytes) -> None:
+        if name == "manifest.json":
+            raise KeyboardInterrupt
+        write(store, name, *parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalStore, "write", stops_before_the_manifest)
+        fill(world_config(world, "views.pixels=uint8", "cache.codec=int8"), world, out)
+    assert (out / "pixels" / "zarr.json").is_file()
+    fill(config, world, out, "resume")
+    assert tree_bytes(out, "provenance.json") == tree_bytes(whole, "provenance.json")
 
 
 def hold(out: Path, held: Event) -> None:

@@ -156,6 +156,10 @@ MISTAKES = {
     ),
     "out of another stage": ("distill --cache {w}/cache --out {w}/test --resume", "was written by singer prepare, not"),
     "negative seed": ("distill --cache {w}/cache --out {o} --seed -1", "distill.seed: input should be greater"),
+    "unknown rate": (
+        "distill --cache {w}/cache --out {o} --lr fast",
+        "got 'fast'; distill.lr takes number > 0 or auto",
+    ),
     "report of no run": ("report {w}/cache --out {o}.html", "cache is not a finished run: it has no run.json"),
     "report in no page": ("report {w}/none --out {o}", "a report is one file; give a name that ends in .html"),
     "unknown format": ("export {w}/none --to onxx --out {o}", "--to: unknown 'onxx'; known: timm, hf, onnx, torch-"),

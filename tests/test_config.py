@@ -77,7 +77,7 @@ def test_a_number_in_another_notation_is_an_error(text: str, tmp_path: Path) -> 
     for read in (lambda: load_config(tmp_path / "c.yaml"), lambda: load_config(sets=[f"distill.epochs={text}"])):
         with pytest.raises(UserError) as error:
             read()
-        assert str(error.value) == f"configuration: {message}"
+        assert str(error.value) == f"configuration: {message}; distill.epochs takes integer ≥ 1"
 
 
 def test_dump_reads_back(tmp_path: Path) -> None:
@@ -111,8 +111,18 @@ def test_recipes_cover_the_paper() -> None:
         (["cache.on_error=skip"], "unknown key 'cache.on_error'; did you mean 'data.on_error'?"),
         (["distil.lr=1"], "unknown key 'distil'; did you mean 'distill'?"),
         (["refine.rank=0"], "refine.rank: input should be greater than or equal to 1, got 0"),
-        (["distill.lr=fast"], "distill.lr"),
-        (["distill.trained=[]"], "distill.trained: tuple should have at least 1 item"),
+        (["distill.lr=fast"], "got 'fast'; distill.lr takes number > 0 or auto"),
+        (["distill.objective={mse: x}"], "distill.objective takes text or names with number > 0 or list of"),
+        (["distill.objective={}"], "distill.objective: input should be a valid string, got {}"),
+        (["finetune.randaugment=2"], "finetune.randaugment takes [integer ≥ 1, number ≥ 0 ≤ 10] or null"),
+        (["distill.trained=blocks"], "distill.trained: input should be a valid list, got 'blocks'"),
+        (["distill.trained=[]"], "distill.trained: list should have at least 1 item"),
+        (["distill.blocks=[]"], "distill.blocks: list should have at least 1 item"),
+        (["distill.blocks=[[]]"], "distill.blocks takes list of integer or list of"),
+        (["distill.mask_weight=2"], "distill.mask_weight: 2 is about masked patches; mask some"),
+        (["finetune.kd_weight=1"], "finetune.kd_weight: 1 is the share of a teacher, and none takes part"),
+        (["student.init_blocks=even", "student.init=random"], "student.init_blocks: even chooses among blocks"),
+        (["student.init_blocks=even", "student.pretrained=true"], "student.init_blocks: even chooses among blocks"),
         (["rank=3"], "give section.key"),
         (["refine.rank"], "--set takes section.key=value"),
         (["refine.rank=[1"], "is not a YAML value"),

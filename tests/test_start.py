@@ -321,6 +321,14 @@ def test_a_copy_of_the_teacher_gets_registers_and_is_a_teacher(world: Path, tmp_
     assert Cache(tmp_path / "cache").manifest.teacher.prefix_tokens == 4
 
 
+def test_a_start_that_cannot_be_read_is_named_with_its_key(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.pth").touch()
+    for place, message in ((tmp_path / "empty.pth", "the file is empty"), (tmp_path, "is not a model folder")):
+        config = world_config(world, f"student.init={place}").student
+        with pytest.raises(UserError, match=f"^student.init: .*{message}"):
+            start_student(new_student(config, 32), config, _weights(world))
+
+
 def test_parts_that_cannot_be_trained_and_registers_that_do_not_exist(world: Path, tmp_path: Path) -> None:
     for name in ("blocks.9", "block", "norm"):  # the norm comes after the last block that is compared
         config = world_config(world, f"distill.trained=[{name}]")

@@ -116,7 +116,7 @@ def test_shards(tmp_path: Path) -> None:
         (b"<!DOCTYPE html>\n<html></html>", "a saved web page"),
         (b'{"architecture": "x"}', "JSON, but no index of sharded safetensors"),
         (b"\x00" * 100, "cannot be read"),
-        (b"", "cannot be read"),
+        (b"", "the file is empty"),
     ],
 )
 def test_what_is_no_weights(content: bytes, message: str, tmp_path: Path) -> None:

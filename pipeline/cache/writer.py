@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.cache.calibration import Calibration
-from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, TAIL, journal_file, zarr_shard_file
+from pipeline.cache.format import CALIBRATION, FIDELITY, IMAGES, PARTS, TAIL, journal_file, zarr_shard_file
 from pipeline.cache.index import image_bytes
 from pipeline.cache.manifest import Manifest
 from pipeline.cache.stored import Ragged, Stored
@@ -51,7 +51,13 @@ def small_files(
 
 
 def create_segment(store: Store, manifest: Manifest, files: Mapping[str, bytes]) -> None:
-    """Write all files but the features. The manifest comes last, because it makes the segment exist."""
+    """Write all files but the features. The manifest comes last, because it makes the segment exist.
+
+    What an attempt with other settings left, which was interrupted before its manifest, is removed.
+    """
+    for name in store.sizes().keys() - files.keys():
+        if name == TAIL or (name.endswith("/zarr.json") and not name.startswith(f"{PARTS}/")):
+            store.remove(name)
     for name, content in files.items():
         store.write(name, content)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

@@ -10,13 +10,16 @@ from pipeline.config.kinds import LOCAL_COPY_GB, Above, Fraction, LocalCopy, Sha
 from pipeline.config.training import TrainingConfig
 from singer.errors import UserError
 
+Objectives = Annotated[dict[str, Above], Field(min_length=1)]
+Blocks = Annotated[tuple[int, ...], Field(min_length=1)]
+
 
 class DistillConfig(TrainingConfig):
     """The training of a student."""
 
     section: ClassVar[str] = "distill"
 
-    objective: str | dict[str, Above] | tuple[str | dict[str, Above], ...] = key(
+    objective: str | Objectives | tuple[str | Objectives, ...] = key(
         "mse",
         "a name, or names with weights: {mse: 1, logits: 0.5}; with several caches one, or a list with one for each",
     )
@@ -83,7 +86,7 @@ class DistillConfig(TrainingConfig):
         "which of a cache's teachers, by its variant; default: the refiner's, or the first; with several caches a list",
         shared=True,
     )
-    blocks: tuple[int, ...] | tuple[tuple[int, ...] | None, ...] | None = key(
+    blocks: Blocks | Annotated[tuple[Blocks | None, ...], Field(min_length=1)] | None = key(
         None,
         "which of the teacher's blocks; default: the refiner's, or all; with several caches a list of lists",
         shared=True,
@@ -110,6 +113,11 @@ class DistillConfig(TrainingConfig):
             raise UserError("share_by: loss is that of a trained student; give its run (--set distill.share_run=RUN)")
         if self.share_by != "loss" and self.share_run is not None:
             raise UserError(f"share_run: {self.share_by} needs no run; set distill.share_by=loss, or leave it out")
+        if not self.mask_share and self.mask_weight != 1:
+            raise UserError(
+                f"mask_weight: {self.mask_weight:g} is about masked patches; mask some (--set distill.mask_share=0.4), "
+                "or leave it out"
+            )
         if self.overlap != "none" and self.joint:
             raise UserError("overlap: adapters that are trained with the student see one view; set joint=false")
         for blocks in filter(None, self.blocks_by_teacher or ()):

@@ -81,6 +81,11 @@ class FinetuneConfig(TrainingConfig):
         given = [name for name in ("teacher", "class_map") if getattr(self, name) is not None]
         if self.kd == "none" and given:
             raise UserError(f"{given[0]}: no teacher takes part; set finetune.kd=soft (or hard), or leave it out")
+        if self.kd == "none" and self.kd_weight != type(self).model_fields["kd_weight"].default:
+            raise UserError(
+                f"kd_weight: {self.kd_weight:g} is the share of a teacher, and none takes part; set finetune.kd=soft "
+                "(or hard), or leave it out"
+            )
         if self.kd != "soft" and self.kd_temperature != 1:
             raise UserError(
                 f"kd_temperature: {self.kd_temperature:g} is for soft labels; set finetune.kd=soft, or leave it out"

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.fields import keys, section_of, takes_text
+from pipeline.config.reference import kind_of
 from pipeline.config.refine import VARIANTS, VARIED, RefineConfig
 from pipeline.config.sections import Config
 from pipeline.config.student import StudentConfig
@@ -184,8 +185,14 @@ def _explain(error: ErrorDetails) -> str:
     if error["type"] == "value_error":  # a section's own check, which names the key
         return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
-        quotes = "; a name is put in quotes" if error["type"] in ("string_type", "path_type") else ""
-        return f"{where}: {continued(error['msg'])}, got {error['input']!r}{quotes}"
+        hint, given = "", error["input"]
+        if error["type"] in ("string_type", "path_type") and not isinstance(given, list | dict):
+            hint = "; a name is put in quotes"
+        elif len(error["loc"]) > 1 and error["type"].endswith(("_parsing", "_type")):
+            # Of several types, the message names one alone.
+            section, key = map(str, error["loc"][:2])
+            hint = f"; {section}.{key} takes {kind_of(section_of(Config, section), key)}"
+        return f"{where}: {continued(error['msg']).replace('tuple', 'list')}, got {given!r}{hint}"
     section, _, key = where.rpartition(".")
     elsewhere = [name for name in Config.model_fields if section and key in section_of(Config, name).model_fields]
     if len(elsewhere) == 1:

@@ -26,7 +26,7 @@ def as_yaml(config: Config) -> str:
         section = section_of(Config, name)
         lines = [f"# {line}" for line in _summary(section)] + [f"{name}:"]
         for key, about in keys(section):
-            lines += [f"  # {_text(section, key)} ({_kind(section, key)}; affects {about.affects})"]
+            lines += [f"  # {_text(section, key)} ({kind_of(section, key)}; affects {about.affects})"]
             lines += [f"  {key}: {json.dumps(tree[name][key], ensure_ascii=False)}"]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
@@ -61,7 +61,7 @@ def as_markdown() -> str:
         for key, about in keys(section):
             default = json.dumps(defaults[name][key], ensure_ascii=False)
             star = " *" if about.shared else ""
-            kind, text = (part.replace("|", "\\|") for part in (_kind(section, key), _text(section, key)))
+            kind, text = (part.replace("|", "\\|") for part in (kind_of(section, key), _text(section, key)))
             lines.append(f"| `{key}`{star} | {kind} | `{default}` | {text} | {about.affects} |")
     return "\n".join(lines) + "\n"
 
@@ -76,8 +76,8 @@ def _text(section: type[Section], key: str) -> str:
     return section.model_fields[key].description or ""
 
 
-def _kind(section: type[Section], key: str) -> str:
-    """Describe the type of a key in words."""
+def kind_of(section: type[Section], key: str) -> str:
+    """Describe the type of a key in words, such as number > 0 or auto."""
     field = section.model_fields[key]
     return _type(field.annotation, list(field.metadata))
 

@@ -62,6 +62,11 @@ class StudentConfig(Section):
     def _check(self) -> "StudentConfig":
         if self.exit == "plain" and self.exit_width is not None:
             raise UserError("exit_width: only a wider exit has it; give one (--set student.exit=wide, or lift)")
+        if self.init_blocks != "first" and (self.init == "random" or (self.init == "auto" and self.pretrained)):
+            raise UserError(
+                f"init_blocks: {self.init_blocks} chooses among blocks of another model, and the student starts from "
+                "none; leave it out"
+            )
         if self.lora is not None and self.init == "random" and not self.pretrained:
             raise UserError(
                 "lora: random weights (init) are not worth keeping; start from others (--set student.init=teacher), or "

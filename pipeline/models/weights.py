@@ -69,6 +69,8 @@ def _load(path: Path) -> Any:
     """Read a file by its content."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
+    if not head:
+        raise UserError(f"weights {path}: the file is empty; copy or download it again")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         return read_tensors(path)
     if head.startswith(b"version https://git-lfs"):

@@ -90,7 +90,10 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
         said, source = config.init, None
         reason = misfit(student.model, student.model)  # whatever the weights are
         if reason is None:
-            source = _other(config.starts_from, student, otherwise)
+            try:
+                source = _other(config.starts_from, student, otherwise)
+            except UserError as error:
+                raise UserError(f"student.init: {error}") from error
             reason = misfit(source.model, student.model)
     if source is None or reason is not None:
         raise UserError(f"student.init {config.init}: {said} does not fit the student: {reason}; {otherwise}")
@@ -143,7 +146,7 @@ def _other(path: Path, student: Backbone, otherwise: str) -> Backbone:
         # On the student's grid, so that positions are interpolated once.
         image_size = Size(*(patch * side for side in student.layout[-1][1])).written
         if width != student.body_width:
-            wrong = f"student.init {path}: it has {width} channels and the student {student.body_width}"
+            wrong = f"{path}: it has {width} channels and the student {student.body_width}"
             if width > student.body_width:
                 wrong += ", and a file does not say in how many heads; name the folder of its run or model, which does"
             raise UserError(f"{wrong}; {otherwise}")
