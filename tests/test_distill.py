@@ -617,8 +617,11 @@ def test_students_of_different_blocks_share_no_pass(world: Path, tmp_path: Path)
     with pytest.raises(UserError, match="cannot train on one pass: they learn from different blocks"):
         fan_out(specs, world / "cache")
     assert not (tmp_path / "raw").exists()
-    for blocks in ("[]", "[3, 3]"):
-        with pytest.raises(UserError, match="blocks must be one or more distinct numbers"):
+    for blocks, message in (
+        ("[]", "blocks: list should have at least 1 item"),
+        ("[3, 3]", "one or more distinct numbers"),
+    ):
+        with pytest.raises(UserError, match=message):
             distill(world_config(world, f"distill.blocks={blocks}"), world / "cache", tmp_path / "raw")
 
 
