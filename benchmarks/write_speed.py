@@ -63,7 +63,7 @@ def seconds(run: Callable[[], object]) -> float:
 def against_teacher(options: argparse.Namespace, codec: str, scratch: Path) -> list[tuple[Turn, Turn]]:
     """Return (the teacher alone, fill) of every turn."""
     sets = [f"teacher.weights={options.teacher}", f"teacher.name={options.model}", f"cache.codec={codec}"]
-    config = load_config(sets=sets)
+    config = load_config(sets=[*sets, "views.pixels=none"])  # both sides decode, and only features are compared
     backbone = load_teacher(config.teacher)
     extract = Extractor(config, backbone, this_process().device)
     create.create_segments(config, index_images(options.shards), scratch, "new", extract)

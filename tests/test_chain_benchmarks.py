@@ -57,11 +57,29 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_rows(chain: Path, tmp_path: Path, script: str, options: tuple[str, ...], rows: tuple[str, ...]) -> None:
-    command = [sys.executable, str(BENCHMARKS / script), "--out", str(tmp_path / "out"), *options]
-    command += ["--teacher", str(chain / "teacher.safetensors"), "--data", str(chain / "data")]
-    command += [word for one in SETS for word in ("--set", one)]
+    sets = [word for one in SETS for word in ("--set", one)]
+    found = printed(chain, script, "--out", str(tmp_path / "out"), "--data", str(chain / "data"), *options, *sets)
+    assert all(row in found for row in rows), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "row"),
+    [
+        ("write_speed.py", ("--codecs", "int4", "--images", "32", "--gigabytes", "0.01"), "| int4 | "),
+        ("cached_vs_online.py", ("--set", "distill.batch_size=16", "--steps", "2"), "online / cached: "),
+    ],
+)
+def test_speeds(chain: Path, script: str, options: tuple[str, ...], row: str) -> None:
+    shards = str(chain / "data" / "tinyimagenet50-train-*.tar")
+    assert row in printed(chain, script, "--shards", shards, "--rounds", "1", *options)
+
+
+def printed(chain: Path, script: str, *options: str) -> str:
+    """Run a benchmark with the teacher of the chain, and return what it prints."""
+    command = [sys.executable, str(BENCHMARKS / script), "--teacher", str(chain / "teacher.safetensors"), *options]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert all(row in done.stdout for row in rows), done.stdout
+    return done.stdout
