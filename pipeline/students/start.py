@@ -106,9 +106,12 @@ def start_student(student: Backbone, config: StudentConfig, teacher: TeacherWeig
 
 def starts_as_blocks(student: Backbone, config: StudentConfig, teacher: TeacherWeights) -> bool:
     """Return whether a student starts as some of the teacher's blocks, and these keep all their channels."""
-    if config.starts_from is not None or config.init == "random" or config.pretrained or _misfit(teacher, student):
+    elsewhere = config.starts_from is not None or config.init == "random" or config.pretrained
+    if elsewhere or not timm.is_model(teacher.architecture):
         return False
     outline = _outline(teacher)
+    if misfit(outline, student.model) is not None:
+        return False
     have, want = (model.blocks[0].state_dict() for model in (outline, student.model))  # type: ignore[index,union-attr]
     same = all(name in have and have[name].shape == tensor.shape for name, tensor in want.items())
     return same and depth(student.model) < depth(outline)
