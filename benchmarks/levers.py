@@ -22,7 +22,6 @@ from field import Steps
 from kept_figures import Figures
 from results import write_between
 from setting import JUDGED, PROBES, RECIPE, TRAIN, Chain, cell, line, mode
-from views import CROPS
 
 from pipeline.config import Config, load_config
 from pipeline.outputs.resuming import RUN_RESULT
@@ -32,6 +31,7 @@ from pipeline.stages.evaluate import evaluate
 from pipeline.stages.refine import refine
 
 BASE = "the recipe"
+CROPS = ("views.kind=random-resized-crop", "views.scale=[0.3,1]", "views.flip=0.5")
 # {lever: what it changes}. A new one is a line here.
 LEVERS: dict[str, tuple[str, ...]] = {
     BASE: (),
