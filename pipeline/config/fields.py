@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from singer.errors import UserError
-
-if TYPE_CHECKING:
-    from pipeline.config.sections import Config
 
 Affects = Literal["result", "details", "speed", "place", "failures"]
 """What changes with a key.
@@ -87,8 +84,8 @@ def left_open(section: Section, name: str) -> bool:
     return about.by_machine and getattr(section, name) == "auto"
 
 
-def section_of(config: "Config | type[Config]", name: str) -> type[Section]:
-    """Return the class of a section by its name."""
+def section_of(config: BaseModel | type[BaseModel], name: str) -> type[Section]:
+    """Return the class of a section of the configuration by its name."""
     annotation = (config if isinstance(config, type) else type(config)).model_fields[name].annotation
     assert isinstance(annotation, type) and issubclass(annotation, Section)
     return annotation
