@@ -18,9 +18,7 @@ class Pilot:
 
     def __init__(self, config: Config, sample: Sample, place: Place, work: Path) -> None:
         # The sample's tars hold KEY.jpg, whatever is in a key. Each of the short runs would compile the teacher anew.
-        data = config.data.model_copy(update={"image_key": ".jpg"})
-        cache = config.cache.model_copy(update={"compile": False})
-        config = config.model_copy(update={"data": data, "cache": cache})
+        config = config.changed(data={"image_key": ".jpg"}, cache={"compile": False})
         self.config, self.place, self.work, self._sample = config, place, work, sample
         count = min(len(sample.images), -(-CALIBRATION_RECORDS // config.views.count))
         sample.write_tar(work / "0.tar", range(count))

@@ -74,13 +74,12 @@ def train_on(
 def _measured_config(config: Config) -> Config:
     """Return the configuration without what costs time and changes no speed: copies, trackers, fetched weights."""
     own = {"local_copy": None, "local_copy_gb": None, "teacher": None}
-    sets = {
-        "distill": {**own, "trackers": (), "share_by": "random"},
-        "student": {"pretrained": False, "init": "random"},
+    return config.changed(
+        distill={**own, "trackers": (), "share_by": "random"},
+        student={"pretrained": False, "init": "random"},
         # One step is enough, because adapters are as fast before training as after it.
-        "refine": {**own, "steps": 1},
-    }
-    return config.model_copy(update={n: getattr(config, n).model_copy(update=changes) for n, changes in sets.items()})
+        refine={**own, "steps": 1},
+    )
 
 
 def _refiner(config: Config, pilot: Pilot) -> tuple[Path | None, str]:

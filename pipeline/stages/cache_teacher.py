@@ -73,8 +73,7 @@ def cache_teacher(
     config = with_precision(config)
     check_names(config, "cache")
     if teacher is not None:
-        named = config.teacher.model_copy(update={"name": object_name(teacher)})
-        config = config.model_copy(update={"teacher": named})
+        config = config.changed(teacher={"name": object_name(teacher)})
     inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)

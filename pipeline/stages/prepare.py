@@ -72,7 +72,7 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: 
     check_output(out, mode, STAGE, config, [*sources_to_pack(config, images), *filter(None, [settings.classes])])
     listing = list_to_pack(config, images)
     size = max(1, min(settings.shard_images, -(-len(listing.entries) // parts))) if parts > 1 else settings.shard_images
-    config = config.model_copy(update={"prepare": settings.model_copy(update={"shard_images": size})})
+    config = config.changed(prepare={"shard_images": size})
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
     else:

@@ -250,7 +250,7 @@ def _as_refined(run: Run, caches: int) -> Config:
         read["teacher"] = (refine.teacher,) * caches
     if settings.blocks is None and refine.blocks is not None:
         read["blocks"] = (refine.blocks,) * caches
-    return run.config.model_copy(update={"distill": settings.model_copy(update=read)})
+    return run.config.changed(distill=read)
 
 
 def _refuse(what: str, out: Path, change: str | None) -> None:

@@ -62,8 +62,7 @@ class StudentSpec:
 
     def __post_init__(self) -> None:
         if self.module is not None:
-            named = self.config.student.model_copy(update={"name": object_name(self.module)})
-            object.__setattr__(self, "config", self.config.model_copy(update={"student": named}))
+            object.__setattr__(self, "config", self.config.changed(student={"name": object_name(self.module)}))
 
 
 class NewStudent:
