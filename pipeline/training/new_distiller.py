@@ -121,13 +121,12 @@ def _branches(
     objectives, branches = settings.objectives_of(len(teachers)), []
     of_each = refiners if refiners is not None else [None] * len(teachers)
     for teacher, refiner, wanted in zip(teachers, of_each, objectives, strict=True):
-        cache, joint, adapters = teacher.cache, None, None
+        cache = teacher.cache
         matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
         targets = Targets(cache, refiner, student, device, texts)
-        if settings.joint and refiners is not None:
-            joint, adapters = new_joint(cache, config.refine, device)
+        joint = new_joint(cache, config.refine, device) if settings.joint and refiners is not None else None
         weights = settings.weights_of(cache.blocks)
         projector = "linear" if settings.joint and settings.projector is None else settings.projector
         teaching = Teaching(wanted, projector, weights, settings.kd_weight * teacher.weight, teacher.name)
-        branches.append(TeacherBranch(student, matching, targets, teaching, adapters, joint, whole=whole))
+        branches.append(TeacherBranch(student, matching, targets, teaching, joint, whole=whole))
     return branches
