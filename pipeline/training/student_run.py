@@ -158,7 +158,7 @@ class StudentRun:
         """Start to report the mean losses since the last report; it is finished after the next step.
 
         A GPU has then computed them, so that reading them does not wait for it. held_out: figures of records that are
-        held out, see HeldOut.measure.
+        held out, see held_out.measure.
         """
         self.finish_report()
         with current().together():
@@ -198,7 +198,7 @@ class StudentRun:
 class Report:
     """What a report says: of which step, the speed until then, and the sums of the losses of so many steps.
 
-    sums: returns the value of each name, once it has arrived on the CPU; held_out: see HeldOut.measure.
+    sums: returns the value of each name, once it has arrived on the CPU; held_out: see held_out.measure.
     """
 
     step: int
