@@ -12,9 +12,9 @@ from pipeline.cache import Cache
 from pipeline.stages.distill import distill, fan_out
 from pipeline.students.new import new_student
 from pipeline.training import runs, trainer
-from pipeline.training.distiller import Distiller
 from pipeline.training.batch import Loader
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.distiller import Distiller
+from pipeline.training.optimisers import decay_groups
 from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.student_run import StudentRun

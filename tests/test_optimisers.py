@@ -18,8 +18,7 @@ from pipeline.students.new import new_student
 from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
-from pipeline.training.optimisers import new_optimiser
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.optimisers import decay_groups, new_optimiser
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
