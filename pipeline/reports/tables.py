@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
+from pipeline.models.names import OWN
 from pipeline.reports import charts
 from pipeline.reports.measure_page import Measurements
 from pipeline.reports.measurements import sources_of
@@ -22,7 +23,6 @@ from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import LOG
 from pipeline.training.stored_refiners import METRICS
 from singer.backbones import count_parameters
-from singer.names import OWN
 from singer.suffix import outline
 
 _STYLES = ("solid", "dashed", "dotted")
