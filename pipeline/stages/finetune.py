@@ -275,12 +275,11 @@ class NewClassifier:
                 for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
             )
             m = train([student_run], load, apart, accelerator)
-        best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.given)]))
         finetuned = Finetuned(
             self.classes, len(self.numbers), sources, student_run.steps,
-            student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
+            student_run.loss, m.seconds, m.rate, m.wait_percent, student_run.kept_epoch,
         )  # fmt: skip
         parameters, student = count_parameters(self.student.model), self.out / STUDENT_FOLDER
         result = replace(self.trained, run=self.out, student=student, parameters=parameters, finetuned=finetuned)

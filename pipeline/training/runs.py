@@ -232,7 +232,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
-        kept_epoch=student_run.best.epoch if student_run.best is not None and student_run.kept_states else None,
+        kept_epoch=student_run.kept_epoch,
     )
 
 
