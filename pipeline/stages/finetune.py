@@ -56,6 +56,7 @@ from pipeline.training.run_directory import (
     Finetuned,
     load_result,
     load_run_config,
+    resumed_result,
     write_result,
 )
 from pipeline.training.subset import held_out_images
@@ -122,8 +123,7 @@ def finetune(
     if begun is not None:
         check_inputs(out, inputs if teacher is not None else {**inputs, _TEACHER: begun.get(_TEACHER)})
         if finished:
-            result = load_result(out)
-            (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
+            result = resumed_result(out)
     if result is None:
         new = NewClassifier(config, run, trained, images, teacher, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
