@@ -32,14 +32,14 @@ _COMPARED = 64
 class CachedTeacher:
     """A teacher: its opened cache, and the refiner of its features, if any.
 
-    name: the prefix of its losses if there are several teachers; refiner: its folder; note: its manifest; weight: the
-    weight of the teacher's objective.
+    name: the prefix of its losses if there are several teachers; refiner: its folder; weight: the weight of the
+    teacher's objective.
     """
 
     name: str
     cache: Cache
     refiner: Path | None
-    note: RefinerManifest | None
+    refiner_manifest: RefinerManifest | None
     weight: float
 
 
@@ -61,7 +61,7 @@ def open_teachers(
     if count == 1 and settings.teacher_drop:
         raise UserError("distill.teacher_drop is for several teachers; give as many --cache, or leave it out")
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
-    notes = [read_refiner(path) if path is not None else None for path in refiner_paths]
+    manifests = [read_refiner(path) if path is not None else None for path in refiner_paths]
     caches = []
     for n, (place, path, teacher, blocks) in enumerate(
         zip(listed, refiner_paths, teachers, chosen, strict=True), start=1
@@ -74,7 +74,7 @@ def open_teachers(
             caches.append(Cache(place, teacher, blocks, settings.local_copies, known, option))
     check_records(caches)
     return [
-        CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)
+        CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, manifests, weights, strict=True)
     ]
 
 
@@ -116,7 +116,8 @@ def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> d
         hashes[numbered("cache", number)] = teacher.cache.id
         refiner = teacher.refiner
         hashes[numbered("refiner", number)] = file_hash(refiner / REFINER) if refiner is not None else None
-        kind = f"{teacher.note.cleaner}, {teacher.note.normaliser}" if teacher.note is not None else None
+        manifest = teacher.refiner_manifest
+        kind = f"{manifest.cleaner}, {manifest.normaliser}" if manifest is not None else None
         hashes[numbered("refiner_kind", number)] = kind
     return hashes
 

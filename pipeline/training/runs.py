@@ -121,10 +121,10 @@ class NewStudent:
         """Return what the student learns from each teacher; the matching has only blocks that an objective reads."""
         found = []
         for teacher, branch in zip(self.teachers, self.distiller.branches, strict=True):
-            t, note = teacher.cache.manifest.teacher, teacher.note
+            cache, manifest = teacher.cache, teacher.refiner_manifest
+            t, kind = cache.manifest.teacher, manifest.kind if manifest is not None else None
             path = str(teacher.refiner) if teacher.refiner is not None else None
             described = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
-            cache, kind = teacher.cache, note.kind if note is not None else None
             found.append(TeacherLink(described, cache.id, str(cache.place), branch.links, path, kind))
         return found
 
