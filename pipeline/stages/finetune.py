@@ -38,11 +38,10 @@ from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current
 from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import write_json
-from pipeline.students.start import TeacherWeights
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import cache_of_run
+from pipeline.training.cached_teachers import cache_of_run, cached_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.head_teacher import HeadTeacher
@@ -204,9 +203,7 @@ def _teacher_of_run(run: Path, trained: DistillResult, weights: Path | None) -> 
     cache = cache_of_run(run, link)
     if cache is None:
         raise UserError(f"finetune.kd: the cache that {run} learned from is not at {link.cache_place}; {_NAME_ONE}")
-    t = cache.manifest.teacher
-    loaded = TeacherWeights(cache.teacher_config(weights), t.architecture, t.model_args, t.weights)
-    return loaded.load("finetune.kd", f"or {_NAME_ONE}")
+    return cached_weights(cache, weights).load("finetune.kd", f"or {_NAME_ONE}")
 
 
 def _inputs(

@@ -16,6 +16,7 @@ from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
+from pipeline.students.start import TeacherWeights
 from pipeline.training.run_directory import TeacherLink, load_result, nearby
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
@@ -164,6 +165,12 @@ def open_images(cache: Cache, images: Spec | None = None) -> AbstractContextMana
         with ImageFile(found) as files:
             check_images(files, evenly_spaced(np.arange(len(found)), _COMPARED), cache.index.digest)
     return ImageFile(found)
+
+
+def cached_weights(cache: Cache, weights: Path | None) -> TeacherWeights:
+    """Return where the weights of a cached teacher are. weights: a file that has them, if they moved."""
+    teacher = cache.manifest.teacher
+    return TeacherWeights(cache.teacher_config(weights), teacher.architecture, teacher.model_args, teacher.weights)
 
 
 def cache_of_run(run: Path, link: TeacherLink) -> Cache | None:

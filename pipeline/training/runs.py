@@ -26,8 +26,8 @@ from pipeline.students.start import start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
-from pipeline.training.new_distiller import cached_weights, new_distiller
+from pipeline.training.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
+from pipeline.training.new_distiller import new_distiller
 from pipeline.training.prepared import prepare_run
 from pipeline.training.run_directory import (
     ADAPTERS,
@@ -105,14 +105,14 @@ class NewStudent:
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
         student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
-            start_student(student, config.student, cached_weights(config, cache))
+            start_student(student, config.student, cached_weights(cache, config.teacher.weights))
         return student
 
     def _layer_decay(self) -> float:
         """Return distill.layer_decay; its rule is for students whose weights are all trained."""
         config, model = self.spec.config, self.student.model
         may = config.distill.trained is None and config.student.lora is None and hasattr(model, "group_matcher")
-        teacher = cached_weights(config, self.teachers[0].cache)
+        teacher = cached_weights(self.teachers[0].cache, config.teacher.weights)
         whole = may and starts_as_blocks(self.student, config.student, teacher)
         return layer_decay(config.distill, depth(model), whole)
 
