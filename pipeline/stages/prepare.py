@@ -20,10 +20,10 @@ from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.entries import Convert, Entry, Listing
 from pipeline.data.formats import FORMATS, KEPT, format_of
+from pipeline.data.image_keys import file_keys
 from pipeline.data.images import CLASSES, read_classes
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.image_sources import list_sources
-from pipeline.data.names import file_keys
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.class_folders import check_filled
 from pipeline.data.sources.tables import TABLE
