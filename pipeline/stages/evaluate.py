@@ -14,8 +14,9 @@ from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
+from pipeline.evaluation.learned_from import learned_from
 from pipeline.evaluation.open_model import check_known_model, open_model
-from pipeline.evaluation.stored import learned_from, result_file, store_result
+from pipeline.evaluation.result_files import result_file, store_result
 from pipeline.evaluation.tasks import TASKS
 from pipeline.models.backbone import Backbone
 from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER

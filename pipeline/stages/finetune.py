@@ -23,10 +23,11 @@ from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_image
 from pipeline.evaluation import own_head
 from pipeline.evaluation.classification import check_choice, check_labels
 from pipeline.evaluation.context import EvaluationContext
+from pipeline.evaluation.learned_from import learned_from
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.open_model import open_model
 from pipeline.evaluation.own_head import Asked, OwnHead, class_of_label
-from pipeline.evaluation.stored import learned_from, result_file, store_result
+from pipeline.evaluation.result_files import result_file, store_result
 from pipeline.models.backbone import Backbone, save_backbone, weight_hash
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
