@@ -4,8 +4,7 @@ from pathlib import Path
 
 from pipeline.cache.extract import CALIBRATION_RECORDS
 from pipeline.config import Config
-from pipeline.planning.costs import Rate
-from pipeline.planning.rates import REPEATS
+from pipeline.planning.rates import REPEATS, Rate
 from pipeline.planning.sample import Sample
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.storage import Place, open_store

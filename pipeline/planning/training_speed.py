@@ -14,10 +14,9 @@ from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth, shuffle_of
-from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
 from pipeline.planning.pilot import Pilot
-from pipeline.planning.rates import rate_of
+from pipeline.planning.rates import Rate, not_measured, rate_of
 from pipeline.planning.sample import Sample
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator, own_accelerate
