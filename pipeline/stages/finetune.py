@@ -48,7 +48,7 @@ from pipeline.training.fsdp import check_fsdp
 from pipeline.training.head_teacher import HeadTeacher
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import prepare_run
+from pipeline.training.new_student_run import new_student_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     FINETUNE,
@@ -264,7 +264,7 @@ class NewClassifier:
         ranks.wait()
         holds_out = len(self.held_out) > 0
         with ranks.together():
-            student_run = prepare_run(
+            student_run = new_student_run(
                 self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
             )
         with ImageFile(self.images) as files:

@@ -28,7 +28,7 @@ from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
 from pipeline.training.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
 from pipeline.training.new_distiller import new_distiller
-from pipeline.training.prepared import prepare_run
+from pipeline.training.new_student_run import new_student_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
@@ -163,7 +163,9 @@ class NewStudent:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
         config, holds_out = self.spec.config, len(self.held_out) > 0
         settings = config.distill.model_copy(update={"layer_decay": self.layer_decay})
-        return prepare_run(self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator)
+        return new_student_run(
+            self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator
+        )
 
 
 def train_students(
