@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.checks import check_names, files_of_training
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec, places_of
-from pipeline.models.own import Own
+from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
 from pipeline.outputs.provenance import check_inputs
 from pipeline.outputs.resuming import RUN_RESULT
@@ -71,7 +71,7 @@ def fan_out(
     Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the students.
     """
     check_shared(specs)
-    specs = [replace(spec, config=with_precision(spec.config)) for spec in specs]
+    specs = [replace(spec, config=_resolved(spec)) for spec in specs]
     settings = specs[0].config.distill
     check_fsdp(settings.precision)
     begun = [begun_inputs(spec.out, mode) for spec in specs]
@@ -91,11 +91,12 @@ def fan_out(
             check_inputs(spec.out, input_hashes(teachers, settings.share_run))
             if (spec.out / RUN_RESULT).exists():
                 results[spec.out] = resumed_result(spec.out)
-    files = open_images(teachers_of_each[0][0].cache, images)
+    cache = teachers_of_each[0][0].cache
+    files = open_images(cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
-        split = split_images(teachers_of_each[0][0].cache, settings, images) if len(results) < len(specs) else None
+        split = split_images(cache, settings, images) if len(results) < len(specs) else None
         made = [
             NewStudent(spec, teachers, accelerator, split, mode)
             for spec, teachers in zip(specs, teachers_of_each, strict=True)
@@ -107,6 +108,12 @@ def fan_out(
         if made:
             results |= train_students(made, files, mode, accelerator)
     return [results[spec.out] for spec in specs]
+
+
+def _resolved(spec: StudentSpec) -> Config:
+    """Return a student's configuration with its precision on this machine, and the name of a module of one's own."""
+    config = with_precision(spec.config)
+    return config if spec.module is None else config.changed(student={"name": object_name(spec.module)})
 
 
 def check_shared(specs: Sequence[StudentSpec]) -> None:

@@ -13,7 +13,7 @@ from pipeline.config import Config, DistillConfig
 from pipeline.data import ImageFile
 from pipeline.data.sampler import WINDOW_BYTES, shuffle_of
 from pipeline.models.backbone import Backbone, save_backbone
-from pipeline.models.own import Own, object_name
+from pipeline.models.own import Own
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import STUDENT_FOLDER, TRAINING_CHECKPOINT
@@ -59,10 +59,6 @@ class StudentSpec:
     out: Path
     refiner: Refiners = None
     module: Own | None = None
-
-    def __post_init__(self) -> None:
-        if self.module is not None:
-            object.__setattr__(self, "config", self.config.changed(student={"name": object_name(self.module)}))
 
 
 class NewStudent:
