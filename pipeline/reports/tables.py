@@ -14,7 +14,7 @@ from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
 from pipeline.models.names import OWN
 from pipeline.reports import charts
-from pipeline.reports.measure_page import Measurements
+from pipeline.reports.measure_page import PageMeasurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
@@ -79,7 +79,7 @@ class Refined:
 
 
 def cards(
-    rows: Sequence[ReportRow], by: Column | None, measured: Measurements, teacher: TeacherManifest
+    rows: Sequence[ReportRow], by: Column | None, measured: PageMeasurements, teacher: TeacherManifest
 ) -> list[SummaryCard]:
     """Return the cards: best student, artifacts before and after refining, the student's outliers, size, cost."""
     first = rows[0]
