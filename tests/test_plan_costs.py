@@ -11,8 +11,8 @@ import pytest
 from forked import event, forked
 
 from pipeline.config import Config
-from pipeline.planning.costs import Work, break_even, break_even_text, cached_hours, caching_hours, online_hours
 from pipeline.planning.disk import sustained
+from pipeline.planning.hours import Work, break_even, break_even_text, cached_hours, caching_hours, online_hours
 from pipeline.planning.plan import judge, plan
 from pipeline.planning.rates import Rate, bottleneck, rate_of
 from pipeline.planning.scratch import SCRATCH, scratch

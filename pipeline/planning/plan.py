@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
 from pipeline.planning.cache_size import PlanOption, SizeEstimate
-from pipeline.planning.costs import (
+from pipeline.planning.hours import (
     StudentCost,
     Work,
     break_even,
