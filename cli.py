@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +20,10 @@ import pipeline
 from pipeline.runtime.failures import report_failure
 from pipeline.runtime.interrupts import report_interrupt
 from pipeline.runtime.logs import be_verbose, on_console
+from singer.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.outputs.folder import Mode
 
 VERBOSE = "--verbose"
 
@@ -143,7 +147,6 @@ def run(
 ) -> None:
     """Go from images or shards to a student, a report and a model for timm: plan, and then every stage."""
     from pipeline.checks import check_chain
-    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -174,8 +177,6 @@ def prepare(
     as_json: JsonOption = False,
 ) -> None:
     """Pack images (with NAME.seg.png / NAME.depth.png beside them) into WebDataset shards."""
-    from pipeline.outputs.folder import output_mode
-
     options = {"prepare.layout": layout, "prepare.split": split, "data.on_error": on_error}
     tree = pipeline.load_config(config, sets, options)
     # It waits for no torch before it writes.
@@ -203,7 +204,6 @@ def cache_teacher(
 ) -> None:
     """Run the teacher once and store the features of chosen blocks (stage 1)."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.name": teacher,
@@ -240,7 +240,6 @@ def refine(
 ) -> None:
     """Fit a refiner that removes artifacts and keeps information, from the cache alone (stage 2)."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
 
     options = {
         "refine.variant": variant,
@@ -270,7 +269,6 @@ def inspect(
 ) -> None:
     """Measure norms and artifacts of a cache's features, and what a refiner changes."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
 
     tree, mode = pipeline.load_config(config, sets), output_mode(False, overwrite)
     check_command("inspect", tree, out, mode, caches=[cache], refiners=[refiner])
@@ -300,7 +298,6 @@ def distill(
 ) -> None:
     """Train a student on the refined targets (stage 3)."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.weights": weights,
@@ -340,7 +337,6 @@ def finetune(
 ) -> None:
     """Fine-tune a distilled student as a classifier, with labels (after stage 3)."""
     from pipeline.checks import check_command, check_finished, check_kd
-    from pipeline.outputs.folder import output_mode
 
     options = {
         "teacher.weights": weights,
@@ -470,7 +466,6 @@ def sweep(
 ) -> None:
     """Train, probe and rank many students from one cache."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
     from pipeline.sweeps.file import find_sweep, read_plan
 
     mode = output_mode(resume, overwrite)
@@ -531,7 +526,6 @@ def export(
 ) -> None:
     """Write the student alone, with a model card, in a format that other tools load."""
     from pipeline.checks import check_command, check_finished, check_format
-    from pipeline.outputs.folder import output_mode
 
     tree, mode = pipeline.load_config(config, sets, {"export.output": output}), output_mode(False, overwrite)
     check_format(to)
@@ -591,7 +585,9 @@ def cache_plan(
 
     value = dataclasses.asdict(pipeline.plan(tree, images, out, seconds))
     nothing_fits = value["best_fit"] is None and value["free_bytes"] is not None
-    _report(value if as_json else unmeasured(value) | ({"best_fit": None} if nothing_fits else {}), as_json)
+    if not as_json:
+        value = unmeasured(value) | ({"best_fit": None} if nothing_fits else {})
+    _report(value, as_json)
 
 
 @cache_app.command("verify")
@@ -644,12 +640,20 @@ def demo(
 ) -> None:
     """Run the whole chain offline, on the digits of scikit-learn, up to a report.html."""
     from pipeline.checks import check_command
-    from pipeline.outputs.folder import output_mode
 
     tree, mode = pipeline.load_config(config or "demo", sets), output_mode(False, overwrite)
     check_command("demo", tree, out, mode)
 
     _report(pipeline.demo(tree, out, mode), as_json)
+
+
+def output_mode(resume: bool, overwrite: bool, append: bool = False) -> "Mode":
+    """Return the mode that the options choose. Raises UserError if there are several."""
+    modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
+    chosen = [mode for mode, given in modes.items() if given]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    return chosen[0] if chosen else "new"
 
 
 def _report(result: Any, as_json: bool) -> None:

@@ -17,8 +17,7 @@ from setting import DEVICE, line
 from torch import nn
 
 from pipeline.config import load_config
-from pipeline.training.optimisers import new_optimiser
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.optimisers import decay_groups, new_optimiser
 
 STUDENTS = {
     "ViT of width 96, 4 blocks": ("vit_tiny_patch16_224", {"embed_dim": 96, "depth": 4, "num_heads": 3}),

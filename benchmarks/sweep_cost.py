@@ -61,8 +61,8 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
         specs = []
         for member in members:
             # The students differ in their learning rate, as in any sweep; the order of the data is the same.
-            own = config.distill.model_copy(update={"lr": 1e-3 * (1 + member / 20)})
-            specs.append(StudentSpec(config.model_copy(update={"distill": own}), scratch / f"run-{member}", adapters))
+            own = config.changed(distill={"lr": 1e-3 * (1 + member / 20)})
+            specs.append(StudentSpec(own, scratch / f"run-{member}", adapters))
         training += seconds(lambda specs=specs: fan_out(specs, scratch / "cache"))  # type: ignore[misc]
 
     one = sum(online) / len(online)

@@ -102,8 +102,14 @@ def check_command(
         if stage == "finetune":
             read.append(config.finetune.teacher_path)
         if stage in ("distill", "run"):
-            read += [config.student.starts_from, config.distill.share_run, config.distill.texts, config.teacher.weights]
+            read += files_of_training(config)
         check_output(out, mode, stage, config, [place for place in read if place is not None])
+
+
+def files_of_training(config: Config) -> list[Path]:
+    """Return the files and folders that a student's training reads, besides caches, refiners and images."""
+    named = (config.student.starts_from, config.teacher.weights, config.distill.share_run, config.distill.texts)
+    return [place for place in named if place is not None]
 
 
 def check_kd(config: Config, weights: Path | None) -> None:

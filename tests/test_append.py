@@ -133,7 +133,7 @@ def test_second_teacher(world: Path, config: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no features of a teacher 'x'; it has: vit_.*@.{8} .name local-dir"):
         Cache(tmp_path / "c", teacher="x")
     refine(
-        second.model_copy(update={"refine": second.refine.model_copy(update={"teacher": second.teacher.name})}),
+        second.changed(refine={"teacher": second.teacher.name}),
         tmp_path / "c",
         tmp_path / "adapters",
     )
@@ -148,9 +148,8 @@ def test_adapters_outlive_growth(world: Path, config: Config, tmp_path: Path) ->
     make(world_config(world, "cache.blocks=[1]"), shards(world), tmp_path / "c", "append")
     run = distill(config, tmp_path / "c", tmp_path / "run", tmp_path / "adapters")
     assert list(run.teachers[0].matching) == [2, 3]
-    asked = config.distill.model_copy(update={"blocks": (1, 2)})
     with pytest.raises(UserError, match=r"was fitted to blocks \[2, 3\], not to \[1, 2\]"):
-        distill(config.model_copy(update={"distill": asked}), tmp_path / "c", tmp_path / "r2", tmp_path / "adapters")
+        distill(config.changed(distill={"blocks": (1, 2)}), tmp_path / "c", tmp_path / "r2", tmp_path / "adapters")
 
 
 def test_what_does_not_go_together(world: Path, config: Config, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from pipeline.cache import Cache
 from pipeline.stages.distill import distill, fan_out
 from pipeline.students.new import new_student
-from pipeline.training import runs
+from pipeline.training import runs, trainer
+from pipeline.training.batch import Loader
 from pipeline.training.distiller import Distiller
-from pipeline.training.held_out import HeldOut
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.optimisers import decay_groups
 from pipeline.training.run_log import read_log
 from pipeline.training.runs import StudentSpec
 from pipeline.training.student_run import StudentRun
@@ -33,9 +33,9 @@ class Told:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dies: int = 0) -> None:
         self.students: list[dict[str, Tensor]] = []
-        measure = HeldOut.measure
+        measure = trainer.measure
 
-        def told(held_out: HeldOut, student_runs: list[StudentRun], device: torch.device) -> list[dict[str, object]]:
+        def told(held_out: Loader, student_runs: list[StudentRun], device: torch.device) -> list[dict[str, object]]:
             if dies and len(self.students) == dies:
                 raise KeyboardInterrupt
             found = measure(held_out, student_runs, device)
@@ -48,7 +48,7 @@ class Told:
                 for run, line in zip(student_runs, found, strict=True)
             ]
 
-        monkeypatch.setattr(HeldOut, "measure", told)
+        monkeypatch.setattr(trainer, "measure", told)
 
 
 def test_chance_in_held_out_losses_does_not_depend_on_others(world: Path, tmp_path: Path) -> None:

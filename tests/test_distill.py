@@ -562,11 +562,9 @@ def test_only_what_is_compared_is_trained(world: Path, tmp_path: Path, objective
 def make_joint(world: Path, variant: str) -> tuple[Distiller, Batch]:
     config = world_config(world, f"refine.variant={variant}")
     cache, student = Cache(world / "cache"), new_student(config.student, 32)
-    joint, fresh = new_joint(cache, config.refine, CPU)
+    joint = new_joint(cache, config.refine, CPU)
     targets = Targets(cache, None, student, CPU)
-    distiller = Distiller(
-        student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), fresh, joint)]
-    )
+    distiller = Distiller(student, [TeacherBranch(student, {2: 1, 3: 2}, targets, Teaching({"mse": 1.0}), joint)])
     shown = [Decoded(cache.features(range(8), CPU))]
     batch = make_batch(shown, 8)
     return distiller, batch

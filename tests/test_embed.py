@@ -42,7 +42,7 @@ def test_vectors_are_the_features_of_evaluate(
     images = index_images(f"{world / 'test'}/*.tar")
     expected = features(load_saved(world / "teacher"), images, config.evaluate, torch.device("cpu"))
     for tokens in ("block", "norm"):
-        settings = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"tokens": tokens})})
+        settings = config.changed(evaluate={"tokens": tokens})
         embed(settings, world / "teacher", [f"{world / 'test'}/*.tar"], file, kind, overwrite=True)
         names, vectors = read(file)
         assert names == list(images.keys) and vectors.dtype == np.float32

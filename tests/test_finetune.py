@@ -298,7 +298,7 @@ def taught(folder: Path) -> list[str]:
 
 def changed(config: Config, **keys: object) -> Config:
     """A configuration with other keys of finetune."""
-    return config.model_copy(update={"finetune": config.finetune.model_copy(update=keys)})
+    return config.changed(finetune=keys)
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -342,7 +342,7 @@ def test_it_resumes_exactly(
     (tmp_path / "other.json").write_text("[3, 1, 0, 2]")
     with pytest.raises(UserError, match=r"was started with another finetune\.class_map; use that or --overwrite"):
         finetune(changed(config, class_map=tmp_path / "other.json"), run, shards(world), part, mode="resume")
-    probed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"strengths": (2.0,)})})
+    probed = config.changed(evaluate={"strengths": (2.0,)})
     with pytest.raises(UserError, match=r"was started with evaluate.strengths \[1.0\], not \[2.0\]"):
         finetune(probed, run, shards(world), part, mode="resume")
     with pytest.raises(UserError, match="continue it with --resume, replace it with --overwrite"):
@@ -350,9 +350,7 @@ def test_it_resumes_exactly(
     with pytest.raises(UserError, match="repeat its finetune command with --resume"):
         evaluate(config, part, None, shards(world), "head")
     # The head's linear probe reads no other key of this section.
-    later = config.model_copy(
-        update={"evaluate": config.evaluate.model_copy(update={"neighbours": 3, "tokens": "norm"})}
-    )
+    later = config.changed(evaluate={"neighbours": 3, "tokens": "norm"})
     resumed = finetune(later, run, shards(world), part, mode="resume")
     assert resumed.finetuned.kept_epoch == whole.finetuned.kept_epoch
     one, two = (tree_bytes(tmp_path / name, "run.json", "provenance.json", "log.jsonl") for name in ("whole", "part"))

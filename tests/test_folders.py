@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.config import Config
 from pipeline.data import Keys, index_beside, index_images
-from pipeline.data.names import file_keys
+from pipeline.data.image_keys import file_keys
 from pipeline.data.tars import UNSAFE
 from pipeline.data.walk import printable, walk
 from pipeline.stages.prepare import prepare

@@ -22,7 +22,7 @@ from pipeline.stages.refine import refine
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.image_scores import image_scores, prototype_distance
 from pipeline.training.stored_refiners import load_refiner
-from pipeline.training.student_loss import StudentLoss
+from pipeline.training.student_scores import StudentScores
 from pipeline.training.subset import split_images
 from singer.errors import UserError
 
@@ -117,7 +117,7 @@ def test_loss_of_a_student(pairs: Path) -> None:
                 projected = torch.cat([cls, patches], 1) @ heads[f"{b}.weight"].T + heads[f"{b}.bias"]
                 errors.append((projected - refiner.normaliser(b)(refiner.clean(x, b))).square().mean())
             expected.append(float(torch.stack(errors).mean()))
-    found = StudentLoss(run, cache, CPU).of_images(None, 1)
+    found = StudentScores(run, cache, CPU).of_images(None, 1)
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert len({*found}) == 10
 
@@ -127,7 +127,7 @@ def test_the_loss_chooses_the_share(
 ) -> None:
     """All views of the hardest or easiest images, for a student with other blocks and without a refiner, too."""
     cache = Cache(pairs / "cache", blocks=[3])
-    order = np.argsort(StudentLoss(pairs / "run", cache, CPU).of_images(None, 1))
+    order = np.argsort(StudentScores(pairs / "run", cache, CPU).of_images(None, 1))
     sets = ["distill.share=0.3", "distill.share_by=loss", f"distill.share_run={pairs / 'run'}"]
     for keep, wanted in (("hard", order[-3:]), ("easy", order[:3])):
         config = pairs_config(world, *sets, f"distill.share_keep={keep}", "distill.blocks=[3]")
@@ -186,10 +186,10 @@ def test_runs_that_score_no_images(pairs: Path, tmp_path: Path, what: str) -> No
         reduce(getitem, sections, tree)[last] = value
     (run / name).write_text(json.dumps(tree))
     with pytest.raises(UserError, match=rf"^distill\.share_run: .*{message}"):
-        StudentLoss(run, Cache(pairs / "cache"), CPU)
+        StudentScores(run, Cache(pairs / "cache"), CPU)
     (run / "run.json").unlink()
     with pytest.raises(UserError, match=r"is not a finished run: it has no run\.json"):
-        StudentLoss(run, Cache(pairs / "cache"), CPU)
+        StudentScores(run, Cache(pairs / "cache"), CPU)
 
 
 def test_the_loss_and_its_run_belong_together() -> None:

@@ -106,10 +106,8 @@ class Fixture:
             variant="official", rank=s["rank"], quantile=s["q"], outlier_weight=s["wo"], info_weight=s["wi"]
         )
         refiner = Refiner({b: BlockSpec(s["dt"], 1, grid, s["rank"]) for b in s["layers"]}, "adapter", "none")
-        joint = JointTraining(self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1, {})
-        head = TeacherBranch(
-            student, self.matching, targets, Teaching({"mse": 1.0}, "linear", weight=s["wk"]), refiner, joint
-        )
+        joint = JointTraining(refiner, self.suffix(), dict.fromkeys(s["layers"], NO_SCALE), config, 1, {})
+        head = TeacherBranch(student, self.matching, targets, Teaching({"mse": 1.0}, "linear", weight=s["wk"]), joint)
         distiller = Distiller(student, [head])
         with torch.no_grad():
             for teacher_block, b in self.matching.items():

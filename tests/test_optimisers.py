@@ -18,8 +18,7 @@ from pipeline.students.new import new_student
 from pipeline.training.distiller import Distiller
 from pipeline.training.fsdp import WholeOptimiser
 from pipeline.training.joint_training import new_joint
-from pipeline.training.optimisers import new_optimiser
-from pipeline.training.parameter_groups import decay_groups
+from pipeline.training.optimisers import decay_groups, new_optimiser
 from pipeline.training.targets import Targets
 from pipeline.training.teacher_branch import TeacherBranch, Teaching
 from singer.errors import UserError
@@ -149,12 +148,10 @@ def test_what_decays(world: Path, student: str, spared: set[str]) -> None:
     cache = Cache(world / "cache")
     # The blocks that are matched are the last ones, so that all is trained.
     backbone = new_student(StudentConfig(name=student, image_size=56 if "14" in student else 64), 64)
-    joint, adapters = new_joint(cache, world_config(world).refine, CPU)
+    joint = new_joint(cache, world_config(world).refine, CPU)
     blocks = len(backbone.layout)
     targets = Targets(cache, None, backbone, CPU)
-    head = TeacherBranch(
-        backbone, {2: blocks - 2, 3: blocks - 1}, targets, Teaching({"mse": 1.0, "vitkd": 1.0}), adapters, joint
-    )
+    head = TeacherBranch(backbone, {2: blocks - 2, 3: blocks - 1}, targets, Teaching({"mse": 1.0, "vitkd": 1.0}), joint)
     distiller = Distiller(backbone, [head])
     decays, others = grouped(distiller)
     assert decays | others == {name for name, p in distiller.named_parameters() if p.requires_grad}

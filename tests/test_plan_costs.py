@@ -11,19 +11,10 @@ import pytest
 from forked import event, forked
 
 from pipeline.config import Config
-from pipeline.planning.costs import (
-    Rate,
-    Work,
-    bottleneck,
-    break_even,
-    break_even_text,
-    cached_hours,
-    caching_hours,
-    online_hours,
-)
 from pipeline.planning.disk import sustained
+from pipeline.planning.hours import Work, break_even, break_even_text, cached_hours, caching_hours, online_hours
 from pipeline.planning.plan import judge, plan
-from pipeline.planning.rates import rate_of
+from pipeline.planning.rates import Rate, bottleneck, rate_of
 from pipeline.planning.scratch import SCRATCH, scratch
 from pipeline.planning.speeds import Speeds, no_speeds
 from pipeline.storage import open_store

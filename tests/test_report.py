@@ -260,7 +260,7 @@ def test_figures_of_held_out_images_are_drawn(world: Path, runs: Path, tmp_path:
     page = (tmp_path / "report.html").read_text()
     assert "Figures of held-out images over epochs: explained variance, k-NN (%)" in page
     report([runs / "raw"], tmp_path / "without.html", records=10)
-    logits = config.model_copy(update={"distill": config.distill.model_copy(update={"objective": "logits"})})
+    logits = config.changed(distill={"objective": "logits"})
     distill(logits, world / "cache", tmp_path / "logits")  # its targets are not tokens
     report([tmp_path / "logits"], tmp_path / "logits.html", records=10)
     assert "over epochs: k-NN (%)" in (tmp_path / "logits.html").read_text()

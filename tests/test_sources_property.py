@@ -16,7 +16,7 @@ from PIL import Image
 from tars import write_tar
 
 from pipeline.data import ImageFile, Images, index_images
-from pipeline.data.names import file_keys
+from pipeline.data.image_keys import file_keys
 from pipeline.data.walk import suffix_of
 from pipeline.runtime.logs import on_console
 from pipeline.stages.prepare import prepare

@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.cache.info import cache_info
 from pipeline.config import Config
 from pipeline.data import index_images
-from pipeline.evaluation.stored import learned_from
+from pipeline.evaluation.learned_from import learned_from
 from pipeline.models.loading import LOCAL
 from pipeline.outputs.folder import Mode
 from pipeline.reports.runs import find_cache, read_runs

@@ -48,7 +48,7 @@ def with_batch_size(config: Config, run: Callable[[int], object], device: torch.
         rates = measure(lambda views: rate_on_gpu(run, views, device))
         size = useful_size(rates)
         say(f"cache.batch_size auto: {size} views, {rates.get(size, 0.0):.4g} a second on {device}")
-    return config.model_copy(update={"cache": config.cache.model_copy(update={"batch_size": size})})
+    return config.changed(cache={"batch_size": size})
 
 
 def measure(rate: Callable[[int], float | None]) -> dict[int, float]:

@@ -57,7 +57,7 @@ def as_stored(config: Config, first: Manifest, teacher: TeacherManifest) -> Conf
 
 
 def _set(config: Config, kind: str, **stored: Any) -> Config:
-    return config.model_copy(update={"views": config.views.model_copy(update={"pixels": kind, **stored})})
+    return config.changed(views={"pixels": kind, **stored})
 
 
 def _bytes(manifest: Manifest) -> int:

@@ -50,9 +50,8 @@ class DemoResult:
 def demo(config: Config, out: Path, mode: Mode = "new") -> DemoResult:
     """Run the chain in the folder `out`, or raise UserError if it may not be written."""
     check_output(out, mode, STAGE, config)
-    given = config.teacher.model_copy(update={"name": f"{LOCAL}{resource(TEACHER)}", "weights": None})
     with chain(STAGE, config, out, mode, _STAGES) as steps:
-        config = config.model_copy(update={"teacher": given})
+        config = config.changed(teacher={"name": f"{LOCAL}{resource(TEACHER)}", "weights": None})
         if steps.main:
             write_atomic(out / PLANNED, dump_config(config).encode())
         for split in SPLITS:

@@ -44,14 +44,13 @@ def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, p
 
 
 def _rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, process: PartialState) -> None:
-    sets = {
+    small = config.changed(
         # The tar holds KEY.jpg, whatever is in a key. For a few images, the teacher is not compiled.
-        "data": {"image_key": ".jpg"},
-        "cache": {"compile": False},
-        "refine": {"steps": 1, **_NO_COPY},
-        "distill": _NO_COPY,
-    }
-    small = config.model_copy(update={name: getattr(config, name).model_copy(update=own) for name, own in sets.items()})
+        data={"image_key": ".jpg"},
+        cache={"compile": False},
+        refine={"steps": 1, **_NO_COPY},
+        distill=_NO_COPY,
+    )
     settings, tar, cache = small.distill, folder / "0.tar", folder / "cache"
     spec = StudentSpec(small, folder / "run", None if settings.joint else folder / "refiner")
     # The records of the real cache, as far as their number matters.

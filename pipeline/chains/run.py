@@ -89,9 +89,7 @@ def run(
         steps.note(GIVEN, given)
         config = with_precision(config)
         shards = _packed(config, photos, out, steps).follow(steps)
-        config = config.model_copy(
-            update={"prepare": config.prepare.model_copy(update={"shard_images": shards["shard_images"]})}
-        )
+        config = config.changed(prepare={"shard_images": shards["shard_images"]})
         plan = steps.alone(
             PLAN,
             "planning: measuring teacher and student",
@@ -162,7 +160,7 @@ def _planned(config: Config, choice: Mapping[str, Any], out: Path) -> Config:
         return planned
     before, sections = load_config(out / PLANNED), {}
     for name in bound_sections(out, config):
-        there, here, given = (getattr(c, name) for c in (before, planned, config))
+        there, given = getattr(before, name), getattr(config, name)
         fixed = {key for key in type(there).model_fields if meta(type(there), key).affects == "result"}
         for key in fixed & given.model_fields_set:
             about, value = meta(type(there), key), getattr(given, key)
@@ -171,8 +169,8 @@ def _planned(config: Config, choice: Mapping[str, Any], out: Path) -> Config:
                     f"{out} was planned with {name}.{key} {getattr(there, key)}, not {value}; leave it out, or start "
                     "anew with --overwrite"
                 )
-        sections[name] = here.model_copy(update={key: getattr(there, key) for key in fixed})
-    return planned.model_copy(update=sections)
+        sections[name] = {key: getattr(there, key) for key in fixed}
+    return planned.changed(**sections)
 
 
 def _chosen(config: Config, choice: Mapping[str, Any]) -> Config:

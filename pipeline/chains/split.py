@@ -61,8 +61,7 @@ def shards_of(config: Config, photos: Photos, packed: Path, mode: Mode) -> tuple
     if not has_to_be_packed(photos):
         return config, [str(photos)] if isinstance(photos, str | Path) else [str(spec) for spec in photos]
     size = prepare(config, photos, packed, mode, _PARTS).shard_images
-    config = config.model_copy(update={"prepare": config.prepare.model_copy(update={"shard_images": size})})
-    return config, [f"{glob.escape(str(packed))}/*.tar"]
+    return config.changed(prepare={"shard_images": size}), [f"{glob.escape(str(packed))}/*.tar"]
 
 
 def split(config: Config, shards: Sequence[str]) -> Split:

@@ -1,6 +1,7 @@
 """The sections of the configuration: one frozen, validated tree. Each key states what it is and what it affects."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -271,3 +272,7 @@ class Config(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+
+    def changed(self, **sections: Mapping[str, Any]) -> "Config":
+        """Return the configuration with other values, {key: value} of some sections, which are not checked."""
+        return self.model_copy(update={n: getattr(self, n).model_copy(update=own) for n, own in sections.items()})

@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 
 from pipeline.config import Config
+from pipeline.data.image_keys import distinct_names
 from pipeline.data.images import Images, Keys, Skipped, join_classes, numbered_as
-from pipeline.data.names import distinct_names
 from pipeline.data.source_listing import SourceListing
 from pipeline.data.sources import Options, kind_of
 from pipeline.data.specs import Spec, resolve

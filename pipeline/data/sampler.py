@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -163,13 +162,12 @@ def batch_index_lists(
     shuffle = shuffle_of(settings, records, record_bytes)
     together = batches_together(settings, record_bytes, world)
 
-    @lru_cache(1)
-    def order(epoch: int) -> EpochOrder:
-        return EpochOrder(records, settings.seed, epoch, shuffle.block, shuffle.window)
-
     def piece(step: int) -> tuple[int, int]:
         epoch, within = divmod(step, per_epoch)
         return epoch, within * batch // shuffle.window if shuffle.whole else within // together
 
+    order: EpochOrder | None = None
     for (epoch, _), steps in itertools.groupby(range(first_step, total), piece):
-        yield [replace(batch_indices(order(epoch), step % per_epoch, batch, rank, world), step=step) for step in steps]
+        if order is None or order.epoch != epoch:
+            order = EpochOrder(records, settings.seed, epoch, shuffle.block, shuffle.window)
+        yield [replace(batch_indices(order, step % per_epoch, batch, rank, world), step=step) for step in steps]

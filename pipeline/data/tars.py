@@ -60,7 +60,7 @@ class TarSamples:
     with the same key; only a repetition that follows directly is a defect of the first sample.
     """
 
-    def __init__(self, image_key: str | None = None, also: tuple[str, ...] = ()) -> None:
+    def __init__(self, image_key: str | None, also: tuple[str, ...]) -> None:
         self.all: list[Sample] = []
         self.left_out: Counter[str] = Counter()
         self.scattered = False

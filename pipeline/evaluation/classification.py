@@ -122,7 +122,7 @@ def linear_scores(
 
 
 def fit_linear(
-    train: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device | None = None
+    train: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device | None
 ) -> tuple[Logistic, Tensor, tuple[Tensor, Tensor]]:
     """Fit the regression of linear_scores: return it, the classes that it knows (k,), and mean and std of the features.
 

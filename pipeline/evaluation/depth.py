@@ -10,6 +10,7 @@ count.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ from singer.metrics import depth_figures, depth_sums, expected_depth, l1_loss, s
 
 MAP = "depth.png"
 _MILLIMETERS = np.float32(1000)
-# Standard deviation of the initial weights of the bins: if they were 0, relu would pass no gradient.
-_SPREAD = 0.01
+# If the initial weights of the bins were 0, relu would pass no gradient.
+_SPREAD_OF_BINS = 0.01
 
 # Tokens (patches, d) and a size (H, W) -> depth (H, W) in meters, on the CPU.
 Predictor = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -126,6 +127,20 @@ def read_depths(images: Images, maps: Images, settings: EvaluateConfig) -> Itera
     return read_maps(images, maps, "depth map", meters, settings.workers)
 
 
+@dataclass(frozen=True)
+class HeadForm:
+    """How a head gives depth.
+
+    outputs: the number of its maps; decode: makes depth (B, h, w) of its maps (B, outputs, h, w); loss: compares depth
+    with labels; spread: standard deviation of its initial weights.
+    """
+
+    outputs: int
+    decode: Callable[[Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    spread: float = 0.0
+
+
 def fit_heads(
     x: Tensor, labels: Tensor, settings: EvaluateConfig, device: torch.device
 ) -> dict[str, tuple[Predictor, float]]:
@@ -136,53 +151,39 @@ def fit_heads(
     """
     seen = labels[labels > 0]
     std, mean = (float(value) for value in torch.std_mean(seen, correction=0))
-
-    def bins(maps: Tensor) -> Tensor:
-        return expected_depth(maps, settings.depth_min, settings.depth_max)
-
-    def regression(maps: Tensor) -> Tensor:
-        return mean + std * maps[:, 0]
-
-    kinds = {
-        "bins": (settings.depth_bins, bins, silog_loss, _SPREAD),
-        "regression": (1, regression, l1_loss, 0.0),
+    least, most = settings.depth_min, settings.depth_max
+    forms = {
+        "bins": HeadForm(
+            settings.depth_bins, lambda maps: expected_depth(maps, least, most), silog_loss, _SPREAD_OF_BINS
+        ),
+        "regression": HeadForm(1, lambda maps: mean + std * maps[:, 0], l1_loss),
     }
-    return {name: _fit_head(x, labels, *kind, settings, device) for name, kind in kinds.items()}
+    return {name: _fit(x, labels, form, settings, device) for name, form in forms.items()}
 
 
-def _fit_head(
-    x: Tensor,
-    labels: Tensor,
-    outputs: int,
-    decode: Callable[[Tensor], Tensor],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    spread: float,
-    settings: EvaluateConfig,
-    device: torch.device,
+def _fit(
+    x: Tensor, labels: Tensor, form: HeadForm, settings: EvaluateConfig, device: torch.device
 ) -> tuple[Predictor, float]:
-    """Return one head's predictor and its learning rate.
-
-    decode: makes depth (B, h, w) from the head's maps (B, outputs, h, w); loss: compares depth with labels.
-    """
+    """Return the predictor of a head of one form, and its learning rate."""
     grid = (labels.shape[1], labels.shape[2])
 
-    def predicted(head: LinearHead, image: Tensor, size: tuple[int, int]) -> Tensor:
-        depth = upsample(decode(head.maps(image[None], grid)), size)[0]
+    def predict(head: LinearHead, image: Tensor, size: tuple[int, int]) -> Tensor:
+        depth = upsample(form.decode(head.maps(image[None], grid)), size)[0]
         return depth.clamp(settings.depth_min, settings.depth_max).cpu()
 
     def score(head: LinearHead, held_out: Iterable[tuple[Tensor, Tensor]]) -> float:
-        sums = [depth_sums(predicted(head, image, grid), depth) for image, depth in held_out]
+        sums = [depth_sums(predict(head, image, grid), depth) for image, depth in held_out]
         return -depth_figures(torch.stack(sums).sum(0))["rmse"]
 
     spec = HeadSpec(
-        "depth",
-        outputs,
-        lambda maps, target: loss(decode(maps), target),
-        score,
-        settings.depth_lrs,
-        settings.depth_passes,
-        settings.seed,
-        spread,
+        name="depth",
+        outputs=form.outputs,
+        loss=lambda maps, target: form.loss(form.decode(maps), target),
+        score=score,
+        lrs=settings.depth_lrs,
+        passes=settings.depth_passes,
+        seed=settings.seed,
+        spread=form.spread,
     )
     head, lr = fit_head(x, labels, spec, device)
-    return lambda image, size: predicted(head, image, size), lr
+    return partial(predict, head), lr

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,13 @@ def in_percent(figure: str, value: float) -> float:
     delta1 is stored as a share; all others are stored in percent.
     """
     return 100 * value if figure.endswith("delta1") else float(value)
+
+
+def figure_in(result: Any, path: str) -> float | None:
+    """Return a figure of a task's stored result in percent, by its path; None if the result lacks it."""
+    for key in path.split("."):
+        result = result.get(key) if isinstance(result, dict) else None
+    return in_percent(path, result) if isinstance(result, int | float) else None
 
 
 def figures_of(probes: Iterable[str]) -> list[str]:

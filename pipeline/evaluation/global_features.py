@@ -33,31 +33,23 @@ def features(backbone: Backbone, images: Images, settings: EvaluateConfig, devic
     names: tuple[Name, ...] = ("cls", "mean_patch") if backbone.has_cls else ("mean_patch",)
     if settings.features is None:
         found: Features = {kind: {name: empty_rows((len(images), backbone.width)) for name in names} for kind in kinds}
-        for _ in _filled(found, 0, backbone, images, settings, device, kinds, names):
+        for _ in _filled(found, 0, feature_batches(backbone, images, settings, device, kinds, names)):
             pass
         return found
     with stored_features(settings.features, backbone, images, settings, list(kinds), names) as stored:
         if stored.done:
             say(f"{stored.done} of {len(images)} images have their features in {settings.features}")
         if stored.done < len(images):
-            for done in _filled(stored.rows, stored.done, backbone, images, settings, device, kinds, names):
+            rest = images.select(np.arange(stored.done, len(images)))
+            batches = feature_batches(backbone, rest, settings, device, kinds, names)
+            for done in _filled(stored.rows, stored.done, batches):
                 stored.advance(done)
     return stored.rows
 
 
-def _filled(
-    found: Features,
-    done: int,
-    backbone: Backbone,
-    images: Images,
-    settings: EvaluateConfig,
-    device: torch.device,
-    kinds: dict[str, nn.Module],
-    names: tuple[Name, ...],
-) -> Iterator[int]:
-    """Compute the features of the images from number `done` on; yield after each batch how many images have theirs."""
-    rest = images.select(np.arange(done, len(images))) if done else images
-    for batch in feature_batches(backbone, rest, settings, device, kinds, names):
+def _filled(found: Features, done: int, batches: Iterator[Features]) -> Iterator[int]:
+    """Put batches into rows of features, from row `done` on; yield after each how many rows are there."""
+    for batch in batches:
         count = len(next(iter(next(iter(batch.values())).values())))
         for kind, named in batch.items():
             for name, rows in named.items():

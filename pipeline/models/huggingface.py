@@ -32,7 +32,7 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"
 
 
 def create_transformers(
-    name: str, image_size: ImageSize | None, weights: Path | None, pretrained: bool, what: str, averaged: bool = True
+    name: str, image_size: ImageSize | None, weights: Path | None, pretrained: bool, what: str, averaged: bool
 ) -> Backbone:
     """Build a model of transformers; the arguments are those of loading.create_model.
 

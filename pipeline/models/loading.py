@@ -13,7 +13,7 @@ import timm
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.models import student_exits as student_exits  # timm then knows students with a wider exit
+from pipeline.models import student_exits  # timm then knows students with a wider exit
 from pipeline.models.backbone import Backbone
 from pipeline.models.fetching import first_line, why_not_fetched
 from pipeline.models.hints import nearest_model

@@ -21,15 +21,6 @@ _LOGLESS = ("export",)
 Mode = Literal["new", "resume", "overwrite", "append"]
 
 
-def output_mode(resume: bool, overwrite: bool, append: bool = False) -> Mode:
-    """Return the mode that the options choose. Raises UserError if there are several."""
-    modes: dict[Mode, bool] = {"resume": resume, "overwrite": overwrite, "append": append}
-    chosen = [mode for mode, given in modes.items() if given]
-    if len(chosen) > 1:
-        raise UserError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
-    return chosen[0] if chosen else "new"
-
-
 def begun_inputs(out: Path, mode: Mode, what: str = "run") -> dict[str, str | None] | None:
     """Return the inputs of a run that is continued (see read_inputs), or None for a new run."""
     return read_inputs(out, what) if mode == "resume" and (out / INPUTS).exists() else None

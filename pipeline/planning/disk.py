@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data import Images, files_of
-from pipeline.planning.costs import Rate, not_measured
-from pipeline.planning.rates import REPEATS, rate_of
+from pipeline.planning.rates import REPEATS, Rate, not_measured, rate_of
 from pipeline.storage import Store
 
 MB = 2**20

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from pipeline.cache.extract import CALIBRATION_RECORDS
 from pipeline.config import Config
-from pipeline.planning.costs import Rate
-from pipeline.planning.rates import REPEATS
+from pipeline.planning.rates import REPEATS, Rate
 from pipeline.planning.sample import Sample
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.storage import Place, open_store
@@ -18,9 +17,7 @@ class Pilot:
 
     def __init__(self, config: Config, sample: Sample, place: Place, work: Path) -> None:
         # The sample's tars hold KEY.jpg, whatever is in a key. Each of the short runs would compile the teacher anew.
-        data = config.data.model_copy(update={"image_key": ".jpg"})
-        cache = config.cache.model_copy(update={"compile": False})
-        config = config.model_copy(update={"data": data, "cache": cache})
+        config = config.changed(data={"image_key": ".jpg"}, cache={"compile": False})
         self.config, self.place, self.work, self._sample = config, place, work, sample
         count = min(len(sample.images), -(-CALIBRATION_RECORDS // config.views.count))
         sample.write_tar(work / "0.tar", range(count))

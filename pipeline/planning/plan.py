@@ -20,20 +20,18 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, Spec, list_images
 from pipeline.planning.advice import advice
 from pipeline.planning.cache_size import PlanOption, SizeEstimate
-from pipeline.planning.costs import (
-    Rate,
+from pipeline.planning.hours import (
     StudentCost,
     Work,
-    bottleneck,
     break_even,
     break_even_text,
     cached_hours,
     caching_hours,
     online_hours,
-    slowest,
     student_costs,
 )
 from pipeline.planning.pilot import Pilot
+from pipeline.planning.rates import Rate, bottleneck, slowest
 from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
 from pipeline.planning.scratch import scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds

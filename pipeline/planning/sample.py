@@ -29,8 +29,7 @@ _FEATURE_BYTES = 2**30
 
 def open_teacher(config: Config, backbone: Backbone, device: torch.device) -> Extractor:
     """Return the teacher that a plan measures. It is not compiled: compiling takes longer than a measurement."""
-    plain = config.cache.model_copy(update={"compile": False})
-    return Extractor(config.model_copy(update={"cache": plain}), backbone, device)
+    return Extractor(config.changed(cache={"compile": False}), backbone, device)
 
 
 Record = tuple[int, int]

@@ -9,10 +9,9 @@ from pipeline.cache.calibration import Calibration, few_records
 from pipeline.cache.codecs import CODECS, Codec
 from pipeline.cache.extract import Extractor
 from pipeline.data import Images
-from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import MB, read_images, write_to_disk
 from pipeline.planning.pilot import MOST_IMAGES, Pilot
-from pipeline.planning.rates import REPEATS, rate_beside, rate_of
+from pipeline.planning.rates import REPEATS, Rate, not_measured, rate_beside, rate_of
 from pipeline.planning.sample import Sample
 from pipeline.planning.training_speed import TRAINING, train_on
 from pipeline.runtime.progress import say

@@ -14,10 +14,9 @@ from pipeline.cache.stored import Decoded
 from pipeline.config import Config
 from pipeline.data import ImageFile
 from pipeline.data.sampler import BatchIndices, batch_index_lists, prefetch_depth, shuffle_of
-from pipeline.planning.costs import Rate, not_measured
 from pipeline.planning.disk import forget_files
 from pipeline.planning.pilot import Pilot
-from pipeline.planning.rates import rate_of
+from pipeline.planning.rates import Rate, not_measured, rate_of
 from pipeline.planning.sample import Sample
 from pipeline.runtime.buffers import moved
 from pipeline.runtime.devices import make_accelerator, own_accelerate
@@ -74,13 +73,12 @@ def train_on(
 def _measured_config(config: Config) -> Config:
     """Return the configuration without what costs time and changes no speed: copies, trackers, fetched weights."""
     own = {"local_copy": None, "local_copy_gb": None, "teacher": None}
-    sets = {
-        "distill": {**own, "trackers": (), "share_by": "random"},
-        "student": {"pretrained": False, "init": "random"},
+    return config.changed(
+        distill={**own, "trackers": (), "share_by": "random"},
+        student={"pretrained": False, "init": "random"},
         # One step is enough, because adapters are as fast before training as after it.
-        "refine": {**own, "steps": 1},
-    }
-    return config.model_copy(update={n: getattr(config, n).model_copy(update=changes) for n, changes in sets.items()})
+        refine={**own, "steps": 1},
+    )
 
 
 def _refiner(config: Config, pilot: Pilot) -> tuple[Path | None, str]:

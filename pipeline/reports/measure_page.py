@@ -33,7 +33,7 @@ _PHOTO = 224
 
 
 @dataclass(frozen=True)
-class Measurements:
+class PageMeasurements:
     """The measurements of a page.
 
     measurements: of teacher, refined teachers and students with pictures; norms: mean_max_over_median of every run's
@@ -51,7 +51,7 @@ class Measurements:
 
 def measure(
     cache: Cache, groups: Sequence[SeedGroup], files: ImageFile | None, count: int, functions: Sequence[str] = ()
-) -> Measurements:
+) -> PageMeasurements:
     """Measure all models on `count` records.
 
     groups: best first; files: the images, if the cache does not hold them; functions: those that make students of the
@@ -85,7 +85,7 @@ def measure(
         "cosines": [marked, *pictures.cosine_strips(measurements, places)],
         "components": [plain, *pictures.pca_strips(measurements)],
     }
-    return Measurements(measurements, ratios, threshold, len(records), strips, len(groups) - len(pictured))
+    return PageMeasurements(measurements, ratios, threshold, len(records), strips, len(groups) - len(pictured))
 
 
 def choose_pictured(runs: Sequence[Trained], ratios: Mapping[Trained, float]) -> list[Trained]:

@@ -131,7 +131,7 @@ class Students:
     """The students' measurements on the sampled images, which are read once for each resolution."""
 
     def __init__(
-        self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device, functions: Sequence[str] = ()
+        self, cache: Cache, files: ImageFile | None, sample: Sample, device: torch.device, functions: Sequence[str]
     ) -> None:
         self._cache, self._files, self._sample, self._device = cache, files, sample, device
         self._functions = functions

@@ -8,7 +8,7 @@ from pipeline.cache.reader import Cache
 from pipeline.models.names import LOCAL
 from pipeline.reports import GENERATOR, charts, pictures, tables
 from pipeline.reports.html import render
-from pipeline.reports.measure_page import Measurements
+from pipeline.reports.measure_page import PageMeasurements
 from pipeline.reports.scores import Column, Figures
 from pipeline.reports.seeds import differences
 from pipeline.reports.tables import ReportRow
@@ -24,7 +24,7 @@ def render_page(
     columns: Sequence[Column],
     by: Column | None,
     teacher: Figures,
-    measured: Measurements,
+    measured: PageMeasurements,
     title: str,
     note: str | None,
 ) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import EvaluateConfig, keys
-from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, in_percent, with_bounds, words_of
+from pipeline.evaluation.figures import DEFAULT_FIGURE, FIGURES, Mean, figure_in, with_bounds, words_of
 from pipeline.reports.result_text import without_top5
 from pipeline.reports.seeds import SeedGroup
 from pipeline.storage.json_files import read_json, validated
@@ -120,7 +120,7 @@ def read_figures(folder: Path) -> Figures:
                 f"{folder} has figures of {both}; keep those of each model in its own folder (evaluate --out)"
             )
         value, names = without_top5(value), (*FIGURES[task], *_ERRORS.get(task, ()))
-        figures = {name: _pick(value, name) for figure in names for name in with_bounds(figure)}
+        figures = {name: figure_in(value, name) for figure in names for name in with_bounds(figure)}
         found[probe] = {name: figure for name, figure in figures.items() if figure is not None}
     return found
 
@@ -189,14 +189,6 @@ def rank(table: Mapping[SeedGroup, Mapping[Column, Score]], by: Column | None) -
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _pick(value: Any, figure: str) -> float | None:
-    for key in figure.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, int | float):
-        return None
-    return in_percent(figure, value)
 
 
 def _labels(probes: Sequence[Probe]) -> dict[Probe, str]:

@@ -12,8 +12,9 @@ from torch import nn
 
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
+from pipeline.models.names import OWN
 from pipeline.reports import charts
-from pipeline.reports.measure_page import Measurements
+from pipeline.reports.measure_page import PageMeasurements
 from pipeline.reports.measurements import sources_of
 from pipeline.reports.scores import Column, Score
 from pipeline.reports.seeds import SeedGroup
@@ -22,7 +23,6 @@ from pipeline.storage.json_files import read_json
 from pipeline.training.run_directory import LOG
 from pipeline.training.stored_refiners import METRICS
 from singer.backbones import count_parameters
-from singer.names import OWN
 from singer.suffix import outline
 
 _STYLES = ("solid", "dashed", "dotted")
@@ -79,7 +79,7 @@ class Refined:
 
 
 def cards(
-    rows: Sequence[ReportRow], by: Column | None, measured: Measurements, teacher: TeacherManifest
+    rows: Sequence[ReportRow], by: Column | None, measured: PageMeasurements, teacher: TeacherManifest
 ) -> list[SummaryCard]:
     """Return the cards: best student, artifacts before and after refining, the student's outliers, size, cost."""
     first = rows[0]

@@ -40,8 +40,7 @@ def resolved(precision: Precision) -> Precision:
 def with_precision(config: Config) -> Config:
     """Return the configuration with the resolved precisions, so that an output says what it was made with."""
     sections = {name: getattr(config, name) for name in ("cache", "distill", "finetune")}
-    known = {n: s.model_copy(update={"precision": resolved(s.precision)}) for n, s in sections.items()}
-    return config.model_copy(update=known)
+    return config.changed(**{name: {"precision": resolved(section.precision)} for name, section in sections.items()})
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -16,9 +16,7 @@ _PLAIN_SECONDS = 20.0
 class Meter:
     """Counts items, and shows rate, time left and the share of time spent on waiting for data."""
 
-    def __init__(
-        self, what: str, total: int, unit: str, quiet: bool, done: int, busy: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, what: str, total: int, unit: str, quiet: bool, done: int, busy: Callable[[], bool]) -> None:
         """Start to count. busy: returns whether a device still computes: waiting while it does costs nothing."""
         self._what, self._total, self._unit, self._busy = what, total, unit, busy
         self.done = self._first = done

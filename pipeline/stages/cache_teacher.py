@@ -25,7 +25,7 @@ from pipeline.cache.variants import id_of_segments
 from pipeline.cache.writer import check_same
 from pipeline.checks import check_names
 from pipeline.config import Config
-from pipeline.data import Spec, list_images, resolve
+from pipeline.data import Images, Spec, list_images, resolve
 from pipeline.models.names import local_folder
 from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, check_output, claimed_output
@@ -73,8 +73,7 @@ def cache_teacher(
     config = with_precision(config)
     check_names(config, "cache")
     if teacher is not None:
-        named = config.teacher.model_copy(update={"name": object_name(teacher)})
-        config = config.model_copy(update={"teacher": named})
+        config = config.changed(teacher={"name": object_name(teacher)})
     inputs = [*resolve(images), *filter(None, [config.teacher.weights, local_folder(config.teacher.name)])]
     check_output(out, mode, STAGE, config, inputs)
     store = open_store(out)
@@ -113,15 +112,20 @@ def cache_teacher(
             create_segments(config, listed, out, mode, extract)
         ranks.wait()
         done += fill_segments(store, extract)
+    return _result(out, extract, listed, done, time.perf_counter() - start)
+
+
+def _result(out: Place, extract: Extractor, listed: Images | None, done: int, seconds: float) -> CacheResult:
+    """Return the result of a run that computed `done` views of listed images, None if it found them listed."""
+    store = open_store(out)
     segments = segments_of(read_segments(store), extract.teacher)
-    seconds = time.perf_counter() - start
     return CacheResult(
         cache=out,
         id=id_of_segments(segments),
         variant=extract.teacher.variant,
         records=sum({s.records_key: s.records for s in segments}.values()),
         blocks=tuple(sorted({b for s in segments for b in s.manifest.blocks})),
-        codec=config.cache.codec,
+        codec=extract.config.cache.codec,
         bytes=sum(store.sizes().values()),
         left_out={} if listed is None else dict(listed.left_out),
         skipped=sum({s.records_key: s.completion.skipped for s in segments if s.completion is not None}.values()),

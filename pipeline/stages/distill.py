@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.checks import check_names
+from pipeline.checks import check_names, files_of_training
 from pipeline.config import Config, DistillConfig, keys
 from pipeline.data import Spec, places_of
-from pipeline.models.own import Own
+from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
 from pipeline.outputs.provenance import check_inputs
-from pipeline.outputs.resuming import RUN_RESULT, TRAINING_CHECKPOINT
+from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.outputs.stage_log import process_log
 from pipeline.runtime.devices import make_accelerator, own_accelerate, with_precision
 from pipeline.runtime.watched_rank import watched
@@ -34,7 +34,7 @@ from pipeline.training.cached_teachers import (
     open_teachers,
 )
 from pipeline.training.fsdp import check_fsdp
-from pipeline.training.run_directory import STAGE, DistillResult, load_result
+from pipeline.training.run_directory import STAGE, DistillResult, resumed_result
 from pipeline.training.runs import NewStudent, StudentSpec, train_students
 from pipeline.training.subset import split_images
 from singer.errors import UserError
@@ -71,7 +71,7 @@ def fan_out(
     Raises UserError for mistakes that the user can fix, and if a key in SHARED differs between the students.
     """
     check_shared(specs)
-    specs = [replace(spec, config=with_precision(spec.config)) for spec in specs]
+    specs = [replace(spec, config=_resolved(spec)) for spec in specs]
     settings = specs[0].config.distill
     check_fsdp(settings.precision)
     begun = [begun_inputs(spec.out, mode) for spec in specs]
@@ -79,30 +79,24 @@ def fan_out(
         open_teachers(spec.config.distill, caches, spec.refiner, known)
         for spec, known in zip(specs, begun, strict=True)
     ]
-    first, *others = ([(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_each)
-    for spec, other in zip(specs[1:], others, strict=True):
-        if other != first:
-            raise UserError(f"{specs[0].out} and {spec.out} cannot train on one pass: they learn from different blocks")
+    _check_same_blocks(specs, teachers_of_each)
     results: dict[Path, DistillResult] = {}
     for spec, teachers, known in zip(specs, teachers_of_each, begun, strict=True):
         check_spec(spec, teachers)
-        own = (spec.config.student.starts_from, spec.config.teacher.weights, settings.share_run, settings.texts)
-        read = [
-            *as_places(caches),
-            *(place for place in (*own, *(t.refiner for t in teachers)) if place is not None),
-            *places_of(teachers[0].cache.index.images),
-        ]
+        refiners = [teacher.refiner for teacher in teachers if teacher.refiner is not None]
+        images_at = places_of(teachers[0].cache.index.images)
+        read = [*as_places(caches), *refiners, *images_at, *files_of_training(spec.config)]
         check_output(spec.out, mode, STAGE, spec.config, read)
         if known is not None:
             check_inputs(spec.out, input_hashes(teachers, settings.share_run))
             if (spec.out / RUN_RESULT).exists():
-                results[spec.out] = load_result(spec.out)
-                (spec.out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
-    files = open_images(teachers_of_each[0][0].cache, images)
+                results[spec.out] = resumed_result(spec.out)
+    cache = teachers_of_each[0][0].cache
+    files = open_images(cache, images)
     accelerator = make_accelerator(settings.precision)
     main = accelerator.is_main_process
     with watched(accelerator, STAGE), ExitStack() as claims:
-        split = split_images(teachers_of_each[0][0].cache, settings, images) if len(results) < len(specs) else None
+        split = split_images(cache, settings, images) if len(results) < len(specs) else None
         made = [
             NewStudent(spec, teachers, accelerator, split, mode)
             for spec, teachers in zip(specs, teachers_of_each, strict=True)
@@ -114,6 +108,12 @@ def fan_out(
         if made:
             results |= train_students(made, files, mode, accelerator)
     return [results[spec.out] for spec in specs]
+
+
+def _resolved(spec: StudentSpec) -> Config:
+    """Return a student's configuration with its precision on this machine, and the name of a module of one's own."""
+    config = with_precision(spec.config)
+    return config if spec.module is None else config.changed(student={"name": object_name(spec.module)})
 
 
 def check_shared(specs: Sequence[StudentSpec]) -> None:
@@ -139,6 +139,14 @@ def check_shared(specs: Sequence[StudentSpec]) -> None:
                 )
     if len({spec.out for spec in specs}) < len(specs):
         raise UserError("two students of one pass cannot have the same output folder")
+
+
+def _check_same_blocks(specs: Sequence[StudentSpec], teachers_of_each: Sequence[Sequence[CachedTeacher]]) -> None:
+    """Raise UserError if students of one pass would learn from different blocks."""
+    read = [[(t.cache.manifest.id(), t.cache.blocks) for t in teachers] for teachers in teachers_of_each]
+    for spec, blocks in zip(specs, read, strict=True):
+        if blocks != read[0]:
+            raise UserError(f"{specs[0].out} and {spec.out} cannot train on one pass: they learn from different blocks")
 
 
 def check_spec(spec: StudentSpec, teachers: Sequence[CachedTeacher]) -> None:

@@ -14,9 +14,11 @@ from pipeline.config import Config
 from pipeline.data import Images, Spec, list_images, list_probe_images, readable
 from pipeline.evaluation.classification import Classification
 from pipeline.evaluation.context import Answer, ComputedFeatures, EvaluateResult, EvaluationContext
+from pipeline.evaluation.learned_from import learned_from
 from pipeline.evaluation.open_model import check_known_model, open_model
-from pipeline.evaluation.stored import learned_from, result_file, store_result
+from pipeline.evaluation.result_files import result_file, store_result
 from pipeline.evaluation.tasks import TASKS
+from pipeline.models.backbone import Backbone
 from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
@@ -24,40 +26,6 @@ from pipeline.runtime.devices import default_device
 from pipeline.runtime.progress import say
 from pipeline.training.run_directory import load_result
 from singer.errors import require_known
-
-
-@overload
-def evaluate(
-    config: Config,
-    model: Path | str,
-    train: Spec | None,
-    test: Spec,
-    task: Literal["classification"] = "classification",
-    out: Path | None = None,
-    weights: Path | None = None,
-) -> Classification: ...
-@overload
-def evaluate(
-    config: Config,
-    model: Path | str,
-    train: Spec | None,
-    test: Spec,
-    task: str,
-    out: Path | None = None,
-    weights: Path | None = None,
-) -> EvaluateResult: ...
-def evaluate(
-    config: Config,
-    model: Path | str,
-    train: Spec | None,
-    test: Spec,
-    task: str = "classification",
-    out: Path | None = None,
-    weights: Path | None = None,
-) -> EvaluateResult:
-    """Run one task, as evaluate_tasks does, and return its figures."""
-    (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
-    return result
 
 
 def evaluate_tasks(
@@ -93,16 +61,7 @@ def evaluate_tasks(
     for task in tasks:
         TASKS[task].check(*images, config.evaluate)
     backbone = open_model(model, weights, config.evaluate.image_size, config.student.name)
-    learned: Answer | None = None
-    if run is not None and (run / RUN_RESULT).is_file():
-        made = load_result(run)
-        for caveat in caveats(backbone, made):
-            say(f"note: {caveat}")
-        learned, reason = learned_from(made, images[1])
-        if learned == "yes":
-            say("note: the student learned from images of --test; are --train and --test swapped?")
-        elif learned == "unknown":
-            say(f"note: it is unknown whether the student learned from images of --test: {reason}")
+    learned = _noted(run, backbone, images[1]) if run is not None and (run / RUN_RESULT).is_file() else None
     device = default_device()
     backbone.model.to(device)
     place = out or run
@@ -123,3 +82,50 @@ def evaluate_tasks(
             store_result(context, results[task], task, None if own else str(model))
             started = time.perf_counter()
     return results
+
+
+def _noted(run: Path, backbone: Backbone, test: Images) -> Answer:
+    """Say what makes the figures of a run's student less than they seem; return whether it learned from --test."""
+    made = load_result(run)
+    for caveat in caveats(backbone, made):
+        say(f"note: {caveat}")
+    learned, reason = learned_from(made, test)
+    if learned == "yes":
+        say("note: the student learned from images of --test; are --train and --test swapped?")
+    elif learned == "unknown":
+        say(f"note: it is unknown whether the student learned from images of --test: {reason}")
+    return learned
+
+
+@overload
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Spec | None,
+    test: Spec,
+    task: Literal["classification"] = "classification",
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> Classification: ...
+@overload
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Spec | None,
+    test: Spec,
+    task: str,
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> EvaluateResult: ...
+def evaluate(
+    config: Config,
+    model: Path | str,
+    train: Spec | None,
+    test: Spec,
+    task: str = "classification",
+    out: Path | None = None,
+    weights: Path | None = None,
+) -> EvaluateResult:
+    """Run one task, as evaluate_tasks does, and return its figures."""
+    (result,) = evaluate_tasks(config, model, train, test, [task], out, weights).values()
+    return result

@@ -23,10 +23,11 @@ from pipeline.data import ImageFile, Images, Spec, list_images, list_probe_image
 from pipeline.evaluation import own_head
 from pipeline.evaluation.classification import check_choice, check_labels
 from pipeline.evaluation.context import EvaluationContext
+from pipeline.evaluation.learned_from import learned_from
 from pipeline.evaluation.linear_head import probe_weights
 from pipeline.evaluation.open_model import open_model
 from pipeline.evaluation.own_head import Asked, OwnHead, class_of_label
-from pipeline.evaluation.stored import learned_from, result_file, store_result
+from pipeline.evaluation.result_files import result_file, store_result
 from pipeline.models.backbone import Backbone, save_backbone, weight_hash
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_output
@@ -38,17 +39,16 @@ from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current
 from pipeline.runtime.watched_rank import watched
 from pipeline.storage.json_files import write_json
-from pipeline.students.start import TeacherWeights
 from pipeline.students.with_head import set_head, student_with_head
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import cache_of_run
+from pipeline.training.cached_teachers import cache_of_run, cached_weights
 from pipeline.training.classifier import Classifier
 from pipeline.training.fsdp import check_fsdp
 from pipeline.training.head_teacher import HeadTeacher
 from pipeline.training.labelled import LabelledLoader
 from pipeline.training.mixing import Mixing
-from pipeline.training.prepared import prepare_run
+from pipeline.training.new_student_run import new_student_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     FINETUNE,
@@ -56,6 +56,7 @@ from pipeline.training.run_directory import (
     Finetuned,
     load_result,
     load_run_config,
+    resumed_result,
     write_result,
 )
 from pipeline.training.subset import held_out_images
@@ -122,8 +123,7 @@ def finetune(
     if begun is not None:
         check_inputs(out, inputs if teacher is not None else {**inputs, _TEACHER: begun.get(_TEACHER)})
         if finished:
-            result = load_result(out)
-            (out / TRAINING_CHECKPOINT).unlink(missing_ok=True)
+            result = resumed_result(out)
     if result is None:
         new = NewClassifier(config, run, trained, images, teacher, out, accelerator)
         claim = claimed_output(out, mode, FINETUNE, config, config.finetune.seed) if main else process_log(out)
@@ -204,9 +204,7 @@ def _teacher_of_run(run: Path, trained: DistillResult, weights: Path | None) -> 
     cache = cache_of_run(run, link)
     if cache is None:
         raise UserError(f"finetune.kd: the cache that {run} learned from is not at {link.cache_place}; {_NAME_ONE}")
-    t = cache.manifest.teacher
-    loaded = TeacherWeights(cache.teacher_config(weights), t.architecture, t.model_args, t.weights)
-    return loaded.load("finetune.kd", f"or {_NAME_ONE}")
+    return cached_weights(cache, weights).load("finetune.kd", f"or {_NAME_ONE}")
 
 
 def _inputs(
@@ -266,7 +264,7 @@ class NewClassifier:
         ranks.wait()
         holds_out = len(self.held_out) > 0
         with ranks.together():
-            student_run = prepare_run(
+            student_run = new_student_run(
                 self.student, self.learner, self.config, settings, self.out, holds_out, mode, accelerator
             )
         with ImageFile(self.images) as files:
@@ -275,12 +273,11 @@ class NewClassifier:
                 for numbers, drawn in ((self.numbers, settings), (self.held_out, None))
             )
             m = train([student_run], load, apart, accelerator)
-        best = student_run.best if student_run.kept_states else None
         earlier = self.trained.finetuned.sources if self.trained.finetuned is not None else []
         sources = list(dict.fromkeys([*earlier, *map(str, self.images.given)]))
         finetuned = Finetuned(
             self.classes, len(self.numbers), sources, student_run.steps,
-            student_run.loss, m.seconds, m.rate, m.wait_percent, best.epoch if best is not None else None,
+            student_run.loss, m.seconds, m.rate, m.wait_percent, student_run.kept_epoch,
         )  # fmt: skip
         parameters, student = count_parameters(self.student.model), self.out / STUDENT_FOLDER
         result = replace(self.trained, run=self.out, student=student, parameters=parameters, finetuned=finetuned)

@@ -78,28 +78,22 @@ def inspect(
     images: where the images are, if they moved; if they are not found, the page has no images. Raises UserError for
     mistakes that the user can fix.
     """
-    settings = config.refine
-    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copies
-    manifest = read_refiner(refiner) if refiner is not None else None
-    if refiner is not None:
-        cache = open_refined(refiner, cache_path, teacher, blocks, local_copy, OPTION)
-    else:
-        cache = Cache(cache_path, teacher, blocks, local_copy, option=OPTION)
     if out is not None:
         check_output(out, mode, STAGE, config, [cache_path, *filter(None, [refiner])])
-    loaded = load_refiner(refiner, cache) if refiner is not None else None
-    device = default_device()
-    if manifest is not None:
+    settings, device = config.refine, default_device()
+    teacher, blocks, local_copy = settings.teacher, settings.blocks, settings.local_copies
+    if refiner is not None:
+        cache = open_refined(refiner, cache_path, teacher, blocks, local_copy, OPTION)
+        manifest, loaded = read_refiner(refiner), load_refiner(refiner, cache).to(device)
         settings = settings.model_copy(update={"seed": manifest.seed, "holdout": manifest.holdout})
-    train, held_out = split_records(cache, settings)
-    scales = (
-        manifest.scales
-        if manifest is not None
-        else measure_scales(cache, evenly_spaced(train, settings.statistics_records), settings.threshold_k, device)
-    )
+        scales, (_, held_out) = manifest.scales, split_records(cache, settings)
+    else:
+        cache, loaded = Cache(cache_path, teacher, blocks, local_copy, option=OPTION), None
+        train, held_out = split_records(cache, settings)
+        known = evenly_spaced(train, settings.statistics_records)
+        scales = measure_scales(cache, known, settings.threshold_k, device)
     sample = evenly_spaced(held_out, settings.sample_records)
     suffix = cache.suffix().to(device) if cache.has_suffix else None
-    loaded = loaded.to(device) if loaded is not None else None
     metrics, pictures, chosen = {}, [], np.empty(0, np.int64)
     measured = measure_blocks(cache, loaded, scales, sample, device) if loaded is not None else {}
     for block in cache.blocks:
@@ -109,7 +103,7 @@ def inspect(
         if block in measured:
             metrics[block]["refined"] = measured[block]["after"]
             metrics[block]["clean_drift_percent"] = measured[block]["clean_drift_percent"]
-        if not len(chosen):
+        if not len(chosen):  # the first block chooses for all
             chosen = _choose(context)
         pictures.append(_pictures(context, loaded, chosen))
     result = InspectResult(

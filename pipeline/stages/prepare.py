@@ -20,10 +20,10 @@ from pipeline.data import Spec, decode, decode_rgb, named_errors, resolve
 from pipeline.data.decoder_warnings import watched_decoders
 from pipeline.data.entries import Convert, Entry, Listing
 from pipeline.data.formats import FORMATS, KEPT, format_of
+from pipeline.data.image_keys import file_keys
 from pipeline.data.images import CLASSES, read_classes
 from pipeline.data.importers import list_layout
 from pipeline.data.importers.image_sources import list_sources
-from pipeline.data.names import file_keys
 from pipeline.data.sources import kind_of
 from pipeline.data.sources.class_folders import check_filled
 from pipeline.data.sources.tables import TABLE
@@ -72,7 +72,7 @@ def prepare(config: Config, images: Spec, out: Path, mode: Mode = "new", parts: 
     check_output(out, mode, STAGE, config, [*sources_to_pack(config, images), *filter(None, [settings.classes])])
     listing = list_to_pack(config, images)
     size = max(1, min(settings.shard_images, -(-len(listing.entries) // parts))) if parts > 1 else settings.shard_images
-    config = config.model_copy(update={"prepare": settings.model_copy(update={"shard_images": size})})
+    config = config.changed(prepare={"shard_images": size})
     if settings.classes is not None:
         listing = renumbered(listing, settings.classes)
     else:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import Cache
+from pipeline.cache.reader import Cache
 from pipeline.cache.statistics import evenly_spaced, first_views, last_block
 from pipeline.config import Config, StudentConfig
 from pipeline.data import Spec

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.checks import check_page
 from pipeline.data import Spec
 from pipeline.evaluation.figures import LEADERBOARD, Mean
+from pipeline.models.names import OWN
 from pipeline.reports import charts, tables
 from pipeline.reports.measure_page import measure
 from pipeline.reports.report_page import render_page
@@ -24,7 +25,6 @@ from pipeline.storage.json_files import read_json
 from pipeline.training.cached_teachers import open_images
 from pipeline.training.run_directory import find_runs
 from singer.errors import UserError
-from singer.names import OWN
 
 RECORDS = 256
 

@@ -102,7 +102,7 @@ def refiner_config(config: Config, number: int) -> Config:
     teachers = config.distill.teachers
     if teachers is None or number >= len(teachers):
         return config
-    return config.model_copy(update={"refine": config.refine.model_copy(update={"teacher": teachers[number]})})
+    return config.changed(refine={"teacher": teachers[number]})
 
 
 def _train(setting: SweepContext, members: Sequence[Member]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.figures import LEADERBOARD, Mean, figures_of, in_percent, with_bounds, words_of
+from pipeline.evaluation.figures import LEADERBOARD, Mean, figure_in, figures_of, with_bounds, words_of
 from pipeline.reports.html import render
 from pipeline.storage import write_atomic
 from pipeline.storage.json_files import read_json, write_json
@@ -134,11 +134,9 @@ class Leaderboard:
         for task, file in self._files[run.name].items():
             result = read_json(file.parent, file.name, "run")
             for figure in (name for f in figures_of([task]) for name in with_bounds(f)):
-                value: Any = result
-                for key in figure.split(".")[1:]:
-                    value = value.get(key) if isinstance(value, dict) else None
+                value = figure_in(result, figure.partition(".")[2])
                 if value is not None:
-                    found[figure] = in_percent(figure, value)
+                    found[figure] = value
         return found
 
     def _csv(self, rows: list[LeaderboardRow]) -> str:

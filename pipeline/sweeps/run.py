@@ -19,7 +19,7 @@ from pipeline.cache.reader import Cache
 from pipeline.checks import check_settings, check_start
 from pipeline.config import Config, TrainingConfig
 from pipeline.data import Images, Spec, list_probe_images, places_of, readable
-from pipeline.evaluation.stored import result_file
+from pipeline.evaluation.result_files import result_file
 from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
@@ -250,7 +250,7 @@ def _as_refined(run: Run, caches: int) -> Config:
         read["teacher"] = (refine.teacher,) * caches
     if settings.blocks is None and refine.blocks is not None:
         read["blocks"] = (refine.blocks,) * caches
-    return run.config.model_copy(update={"distill": settings.model_copy(update=read)})
+    return run.config.changed(distill=read)
 
 
 def _refuse(what: str, out: Path, change: str | None) -> None:

@@ -16,6 +16,7 @@ from pipeline.data import ImageFile, Spec, accepted, check_images, relocate
 from pipeline.outputs.provenance import file_hash
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.storage import Place
+from pipeline.students.start import TeacherWeights
 from pipeline.training.run_directory import TeacherLink, load_result, nearby
 from pipeline.training.stored_refiners import REFINER, RefinerManifest, open_refined, read_refiner
 from singer.errors import UserError
@@ -32,14 +33,14 @@ _COMPARED = 64
 class CachedTeacher:
     """A teacher: its opened cache, and the refiner of its features, if any.
 
-    name: the prefix of its losses if there are several teachers; refiner: its folder; note: its manifest; weight: the
-    weight of the teacher's objective.
+    name: the prefix of its losses if there are several teachers; refiner: its folder; weight: the weight of the
+    teacher's objective.
     """
 
     name: str
     cache: Cache
     refiner: Path | None
-    note: RefinerManifest | None
+    refiner_manifest: RefinerManifest | None
     weight: float
 
 
@@ -61,7 +62,7 @@ def open_teachers(
     if count == 1 and settings.teacher_drop:
         raise UserError("distill.teacher_drop is for several teachers; give as many --cache, or leave it out")
     weights = _each("distill.teacher_weights", settings.teacher_weights, count, 1 / count)
-    notes = [read_refiner(path) if path is not None else None for path in refiner_paths]
+    manifests = [read_refiner(path) if path is not None else None for path in refiner_paths]
     caches = []
     for n, (place, path, teacher, blocks) in enumerate(
         zip(listed, refiner_paths, teachers, chosen, strict=True), start=1
@@ -74,7 +75,7 @@ def open_teachers(
             caches.append(Cache(place, teacher, blocks, settings.local_copies, known, option))
     check_records(caches)
     return [
-        CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, notes, weights, strict=True)
+        CachedTeacher(*fields) for fields in zip(_names(caches), caches, refiner_paths, manifests, weights, strict=True)
     ]
 
 
@@ -116,7 +117,8 @@ def input_hashes(teachers: Sequence[CachedTeacher], share_run: Path | None) -> d
         hashes[numbered("cache", number)] = teacher.cache.id
         refiner = teacher.refiner
         hashes[numbered("refiner", number)] = file_hash(refiner / REFINER) if refiner is not None else None
-        kind = f"{teacher.note.cleaner}, {teacher.note.normaliser}" if teacher.note is not None else None
+        manifest = teacher.refiner_manifest
+        kind = f"{manifest.cleaner}, {manifest.normaliser}" if manifest is not None else None
         hashes[numbered("refiner_kind", number)] = kind
     return hashes
 
@@ -163,6 +165,12 @@ def open_images(cache: Cache, images: Spec | None = None) -> AbstractContextMana
         with ImageFile(found) as files:
             check_images(files, evenly_spaced(np.arange(len(found)), _COMPARED), cache.index.digest)
     return ImageFile(found)
+
+
+def cached_weights(cache: Cache, weights: Path | None) -> TeacherWeights:
+    """Return where the weights of a cached teacher are. weights: a file that has them, if they moved."""
+    teacher = cache.manifest.teacher
+    return TeacherWeights(cache.teacher_config(weights), teacher.architecture, teacher.model_args, teacher.weights)
 
 
 def cache_of_run(run: Path, link: TeacherLink) -> Cache | None:

@@ -25,8 +25,8 @@ class Classifier(Learner):
         self,
         student: Backbone,
         device: torch.device,
-        mixing: Mixing | None = None,
-        teacher: HeadTeacher | None = None,
+        mixing: Mixing | None,
+        teacher: HeadTeacher | None,
     ) -> None:
         super().__init__(student, device)
         self._mixing, self._teacher = mixing, teacher

@@ -1,6 +1,6 @@
 """Score the images of a cache by the teacher's features, so that the share that is trained on can be chosen.
 
-Nothing needs labels or a student (student_loss has the score of a student), and only the first view of every image is
+Nothing needs labels or a student (student_scores has that of a student), and only the first view of every image is
 read. A high score is a hard image.
 """
 

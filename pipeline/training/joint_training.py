@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.cache.reader import Cache
 from pipeline.config import RefineConfig
+from pipeline.training.batch import Batch
 from pipeline.training.refiner_fit import RefinerFit
 from singer.adapter_losses import RefinementBatch, adapter_losses
 from singer.artifacts import BlockScale
@@ -18,39 +19,42 @@ from singer.suffix import TeacherSuffix
 
 @dataclass(frozen=True)
 class JointTraining:
-    """What the losses of adapters need when they are trained with the student, as in the paper.
+    """Adapters that are trained with the student, as in the paper, and what their losses need.
 
-    This is not a module, because all of it is frozen. prefix: the number of the teacher's prefix tokens; grids: as in
-    RefinementBatch.
+    This is not a module, because all but the adapters is frozen. prefix: the number of the teacher's prefix tokens;
+    grids: as in RefinementBatch.
     """
 
+    adapters: Refiner
     suffix: TeacherSuffix
     scales: dict[int, BlockScale]
     settings: RefineConfig
     prefix: int
     grids: Mapping[int, tuple[int, int] | None]
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """Return {name of a loss: its weight}."""
-        return self.settings.loss_weights
+    def refine(self, features: Mapping[int, Tensor], batch: Batch) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Return features {block: (B, N, d)} that the adapters have cleaned, and the adapters' weighted losses.
 
-    def losses(self, original: Mapping[int, Tensor], refined: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted losses of adapters, each as a mean over the blocks.
-
-        original, refined: {block: (B, N, d)}.
+        Each loss is a mean over the blocks. It is in proportion to the records of this part of the batch, so that parts
+        add up.
         """
-        s = self.settings
-        batch = RefinementBatch(original, refined, self.suffix, self.scales, self.prefix, self.grids)
-        found = adapter_losses(batch, list(refined), s.outlier_form, s.info_form, s.quantile, self.weights)
-        return found.weighted
+        s, real = self.settings, len(batch.weights) - batch.filling
+        with torch.autocast(batch.weights.device.type, enabled=False):
+            refined = self.adapters(features)
+            if not real:
+                zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
+                return refined, dict.fromkeys(s.loss_weights, zero)
+            before, after = ({block: x[:real] for block, x in tokens.items()} for tokens in (features, refined))
+            seen = RefinementBatch(before, after, self.suffix, self.scales, self.prefix, self.grids)
+            found = adapter_losses(seen, list(refined), s.outlier_form, s.info_form, s.quantile, s.loss_weights)
+            return refined, {name: loss * batch.weights.sum() for name, loss in found.weighted.items()}
 
 
-def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> tuple[JointTraining, Refiner]:
-    """Return what the losses of joint training need, and new adapters in their starting subspace."""
+def new_joint(cache: Cache, settings: RefineConfig, device: torch.device) -> JointTraining:
+    """Return new adapters in their starting subspace, with what their losses need."""
     settings = settings.model_copy(update={"cleaner": "adapter", "normaliser": "none"})
     fit = RefinerFit(cache, settings, np.arange(len(cache)), device)
     grids = {block: fit.refiner.cleaner(block).spec.grid for block in cache.blocks}
     assert fit.suffix is not None
     prefix = cache.manifest.teacher.prefix_tokens
-    return JointTraining(fit.suffix, fit.scales, settings, prefix, grids), fit.refiner
+    return JointTraining(fit.refiner, fit.suffix, fit.scales, settings, prefix, grids)

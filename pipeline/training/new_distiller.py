@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pipeline.cache.reader import Cache
 from pipeline.config import Config, DistillConfig
 from pipeline.models.backbone import Backbone
 from pipeline.storage.tensors import read_matrix
 from pipeline.students.new import new_student
-from pipeline.students.start import TeacherWeights, start_student
+from pipeline.students.start import start_student
 from pipeline.training.batch_norm import check_parts
-from pipeline.training.cached_teachers import CachedTeacher
+from pipeline.training.cached_teachers import CachedTeacher, cached_weights
 from pipeline.training.distiller import Distiller
 from pipeline.training.joint_training import new_joint
 from pipeline.training.other_views import OtherViews
@@ -72,7 +71,7 @@ def check_student(config: Config, teachers: Sequence[CachedTeacher]) -> None:
     teacher = cache.manifest.teacher
     random = config.student.model_copy(update={"pretrained": False})
     student = new_student(random, teacher.image_size, width=teacher.width_of(cache.blocks[-1]))
-    start_student(student, config.student, cached_weights(config, cache), fits_only=True)
+    start_student(student, config.student, cached_weights(cache, config.teacher.weights), fits_only=True)
     distiller, _ = new_distiller(student, config, teachers, torch.device("cpu"))
     if settings.share_by == "random":
         records, _ = split_images(cache, settings)
@@ -80,12 +79,6 @@ def check_student(config: Config, teachers: Sequence[CachedTeacher]) -> None:
     else:
         image_scorer(cache, settings, None, torch.device("cpu"))
         image_counts(len(np.unique(cache.index.first_image)), settings)
-
-
-def cached_weights(config: Config, cache: Cache) -> TeacherWeights:
-    """Return where the weights of a cached teacher are, from which a student can start."""
-    teacher, loaded = cache.manifest.teacher, cache.teacher_config(config.teacher.weights)
-    return TeacherWeights(loaded, teacher.architecture, teacher.model_args, teacher.weights)
 
 
 def _token_share(student: Backbone, settings: DistillConfig, teachers: Sequence[CachedTeacher]) -> float:
@@ -121,13 +114,12 @@ def _branches(
     objectives, branches = settings.objectives_of(len(teachers)), []
     of_each = refiners if refiners is not None else [None] * len(teachers)
     for teacher, refiner, wanted in zip(teachers, of_each, objectives, strict=True):
-        cache, joint, adapters = teacher.cache, None, None
+        cache = teacher.cache
         matching = match_blocks(cache.blocks, cache.manifest.teacher.depth, depth(student.model))
         targets = Targets(cache, refiner, student, device, texts)
-        if settings.joint and refiners is not None:
-            joint, adapters = new_joint(cache, config.refine, device)
+        joint = new_joint(cache, config.refine, device) if settings.joint and refiners is not None else None
         weights = settings.weights_of(cache.blocks)
         projector = "linear" if settings.joint and settings.projector is None else settings.projector
         teaching = Teaching(wanted, projector, weights, settings.kd_weight * teacher.weight, teacher.name)
-        branches.append(TeacherBranch(student, matching, targets, teaching, adapters, joint, whole=whole))
+        branches.append(TeacherBranch(student, matching, targets, teaching, joint, whole=whole))
     return branches

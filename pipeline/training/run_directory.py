@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pipeline.config import Config, load_config
-from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER
+from pipeline.outputs.resuming import CONFIG, RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, is_remote
 from pipeline.storage.json_files import read_as, write_json
@@ -104,6 +104,13 @@ class DistillResult:
 def load_result(run: Path) -> DistillResult:
     """Read the result of a finished run. Raises UserError if there is none at `run`."""
     return replace(read_as(run / RUN_RESULT, DistillResult, "finished run"), run=run, student=run / STUDENT_FOLDER)
+
+
+def resumed_result(run: Path) -> DistillResult:
+    """Read the result of a finished run that is resumed, and remove the checkpoint, if it died before it did so."""
+    result = load_result(run)
+    (run / TRAINING_CHECKPOINT).unlink(missing_ok=True)
+    return result
 
 
 def load_run_config(run: Path) -> Config:

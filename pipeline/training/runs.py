@@ -13,7 +13,7 @@ from pipeline.config import Config, DistillConfig
 from pipeline.data import ImageFile
 from pipeline.data.sampler import WINDOW_BYTES, shuffle_of
 from pipeline.models.backbone import Backbone, save_backbone
-from pipeline.models.own import Own, object_name
+from pipeline.models.own import Own
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import STUDENT_FOLDER, TRAINING_CHECKPOINT
@@ -26,9 +26,9 @@ from pipeline.students.start import start_student, starts_as_blocks
 from pipeline.training.batch import BatchLoader
 from pipeline.training.batch_norm import check_parts, synchronise
 from pipeline.training.best_epoch import State
-from pipeline.training.cached_teachers import CachedTeacher, Refiners, input_hashes
-from pipeline.training.new_distiller import cached_weights, new_distiller
-from pipeline.training.prepared import prepare_run
+from pipeline.training.cached_teachers import CachedTeacher, Refiners, cached_weights, input_hashes
+from pipeline.training.new_distiller import new_distiller
+from pipeline.training.new_student_run import new_student_run
 from pipeline.training.run_directory import (
     ADAPTERS,
     PROJECTORS_FILE,
@@ -59,11 +59,6 @@ class StudentSpec:
     out: Path
     refiner: Refiners = None
     module: Own | None = None
-
-    def __post_init__(self) -> None:
-        if self.module is not None:
-            named = self.config.student.model_copy(update={"name": object_name(self.module)})
-            object.__setattr__(self, "config", self.config.model_copy(update={"student": named}))
 
 
 class NewStudent:
@@ -106,14 +101,14 @@ class NewStudent:
         wanted = config.student.model_copy(update={"pretrained": False}) if continues else config.student
         student = new_student(wanted, t.image_size, self.spec.module, t.width_of(cache.blocks[-1]))
         if not continues:
-            start_student(student, config.student, cached_weights(config, cache))
+            start_student(student, config.student, cached_weights(cache, config.teacher.weights))
         return student
 
     def _layer_decay(self) -> float:
         """Return distill.layer_decay; its rule is for students whose weights are all trained."""
         config, model = self.spec.config, self.student.model
         may = config.distill.trained is None and config.student.lora is None and hasattr(model, "group_matcher")
-        teacher = cached_weights(config, self.teachers[0].cache)
+        teacher = cached_weights(self.teachers[0].cache, config.teacher.weights)
         whole = may and starts_as_blocks(self.student, config.student, teacher)
         return layer_decay(config.distill, depth(model), whole)
 
@@ -122,10 +117,10 @@ class NewStudent:
         """Return what the student learns from each teacher; the matching has only blocks that an objective reads."""
         found = []
         for teacher, branch in zip(self.teachers, self.distiller.branches, strict=True):
-            t, note = teacher.cache.manifest.teacher, teacher.note
+            cache, manifest = teacher.cache, teacher.refiner_manifest
+            t, kind = cache.manifest.teacher, manifest.kind if manifest is not None else None
             path = str(teacher.refiner) if teacher.refiner is not None else None
             described = TeacherNote(t.name, t.architecture, t.weights, t.image_size, t.class_token, t.variant)
-            cache, kind = teacher.cache, note.kind if note is not None else None
             found.append(TeacherLink(described, cache.id, str(cache.place), branch.links, path, kind))
         return found
 
@@ -164,7 +159,9 @@ class NewStudent:
         """Prepare the student for training; with mode "resume", restore its last checkpoint if it has one."""
         config, holds_out = self.spec.config, len(self.held_out) > 0
         settings = config.distill.model_copy(update={"layer_decay": self.layer_decay})
-        return prepare_run(self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator)
+        return new_student_run(
+            self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator
+        )
 
 
 def train_students(
@@ -233,7 +230,7 @@ def result_of(new: NewStudent, student_run: StudentRun, m: Meter) -> DistillResu
         seconds=m.seconds,
         images_per_second=m.rate,
         data_wait_percent=m.wait_percent,
-        kept_epoch=student_run.best.epoch if student_run.best is not None and student_run.kept_states else None,
+        kept_epoch=student_run.kept_epoch,
     )
 
 

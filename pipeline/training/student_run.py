@@ -84,9 +84,9 @@ class StudentRun:
         return self.best is not None and self.best.ended
 
     @property
-    def kept_states(self) -> tuple[State, State] | None:
-        """Return the states of the best epoch: of the student, and of all that was trained; None to keep the last."""
-        return self.best.states if self.best is not None else None
+    def kept_epoch(self) -> int | None:
+        """Return the epoch after which the student is kept; None for the last."""
+        return self.best.epoch if self.best is not None and self.best.states is not None else None
 
     def final_states(self) -> tuple[State, State]:
         """Return the states that are stored: those of the best epoch, if they are kept, or the last ones.
@@ -94,7 +94,8 @@ class StudentRun:
         All processes call it together. Raises UserError if they are not finite: no loss sees the last update.
         """
         student = self.student.model if self.ema is None else self.ema.module
-        states = self.kept_states or whole_states(student, self.learner)
+        kept = self.best.states if self.best is not None else None
+        states = kept or whole_states(student, self.learner)
         # A buffer may be a mask of infinities.
         buffers = {name for model in (student, self.learner) for name, _ in model.named_buffers()}
         weights = [x for state in states for name, x in state.items() if name not in buffers and x.is_floating_point()]
@@ -158,7 +159,7 @@ class StudentRun:
         """Start to report the mean losses since the last report; it is finished after the next step.
 
         A GPU has then computed them, so that reading them does not wait for it. held_out: figures of records that are
-        held out, see HeldOut.measure.
+        held out, see held_out.measure.
         """
         self.finish_report()
         with current().together():
@@ -198,7 +199,7 @@ class StudentRun:
 class Report:
     """What a report says: of which step, the speed until then, and the sums of the losses of so many steps.
 
-    sums: returns the value of each name, once it has arrived on the CPU; held_out: see HeldOut.measure.
+    sums: returns the value of each name, once it has arrived on the CPU; held_out: see held_out.measure.
     """
 
     step: int

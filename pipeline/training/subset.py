@@ -14,7 +14,7 @@ from pipeline.config import DistillConfig, TrainingConfig
 from pipeline.data import Spec
 from pipeline.runtime.ranks import current
 from pipeline.training.image_scores import check_scores, image_scores
-from pipeline.training.student_loss import StudentLoss
+from pipeline.training.student_scores import StudentScores
 from singer.errors import UserError
 
 # More records would say no more, and take time after every epoch.
@@ -89,6 +89,6 @@ def image_scorer(
     """Return what computes the score of every image. Raises UserError if the cache or the run lacks what it needs."""
     if settings.share_by == "loss":
         assert settings.share_run is not None
-        return partial(StudentLoss(settings.share_run, cache, device).of_images, moved, settings.workers)
+        return partial(StudentScores(settings.share_run, cache, device).of_images, moved, settings.workers)
     check_scores(cache, settings.share_by)
     return partial(image_scores, cache, settings.share_by, settings.seed)

@@ -44,7 +44,7 @@ class Targets:
         return self.cache.manifest.teacher.width_of(block)
 
     def objective_context(
-        self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool = True
+        self, blocks: tuple[int, ...], objectives: Sequence[type[Objective]], whole: bool
     ) -> ObjectiveContext:
         """Return what these objectives may know; the teacher's suffix is only loaded if one of them needs it.
 

@@ -18,7 +18,6 @@ from singer.objectives import OBJECTIVES, Mixture, Tokens
 from singer.objectives.relation import makes_attention, queries_keys_values
 from singer.patch_masks import only_masked
 from singer.projectors import PROJECTORS, Ladder, Projection, Projectors, ProjectorSpec
-from singer.refiner import Refiner
 from singer.suffix import has_first_norm
 from singer.tokens import select_tokens
 
@@ -64,12 +63,11 @@ class TeacherBranch:
         matching: dict[int, int],
         targets: Targets,
         teaching: Teaching,
-        adapters: Refiner | None = None,
         joint: JointTraining | None = None,
         whole: bool = True,
     ) -> None:
         self.name, self.weight = teaching.name, teaching.weight
-        self.targets, self.joint, self.adapters = targets, joint, adapters
+        self.targets, self.joint = targets, joint
         self.prefix, self.layout = student.prefix, student.layout
         objectives = teaching.objectives
         context = targets.objective_context(tuple(matching), [OBJECTIVES[o] for o in objectives], whole)
@@ -131,7 +129,8 @@ class TeacherBranch:
     @property
     def trained(self) -> dict[str, nn.Module]:
         """Return the modules that are trained for this teacher alone, by name."""
-        modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": self.adapters}
+        adapters = None if self.joint is None else self.joint.adapters
+        modules = {"projectors": self.projectors, "unit_projectors": self.unit_projectors, "adapters": adapters}
         kept = {name: m for name, m in modules.items() if m is not None and next(m.parameters(), None) is not None}
         return {"objective": self.objective, **kept}
 
@@ -152,7 +151,7 @@ class TeacherBranch:
             refined = self.targets.refine(decoded.blocks)
             losses: dict[str, Tensor] = {}
         else:
-            adapted, losses = self._adapted(decoded.blocks, batch)
+            adapted, losses = self.joint.refine(decoded.blocks, batch)
             refined = Tokens(adapted, adapted)
         normalised = {b: refined.normalised[b] for b in self.normalised_blocks}
         cleaned = {b: refined.cleaned[b] for b in sorted({*self.cleaned_blocks, *self.attention})}
@@ -216,23 +215,6 @@ class TeacherBranch:
                     f"distill.{off.partition('=')[0]}: objective {name} does not compare token by token, so that no "
                     f"patch can be left out of it; take one of {known}, or set distill.{off}"
                 )
-
-    def _adapted(self, features: Mapping[int, Tensor], batch: Batch) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """Return features cleaned by the adapters that are trained with the student, and the adapters' losses.
-
-        These are in proportion to the records of this part of the batch, so that parts add up.
-        """
-        assert self.joint is not None and self.adapters is not None
-        real = len(batch.weights) - batch.filling
-        with torch.autocast(batch.weights.device.type, enabled=False):
-            refined = self.adapters(features)
-            if real:
-                found = self.joint.losses(*({b: x[:real] for b, x in of.items()} for of in (features, refined)))
-                losses = {name: loss * batch.weights.sum() for name, loss in found.items()}
-            else:
-                zero = 0.0 * torch.stack([x.sum() for x in refined.values()]).sum()
-                losses = dict.fromkeys(self.joint.weights, zero)
-        return refined, losses
 
 
 def _reads(kind: type[Projection], block: int) -> range:

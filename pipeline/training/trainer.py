@@ -12,7 +12,7 @@ from pipeline.data.sampler import batch_index_lists, prefetch_depth, steps_per_e
 from pipeline.runtime.progress import Meter, meter, say
 from pipeline.runtime.ranks import current
 from pipeline.training.batch import Loader
-from pipeline.training.held_out import HeldOut
+from pipeline.training.held_out import measure
 from pipeline.training.student_run import StudentRun
 from pipeline.training.to_device import StartedSteps, on_device
 
@@ -41,7 +41,6 @@ def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, ac
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     log_every = min(_LOG_STEPS, max(1, per_epoch // 4))
     ranks = current()
-    measured_on = HeldOut(held_out, settings) if len(held_out) else None
     if main and total < _FEW_STEPS:
         steps = f"{total} step{'' if total == 1 else 's'}"
         say(
@@ -72,8 +71,8 @@ def train(student_runs: Sequence[StudentRun], load: Loader, held_out: Loader, ac
             epoch_ends = (step + 1) % per_epoch == 0
             if (step + 1) % log_every == 0 or epoch_ends:
                 figures: Sequence[Mapping[str, Any] | None] = [None] * len(going)
-                if measured_on is not None and epoch_ends:
-                    figures = measured_on.measure(going, accelerator.device)
+                if len(held_out) and epoch_ends:
+                    figures = measure(held_out, going, accelerator.device)
                 for student_run, measured in zip(going, figures, strict=True):
                     _end_interval(student_run, step + 1, per_epoch, m, accelerator, measured)
                 if all(t.ended for t in student_runs):
@@ -99,7 +98,7 @@ def _end_interval(
 ) -> None:
     """Report the interval that ends after `done` steps, and save a checkpoint if one is due; all processes call it.
 
-    measured: after an epoch, the figures of held-out images, if there are any, see HeldOut.measure.
+    measured: after an epoch, the figures of held-out images, if there are any, see held_out.measure.
     """
     epoch, within = divmod(done, per_epoch)
     epochs, ranks, main = student_run.settings.epochs, current(), accelerator.is_main_process

@@ -29,8 +29,8 @@ class Projection(nn.Module):
 
     @classmethod
     def of_blocks(cls, specs: Mapping[int, ProjectorSpec]) -> nn.Module:
-        """Build what takes (tokens, grids) of all compared blocks of the teacher, as Projectors does."""
-        raise NotImplementedError
+        """Build what takes (tokens, grids) of all compared blocks of the teacher, {block: its ends}, as Projectors."""
+        return cls(specs)
 
 
 class Projector(Projection):

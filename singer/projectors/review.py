@@ -44,8 +44,3 @@ class Review(Projection):
                 fused = fused * gates[..., :1] + deeper * gates[..., 1:]
             found[block], deeper, before = self.leave[str(block)](fused), fused, block
         return found
-
-    @classmethod
-    def of_blocks(cls, specs: Mapping[int, ProjectorSpec]) -> "Review":
-        """Build the fusion of all compared blocks of the teacher, {block: its ends}."""
-        return cls(specs)

@@ -79,13 +79,9 @@ def _extractor(config: Config, name: str, known: TeacherManifest) -> Extractor:
 
     It is not compiled: compiling takes longer than the passes over a sample.
     """
-    config = config.model_copy(
-        update={
-            "teacher": config.teacher.model_copy(
-                update={"name": name, "image_size": known.image_size, "dtype": known.dtype, "copies": known.copies}
-            ),
-            "cache": config.cache.model_copy(update={"precision": known.precision, "compile": False}),
-        }
+    config = config.changed(
+        teacher={"name": name, "image_size": known.image_size, "dtype": known.dtype, "copies": known.copies},
+        cache={"precision": known.precision, "compile": False},
     )
     return Extractor(config, load_teacher(config.teacher), this_process().device)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.image_keys import file_keys
 from pipeline.data.images import Skipped
-from pipeline.data.names import file_keys
 from pipeline.data.source_listing import NO_LABEL, ChangedImage, SourceListing
 from pipeline.data.sources.class_folders import check_filled, list_folder
 from pipeline.data.sources.kind import Kind, Options, Samples, file_size

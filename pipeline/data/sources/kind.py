@@ -82,9 +82,7 @@ class Samples:
     files: list[str] | None = None
     defects: list[tuple[int, str, str]] = field(default_factory=list)
 
-    def listing(
-        self, size: int, classes: Sequence[str] = (), left_out: Mapping[str, int] | None = None
-    ) -> SourceListing:
+    def listing(self, size: int, classes: Sequence[str], left_out: Mapping[str, int] | None = None) -> SourceListing:
         """Return the columns. Samples with a defect are unusable."""
         keys, usable = Keys.of(self.keys), np.ones(len(self.keys), dtype=np.bool_)
         usable[[number for number, _, _ in self.defects if number >= 0]] = False

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.names import file_keys
+from pipeline.data.image_keys import file_keys
 from pipeline.data.source_listing import SourceListing
 from pipeline.data.sources.folder import FOLDER, FileReader, add_files
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.image_keys import distinct_names
 from pipeline.data.images import Skipped
-from pipeline.data.names import distinct_names
 from pipeline.data.source_listing import ChangedImage, SourceListing
 from pipeline.data.sources.kind import Kind, Options, Samples, numbered
 from singer.errors import UserError

@@ -1,4 +1,4 @@
-"""Prepare a student for the loop: on its device, with optimiser, moving average, checkpoint, log and trackers."""
+"""Make a student ready for the loop: on its device, with optimiser, moving average, checkpoint, log and trackers."""
 
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from pipeline.training.student_run import StudentRun
 from pipeline.training.trackers import Tracking
 
 
-def prepare_run(
+def new_student_run(
     student: Backbone,
     learner: Learner,
     config: Config,

@@ -30,7 +30,7 @@ from singer.refiner import Refiner
 _BATCH = 64
 
 
-class StudentLoss:
+class StudentScores:
     """A finished run with all that was trained in it, whose loss is computed for single images.
 
     Raises UserError if the run learned from another cache, if its loss is not one of single images, or if a part of it
