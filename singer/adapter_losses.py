@@ -155,7 +155,9 @@ def expect_loss(batch: RefinementBatch, block: int) -> Tensor:
         """Return the mean squared distance of some tokens from what is expected at their places."""
         return ((tokens - expected).square().sum(-1) * which).sum() / which.sum().clamp_min(1)
 
-    return distance(refined, ~clean) / distance(original, clean).clamp_min(1e-12)
+    unit = distance(original, clean)
+    # Without a clean token there is no unit: divided by almost nothing, one such batch would outweigh all others.
+    return torch.where(unit > 0, distance(refined, ~clean) / unit.clamp_min(1e-12), 0.0)
 
 
 @dataclass(frozen=True)

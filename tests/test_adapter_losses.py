@@ -112,3 +112,13 @@ def test_expect_by_hand() -> None:
         is_clean = bool(clean[image, row, column])
         away[is_clean].append(np.square((x if is_clean else y)[image, row, column] - expected).sum())
     assert expect_loss(batch, 3).item() == pytest.approx(np.mean(away[False]) / np.mean(away[True]), rel=1e-4)
+
+
+def test_artifacts_without_a_clean_token_add_nothing() -> None:
+    """Nothing says how far from their neighbours tokens are; the loss had 12 digits."""
+    batch = make_batch()
+    refined = batch.refined[3].requires_grad_()
+    for whole in (batch.original, {3: torch.zeros(3, 17, WIDTH)}):
+        loss = expect_loss(replace(batch, original=whole, refined={3: refined}, scales={3: BlockScale(1.0, -1.0)}), 3)
+        loss.backward()
+        assert loss == 0 and refined.grad is not None and not refined.grad.any()

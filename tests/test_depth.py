@@ -12,6 +12,7 @@ from test_segmentation import SHARED, WEIGHTS, packed, png
 
 from pipeline.config import Config, load_config
 from pipeline.data import index_beside, index_images
+from pipeline.evaluation.dense import HeadSpec, fit_head
 from pipeline.evaluation.depth import Depth, fit_heads, read_depths
 from pipeline.models.backbone import save_backbone
 from pipeline.stages.distill import distill
@@ -88,6 +89,13 @@ def test_perfect_features_and_chance() -> None:
     dealt = depth.flatten()[torch.randperm(depth.numel())].view_as(depth)
     for name, found in figures(x, dealt, test).items():
         assert found["rmse"] == pytest.approx(deviation, rel=0.15), name
+
+
+def test_a_rate_at_which_a_head_diverges_is_not_chosen() -> None:
+    """Its score is not a number."""
+    scores = iter([0.5, float("nan"), 0.7])
+    spec = HeadSpec("depth", 1, lambda maps, target: maps.sum(), lambda *_: next(scores), (0.01, 0.02, 0.03), 1, 0)
+    assert fit_head(*known(4), spec, CPU)[1] == 0.03
 
 
 def test_missing_pixels_teach_nothing() -> None:

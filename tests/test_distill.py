@@ -39,7 +39,7 @@ from pipeline.training.stored_refiners import REFINER, load_refiner
 from pipeline.training.student_run import StudentRun
 from pipeline.training.subset import split_images
 from pipeline.training.targets import Targets
-from pipeline.training.teacher_branch import TeacherBranch, Teaching
+from pipeline.training.teacher_branch import TeacherBranch, Teaching, explained_variance, squares
 from singer.backbones import block_outputs
 from singer.errors import UserError
 from singer.objectives import OBJECTIVES
@@ -719,3 +719,12 @@ def test_images_are_held_out(world: Path, tmp_path: Path) -> None:
     assert [*explained[0]] == ["2", "3"] and all(explained[-1][b] > explained[0][b] for b in explained[0])
     with pytest.raises(UserError, match="distill.holdout: all 100 images would be held out"):
         split_images(cache, config.distill.model_copy(update={"holdout": 0.999}))
+
+
+def test_explained_variance_is_that_of_all_batches() -> None:
+    """However the images are divided, and also of targets that are far from zero."""
+    wanted = 1e3 + torch.randn(6, 5, 3)
+    found = wanted + 0.5 * torch.randn(6, 5, 3)
+    summed = sum(squares(wanted[rows], found[rows]) for rows in (slice(4), slice(4, 5), slice(5, 6)))
+    expected = 1 - (wanted - found).square().sum() / (wanted - wanted.mean((0, 1))).square().sum()
+    assert isinstance(summed, torch.Tensor) and explained_variance(summed) == pytest.approx(float(expected), rel=1e-4)

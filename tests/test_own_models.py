@@ -1,6 +1,7 @@
 """Modules of one's own as teachers and students: the example of the page, objects in Python, and what can go wrong."""
 
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,35 @@ def test_objects_in_python(world: Path, tmp_path: Path) -> None:
     assert not torch.equal(before, maps[0].first.weight.cpu())
     with pytest.raises(UserError, match="name a function that makes it, package.module:function"):
         load_model("own:Maps")
+
+
+class Locked(Maps):
+    """Maps that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_objects_in_other_states(world: Path, tmp_path: Path) -> None:
+    """What is trained is float32; what has no gradients, or no copy for a moving average, is refused at first."""
+    about, sets = Description(blocks=["first", "second"], image_size=32), ["distill.share=0.3", *TRAIN]
+
+    def trained(module: Maps, *more: str) -> None:
+        distill(config_with(*sets, *more), world / "cache", tmp_path / "run", mode="overwrite", student=(module, about))
+
+    trained(half := Maps().bfloat16().requires_grad_(False))
+    assert half.first.weight.dtype == torch.float32
+    for make, more, said in (
+        (Locked, ["distill.ema=0.9"], r"distill\.ema: a Locked cannot be copied \(cannot pickle .*\); set it to null"),
+        (
+            torch.inference_mode()(lambda: Maps()),
+            [],
+            r"student own:Maps was made in torch\.inference_mode and has no gradients",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            trained(make(), *more)
 
 
 def test_blocks_run_only_as_far_as_needed() -> None:

@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data import ImageFile, list_images
 from pipeline.data.source_listing import NO_LABEL
 from pipeline.planning.sample import Sample
-from pipeline.runtime.devices import make_accelerator, own_accelerate
+from pipeline.runtime.devices import make_accelerator, own_settings
 from pipeline.runtime.watched_rank import watched
 from pipeline.stages.cache_teacher import cache_teacher
 from pipeline.stages.distill import check_shared, check_spec
@@ -28,7 +28,7 @@ _IMAGES = 16
 _NO_COPY = {"local_copy": None, "local_copy_gb": None}
 
 
-@own_accelerate()
+@own_settings()
 def rehearse(config: Config, shards: Sequence[str], images: int, folder: Path, process: PartialState) -> None:
     """Cache a few images of the shards, refine them, and build the student with all that its training needs.
 

@@ -25,7 +25,7 @@ from pipeline.outputs.folder import Mode
 from pipeline.outputs.resuming import CONFIG
 from pipeline.planning.choice import Chooser
 from pipeline.planning.quick_costs import measure_costs
-from pipeline.runtime.devices import with_precision
+from pipeline.runtime.devices import own_settings, with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.watched_rank import wait_for_all
 from pipeline.stages.export import export
@@ -59,6 +59,7 @@ class RunResult:
     linear: dict[str, Accuracies]
 
 
+@own_settings()
 def run(
     config: Config,
     photos: Photos,

@@ -174,7 +174,8 @@ def fit_head(x: Tensor, labels: Tensor, spec: HeadSpec, device: torch.device) ->
         fit, held_out = map(torch.from_numpy, split)
         heads = _train_heads(x, labels, fit, spec, spec.lrs, device)
         scores = [spec.score(head, ((x[i].to(device), labels[i]) for i in held_out.tolist())) for head in heads]
-        lr = spec.lrs[int(np.argmax(scores))]
+        # A head that diverged has no score, which argmax would take for the best one.
+        lr = spec.lrs[int(np.argmax(np.nan_to_num(scores, nan=-np.inf)))]
     (head,) = _train_heads(x, labels, torch.arange(len(x)), spec, (lr,), device)
     return head, lr
 

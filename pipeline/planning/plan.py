@@ -35,7 +35,7 @@ from pipeline.planning.rates import Rate, bottleneck, slowest
 from pipeline.planning.sample import Sample, draw_images, open_teacher, sample_features
 from pipeline.planning.scratch import scratch
 from pipeline.planning.speeds import Speeds, measure_speeds, no_speeds
-from pipeline.runtime.devices import this_process, with_precision
+from pipeline.runtime.devices import own_settings, this_process, with_precision
 from pipeline.runtime.machine import memory_bytes
 from pipeline.storage import Place, is_remote, open_store
 from pipeline.storage.disk import free_bytes
@@ -111,6 +111,7 @@ class PlanResult:
     advice: str | None
 
 
+@own_settings()
 def plan(config: Config, images: Spec, out: Place | None = None, seconds: float = 20.0) -> PlanResult:
     """Run the real stages for some seconds in a temporary place beside `out`, and return what a cache would cost.
 

@@ -19,7 +19,7 @@ from pipeline.planning.pilot import Pilot
 from pipeline.planning.rates import Rate, not_measured, rate_of
 from pipeline.planning.sample import Sample
 from pipeline.runtime.buffers import moved
-from pipeline.runtime.devices import make_accelerator, own_accelerate
+from pipeline.runtime.devices import make_accelerator, own_settings
 from pipeline.runtime.prefetch import prefetch
 from pipeline.stages.refine import refine
 from pipeline.storage import Place, is_remote
@@ -39,7 +39,7 @@ _ENDLESS = 10**9
 _BLOCKS = 16
 
 
-@own_accelerate()
+@own_settings()
 def train_on(
     pilot: Pilot, sample: Sample, teacher: Extractor, seconds: float, on_disk: bool
 ) -> tuple[dict[str, Rate], str]:

@@ -1,7 +1,7 @@
 """The device and the processes of a stage, its autocast, and its set-up of Accelerate, the same for every stage."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -58,39 +58,59 @@ def this_process() -> PartialState:
     # Between collective operations a rank may compile, or wait for its first batch, for longer than the default's ten
     # minutes.
     patience = timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * limit_seconds()))
-    with _without_fsdp():
+    with _own_environment():
         return PartialState(parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=patience)
 
 
 @contextmanager
-def own_accelerate() -> Iterator[None]:
-    """Keep apart what Accelerate knows of a training, until the block or function ends, and of a caller's own.
+def own_settings() -> Iterator[None]:
+    """Keep apart what a caller has set in torch and Accelerate, until the block or function ends.
 
-    Accelerate keeps the precision and the accumulation of all Accelerators of a process in two classes. What it knows
-    of the process itself, such as its device, is shared.
+    Stages take gradients, and compute in float32 and on the devices that they name, also if the caller has other
+    defaults, or is in inference mode or autocast. Accelerate keeps the precision and the accumulation of all
+    Accelerators of a process in two classes. What it knows of the process itself, such as its device, is shared.
     """
     kept: list[tuple[Any, Any]] = [(kind, kind._shared_state) for kind in (AcceleratorState, GradientState)]
-    for kind, _ in kept:
-        kind._shared_state = {}
+    dtype, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+    casting = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    caching = torch.is_autocast_cache_enabled()
+    for state, _ in kept:
+        state._shared_state = {}
+    for kind in casting:
+        torch.set_autocast_enabled(kind, False)
+    # Weights that autocast has cast are kept until the outermost autocast ends, which is the caller's.
+    torch.set_autocast_cache_enabled(caching and not casting)
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False), torch.device("cpu") if elsewhere else nullcontext():
+            yield
     finally:
-        for kind, state in kept:
-            kind._shared_state = state
+        torch.set_default_dtype(dtype)
+        torch.set_autocast_cache_enabled(caching)
+        for kind in casting:
+            torch.set_autocast_enabled(kind, True)
+        for state, shared in kept:
+            state._shared_state = shared
 
 
 def make_accelerator(precision: Precision) -> Accelerator:
     """Make an Accelerator that trains in this precision, also if the process has trained in another one before.
 
-    Stages call it in `own_accelerate`, so that an Accelerator of the caller's stays as it is.
+    Stages call it in `own_settings`, so that an Accelerator of the caller's stays as it is.
     """
     this_process()
     AcceleratorState._reset_state()
-    with _without_fsdp():
+    with _own_environment():
         return Accelerator(mixed_precision=resolved(precision), kwargs_handlers=[_DDP])
 
 
-def _without_fsdp() -> AbstractContextManager[None]:
-    """Hide the request for FSDP from Accelerate: training/fsdp.py splits students among processes, and nothing else."""
-    hidden: AbstractContextManager[None] = patch_environment(ACCELERATE_USE_FSDP="false")
+def _own_environment() -> AbstractContextManager[None]:
+    """Hide from Accelerate what its launcher may ask for and singer does itself, or not at all.
+
+    training/fsdp.py splits students among processes, and nothing else. Accelerate would divide losses by the number of
+    steps that it accumulates, which singer does not; the keys accumulate and compile are for that.
+    """
+    hidden: AbstractContextManager[None] = patch_environment(
+        ACCELERATE_USE_FSDP="false", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="1", ACCELERATE_DYNAMO_BACKEND="no"
+    )
     return hidden

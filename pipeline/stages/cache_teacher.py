@@ -31,7 +31,7 @@ from pipeline.models.own import Own, object_name
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.resuming import CACHE_MANIFEST
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import this_process, with_precision
+from pipeline.runtime.devices import own_settings, this_process, with_precision
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place, Store, open_store
@@ -62,6 +62,7 @@ class CacheResult:
     images_per_second: float
 
 
+@own_settings()
 def cache_teacher(
     config: Config, images: Spec, out: Place, mode: Mode = "new", teacher: Own | None = None
 ) -> CacheResult:

@@ -22,7 +22,7 @@ from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_ou
 from pipeline.outputs.provenance import check_inputs
 from pipeline.outputs.resuming import RUN_RESULT
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import make_accelerator, own_accelerate, with_precision
+from pipeline.runtime.devices import make_accelerator, own_settings, with_precision
 from pipeline.runtime.watched_rank import watched
 from pipeline.training.cached_teachers import (
     CachedTeacher,
@@ -62,7 +62,7 @@ def distill(
     return fan_out([StudentSpec(config, out, refiner, student)], caches, images, mode)[0]
 
 
-@own_accelerate()
+@own_settings()
 def fan_out(
     specs: Sequence[StudentSpec], caches: Places, images: Spec | None = None, mode: Mode = "new"
 ) -> list[DistillResult]:

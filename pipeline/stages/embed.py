@@ -22,7 +22,7 @@ from pipeline.evaluation.feature_rows import mapped_file
 from pipeline.evaluation.global_features import Name, feature_batches
 from pipeline.evaluation.open_model import check_known_model, open_model
 from pipeline.models.backbone import Backbone
-from pipeline.runtime.devices import default_device, resolved
+from pipeline.runtime.devices import default_device, own_settings, resolved
 from pipeline.storage import whole_file
 from pipeline.storage.json_files import json_bytes
 from singer.errors import UserError
@@ -52,6 +52,7 @@ class EmbedResult:
     images_per_second: float
 
 
+@own_settings()
 def embed(
     config: Config,
     model: Path | str,

@@ -22,12 +22,13 @@ from pipeline.models.backbone import Backbone
 from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER
 from pipeline.outputs.stage_log import process_log, stage_log
 from pipeline.reports.model_card import caveats
-from pipeline.runtime.devices import default_device
+from pipeline.runtime.devices import default_device, own_settings
 from pipeline.runtime.progress import say
 from pipeline.training.run_directory import load_result
 from singer.errors import require_known
 
 
+@own_settings()
 def evaluate_tasks(
     config: Config,
     model: Path | str,

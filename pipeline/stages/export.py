@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.models.loading import load_saved
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.reports.model_card import ModelCard, caveats, write_card
+from pipeline.runtime.devices import own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import write_atomic
 from pipeline.students.export_formats import FORMATS, LastBlock, Student, compare
@@ -35,6 +36,7 @@ class ExportResult:
     max_difference: float
 
 
+@own_settings()
 def export(config: Config, run: Path, out: Path, to: str, mode: Mode = "new") -> ExportResult:
     """Write the student of a finished run to `out` in the format `to`.
 

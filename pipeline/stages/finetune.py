@@ -34,7 +34,7 @@ from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_ou
 from pipeline.outputs.provenance import INPUTS, check_inputs, file_hash, read_inputs
 from pipeline.outputs.resuming import RUN_RESULT, STUDENT_FOLDER, TRAINING_CHECKPOINT
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import default_device, make_accelerator, own_accelerate, with_precision
+from pipeline.runtime.devices import default_device, make_accelerator, own_settings, with_precision
 from pipeline.runtime.progress import say
 from pipeline.runtime.ranks import current
 from pipeline.runtime.watched_rank import watched
@@ -87,7 +87,7 @@ class FinetuneResult:
     test: OwnHead | None
 
 
-@own_accelerate()
+@own_settings()
 def finetune(
     config: Config, run: Path, train: Spec, out: Path, test: Spec | None = None, mode: Mode = "new"
 ) -> FinetuneResult:

@@ -24,7 +24,7 @@ from pipeline.config import Config
 from pipeline.data import Spec
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.reports.inspect_page import BlockPictures, render_inspect_page
-from pipeline.runtime.devices import default_device
+from pipeline.runtime.devices import default_device, own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, write_atomic
 from pipeline.storage.json_files import write_json
@@ -65,6 +65,7 @@ class InspectResult:
     page: Path | None
 
 
+@own_settings()
 def inspect(
     config: Config,
     cache_path: Place,

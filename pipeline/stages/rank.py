@@ -14,6 +14,7 @@ from pipeline.cache.segments import read_segments
 from pipeline.cache.statistics import batches, evenly_spaced, first_views, last_block
 from pipeline.cache.variants import variants_of
 from pipeline.data.source_listing import NO_LABEL
+from pipeline.runtime.devices import own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import Place, open_store
 from singer.errors import UserError
@@ -62,6 +63,7 @@ class _Sample:
     rows: object
 
 
+@own_settings()
 def rank(places: Sequence[Place], images: int = 1000) -> RankResult:
     """Score all teachers in some caches, on at most so many of the images of each, evenly spread over them.
 

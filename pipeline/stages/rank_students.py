@@ -20,6 +20,7 @@ from pipeline.config import Config, StudentConfig
 from pipeline.data import Spec
 from pipeline.data.views import normalise
 from pipeline.models.backbone import Backbone
+from pipeline.runtime.devices import own_settings
 from pipeline.runtime.progress import say
 from pipeline.storage import Place
 from pipeline.students.new import new_student
@@ -69,6 +70,7 @@ class RankStudentsResult:
     caution: str = CAUTION
 
 
+@own_settings()
 def rank_students(
     config: Config,
     place: Place,

@@ -22,7 +22,7 @@ from pipeline.outputs.folder import Mode, begun_inputs, check_output, claimed_ou
 from pipeline.outputs.provenance import INPUTS
 from pipeline.outputs.resuming import FIT_CHECKPOINT, FITTED, REFINER_MANIFEST
 from pipeline.outputs.stage_log import process_log
-from pipeline.runtime.devices import this_process
+from pipeline.runtime.devices import own_settings, this_process
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.watched_rank import watched
 from pipeline.storage import Place
@@ -60,6 +60,7 @@ class RefineResult:
     blocks: dict[int, dict[str, object]]
 
 
+@own_settings()
 def refine(config: Config, cache_path: Place, out: Path, mode: Mode = "new") -> RefineResult:
     """Fit a refiner to the cache and store it at `out`.
 

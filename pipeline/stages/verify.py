@@ -16,11 +16,13 @@ from pipeline.cache.verify.live import check_live, load_extractors
 from pipeline.cache.verify.repair import repair_segment
 from pipeline.config import Config
 from pipeline.data import Spec
+from pipeline.runtime.devices import own_settings
 from pipeline.storage import Place, open_store
 
 __all__ = ["LiveCheck", "SegmentReport", "VerifyResult", "verify"]
 
 
+@own_settings()
 def verify(
     config: Config,
     place: Place,

@@ -92,10 +92,14 @@ def registers_argument(name: str) -> str:
 
 
 def _trainable(student: Backbone, config: StudentConfig) -> Backbone:
-    """Return a student that can be trained: a module of the user's own may come frozen, or in eval mode.
+    """Return a student that can be trained: a module of the user's own may come frozen, or in half precision.
 
-    Raises UserError if it cannot recompute its activations, which student.checkpointing wants.
+    Raises UserError if it cannot recompute its activations, which student.checkpointing wants, or was made in
+    torch.inference_mode.
     """
+    if any(parameter.is_inference() for parameter in student.model.parameters()):
+        raise UserError(f"student {config.name} was made in torch.inference_mode and has no gradients; make it outside")
+    student.model.float()
     if not any(parameter.requires_grad for parameter in student.model.parameters()):
         student.model.requires_grad_(True)
     if config.checkpointing:

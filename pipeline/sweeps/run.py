@@ -24,6 +24,7 @@ from pipeline.evaluation.tasks import TASKS
 from pipeline.outputs.folder import Mode, check_output, claimed_output
 from pipeline.outputs.provenance import INPUTS, check_inputs
 from pipeline.outputs.resuming import REFINER_MANIFEST, RUN_RESULT, config_change, is_bound
+from pipeline.runtime.devices import own_settings
 from pipeline.runtime.error_kinds import DefectsFound
 from pipeline.runtime.failures import Failure
 from pipeline.runtime.progress import say
@@ -77,6 +78,7 @@ class SweepResult:
             raise kind(f"{len(self.failed)} of {self.runs} runs failed: {names}; their messages are in {said}")
 
 
+@own_settings()
 def sweep(
     file: str | Path,
     caches: Places,

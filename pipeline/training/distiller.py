@@ -12,7 +12,7 @@ from pipeline.models.backbone import Backbone
 from pipeline.training.batch import Batch
 from pipeline.training.learner import TOKENS, Learner
 from pipeline.training.schedule import token_share
-from pipeline.training.teacher_branch import BatchTargets, TeacherBranch, errors
+from pipeline.training.teacher_branch import BatchTargets, TeacherBranch, errors, explained_variance
 from singer.backbones import block_outputs, freeze_unused
 from singer.errors import UserError
 from singer.objectives import Tokens
@@ -78,7 +78,7 @@ class Distiller(Learner):
 
     def figures(self, sums: Mapping[str, Tensor]) -> dict[str, object]:
         """Return {explained_variance: {teacher block: share of the variance of its targets}}."""
-        return {"explained_variance": {block: 1 - float(x[0] / x[1]) for block, x in sums.items()}}
+        return {"explained_variance": {block: explained_variance(x) for block, x in sums.items()}}
 
     def drop_patches(self, share: float, settings: DistillConfig) -> None:
         """Let the student see a share of its patches, and all of them in the last steps (distill.whole_share).

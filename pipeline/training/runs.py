@@ -1,5 +1,6 @@
 """Build students with all they need, train them on one pass over a cache, and store them."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from pipeline.config import Config, DistillConfig
 from pipeline.data import ImageFile
 from pipeline.data.sampler import WINDOW_BYTES, shuffle_of
 from pipeline.models.backbone import Backbone, save_backbone
+from pipeline.models.fetching import first_line
+from pipeline.models.names import OWN
 from pipeline.models.own import Own
 from pipeline.outputs.folder import Mode
 from pipeline.outputs.provenance import INPUTS
@@ -44,6 +47,7 @@ from pipeline.training.subset import Split, split_images
 from pipeline.training.trackers import check_trackers
 from pipeline.training.trainer import train
 from singer.backbones import count_parameters, depth
+from singer.errors import UserError
 from singer.sizes import Size
 
 
@@ -89,6 +93,8 @@ class NewStudent:
         self.records, self.held_out = split or split_images(teachers[0].cache, settings)
         self.count = len(teachers[0].cache) if self.records is None else len(self.records)
         check_parts(self.student, self.distiller.blocks[-1], settings, self.count, accelerator.num_processes)
+        if settings.ema is not None and self.student.architecture.startswith(OWN):
+            _check_copies(self.student)
 
     def _started(self, continues: bool) -> Backbone:
         """Build the student, and start it as student.init says, at first from the first teacher.
@@ -162,6 +168,17 @@ class NewStudent:
         return new_student_run(
             self.student, self.distiller, config, settings, self.spec.out, holds_out, mode, accelerator
         )
+
+
+def _check_copies(student: Backbone) -> None:
+    """Raise UserError if a module of the user's own cannot be copied, which a moving average needs."""
+    try:
+        copy.deepcopy(student.model)
+    except Exception as error:  # modules hold what they like
+        raise UserError(
+            f"distill.ema: a {student.architecture.removeprefix(OWN)} cannot be copied ({first_line(error)}); "
+            "set it to null"
+        ) from None
 
 
 def train_students(

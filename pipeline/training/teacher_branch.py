@@ -240,6 +240,16 @@ def errors(student: Tokens, targets: Tokens) -> dict[int, Tensor]:
 
 
 def squares(wanted: Tensor, found: Tensor) -> Tensor:
-    """Return (2,): the sums of squares of the error, and of the targets' distance from their mean of each channel."""
-    spread = wanted - wanted.mean((0, 1), keepdim=True)
-    return torch.stack([(wanted - found).square().sum(), spread.square().sum()])
+    """Return what explained_variance needs of targets (B, N, d) and what was found; those of several batches add up.
+
+    (3 + d,) float64: the sums of squares of the error and of the targets, their number, and their sums by channel.
+    """
+    x, error = (part.double().flatten(0, 1) for part in (wanted, wanted - found))
+    count = x.new_full((), len(x))
+    return torch.cat([torch.stack([error.square().sum(), x.square().sum(), count]), x.sum(0)])
+
+
+def explained_variance(sums: Tensor) -> float:
+    """Return the share of the variance of the targets, around their mean of each channel, that was found."""
+    error, square, count = sums[:3]
+    return 1 - float(error / (square - sums[3:].square().sum() / count))
