@@ -74,7 +74,9 @@ class SweepResult:
         if self.failed:
             kind = DefectsFound if self.defects else UserError
             names, said = ", ".join(self.failed), self.out / STATE
-            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {names}; their messages are in {said}")
+            raise kind(
+                f"{len(self.failed)} of {self.runs} runs failed: {names}; their messages are in {said}; --resume trains them"
+            )
 
 
 def sweep(
