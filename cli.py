@@ -17,8 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 import pipeline
+from pipeline.runtime.error_kinds import FULL
 from pipeline.runtime.failures import report_failure
-from pipeline.runtime.interrupts import report_interrupt
+from pipeline.runtime.interrupts import report_full_disk, report_interrupt
 from pipeline.runtime.logs import be_verbose, on_console
 from singer.errors import UserError
 
@@ -29,7 +30,7 @@ VERBOSE = "--verbose"
 
 
 class Commands(TyperGroup):
-    """A group of commands that takes --verbose before the command and after it, and says how to go on after Ctrl-C."""
+    """A group of commands that takes --verbose anywhere, and says how to go on after Ctrl-C and on a full disk."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments after --verbose is moved to the front, and `~` is expanded where no shell does it."""
@@ -41,9 +42,16 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            options = [word for option in (command.params if command else ()) for word in option.opts]
-            raise typer.Exit(report_interrupt(interrupt, options)) from None
+            raise typer.Exit(report_interrupt(interrupt, self._options(ctx))) from None
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise typer.Exit(report_full_disk(error, self._options(ctx))) from None
+
+    def _options(self, ctx: Any) -> list[str]:
+        """Return the options of the command that is called."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        return [word for option in (command.params if command else ()) for word in option.opts]
 
 
 app = typer.Typer(

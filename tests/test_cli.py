@@ -146,6 +146,10 @@ MISTAKES = {
         "2 of 2 images have no .cls",
     ),
     "out is the input": ("refine --cache {w}/cache --out {w}/cache --overwrite", "overlaps the input"),
+    "out below a file": (
+        "refine --cache {w}/cache --out {w}/test/classes.json/x/y",
+        "classes.json is not a folder; give",
+    ),
     "out holds the shards": (
         "cache-teacher --shards {w}/train/*.tar --out {w}/train --overwrite",
         "overlaps the input",

@@ -118,6 +118,7 @@ def test_recipes_cover_the_paper() -> None:
         (["distill.trained=blocks"], "distill.trained: input should be a valid list, got 'blocks'"),
         (["distill.trained=[]"], "distill.trained: list should have at least 1 item"),
         (["distill.blocks=[]"], "distill.blocks: list should have at least 1 item"),
+        (["cache.blocks=8,11"], "cache.blocks takes list of integer or null, in brackets: [8,11]"),
         (["distill.blocks=[[]]"], "distill.blocks takes list of integer or list of"),
         (["distill.mask_weight=2"], "distill.mask_weight: 2 is about masked patches; mask some"),
         (["finetune.kd_weight=1"], "finetune.kd_weight: 1 is the share of a teacher, and none takes part"),
@@ -139,8 +140,13 @@ def test_file_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file, nor a recipe among"):
         load_config(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"
-    bad.write_text("a: [1")
-    with pytest.raises(UserError, match="not YAML"):
+    bad.write_text("teacher:\n  image_size: 64\ncache:\n  blocks: [8, 11\n")
+    with pytest.raises(UserError, match=r"not YAML \(.* in line 5\)"):
+        load_config(bad)
+    bad.write_text("teacher: vit_tiny\n")
+    with pytest.raises(
+        UserError, match="teacher: a section has keys below it, as in --set teacher.KEY=VALUE; got 'vit"
+    ):
         load_config(bad)
     bad.write_text("- 1\n")
     with pytest.raises(UserError, match="expected sections"):

@@ -255,6 +255,7 @@ class CudaError(RuntimeError):
     [
         (UserError("a is b; give c"), 2, r"^error: a is b; give c$"),
         (OSError(28, "No space left on device", "/x"), 2, r"^error: No space left on device \(/x\)$"),
+        (OSError(28, "No space left on device", b"/x"), 2, r"^error: No space left on device \(/x\)$"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
             2,

@@ -1,5 +1,6 @@
-"""Ctrl-C ends every command with code 130 and the command that goes on, which works as it is printed."""
+"""Ctrl-C or a full disk ends every command with the command that goes on, which works as it is printed."""
 
+import errno
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from conftest import run_singer, world_config
 from pipeline.config import dump_config
 from pipeline.runtime import interrupts
 from pipeline.runtime.interrupts import command_to_go_on
+from pipeline.storage.atomic import write_atomic
 
 # {command: (what is interrupted after the output was claimed, its words)}
 LONG: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -23,25 +25,38 @@ LONG: dict[str, tuple[str, tuple[object, ...]]] = {
 }  # fmt: skip
 
 
+# {what ends a command: (the error, the exit code, what it says)}
+ENDS: dict[str, tuple[BaseException, int, str]] = {
+    "Ctrl-C": (KeyboardInterrupt(), 130, "error: interrupted"),
+    "full": (
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        2,
+        "error: No space left on device (x); make room there (df -h and df -i show what is left), then",
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("name", LONG)
 def test_the_command_that_is_printed_goes_on(
-    name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str, end: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    error, code, says = ENDS[end]
     place, words = LONG[name]
     config = tmp_path / "config.yaml"
     config.write_text(dump_config(world_config(world, "distill.epochs=1", "refine.cleaner=neighbour")))
     given = [str(w).replace("W/", f"{world}/").replace("O", f"{tmp_path}/out") for w in words if w != "C"]
     given += ["--config", str(config)] if "C" in words else []
 
-    def ctrl_c(*_: Any, **how: Any) -> None:
-        raise KeyboardInterrupt
+    def stop(*_: Any, **how: Any) -> None:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(place, ctrl_c)
-        assert run_singer(patch, name, *given) == 130
+        patch.setattr(place, stop)
+        assert run_singer(patch, name, *given) == code
     err = capfd.readouterr().err
-    (said,) = [line for line in err.splitlines() if "interrupted" in line]
-    assert "Traceback" not in err and said.startswith("error: interrupted; go on with: singer ")
+    (said,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err and said.startswith(says) and "go on with: singer " in said
     again = shlex.split(said.partition("go on with: ")[2])[1:]
     if name == "run":  # test_run kills it at every stage
         assert again[-1] == "--resume"
@@ -80,3 +95,21 @@ def test_a_program_that_is_not_on_the_path_is_named_whole(tmp_path: Path, monkey
         assert command_to_go_on(False, ()) == f"{tmp_path}/bin/singer demo"
     monkeypatch.setattr(interrupts.shutil, "which", lambda _: f"{tmp_path}/bin/singer")
     assert command_to_go_on(False, ()) == "singer demo"
+
+
+@pytest.mark.parametrize("file", ["provenance.json", "config.yaml"])
+def test_a_disk_that_is_full_from_the_start(
+    file: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with a provenance and no configuration, or with nothing, is the command's own, and it goes on there."""
+
+    def full(path: Path, *parts: bytes) -> None:
+        if path.name == file:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_atomic(path, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.storage.local.write_atomic", full)
+        assert run_singer(patch, "prepare", world / "images" / "test", "--out", tmp_path / "out") == 2
+    again = shlex.split(capfd.readouterr().err.partition("go on with: ")[2])[1:]
+    assert again[-1] == "--overwrite" and run_singer(monkeypatch, *again) == 0

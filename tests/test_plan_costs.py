@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SIZE, shards
 from forked import event, forked
 
 from pipeline.config import Config
+from pipeline.data import ImageFile, list_images
 from pipeline.planning.disk import sustained
 from pipeline.planning.hours import Work, break_even, break_even_text, cached_hours, caching_hours, online_hours
 from pipeline.planning.plan import judge, plan
 from pipeline.planning.rates import Rate, bottleneck, rate_of
+from pipeline.planning.sample import Sample
 from pipeline.planning.scratch import SCRATCH, scratch
 from pipeline.planning.speeds import Speeds, no_speeds
 from pipeline.storage import open_store
@@ -173,6 +176,13 @@ def test_a_plan_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="the disk is gone"):
         plan(config, str(world / "train" / "*.tar"), tmp_path / "cache", 0.05)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(world: Path, config: Config) -> None:
+    images = list_images(config, shards(world))
+    with ImageFile(images) as files, pytest.raises(OSError, match="No space left on device") as caught:
+        Sample(config, images, files, SIZE).write_tar(Path("/dev/full"), range(len(images)))
+    assert caught.value.filename == "/dev/full"
 
 
 def test_without_an_output_and_without_seconds_no_hours_are_promised(world: Path, config: Config) -> None:

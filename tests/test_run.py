@@ -8,6 +8,7 @@ import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,19 @@ def test_the_time_is_kept(hours: float) -> None:
     choice = chooser(hours=hours).choose()
     assert 0.5 * hours <= choice.hours <= hours
     assert choice.sets["distill.epochs"] >= 1 and any("time" in reason for reason in choice.reasons)
+
+
+def test_the_time_of_updates_counts_and_that_which_has_gone() -> None:
+    """A step of Muon takes as long for a batch of 8 as for one of 128: small batches have many steps."""
+    slow = replace(COSTS, update=0.5)
+    choice = chooser(images=64, costs=slow, hours=0.05).choose()
+    steps = choice.sets["distill.epochs"] * (64 // choice.sets["distill.batch_size"])
+    assert choice.sets["views.count"] == 1 and choice.training_hours > 0.5 * steps / 3600
+    assert choice.hours <= 0.05 and "all else 30 s" in choice.forecast
+    epochs = [chooser(hours=1.0, spent=spent).choose().sets["distill.epochs"] for spent in (0.0, 1200.0)]
+    assert epochs[1] < epochs[0]
+    with pytest.raises(UserError, match="more than --hours 0.01; give --hours 0.0"):
+        chooser(images=64, costs=slow, hours=0.01).choose()
 
 
 def test_crops_are_stored_if_there_is_time_for_passes_over_them() -> None:
@@ -195,6 +209,7 @@ def test_a_folder_becomes_a_student(whole: tuple[Path, str]) -> None:
     assert {"shards", "cache", "refiner", "student", "probes", "timm", "report.html", "config.yaml"} <= {
         f.name for f in out.iterdir()
     }
+    assert re.search(r"student \S+ views/s and (?!0 )\S+ ms a step", said)
     assert "forecast: about" in said and "codec float16" in said and "10/10 exporting" in said
     model = timm.create_model(f"local-dir:{out / 'timm'}", pretrained=True)
     assert model.embed_dim == 12

@@ -1,10 +1,12 @@
 """Sweeps: the file, shared refiners, skipping and resuming, several workers, what is recorded and ranked."""
 
 import csv
+import errno
 import fcntl
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -354,7 +356,7 @@ def test_a_failing_run_stops_no_other(
     result = json.loads(told.out.splitlines()[-1])
     assert result["done"] == 1 and result["failed"]["bad"] == "it is 'bad'"
     assert result["failed"]["worse"].startswith("refiner adapter-standardize_lr-1e+30: the adapters diverged")
-    last = f"error: 2 of 3 runs failed: bad, worse; their messages are in {out / 'sweep.json'}"
+    last = f"error: 2 of 3 runs failed: bad, worse; their messages are in {out / 'sweep.json'}; --resume trains them"
     assert told.err.splitlines()[-1].split() == last.split()
     assert told.err.count("it is 'bad'") == told.err.count("the adapters diverged") == 1
     states = json.loads((out / "sweep.json").read_text())["runs"]
@@ -373,6 +375,29 @@ def test_a_failing_run_stops_no_other(
     assert again.defects == ["bad"] and "in bursts" in log.read_text()
     with pytest.raises(DefectsFound, match="1 of 2 runs failed: bad"):
         again.check()
+
+
+def test_a_full_disk_ends_a_sweep(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next runs would train, and could not be stored either; nor do those of a pass train one by one."""
+    passes: list[int] = []
+
+    def full(specs: list[StudentSpec], *args: Any) -> list[DistillResult]:
+        passes.append(len(specs))
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    runs = [{"name": name, "set": {"refiner": "none", "distill.seed": n}} for n, name in enumerate("ab")]
+    file, out = write(world, tmp_path / "s.yaml", runs=runs), tmp_path / "out"
+    words = ["singer", *f"sweep {file} --cache {world}/cache --out {out}".split()]
+    monkeypatch.setattr(sys, "argv", words)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(work, "fan_out", full)
+        cli.main()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and len(passes) == 1 and "No space left on device (x); make room there" in last
+    assert last.endswith(f"then go on with: {shlex.join(words)} --resume")
+    assert run(world, file, out, "resume").done == 2
 
 
 @pytest.mark.parametrize(

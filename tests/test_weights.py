@@ -115,7 +115,8 @@ def test_shards(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "only a pointer of git-lfs"),
         (b"<!DOCTYPE html>\n<html></html>", "a saved web page"),
         (b'{"architecture": "x"}', "JSON, but no index of sharded safetensors"),
-        (b"\x00" * 100, "cannot be read"),
+        (b"\x00" * 100, "cannot be read: neither safetensors nor a file of torch.save"),
+        (b"import torch\n", "cannot be read: neither safetensors nor a file of torch.save"),
         (b"", "the file is empty"),
     ],
 )
@@ -123,6 +124,11 @@ def test_what_is_no_weights(content: bytes, message: str, tmp_path: Path) -> Non
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "w.safetensors")
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a folder without safetensors"):
+        read_weights(tmp_path)
 
 
 def test_no_state_dict(tmp_path: Path) -> None:

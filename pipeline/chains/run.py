@@ -4,6 +4,7 @@ The chain packs the images into shards, plans, rehearses, caches, refines, disti
 are labels, reports and exports. Each stage is the ordinary one, in a folder of its own below DIR.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -75,6 +76,7 @@ def run(
     disk_gb: what the chain may take, and its cache. The chain chooses codec, views and epochs, unless the configuration
     gives them. Raises UserError for mistakes that the user can fix, and if nothing fits.
     """
+    start = time.monotonic()
     given = check_chain(config, photos, out, mode, hours, disk_gb)
     for section in ("teacher", "student"):
         name = getattr(config, section).name
@@ -94,7 +96,7 @@ def run(
         plan = steps.alone(
             PLAN,
             "planning: measuring teacher and student",
-            partial(_plan, config, shards["shards"], out, steps, given),
+            partial(_plan, config, shards["shards"], out, steps, given, start),
         )
         parts, planned = Split(**plan["split"]), _planned(config, plan["choice"]["sets"], out)
         if steps.main:
@@ -135,15 +137,17 @@ def _packed(config: Config, photos: Photos, out: Path, steps: Steps) -> Stage:
     return Stage(SHARDS, title, again if packs else None, pack, together=False)
 
 
-def _plan(config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any]) -> dict[str, Any]:
-    """Split the shards and choose. Return the split and the choice."""
+def _plan(
+    config: Config, shards: list[str], out: Path, steps: Steps, given: dict[str, Any], start: float
+) -> dict[str, Any]:
+    """Split the shards and choose. Return the split and the choice. start: when the chain began (time.monotonic)."""
     parts = split(config, shards)
     listed = list_images(config, parts.train)
     costs = measure_costs(config, listed, steps.process.device)
     disk = None if given["disk-gb"] is None else int(given["disk-gb"] * 1e9)
     processes = steps.process.num_processes
-    chooser = Chooser(config, parts.images, parts.probed, costs, free_bytes(out), processes, given["hours"], disk)
-    choice = chooser.choose()
+    limits = {"hours": given["hours"], "disk": disk, "spent": time.monotonic() - start}
+    choice = Chooser(config, parts.images, parts.probed, costs, free_bytes(out), processes, **limits).choose()
     for line in [*choice.reasons, choice.forecast]:
         say(f"    {line}")
     held = f"{parts.probed} images are probed, the held-out ones are in {', '.join(parts.test)}"

@@ -112,6 +112,13 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def yaml_problem(error: Exception) -> str:
+    """Return what is wrong with YAML, and in which line, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, in line {error.problem_mark.line + 1}"
+    return str(error).splitlines()[0]
+
+
 def _read(file: str | Path) -> dict[str, Any]:
     """Read the sections of a YAML file or a bundled recipe. Raises UserError if that is not possible."""
     path = Path(file)
@@ -123,7 +130,7 @@ def _read(file: str | Path) -> dict[str, Any]:
     try:
         tree = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--config {file}: not YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--config {file}: not YAML ({yaml_problem(error)})") from None
     if not isinstance(tree or {}, dict):
         raise UserError(f"--config {file}: expected sections with keys, found {type(tree).__name__}")
     return _sections(tree or {})
@@ -186,12 +193,16 @@ def _explain(error: ErrorDetails) -> str:
         return f"{where}.{error['ctx']['error']}"
     if error["type"] != "extra_forbidden":
         hint, given = "", error["input"]
+        if error["type"] == "model_type":
+            return f"{where}: a section has keys below it, as in --set {where}.KEY=VALUE; got {given!r}"
         if error["type"] in ("string_type", "path_type") and not isinstance(given, list | dict):
             hint = "; a name is put in quotes"
         elif len(error["loc"]) > 1 and error["type"].endswith(("_parsing", "_type")):
             # Of several types, the message names one alone.
             section, key = map(str, error["loc"][:2])
             hint = f"; {section}.{key} takes {kind_of(section_of(Config, section), key)}"
+            if error["type"] in ("list_type", "tuple_type") and isinstance(given, str):
+                hint += f", in brackets: [{given}]"
         return f"{where}: {continued(error['msg']).replace('tuple', 'list')}, got {given!r}{hint}"
     section, _, key = where.rpartition(".")
     elsewhere = [name for name in Config.model_fields if section and key in section_of(Config, name).model_fields]

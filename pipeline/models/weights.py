@@ -57,7 +57,7 @@ def read_weights(path: Path, expected: Collection[str] = (), averaged: bool = Tr
             (f for f in (path / "model.safetensors.index.json", path / "model.safetensors") if f.is_file()), path
         )
     if not path.is_file():
-        raise UserError(f"weights {path}: no such file")
+        raise UserError(f"weights {path}: " + ("a folder without safetensors" if path.is_dir() else "no such file"))
     taken = _Taken()
     state = _state_dict(_load(path), path, averaged, taken)
     state = _stripped(state, expected, taken)
@@ -90,6 +90,8 @@ def _load(path: Path) -> Any:
                 f"weights {path} hold {name} beside tensors, which is never unpickled; in the program that wrote the "
                 "file, save the tensors alone: torch.save(model.state_dict(), FILE)"
             ) from None
+        if "Weights only load failed" in text:  # torch goes on with advice that is about other files
+            raise UserError(f"weights {path} cannot be read: neither safetensors nor a file of torch.save") from None
         raise UserError(f"weights {path} cannot be read: {first_line(error)}") from None
 
 

@@ -41,6 +41,9 @@ def check_output(place: Place, mode: Mode, stage: str, config: Config, inputs: S
                 raise UserError(f"--out {place} overlaps the input {source}; give another --out")
         if here.exists() and not here.is_dir():
             raise UserError(f"{place} exists and is not a folder; give another --out")
+        above = next(folder for folder in here.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"{place}: {above} is not a folder; give another --out")
         if mode == "overwrite" and (here == Path.cwd() or here in Path.cwd().parents):
             raise UserError(
                 f"--overwrite would remove the current folder; change to another one, or remove {here} first"
@@ -87,12 +90,12 @@ def claimed_output(place: Place, mode: Mode, stage: str, config: Config, seed: i
         check_output(place, mode, stage, config)
         if mode == "overwrite":
             store.clear(last=PROVENANCE)
-        if mode != "append":
-            changed = mode == "resume" and config_change(store, config, sections_of(stage, config)) is not None
-            write_provenance(store, stage, config, seed, changed)
-        with nullcontext() if stage in _LOGLESS else stage_log(place, config):
-            try:
+        try:
+            if mode != "append":
+                changed = mode == "resume" and config_change(store, config, sections_of(stage, config)) is not None
+                write_provenance(store, stage, config, seed, changed)
+            with nullcontext() if stage in _LOGLESS else stage_log(place, config):
                 yield
-            except KeyboardInterrupt as interrupt:
-                setattr(interrupt, CLAIMED, True)  # what is there now is this run's own
-                raise
+        except (KeyboardInterrupt, OSError) as stop:
+            setattr(stop, CLAIMED, True)  # what is there now is this run's own
+            raise

@@ -18,6 +18,9 @@ VIEWS = (5, 3, 2, 1)
 PASSES, _WARMUP = 100, 0.05
 # The shares of the free disk that the cache may fill if no size is given, and of the time that is planned.
 _DISK, _TIME = 0.5, 0.9
+# So many seconds are left for all that is not measured: starting, rehearsing, refining, the report and the export.
+# Measured with a small teacher; a fit of adapters for a wide one takes longer, out of the time that is not planned.
+_REST = 30.0
 # Fewer views are stored if caching takes more than this share of the time.
 _CACHING = 0.5
 # Passes over the images from which on crops teach a student more than the centre view (docs/results.md).
@@ -35,7 +38,8 @@ class Costs:
 
     decode: images a second that one thread reads and decodes; teacher, student: views a second, the student's with its
     backward pass; view_bytes: {codec: bytes of a view's features and pixels}; fixed_bytes: of the rest of a cache;
-    gpu: whether threads decode while the models run; input_size: the student's.
+    gpu: whether threads decode while the models run; input_size: the student's; update: seconds of the optimiser in a
+    step, which a small batch takes, too.
     """
 
     decode: float
@@ -45,6 +49,7 @@ class Costs:
     fixed_bytes: int
     gpu: bool
     input_size: ImageSize
+    update: float = 0.0
 
     def seconds(self, model: float, workers: int, decodes: bool = True) -> float:
         """Return the seconds of a view in a stage whose model does `model` views a second.
@@ -78,8 +83,9 @@ class Choice:
     def forecast(self) -> str:
         """Return the price in words."""
         parts = {"teacher": self.caching_hours, "student": self.training_hours, "probes": self.probing_hours}
-        each = ", ".join(f"{name} {duration(3600 * value)}" for name, value in parts.items())
-        return f"forecast: about {duration(3600 * self.hours)} ({each}); the cache takes {self.bytes / 1e9:.3g} GB"
+        seconds = {name: 3600 * value for name, value in parts.items()} | {"all else": _REST}
+        each = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        return f"forecast: about {duration(sum(seconds.values()))} ({each}); the cache takes {self.bytes / 1e9:.3g} GB"
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Chooser:
     """Chooses what the configuration does not give.
 
     images: that are cached; probed: that the probes see; free: bytes of the disk; hours, disk: what the user allows, in
-    hours and bytes, or None; processes: how many share the work.
+    hours and bytes, or None; processes: how many share the work; spent: seconds that have gone before.
     """
 
     config: Config
@@ -98,6 +104,7 @@ class Chooser:
     processes: int = 1
     hours: float | None = None
     disk: int | None = None
+    spent: float = 0.0
 
     def choose(self) -> Choice:
         """Return the choice. Raises UserError if nothing fits."""
@@ -176,7 +183,14 @@ class Chooser:
     def _training_hours(self, views: int, epochs: int) -> float:
         decodes = self.config.views.pixels in ("auto", "none") and not self._pixel_bytes(views)
         seconds = self.costs.seconds(self.costs.student, self._workers["distill.workers"], decodes)
-        return self.images * views * epochs * seconds / self.processes / 3600
+        steps = -(-self.images * views // self._batch(views))
+        return epochs * (self.images * views * seconds / self.processes + steps * self.costs.update) / 3600
+
+    def _batch(self, views: int) -> int:
+        """Return the records in a batch: what is given, or fewer for a small data set."""
+        given = self.config.distill.batch_size
+        small = max(_LEAST_BATCH, min(given, self.images * views // _STEPS))
+        return given if self._given("distill", "batch_size") else small
 
     def _bytes(self, views: int, codec: str) -> int:
         return round(self.images * views * self.costs.view_bytes[codec]) + self.costs.fixed_bytes
@@ -203,7 +217,7 @@ class Chooser:
             return pay
         caching = self._caching_hours(views)
         hours = caching + self._training_hours(views, epochs) + self._probing_hours
-        return pay and caching <= _CACHING * _TIME * self.hours and hours <= self.hours
+        return pay and caching <= _CACHING * self._time and hours <= self._left
 
     def _epochs(self, views: int) -> int:
         """Return how many epochs fit, which may be none."""
@@ -212,22 +226,34 @@ class Chooser:
         most = max(1, PASSES // views)
         if self.hours is None:
             return most
-        left = _TIME * self.hours - self._probing_hours - self._caching_hours(views)
+        left = self._time - self._probing_hours - self._caching_hours(views)
         return max(0, min(most, int(left / self._training_hours(views, 1))))
 
+    @property
+    def _left(self) -> float:
+        """Return the hours that are left for what was measured."""
+        return (self.hours or 0.0) - (self.spent + _REST) / 3600
+
+    @property
+    def _time(self) -> float:
+        """Return the hours that are planned; a forecast may be a little wrong."""
+        return _TIME * self._left
+
     def _check_time(self, views: int, epochs: int, hours: float) -> None:
-        if self.hours is not None and (epochs < 1 or hours > self.hours):
+        if self.hours is not None and (epochs < 1 or hours > self._left):
+            seconds = 3600 * hours + self.spent + _REST
+            need = 1.05 * (hours / _TIME + (self.spent + _REST) / 3600)
             raise UserError(
-                f"{self.images} images take about {duration(3600 * hours)} with views.count {views} and distill.epochs "
-                f"{max(1, epochs)}, more than --hours {self.hours:g}; give --hours {1.05 * hours / _TIME:.2g} or more, "
-                "fewer images or smaller models"
+                f"{self.images} images take about {duration(seconds)} with views.count {views} and distill.epochs "
+                f"{max(1, epochs)}, more than --hours {self.hours:g}; give --hours {need:.2g} or more, fewer images or "
+                "smaller models"
             )
 
     def _sets(self, views: int, epochs: int) -> dict[str, Any]:
         """Return the keys that belong to so many views and epochs."""
-        distill, sets = self.config.distill, {"views.count": views, "distill.epochs": epochs}
-        small = max(_LEAST_BATCH, min(distill.batch_size, self.images * views // _STEPS))
-        chosen: dict[str, Any] = {"distill.batch_size": small, "distill.warmup_epochs": round(_WARMUP * epochs, 4)}
+        sets = {"views.count": views, "distill.epochs": epochs}
+        warmup = round(_WARMUP * epochs, 4)
+        chosen: dict[str, Any] = {"distill.batch_size": self._batch(views), "distill.warmup_epochs": warmup}
         if views > 1:
             chosen |= {"views.kind": "random-resized-crop", "views.scale": _SCALE, "views.flip": 0.5}
         return sets | {key: value for key, value in chosen.items() if not self._given(*key.split("."))}
@@ -242,8 +268,9 @@ class Chooser:
         exact = "exact, and it" if codec == LADDER[0] else "the most exact one that"
         costs = self.costs
         return [
-            f"speed: teacher {costs.teacher:.3g} views/s, student {costs.student:.3g} views/s, decoding "
-            f"{costs.decode:.3g} images/s a thread, processes {self.processes}",
+            f"speed: teacher {costs.teacher:.3g} views/s, student {costs.student:.3g} views/s and "
+            f"{1000 * costs.update:.3g} ms a step, decoding {costs.decode:.3g} images/s a thread, processes "
+            f"{self.processes}",
             f"views {views}: {'given' if self._views_given else crops}",
             f"codec {codec}: {'given' if self._given('cache', 'codec') else exact + f' fits {self._room / 1e9:.3g} GB'}"
             f"; a view takes {costs.view_bytes[codec] / 1e3:.3g} kB",

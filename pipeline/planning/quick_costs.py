@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from pipeline.cache.calibration import calibrate
 from pipeline.cache.format import TAIL
@@ -21,6 +22,7 @@ from pipeline.planning.sample import Record, Sample, draw_images, open_teacher, 
 from pipeline.runtime.devices import autocast
 from pipeline.students.new import new_student
 from pipeline.teachers.teacher import load_teacher
+from pipeline.training.optimisers import new_optimiser
 from singer.backbones import block_outputs, count_parameters, depth, resolve_blocks
 from singer.patch_masks import patch_embedding
 from singer.sizes import Size
@@ -58,14 +60,16 @@ def measure_costs(config: Config, listed: Images, device: torch.device) -> Costs
     codecs = dict.fromkeys([config.cache.codec, *LADDER])
     sizes = {codec: stored + sum(estimate.block_bytes(codec, b, patches) for b in blocks) for codec in codecs}
     student = new_student(config.student, backbone.image_size, width=backbone.width)
-    trained = _student_rate(config, student, records, device)
-    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size)
+    trained, update = _student_costs(config, student, records, device)
+    return Costs(decode, forward, trained, sizes, fixed, device.type == "cuda", student.image_size, update)
 
 
-def _student_rate(config: Config, student: Backbone, records: Sequence[Record], device: torch.device) -> float:
-    """Return the views a second that a student does with its backward pass; it sees them twice if patches are masked.
+def _student_costs(
+    config: Config, student: Backbone, records: Sequence[Record], device: torch.device
+) -> tuple[float, float]:
+    """Return the views a second that a student does with its backward pass, and the seconds of the optimiser's step.
 
-    Raises UserError if they cannot be.
+    It sees the views twice if patches are masked. Raises UserError if they cannot be.
     """
     model = student.model.to(device).train()
     inputs = torch.zeros(len(records) + 1, 3, *Size.of(student.image_size), device=device)
@@ -82,7 +86,13 @@ def _student_rate(config: Config, student: Backbone, records: Sequence[Record], 
                 tokens = block_outputs(model, inputs[: len(some) + 1], [last])[last]
             tokens.float().square().mean().backward()
 
-    return _rate(step, records, device, _MOST_BATCH)
+    rate = _rate(step, records, device, _MOST_BATCH)
+    learner = nn.Module()
+    learner.student = model
+    optimiser = new_optimiser(learner, config.distill, device)
+    optimiser.step()  # makes its state
+    # The default projectors have about as many weights as the student.
+    return rate, 2 * _timed(optimiser.step, device)
 
 
 def _pixel_bytes(config: Config, views: torch.Tensor) -> float:
@@ -101,11 +111,7 @@ def _rate(
     """Return the records a second of `work`, in batches that grow up to `batch`. The first call does not count."""
 
     def timed(count: int) -> float:
-        start = time.perf_counter()
-        work(records[:count])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return max(time.perf_counter() - start, 1e-6)
+        return max(_timed(lambda: work(records[:count]), device), 1e-6)
 
     size, spent, best = 1, timed(1), 0.0
     while True:
@@ -114,3 +120,12 @@ def _rate(
         if size >= min(batch, len(records)) or spent + 2 * seconds > _SECONDS:
             return best
         size = min(2 * size, batch, len(records))
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of `work`, which may go on on a GPU after its call has ended."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

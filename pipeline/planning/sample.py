@@ -19,6 +19,7 @@ from pipeline.data.source_listing import NO_LABEL
 from pipeline.data.views import draw_view
 from pipeline.models.backbone import Backbone
 from pipeline.runtime.prefetch import prefetch
+from pipeline.storage.atomic import naming
 from singer.sizes import ImageSize
 
 # At most so many images are drawn. Features are kept of at most so many records and bytes.
@@ -93,7 +94,7 @@ class Sample:
     def write_tar(self, path: Path, numbers: Sequence[int], prefix: str = "") -> None:
         """Write a shard of these images; a key has the prefix and, where an image is repeated, its position."""
         seen: set[int] = set()
-        with tarfile.open(path, "w") as tar:
+        with naming(path), tarfile.open(path, "w") as tar:
             for place, number in enumerate(numbers):
                 again = f"{place}-" if number in seen else ""
                 seen.add(number)

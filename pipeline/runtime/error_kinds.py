@@ -1,5 +1,7 @@
 """Kinds of errors: what users can fix, the disk and the network, and defects of singer."""
 
+import errno
+import os
 import sys
 
 from singer.errors import UserError
@@ -12,6 +14,10 @@ _MEMORY = (
 # torch uses these words in a RuntimeError if the machine cannot run it.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _NO_GPU = ("driver", "busy or unavailable", "no kernel image is available", "uncorrectable ECC", "No CUDA GPUs")
+
+
+# What the system says of a full disk.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DefectsFound(RuntimeError):
@@ -41,5 +47,6 @@ def one_line(error: Exception, most: int | None = 500) -> str:
     """Return an error's message on one line of at most `most` characters, or its class if it has no message."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = error.strerror + (f" ({error.filename})" if error.filename else "")
+        name = error.filename
+        text = error.strerror + (f" ({os.fsdecode(name) if isinstance(name, bytes) else name})" if name else "")
     return " ".join(text.split())[:most] or type(error).__name__

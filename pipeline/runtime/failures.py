@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass
 
-from pipeline.runtime.error_kinds import DefectsFound, explained, is_defect, one_line
+from pipeline.runtime.error_kinds import FULL, DefectsFound, explained, is_defect, one_line
 from pipeline.runtime.logs import keep_traceback, logger, show_traceback
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A message of one line that says what went wrong. defect: whether it is singer's fault."""
+    """A message of one line that says what went wrong. defect: whether it is singer's fault; full: or a full disk's."""
 
     message: str
     defect: bool = False
+    full: bool = False
 
 
 def failure(error: Exception) -> Failure:
@@ -20,7 +21,7 @@ def failure(error: Exception) -> Failure:
     if is_defect(error):
         log = keep_traceback(error)
         return Failure(f"defect: {type(error).__name__}: {one_line(error)}; see {log}", True)
-    return Failure(one_line(error))
+    return Failure(one_line(error), full=isinstance(error, OSError) and error.errno in FULL)
 
 
 def report_failure(error: Exception) -> int:

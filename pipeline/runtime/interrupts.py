@@ -1,4 +1,4 @@
-"""Ctrl-C: what a command says when it is interrupted, and how it goes on."""
+"""Ctrl-C and a full disk: what a command says when one of them ends it, and how it goes on."""
 
 import os
 import shlex
@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.runtime.error_kinds import one_line
 from pipeline.runtime.logs import logger
 
-# An interrupt has this attribute if it ended a stage that had begun to write its output.
+# An interrupt or an error of the disk has this attribute if it ended a stage that had begun to write its output.
 CLAIMED = "singer_claimed"
 # Ctrl-C ends a command with this code, as a shell does.
 INTERRUPTED = 130
@@ -23,6 +24,16 @@ def report_interrupt(error: KeyboardInterrupt, options: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         logger.error("interrupted; go on with: %s", command_to_go_on(getattr(error, CLAIMED, False), options))
     return INTERRUPTED
+
+
+def report_full_disk(error: OSError, options: Sequence[str]) -> int:
+    """Tell the user how to go on after a disk was full. Return the exit code.
+
+    options: the options of the command that it ended, such as --resume if it has it.
+    """
+    again = command_to_go_on(getattr(error, CLAIMED, False), options)
+    logger.error("%s; make room there (df -h and df -i show what is left), then go on with: %s", one_line(error), again)
+    return 2
 
 
 def command_to_go_on(begun: bool, options: Sequence[str]) -> str:

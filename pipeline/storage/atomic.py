@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.runtime.error_kinds import FULL
+
 TEMPORARY = ".singer-tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # What the system says of a descriptor of a file; connections fail with other numbers.
 _DISK = (*FULL, errno.EFBIG, errno.EIO)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.runtime.error_kinds import FULL
 from pipeline.runtime.logs import warn_once
-from pipeline.storage.atomic import FULL, TEMPORARY, is_at, write_durably
+from pipeline.storage.atomic import TEMPORARY, is_at, write_durably
 from pipeline.storage.base import Ranges, Store
 from pipeline.storage.file_locks import flock
 from pipeline.storage.local import LocalStore

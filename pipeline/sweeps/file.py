@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pipeline.config import Config, Positive, Section, load_config, recipes, resource
-from pipeline.config.load import read_yaml
+from pipeline.config.load import read_yaml, yaml_problem
 from pipeline.evaluation.figures import FIGURES, choose_figure, figures_of
 from singer.errors import UserError, continued
 
@@ -126,7 +126,7 @@ def read_plan(path: Path, on_error: str | None = None) -> Plan:
     try:
         return make_plan(read_yaml(path.read_text()), () if on_error is None else (f"data.on_error={on_error}",))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not YAML ({yaml_problem(error)})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

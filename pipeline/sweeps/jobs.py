@@ -73,7 +73,9 @@ def attempt(setting: SweepContext, job: Job) -> dict[str, Failure]:
         return _failures(member, partial(_fit, setting, member))
     untrained = [m for m in job.members if not (setting.out / RUNS / m.name / RUN_RESULT).exists()]
     # If students cannot train together, each gets its own pass, so that one student's failure does not stop the others.
-    if len(untrained) > 1 and _failures(job.members[0], lambda: _train(setting, untrained)):
+    if len(untrained) > 1 and (together := _failures(job.members[0], lambda: _train(setting, untrained))):
+        if any(failure.full for failure in together.values()):
+            return together
         say("these runs do not train together; they now train one by one")
     failed: dict[str, Failure] = {}
     for member in job.members:

@@ -74,8 +74,8 @@ class SweepResult:
         """Raise UserError, with the runs' names, if runs failed; DefectsFound if one failed by a defect of singer."""
         if self.failed:
             kind = DefectsFound if self.defects else UserError
-            names, said = ", ".join(self.failed), self.out / STATE
-            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {names}; their messages are in {said}")
+            names, said = ", ".join(self.failed), f"their messages are in {self.out / STATE}"
+            raise kind(f"{len(self.failed)} of {self.runs} runs failed: {names}; {said}; --resume trains them")
 
 
 @own_settings()

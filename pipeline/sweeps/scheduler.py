@@ -1,5 +1,6 @@
 """The scheduler of a sweep: it gives every job to one worker, and runs only after the refiner that they need."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ class Scheduler:
         self.failed: dict[str, Failure] = {}
 
     def serve(self, do: Callable[[Job], dict[str, Failure]], where: str) -> None:
-        """Do jobs at one place until none is left; any exception here ends the sweep.
+        """Do jobs at one place until none is left; any exception here ends the sweep, and so does a full disk.
 
         do: does a job and returns the failures of its members; where: the place in words.
         """
@@ -40,6 +41,9 @@ class Scheduler:
                 started = time.monotonic()
                 failed = do(job)
                 self._finish(job, what, failed, time.monotonic() - started)
+                for failure in failed.values():
+                    if failure.full:  # the others would train for hours, and could not be stored either
+                        raise OSError(errno.ENOSPC, failure.message)
         except BaseException:
             self.stop()
             raise

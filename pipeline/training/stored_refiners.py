@@ -152,7 +152,8 @@ def split_records(cache: Cache, settings: RefineConfig) -> tuple[np.ndarray, np.
     held_out = max(1, round(settings.holdout * len(images)))
     if len(images) == held_out:
         raise UserError(
-            f"{cache.place} has views of {len(images)} images: too few to fit on some and measure on others"
+            f"{cache.place} has views of {len(images)} images: too few to fit on some and measure on others; cache "
+            "more, or lower refine.holdout"
         )
     held = np.isin(image, images[:held_out])
     return np.flatnonzero(~held), np.flatnonzero(held)

@@ -65,7 +65,10 @@ def _separated(separator: str) -> Callable[[Iterable[str], Path], Iterator[Pair]
 def _objects(file: Iterable[str], path: Path) -> Iterator[Pair]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            value: Any = json.loads(line)
+            try:
+                value: Any = json.loads(line)
+            except json.JSONDecodeError as error:  # whose own line is always the first
+                raise ValueError(f"line {number} is not JSON ({error.msg}, character {error.colno})") from None
             name = next((value[key] for key in PATHS if key in value), None) if isinstance(value, dict) else None
             label = next((value[key] for key in LABELS if key in value), None) if isinstance(value, dict) else None
             if not isinstance(name, str):
@@ -105,6 +108,10 @@ def _list(path: Path, options: Options) -> SourceListing:
     labels, classes = numbered([label for _, label in pairs], str(path))
     samples = Samples(file_keys(names), labels, files=names)
     add_files(samples, path.parent)
+    samples.defects = [
+        (number, key, reason if names[number].startswith("/") else f"{reason} in {path.parent}, where the list is")
+        for number, key, reason in samples.defects
+    ]
     return samples.listing(sum(samples.sizes), classes)
 
 
