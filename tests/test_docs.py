@@ -357,11 +357,6 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(file: Any = None, sets: Sequence[str] = (), options: Any = None) -> Config:
         return real(file, [*toy, *sets], options)
 
-    # Drawing weights that have no memory would take a third of the time.
-    draw = timm.models.vision_transformer.trunc_normal_
-    monkeypatch.setattr(
-        "timm.models.vision_transformer.trunc_normal_", lambda x, **how: x if x.is_meta else draw(x, **how)
-    )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweeps.file, "load_config", first)
     load_model = pipeline.evaluation.open_model.load_model
