@@ -14,6 +14,7 @@ from timm.models.eva import EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from singer import hf
 from singer.backbones import block_outputs, depth, gives_tokens
@@ -236,14 +237,20 @@ def _suffix_model(model: nn.Module) -> nn.Module:
 
 
 def outline(architecture: str, model_args: Mapping[str, Any]) -> Any:
-    """Build a model of timm or transformers on the current device."""
-    if architecture.startswith(HF):
-        return hf.build(architecture, model_args)
-    try:
-        # Without memory there is nothing to initialise, and an attempt takes most of the time.
-        return timm.create_model(architecture, pretrained=False, weight_init="skip", **model_args)
-    except (TypeError, AssertionError):  # not all families have that argument or that value
+    """Build a model of timm or transformers without the values of its tensors, which takes no memory."""
+    with torch.device("meta"), _NoClamping():
+        if architecture.startswith(HF):
+            return hf.build(architecture, model_args)
         return timm.create_model(architecture, pretrained=False, **model_args)
+
+
+class _NoClamping(TorchFunctionMode):
+    """Leaves out the clamping of initial weights, which takes most of the time of building a model without values."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.clamp_ and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _fill_buffers(model: nn.Module, device: torch.device) -> None:

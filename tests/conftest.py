@@ -21,6 +21,7 @@ from pipeline.models.backbone import Backbone, save_backbone
 from pipeline.models.loading import LOCAL
 from pipeline.runtime.logs import is_log, on_console
 from pipeline.stages.cache_teacher import cache_teacher
+from pipeline.stages.distill import distill
 from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.storage import locks
@@ -183,6 +184,14 @@ def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters that were trained until artifacts vanish, which takes longer than the world's had."""
     out = tmp_path_factory.mktemp("trained") / "adapters"
     refine(world_config(world, "refine.steps=150"), world / "cache", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def distilled(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled student, to be fine-tuned; tests only read it."""
+    out = tmp_path_factory.mktemp("distilled") / "run"
+    distill(world_config(world, "distill.epochs=1", "distill.optimizer=adamw"), world / "cache", out)
     return out
 
 

@@ -6,9 +6,10 @@ from multiprocessing.context import ForkServerProcess
 from multiprocessing.synchronize import Event
 
 _server = get_context("forkserver")
-_server.set_forkserver_preload(
-    ["pipeline.stages.cache_teacher", "pipeline.stages.refine", "pipeline.stages.distill", "pipeline.planning.pilot"]
-)
+_server.set_forkserver_preload([
+    *("pipeline.stages.cache_teacher", "pipeline.stages.refine", "pipeline.stages.distill", "pipeline.planning.pilot"),
+    *("cli", "scipy.optimize", "pytest", "hypothesis"),  # a process imports the module of the test, too
+])  # fmt: skip
 
 
 def forked(target: Callable[..., None], *args: object, daemon: bool = True) -> ForkServerProcess:

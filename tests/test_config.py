@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from pipeline.config import Config, Section, dump_config, keys, load_config, meta, recipes, section_of
+from pipeline.config import Config, Section, dump_config, keys, load_config, meta, read_dumped, recipes, section_of
 from pipeline.config.load import read_yaml
 from pipeline.config.reference import as_markdown, as_yaml
 from pipeline.sweeps.file import read_plan
@@ -84,6 +85,17 @@ def test_dump_reads_back(tmp_path: Path) -> None:
     config = load_config(sets=["cache.blocks=[8,11]", "teacher.weights=/a/b.pth", "evaluate.strengths=[1.0]"])
     (tmp_path / "c.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_what_was_dumped_is_read_alone() -> None:
+    """Also what a stranger has put in its place, however deep it nests."""
+    config = load_config(sets=["teacher.name='010'", "distill.lr=1e-3", "student.name='no'"])
+    assert read_dumped(dump_config(config).encode()) == config.model_dump(mode="json")
+    for text in (b"[" * 200_000, b"- " * 200_000, b"{a: " * 200_000):
+        with pytest.raises(RecursionError):
+            read_dumped(text)
+    with pytest.raises(yaml.YAMLError):
+        read_dumped(b"a: [\xff")
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -1,4 +1,4 @@
-"""The pages: every command in them runs, every link leads somewhere, every quoted error is one that the code prints.
+"""The commands in the pages: every one runs, or could run.
 
 Each ```bash and ```python fence of README.md and docs/*.md is run, page by page and in order, in a folder of the
 page's own that looks like the repository's root. What a page needs to be there is in a comment at its top,
@@ -20,9 +20,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import draw_images, make_vit, plant_artifacts
-from test_structure import FLOORS
+from pages import DOCUMENTS, PAGES, ROOT, Fence, fences, name_of, place_of
 
 import cli
 import pipeline.config
@@ -50,11 +48,6 @@ from pipeline.stages.prepare import prepare
 from pipeline.stages.refine import refine
 from pipeline.sweeps.file import read_plan
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# The other pages of a public project; their commands are checked and not run.
-HABITS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
-DOCUMENTS = [*PAGES, *HABITS, *sorted((ROOT / "data").rglob("*.md")), *sorted((ROOT / ".github").rglob("*.md"))]
 TEACHER = "teacher"
 # Every command runs with these keys, whatever it says itself: 24 blocks, so that the numbers in the pages exist.
 TOY: dict[str, object] = {
@@ -85,54 +78,6 @@ TOY: dict[str, object] = {
     "evaluate.workers": 1,
     "evaluate.strengths": [0.1],
 }
-
-
-@dataclass(frozen=True)
-class Fence:
-    """A block of code. note: the comment right above it; line: of its first line, from 1 on."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    note: str
-
-    @property
-    def place(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-    @property
-    def runs(self) -> bool:
-        return self.language in ("bash", "python") and not self.note.startswith("not run:")
-
-
-def fences(page: Path) -> list[Fence]:
-    found: list[Fence] = []
-    note, start = "", 0
-    language: str | None = None
-    body: list[str] = []
-    for number, line in enumerate(page.read_text().splitlines(), start=1):
-        if line.strip().startswith("```"):
-            if language is None:
-                start, language, body = number + 1, line.strip().removeprefix("```"), []
-            else:
-                found.append(Fence(page, start, language, "\n".join(body) + "\n", note))
-                language, note = None, ""
-        elif language is not None:
-            body.append(line)
-        elif line.strip():
-            comment = re.fullmatch(r"<!-- (.*) -->", line.strip())
-            note = comment[1] if comment else ""
-    assert language is None, f"{page}: a fence has no end"
-    return found
-
-
-def name_of(page: Path) -> str:
-    return page.stem
-
-
-def place_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 # Checking without running
@@ -357,11 +302,6 @@ def small(toys: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def first(file: Any = None, sets: Sequence[str] = (), options: Any = None) -> Config:
         return real(file, [*toy, *sets], options)
 
-    # Drawing weights that have no memory would take a third of the time.
-    draw = timm.models.vision_transformer.trunc_normal_
-    monkeypatch.setattr(
-        "timm.models.vision_transformer.trunc_normal_", lambda x, **how: x if x.is_meta else draw(x, **how)
-    )
     monkeypatch.setattr(pipeline.config, "load_config", last)
     monkeypatch.setattr(pipeline.sweeps.file, "load_config", first)
     load_model = pipeline.evaluation.open_model.load_model
@@ -471,146 +411,3 @@ def test_a_fence_that_fails_is_found(text: str, small: None, tmp_path: Path, mon
     (tmp_path / "scratch").mkdir()
     with pytest.raises(AssertionError, match="README.md:1"):
         Shell(tmp_path, tmp_path / "scratch").run(Fence(ROOT / "README.md", 1, "bash", text, ""))
-
-
-SECTIONS = "|".join(Config.model_fields)
-
-
-# The other two name Python objects and keys of the manifest.
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in ("python.md", "cache-format.md")], ids=name_of)
-def test_keys_in_the_text_exist(page: Path) -> None:
-    """`section.key` and `section.key=value` wherever they are quoted."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for quoted in re.findall(r"`([^`\n]+)`", text):
-        for section, key in re.findall(rf"(?:^|--set |')({SECTIONS})\.([a-z_]+)(?![\w(/])", quoted):
-            if key not in ("py", "yaml", "json", "shard"):  # files, and names in the format
-                assert key in getattr(Config(), section).model_dump(), f"{page.name}: {section}.{key}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_in_the_text_exist(page: Path) -> None:
-    """`singer COMMAND ... --option`, perhaps without what it needs."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for quoted in re.findall(r"`singer ([^`\n]+)`", text):
-        command: Any = typer.main.get_command(cli.app)
-        words = quoted.split()
-        while hasattr(command, "commands") and words and words[0] in command.commands:
-            command = command.commands[words.pop(0)]
-        assert not hasattr(command, "commands"), f"{page.name}: singer {quoted}"
-        known = {option for p in command.params for option in p.opts}
-        assert {w for w in words if w.startswith("--")} <= known, f"{page.name}: singer {quoted}"
-
-
-def slug(heading: str) -> str:
-    """The anchor that GitHub makes of a heading."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").strip().lower()
-    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-
-
-def anchors(page: Path) -> set[str]:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return {slug(h) for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
-
-
-@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
-def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"https?://", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (page.parent / path).resolve() if path else page
-        assert target.exists(), f"{page.name}: {link}"
-        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
-
-
-def test_every_page_is_found_from_the_readme() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert not [place_of(p) for p in (*PAGES[1:], *HABITS) if f"({place_of(p)})" not in text]
-
-
-def test_every_page_is_found_in_the_site() -> None:
-    """And in the list of pages; `mkdocs build --strict` itself, which `make docs` runs, checks links and names."""
-    groups = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = [page for group in groups for pages in group.values() for page in pages]
-    wanted = [page for page in DOCUMENTS if not page.is_relative_to(ROOT / ".github")]
-    assert sorted(listed) == sorted(map(place_of, wanted))
-    text = (ROOT / "docs" / "README.md").read_text()
-    assert not [p.name for p in PAGES[1:] if p.name != "README.md" and f"({p.name})" not in text]
-
-
-@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
-def test_paths_in_the_text_exist(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    paths = re.findall(r"`((?:benchmarks|configs|data|docs|pipeline|singer|tests)/[\w./-]*)`", text)
-    assert not [path for path in paths if not (ROOT / path).exists()]
-
-
-@pytest.mark.parametrize("page", DOCUMENTS, ids=place_of)
-def test_nobody_is_sent_to_a_strangers_package(page: Path) -> None:
-    """`singer` on the package index is not ours."""
-    assert not re.search(r"pip3? install [^\n`]*\bsinger(?!-vit)\b", page.read_text())
-
-
-def test_figures_of_the_limits_are_those_of_the_results() -> None:
-    def numbers(page: str) -> set[str]:
-        return set(re.findall(r"\d+(?:[.,]\d+)*", (ROOT / "docs" / page).read_text()))
-
-    assert numbers("limits.md") <= numbers("results.md")
-
-
-def test_contributing_lists_the_floors() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    listed = text[text.index("<!-- floors: begin -->") : text.index("<!-- floors: end -->")]
-    assert [set(re.findall(r"`(\w+)`", line)) for line in listed.splitlines()[1:] if line] == FLOORS
-
-
-def test_the_habits_of_the_project_fit_it() -> None:
-    """Versions agree, hosted checks call what the Makefile has, and forms are whole."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
-    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert commands == ["make check", "make docs"]
-    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml"):
-        fields = yaml.safe_load(form.read_text())
-        assert {"name", "description", "body"} <= set(fields) and all("type" in part for part in fields["body"])
-    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert {hook["id"] for repo in hooks for hook in repo["hooks"]} == {"ruff-check", "ruff-format", "mypy"}
-
-
-def messages() -> Iterator[str]:
-    """Every string in the code, with "\\0" where a value goes."""
-    for file in [ROOT / "cli.py", *(ROOT / "pipeline").rglob("*.py"), *(ROOT / "singer").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                yield "".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-
-
-def test_errors_in_troubleshooting_are_those_of_the_code() -> None:
-    """A message in a heading, `...` for its values, is one that the code prints, in whole or in a part."""
-    quoted = re.findall(r"^#+ .*?`([^`]{12,})`", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(quoted) > 15
-    known = list(messages())
-    for message in quoted:
-        # What is quoted by !r has no quotes in the code.
-        pieces = [re.escape(piece) for piece in message.replace("'...'", "...").split("...")]
-        assert any(re.search(".*".join(pieces), text, re.DOTALL) for text in known), message
-
-
-def test_tests_of_the_page_of_requests_exist() -> None:
-    text = (ROOT / "docs" / "requests.md").read_text()
-    cited = re.findall(r"`(tests/\w+\.py)`(?: \(([^)]*)\))?", text)
-    assert len(cited) > 15
-    for file, names in cited:
-        source = (ROOT / file).read_text()
-        for name in re.findall(r"`(\w+)`", names):
-            assert f"def {name}(" in source, (file, name)
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
-    for row in rows:
-        assert re.search(r"\| (\*\*Yes\*\*|\*\*No\*\*|\*Partly\*)", row), row
-        assert "**Yes**" not in row or "tests/" in row, row

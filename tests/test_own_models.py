@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_with, run_singer, seeded
-from test_docs import fences
+from pages import fences
 from torch import nn
 
 from pipeline.cache.reader import Cache

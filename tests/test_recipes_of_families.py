@@ -81,6 +81,7 @@ def test_one_step_of_a_recipe(name: str, shards: str, tmp_path: Path) -> None:
         "views.count=1",
         "cache.blocks=[2,3]",
         "cache.workers=1",
+        "refine.steps=2",
         "distill.batch_size=8",
         "distill.epochs=1",
         "distill.warmup_epochs=0",

@@ -29,6 +29,7 @@ from pipeline.planning.choice import CROPS_FROM, Chooser, Costs
 from pipeline.runtime import logs
 from pipeline.runtime.devices import this_process
 from pipeline.runtime.launch import launcher
+from pipeline.stages.report import ReportResult
 from singer.errors import UserError
 
 COSTS = Costs(
@@ -203,6 +204,18 @@ def _run(world: Path, root: Path, out: Path, *options: object) -> list[str]:
     return said.getvalue().splitlines()
 
 
+@pytest.fixture
+def without_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page takes most of the time of a chain; where a test is about its other stages, it is an empty file."""
+
+    def report(runs: list[Path], out: Path, overwrite: bool, **how: Any) -> ReportResult:
+        assert overwrite == out.exists()
+        out.touch()
+        return ReportResult(out, len(runs), None, None, [], {})
+
+    monkeypatch.setattr("pipeline.chains.learn.report", report)
+
+
 def test_a_folder_becomes_a_student(whole: tuple[Path, str]) -> None:
     root, said = whole
     out = root / "out"
@@ -256,7 +269,7 @@ STAGES = {
 }  # fmt: skip
 
 
-def test_a_killed_chain_goes_on(world: Path, whole: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_killed_chain_goes_on(world: Path, whole: tuple[Path, str], tmp_path: Path, without_page: None) -> None:
     """Killed at every stage twice: before it began, and after it ended without the chain's having noted it."""
     root, _ = whole
     shutil.copytree(root / "photos", tmp_path / "photos")
@@ -300,7 +313,7 @@ def test_shards_are_taken_as_they_are(world: Path, tmp_path: Path) -> None:
     assert result.images == 90 and not (tmp_path / "out" / "shards").exists()
 
 
-def test_what_was_planned_stays(world: Path, tmp_path: Path) -> None:
+def test_what_was_planned_stays(world: Path, tmp_path: Path, without_page: None) -> None:
     draw_images(tmp_path / "photos", 1, 6)
     sets = [*(key for key in SMALL if not key.startswith(("views", "distill"))), "distill.epochs=10"]
     first = run(world_config(world, *sets, "distill.seed=1"), tmp_path / "photos", tmp_path / "out", hours=1)
@@ -397,7 +410,11 @@ def test_what_a_late_stage_refuses_is_said_before_the_cache_is_made(
 
 
 def test_until_the_cache_is_begun_other_settings_are_taken(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    without_page: None,
 ) -> None:
     draw_images(tmp_path / "photos", 1, 5)
     out, file = tmp_path / "out", tmp_path / "toy.yaml"
@@ -415,7 +432,7 @@ def test_until_the_cache_is_begun_other_settings_are_taken(
     assert "was started with hours 1.0, not 2.0" in capfd.readouterr().err
 
 
-def test_settings_of_a_stage_can_be_changed_until_it_has_begun(world: Path, tmp_path: Path) -> None:
+def test_settings_of_a_stage_can_be_changed_until_it_has_begun(world: Path, tmp_path: Path, without_page: None) -> None:
     """What a late stage refuses costs no cache: the settings, or the stage alone, are changed."""
     draw_images(tmp_path / "photos", 2, 12)
     out = tmp_path / "out"

@@ -176,7 +176,8 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
         return fit_head(x, labels, classes, settings, device)
 
     monkeypatch.setattr("pipeline.evaluation.segmentation.fit_head", watched)
-    plain = probe(world_config(world, f"evaluate.seg_classes={CLASSES}"), teacher, *shards)
+    sets = [f"evaluate.seg_classes={CLASSES}", "evaluate.seg_lrs=[1e-3,1e-2]", "evaluate.seg_passes=20"]
+    plain = probe(world_config(world, *sets), teacher, *shards)
     assert plain.written is None
     (block, _), (norm, _) = learnt
     assert not torch.equal(block, norm)
@@ -185,7 +186,7 @@ def test_tokens_size_and_seed_are_respected(world: Path, frames: Path, monkeypat
     found = {}
     wide = "image_size=[32,48]"
     for other in ("tokens=norm", wide, "seed=1"):
-        changed = world_config(world, f"evaluate.seg_classes={CLASSES}", "evaluate.tokens=block", f"evaluate.{other}")
+        changed = world_config(world, *sets, "evaluate.tokens=block", f"evaluate.{other}")
         learnt.clear()
         found[other] = probe(changed, teacher, *shards)
         ((x, seed),) = learnt

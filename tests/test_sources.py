@@ -1,64 +1,30 @@
-"""Sources of images: what names them, and folders, lists and tables beside shards."""
+"""Sources of images: what names them, their classes, several in one cache, and those that moved."""
 
-import bz2
-import gzip
-import json
-import lzma
 import os
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from files import saved
-from tars import noise, png, write_tar
+from sources import content, encoded, photos, table, write
+from tars import png, write_tar
 
 from pipeline.cache.index import image_bytes, read_images
 from pipeline.config import load_config
 from pipeline.data import (
     ImageFile,
-    Images,
     check_class_numbers,
     index_beside,
     index_images,
     list_probe_images,
     numbered_as,
-    places_of,
     relocate,
     resolve,
 )
 from pipeline.data.images import read_classes
 from pipeline.data.specs import braces
-from pipeline.runtime.logs import on_console
 from pipeline.storage import LocalStore
 from singer.errors import UserError
 
-pyarrow = pytest.importorskip("pyarrow")
-
-
-def encoded(seed: int, kind: str = "PNG") -> bytes:
-    return saved(noise(8, 6, seed), kind)
-
-
-def write(file: Path, data: bytes | str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(data.encode() if isinstance(data, str) else data)
-    return file
-
-
-def content(images: Images) -> dict[str, tuple[int, bytes]]:
-    with ImageFile(images) as files:
-        return {key: (int(images.labels[n]), files.encoded(n)[0]) for n, key in enumerate(images.keys)}
-
-
-def photos(root: Path, names: str = "cat/a.png cat/b.jpg dog/c.png") -> Path:
-    for number, name in enumerate(names.split()):
-        write(root / name, encoded(number, "JPEG" if name.endswith("jpg") else "PNG"))
-    return root
+pytest.importorskip("pyarrow")
 
 
 def names(spec: str | list[str]) -> list[str]:
@@ -154,202 +120,6 @@ def test_twice_is_seen_through_links(tmp_path: Path) -> None:
         resolve([str(tmp_path / "in"), str(tmp_path / "link")])
 
 
-def pairs(root: Path) -> list[tuple[str, str]]:
-    photos(root / "img")
-    return [("img/cat/a.png", "cat"), ("img/cat/b.jpg", "cat"), ("img/dog/c.png", "dog"), ("img/cat/a b.png", "")]
-
-
-@pytest.mark.parametrize("form", ["txt", "tab", "csv", "headed.csv", "tsv", "jsonl"])
-def test_lists_of_every_form(form: str, tmp_path: Path) -> None:
-    rows = pairs(tmp_path)
-    write(tmp_path / rows[3][0], encoded(3))
-    lines = {
-        "txt": [f"{name} {label}".strip() for name, label in rows],
-        "tab": ["\t".join(row) for row in rows],
-        "csv": [",".join(row) for row in rows],
-        "headed.csv": ["id,Class,File_Name", *(f"{n},{label},{name}" for n, (name, label) in enumerate(rows))],
-        "tsv": ["image\tlabel", *("\t".join(row) for row in rows)],
-        "jsonl": [json.dumps({"file_name": name, "label": label or None, "x": [1]}) for name, label in rows],
-    }[form]
-    suffix = "txt" if form == "tab" else form.rpartition(".")[2]
-    text = "\ufeff" + "\r\n".join(lines) + "\r\n\r\n"
-    images = index_images(str(write(tmp_path / f"list.{suffix}", text)))
-    assert list(images.keys) == ["img/cat/a", "img/cat/b", "img/dog/c", "img/cat/a b"]
-    assert images.labels.tolist() == [0, 0, 1, -1] and images.classes == ("cat", "dog")
-    assert [data for _, data in content(images).values()] == [
-        (tmp_path / name).read_bytes() for name, _ in rows
-    ]  # fmt: skip
-    assert images.paths == (tmp_path,) and relocate(images, str(tmp_path / f"list.{suffix}")).paths == (tmp_path,)
-
-
-def test_numbers_in_lists_are_class_numbers(tmp_path: Path) -> None:
-    photos(tmp_path)
-    images = index_images(str(write(tmp_path / "l.csv", "cat/a.png,7\ncat/b.jpg,-1\ndog/c.png,\n")))
-    assert images.labels.tolist() == [7, -1, -1] and images.classes == ()
-    outside = write(tmp_path / "sub" / "l.txt", f"../cat/a.png 1\n{tmp_path}/dog/c.png 2\n")
-    images = index_images(str(outside))
-    assert list(content(images).values()) == [
-        (1, (tmp_path / "cat/a.png").read_bytes()),
-        (2, (tmp_path / "dog/c.png").read_bytes()),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "labels"),
-    [
-        ("l.csv", "cat/a.png;4\ncat/b.jpg;5\n", [4, 5]),
-        ("l.csv", "filename,class_name\ncat/a.png,x\ncat/b.jpg,y\n", [0, 1]),
-        ("l.csv", ",image_path,label\n0,cat/a.png,10.0\n1,cat/b.jpg,\n2,dog/c.png,2.\n", [10, -1, 2]),
-        ("l.csv", "path,label\ncat/a.png,nan\ncat/b.jpg,-1.0\n", [-1, -1]),
-        ("l.csv", "path,label\ncat/a.png,1.0\ncat/b.jpg,x\n", [0, 1]),
-        ("l.jsonl", '{"file_name": "cat/a.png", "labels": 3.0}\n{"path": "cat/b.jpg", "label": NaN}', [3, -1]),
-        ("l.txt", "~/cat/a.png 1\nfile://HOME/cat/b.jpg 2\n", [1, 2]),
-        ("l.txt", "# path label\ncat/a.png 1\n # cat/b.jpg 3\n#\tcat/b.jpg\n./#b.png 2\n", [1, 2]),
-    ],
-)
-def test_lists_as_programs_write_them(
-    name: str, text: str, labels: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photos(tmp_path)
-    write(tmp_path / "#b.png", encoded(2))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    text = text.replace("HOME", str(tmp_path))
-    assert index_images(str(write(tmp_path / name, text))).labels.tolist() == labels
-    (tmp_path / name).write_text(text, encoding="utf-16")
-    assert index_images(str(tmp_path / name)).labels.tolist() == labels
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("l.csv", "path,label\ncat/a.png,0.5\ncat/b.jpg,1", "has the label 0.5, which is no class number"),
-        ("l.txt", "https://host/a.png 1", "https://host/a.png is in a list, and lists hold files"),
-        (
-            "l.jsonl",
-            '{"path": "a", "label": [1, 2]}',
-            r"line 1 has the label \[1, 2\], which is no class number or name",
-        ),
-        (
-            "l.csv",
-            "path,label\ncat/a.png,1\ncat/no.png,2",
-            r"'cat/no' \(cat/no\.png\) does not exist in .*, where the list is; repair",
-        ),
-        ("l.txt", "cat 1", r"\(cat\) is not a regular file"),
-        ("l.txt", "cat/a.png 1\ncat/a.png 2", r"sample 'cat/a%2Epng' occurs twice"),
-        ("l.txt", "\n\n", "l.txt is empty"),
-        ("l.txt", "cat/a.png 2147483648", "has the label 2147483648; class numbers are 0 to 2147483647"),
-        ("l.csv", '"cat/a.png,1', "l.csv is not a list of images: "),
-        ("l.csv", "label,path\nx", "l.csv is not a list of images: row 2 has no path"),
-        ("l.jsonl", '{"path": 3}', "line 1 is not an object with path or image or file_name"),
-        ("l.jsonl", '{"path": "a", "label": true}', "line 1 has the label True, which is no class number or name"),
-        ("l.jsonl", "[1]", "line 1 is not an object with"),
-        ("l.jsonl", "{", "l.jsonl is not a list of images: line 1 is not JSON"),
-        ("l.jsonl", '{"path": "cat/a.png"}\n{bad', "line 2 is not JSON .*, character 2"),
-        ("l.jsonl", r'{"path": "\ud800"}', "does not exist"),
-        ("l.txt", "a\0b 1", "does not exist"),
-    ],
-)
-def test_wrong_lists(name: str, text: str, message: str, tmp_path: Path) -> None:
-    photos(tmp_path)
-    with pytest.raises(UserError, match=message) as error:
-        index_images(str(write(tmp_path / name, text)))
-    assert "\n" not in str(error.value) and "\0" not in str(error.value)
-
-
-def table(path: Path, columns: dict[str, object], rows_a_group: int = 2, hf: dict[str, object] | None = None) -> Path:
-    import pyarrow.ipc
-    import pyarrow.parquet
-
-    made = pyarrow.table(columns)
-    if hf is not None:
-        made = made.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": hf}})})
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(made, path, row_group_size=rows_a_group)
-    else:
-        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, made.schema) as writer:
-            writer.write_table(made, max_chunksize=rows_a_group)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_tables(suffix: str, tmp_path: Path) -> None:
-    data = [encoded(n) for n in range(5)]
-    columns = {
-        "image": [{"bytes": d, "path": None} for d in data],
-        "thumb": [{"bytes": b"x", "path": None}] * 5,
-        "label": [1, 0, -1, None, 1],
-    }
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["dog", "cat"]}}
-    file = table(tmp_path / f"t.{suffix}", columns, hf=features)
-    for spec in (str(file), str(tmp_path)):
-        images = index_images(spec)
-        assert [images.labels.tolist(), images.classes] == [[1, 0, -1, -1, 1], ("dog", "cat")]
-        assert list(images.keys)[:2] == ["t/000000", "t/000001"]
-        assert [read for _, read in content(images.select(np.array([4, 0, 3, 1, 2]))).values()] == [
-            data[n] for n in (4, 0, 3, 1, 2)
-        ]
-    with ImageFile(images) as files:
-        assert files.dimensions(2) == (8, 6) and files.encoded(1, 4)[0] == data[1][:4]
-    with pytest.raises(UserError, match=r"t\.\w+: sample 't/000000' has no \.seg\.png: tables have no maps"):
-        index_beside(images, "seg.png")
-    plain = table(tmp_path / f"u.{suffix}", {k: columns[k] for k in ("image", "thumb")})
-    with pytest.raises(UserError, match=r"has 2 columns of images .*; choose one with --set data.image_key=image"):
-        index_images(str(plain))
-    assert index_images(str(plain), image_key="thumb").size.tolist() == [1] * 5
-    with pytest.raises(UserError, match=r"data.image_key: .* has no column 'x' of images"):
-        index_images(str(plain), image_key="x")
-
-
-def test_tables_with_faults(tmp_path: Path) -> None:
-    file = table(tmp_path / "a.parquet", {"img": [b"x", b"", None], "cls": ["b", "a", "b"]})
-    with pytest.raises(UserError, match=r"sample 'a/000001' \(row 1\) has no bytes of an image"):
-        index_images(str(file))
-    other = table(tmp_path / "b.parquet", {"img": [b"y"], "cls": ["c"]})
-    images = index_images([str(file), str(other)], "skip")
-    assert list(images.keys) == ["a/000000", "b/000000"] and len(images.skipped) == 2
-    assert images.labels.tolist() == [1, 2] and images.classes == ("a", "b", "c")
-    table(other, {"img": [b"changed"], "cls": ["c"]})
-    with ImageFile(images) as files, pytest.raises(UserError, match="row 0 has changed since it was listed"):
-        files.encoded(1)
-    for name, data in (("c.parquet", b"PAR1 no"), ("c.arrow", b"no")):
-        with pytest.raises(UserError, match=rf"{name} cannot be read as a table"):
-            index_images(str(write(tmp_path / name, data)))
-    with pytest.raises(UserError, match=r"has 0 columns of images \(none\)$"):
-        index_images(str(table(tmp_path / "d.parquet", {"x": [1]})))
-    with pytest.raises(UserError, match=r"0 columns of images \(none\); if 'p' holds paths, write them to a list"):
-        index_images(str(table(tmp_path / "d.parquet", {"p": ["a.png"]})))
-    floats = table(tmp_path / "f.parquet", {"i": [b"x", b"y", b"z"], "label": [3.0, float("nan"), None]})
-    assert index_images(str(floats)).labels.tolist() == [3, -1, -1]
-    with pytest.raises(UserError, match="'label' holds no class numbers or names: 1.5"):
-        index_images(str(table(tmp_path / "e.parquet", {"i": [b"x"], "label": [1.5]})))
-
-
-def test_many_tables_are_open_a_few_at_a_time(tmp_path: Path) -> None:
-    for n in range(80):
-        table(tmp_path / f"{n:02}.parquet", {"image": [encoded(n), encoded(n + 1)]})
-    images = index_images(sorted(map(str, tmp_path.glob("*.parquet"))))
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with ImageFile(images) as files:
-        for number in (*range(160), 0):
-            assert files.encoded(number)[0] == encoded(number // 2 + number % 2)
-        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 40
-
-
-def test_without_pyarrow_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"need pyarrow: pip install 'singer-vit\[parquet\]'"):
-        index_images(str(write(tmp_path / "a.parquet", b"")))
-
-
-@pytest.mark.parametrize("prefix", ["~/", "file://"])
-def test_lists_take_blanks_in_whole_paths(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "my photos" / "a b.png", encoded(1))
-    place = "my photos/a b.png" if prefix == "~/" else f"{tmp_path}/my photos/a b.png"
-    images = index_images(str(write(tmp_path / "list.txt", f"{prefix}{place}\n")))
-    assert len(images) == 1 and images.labels.tolist() == [-1]
-
-
 def test_several_sources_in_one_cache(tmp_path: Path) -> None:
     """All kinds at once, stored and read again."""
     photos(tmp_path / "a")
@@ -406,37 +176,6 @@ def test_shards_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None
     assert relocate(images, both).paths == images.paths
     with pytest.raises(UserError, match="--images gives 1 sources; the cache has 2, some of one name"):
         relocate(images, both[0])
-
-
-def test_a_list_with_other_paths_names_the_same_files(tmp_path: Path) -> None:
-    photos(tmp_path / "a")
-    listed = sorted((tmp_path / "a").rglob("*.png"))
-    (tmp_path / "list.txt").write_text("".join(f"{path} {n}\n" for n, path in enumerate(listed)))
-    images = index_images(str(tmp_path / "list.txt"))
-    before = content(images)
-    (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(
-        UserError, match="of the cache is gone; if it has moved, give the place of its folder, or a list"
-    ):
-        relocate(images, None)
-    (tmp_path / "list.txt").write_text((tmp_path / "list.txt").read_text().replace("/a/", "/b/"))
-    assert content(relocate(images, str(tmp_path / "list.txt"))) == before
-
-
-def test_a_list_reads_the_folder_of_its_images(tmp_path: Path) -> None:
-    """Outputs may be beside the list, and not among the images."""
-    photos(tmp_path / "photos")
-    (tmp_path / "list.txt").write_text("photos/cat/a.png 0\nphotos/dog/c.png 1\n")
-    (tmp_path / "one.txt").write_text("photos/dog/c.png 1\n")
-    write_tar(tmp_path / "x.tar", {"a.png": png()})
-    specs = [str(tmp_path / name) for name in ("list.txt", "one.txt", "photos", "x.tar")]
-    places = [{*places_of(index_images(spec))} for spec in specs]
-    cat, dog = (tmp_path / "photos" / name for name in ("cat", "dog"))
-    assert places == [{cat, dog}, {dog}, {cat, dog}, {tmp_path / "x.tar"}]
-    # Folders that have nothing in common but the root; a name that leads through others.
-    elsewhere = photos(tmp_path / "other" / "deep", "c.png deeper/d.png")
-    (tmp_path / "photos" / "far.txt").write_text("../other/deep/c.png 0\n../other/deep/deeper/d.png 1\ncat/a.png 1\n")
-    assert {*places_of(index_images(str(tmp_path / "photos" / "far.txt")))} == {elsewhere, cat}
 
 
 @pytest.mark.parametrize(
@@ -518,108 +257,6 @@ def test_a_million_files_need_no_million_paths(tmp_path: Path) -> None:
         for number in range(30):
             files.encoded(number)
         assert len(os.listdir("/proc/self/fd")) <= before + 1  # noqa: PTH208
-
-
-def test_dots_in_names(tmp_path: Path) -> None:
-    a, b = encoded(1), encoded(2)
-    one = write_tar(tmp_path / "a.tar", {"a/22.05.png": a, "a/22.05.cls": b"4", "a/23.06.png": b, "a/23.06.cls": b"5"})
-    assert content(index_images(str(one))) == {"a/22": (4, a), "a/23": (5, b)}
-    assert content(index_images(str(one), image_key=".png")) == {"a/22.05": (4, a), "a/23.06": (5, b)}
-    two = write_tar(tmp_path / "b.tar", {"s.input.jpg": a, "s.left.jpg": b, "s.cls": b"3", "s.left.seg.png": b"m"})
-    with pytest.raises(UserError, match=r"'s' has several images \(input.jpg, left.jpg\), since a key ends") as e:
-        index_images(str(two))
-    assert "--set data.image_key=input.jpg" in str(e.value) and "--set data.image_key=.jpg" in str(e.value)
-    assert content(index_images(str(two), image_key="left.jpg")) == {"s": (3, b)}
-    assert content(index_images(str(two), "skip", ".jpg")) == {"s.input": (-1, a), "s.left": (-1, b)}
-    with pytest.raises(UserError, match=r"has no \.right\.jpg \(data\.image_key\); it has input\.jpg, left\.jpg"):
-        index_images(str(two), image_key="right.jpg")
-    maps = write_tar(tmp_path / "c.tar", {"x.png": a, "x.seg.png": b, "y.seg.png": b, "y.png": a})
-    assert content(index_beside(index_images(str(maps)), "seg.png")) == {"x": (-1, b), "y": (-1, b)}
-
-
-def test_members_that_are_no_images(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """macOS adds ._NAME to every file; folders may have dots; other members are counted."""
-    a, other = encoded(1), tarfile.TarInfo("v1.2")
-    other.type = tarfile.DIRTYPE
-    members = {
-        "./._a.png": b"x",
-        "./a.png": a,
-        "v1.2/._b.png": b"y",
-        "v1.2/b.png": a,
-        "README": b"z",
-        ".DS_Store": b"!",
-    }
-    path = write_tar(tmp_path / "t.tar", members)
-    with tarfile.open(path, "a") as tar:
-        tar.addfile(other)
-    with on_console():
-        images = index_images(str(path))
-    assert set(content(images)) == {"./a", "v1.2/b"} and images.left_out == {"hidden": 3, "without suffix": 1}
-    assert "left out: 3 hidden, 1 without suffix" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"no images in [^,]*u\.tar; there are only 2 without suffix"):
-        index_images(str(write_tar(tmp_path / "u.tar", {"a": a, "b": a})))
-
-
-def test_an_image_may_have_any_extension(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "t.tar", {"s.img": encoded(1), "s.cls": b"3"})
-    with pytest.raises(UserError, match=r"if \.img is the image, say so: --set data\.image_key=img; repair it"):
-        index_images(str(path))
-    assert content(index_images(str(path), image_key="img")) == {"s": (3, encoded(1))}
-    assert content(index_images(str(path), image_key=".img")) == {"s": (3, encoded(1))}
-
-
-def test_members_that_are_apart_are_joined(tmp_path: Path) -> None:
-    members = {f"{n}.png": encoded(ord(n)) for n in "abc"} | {f"{n}.cls": b"%d" % ord(n) for n in "cab"}
-    path = write_tar(tmp_path / "t.tar", members)
-    assert content(index_images(str(path))) == {n: (ord(n), encoded(ord(n))) for n in "abc"}
-
-
-def test_a_cut_among_labels_leaves_no_image_without_its_own(tmp_path: Path) -> None:
-    members = {f"{n}.png": encoded(ord(n)) for n in "abc"} | {f"{n}.cls": b"%d" % ord(n) for n in "abc"}
-    data = write_tar(tmp_path / "t.tar", members, tarfile.USTAR_FORMAT).read_bytes()
-    at = data.index(b"c.cls")
-    (tmp_path / "t.tar").write_bytes(data[:at])
-    images = index_images(str(tmp_path / "t.tar"), "skip")
-    assert {key: label for key, (label, _) in content(images).items()} == {"a": 97, "b": 98}
-
-
-def test_sources_that_number_alike(tmp_path: Path) -> None:
-    for name in ("x/s-0", "x/s-1", "y/s-0"):
-        write_tar(write(tmp_path / f"{name}.tar", b""), {"000.png": encoded(len(name)), f"{name[0]}.png": encoded(3)})
-    keys = list(index_images([str(tmp_path / "x"), str(tmp_path / "y")]).keys)
-    assert keys == ["000", "x", "x/s-1/000", "x/s-1/x", "y/s-0/000", "y"]
-    maps = write_tar(tmp_path / "m.tar", {"000.png": encoded(1), "000.seg.png": b"mask"})
-    both = index_images([str(tmp_path / "x" / "s-0.tar"), str(maps)])
-    assert list(both.keys)[-1] == "m/000"
-    assert content(index_beside(both.select(np.array([2])), "seg.png")) == {"m/000": (-1, b"mask")}
-
-
-@pytest.mark.parametrize(
-    ("name", "command", "compress"),
-    [
-        ("t.tar.gz", "gunzip", gzip.compress),
-        ("t.tar.bz2", "bunzip2", bz2.compress),
-        ("t.txz", "unxz", lzma.compress),
-        ("t.TLZ", "unlzma", partial(lzma.compress, format=lzma.FORMAT_ALONE)),
-        ("t.tar.lz4", "lz4 -d", None),
-        ("t.tar", "gunzip", gzip.compress),
-    ],
-)
-def test_compressed_tars_say_how_to_unpack(
-    name: str, command: str, compress: Callable[[bytes], bytes] | None, tmp_path: Path
-) -> None:
-    """By a command that works as it is printed."""
-    plain = write_tar(tmp_path / "plain.tar", {"a.png": png()}).read_bytes()
-    (tmp_path / "a b").mkdir()
-    path = tmp_path / "a b" / name
-    path.write_bytes(b"\x04\x22\x4d\x18" if compress is None else compress(plain))
-    with pytest.raises(UserError, match=rf"is compressed, but .*; unpack it: {command} < '.*{name}' > '.*'") as error:
-        index_images(str(path.parent))
-    if compress is not None and shutil.which(command):
-        how = str(error.value).partition("unpack it: ")[2].partition(";")[0]
-        subprocess.run(how, shell=True, check=True)
-        (unpacked,) = [file for file in path.parent.iterdir() if file != path]
-        assert unpacked.suffix == ".tar" and unpacked.read_bytes() == plain
 
 
 def test_order_is_a_pure_function_of_names(tmp_path: Path) -> None:

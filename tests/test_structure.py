@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Set
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -63,9 +64,14 @@ PURE = {
 }
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def modules_of(file: Path) -> Iterator[str]:
     """What a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,7 +81,7 @@ def modules_of(file: Path) -> Iterator[str]:
 
 def imported_modules(file: Path, named: Set[str]) -> Iterator[str]:
     """Which of the named modules a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in named)
         elif isinstance(node, ast.ImportFrom):
@@ -91,11 +97,7 @@ def test_singer_is_pure() -> None:
     for file in (ROOT / "singer").rglob("*.py"):
         assert set(imported(file)) <= PURE, file
         assert not [module for module in modules_of(file) if "._" in module], file  # loaders of weights are there
-        calls = [
-            n.func.id
-            for n in ast.walk(ast.parse(file.read_text()))
-            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-        ]
+        calls = [n.func.id for n in ast.walk(tree_of(file)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         assert not {"open", "print", "input", "exec", "eval"} & set(calls), file
 
 
@@ -244,9 +246,9 @@ UNPICKLERS = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "
 LOADERS = {"torch.load": ("weights_only", True), "numpy.load": ("allow_pickle", False)}
 
 
-def unpickling(source: str) -> list[str]:
+def unpickling(tree: ast.Module) -> list[str]:
     """Imports and calls that might unpickle; the errors of pickle may be imported."""
-    found, tree = [], ast.parse(source)
+    found = []
     full = {}  # the names of a file, with the modules that they are from
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -283,7 +285,7 @@ def unpickling(source: str) -> list[str]:
     ],
 )
 def test_unpickling_is_found(source: str) -> None:
-    assert unpickling(source)
+    assert unpickling(ast.parse(source))
 
 
 def test_nothing_is_unpickled() -> None:
@@ -291,7 +293,7 @@ def test_nothing_is_unpickled() -> None:
         *ROOT.glob("*.py"),
         *(f for d in ("singer", "pipeline", "benchmarks", "data") for f in (ROOT / d).rglob("*.py")),
     ]:
-        assert not unpickling(file.read_text()), file
+        assert not unpickling(tree_of(file)), file
 
 
 # An error about each of these comes before torch and timm are imported; the file `x.tar` exists.

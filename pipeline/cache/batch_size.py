@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import yaml
 
-from pipeline.config import Config, ViewsConfig, left_open
+from pipeline.config import Config, ViewsConfig, left_open, read_dumped
 from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.progress import say
 from pipeline.storage import Store
@@ -25,7 +25,7 @@ def as_begun(config: Config, store: Store) -> Config:
     Otherwise the last bits of the features would change. Views are stored as before, too, if that is left open.
     """
     try:
-        told = yaml.safe_load(store.read(CONFIG))
+        told = read_dumped(store.read(CONFIG))
         begun = {
             "cache": {name: told["cache"][name] for name in ("batch_size", "compile")},
             "views": {name: told["views"][name] for name in ViewsConfig.model_fields if left_open(config.views, name)},

@@ -21,7 +21,7 @@ from pipeline.cache.segments import Segment, read_segments
 from pipeline.cache.stored import Encoded, Stored
 from pipeline.cache.variants import check_held_once, choose_variant, ids_of
 from pipeline.cache.zarr_shards import ZarrArray, read_arrays
-from pipeline.config import LocalCopy, TeacherConfig
+from pipeline.config import LocalCopy, TeacherConfig, read_dumped
 from pipeline.data import ImageFile
 from pipeline.outputs.resuming import CONFIG
 from pipeline.runtime.buffers import empty, moved
@@ -244,7 +244,7 @@ class Cache:
         """Return how to load the teacher as it was when it was cached. weights: where they are now, if they moved."""
         teacher = self.manifest.teacher
         try:
-            told = yaml.safe_load(self._segments[0].store.read(CONFIG))["teacher"]
+            told = read_dumped(self._segments[0].store.read(CONFIG))["teacher"]
             config = TeacherConfig.model_validate(told)
         except (FileNotFoundError, yaml.YAMLError, LookupError, TypeError, ValueError):
             config = TeacherConfig(name=teacher.name, image_size=teacher.image_size)

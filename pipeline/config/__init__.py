@@ -4,7 +4,7 @@ from pipeline.config.distill import DistillConfig
 from pipeline.config.fields import Affects, Meta, Section, keys, left_open, meta, section_of
 from pipeline.config.finetune import FinetuneConfig
 from pipeline.config.kinds import Dtype, InputSize, LocalCopy, Offload, Positive, Precision
-from pipeline.config.load import dump_config, load_config, recipes, resource
+from pipeline.config.load import dump_config, load_config, read_dumped, recipes, resource
 from pipeline.config.refine import RefineConfig
 from pipeline.config.sections import (
     MAX_PIXELS,
@@ -49,6 +49,7 @@ __all__ = [
     "left_open",
     "load_config",
     "meta",
+    "read_dumped",
     "recipes",
     "resource",
     "section_of",

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.models.weights import describe_size
 from singer.backbones import depth, gives_tokens
+from singer.suffix import outline
 
 # What timm calls ViTs of a width, and how many such models are looked at for a hint: each takes a tenth of a second.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
@@ -22,10 +23,9 @@ def outline_of(name: str, args: Mapping[str, Any]) -> Any:
     return _known_outline(name, json.dumps(args))
 
 
-@lru_cache(maxsize=4)  # without values, it takes longer to build a model than with them
+@lru_cache(maxsize=4)
 def _known_outline(name: str, args: str) -> Any:
-    with torch.device("meta"):
-        return timm.create_model(name, **json.loads(args))
+    return outline(name, json.loads(args))
 
 
 def fitting_models(name: str, state: Mapping[str, torch.Tensor]) -> str:
@@ -40,8 +40,8 @@ def fitting_models(name: str, state: Mapping[str, torch.Tensor]) -> str:
     )
     found = []
     for other in near[:_MOST_TRIED]:
-        outline = outline_of(other, {})
-        if gives_tokens(outline) and (getattr(outline, "embed_dim", None), depth(outline)) == (width, blocks):
+        model = outline_of(other, {})
+        if gives_tokens(model) and (getattr(model, "embed_dim", None), depth(model)) == (width, blocks):
             found.append(other)
     like = f", as {', '.join(found[:3])}" if found else ""
     return f"; they are {width} wide and have {blocks} blocks and patches of {patch} pixels{like}"

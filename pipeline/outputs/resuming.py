@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 import yaml
 
-from pipeline.config import Config, left_open, meta
+from pipeline.config import Config, left_open, meta, read_dumped
 from pipeline.storage.base import Store
 from singer.errors import UserError
 
@@ -62,7 +62,7 @@ def config_change(store: Store, config: Config, sections: Sequence[str]) -> str 
     Returns None if nothing that affects the result has changed. Raises UserError if its configuration is damaged.
     """
     try:
-        before = yaml.safe_load(store.read(CONFIG))
+        before = read_dumped(store.read(CONFIG))
         pairs = [
             (s, k, before[s].get(k, v), v)
             for s, _, only in (name.partition(".") for name in sections)

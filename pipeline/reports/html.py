@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from matplotlib.figure import Figure
 
 def render(template: Path, **values: Any) -> str:
     """Fill a template and return the HTML page; it may include templates of its own folder or of this one."""
-    loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template(template.name).render(values)
+    return _environment(template.parent).get_template(template.name).render(values)
+
+
+@cache  # it holds the compiled templates
+def _environment(folder: Path) -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader([folder, Path(__file__).parent])
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def as_data_url(figure: Figure) -> str:

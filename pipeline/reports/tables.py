@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
 from pipeline.cache.manifest import TeacherManifest
 from pipeline.evaluation.figures import Mean
@@ -121,9 +119,7 @@ def parameters(teacher: TeacherManifest) -> int | None:
     """Return the number of the teacher's parameters, with its head; None for a module of the user's own."""
     if teacher.architecture.startswith(OWN):
         return None
-    with torch.device("meta"):
-        model: nn.Module = outline(teacher.architecture, teacher.model_args)
-    return count_parameters(model)
+    return count_parameters(outline(teacher.architecture, teacher.model_args))
 
 
 def refiners(groups: Sequence[SeedGroup]) -> list[Refined]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.models import student_exits
@@ -24,6 +24,7 @@ from singer.backbones import depth
 from singer.errors import UserError
 from singer.selection import misfit, select_weights
 from singer.sizes import Size
+from singer.suffix import outline
 
 # Arguments of a student in which a file may differ from it: its head, input, registers and exit. Depth and patch size
 # are read from the file.
@@ -109,26 +110,19 @@ def starts_as_blocks(student: Backbone, config: StudentConfig, teacher: TeacherW
     elsewhere = config.starts_from is not None or config.init == "random" or config.pretrained
     if elsewhere or not timm.is_model(teacher.architecture):
         return False
-    outline = _outline(teacher)
-    if misfit(outline, student.model) is not None:
+    whole = outline(teacher.architecture, teacher.model_args)
+    if misfit(whole, student.model) is not None:
         return False
-    have, want = (model.blocks[0].state_dict() for model in (outline, student.model))  # type: ignore[index,union-attr]
+    have, want = (model.blocks[0].state_dict() for model in (whole, student.model))
     same = all(name in have and have[name].shape == tensor.shape for name, tensor in want.items())
-    return same and depth(student.model) < depth(outline)
-
-
-def _outline(teacher: TeacherWeights) -> nn.Module:
-    """Return the teacher without weights."""
-    with torch.device("meta"):
-        outline: nn.Module = timm.create_model(teacher.architecture, **teacher.model_args)
-    return outline
+    return same and depth(student.model) < depth(whole)
 
 
 def _misfit(teacher: TeacherWeights, student: Backbone) -> str | None:
     """Say why the student cannot start from the teacher's weights, before they are loaded; None if it can."""
     if not timm.is_model(teacher.architecture):
         return "it is not a model of timm"
-    return misfit(_outline(teacher), student.model)
+    return misfit(outline(teacher.architecture, teacher.model_args), student.model)
 
 
 def _other(path: Path, student: Backbone, otherwise: str) -> Backbone:
